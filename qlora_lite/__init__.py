@@ -1,0 +1,66 @@
+"""qlora_lite: fine-tune a quantized model in the least memory that it can be done in, and prove what you export.
+
+The public door. Names are imported when they are first used, so that `import qlora_lite` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_lite.adapter_files import load_adapter_ as load_adapter_
+    from qlora_lite.adapter_files import save_adapter as save_adapter
+    from qlora_lite.adapters import add_lora_ as add_lora_
+    from qlora_lite.config import LoraConfig as LoraConfig
+    from qlora_lite.config import QuantConfig as QuantConfig
+    from qlora_lite.config import TrainConfig as TrainConfig
+    from qlora_lite.errors import QLoRAError as QLoRAError
+    from qlora_lite.export import export_merged as export_merged
+    from qlora_lite.load import load_quantized as load_quantized
+    from qlora_lite.lora import Embedding as Embedding
+    from qlora_lite.lora import LinearWithLoRA as LinearWithLoRA
+    from qlora_lite.lora import LoraLayer as LoraLayer
+    from qlora_lite.loss import linear_cross_entropy as linear_cross_entropy
+    from qlora_lite.memory.measure import MemoryProfiler as MemoryProfiler
+    from qlora_lite.merge import merge_lora_ as merge_lora_
+    from qlora_lite.merge import unmerge_lora_ as unmerge_lora_
+    from qlora_lite.quantize_base import quantize_base_ as quantize_base_
+    from qlora_lite.train import train as train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Embedding": "lora",
+    "LinearWithLoRA": "lora",
+    "LoraConfig": "config",
+    "LoraLayer": "lora",
+    "MemoryProfiler": "memory.measure",
+    "QLoRAError": "errors",
+    "QuantConfig": "config",
+    "TrainConfig": "config",
+    "add_lora_": "adapters",
+    "export_merged": "export",
+    "linear_cross_entropy": "loss",
+    "load_adapter_": "adapter_files",
+    "load_quantized": "load",
+    "merge_lora_": "merge",
+    "quantize_base_": "quantize_base",
+    "save_adapter": "adapter_files",
+    "train": "train",
+    "unmerge_lora_": "merge",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605 (the table above is the list)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

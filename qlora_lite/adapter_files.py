@@ -1,0 +1,194 @@
+"""Adapters on disk, as peft writes and reads them: `adapter_model.safetensors` and `adapter_config.json`.
+
+peft's keys: `base_model.model.<layer>.lora_A.weight` for linear layers, `….lora_embedding_A` for embeddings; the
+shapes are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite.adapters import freeze_base_, lora_layers
+from qlora_lite.config import FLOAT_DTYPES, check_lora_numbers
+from qlora_lite.errors import CheckpointError, ConfigError, TargetError
+from qlora_lite.lora import EmbeddingKind, LoraLayer, kind_of
+from qlora_lite.modules import answers_to, replace_modules_
+from qlora_lite.storage import PlannedTensor, new_folder, planned, read_json, read_safetensors, write_json, write_safetensors
+
+TENSOR_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+PREFIX = "base_model.model."
+SUFFIXES = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+
+# Options of peft that say nothing about what the adapter computes: where it came from, how it was started or trained.
+HARMLESS_OPTIONS = frozenset(
+    "auto_mapping base_model_name_or_path corda_config eva_config inference_mode init_lora_weights layers_pattern "
+    "layers_to_transform loftq_config lora_bias lora_dropout lora_ga_config megatron_config megatron_core peft_type "
+    "peft_version qalora_group_size r lora_alpha revision runtime_config target_modules task_type exclude_modules "
+    "ensure_weight_tying".split()
+)
+# Initializations that also change the base weight, so that A and B alone are not the adapter.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def _peft_key(name: str, layer: LoraLayer, part: str) -> str:
+    if isinstance(layer.kind, EmbeddingKind):
+        return f"{PREFIX}{name}.lora_embedding_{part}"
+    return f"{PREFIX}{name}.lora_{part}.weight"
+
+
+def _common_names(adapted: Iterable[str], model: nn.Module) -> list[str]:
+    """Last parts of the adapted names where those mean exactly these layers; the whole names otherwise."""
+    adapted = set(adapted)
+    ends = sorted({name.rpartition(".")[2] for name in adapted})
+    meant = {
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, LoraLayer) or kind_of(module) is not None)
+        and not name.endswith(".base_layer")
+        and any(answers_to(name, end) for end in ends)
+    }
+    return ends if meant == adapted else sorted(adapted)
+
+
+def _peft_config(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Any]:
+    numbers = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
+    if len(numbers) != 1:
+        raise ConfigError(f"adapters of different rank, alpha or dropout cannot share one file yet; got {sorted(numbers)}")
+    ((rank, alpha, dropout),) = numbers
+    source = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        "base_model_name_or_path": source or None,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": _common_names(layers, model),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
+    """Writes A, B and their configuration; `peft.PeftModel.from_pretrained(base, folder)` reads them.
+
+    Raises CheckpointError for a folder with something in it unless `overwrite`, TargetError without adapters.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise TargetError("the model has no adapters to save; add_lora_ puts them in")
+    tensors: dict[str, PlannedTensor] = {}
+    for name, layer in layers.items():
+        tensors[_peft_key(name, layer, "A")] = planned(layer.lora_A)
+        tensors[_peft_key(name, layer, "B")] = planned(layer.lora_B)
+    config = _peft_config(model, layers)
+    with new_folder(Path(folder), overwrite) as temporary:
+        write_safetensors(temporary / TENSOR_FILE, tensors)
+        write_json(temporary / CONFIG_FILE, config)
+
+
+def _read_config(path: Path) -> tuple[int, float, float]:
+    """rank, alpha, dropout. CheckpointError names every option that changes what is computed and is not known here."""
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path} describes a {config.get('peft_type')!r} adapter; only LORA is known")
+    set_options = {key for key, value in config.items() if value not in (None, False, "none", "", [], {})}
+    unknown = sorted(set_options - HARMLESS_OPTIONS)
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
+        unknown.append(f"init_lora_weights={start!r}")
+    if config.get("lora_bias"):
+        unknown.append("lora_bias")
+    if unknown:
+        raise CheckpointError(f"{path} sets {', '.join(unknown)}, which this version cannot honour")
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    try:
+        check_lora_numbers(rank, alpha, dropout)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return rank, alpha, dropout  # type: ignore[return-value]
+
+
+def _pairs(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
+    """{layer: {"lora_A": …, "lora_B": …}}; CheckpointError lists keys that are no adapter's and layers without a pair."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    foreign = []
+    for key, tensor in tensors.items():
+        suffix = next((suffix for suffix in SUFFIXES if key.endswith("." + suffix)), None)
+        if suffix is None or not key.startswith(PREFIX):
+            foreign.append(key)
+            continue
+        pairs.setdefault(key[len(PREFIX) : -len(suffix) - 1], {})[SUFFIXES[suffix]] = tensor
+    if foreign:
+        raise CheckpointError(f"{path} has keys that belong to no adapter: {', '.join(sorted(foreign)[:8])}")
+    single = sorted(name for name, pair in pairs.items() if len(pair) < 2)
+    if single:
+        raise CheckpointError(f"{path} has only one of A and B for: {', '.join(single[:8])}")
+    if not pairs:
+        raise CheckpointError(f"{path} is empty")
+    return pairs
+
+
+def _mismatches(model: nn.Module, pairs: dict[str, dict[str, Tensor]], rank: int) -> list[str]:
+    modules = dict(model.named_modules())
+    problems = []
+    for name, pair in pairs.items():
+        module = modules.get(name)
+        base = module.base_layer if isinstance(module, LoraLayer) else module
+        kind = kind_of(base) if base is not None else None
+        if kind is None:
+            problems.append(f"{name} is no layer of this model that can be adapted")
+            continue
+        width, height = kind.features(base)
+        shapes = {"lora_A": (rank, width), "lora_B": (height, rank)}
+        for part, tensor in pair.items():
+            if tuple(tensor.shape) != shapes[part]:
+                problems.append(f"{name}.{part} is {tuple(tensor.shape)}, the layer needs {shapes[part]}")
+            elif tensor.dtype not in FLOAT_DTYPES.values():
+                problems.append(f"{name}.{part} is of {tensor.dtype}, which is no 16/32-bit float")
+            elif not tensor.isfinite().all():
+                problems.append(f"{name}.{part} holds NaN or infinity")
+    return problems
+
+
+def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
+    """Puts an adapter saved here or by peft onto the model, freezes all else, returns the adapted layers' names.
+
+    All or nothing: a key that matches nothing, a missing partner, a wrong shape, NaN, or an option that changes the
+    mathematics and is not known raises CheckpointError before the model is touched. Layers that are adapted already
+    must be exactly those in the file; they get its values.
+    """
+    folder = Path(folder)
+    rank, alpha, dropout = _read_config(folder / CONFIG_FILE)
+    pairs = _pairs(read_safetensors(folder / TENSOR_FILE), folder / TENSOR_FILE)
+    problems = _mismatches(model, pairs, rank)
+    present = set(lora_layers(model))
+    if present and present != set(pairs):
+        problems.append(f"the model has adapters on other layers ({len(present)} there, {len(pairs)} in the file)")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise CheckpointError(f"{folder} does not fit this model: {shown}")
+
+    def make(name: str, module: nn.Module) -> nn.Module | None:
+        if name not in pairs:
+            return None
+        pair = pairs[name]
+        base = module.base_layer if isinstance(module, LoraLayer) else module
+        dtype = pair["lora_A"].dtype
+        layer = LoraLayer(rank, alpha, base, dropout=dropout, adapter_dtype=dtype)
+        with torch.no_grad():
+            layer.lora_A.copy_(pair["lora_A"])
+            layer.lora_B.copy_(pair["lora_B"])
+        return layer.train(module.training)
+
+    loaded = replace_modules_(model, make)
+    freeze_base_(model)
+    return loaded

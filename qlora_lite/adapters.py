@@ -1,0 +1,107 @@
+"""Verbs on a model's adapters: add, remove, freeze what is beside them, list them, switch them off for a while."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from qlora_lite.config import ALL_LINEAR, LoraConfig, Targets
+from qlora_lite.errors import TargetError
+from qlora_lite.lora import LinearKind, LoraLayer, kind_of
+from qlora_lite.modules import answers_to, check_all_matched, replace_modules_
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Every LoraLayer of the model by name, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A and B of every LoraLayer by name."""
+    return {
+        f"{name}.{part}" if name else part: getattr(layer, part)
+        for name, layer in lora_layers(model).items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def freeze_base_(model: nn.Module) -> None:
+    """Lets gradients go to A and B of the LoraLayers and to nothing else."""
+    model.requires_grad_(False)
+    for parameter in adapter_parameters(model).values():
+        parameter.requires_grad_(True)
+
+
+def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers that could get an adapter, by every name they have."""
+    inside = tuple(f"{name}." for name in lora_layers(model))
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if not name.startswith(inside or ("\n",)) and not isinstance(module, LoraLayer) and kind_of(module) is not None
+    }
+
+
+def select_targets(model: nn.Module, targets: Targets) -> list[str]:
+    """Names of the layers that `targets` means (see LoraConfig). TargetError lists what matched nothing."""
+    layers = _adaptable(model)
+    ask_head = getattr(model, "get_output_embeddings", None)
+    head = ask_head() if callable(ask_head) else None
+    if targets == ALL_LINEAR:
+        chosen = [name for name, layer in layers.items() if isinstance(kind_of(layer), LinearKind) and layer is not head]
+    elif isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise TargetError(f"target_modules {targets!r} is not a regular expression: {error}") from error
+        chosen = [name for name in layers if pattern.fullmatch(name)]
+    elif callable(targets):
+        chosen = [name for name, layer in layers.items() if targets(name, layer)]
+    else:
+        check_all_matched("target_modules", targets, layers)
+        chosen = [name for name in layers if any(answers_to(name, target) for target in targets)]
+    if not chosen:
+        check_all_matched("target_modules", [str(targets)], layers)
+        raise TargetError(f"target_modules {targets!r} matched no layer")
+    return chosen
+
+
+def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Puts a LoraLayer around every targeted layer, freezes all else, and returns the names of the adapted layers.
+
+    The model computes what it did before, since B starts at zero. Raises TargetError for targets that match nothing
+    or are adapted already; the model is then as it was.
+    """
+    chosen = set(select_targets(model, config.target_modules))
+
+    def make(name: str, layer: nn.Module) -> nn.Module | None:
+        if name not in chosen:
+            return None
+        dtype = config.adapter_dtype
+        wrapped = LoraLayer(config.rank, config.alpha, layer, dropout=config.dropout, adapter_dtype=dtype)
+        return wrapped.train(layer.training)
+
+    added = replace_modules_(model, make)
+    freeze_base_(model)
+    return added
+
+
+def remove_lora_(model: nn.Module) -> list[str]:
+    """Puts the base layers back in place of the LoraLayers, A and B are dropped; returns the names of the layers."""
+    return replace_modules_(model, lambda name, layer: layer.base_layer if isinstance(layer, LoraLayer) else None)
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Within the block the model computes what its base does, merged or not; afterwards each layer is as it was."""
+    before = {layer: layer.adapter_enabled for layer in lora_layers(model).values()}
+    for layer in before:
+        layer.adapter_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in before.items():
+            layer.adapter_enabled = enabled

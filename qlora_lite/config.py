@@ -1,0 +1,148 @@
+"""Settings as small frozen dataclasses that check themselves; every wrong one raises ConfigError at construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qlora_lite.errors import ConfigError
+from qlora_lite.formats import FORMATS, UNPACKED, check_blocksize
+
+FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
+ALL_LINEAR = "all-linear"
+OPTIMIZERS = ("adamw", "adamw8bit")
+CHECKPOINTING = ("none", "full")
+
+Targets = str | Sequence[str] | Callable[[str, torch.nn.Module], bool]
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """`"bf16"` or `"bfloat16"` -> torch.bfloat16, and so on. Raises ConfigError for a name that is none."""
+    full = DTYPE_ALIASES.get(name, name)
+    if full not in FLOAT_DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join((*DTYPE_ALIASES, *FLOAT_DTYPES))}; got {name!r}")
+    return FLOAT_DTYPES[full]
+
+
+def require(condition: bool, what: str, got: object) -> None:
+    """Raises ConfigError `<what>; got <got>` unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{what}; got {got!r}")
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether value is an int (no bool) of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_finite(value: object) -> bool:
+    """Whether value is a real, finite number (no bool)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_lora_numbers(rank: object, alpha: object, dropout: object) -> None:
+    """The bounds that every LoRA layer has: rank >= 1, alpha finite, 0 <= dropout < 1."""
+    require(is_count(rank, 1), "rank must be an integer of at least 1", rank)
+    require(is_finite(alpha), "alpha must be a finite number", alpha)
+    require(is_finite(dropout) and 0 <= dropout < 1, "dropout must be in [0, 1)", dropout)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How a frozen base is stored.
+
+    format: `nf4`, `fp4`, `int8` or `none`, for every linear layer that is not skipped.
+    blocksize: values per block of the 4-bit formats.
+    double_quant: pack the statistics of the 4-bit formats too (QLoRA, section 3).
+    compute_dtype: what a packed weight is unpacked to for the product; None follows the layer's input.
+    embedding_format: `int8` also packs the input embedding and the output head by rows, tied or not; `none` leaves them.
+    skip_modules: names of linear layers to leave alone (whole name or its last parts); None skips the output head.
+    """
+
+    format: str = "nf4"
+    blocksize: int = 64
+    double_quant: bool = True
+    compute_dtype: torch.dtype | None = None
+    embedding_format: str = UNPACKED
+    skip_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        known = (*FORMATS, UNPACKED)
+        require(self.format in known, f"format must be one of {', '.join(known)}", self.format)
+        check_blocksize(self.blocksize)
+        require(isinstance(self.double_quant, bool), "double_quant must be True or False", self.double_quant)
+        dtypes = (None, *FLOAT_DTYPES.values())
+        require(self.compute_dtype in dtypes, "compute_dtype must be None or a 16/32-bit float", self.compute_dtype)
+        embedding = self.embedding_format
+        require(embedding in ("int8", UNPACKED), "embedding_format must be int8 or none", embedding)
+        if self.skip_modules is not None:
+            names_only = not isinstance(self.skip_modules, str) and all(isinstance(n, str) for n in self.skip_modules)
+            require(names_only, "skip_modules must be a tuple of module names, or None", self.skip_modules)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which layers get an adapter, and of what size: W = W0 + (alpha / rank) * B @ A (arXiv:2106.09685, section 4.1).
+
+    target_modules: `"all-linear"` (every linear layer but the output head); another string is a regular expression
+        that must match a layer's whole name; a list names layers by their whole name or its last parts;
+        a function `(name, module) -> bool` decides itself.
+    adapter_dtype: what A and B are stored and updated in; activations keep the dtype of the layer's input.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: Targets = ALL_LINEAR
+    adapter_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        check_lora_numbers(self.rank, self.alpha, self.dropout)
+        dtypes = tuple(FLOAT_DTYPES.values())
+        require(self.adapter_dtype in dtypes, "adapter_dtype must be a 16/32-bit float dtype", self.adapter_dtype)
+        targets = self.target_modules
+        if not callable(targets):
+            named = bool(targets) and all(isinstance(name, str) for name in targets)
+            require(named, "target_modules must be a string, a list of names or a function", targets)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run of `train`.
+
+    steps: optimizer steps; each uses `gradient_accumulation` batches.
+    warmup_steps: the learning rate rises linearly to `learning_rate` over them, then falls as a cosine to 0.
+    max_grad_norm: the joint 2-norm of all gradients is clipped to it; None clips nothing.
+    optimizer: `adamw` (fp32 states) or `adamw8bit` (bitsandbytes' blockwise 8-bit states).
+    checkpointing: `full` keeps only the inputs of each block for backward and computes the rest again; `none` keeps all.
+    """
+
+    steps: int = 100
+    learning_rate: float = 2e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    gradient_accumulation: int = 1
+    max_grad_norm: float | None = 1.0
+    optimizer: str = "adamw"
+    checkpointing: str = "full"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(is_count(self.steps, 1), "steps must be an integer of at least 1", self.steps)
+        rate = self.learning_rate
+        require(is_finite(rate) and rate > 0, "learning_rate must be a finite number above 0", rate)
+        require(is_count(self.warmup_steps, 0), "warmup_steps must be an integer of at least 0", self.warmup_steps)
+        decay = self.weight_decay
+        require(is_finite(decay) and decay >= 0, "weight_decay must be a finite number of at least 0", decay)
+        accumulation = self.gradient_accumulation
+        require(is_count(accumulation, 1), "gradient_accumulation must be an integer of at least 1", accumulation)
+        norm = self.max_grad_norm
+        require(norm is None or (is_finite(norm) and norm > 0), "max_grad_norm must be None or above 0", norm)
+        require(self.optimizer in OPTIMIZERS, f"optimizer must be one of {', '.join(OPTIMIZERS)}", self.optimizer)
+        kinds = ", ".join(CHECKPOINTING)
+        require(self.checkpointing in CHECKPOINTING, f"checkpointing must be one of {kinds}", self.checkpointing)
+        require(is_count(self.seed, 0), "seed must be an integer of at least 0", self.seed)

@@ -1,0 +1,29 @@
+"""What can go wrong, by whose hand: every error that qlora_lite raises on purpose is one of these."""
+
+
+class QLoRAError(Exception):
+    """The common ancestor: `except QLoRAError` catches what this package refuses, and nothing else."""
+
+
+class ConfigError(QLoRAError, ValueError):
+    """A setting is outside what it may be, or two settings contradict each other."""
+
+
+class TargetError(QLoRAError, ValueError):
+    """The model does not have the modules that were asked for, or they cannot be adapted."""
+
+
+class QuantizationError(QLoRAError, ValueError):
+    """A weight cannot be held in the wanted format: it has NaN or infinity in it, or exceeds what the format can say."""
+
+
+class CheckpointError(QLoRAError, ValueError):
+    """A file or folder on disk is missing, damaged, or does not belong to this model."""
+
+
+class TrainingError(QLoRAError, RuntimeError):
+    """Training cannot go on: the loss is not a number, or adapters receive no gradient."""
+
+
+class InputError(QLoRAError, ValueError):
+    """A tensor handed to a layer has the wrong dtype or shape, or holds tokens that the vocabulary does not have."""

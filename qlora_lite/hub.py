@@ -1,0 +1,175 @@
+"""What is asked of transformers: a config, an empty model, a tokenizer, which module is the head.
+
+The only file that imports transformers; it does so when it is first needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite.errors import CheckpointError, ConfigError
+from qlora_lite.storage import read_json
+
+CONFIG_FILE = "config.json"
+CHECKPOINT_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Options of a head that change the logits after the product; a loss computed from the head's weight would miss them.
+LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise ConfigError("this needs transformers; install qlora-lite[hf]") from error
+
+
+@contextmanager
+def _checkpoint_errors(what: str) -> Iterator[None]:
+    """transformers reports bad files by many exception types, and in paragraphs: the first line is the fact."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"{what}: {first_line}") from error
+
+
+def resolve(path_or_id: str | Path) -> Path:
+    """The local folder of a checkpoint; a name that is no folder is looked up on (and fetched from) the hub."""
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        if not (folder / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{folder} has no {CONFIG_FILE}; name a folder saved by transformers")
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file; name the checkpoint's folder")
+    if str(path_or_id).count("/") > 1 or str(path_or_id).startswith((".", "/", "~")):
+        raise CheckpointError(f"{path_or_id} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=CHECKPOINT_PATTERNS))
+    except Exception as error:  # the hub client raises its own, httpx's and OS errors
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path_or_id} is no local folder and cannot be fetched: {first_line}") from error
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a checkpoint folder. No remote code is run."""
+    read_json(folder / CONFIG_FILE)
+    with _checkpoint_errors(f"{folder / CONFIG_FILE} is no config that transformers knows"):
+        return _transformers().AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The causal language model of a config on the meta device: shapes without bytes."""
+    with _checkpoint_errors(f"no causal language model can be built for model type {config.model_type!r}"):
+        with torch.device("meta"):
+            model: nn.Module = _transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return model.eval()
+
+
+def fill_computed_buffers_(model: Any, device: torch.device) -> None:
+    """Computes the buffers that no checkpoint holds (rotary frequencies, masks), which were left on meta."""
+    for module in model.modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if not names:
+            continue
+        for name in names:
+            empty = torch.empty_like(module.get_buffer(name), device="cpu")
+            module.register_buffer(name, empty, persistent=name not in module._non_persistent_buffers_set)
+        model._init_weights(module)
+        for name in names:
+            setattr(module, name, module.get_buffer(name).to(device))
+
+
+def tie(model: Any) -> None:
+    """Lets tied weights be one parameter, as the config says."""
+    model.tie_weights()
+
+
+def tied_names(model: Any) -> set[str]:
+    """Names of parameters that are aliases of others, and that a checkpoint leaves out."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def ignorable_keys(model: Any) -> list[str]:
+    """Regular expressions of checkpoint entries that this architecture knows to be of no use."""
+    return [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
+
+
+def load_tokenizer(path_or_id: str | Path) -> Any:
+    """The tokenizer of a checkpoint, with a padding token (its end token where there is none)."""
+    folder = resolve(path_or_id)
+    with _checkpoint_errors(f"{folder} has no tokenizer that transformers can load"):
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_companions(model: Any, source: Path | None, target: Path, dtype: torch.dtype) -> None:
+    """Writes what a checkpoint has beside its tensors: config in the new dtype, generation config, tokenizer, template."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.dtype = dtype
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(str(target))
+    if getattr(model, "generation_config", None) is not None:
+        with _checkpoint_errors("the generation config cannot be saved"):
+            model.generation_config.save_pretrained(str(target))
+    for name in TOKENIZER_FILES:
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def source_folder(model: Any) -> Path | None:
+    """The folder that the model was loaded from, if it is still there."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    return Path(name) if name and Path(name).is_dir() else None
+
+
+def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """What the output head is applied to: the last hidden state `(batch, tokens, features)`."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+
+def head_of(model: Any) -> nn.Module | None:
+    """The output head, or None for a model that names none."""
+    ask = getattr(model, "get_output_embeddings", None)
+    return ask() if callable(ask) else None
+
+
+def why_not_headless(model: Any) -> str | None:
+    """Why the loss cannot be computed from the last hidden state and the head's weight; None if it can, so far."""
+    head = head_of(model)
+    if head is None or getattr(model, "base_model", model) is model:
+        return "the model does not say which module is its output head"
+    if not (hasattr(head, "in_features") and hasattr(head, "weight")) or hasattr(head, "lora_A"):
+        return f"its output head is a {type(head).__name__}"
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return "its output head is trained"
+    used = [option for option in LOGIT_OPTIONS if getattr(model.config, option, None) not in (None, 1, 1.0)]
+    return f"its config sets {', '.join(used)}" if used else None

@@ -1,0 +1,77 @@
+"""`load_quantized`: from a checkpoint on disk to a frozen packed model, one tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite import hub
+from qlora_lite.config import QuantConfig
+from qlora_lite.errors import CheckpointError
+from qlora_lite.quantize_base import quantize_base_
+from qlora_lite.storage import TensorFiles
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if key in module._parameters:
+        setattr(module, key, nn.Parameter(tensor, requires_grad=False))
+    else:
+        setattr(module, key, tensor)
+
+
+def _check_names(model: nn.Module, files: TensorFiles) -> dict[str, Tensor]:
+    """The model's own (meta) tensors by name; one CheckpointError lists what is missing and what is unexpected."""
+    wanted = model.state_dict(keep_vars=True)
+    found = set(files.file_of)
+    ignorable = [re.compile(pattern) for pattern in hub.ignorable_keys(model)]
+    unexpected = {n for n in found - wanted.keys() if not any(pattern.search(n) for pattern in ignorable)}
+    missing = wanted.keys() - found - hub.tied_names(model)
+    problems = [
+        f"{len(names)} tensors {what}: {', '.join(sorted(names)[:8])}{' …' if len(names) > 8 else ''}"
+        for what, names in (("are missing", missing), ("belong to no module", unexpected))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{files.folder} does not fit this {type(model).__name__}: {'; '.join(problems)}")
+    return wanted
+
+
+def load_quantized(
+    path_or_id: str | Path,
+    config: QuantConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """A transformers causal language model from a safetensors checkpoint, its linear layers packed, all of it frozen.
+
+    What is not packed (norms, embeddings, biases) is held in `dtype`, which is then the dtype of the activations.
+    Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, QuantizationError for NaN.
+    """
+    config = config or QuantConfig()
+    folder = hub.resolve(path_or_id)
+    files = TensorFiles(folder)
+    model: Any = hub.empty_model(hub.read_config(folder), dtype)
+    wanted = _check_names(model, files)
+    wrong = []
+    for name, tensor in files.items():
+        if name not in wanted:
+            continue
+        if tensor.shape != wanted[name].shape:
+            wrong.append(f"{name} is {tuple(tensor.shape)}, the model has {tuple(wanted[name].shape)}")
+            continue
+        target = wanted[name].dtype if not tensor.is_floating_point() else dtype
+        _place(model, name, tensor.to(device=device, dtype=target, copy=True))
+    if wrong:
+        raise CheckpointError(f"{folder} has tensors of the wrong shape: {'; '.join(wrong)}")
+    hub.tie(model)
+    hub.fill_computed_buffers_(model, torch.device(device))
+    model.config._name_or_path = str(folder)
+    quantize_base_(model, config)
+    return model.requires_grad_(False)

@@ -1,0 +1,311 @@
+"""y = W0 x + (alpha / r) B A x: a frozen layer of any kind and format, and a trained low-rank term beside it.
+
+`LoraLayer` holds the equation; a *kind* (linear, embedding) says how A and B are applied to an input.
+`LinearWithLoRA` and `Embedding` are LoraLayers that make their own base.
+
+The base is never written to. Merging puts W0 + (alpha / r) B A beside it and unmerging drops that again, so that
+unmerged weights are the old ones bit for bit, packed bases can be merged too, and `forward`, `train`, `eval` and
+`state_dict` change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_lite.config import check_lora_numbers
+from qlora_lite.errors import ConfigError, InputError, TargetError
+from qlora_lite.low_rank import Packed, adapted_linear, cast_finite, dense
+
+INIT_STD = 0.02
+MAX_NORM_EPS = 1e-7  # torch.nn.functional.embedding's own
+
+
+class Kind(Protocol):
+    """How one kind of layer applies a weight and a low-rank term to its input."""
+
+    def features(self, base: Any) -> tuple[int, int]:
+        """(in, out) of the weight update B A, whose shape is (out, in)."""
+
+    def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The layer's output for this weight, with or without the low-rank term."""
+
+    def as_stored(self, delta: Tensor) -> Tensor:
+        """B A `(out, in)` in the orientation of the stored weight."""
+
+
+class LinearKind:
+    def features(self, base: Any) -> tuple[int, int]:
+        return base.in_features, base.out_features
+
+    def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
+        base: Any = layer.base_layer
+        if not x.is_floating_point() or x.shape[-1] != base.in_features:
+            got = f"{x.dtype} of shape {tuple(x.shape)}"
+            raise InputError(f"this layer takes floats with {base.in_features} features in the last place; got {got}")
+        lora_A, lora_B = lora or (None, None)
+        return adapted_linear(
+            x,
+            weight,
+            base.bias,
+            lora_A,
+            lora_B,
+            scaling=layer.scaling,
+            dropout=layer.dropout if layer.training else 0.0,
+            compute_dtype=getattr(base, "compute_dtype", None),
+        )
+
+    def as_stored(self, delta: Tensor) -> Tensor:
+        return delta
+
+
+class _TokenColumns(torch.autograd.Function):
+    """A[:, tokens] as `(*tokens.shape, rank)`, with the gradients that torch.nn.Embedding would give its weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, lora_A: Tensor, tokens: Tensor, padding_idx: int | None, scale_by_freq: bool, sparse: bool
+    ) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.width, ctx.options = lora_A.shape[1], (-1 if padding_idx is None else padding_idx, scale_by_freq, sparse)
+        return F.embedding(tokens, lora_A.T)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (tokens,) = ctx.saved_tensors
+        padding_idx, scale_by_freq, sparse = ctx.options
+        # aten's backward of an embedding lookup, for a weight of shape (width, rank).
+        rows = torch.ops.aten.embedding_backward(grad, tokens, ctx.width, padding_idx, scale_by_freq, sparse)
+        if not sparse:
+            return rows.T, None, None, None, None
+        # A is stored the other way round: the same values, with the token as second index.
+        (token_index,), values = rows._indices(), rows._values()
+        rank = values.shape[1]
+        first = torch.arange(rank, device=values.device).repeat(token_index.numel())
+        index = torch.stack((first, token_index.repeat_interleave(rank)))
+        columns = torch.sparse_coo_tensor(index, values.reshape(-1), (rank, ctx.width), check_invariants=False)
+        return columns, None, None, None, None
+
+
+class EmbeddingKind:
+    def features(self, base: Any) -> tuple[int, int]:
+        return base.num_embeddings, base.embedding_dim
+
+    def _check_tokens(self, base: Any, tokens: Tensor) -> None:
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"an embedding takes tokens of dtype int64 or int32; got {tokens.dtype}")
+
+    def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
+        base: Any = layer.base_layer
+        self._check_tokens(base, x)
+        try:
+            y = F.embedding(x, weight) if isinstance(weight, Tensor) else weight.rows(x, base.output_dtype)
+        except IndexError as error:
+            bad = x[(x < 0) | (x >= base.num_embeddings)]
+            raise InputError(
+                f"tokens must be in [0, {base.num_embeddings}); got {int(bad[0])}"
+                f"{f' and {bad.numel() - 1} more' if bad.numel() > 1 else ''}"
+            ) from error
+        if lora is not None:
+            lora_A, lora_B = lora
+            frequency, sparse = getattr(base, "scale_grad_by_freq", False), getattr(base, "sparse", False)
+            low = _TokenColumns.apply(lora_A, x, base.padding_idx, frequency, sparse)
+            low = F.dropout(low, layer.dropout, layer.training).to(y.dtype)
+            y = y + (low @ lora_B.to(y.dtype).T) * layer.scaling
+        return self._limit_norm(base, y)
+
+    def _limit_norm(self, base: Any, rows: Tensor) -> Tensor:
+        """Rows longer than `max_norm` are shortened to it: those that are returned, not those that are stored."""
+        if getattr(base, "max_norm", None) is None:
+            return rows
+        norm = rows.norm(base.norm_type, dim=-1, keepdim=True)
+        return torch.where(norm > base.max_norm, rows * (base.max_norm / (norm + MAX_NORM_EPS)), rows)
+
+    def as_stored(self, delta: Tensor) -> Tensor:
+        return delta.T
+
+
+def kind_of(base: nn.Module) -> Kind | None:
+    """How this layer is adapted, from what it offers; None for a layer that cannot be."""
+    # nn.MultiheadAttention reads the weight of its out_proj itself and never calls it: an adapter there does nothing.
+    if type(base).__name__ == "NonDynamicallyQuantizableLinear":
+        return None
+    weight = getattr(base, "weight", None)
+    if len(getattr(weight, "shape", ())) != 2:
+        return None
+    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+        return LinearKind()
+    if hasattr(base, "num_embeddings") and hasattr(base, "embedding_dim"):
+        return EmbeddingKind()
+    return None
+
+
+class LoraLayer(nn.Module):
+    """y = W0 x + scaling * B A x, scaling = alpha / rank, around any linear or embedding layer, packed or not.
+
+    (LoRA: arXiv:2106.09685, section 4.1.) lora_A `(rank, in)`, lora_B `(out, rank)`; an embedding has
+    in = vocabulary and looks A up by token. Only A and B are trainable: the base is frozen here.
+    dropout acts in training, on the input of A (linear) or on the looked-up columns of A (embedding).
+
+    merge_weights: permits the method of that name. Raises ConfigError for rank < 1, alpha that is not finite or
+    dropout outside [0, 1), TargetError for a base that is neither linear nor embedding.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    merged_weight: Tensor | None
+
+    def __init__(
+        self,
+        rank: int,
+        alpha: float,
+        base_layer: nn.Module,
+        merge_weights: bool = True,
+        dropout: float = 0.1,
+        *,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        check_lora_numbers(rank, alpha, dropout)
+        if not adapter_dtype.is_floating_point:
+            raise ConfigError(f"adapter_dtype must be a float dtype; got {adapter_dtype}")
+        kind = kind_of(base_layer)
+        if kind is None or isinstance(base_layer, LoraLayer):
+            raise TargetError(f"a {type(base_layer).__name__} cannot be adapted; LoraLayer takes linear or embedding layers")
+        self.rank, self.alpha, self.dropout = rank, alpha, float(dropout)
+        self.merge_permitted = merge_weights
+        self.adapter_enabled = True
+        self.kind = kind
+        self.base_layer = base_layer.requires_grad_(False)
+        self.in_features, self.out_features = kind.features(base_layer)
+        device = self.base_layer.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=adapter_dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=adapter_dtype, device=device))
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.register_load_state_dict_post_hook(_merge_again)
+        LoraLayer.reset_parameters(self)
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def merged(self) -> bool:
+        """Whether the low-rank term is in the weight that `forward` uses."""
+        return self.merged_weight is not None
+
+    @property
+    def weight(self) -> Any:
+        """The weight that is in use: W0, or W0 + scaling * B A while merged."""
+        return self.base_layer.weight if self.merged_weight is None else self.merged_weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.base_layer, "bias", None)
+
+    def reset_parameters(self) -> None:
+        """A from N(0, 0.02), B zero: the layer computes what its base does. An embedding's padding token has A = 0."""
+        nn.init.normal_(self.lora_A, mean=0, std=INIT_STD)
+        nn.init.zeros_(self.lora_B)
+        padding_idx = getattr(self.base_layer, "padding_idx", None)
+        if padding_idx is not None:
+            with torch.no_grad():
+                self.lora_A[:, padding_idx].zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        lora = (self.lora_A, self.lora_B)
+        if self.merged_weight is not None and self.adapter_enabled:
+            return self.kind.apply(self, x, self.merged_weight, None)
+        return self.kind.apply(self, x, self.base_layer.weight, lora if self.adapter_enabled else None)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """scaling * B A in fp32, in the orientation of the base weight."""
+        delta = self.lora_B.float() @ self.lora_A.float()
+        return self.kind.as_stored(delta.mul_(self.scaling))
+
+    @torch.no_grad()
+    def effective_weight(self, dtype: torch.dtype, name: str = "the merged weight") -> Tensor:
+        """W0 + scaling * B A, unpacked and summed in fp32, then cast. QuantizationError, naming it, on overflow."""
+        delta = self.delta_weight()
+        return cast_finite(delta.add_(dense(self.base_layer.weight, torch.float32)), dtype, name)
+
+    def merge_weights(self, dtype: torch.dtype | None = None, name: str = "the merged weight") -> None:
+        """Uses W0 + scaling * B A from now on; does nothing if it does already.
+
+        dtype: of the merged weight; None keeps the base's own, or what a packed base computes in (fp32 if that is
+        the input's). Raises ConfigError if the layer was made with merge_weights=False.
+        """
+        if not self.merge_permitted:
+            raise ConfigError("this layer was made with merge_weights=False and must not be merged")
+        if self.merged_weight is None:
+            self.merged_weight = self.effective_weight(dtype or self._merge_dtype(), name)
+
+    def unmerge_weights(self) -> None:
+        """Uses W0 and the low-rank term apart again; W0 was never changed. Does nothing if they are apart already."""
+        if not self.merge_permitted:
+            raise ConfigError("this layer was made with merge_weights=False and is never merged")
+        self.merged_weight = None
+
+    def _merge_dtype(self) -> torch.dtype:
+        base: Any = self.base_layer
+        if isinstance(base.weight, Tensor):
+            return base.weight.dtype
+        return getattr(base, "compute_dtype", None) or getattr(base, "output_dtype", torch.float32)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, merged={self.merged}"
+
+
+def _merge_again(layer: nn.Module, incompatible: Any) -> None:
+    """After a merged layer was given other values, its merged weight is theirs."""
+    if isinstance(layer, LoraLayer) and layer.merged_weight is not None:
+        layer.merged_weight = layer.effective_weight(layer.merged_weight.dtype)
+
+
+class LinearWithLoRA(LoraLayer):
+    """A LoraLayer around a new `nn.Linear(fan_in, fan_out, bias)`: x `(..., fan_in)` -> `(..., fan_out)`. No dropout."""
+
+    def __init__(
+        self, fan_in: int, fan_out: int, rank: int, alpha: float = 1, bias: bool = True, merge_weights: bool = True
+    ) -> None:
+        super().__init__(rank, alpha, nn.Linear(fan_in, fan_out, bias=bias), merge_weights, dropout=0.0)
+
+
+class Embedding(LoraLayer):
+    """A LoraLayer around a new `nn.Embedding(vocab_size, embed_dim)` with its options. No dropout.
+
+    padding_idx: that row is zero, and stays so. max_norm and norm_type limit what is returned; the stored weight
+    keeps its length. scale_grad_by_freq and sparse are those of the gradient of A, the only one by token.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embed_dim: int,
+        rank: int,
+        alpha: float = 1,
+        merge_weights: bool = True,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> None:
+        base = nn.Embedding(vocab_size, embed_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        super().__init__(rank, alpha, base, merge_weights, dropout=0.0)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weight from N(0, 1 / sqrt(vocab_size)) with a zero padding row; A and B as in LoraLayer."""
+        base = self.base_layer
+        assert isinstance(base, nn.Embedding)
+        nn.init.normal_(base.weight, mean=0, std=1 / math.sqrt(base.num_embeddings))
+        if base.padding_idx is not None:
+            with torch.no_grad():
+                base.weight[base.padding_idx].zero_()
+        super().reset_parameters()

@@ -1,0 +1,135 @@
+"""A frozen linear map and its low-rank term as one autograd node.
+
+What plain autograd would do for y = W0 x + s B A x (s = alpha / rank):
+keep x for A, keep A x for B, keep s B A x for the addition, and, when W0 is packed, keep the whole
+unpacked W0 until backward. This node keeps x and A x only. W0 is unpacked a second time in backward,
+which costs far less than holding it; the low-rank term is added into the product in place; no gradient
+is formed for anything frozen. Dropout keeps a seed instead of a mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._mode_utils import no_dispatch
+
+from qlora_lite.errors import QuantizationError
+
+
+class Packed(Protocol):
+    """A weight that is not a tensor but can be made into one."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor: ...
+
+
+def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    """The weight as an ordinary tensor of this dtype; the weight itself where it is one already."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+
+
+def cast_finite(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in another floating dtype; QuantizationError if a value is, or becomes, NaN or infinite."""
+    result = tensor.to(dtype)
+    if result.isfinite().all():
+        return result
+    if not tensor.isfinite().all():
+        raise QuantizationError(f"{name} holds NaN or infinity, which cannot be merged or exported; check the training")
+    largest = float(tensor.abs().max())
+    limit = torch.finfo(dtype).max
+    raise QuantizationError(f"{name} reaches {largest:g}, above {limit:g}, the limit of {dtype}; use bfloat16 instead")
+
+
+def draw_seed() -> int:
+    """A seed out of torch's default generator, which recomputation under checkpointing rewinds.
+
+    Drawn outside of any dispatch mode: under fake tensors it would have no value.
+    """
+    with no_dispatch():
+        return int(torch.randint(2**62, ()))
+
+
+def dropout_mask(like: Tensor, probability: float, seed: int) -> Tensor:
+    """Zeros with this probability, 1 / (1 - probability) elsewhere; the same seed gives the same mask."""
+    mask = torch.empty_like(like)
+    generator = None
+    if type(like) is Tensor:
+        generator = torch.Generator(like.device).manual_seed(seed)
+    return mask.bernoulli_(1 - probability, generator=generator).div_(1 - probability)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """y = x W0^T + bias + s (m * x) A^T B^T over rows x; m is the dropout mask, or 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | Packed,
+        bias: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        y = F.linear(x, dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+        ctx.weight, ctx.scaling, ctx.dropout, ctx.seed = weight, scaling, dropout, 0
+        if lora_A is None or lora_B is None:
+            ctx.save_for_backward()
+            return y
+        dropped = x
+        if dropout > 0:
+            ctx.seed = draw_seed()
+            dropped = dropout_mask(x, dropout, ctx.seed).mul_(x)
+        low = dropped @ lora_A.to(x.dtype).T
+        y.addmm_(low, lora_B.to(x.dtype).T, alpha=scaling)
+        ctx.save_for_backward(x, low, lora_A, lora_B)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, _, need_bias, need_A, need_B, _, _ = ctx.needs_input_grad
+        grad_x = grad @ dense(ctx.weight, grad.dtype) if need_x else None
+        grad_bias = grad.sum(0) if need_bias else None
+        saved = ctx.saved_tensors  # asked once: under checkpointing, asking is what recomputes
+        if not saved:
+            return grad_x, None, grad_bias, None, None, None, None
+        x, low, lora_A, lora_B = saved
+        grad_low = (grad @ lora_B.to(grad.dtype)).mul_(ctx.scaling)
+        grad_B = (grad.T @ low).to(lora_B.dtype).mul_(ctx.scaling) if need_B else None
+        mask = dropout_mask(x, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
+        if grad_x is not None and mask is None:
+            grad_x.addmm_(grad_low, lora_A.to(grad.dtype))
+        elif grad_x is not None:
+            grad_x.addcmul_(grad_low @ lora_A.to(grad.dtype), cast(Tensor, mask))
+        grad_A = None
+        if need_A:
+            dropped = x if mask is None else mask.mul_(x)
+            grad_A = (grad_low.T @ dropped).to(lora_A.dtype)
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor | Packed,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y = W0 x + bias + scaling * B A dropout(x), with W0 frozen.
+
+    x `(..., in)`, weight `(out, in)`, bias `(out,)`, lora_A `(rank, in)`, lora_B `(out, rank)` -> `(..., out)`.
+    Computed in `compute_dtype` (None: x's own) and returned in x's dtype; A and B may be of any float dtype.
+    Gradients: x, bias, lora_A, lora_B; never the weight. Not twice differentiable.
+    """
+    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype or x.dtype)
+    y = _AdaptedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, dropout)
+    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]

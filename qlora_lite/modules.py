@@ -1,0 +1,58 @@
+"""Naming and replacing modules inside a model: what packing the base and adding adapters have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from qlora_lite.errors import TargetError
+
+
+def answers_to(name: str, wanted: str) -> bool:
+    """Whether a module's dotted name is `wanted`, or ends with it at a dot."""
+    return name == wanted or name.endswith("." + wanted)
+
+
+def check_all_matched(setting: str, wanted: Iterable[str], names: Iterable[str]) -> None:
+    """Raises TargetError that lists every wanted name which no module answers to, and the last parts there are."""
+    names = list(names)
+    lost = [name for name in wanted if not any(answers_to(candidate, name) for candidate in names)]
+    if lost:
+        has = ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"
+        raise TargetError(f"{setting} {lost} matched no layer; this model has: {has}")
+
+
+def _below_any(name: str, above: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in above for depth in range(1, len(parts)))
+
+
+def replace_modules_(model: nn.Module, make: Callable[[str, nn.Module], nn.Module | None]) -> list[str]:
+    """Puts `make(name, module)` in the place of every module for which it is not None; returns their names in order.
+
+    A module registered under several names is made once and replaced under all of them. Nothing below a replaced
+    module is visited. A replaced module is let go before the next one is made.
+    """
+    names_of: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of.setdefault(id(module), []).append(name)
+    replaced: set[str] = set()
+    order: list[str] = []
+    for names in names_of.values():
+        standing = [name for name in names if not _below_any(name, replaced)]
+        if not standing:
+            continue
+        old = model.get_submodule(standing[0])
+        new = make(standing[0], old)
+        if new is None:
+            continue
+        if not standing[0]:
+            raise TargetError(f"the model itself is the {type(old).__name__} to replace; put it into a container")
+        for name in standing:
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, new)
+        replaced.update(standing)
+        order.append(standing[0])
+        del old
+    return order

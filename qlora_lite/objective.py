@@ -1,0 +1,65 @@
+"""Which loss a model is trained with: the one without logits where it equals the model's own, else the model's.
+
+Both are sums over labelled tokens, so that gradients of several batches add up to those of one large batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite import hub
+from qlora_lite.errors import ConfigError
+from qlora_lite.loss import IGNORE_INDEX, linear_cross_entropy
+
+Batch = dict[str, Tensor]
+PROBE_TOKENS = 64
+# bf16 keeps 8 bits: two orders of summation may differ by about 2^-8 in a logit, and by less in their mean loss.
+PROBE_TOLERANCE = 5e-3
+
+
+def labelled_tokens(batch: Batch) -> int:
+    """How many tokens of the batch are predicted; the first of a row never is."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def headless_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum over labelled tokens of the cross-entropy, from the last hidden state and the head's weight."""
+    head: Any = hub.head_of(model)
+    hidden = hub.hidden_states(model, batch)[:, :-1]
+    hidden = hidden.to(getattr(head, "compute_dtype", None) or hidden.dtype)
+    return linear_cross_entropy(hidden, head.weight, batch["labels"][:, 1:], head.bias, reduction="sum")
+
+
+def own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum over labelled tokens of the loss that the model itself computes as a mean over them."""
+    loss = getattr(model(**batch, use_cache=False), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ConfigError(f"a {type(model).__name__} returns no loss for labels; train needs a causal language model")
+    return loss * labelled_tokens(batch)
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, batch: Batch) -> str | None:
+    """Compares the two losses on the start of one row; says how they differ if they do."""
+    row = {name: value[:1, :PROBE_TOKENS] for name, value in batch.items()}
+    row["labels"] = row["input_ids"].clone()
+    training = model.training
+    model.eval()
+    try:
+        theirs, ours = float(own_loss(model, row)), float(headless_loss(model, row))
+    finally:
+        model.train(training)
+    if abs(theirs - ours) <= PROBE_TOLERANCE * abs(theirs):
+        return None
+    return f"on a probe its own loss is {theirs:.6g} and the one without logits {ours:.6g}"
+
+
+def choose_loss(model: nn.Module, batch: Batch) -> tuple[Callable[[nn.Module, Batch], Tensor], str | None]:
+    """The loss to train with, and why it is the model's own; None where it is the one without logits."""
+    why_not = hub.why_not_headless(model)
+    why_not = _probe(model, batch) if why_not is None else why_not
+    return (headless_loss, None) if why_not is None else (own_loss, why_not)

@@ -1,0 +1,51 @@
+"""What a person sees while training runs: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from qlora_lite.memory.report import readable_bytes
+
+LINES_WITHOUT_TERMINAL = 10
+
+
+class Step(Protocol):
+    """The figures that are shown of a step."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    tokens_per_second: float
+    peak_bytes: int | None
+
+
+def described(step: Step) -> str:
+    """loss, gradient norm, speed and peak memory of a step in one line."""
+    peak = "" if step.peak_bytes is None else f"  peak {readable_bytes(step.peak_bytes)}"
+    return f"loss {step.loss:.4f}  gradient {step.gradient_norm:.3f}  {step.tokens_per_second:.0f} tokens/s{peak}"
+
+
+@contextmanager
+def training_progress(steps: int, shown: bool) -> Iterator[Callable[[Step], None]]:
+    """A function to call after each step. On stderr, so that stdout stays what a program printed."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not shown:
+        yield lambda step: None
+    elif not console.is_terminal:
+        every = max(1, steps // LINES_WITHOUT_TERMINAL)
+
+        def line(step: Step) -> None:
+            if step.step % every == 0 or step.step in (1, steps):
+                console.print(f"step {step.step}/{steps}  {described(step)}", highlight=False, soft_wrap=True)
+
+        yield line
+    else:
+        text = TextColumn("{task.fields[figures]}")
+        with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text, console=console) as bar:
+            task = bar.add_task("train", total=steps, figures="")
+            yield lambda step: bar.update(task, completed=step.step, figures=described(step))

@@ -1,0 +1,290 @@
+"""Packs frozen weights with bitsandbytes' functions and unpacks them again, under modules of our own.
+
+bitsandbytes' modules are not used: on a CPU with AVX512-BF16 the forward pass of its `Linear4bit`, called once
+in eval mode, re-packs the weight in place, after which gradients and merges are wrong without a word. Its codes
+and statistics are kept: what is packed here unpacks there, bit for bit.
+
+Reading order: how one weight is packed and unpacked in each format -> `PackedWeight` -> the two layers that hold one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite.config import QuantConfig
+from qlora_lite.errors import InputError, QuantizationError
+from qlora_lite.formats import NESTED_BLOCKSIZE, block_count, format_named, packed_bytes, storage_bytes
+from qlora_lite.low_rank import adapted_linear
+
+
+def import_bitsandbytes(module: str) -> Any:
+    """A module of bitsandbytes, without the warning logged at import on CPUs whose optional kernels we do not use."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        return importlib.import_module(module)
+    finally:
+        logger.disabled = disabled
+
+
+bnb = import_bitsandbytes("bitsandbytes.functional")
+ops = torch.ops.bitsandbytes
+
+# A multiple of every block size; bounds the fp32 temporaries of packing to a few times 4 MiB.
+CHUNK_VALUES = 1 << 20
+# The AVX-512 kernel is inexact from 2048 on and falls back to a compiled one; a block of 2048 with one absmax is
+# two blocks of 1024 with that absmax.
+LARGEST_KERNEL_BLOCK = 1024
+
+
+def check_packable(weight: Tensor, name: str) -> None:
+    """Raises QuantizationError, naming the tensor, unless it is a matrix of finite floats with values in it."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        got = f"{tuple(weight.shape)} of {weight.dtype}"
+        raise QuantizationError(f"{name} must be a matrix of floats to be packed; got {got}")
+    if weight.numel() == 0:
+        raise QuantizationError(f"{name} has no values: {tuple(weight.shape)}; leave it unpacked (skip_modules)")
+    # aminmax hands NaN on and makes no temporary; the weight is searched only on failure.
+    low, high = weight.detach().aminmax()
+    if not (low.isfinite() & high.isfinite()):
+        index = tuple(int(i) for i in (~weight.isfinite()).nonzero()[0])
+        value = float(weight[index])
+        raise QuantizationError(f"{name} holds {value} at index {index} and cannot be packed; repair the checkpoint")
+
+
+@functools.cache
+def _nested_code() -> tuple[float, ...]:
+    return tuple(bnb.create_dynamic_map().tolist())
+
+
+def _pack_blocks(into: PackedWeight, weight: Tensor) -> None:
+    """Fills packed codes and absmax, `CHUNK_VALUES` values at a time."""
+    flat = weight.reshape(-1)
+    absmax = torch.empty(block_count(flat.numel(), into.blocksize), dtype=torch.float32, device=weight.device)
+    for start in range(0, flat.numel(), CHUNK_VALUES):
+        chunk = flat[start : start + CHUNK_VALUES]
+        codes, chunk_absmax = ops.quantize_4bit(chunk, into.blocksize, into.format, torch.uint8)
+        into.packed[start // 2 : start // 2 + codes.numel()] = codes.view(-1)
+        first = start // into.blocksize
+        absmax[first : first + chunk_absmax.numel()] = chunk_absmax
+    if not into.double_quant:
+        into.absmax.copy_(absmax)
+        return
+    offset = absmax.mean()
+    codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    into.absmax.copy_(codes)
+    into.nested_absmax.copy_(state.absmax)
+    into.nested_offset.copy_(offset)
+
+
+def _unpack_blocks(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    absmax = packed.absmax
+    if packed.double_quant:
+        absmax = ops.dequantize_blockwise(
+            absmax, packed.nested_absmax, packed.nested_code, NESTED_BLOCKSIZE, torch.float32
+        ).add_(packed.nested_offset)
+    blocksize = packed.blocksize
+    if blocksize > LARGEST_KERNEL_BLOCK:
+        absmax = absmax.repeat_interleave(blocksize // LARGEST_KERNEL_BLOCK)
+        blocksize = LARGEST_KERNEL_BLOCK
+    target = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+    shape: tuple[int, ...] = tuple(packed.shape)
+    if shape[-1] % 2 == 0:
+        return ops.dequantize_4bit(packed.packed, absmax, blocksize, packed.format, shape, target).to(dtype)
+    # The kernel wants an even row length; codes are laid out flat, so the whole weight can be one row.
+    values = math.prod(shape)
+    row = ops.dequantize_4bit(packed.packed, absmax, blocksize, packed.format, (1, values + values % 2), target)
+    return row.view(-1)[:values].view(shape).to(dtype)
+
+
+def _pack_rows(into: PackedWeight, weight: Tensor) -> None:
+    """Fills int8 codes and the absmax of each row; from fp16, as bitsandbytes does it on every device."""
+    rows = max(1, CHUNK_VALUES // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        chunk = weight[start : start + rows]
+        codes, absmax, _ = bnb.int8_vectorwise_quant(chunk.to(torch.float16))
+        # A row of zeros has absmax 0 and its codes are 0 / 0.
+        codes.masked_fill_((absmax == 0).unsqueeze(1), 0)
+        into.packed[start : start + rows] = codes
+        into.absmax[start : start + rows] = absmax
+
+
+def _unpack_rows(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    values = torch.empty(packed.shape, dtype=dtype, device=packed.packed.device)
+    rows = max(1, CHUNK_VALUES // packed.shape[1])
+    for start in range(0, packed.shape[0], rows):
+        part = slice(start, start + rows)
+        values[part] = ops.int8_vectorwise_dequant(packed.packed[part], packed.absmax[part])
+    return values
+
+
+@dataclass(frozen=True)
+class Actions:
+    """One row of actions: fill a `PackedWeight` from a tensor, and make a tensor from it."""
+
+    pack: Callable[[PackedWeight, Tensor], None]
+    unpack: Callable[[PackedWeight, torch.dtype], Tensor]
+
+
+ACTIONS = {
+    "nf4": Actions(_pack_blocks, _unpack_blocks),
+    "fp4": Actions(_pack_blocks, _unpack_blocks),
+    "int8": Actions(_pack_rows, _unpack_rows),
+}
+
+
+class PackedWeight(nn.Module):
+    """A frozen matrix of shape `(rows, columns)` in one of the packed formats (equations in formats.py).
+
+    Its buffers are exactly `storage_bytes()` bytes. They move between devices with the model, and nothing casts
+    them: `.half()` or `.to(dtype)` on a model leaves every bit in place. A new one holds zeros.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    nested_offset: Tensor
+    nested_code: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        format: str,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        facts = format_named(format)
+        self.shape, self.format, self.blocksize = torch.Size(shape), format, blocksize
+        self.double_quant = double_quant and facts.blockwise
+
+        def buffer(name: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
+            self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device))
+
+        if not facts.blockwise:
+            buffer("packed", shape, torch.int8)
+            buffer("absmax", (shape[0],), torch.float32)
+            return
+        blocks = block_count(math.prod(shape), blocksize)
+        buffer("packed", (packed_bytes(shape, format),), torch.uint8)
+        buffer("absmax", (blocks,), torch.uint8 if self.double_quant else torch.float32)
+        if self.double_quant:
+            buffer("nested_absmax", (block_count(blocks, NESTED_BLOCKSIZE),), torch.float32)
+            buffer("nested_offset", (), torch.float32)
+            code = torch.tensor(_nested_code(), dtype=torch.float32, device=device)
+            self.register_buffer("nested_code", code, persistent=False)
+
+    @classmethod
+    def of(cls, weight: Tensor, config: QuantConfig, format: str | None = None, name: str = "weight") -> PackedWeight:
+        """Packs a matrix. Raises QuantizationError, naming it, for NaN, infinity, or a wrong dtype or shape."""
+        check_packable(weight, name)
+        source = weight.detach()
+        new = cls(
+            (weight.shape[0], weight.shape[1]),
+            format or config.format,
+            config.blocksize,
+            config.double_quant,
+            weight.device,
+        )
+        half = torch.finfo(torch.float16).max
+        if new.format == "int8" and (largest := float(max(source.max(), -source.min()))) > half:
+            raise QuantizationError(f"{name} reaches {largest:g}, above {half:g}, the limit of int8 rows; use nf4")
+        ACTIONS[new.format].pack(new, source.float() if source.dtype == torch.float64 else source)
+        return new
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the values are stored as: uint8 or int8."""
+        return self.packed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def storage_bytes(self) -> int:
+        """Bytes of values and statistics, from the formula; equal to what the buffers hold."""
+        return storage_bytes(tuple(self.shape), self.format, self.blocksize, self.double_quant)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The whole matrix in this dtype, as a new tensor."""
+        return ACTIONS[self.format].unpack(self, dtype)
+
+    def rows(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of an int8 matrix by number: tokens of any shape -> `(*tokens.shape, columns)`."""
+        flat = tokens.reshape(-1)
+        codes = self.packed.index_select(0, flat)
+        values = ops.int8_vectorwise_dequant(codes, self.absmax.index_select(0, flat)).to(dtype)
+        return values.view(*tokens.shape, self.shape[1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move_only, recurse)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        blocks = f", blocksize={self.blocksize}, double_quant={self.double_quant}" if self.format != "int8" else ""
+        return f"{tuple(self.shape)}, format={self.format}{blocks}"
+
+
+class QuantizedLinear(nn.Module):
+    """y = W0 x + bias with W0 `(out, in)` packed and frozen; x `(..., in)` -> y `(..., out)` in x's dtype.
+
+    The product is computed in `compute_dtype`, or in x's dtype if that is None. Gradients flow to x and the bias.
+    """
+
+    def __init__(
+        self, weight: PackedWeight, bias: nn.Parameter | None = None, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.compute_dtype = compute_dtype
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.shape[-1] != self.in_features:
+            got = f"{x.dtype} of shape {tuple(x.shape)}"
+            raise InputError(f"this layer takes floats with {self.in_features} features in the last place; got {got}")
+        return adapted_linear(x, self.weight, self.bias, compute_dtype=self.compute_dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of a frozen int8 matrix `(num_embeddings, embedding_dim)`: tokens `(...)` -> `(..., embedding_dim)`.
+
+    An output head may hold the same `PackedWeight`: a tie is two owners of one module.
+    """
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype, padding_idx: int | None = None) -> None:
+        super().__init__()
+        if weight.format != "int8":
+            raise QuantizationError(f"an embedding is packed by rows, as int8; got {weight.format}")
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.output_dtype = dtype
+        self.padding_idx = padding_idx
+        self.weight = weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.weight.rows(tokens, self.output_dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
+        # `.to(dtype)` must change what is returned, as it would for an nn.Embedding, though no stored float changes.
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype)).dtype
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"

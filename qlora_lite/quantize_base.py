@@ -1,0 +1,184 @@
+"""`quantize_base_`: walks a model and packs its linear layers; takes over those that bitsandbytes has packed already.
+
+bitsandbytes' `Linear4bit` may arrive re-packed: on a CPU with AVX512-BF16 one forward pass in eval mode changes the
+byte order of its weight in place and rounds its statistics to bfloat16. The codes are put back in order exactly; the
+statistics stay as they are, since they are what that model computes with.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite.config import QuantConfig
+from qlora_lite.errors import ConfigError, QuantizationError, TargetError
+from qlora_lite.formats import UNPACKED
+from qlora_lite.modules import answers_to, check_all_matched, replace_modules_
+from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear, bnb, check_packable
+
+BNB_4BIT_MODULES = ("Linear4bit", "LinearNF4", "LinearFP4")
+BNB_8BIT_MODULE = "Linear8bitLt"
+
+
+def _is_bitsandbytes(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("bitsandbytes.")
+
+
+def _assign(packed: PackedWeight, **buffers: Tensor) -> PackedWeight:
+    """Hands existing tensors to an empty `PackedWeight` without copying them."""
+    for name, tensor in buffers.items():
+        expected: Tensor = getattr(packed, name)
+        if tensor.numel() != expected.numel() or tensor.dtype != expected.dtype:
+            got = f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise QuantizationError(
+                f"the packed layer's {name} should be {tuple(expected.shape)} of {expected.dtype}; got {got}"
+            )
+        setattr(packed, name, tensor.detach().view(expected.shape))
+    return packed
+
+
+def adopt_4bit(module: Any, name: str) -> PackedWeight:
+    """The packed weight of a bitsandbytes 4-bit layer; bytes in their own order are shared, re-packed ones put back."""
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        raise QuantizationError(f"{name} is a {type(module).__name__} without packed data; move the model to its device")
+    data: Tensor = module.weight.data
+    absmax: Tensor = state.absmax
+    nested = bool(state.nested)
+    if getattr(state, "packing_format_for_cpu", False):
+        plain = copy.copy(state)
+        plain.original_nested = False  # keeps the statistics as they stand instead of packing them anew
+        data, _ = bnb._convert_weight_packed_for_cpu_inverse(data, plain)
+        absmax, nested = state.absmax.T.reshape(-1).float(), False
+    shape = (int(state.shape[0]), int(state.shape[1]))
+    empty = PackedWeight(shape, state.quant_type, state.blocksize, nested, torch.device("meta"))
+    buffers = {"packed": data.view(torch.uint8), "absmax": absmax}
+    if nested:
+        buffers |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.to(torch.float32)}
+        buffers["nested_code"] = state.state2.code
+    return _assign(empty, **buffers)
+
+
+def adopt_8bit(module: Any, name: str) -> PackedWeight:
+    """The int8 rows of a bitsandbytes `Linear8bitLt`, shared."""
+    state, weight = module.state, module.weight
+    codes = state.CB if state.CB is not None else getattr(weight, "CB", None)
+    absmax = state.SCB if state.SCB is not None else getattr(weight, "SCB", None)
+    codes = weight.data if codes is None else codes
+    if codes.dtype != torch.int8 or absmax is None:
+        raise QuantizationError(f"{name} is a {type(module).__name__} without packed data; move the model to its device")
+    empty = PackedWeight((codes.shape[0], codes.shape[1]), "int8", device=torch.device("meta"))
+    return _assign(empty, packed=codes, absmax=absmax)
+
+
+def quantize_linear(linear: nn.Linear, config: QuantConfig, name: str) -> QuantizedLinear:
+    """A `QuantizedLinear` for this layer; its bias is shared, its weight packed, or taken over if it is already."""
+    compute_dtype = config.compute_dtype
+    if not _is_bitsandbytes(linear):
+        packed = PackedWeight.of(linear.weight, config, name=f"{name}.weight")
+    elif type(linear).__name__ in BNB_4BIT_MODULES:
+        packed = adopt_4bit(linear, name)
+        compute_dtype = compute_dtype or linear.compute_dtype  # type: ignore[assignment]
+    elif type(linear).__name__ == BNB_8BIT_MODULE:
+        packed = adopt_8bit(linear, name)
+    else:
+        raise QuantizationError(f"{name} is a {type(linear).__name__} of bitsandbytes, which is not known here")
+    packed.train(linear.training)
+    return QuantizedLinear(packed, linear.bias, compute_dtype).train(linear.training)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    # nn.MultiheadAttention reads the weight of its out_proj itself and never calls it.
+    return isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
+
+
+def _named_end(model: nn.Module, which: str) -> nn.Module | None:
+    """What `get_input_embeddings` or `get_output_embeddings` of a transformers model answers; None without it."""
+    ask = getattr(model, f"get_{which}_embeddings", None)
+    return ask() if callable(ask) else None
+
+
+def _skip_rule(model: nn.Module, config: QuantConfig) -> Any:
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if config.skip_modules is not None:
+        check_all_matched("skip_modules", config.skip_modules, linears)
+        return lambda name, module: any(answers_to(name, skip) for skip in config.skip_modules or ())
+    head = _named_end(model, "output")
+    return lambda name, module: module is head
+
+
+def _forget_bitsandbytes(model: nn.Module) -> None:
+    """Drops transformers' marks of a bitsandbytes model, which forbid `.to()` and would be saved with it."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        del model.config.quantization_config  # type: ignore[union-attr]
+    for mark in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, mark):
+            setattr(model, mark, None)
+    for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if getattr(model, mark, False):
+            setattr(model, mark, False)
+
+
+def _quantize_ends_(model: nn.Module, config: QuantConfig) -> None:
+    """Packs the input embedding and the output head as int8 rows; tied ones share one `PackedWeight`."""
+    embedding, head = _named_end(model, "input"), _named_end(model, "output")
+    if not isinstance(embedding, nn.Embedding):
+        got = "no get_input_embeddings()" if embedding is None else f"a {type(embedding).__name__}"
+        raise ConfigError(f"embedding_format={config.embedding_format!r} needs a model with an nn.Embedding; got {got}")
+    if embedding.max_norm is not None:
+        raise ConfigError("an embedding with max_norm rewrites its weight and cannot be packed; set embedding_format='none'")
+    tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
+    rows = PackedWeight.of(embedding.weight, config, config.embedding_format, "the input embedding")
+    packed_embedding = QuantizedEmbedding(rows, embedding.weight.dtype, embedding.padding_idx)
+    packed_head = None
+    if isinstance(head, nn.Linear):
+        weight = rows if tied else PackedWeight.of(head.weight, config, config.embedding_format, "the output head")
+        packed_head = QuantizedLinear(weight, head.bias, config.compute_dtype)
+    new = {id(embedding): packed_embedding, id(head): packed_head}
+    replace_modules_(model, lambda name, module: new.get(id(module)))
+
+
+def _check_targets(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Everything that could stop the packing half-way is found here, before the first layer is replaced."""
+    embedding = getattr(_named_end(model, "input"), "weight", None)
+    for name, module in targets.items():
+        if embedding is not None and module.weight is embedding:
+            raise TargetError(
+                f"{name} shares its weight with the input embedding and packing it alone would untie them; "
+                f"leave it out (skip_modules) or pack both (embedding_format='int8')"
+            )
+        if not _is_bitsandbytes(module):
+            check_packable(cast(Tensor, module.weight), f"{name}.weight")
+
+
+def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
+    """Replaces the linear layers of a model by packed ones, one at a time, and returns their names.
+
+    Each full-precision weight is let go before the next is packed. Layers that bitsandbytes packed are taken over as
+    they are, whatever `config.format` says, their bytes shared. `config.embedding_format` packs embedding and head.
+    Raises QuantizationError naming the weight and the first bad index for NaN or infinity, TargetError when there is
+    nothing to pack or a tied head would be packed without its embedding; the model is then as it was.
+    """
+    skip = _skip_rule(model, config)
+
+    def is_target(name: str, module: nn.Module) -> bool:
+        wanted = config.format != UNPACKED or _is_bitsandbytes(module)
+        return _is_plain_linear(module) and wanted and not skip(name, module)
+
+    targets = {name: module for name, module in model.named_modules() if is_target(name, module)}
+    if not targets and config.format != UNPACKED:
+        raise TargetError("no layer to pack: the model has no nn.Linear outside of skip_modules and the output head")
+    _check_targets(model, targets)
+    names = set(targets)
+    del targets  # it would hold every full-precision weight until the end
+    packed = replace_modules_(
+        model,
+        lambda name, module: quantize_linear(cast(nn.Linear, module), config, name) if name in names else None,
+    )
+    if config.embedding_format != UNPACKED:
+        _quantize_ends_(model, config)
+    _forget_bitsandbytes(model)
+    return packed

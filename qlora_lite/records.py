@@ -1,0 +1,110 @@
+"""JSONL on disk -> checked records.
+
+A record is a JSON object of one of these shapes, tried in this order; other keys are ignored:
+
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
+    {"prompt": "...", "completion": "..."}
+    {"instruction": "...", "input": "...", "output": "..."}        `input` may be absent or empty
+    {"text": "..."}
+
+One file may mix them. What is none of them raises CheckpointError with the file and the line.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_lite.errors import CheckpointError
+
+SHAPES: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",))
+SHAPES_IN_WORDS = "messages | prompt, completion | instruction, input (optional), output | text"
+
+Record = dict[str, Any]
+
+
+def read_jsonl(path: str | Path) -> list[Record]:
+    """The records of a JSONL file, one per line that is not blank, each checked.
+
+    Raises CheckpointError with file and line for what is not UTF-8, not an object, or of none of the four shapes.
+    """
+    try:
+        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; expected a JSONL file") from error
+    records = [_parse_line(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not records:
+        raise CheckpointError(f"{path} holds no records; expected one JSON object per line")
+    return records
+
+
+def _parse_line(line: bytes, place: str) -> Record:
+    try:
+        record: Record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        bad = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+        raise CheckpointError(f"{place}: not UTF-8 ({bad}); save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        # The decoder's own sentence counts lines from this one.
+        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        wrong = f"not valid JSON ({why}), got {excerpt(line.decode('utf-8'))}"
+        raise CheckpointError(f"{place}: {wrong}; write one JSON object per line") from error
+    check_record(record, place)
+    return record
+
+
+def excerpt(value: object) -> str:
+    """A value as an error shows it: its repr, cut to 60 characters."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def check_record(record: Any, place: str = "record") -> None:
+    """Raises CheckpointError, beginning with `place`, unless `record` is an object of one of the four shapes."""
+    if not isinstance(record, dict):
+        got = f"{type(record).__name__} {excerpt(record)}"
+        raise CheckpointError(f"{place}: expected a JSON object, got {got}; write one JSON object per line")
+    shape = shape_of(record, place)
+    if shape == ("messages",):
+        _check_messages(record["messages"], place)
+        return
+    for key in shape:
+        _check_string(record[key], key, place)
+    if shape == ("instruction", "output") and record.get("input") is not None:
+        _check_string(record["input"], "input", place)
+
+
+def shape_of(record: Record, place: str) -> tuple[str, ...]:
+    """The keys of the first of SHAPES that the record has; raises CheckpointError if it has none."""
+    for shape in SHAPES:
+        if all(key in record for key in shape):
+            return shape
+    keys = ", ".join(sorted(map(str, record))) or "none"
+    raise CheckpointError(f"{place}: unknown shape with keys {keys}; use one of: {SHAPES_IN_WORDS}")
+
+
+def _check_string(value: object, key: str, place: str) -> None:
+    if not isinstance(value, str):
+        got = f"{type(value).__name__} {excerpt(value)}"
+        raise CheckpointError(f"{place}: {key} must be a string, got {got}; write it as text in quotes")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        got = f"a lone surrogate at character {error.start + 1}"
+        raise CheckpointError(f"{place}: {key} must be valid Unicode, got {got}; remove it") from error
+
+
+def _check_messages(messages: object, place: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        wanted = "messages must be a list of {role, content}, at least one"
+        raise CheckpointError(f"{place}: {wanted}, got {type(messages).__name__} {excerpt(messages)}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise CheckpointError(f"{place}: messages[{i}] must be {{role, content}}, got {excerpt(message)}")
+        _check_string(message["role"], f"messages[{i}].role", place)
+        _check_string(message["content"], f"messages[{i}].content", place)
+    roles = [message["role"] for message in messages]
+    if "assistant" in roles and "user" not in roles[: roles.index("assistant")]:
+        wanted = "messages must have a user message before the first assistant message"
+        raise CheckpointError(f"{place}: {wanted}, got roles {', '.join(roles)}; add the question that is answered")

@@ -1,0 +1,236 @@
+"""Folders of safetensors files: reading that checks names first, writing that never leaves half a folder.
+
+Files are written here, not by the safetensors package, because that one needs every tensor of a file in memory at
+once. The format is a length (8 bytes, little endian), a JSON header of that length with the dtype, shape and byte
+range of each tensor, and the bytes (https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_lite.errors import CheckpointError
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor that is made when its turn to be written comes; its layout is known before."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def planned(tensor: Tensor) -> PlannedTensor:
+    """An existing tensor as a plan."""
+    return PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _header(tensors: Mapping[str, PlannedTensor]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.bytes
+        dtype = SAFETENSORS_DTYPES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
+    """Writes one file, a tensor at a time in the order given, and syncs it to disk."""
+    with open(path, "wb") as file:
+        file.write(_header(tensors))
+        for name, plan in tensors.items():
+            tensor = plan.make().detach().cpu().contiguous()
+            if tuple(tensor.shape) != plan.shape or tensor.dtype != plan.dtype:
+                got = f"{tuple(tensor.shape)} of {tensor.dtype}"
+                raise CheckpointError(f"{name} was planned as {plan.shape} of {plan.dtype}; got {got}")
+            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes indented JSON and syncs it to disk."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from disk. CheckpointError when the file is missing, unreadable, or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} should hold a JSON object; got a {type(value).__name__}")
+    return value
+
+
+def write_sharded(folder: Path, tensors: Mapping[str, PlannedTensor], max_shard_bytes: int) -> list[str]:
+    """Writes tensors as one file, or as shards of at most that size with an index; returns the file names.
+
+    A tensor larger than a shard gets one of its own. The layout is transformers' (huggingface_hub plans it).
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    shapes = {name: torch.empty(plan.shape, dtype=plan.dtype, device="meta") for name, plan in tensors.items()}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(folder / file, {name: tensors[name] for name in names})
+    if split.is_sharded:
+        total = sum(plan.bytes for plan in tensors.values())
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename})
+    return list(split.filename_to_tensors)
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes it when the block ends well, and disappears when it does not.
+
+    Raises CheckpointError if `target` is a file, or a folder with something in it and `overwrite` is not set.
+    """
+    target = Path(target).absolute()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; name a folder")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise CheckpointError(f"{target} is not empty; name another folder, or ask for overwrite")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+    try:
+        # mkdtemp gives 0700; a folder made in the usual way follows the umask.
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        _sync(temporary)
+        if target.exists():
+            old = temporary.with_suffix(".old")
+            os.rename(target, old)
+            os.rename(temporary, target)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
+
+
+class TensorFiles:
+    """The tensors of a checkpoint folder by name; each is read when asked for.
+
+    Reads `model.safetensors.index.json` and the shards it names, or the single `model.safetensors`. Every file must
+    be a plain `.safetensors` name inside the folder. Raises CheckpointError for anything else, before reading.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if (folder / INDEX_FILE).is_file():
+            listed = read_json(folder / INDEX_FILE).get("weight_map")
+            if not isinstance(listed, dict) or not listed:
+                raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map")
+            self.file_of = {name: self._checked(file) for name, file in listed.items()}
+        elif (folder / SINGLE_FILE).is_file():
+            path = self._checked(SINGLE_FILE)
+            self.file_of = dict.fromkeys(_names_in(path), path)
+        else:
+            raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+    def _checked(self, file: object) -> Path:
+        plain = isinstance(file, str) and file == os.path.basename(file) and file.endswith(".safetensors")
+        if not plain:
+            raise CheckpointError(f"{self.folder / INDEX_FILE} names {file!r}, which is no plain .safetensors file name")
+        path = self.folder / str(file)
+        if not path.is_file():
+            raise CheckpointError(f"{path} is named in the index but does not exist")
+        return path
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name, file by file, one in memory at a time."""
+        for path in dict.fromkeys(self.file_of.values()):
+            with opened_safetensors(path) as file:
+                for name in [name for name, where in self.file_of.items() if where == path]:
+                    if name not in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                        raise CheckpointError(f"{path} should hold {name} by the index but does not")
+                    yield name, file.get_tensor(name)
+
+
+@contextmanager
+def opened_safetensors(path: Path) -> Iterator[Any]:
+    """safetensors' own reader of a file; CheckpointError for a file that is not one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
+
+
+def _names_in(path: Path) -> list[str]:
+    with opened_safetensors(path) as file:
+        return list(file.keys())
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file. CheckpointError when it is missing or no safetensors file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    with opened_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,0 +1,226 @@
+"""One readable training loop, on accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from qlora_lite.adapter_files import save_adapter
+from qlora_lite.adapters import adapter_parameters, freeze_base_
+from qlora_lite.checkpointing import checkpointed
+from qlora_lite.config import TrainConfig
+from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError, TargetError, TrainingError
+from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
+from qlora_lite.objective import Batch, choose_loss, labelled_tokens
+from qlora_lite.optim import learning_rate_factor, make_optimizer
+from qlora_lite.progress import training_progress
+
+METRICS_FILE = "metrics.jsonl"
+ADAPTER_FOLDER = "adapter"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step was: one line of metrics.jsonl."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    tokens_per_second: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: a StepMetrics per step, seconds of the whole, and why the model's own loss was used, if it was."""
+
+    steps: list[StepMetrics]
+    seconds: float
+    own_loss_because: str | None
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.steps]
+
+
+def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
+    adapters = adapter_parameters(model)
+    if not adapters:
+        raise TargetError("the model has no adapters to train; add_lora_ or load_adapter_ puts them in")
+    merged = [name for name, layer in model.named_modules() if getattr(layer, "merged", False)]
+    if merged:
+        raise ConfigError(f"{len(merged)} layers are merged, so their adapters would get no gradient; unmerge_lora_ first")
+    frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    if device.type == "cpu" and any(parameter.dtype == torch.float16 for parameter in frozen):
+        raise ConfigError("the model computes in float16, which a CPU does 10 to 100 times slower; load it as bfloat16")
+    return adapters
+
+
+def _micro_batches(batches: Iterable[Batch], config: TrainConfig) -> Iterator[list[Batch]]:
+    """`gradient_accumulation` batches for each step; a sequence or DataLoader starts over when it ends."""
+    again = isinstance(batches, (Sequence, torch.utils.data.DataLoader))
+    stream = itertools.chain.from_iterable(itertools.repeat(batches)) if again else iter(batches)
+    if isinstance(batches, Sequence) and not batches:
+        raise ConfigError("batches is empty")
+    for step in range(config.steps):
+        group = list(itertools.islice(stream, config.gradient_accumulation))
+        if len(group) < config.gradient_accumulation:
+            raise TrainingError(f"the batches ended in step {step + 1} of {config.steps}; give more, or train fewer steps")
+        yield group
+
+
+def _check_gradients(adapters: dict[str, nn.Parameter]) -> None:
+    missing = [name for name, parameter in adapters.items() if parameter.grad is None]
+    if missing:
+        shown = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
+        raise TrainingError(f"{len(missing)} of {len(adapters)} adapter matrices got no gradient in the first step: {shown}")
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    for name in ("input_ids", "labels"):
+        if not isinstance(batch.get(name), Tensor):
+            raise ConfigError(f"a batch must be a dict with tensors input_ids and labels; got {sorted(batch)}")
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+class _Run:
+    """The parts of a run that every step uses."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, profiler: MemoryProfiler | None) -> None:
+        self.accelerator = Accelerator(mixed_precision="no")
+        if self.accelerator.num_processes > 1:
+            raise ConfigError(f"train runs in one process; got {self.accelerator.num_processes}")
+        self.config, self.profiler = config, profiler
+        self.adapters = _check_model(model, self.accelerator.device)
+        freeze_base_(model)
+        optimizer = make_optimizer(self.adapters.values(), config)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.loss: Any = None
+        self.own_loss_because: str | None = None
+        if profiler is not None:
+            profiler.track(self.model, optimizer)
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.profiler is None else self.profiler.phase(name)
+
+    def step(self, number: int, group: list[Batch]) -> StepMetrics:
+        """Forward and backward of each batch, one update. TrainingError before the update if it would spoil it."""
+        began = time.perf_counter()
+        group = [_to_device(batch, self.accelerator.device) for batch in group]
+        labelled = sum(labelled_tokens(batch) for batch in group)
+        if labelled == 0:
+            raise TrainingError(f"no token of step {number} has a label; check the data's completions and truncation")
+        if self.loss is None:
+            self.loss, self.own_loss_because = choose_loss(self.model, group[0])
+        rate = self.config.learning_rate * learning_rate_factor(number - 1, self.config)
+        for options in self.optimizer.param_groups:
+            options["lr"] = rate
+        total = torch.zeros((), device=self.accelerator.device)
+        for batch in group:
+            with self.phase("forward"):
+                loss = self.loss(self.model, batch) / labelled
+            with self.phase("backward"):
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        if number == 1:
+            _check_gradients(self.adapters)
+        with self.phase("optimizer"):
+            norm = self._update(number, float(total))
+        tokens = sum(batch["input_ids"].numel() for batch in group)
+        speed = tokens / (time.perf_counter() - began)
+        return StepMetrics(number, float(total), norm, rate, tokens, speed, peak_bytes(self.accelerator.device))
+
+    def _update(self, number: int, loss: float) -> float:
+        limit = self.config.max_grad_norm
+        clip = self.accelerator.clip_grad_norm_(self.adapters.values(), float("inf") if limit is None else limit)
+        norm = float(clip)
+        for what, value in (("loss", loss), ("gradient norm", norm)):
+            if not torch.tensor(value).isfinite():
+                raise TrainingError(
+                    f"the {what} of step {number} is {value}; the adapters keep their values of step {number - 1}; "
+                    f"lower the learning rate ({self.config.learning_rate:g}) or check the data"
+                )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+@contextlib.contextmanager
+def _in_training(model: nn.Module) -> Iterator[None]:
+    before = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _outputs(model: nn.Module, folder: Path | None) -> Iterator[TextIO | None]:
+    """The metrics file; when the block ends, by an error of ours too, the adapter is saved beside it."""
+    if folder is None:
+        yield None
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics = open(folder / METRICS_FILE, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
+    with metrics:
+        try:
+            yield metrics
+        except (QLoRAError, KeyboardInterrupt):
+            save_adapter(model, folder / ADAPTER_FOLDER, overwrite=True)
+            raise
+        save_adapter(model, folder / ADAPTER_FOLDER, overwrite=True)
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: TrainConfig,
+    *,
+    output_dir: str | Path | None = None,
+    profiler: MemoryProfiler | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Trains the adapters of a model in place, and nothing else.
+
+    batches: dicts of `input_ids` and `labels` `(batch, tokens)`, -100 for no label, and whatever else the model takes.
+    The loss is the mean over all labelled tokens of a step, however they are spread over its batches.
+    output_dir: gets `metrics.jsonl`, a line a step, and the adapter in `adapter/`, also when training stops early.
+    profiler: its phases forward, backward and optimizer are entered.
+    Raises TrainingError when the loss or the gradients are not finite (before they are applied), when an adapter gets
+    no gradient in the first step, or when the batches end too early; ConfigError, TargetError for what cannot be
+    trained. Module modes and forward methods are put back as they were.
+    """
+    torch.manual_seed(config.seed)
+    run = _Run(model, config, profiler)
+    steps: list[StepMetrics] = []
+    began = time.perf_counter()
+    with (
+        _outputs(model, None if output_dir is None else Path(output_dir)) as metrics,
+        _in_training(model),
+        checkpointed(model, config.checkpointing),
+        training_progress(config.steps, progress) as show,
+    ):
+        for number, group in enumerate(_micro_batches(batches, config), start=1):
+            steps.append(run.step(number, group))
+            show(steps[-1])
+            if metrics is not None:
+                metrics.write(json.dumps(asdict(steps[-1])) + "\n")
+                metrics.flush()
+    return TrainResult(steps, time.perf_counter() - began, run.own_loss_because)

@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import gc
+import mmap
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+from qlora_lite.config import QuantConfig
+from qlora_lite.errors import ConfigError
+from qlora_lite.formats import packed_bytes, statistics_bytes
+from qlora_lite.memory import measure
+from qlora_lite.memory.breakdown import Category, MemoryBreakdown
+from qlora_lite.memory.measure import MemoryProfiler, resident_bytes
+from qlora_lite.memory.report import PhaseMemory, render
+from qlora_lite.quantize import PackedWeight, QuantizedLinear
+
+FLOAT = 4
+MIB = 1 << 20
+needs_peak_reset = pytest.mark.skipif(
+    not measure._reset_resident_peak() or resident_bytes("VmHWM") is None,
+    reason="the resident peak can be reset on Linux only, and only where /proc is writable",
+)
+
+
+class Adapted(nn.Module):
+    """A frozen packed base, a frozen norm, and a trained pair: what a quantized model with adapters looks like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = QuantizedLinear(PackedWeight.of(torch.randn(64, 64), QuantConfig(blocksize=64)))
+        self.norm = nn.LayerNorm(64).requires_grad_(False)
+        self.down = nn.Linear(64, 4, bias=False)
+        self.up = nn.Linear(4, 64, bias=False)
+        self.up.weight.data.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        return self.base(x) + self.up(self.down(x))
+
+
+def one_step(profiler: MemoryProfiler, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    with profiler.phase("forward"):
+        loss = model(torch.randn(8, 64)).square().sum()
+    with profiler.phase("backward"):
+        loss.backward()
+    with profiler.phase("optimizer"):
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def measured(profiler: MemoryProfiler, name: str) -> PhaseMemory:
+    phase = profiler.report().phase(name)
+    assert phase is not None
+    return phase
+
+
+def split(phase: PhaseMemory) -> MemoryBreakdown:
+    assert phase.breakdown is not None
+    assert phase.breakdown.total() == phase.live_peak
+    return phase.breakdown
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def test_every_category_of_an_adapted_model_to_the_byte() -> None:
+    model = Adapted()
+    optimizer = torch.optim.AdamW(trained_parameters(model))
+    with MemoryProfiler(model, optimizer) as profiler:
+        for _ in range(2):
+            one_step(profiler, model, optimizer)
+    adapter = 2 * 4 * 64 * FLOAT
+    norm = 2 * 64 * FLOAT
+    for name in ("forward", "backward", "optimizer"):
+        held = split(measured(profiler, name)).by_category()
+        assert held[Category.BASE_WEIGHT] == packed_bytes((64, 64), "nf4") + norm
+        assert held[Category.QUANT_STATE] == statistics_bytes((64, 64), "nf4", 64, True)
+        assert held[Category.ADAPTER] == adapter
+        assert held[Category.OTHER] == 0
+    step_counts = 2 * FLOAT
+    # The largest entry counts: from the second step on, the states live through forward and backward.
+    assert split(measured(profiler, "forward")).by_category()[Category.OPTIMIZER_STATE] == 2 * adapter + step_counts
+    assert split(measured(profiler, "optimizer")).by_category()[Category.OPTIMIZER_STATE] == 2 * adapter + step_counts
+    # Freed by zero_grad before the phase ends, and recognized all the same.
+    assert split(measured(profiler, "optimizer")).by_category()[Category.GRADIENT] == adapter
+
+
+def test_bytes_belong_to_the_layer_that_holds_them() -> None:
+    model = nn.Sequential(Adapted(), Adapted())
+    optimizer = torch.optim.AdamW(trained_parameters(model))
+    with MemoryProfiler(model, optimizer) as profiler:
+        one_step(profiler, model, optimizer)
+    held = split(measured(profiler, "optimizer"))
+    assert held[Category.QUANT_STATE, "1.base"] == statistics_bytes((64, 64), "nf4", 64, True)
+    assert held[Category.BASE_WEIGHT, "1.base"] == packed_bytes((64, 64), "nf4")
+    for layer in ("0.down", "0.up", "1.down", "1.up"):
+        assert held[Category.ADAPTER, layer] == held[Category.GRADIENT, layer] == 4 * 64 * FLOAT
+        assert held[Category.OPTIMIZER_STATE, layer] == 2 * 4 * 64 * FLOAT + FLOAT
+
+
+def test_a_tied_weight_counts_once_under_its_first_name() -> None:
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 50, bias=False)).requires_grad_(False)
+    model[1].weight = model[0].weight
+    with MemoryProfiler(model) as profiler, profiler.phase("forward"):
+        pass
+    assert dict(split(measured(profiler, "forward"))) == {(Category.BASE_WEIGHT, "0"): 50 * 8 * FLOAT}
+
+
+def test_a_model_that_is_made_in_a_phase_is_labelled_from_its_first_byte_on() -> None:
+    with MemoryProfiler() as profiler:
+        with profiler.phase("load"):
+            model = nn.Linear(32, 32, bias=False).requires_grad_(False)
+            torch.zeros(16)
+        profiler.track(model=model)
+    assert split(measured(profiler, "load")).by_category() == {
+        **dict.fromkeys(Category, 0),
+        Category.BASE_WEIGHT: 32 * 32 * FLOAT,
+        Category.TEMPORARY: 16 * FLOAT,
+    }
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(parameter._post_accumulate_grad_hooks or ()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_restored(fails: bool) -> None:
+    model = Adapted()
+    own_hook = model.up.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    optimizer = torch.optim.AdamW(trained_parameters(model))
+    depth, resize = _len_torch_dispatch_stack(), vars(torch.UntypedStorage).get("resize_")
+    outer, inner = MemoryProfiler(model, optimizer), MemoryProfiler(model, optimizer)
+    for _ in range(2):
+        try:
+            with outer, outer.phase("all"), inner:
+                assert hooks_of(model) == 5
+                one_step(inner, model, optimizer)
+                if fails:
+                    raise KeyError("stop")
+        except KeyError:
+            assert fails
+        assert hooks_of(model) == 1
+        assert _len_torch_dispatch_stack() == depth
+        assert vars(torch.UntypedStorage).get("resize_") is resize
+        assert measure._open_peaks == []
+        assert [phase.entries for phase in inner.report().phases] == [1, 1, 1]
+    own_hook.remove()
+
+
+def test_the_profiler_keeps_nothing_alive() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters())
+    with MemoryProfiler(model, optimizer) as profiler:
+        with profiler.phase("step"):
+            model(torch.ones(1, 4)).sum().backward()
+        weight = weakref.ref(model.weight.untyped_storage())
+    del model, optimizer
+    gc.collect()
+    assert weight() is None
+    assert measured(profiler, "step").entries == 1
+
+
+def test_a_phase_belongs_inside_and_a_profiler_opens_once_at_a_time() -> None:
+    profiler = MemoryProfiler()
+    with pytest.raises(ConfigError, match="phase 'load' was entered outside"), profiler.phase("load"):
+        pass
+    with profiler, pytest.raises(ConfigError, match="already open"):
+        profiler.__enter__()
+
+
+def test_without_a_trace_nothing_is_hooked() -> None:
+    model = Adapted()
+    optimizer = torch.optim.AdamW(trained_parameters(model))
+    with MemoryProfiler(model, optimizer, trace=False) as profiler:
+        assert _len_torch_dispatch_stack() == 0
+        assert hooks_of(model) == 0
+        for _ in range(3):
+            one_step(profiler, model, optimizer)
+    phases = profiler.report().phases
+    assert [(phase.name, phase.entries) for phase in phases] == [("forward", 3), ("backward", 3), ("optimizer", 3)]
+    assert all(phase.live_peak is None and phase.breakdown is None for phase in phases)
+    assert all(phase.seconds is not None and phase.seconds > 0 for phase in phases)
+    assert profiler.trace is None
+
+
+def touched(size: int) -> None:
+    """Writes to every page of `size` bytes and gives them back to the system, which malloc would not always do."""
+    with mmap.mmap(-1, size) as pages:
+        for page in range(0, size, mmap.PAGESIZE):
+            pages[page] = 1
+
+
+@needs_peak_reset
+@pytest.mark.parametrize("trace", [False, True])
+def test_a_peak_within_a_phase_is_caught_there_and_nowhere_else(trace: bool) -> None:
+    with MemoryProfiler(trace=trace) as profiler:
+        for size in (64 * MIB, 16 * MIB):
+            with profiler.phase("large"):
+                touched(size)
+        with profiler.phase("small"):
+            pass
+    large, small = measured(profiler, "large"), measured(profiler, "small")
+    for phase in (large, small):
+        assert phase.resident_peak is not None
+        assert phase.resident_start is not None
+        assert phase.resident_end is not None
+    assert 62 * MIB <= large.resident_peak - large.resident_start <= 72 * MIB
+    assert large.resident_end - large.resident_start < 8 * MIB
+    assert small.resident_peak - small.resident_start < 8 * MIB
+
+
+@needs_peak_reset
+def test_an_outer_phase_sees_the_peaks_before_in_and_after_inner_ones() -> None:
+    for before, within, after in ((64, 1, 1), (1, 64, 1), (1, 1, 64)):
+        with MemoryProfiler(trace=False) as outer, outer.phase("outer"):
+            touched(before * MIB)
+            with MemoryProfiler(trace=False) as inner, inner.phase("inner"):
+                touched(within * MIB)
+            touched(after * MIB)
+        whole, part = measured(outer, "outer"), measured(inner, "inner")
+        assert 62 * MIB <= whole.resident_peak - whole.resident_start <= 72 * MIB
+        assert (part.resident_peak - part.resident_start > 62 * MIB) == (within == 64)
+
+
+def test_where_the_peak_cannot_be_reset_it_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measure, "CLEAR_REFS_FILE", str(tmp_path / "nothing" / "clear_refs"))
+    with MemoryProfiler(trace=False) as profiler, profiler.phase("load"):
+        pass
+    assert measured(profiler, "load").resident_peak is None
+    assert "- is not measured" in render(profiler.report())
+    monkeypatch.setattr(measure, "STATUS_FILE", str(tmp_path / "status"))
+    assert resident_bytes() is None
+    (tmp_path / "status").write_text("Name:\tpython\n", encoding="ascii")
+    assert resident_bytes() is None
+
+
+class Device(SimpleNamespace):
+    """Counts as torch.cuda does: a peak that a reset sets back to what is allocated now."""
+
+    allocated, peak, started = 0, 0, False
+
+    def is_initialized(self) -> bool:
+        return self.started
+
+    def use(self, size: int) -> None:
+        self.started = True
+        self.peak = max(self.peak, self.allocated + size)
+
+    def max_memory_allocated(self) -> int:
+        assert self.started
+        return self.peak
+
+    def max_memory_reserved(self) -> int:
+        return self.max_memory_allocated() + 2
+
+    def reset_peak_memory_stats(self) -> None:
+        assert self.started
+        self.peak = self.allocated
+
+    def synchronize(self) -> None:
+        assert self.started
+
+
+def test_an_accelerators_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    monkeypatch.setattr(measure, "_accelerator", lambda: device)
+    with MemoryProfiler(trace=False) as profiler, profiler.phase("outer"):
+        with profiler.phase("idle"):
+            pass
+        device.use(100)
+        for size in (70, 30):
+            with profiler.phase("step"):
+                device.use(size)
+    peaks = {p.name: (p.allocated_peak, p.reserved_peak) for p in profiler.report().phases}
+    assert peaks == {"outer": (100, 102), "idle": (0, 0), "step": (70, 72)}
+
+
+def test_no_accelerator_here_or_one_that_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert measure._accelerator() is None
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert measure._accelerator() is None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert measure._accelerator() is torch.cuda

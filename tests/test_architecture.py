@@ -1,0 +1,374 @@
+"""The shape of the repository, read from its sources with `ast`: who imports whom, how long things get, what is banned.
+
+A lazy import inside a function and one under TYPE_CHECKING count like any other: they too are things a file knows.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "qlora_lite"
+
+# From the ground up; a file imports only from floors strictly below its own.
+FLOORS = (
+    ("errors",),
+    ("formats", "memory.breakdown"),
+    ("config", "storage", "memory.trace", "memory.allocator", "memory.report"),
+    ("quantize", "low_rank", "loss", "optim", "hub"),
+    ("lora",),
+    ("adapters",),
+    ("merge", "adapter_files", "load", "memory.measure", "memory.rehearse", "data"),
+    ("export",),
+    ("train",),
+    ("cli",),
+)
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+# Which files may import a library, wherever in the file the import stands.
+KEEPERS = {
+    "transformers": {"hub"},
+    "bitsandbytes": {"quantize", "optim"},
+    "accelerate": {"train"},
+}
+PICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 50
+FORBIDDEN_FILE_WORDS = {"util", "utils", "helper", "helpers", "manager", "managers", "handler", "handlers"}
+FORBIDDEN_FUNCTION = re.compile(r"_*(process|do)_")
+WITHOUT_MIRROR = {"errors.py", "__init__.py", "__main__.py"}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class Import(NamedTuple):
+    """One imported dotted name; `place` is `module`, `function` or `typing` (under TYPE_CHECKING)."""
+
+    target: str
+    line: int
+    place: str
+
+
+def python_files(*folders: str) -> list[Path]:
+    """Every .py file below these folders of the repository, in order."""
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def code_files() -> list[Path]:
+    return python_files("qlora_lite", "examples", "profiling")
+
+
+def shown(path: Path) -> str:
+    """The path as messages have it: from the repository's root, with slashes."""
+    return path.relative_to(ROOT).as_posix()
+
+
+@functools.cache
+def syntax(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def module_name(path: Path) -> str:
+    """`qlora_lite/memory/trace.py` -> `memory.trace`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def documented(node: ast.AST) -> bool:
+    """Whether the first statement of a module, class or function is its docstring."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None
+
+
+def functions(path: Path) -> Iterator[Function]:
+    yield from (node for node in ast.walk(syntax(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+def last_name(node: ast.expr) -> str:
+    """`a.b.c` -> `c`; anything that is no name -> the empty string."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def imported_names(node: ast.AST, path: Path) -> Iterator[str]:
+    """The dotted names that one syntax node imports; `from a import b` gives `a.b`.
+
+    A call of anything named `…import…` with a string first (`importlib.import_module("x")`) is an import too.
+    """
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        package = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+        source = ".".join((*package, *([node.module] if node.module else [])))
+        yield from (f"{source}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Call) and node.args and "import" in last_name(node.func):
+        first = node.args[0]
+        if isinstance(first, ast.Constant) and isinstance(first.value, str):
+            yield first.value
+
+
+def walk_imports(node: ast.AST, path: Path, place: str) -> Iterator[Import]:
+    yield from (Import(target, getattr(node, "lineno", 0), place) for target in imported_names(node, path))
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        place = "function"
+    guarded = isinstance(node, ast.If) and last_name(node.test) == "TYPE_CHECKING"
+    for field, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from walk_imports(child, path, "typing" if guarded and field == "body" else place)
+
+
+@functools.cache
+def imports(path: Path) -> tuple[Import, ...]:
+    return tuple(walk_imports(syntax(path), path, "module"))
+
+
+def own_module(target: str) -> str | None:
+    """The file of the package that a dotted name comes from: `qlora_lite.config.LoraConfig` -> `config`.
+
+    The door itself is the empty string; None for what is not ours.
+    """
+    parts = target.split(".")
+    if parts[0] != PACKAGE.name:
+        return None
+    for end in range(len(parts), 1, -1):
+        if PACKAGE.joinpath(*parts[1:end]).with_suffix(".py").is_file():
+            return ".".join(parts[1:end])
+    inner = [part for part in parts[1:2] if (PACKAGE / part / "__init__.py").is_file()]
+    return ".".join(inner)
+
+
+def run_fresh(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a Python process of its own, from the repository's root."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def report(what: str, offenders: list[str]) -> None:
+    """Fails with every offender on a line of its own, if there are any."""
+    if offenders:
+        pytest.fail("\n  ".join([f"{what}:", *dict.fromkeys(offenders)]), pytrace=False)
+
+
+def package_files() -> dict[str, Path]:
+    """Every file of the package by its module's name, doors left out."""
+    return {module_name(path): path for path in python_files("qlora_lite") if path.name != "__init__.py"}
+
+
+def test_every_file_stands_on_a_floor() -> None:
+    unlisted = [shown(path) for name, path in package_files().items() if name not in FLOOR_OF]
+    report("files that FLOORS in tests/test_architecture.py does not list", unlisted)
+
+
+def test_files_import_only_from_floors_below() -> None:
+    offenders = []
+    for name, path in package_files().items():
+        for target, line, place in imports(path):
+            below = own_module(target)
+            if below is None or name not in FLOOR_OF or (below and below not in FLOOR_OF):
+                continue
+            if not below:
+                offenders.append(f"{shown(path)}:{line} ({place}) imports the public door by {target}")
+            elif FLOOR_OF[below] >= FLOOR_OF[name]:
+                floors = f"floor {FLOOR_OF[name]} imports {below}, floor {FLOOR_OF[below]}"
+                offenders.append(f"{shown(path)}:{line} ({place}) {floors}")
+    report("imports that do not point down", offenders)
+
+
+def unwanted_imports(paths: list[Path], unwanted: Callable[[str], bool]) -> list[str]:
+    return [
+        f"{shown(path)}:{line} ({place}) imports {target}"
+        for path in paths
+        for target, line, place in imports(path)
+        if unwanted(target)
+    ]
+
+
+def test_package_imports_nothing_from_above_it() -> None:
+    above = {"profiling", "examples", "tests", *(path.stem for path in python_files("profiling", "examples"))}
+    offenders = unwanted_imports(python_files("qlora_lite"), lambda target: target.split(".")[0] in above)
+    report("the package imports scripts or tests", offenders)
+
+
+@pytest.mark.parametrize("library", KEEPERS)
+def test_library_is_imported_by_its_keepers_alone(library: str) -> None:
+    others = [path for path in python_files("qlora_lite") if module_name(path) not in KEEPERS[library]]
+    offenders = unwanted_imports(others, lambda target: target.split(".")[0] == library)
+    report(f"only {', '.join(sorted(KEEPERS[library]))} may import {library}", offenders)
+
+
+def test_memory_door_imports_the_standard_library_at_most() -> None:
+    door = [PACKAGE / "memory" / "__init__.py"]
+    offenders = unwanted_imports(door, lambda target: target.split(".")[0] not in sys.stdlib_module_names)
+    report("importing qlora_lite.memory has to stay cheap", offenders)
+
+
+def test_files_are_short() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in code_files()}
+    offenders = [f"{shown(path)}: {lines}" for path, lines in lengths.items() if lines > MAX_FILE_LINES]
+    report(f"files of more than {MAX_FILE_LINES} lines", offenders)
+
+
+def function_lines(function: Function) -> int:
+    """Lines from `def` to the last one, the docstring not counted."""
+    doc = function.body[0]
+    doc_lines = (doc.end_lineno or doc.lineno) - doc.lineno + 1 if documented(function) else 0
+    return (function.end_lineno or function.lineno) - function.lineno + 1 - doc_lines
+
+
+def test_functions_are_short() -> None:
+    offenders = [
+        f"{shown(path)}:{function.lineno} {function.name}: {function_lines(function)}"
+        for path in code_files()
+        for function in functions(path)
+        if function_lines(function) > MAX_FUNCTION_LINES
+    ]
+    report(f"functions of more than {MAX_FUNCTION_LINES} lines", offenders)
+
+
+def cuda_mentions(path: Path) -> Iterator[int]:
+    """Lines with a string that names the device, or an attribute or import of torch.cuda; docstrings are prose."""
+    prose = {id(node.body[0].value) for node in ast.walk(syntax(path)) if documented(node)}  # type: ignore[attr-defined]
+    for node in ast.walk(syntax(path)):
+        text = node.value if isinstance(node, ast.Constant) and id(node) not in prose else None
+        named = isinstance(text, str) and re.search(r"\bcuda\b", text)
+        if named or (isinstance(node, ast.Attribute) and node.attr in ("cuda", "is_cuda")):
+            yield node.lineno  # type: ignore[attr-defined]
+    yield from (line for target, line, _ in imports(path) if re.match(r"torch\.cuda\b", target))
+
+
+def test_no_device_is_named_outside_memory() -> None:
+    offenders = [
+        f"{shown(path)}:{line}"
+        for path in code_files()
+        if not path.is_relative_to(PACKAGE / "memory")
+        for line in sorted(set(cuda_mentions(path)))
+    ]
+    report("'cuda' or torch.cuda outside qlora_lite/memory/", offenders)
+
+
+def test_profiling_is_no_package() -> None:
+    offenders = [shown(path) for path in python_files("profiling") if path.name == "__init__.py"]
+    report("profiling/ would shadow the standard library's package of that name", offenders)
+
+
+def test_scripts_shadow_no_standard_module() -> None:
+    scripts = python_files("profiling", "examples")
+    offenders = [shown(path) for path in scripts if path.stem in sys.stdlib_module_names]
+    report("scripts named after a module of the standard library", offenders)
+
+
+DOOR_CODE = """
+import sys
+import qlora_lite
+names = {name: getattr(qlora_lite, name) for name in qlora_lite.__all__}
+import torch
+assert names, "qlora_lite.__all__ is empty"
+assert "transformers" not in sys.modules, "transformers was imported"
+assert not torch.cuda.is_initialized(), "CUDA was initialised"
+"""
+
+
+def test_door_opens_quietly_and_without_transformers() -> None:
+    done = run_fresh(DOOR_CODE)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+DOOR_AFTER_MODULES_CODE = """
+import importlib, types
+for name in {modules!r}:
+    importlib.import_module("qlora_lite." + name)
+import qlora_lite
+modules = [name for name in qlora_lite.__all__ if isinstance(getattr(qlora_lite, name), types.ModuleType)]
+assert not modules, "names of the door that are modules once those have been imported: " + ", ".join(modules)
+"""
+
+
+def test_door_gives_the_same_whatever_was_imported_before() -> None:
+    done = run_fresh(DOOR_AFTER_MODULES_CODE.format(modules=sorted(package_files())))
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_are_named_for_what_they_hold() -> None:
+    everywhere = python_files("qlora_lite", "profiling", "examples", "tests")
+    offenders = [shown(path) for path in everywhere if FORBIDDEN_FILE_WORDS & set(path.stem.split("_"))]
+    report("file names that say nothing", offenders)
+
+
+def test_functions_are_named_for_what_they_give() -> None:
+    offenders = [
+        f"{shown(path)}:{function.lineno} {function.name}"
+        for path in python_files("qlora_lite", "profiling", "examples", "tests")
+        for function in functions(path)
+        if FORBIDDEN_FUNCTION.match(function.name)
+    ]
+    report("functions named process_* or do_*", offenders)
+
+
+def test_every_file_has_its_mirror() -> None:
+    missing = []
+    for path in python_files("qlora_lite"):
+        mirror = ROOT / "tests" / path.relative_to(PACKAGE).with_name(f"test_{path.name}")
+        if path.name not in WITHOUT_MIRROR and not mirror.is_file():
+            missing.append(f"{shown(path)} wants {shown(mirror)}")
+    report("files without tests", missing)
+
+
+def test_nothing_reads_or_writes_a_pickle() -> None:
+    pickles = {"torch.load", "torch.save"}
+    files = python_files("qlora_lite")
+    offenders = unwanted_imports(files, lambda target: target in pickles or target.split(".")[0] in PICKLERS)
+    for path in files:
+        attributes = [node for node in ast.walk(syntax(path)) if isinstance(node, ast.Attribute)]
+        calls = [(node.lineno, f"{last_name(node.value)}.{node.attr}") for node in attributes]
+        offenders += [f"{shown(path)}:{line} uses {call}" for line, call in calls if call in pickles]
+    report("pickles", offenders)
+
+
+class TreeEntry(NamedTuple):
+    """A line of the README's tree: the path it names from the root (folders end in a slash), and its comment."""
+
+    path: str
+    comment: str
+
+
+def readme_tree(readme: str) -> list[TreeEntry]:
+    """The entries of the first fenced block that has a line starting with `qlora_lite/`.
+
+    Two spaces of indentation are one level; a name is followed by two or more spaces and a comment.
+    """
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE)
+    tree = next((block for block in blocks if re.search(r"^qlora_lite/", block, flags=re.MULTILINE)), None)
+    assert tree is not None, "README.md has no fenced block with a line that starts with qlora_lite/"
+    entries: list[TreeEntry] = []
+    above: list[str] = []
+    for line in filter(str.strip, tree.splitlines()):
+        match = re.fullmatch(r"((?:  )*)(\S+)(?: {2,}(\S.*))?", line)
+        assert match, f"a line of the README's tree is not `name  comment`: {line!r}"
+        depth = len(match[1]) // 2
+        assert depth <= len(above), f"a line of the README's tree is in no folder: {line!r}"
+        above[depth:] = [match[2]] if match[2].endswith("/") else []
+        folder = "".join(above[:depth])
+        entries.append(TreeEntry(folder + match[2], match[3] or ""))
+    return entries
+
+
+def test_readme_tree_names_what_is_on_disk() -> None:
+    entries = readme_tree((ROOT / "README.md").read_text(encoding="utf-8"))
+    named = [entry.path for entry in entries]
+    offenders = [f"{name} is named twice" for name in sorted(set(named)) if named.count(name) > 1]
+    for name in named:
+        there = (ROOT / name).is_dir() if name.endswith("/") else (ROOT / name).is_file()
+        offenders += [] if there else [f"{name} is named and does not exist"]
+    offenders += [f"{shown(path)} is not named" for path in code_files() if shown(path) not in named]
+    offenders += [f"{name} has no comment" for name, comment in entries if not comment and not name.endswith("/")]
+    report("README.md's tree and the disk disagree", offenders)
