@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qlora_lite.merge import merge_lora_ as merge_lora_
     from qlora_lite.merge import unmerge_lora_ as unmerge_lora_
     from qlora_lite.quantize_base import quantize_base_ as quantize_base_
-    from qlora_lite.train import train as train
+    from qlora_lite.training import train as train
 
 __version__ = "0.1.0"
 
@@ -47,11 +47,11 @@ _HOME = {
     "merge_lora_": "merge",
     "quantize_base_": "quantize_base",
     "save_adapter": "adapter_files",
-    "train": "train",
+    "train": "training",
     "unmerge_lora_": "merge",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 (the table above is the list)
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,6 @@ shapes are ours.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,55 @@ from qlora_lite.config import FLOAT_DTYPES, check_lora_numbers
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora import EmbeddingKind, LoraLayer, kind_of
 from qlora_lite.modules import answers_to, replace_modules_
-from qlora_lite.storage import PlannedTensor, new_folder, planned, read_json, read_safetensors, write_json, write_safetensors
+from qlora_lite.storage import (
+    PlannedTensor,
+    new_folder,
+    planned,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 
 TENSOR_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
-SUFFIXES = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+SUFFIXES = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
+}
 
 # Options of peft that say nothing about what the adapter computes: where it came from, how it was started or trained.
 HARMLESS_OPTIONS = frozenset(
-    "auto_mapping base_model_name_or_path corda_config eva_config inference_mode init_lora_weights layers_pattern "
-    "layers_to_transform loftq_config lora_bias lora_dropout lora_ga_config megatron_config megatron_core peft_type "
-    "peft_version qalora_group_size r lora_alpha revision runtime_config target_modules task_type exclude_modules "
-    "ensure_weight_tying".split()
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+    }
 )
 # Initializations that also change the base weight, so that A and B alone are not the adapter.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -60,7 +95,9 @@ def _common_names(adapted: Iterable[str], model: nn.Module) -> list[str]:
 def _peft_config(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Any]:
     numbers = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
     if len(numbers) != 1:
-        raise ConfigError(f"adapters of different rank, alpha or dropout cannot share one file yet; got {sorted(numbers)}")
+        raise ConfigError(
+            f"adapters of different rank, alpha or dropout cannot share one file yet; got {sorted(numbers)}"
+        )
     ((rank, alpha, dropout),) = numbers
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
     return {
@@ -118,7 +155,7 @@ def _read_config(path: Path) -> tuple[int, float, float]:
 
 
 def _pairs(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    """{layer: {"lora_A": …, "lora_B": …}}; CheckpointError lists keys that are no adapter's and layers without a pair."""
+    """{layer: {"lora_A": …, "lora_B": …}}; CheckpointError lists foreign keys and layers without a pair."""
     pairs: dict[str, dict[str, Tensor]] = {}
     foreign = []
     for key, tensor in tensors.items():

@@ -51,7 +51,9 @@ def select_targets(model: nn.Module, targets: Targets) -> list[str]:
     ask_head = getattr(model, "get_output_embeddings", None)
     head = ask_head() if callable(ask_head) else None
     if targets == ALL_LINEAR:
-        chosen = [name for name, layer in layers.items() if isinstance(kind_of(layer), LinearKind) and layer is not head]
+        chosen = [
+            name for name, layer in layers.items() if isinstance(kind_of(layer), LinearKind) and layer is not head
+        ]
     elif isinstance(targets, str):
         try:
             pattern = re.compile(targets)

@@ -58,8 +58,9 @@ class QuantConfig:
     format: `nf4`, `fp4`, `int8` or `none`, for every linear layer that is not skipped.
     blocksize: values per block of the 4-bit formats.
     double_quant: pack the statistics of the 4-bit formats too (QLoRA, section 3).
-    compute_dtype: what a packed weight is unpacked to for the product; None follows the layer's input.
-    embedding_format: `int8` also packs the input embedding and the output head by rows, tied or not; `none` leaves them.
+    compute_dtype: what a packed weight is unpacked to for the product; None follows the layer's input, but is fp32
+        for bf16 on a CPU without bf16 instructions.
+    embedding_format: `int8` also packs input embedding and output head by rows, tied or not; `none` leaves them.
     skip_modules: names of linear layers to leave alone (whole name or its last parts); None skips the output head.
     """
 
@@ -118,7 +119,7 @@ class TrainConfig:
     warmup_steps: the learning rate rises linearly to `learning_rate` over them, then falls as a cosine to 0.
     max_grad_norm: the joint 2-norm of all gradients is clipped to it; None clips nothing.
     optimizer: `adamw` (fp32 states) or `adamw8bit` (bitsandbytes' blockwise 8-bit states).
-    checkpointing: `full` keeps only the inputs of each block for backward and computes the rest again; `none` keeps all.
+    checkpointing: `full` keeps only the inputs of each block for backward, computing the rest again; `none` keeps all.
     """
 
     steps: int = 100

@@ -14,7 +14,7 @@ class TargetError(QLoRAError, ValueError):
 
 
 class QuantizationError(QLoRAError, ValueError):
-    """A weight cannot be held in the wanted format: it has NaN or infinity in it, or exceeds what the format can say."""
+    """A weight cannot be held in the wanted format: it has NaN or infinity in it, or exceeds its range."""
 
 
 class CheckpointError(QLoRAError, ValueError):

@@ -129,7 +129,7 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
 
 
 def save_companions(model: Any, source: Path | None, target: Path, dtype: torch.dtype) -> None:
-    """Writes what a checkpoint has beside its tensors: config in the new dtype, generation config, tokenizer, template."""
+    """Writes what a checkpoint has beside its tensors: config (new dtype), generation config, tokenizer, template."""
     config = type(model.config).from_dict(model.config.to_dict())
     config.dtype = dtype
     if hasattr(config, "quantization_config"):

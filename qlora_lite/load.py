@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qlora_lite import hub
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import CheckpointError
+from qlora_lite.memory.host import keep_freed_pages
 from qlora_lite.quantize_base import quantize_base_
 from qlora_lite.storage import TensorFiles
 
@@ -55,6 +56,7 @@ def load_quantized(
     Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, QuantizationError for NaN.
     """
     config = config or QuantConfig()
+    keep_freed_pages()
     folder = hub.resolve(path_or_id)
     files = TensorFiles(folder)
     model: Any = hub.empty_model(hub.read_config(folder), dtype)

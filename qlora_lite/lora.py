@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qlora_lite.config import check_lora_numbers
 from qlora_lite.errors import ConfigError, InputError, TargetError
-from qlora_lite.low_rank import Packed, adapted_linear, cast_finite, dense
+from qlora_lite.low_rank import adapted_linear, cast_finite, dense
 
 INIT_STD = 0.02
 MAX_NORM_EPS = 1e-7  # torch.nn.functional.embedding's own
@@ -175,14 +175,17 @@ class LoraLayer(nn.Module):
             raise ConfigError(f"adapter_dtype must be a float dtype; got {adapter_dtype}")
         kind = kind_of(base_layer)
         if kind is None or isinstance(base_layer, LoraLayer):
-            raise TargetError(f"a {type(base_layer).__name__} cannot be adapted; LoraLayer takes linear or embedding layers")
+            raise TargetError(
+                f"a {type(base_layer).__name__} cannot be adapted; LoraLayer takes linear or embedding layers"
+            )
         self.rank, self.alpha, self.dropout = rank, alpha, float(dropout)
         self.merge_permitted = merge_weights
         self.adapter_enabled = True
         self.kind = kind
         self.base_layer = base_layer.requires_grad_(False)
         self.in_features, self.out_features = kind.features(base_layer)
-        device = self.base_layer.weight.device
+        weight: Any = base_layer.weight
+        device = weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=adapter_dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=adapter_dtype, device=device))
         self.register_buffer("merged_weight", None, persistent=False)
@@ -231,8 +234,9 @@ class LoraLayer(nn.Module):
     @torch.no_grad()
     def effective_weight(self, dtype: torch.dtype, name: str = "the merged weight") -> Tensor:
         """W0 + scaling * B A, unpacked and summed in fp32, then cast. QuantizationError, naming it, on overflow."""
+        base: Any = self.base_layer.weight
         delta = self.delta_weight()
-        return cast_finite(delta.add_(dense(self.base_layer.weight, torch.float32)), dtype, name)
+        return cast_finite(delta.add_(dense(base, torch.float32)), dtype, name)
 
     def merge_weights(self, dtype: torch.dtype | None = None, name: str = "the merged weight") -> None:
         """Uses W0 + scaling * B A from now on; does nothing if it does already.
@@ -255,7 +259,7 @@ class LoraLayer(nn.Module):
         base: Any = self.base_layer
         if isinstance(base.weight, Tensor):
             return base.weight.dtype
-        return getattr(base, "compute_dtype", None) or getattr(base, "output_dtype", torch.float32)
+        return getattr(base, "compute_dtype", None) or getattr(base, "output_dtype", None) or torch.float32
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, merged={self.merged}"
@@ -268,7 +272,7 @@ def _merge_again(layer: nn.Module, incompatible: Any) -> None:
 
 
 class LinearWithLoRA(LoraLayer):
-    """A LoraLayer around a new `nn.Linear(fan_in, fan_out, bias)`: x `(..., fan_in)` -> `(..., fan_out)`. No dropout."""
+    """A LoraLayer around a new `nn.Linear(fan_in, fan_out, bias)`: `(..., fan_in)` -> `(..., fan_out)`. No dropout."""
 
     def __init__(
         self, fan_in: int, fan_out: int, rank: int, alpha: float = 1, bias: bool = True, merge_weights: bool = True

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lite.errors import InputError
-from qlora_lite.low_rank import Packed, dense
+from qlora_lite.low_rank import Packed, dense, product_dtype
 
 IGNORE_INDEX = -100
 # Bounds the fp32 logits of one chunk of tokens, of which two copies live at a time.
@@ -28,21 +28,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor | Packed, bias: Tensor | None, labels: Tensor) -> Tensor:
-        matrix = dense(weight, hidden.dtype)
-        offset = None if bias is None else bias.to(hidden.dtype)
+        dtype = product_dtype(hidden, None)
+        matrix = dense(weight, dtype)
+        offset = None if bias is None else bias.to(dtype)
         rows = max(1, CHUNK_BYTES // (4 * matrix.shape[0]))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], matrix, offset).float()
+            logits = F.linear(hidden[part].to(dtype), matrix, offset).float()
             picked = labels[part].unsqueeze(1)
             normalizer = logits.logsumexp(1, keepdim=True)
             loss += (normalizer - logits.gather(1, picked)).sum()
             if gradient is not None:
                 softmax = logits.sub_(normalizer).exp_()
                 softmax.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=softmax.dtype))
-                torch.mm(softmax.to(hidden.dtype), matrix, out=gradient[part])
+                gradient[part] = softmax.to(dtype) @ matrix
         ctx.save_for_backward(gradient)
         return loss
 
@@ -65,8 +66,8 @@ def linear_cross_entropy(
     """`F.cross_entropy(hidden @ weight.T + bias, labels)` without the logits; weight and bias are frozen.
 
     hidden `(..., features)`, weight `(vocabulary, features)` dense or packed, labels `(...)` int64 -> fp32 scalar.
-    Products in hidden's dtype, log-sum-exp and sum in fp32. reduction: `mean` over labelled tokens (NaN without any,
-    as in torch) or `sum`. Gradient: hidden only. InputError for shapes that do not belong together.
+    Products in hidden's dtype (see `product_dtype`), log-sum-exp and sum in fp32. reduction: `mean` over labelled
+    tokens (NaN without any, as in torch) or `sum`. Gradient: hidden only. InputError for shapes that do not match.
     """
     if hidden.shape[:-1] != labels.shape:
         raise InputError(f"labels should have the shape {tuple(hidden.shape[:-1])}; got {tuple(labels.shape)}")

@@ -9,6 +9,7 @@ is formed for anything frozen. Dropout keeps a seed instead of a mask.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol, cast
 
 import torch
@@ -61,8 +62,21 @@ def dropout_mask(like: Tensor, probability: float, seed: int) -> Tensor:
     return mask.bernoulli_(1 - probability, generator=generator).div_(1 - probability)
 
 
+@functools.cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 instructions; without them a bf16 product takes about ten times an fp32 one."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def product_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """What a product with x is computed in: what is wanted; else x's dtype, or fp32 where that stands in for bf16."""
+    if wanted is None and x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_multiplies_bf16():
+        return torch.float32
+    return wanted or x.dtype
+
+
 class _AdaptedLinear(torch.autograd.Function):
-    """y = x W0^T + bias + s (m * x) A^T B^T over rows x; m is the dropout mask, or 1."""
+    """y = x W0^T + bias + s (m * x) A^T B^T over rows x; m is the dropout mask, or 1. Kept: x as it came, and A x."""
 
     @staticmethod
     def forward(
@@ -74,43 +88,46 @@ class _AdaptedLinear(torch.autograd.Function):
         lora_B: Tensor | None,
         scaling: float,
         dropout: float,
+        dtype: torch.dtype,
     ) -> Tensor:
-        y = F.linear(x, dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
-        ctx.weight, ctx.scaling, ctx.dropout, ctx.seed = weight, scaling, dropout, 0
+        rows = x.to(dtype)
+        y = F.linear(rows, dense(weight, dtype), None if bias is None else bias.to(dtype))
+        ctx.weight, ctx.scaling, ctx.dropout, ctx.dtype, ctx.seed = weight, scaling, dropout, dtype, 0
         if lora_A is None or lora_B is None:
             ctx.save_for_backward()
-            return y
-        dropped = x
+            return y.to(x.dtype)
         if dropout > 0:
             ctx.seed = draw_seed()
-            dropped = dropout_mask(x, dropout, ctx.seed).mul_(x)
-        low = dropped @ lora_A.to(x.dtype).T
-        y.addmm_(low, lora_B.to(x.dtype).T, alpha=scaling)
+            rows = dropout_mask(rows, dropout, ctx.seed).mul_(rows)
+        low = rows @ lora_A.to(dtype).T
+        y.addmm_(low, lora_B.to(dtype).T, alpha=scaling)
         ctx.save_for_backward(x, low, lora_A, lora_B)
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, _, need_bias, need_A, need_B, _, _ = ctx.needs_input_grad
-        grad_x = grad @ dense(ctx.weight, grad.dtype) if need_x else None
+        need_x, _, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
+        x_dtype, grad = grad.dtype, grad.to(ctx.dtype)
+        grad_x = grad @ dense(ctx.weight, ctx.dtype) if need_x else None
         grad_bias = grad.sum(0) if need_bias else None
         saved = ctx.saved_tensors  # asked once: under checkpointing, asking is what recomputes
-        if not saved:
-            return grad_x, None, grad_bias, None, None, None, None
-        x, low, lora_A, lora_B = saved
-        grad_low = (grad @ lora_B.to(grad.dtype)).mul_(ctx.scaling)
-        grad_B = (grad.T @ low).to(lora_B.dtype).mul_(ctx.scaling) if need_B else None
-        mask = dropout_mask(x, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
-        if grad_x is not None and mask is None:
-            grad_x.addmm_(grad_low, lora_A.to(grad.dtype))
-        elif grad_x is not None:
-            grad_x.addcmul_(grad_low @ lora_A.to(grad.dtype), cast(Tensor, mask))
-        grad_A = None
-        if need_A:
-            dropped = x if mask is None else mask.mul_(x)
-            grad_A = (grad_low.T @ dropped).to(lora_A.dtype)
-        return grad_x, None, grad_bias, grad_A, grad_B, None, None
+        grad_A = grad_B = None
+        if saved:
+            x, low, lora_A, lora_B = saved
+            grad_low = (grad @ lora_B.to(ctx.dtype)).mul_(ctx.scaling)
+            grad_B = (grad.T @ low).to(lora_B.dtype).mul_(ctx.scaling) if need_B else None
+            rows = x.to(ctx.dtype)
+            mask = dropout_mask(rows, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
+            if grad_x is not None and mask is None:
+                grad_x.addmm_(grad_low, lora_A.to(ctx.dtype))
+            elif grad_x is not None:
+                grad_x.addcmul_(grad_low @ lora_A.to(ctx.dtype), cast(Tensor, mask))
+            if need_A:
+                dropped = rows if mask is None else mask.mul_(rows)
+                grad_A = (grad_low.T @ dropped).to(lora_A.dtype)
+        grad_x = None if grad_x is None else grad_x.to(x_dtype)
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
 
 
 def adapted_linear(
@@ -127,9 +144,10 @@ def adapted_linear(
     """y = W0 x + bias + scaling * B A dropout(x), with W0 frozen.
 
     x `(..., in)`, weight `(out, in)`, bias `(out,)`, lora_A `(rank, in)`, lora_B `(out, rank)` -> `(..., out)`.
-    Computed in `compute_dtype` (None: x's own) and returned in x's dtype; A and B may be of any float dtype.
+    Computed in `compute_dtype` (None: see `product_dtype`), returned in x's dtype; A and B may be of any float dtype.
     Gradients: x, bias, lora_A, lora_B; never the weight. Not twice differentiable.
     """
-    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype or x.dtype)
-    y = _AdaptedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, dropout)
-    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+    rows = x.reshape(-1, x.shape[-1])
+    dtype = product_dtype(x, compute_dtype)
+    y: Tensor = _AdaptedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, dropout, dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -14,11 +14,16 @@ LINES_WITHOUT_TERMINAL = 10
 class Step(Protocol):
     """The figures that are shown of a step."""
 
-    step: int
-    loss: float
-    gradient_norm: float
-    tokens_per_second: float
-    peak_bytes: int | None
+    @property
+    def step(self) -> int: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def gradient_norm(self) -> float: ...
+    @property
+    def tokens_per_second(self) -> float: ...
+    @property
+    def peak_bytes(self) -> int | None: ...
 
 
 def described(step: Step) -> str:

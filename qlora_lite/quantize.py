@@ -99,10 +99,11 @@ def _unpack_blocks(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     target = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
     shape: tuple[int, ...] = tuple(packed.shape)
     if shape[-1] % 2 == 0:
-        return ops.dequantize_4bit(packed.packed, absmax, blocksize, packed.format, shape, target).to(dtype)
+        whole: Tensor = ops.dequantize_4bit(packed.packed, absmax, blocksize, packed.format, shape, target)
+        return whole.to(dtype)
     # The kernel wants an even row length; codes are laid out flat, so the whole weight can be one row.
     values = math.prod(shape)
-    row = ops.dequantize_4bit(packed.packed, absmax, blocksize, packed.format, (1, values + values % 2), target)
+    row: Tensor = ops.dequantize_4bit(packed.packed, absmax, blocksize, packed.format, (1, values + values % 2), target)
     return row.view(-1)[:values].view(shape).to(dtype)
 
 
@@ -223,8 +224,8 @@ class PackedWeight(nn.Module):
         """Rows of an int8 matrix by number: tokens of any shape -> `(*tokens.shape, columns)`."""
         flat = tokens.reshape(-1)
         codes = self.packed.index_select(0, flat)
-        values = ops.int8_vectorwise_dequant(codes, self.absmax.index_select(0, flat)).to(dtype)
-        return values.view(*tokens.shape, self.shape[1])
+        values: Tensor = ops.int8_vectorwise_dequant(codes, self.absmax.index_select(0, flat))
+        return values.to(dtype).view(*tokens.shape, self.shape[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         def move_only(tensor: Tensor) -> Tensor:
@@ -241,8 +242,10 @@ class PackedWeight(nn.Module):
 class QuantizedLinear(nn.Module):
     """y = W0 x + bias with W0 `(out, in)` packed and frozen; x `(..., in)` -> y `(..., out)` in x's dtype.
 
-    The product is computed in `compute_dtype`, or in x's dtype if that is None. Gradients flow to x and the bias.
+    The product is computed in `compute_dtype` (None: see `product_dtype`). Gradients flow to x and the bias.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self, weight: PackedWeight, bias: nn.Parameter | None = None, compute_dtype: torch.dtype | None = None

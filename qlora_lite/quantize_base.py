@@ -27,24 +27,26 @@ def _is_bitsandbytes(module: nn.Module) -> bool:
     return type(module).__module__.startswith("bitsandbytes.")
 
 
-def _assign(packed: PackedWeight, **buffers: Tensor) -> PackedWeight:
+def _assign(empty: PackedWeight, **buffers: Tensor) -> PackedWeight:
     """Hands existing tensors to an empty `PackedWeight` without copying them."""
     for name, tensor in buffers.items():
-        expected: Tensor = getattr(packed, name)
+        expected: Tensor = getattr(empty, name)
         if tensor.numel() != expected.numel() or tensor.dtype != expected.dtype:
             got = f"{tuple(tensor.shape)} of {tensor.dtype}"
             raise QuantizationError(
                 f"the packed layer's {name} should be {tuple(expected.shape)} of {expected.dtype}; got {got}"
             )
-        setattr(packed, name, tensor.detach().view(expected.shape))
-    return packed
+        setattr(empty, name, tensor.detach().view(expected.shape))
+    return empty
 
 
 def adopt_4bit(module: Any, name: str) -> PackedWeight:
     """The packed weight of a bitsandbytes 4-bit layer; bytes in their own order are shared, re-packed ones put back."""
     state = getattr(module.weight, "quant_state", None)
     if state is None:
-        raise QuantizationError(f"{name} is a {type(module).__name__} without packed data; move the model to its device")
+        raise QuantizationError(
+            f"{name} is a {type(module).__name__} without packed data; move the model to its device"
+        )
     data: Tensor = module.weight.data
     absmax: Tensor = state.absmax
     nested = bool(state.nested)
@@ -69,7 +71,9 @@ def adopt_8bit(module: Any, name: str) -> PackedWeight:
     absmax = state.SCB if state.SCB is not None else getattr(weight, "SCB", None)
     codes = weight.data if codes is None else codes
     if codes.dtype != torch.int8 or absmax is None:
-        raise QuantizationError(f"{name} is a {type(module).__name__} without packed data; move the model to its device")
+        raise QuantizationError(
+            f"{name} is a {type(module).__name__} without packed data; move the model to its device"
+        )
     empty = PackedWeight((codes.shape[0], codes.shape[1]), "int8", device=torch.device("meta"))
     return _assign(empty, packed=codes, absmax=absmax)
 
@@ -129,7 +133,9 @@ def _quantize_ends_(model: nn.Module, config: QuantConfig) -> None:
         got = "no get_input_embeddings()" if embedding is None else f"a {type(embedding).__name__}"
         raise ConfigError(f"embedding_format={config.embedding_format!r} needs a model with an nn.Embedding; got {got}")
     if embedding.max_norm is not None:
-        raise ConfigError("an embedding with max_norm rewrites its weight and cannot be packed; set embedding_format='none'")
+        raise ConfigError(
+            "an embedding with max_norm rewrites its weight and cannot be packed; set embedding_format='none'"
+        )
     tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
     rows = PackedWeight.of(embedding.weight, config, config.embedding_format, "the input embedding")
     packed_embedding = QuantizedEmbedding(rows, embedding.weight.dtype, embedding.padding_idx)

@@ -87,7 +87,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
             if tuple(tensor.shape) != plan.shape or tensor.dtype != plan.dtype:
                 got = f"{tuple(tensor.shape)} of {tensor.dtype}"
                 raise CheckpointError(f"{name} was planned as {plan.shape} of {plan.dtype}; got {got}")
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -195,7 +195,9 @@ class TensorFiles:
     def _checked(self, file: object) -> Path:
         plain = isinstance(file, str) and file == os.path.basename(file) and file.endswith(".safetensors")
         if not plain:
-            raise CheckpointError(f"{self.folder / INDEX_FILE} names {file!r}, which is no plain .safetensors file name")
+            raise CheckpointError(
+                f"{self.folder / INDEX_FILE} names {file!r}, which is no plain .safetensors file name"
+            )
         path = self.folder / str(file)
         if not path.is_file():
             raise CheckpointError(f"{path} is named in the index but does not exist")

@@ -74,7 +74,7 @@ class _StorageRef(weakref.ref[torch.UntypedStorage]):
 
 class _Observing(TorchDispatchMode):
     def __init__(self, observe: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._observe = observe
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -130,7 +130,7 @@ class StorageTrace:
         if self._mode is not None:
             raise ConfigError("a StorageTrace follows one run and this one was used already; make a new one")
         self._mode = _Observing(self._observe)
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        self._mode.__enter__()
         self._restore_resize = _watch_resize(self._resized)
         return self
 
@@ -140,7 +140,7 @@ class StorageTrace:
         assert self._mode is not None and self._restore_resize is not None
         self._recording = False
         self._restore_resize()
-        self._mode.__exit__(kind, error, where)  # type: ignore[no-untyped-call]
+        self._mode.__exit__(kind, error, where)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -92,6 +92,14 @@ def test_every_category_of_an_adapted_model_to_the_byte() -> None:
     assert split(measured(profiler, "optimizer")).by_category()[Category.GRADIENT] == adapter
 
 
+def test_a_gradient_that_is_gone_when_its_phase_ends_was_a_gradient() -> None:
+    model = nn.Linear(64, 64, bias=False)
+    with MemoryProfiler(model) as profiler, profiler.phase("backward"):
+        model(torch.ones(1, 64)).sum().backward()
+        model.zero_grad()
+    assert split(measured(profiler, "backward"))[Category.GRADIENT, ""] == 64 * 64 * FLOAT
+
+
 def test_bytes_belong_to_the_layer_that_holds_them() -> None:
     model = nn.Sequential(Adapted(), Adapted())
     optimizer = torch.optim.AdamW(trained_parameters(model))

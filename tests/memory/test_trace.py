@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -201,6 +202,24 @@ def test_what_is_met_and_not_seen_being_made_is_other() -> None:
         before.add_(1)
     assert trace.peak()[1].by_category()[Category.OTHER] == before.nbytes
     assert trace.peak()[0] == before.nbytes + product.nbytes
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_a_constant_is_seen_being_made_and_counts_once(fake: bool) -> None:
+    with FakeTensorMode() if fake else nullcontext(), StorageTrace() as trace:
+        constant = torch.tensor([1.0, 2.0])
+        assert trace.live_bytes() == constant.nbytes
+    assert trace.peak()[1] == MemoryBreakdown({(Category.TEMPORARY, None): constant.nbytes})
+
+
+def test_what_a_backward_pass_made_does_not_wait_for_the_next_one() -> None:
+    weight = nn.Parameter(torch.ones(100))
+    with StorageTrace() as trace:
+        for _ in range(2):
+            weight.sum().backward()
+    held = trace.peak()[1].by_category()
+    assert held[Category.TEMPORARY] >= weight.nbytes
+    assert held[Category.ACTIVATION] <= 2 * FLOAT
 
 
 def test_meta_and_empty_tensors_are_nothing() -> None:

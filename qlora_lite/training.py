@@ -20,6 +20,7 @@ from qlora_lite.adapters import adapter_parameters, freeze_base_
 from qlora_lite.checkpointing import checkpointed
 from qlora_lite.config import TrainConfig
 from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError, TargetError, TrainingError
+from qlora_lite.memory.host import keep_freed_pages
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
 from qlora_lite.objective import Batch, choose_loss, labelled_tokens
 from qlora_lite.optim import learning_rate_factor, make_optimizer
@@ -44,7 +45,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: a StepMetrics per step, seconds of the whole, and why the model's own loss was used, if it was."""
+    """A finished run: its steps, seconds of the whole, and why the model's own loss was used, if it was."""
 
     steps: list[StepMetrics]
     seconds: float
@@ -61,7 +62,9 @@ def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Paramet
         raise TargetError("the model has no adapters to train; add_lora_ or load_adapter_ puts them in")
     merged = [name for name, layer in model.named_modules() if getattr(layer, "merged", False)]
     if merged:
-        raise ConfigError(f"{len(merged)} layers are merged, so their adapters would get no gradient; unmerge_lora_ first")
+        raise ConfigError(
+            f"{len(merged)} layers are merged, so their adapters would get no gradient; unmerge_lora_ first"
+        )
     frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
     if device.type == "cpu" and any(parameter.dtype == torch.float16 for parameter in frozen):
         raise ConfigError("the model computes in float16, which a CPU does 10 to 100 times slower; load it as bfloat16")
@@ -77,7 +80,9 @@ def _micro_batches(batches: Iterable[Batch], config: TrainConfig) -> Iterator[li
     for step in range(config.steps):
         group = list(itertools.islice(stream, config.gradient_accumulation))
         if len(group) < config.gradient_accumulation:
-            raise TrainingError(f"the batches ended in step {step + 1} of {config.steps}; give more, or train fewer steps")
+            raise TrainingError(
+                f"the batches ended in step {step + 1} of {config.steps}; give more, or train fewer steps"
+            )
         yield group
 
 
@@ -85,7 +90,9 @@ def _check_gradients(adapters: dict[str, nn.Parameter]) -> None:
     missing = [name for name, parameter in adapters.items() if parameter.grad is None]
     if missing:
         shown = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
-        raise TrainingError(f"{len(missing)} of {len(adapters)} adapter matrices got no gradient in the first step: {shown}")
+        raise TrainingError(
+            f"{len(missing)} of {len(adapters)} adapter matrices got no gradient in the first step: {shown}"
+        )
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
@@ -119,6 +126,7 @@ class _Run:
         """Forward and backward of each batch, one update. TrainingError before the update if it would spoil it."""
         began = time.perf_counter()
         group = [_to_device(batch, self.accelerator.device) for batch in group]
+        group = [batch for batch in group if labelled_tokens(batch) > 0]
         labelled = sum(labelled_tokens(batch) for batch in group)
         if labelled == 0:
             raise TrainingError(f"no token of step {number} has a label; check the data's completions and truncation")
@@ -208,6 +216,7 @@ def train(
     trained. Module modes and forward methods are put back as they were.
     """
     torch.manual_seed(config.seed)
+    keep_freed_pages()
     run = _Run(model, config, profiler)
     steps: list[StepMetrics] = []
     began = time.perf_counter()
