@@ -16,12 +16,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from qlora_lite.adapter_files import save_adapter
-from qlora_lite.adapters import adapter_parameters, freeze_base_
+from qlora_lite.adapters import adapter_parameters, add_lora_, freeze_base_
 from qlora_lite.checkpointing import checkpointed
-from qlora_lite.config import TrainConfig
+from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
 from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError, TargetError, TrainingError
+from qlora_lite.load import load_quantized
 from qlora_lite.memory.host import keep_freed_pages
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
+from qlora_lite.memory.report import MemoryReport
 from qlora_lite.objective import Batch, choose_loss, labelled_tokens
 from qlora_lite.optim import learning_rate_factor, make_optimizer
 from qlora_lite.progress import training_progress
@@ -233,3 +235,31 @@ def train(
                 metrics.write(json.dumps(asdict(steps[-1])) + "\n")
                 metrics.flush()
     return TrainResult(steps, time.perf_counter() - began, run.own_loss_because)
+
+
+def profile_steps(
+    model_folder: str | Path,
+    quant: QuantConfig,
+    lora: LoraConfig,
+    *,
+    rows: int,
+    tokens: int,
+    checkpointing: str = "full",
+    steps: int = 2,
+) -> MemoryReport:
+    """The memory of real training steps on made-up tokens `(rows, tokens)`: phases load, forward, backward, optimizer.
+
+    Two steps at least show the optimizer's states beside the activations of a step.
+    """
+    for name, value in (("rows", rows), ("tokens", tokens), ("steps", steps)):
+        if value < 1 or (name == "tokens" and value < 2):
+            raise ConfigError(f"{name} must be at least {2 if name == 'tokens' else 1}; got {value}")
+    with MemoryProfiler() as profiler:
+        with profiler.phase("load"):
+            model = load_quantized(model_folder, quant)
+            add_lora_(model, lora)
+        ids = torch.randint(model.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
+        batch = {"input_ids": ids, "labels": ids}
+        config = TrainConfig(steps=steps, checkpointing=checkpointing)
+        train(model, [batch], config, profiler=profiler, progress=False)
+    return profiler.report()

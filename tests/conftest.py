@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # For transformers, which reads them when it is imported, and for the processes that tests start.
 ENVIRONMENT = {
@@ -36,3 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of examples/tiny_model.py: two Llama layers, tied embeddings, one token per character."""
+    specification = importlib.util.spec_from_file_location("tiny_model", ROOT / "examples" / "tiny_model.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.make_tiny_model(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,57 @@
+"""Where do the bytes of one training step go?
+
+    python profiling/step_memory.py                    # SmolLM2-135M-Instruct, NF4, rank 16, 2 x 512 tokens
+    python profiling/step_memory.py --model DIR --format int8 --checkpointing none
+    python profiling/step_memory.py --tiny
+
+Prints a table of the phases, and one JSON line: `model`, `phases` (bytes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from qlora_lite import LoraConfig, QuantConfig
+from qlora_lite.memory.report import render
+from qlora_lite.training import profile_steps
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint; without it SmolLM2-135M-Instruct")
+    parser.add_argument("--format", default="nf4", help="nf4, fp4, int8 or none")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--checkpointing", default="full", choices=("full", "none"))
+    parser.add_argument("--tiny", action="store_true", help="a random model of two small layers, 2 x 32 tokens")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if given.tiny:
+            from tiny_model import make_tiny_model
+
+            given.model, given.tokens = make_tiny_model(Path(scratch) / "tiny"), 32
+        elif given.model is None:
+            from real_model import fetch
+
+            given.model = fetch()
+        report = profile_steps(
+            given.model,
+            QuantConfig(format=given.format),
+            LoraConfig(rank=given.rank, alpha=2 * given.rank),
+            rows=given.rows,
+            tokens=given.tokens,
+            checkpointing=given.checkpointing,
+        )
+        print(render(report))
+        print(json.dumps({"model": str(given.model), **report.to_json()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The command line: parses and wires, computes nothing. Heavy imports happen inside the commands, so that help is quick.
+
+Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Fine-tune a quantized language model in little memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option("--model", help="Folder of a transformers checkpoint, or a hub id.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
+Format = Annotated[str, typer.Option("--format", help="How the base is stored: nf4, fp4, int8 or none.")]
+EmbeddingFormat = Annotated[str, typer.Option(help="int8 also packs embedding and head; none leaves them.")]
+Blocksize = Annotated[int, typer.Option(help="Values per block of the 4-bit formats.")]
+DoubleQuant = Annotated[bool, typer.Option(help="Pack the statistics of the 4-bit formats too.")]
+Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]
+Alpha = Annotated[float, typer.Option(help="The adapters' scale is alpha / rank.")]
+Checkpointing = Annotated[str, typer.Option(help="full recomputes blocks in backward; none keeps all.")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Fine-tune a quantized language model in little memory."""
+
+
+def _finish(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures))
+        return
+    width = max(len(name) for name in figures)
+    for name, value in figures.items():
+        print(f"{name.replace('_', ' '):<{width}}  {'unknown' if value is None else value}")
+
+
+def _refuse_full(folder: Path, overwrite: bool) -> None:
+    from qlora_lite.errors import CheckpointError
+
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise CheckpointError(f"{folder} is not empty; name another folder, or use --overwrite")
+
+
+@app.command()
+def train(
+    model: Model,
+    data: Annotated[Path, typer.Option("--data", help="JSONL with messages, prompt/completion, instruction or text.")],
+    output: Output,
+    format: Format = "nf4",
+    blocksize: Blocksize = 64,
+    double_quant: DoubleQuant = True,
+    embedding_format: EmbeddingFormat = "none",
+    rank: Rank = 16,
+    alpha: Alpha = 32.0,
+    dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
+    targets: Annotated[str, typer.Option(help="all-linear, or layer names with commas.")] = "all-linear",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-4,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 2,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
+    max_length: Annotated[int, typer.Option(help="Longer examples are cut to it.")] = 512,
+    packing: Annotated[bool, typer.Option(help="Put several examples into a row.")] = False,
+    completion_only: Annotated[bool, typer.Option(help="Learn the answers only, or all tokens.")] = True,
+    optimizer: Annotated[str, typer.Option(help="adamw or adamw8bit.")] = "adamw",
+    checkpointing: Checkpointing = "full",
+    seed: Annotated[int, typer.Option(help="Of data order, adapters and dropout.")] = 0,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Train adapters on a JSONL file; writes metrics.jsonl and adapter/ into the output folder."""
+    import torch
+
+    from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized
+    from qlora_lite import train as train_model
+    from qlora_lite.data import batches, tokenize_all
+    from qlora_lite.hub import load_tokenizer
+    from qlora_lite.records import read_jsonl
+
+    quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
+    names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    lora = LoraConfig(rank, alpha, dropout, names)
+    config = TrainConfig(
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        gradient_accumulation=gradient_accumulation,
+        optimizer=optimizer,
+        checkpointing=checkpointing,
+        seed=seed,
+    )
+    _refuse_full(output, overwrite)
+    records = read_jsonl(data)
+    tokenizer = load_tokenizer(model)
+    tokenized = tokenize_all(records, tokenizer, max_length, completion_only)
+    stream = batches(
+        tokenized.examples,
+        batch_size,
+        seed,
+        pad_token_id=tokenizer.pad_token_id,
+        packing=packing,
+        max_length=max_length,
+    )
+    torch.manual_seed(seed)
+    loaded = load_quantized(model, quant)
+    add_lora_(loaded, lora)
+    result = train_model(loaded, stream, config, output_dir=output)
+    figures = {
+        "examples": len(tokenized.examples),
+        "examples_shortened": tokenized.truncated,
+        "examples_dropped": tokenized.dropped,
+        "first_loss": result.losses[0],
+        "last_loss": result.losses[-1],
+        "seconds": round(result.seconds, 1),
+        "peak_bytes": result.steps[-1].peak_bytes,
+        "own_loss_because": result.own_loss_because,
+        "adapter": str(output / "adapter"),
+    }
+    _finish(figures, json)
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Option("--adapter", help="Folder saved by train, or by peft.")],
+    output: Output,
+    dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
+    format: Format = "nf4",
+    blocksize: Blocksize = 64,
+    double_quant: DoubleQuant = True,
+    embedding_format: EmbeddingFormat = "none",
+    max_shard_bytes: Annotated[int, typer.Option(help="Largest size of a tensor file.")] = 5 * 10**9,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Merge an adapter into the base it was trained on (say its --format) and write a plain checkpoint."""
+    from qlora_lite import QuantConfig, export_merged, load_adapter_, load_quantized
+    from qlora_lite.config import dtype_named
+
+    target = dtype_named(dtype)
+    quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
+    _refuse_full(output, overwrite)
+    loaded = load_quantized(model, quant)
+    layers = load_adapter_(loaded, adapter)
+    files = export_merged(loaded, output, target, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+    _finish({"layers_merged": len(layers), "dtype": dtype, "files": files, "output": str(output)}, json)
+
+
+@app.command()
+def profile(
+    model: Model,
+    format: Format = "nf4",
+    embedding_format: EmbeddingFormat = "none",
+    rank: Rank = 16,
+    rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 2,
+    tokens: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    checkpointing: Checkpointing = "full",
+    json: Json = False,
+) -> None:
+    """Run two training steps on made-up tokens and show where the bytes are in each phase."""
+    from json import dumps
+
+    from qlora_lite import LoraConfig, QuantConfig
+    from qlora_lite.memory.report import render
+    from qlora_lite.training import profile_steps
+
+    quant = QuantConfig(format, embedding_format=embedding_format)
+    lora = LoraConfig(rank, 2 * rank)
+    report = profile_steps(model, quant, lora, rows=rows, tokens=tokens, checkpointing=checkpointing)
+    print(render(report))
+    if json:
+        print(dumps(report.to_json()))
+
+
+@app.command()
+def env(json: Json = False) -> None:
+    """Show versions, the machine, and whether its CPU multiplies bf16."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import psutil
+    import torch
+
+    from qlora_lite.low_rank import cpu_multiplies_bf16
+
+    figures: dict[str, Any] = {"python": platform.python_version()}
+    for package in ("qlora-lite", "torch", "bitsandbytes", "accelerate", "safetensors", "transformers", "peft"):
+        try:
+            figures[package] = version(package)
+        except PackageNotFoundError:
+            figures[package] = None
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    figures["cores"] = psutil.cpu_count()
+    figures["memory_bytes"] = psutil.virtual_memory().total
+    figures["accelerator"] = str(accelerator) if accelerator else "none"
+    figures["cpu_multiplies_bf16"] = cpu_multiplies_bf16()
+    _finish(figures, json)
+
+
+def main() -> None:
+    """Runs a command; what this package refuses becomes one line on stderr and exit status 1."""
+    debug = "--debug" in sys.argv[1:]
+    if debug:
+        app()
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        from qlora_lite.errors import QLoRAError
+
+        known = isinstance(error, (QLoRAError, OSError))
+        name = "" if known else f"{type(error).__name__}: "
+        print(f"error: {name}{' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)

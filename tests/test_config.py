@@ -1,0 +1,48 @@
+"""Settings refuse what they cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, dtype_named
+from qlora_lite.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        (QuantConfig, "format", "nf5"),
+        (QuantConfig, "blocksize", 100),
+        (QuantConfig, "double_quant", 1),
+        (QuantConfig, "compute_dtype", torch.int8),
+        (QuantConfig, "embedding_format", "nf4"),
+        (QuantConfig, "skip_modules", "lm_head"),
+        (LoraConfig, "rank", 0),
+        (LoraConfig, "rank", True),
+        (LoraConfig, "alpha", float("nan")),
+        (LoraConfig, "dropout", 1.0),
+        (LoraConfig, "target_modules", []),
+        (LoraConfig, "adapter_dtype", torch.int8),
+        (TrainConfig, "steps", 0),
+        (TrainConfig, "learning_rate", float("inf")),
+        (TrainConfig, "warmup_steps", -1),
+        (TrainConfig, "weight_decay", -0.1),
+        (TrainConfig, "gradient_accumulation", 0),
+        (TrainConfig, "max_grad_norm", 0.0),
+        (TrainConfig, "optimizer", "sgd"),
+        (TrainConfig, "checkpointing", "half"),
+        (TrainConfig, "seed", -1),
+    ],
+)
+def test_wrong_value_is_named(kind: Any, setting: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=setting):
+        kind(**{setting: value})
+
+
+def test_dtype_names() -> None:
+    assert dtype_named("bf16") is torch.bfloat16 and dtype_named("float32") is torch.float32
+    with pytest.raises(ConfigError, match="got 'int8'"):
+        dtype_named("int8")

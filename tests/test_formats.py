@@ -1,0 +1,34 @@
+"""The arithmetic of formats against what packed weights hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_lite.config import QuantConfig
+from qlora_lite.errors import ConfigError
+from qlora_lite.formats import BLOCKSIZES, FORMATS, check_blocksize, format_named, storage_bytes
+from qlora_lite.quantize import PackedWeight
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.sampled_from(sorted(FORMATS)),
+    st.sampled_from(BLOCKSIZES),
+    st.booleans(),
+)
+def test_formula_is_what_is_held(rows: int, columns: int, format: str, blocksize: int, double_quant: bool) -> None:
+    packed = PackedWeight.of(torch.randn(rows, columns), QuantConfig(format, blocksize, double_quant))
+    held = sum(buffer.numel() * buffer.element_size() for buffer in packed.buffers())
+    assert held == storage_bytes((rows, columns), format, blocksize, double_quant) == packed.storage_bytes()
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ConfigError, match="nf4, fp4, int8; got 'nf3'"):
+        format_named("nf3")
+    with pytest.raises(ConfigError, match="got 63"):
+        check_blocksize(63)

@@ -1,0 +1,45 @@
+"""Replacing modules: every name, nothing below, nothing kept alive."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+from torch import nn
+
+from qlora_lite.errors import TargetError
+from qlora_lite.modules import answers_to, check_all_matched, replace_modules_
+
+
+def test_names_end_at_dots() -> None:
+    assert answers_to("a.q_proj", "q_proj") and answers_to("a.b", "a.b")
+    assert not answers_to("a.xq_proj", "q_proj")
+    with pytest.raises(TargetError, match=r"\['q_porj'\] matched no layer; this model has: k_proj, q_proj"):
+        check_all_matched("target_modules", ["q_porj", "q_proj"], ["x.q_proj", "x.k_proj"])
+
+
+def test_shared_module_is_made_once_and_replaced_under_every_name() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.Linear(2, 2))})
+    assert replace_modules_(model, lambda name, old: nn.Identity() if old is shared else None) == ["a"]
+    assert isinstance(model["a"], nn.Identity) and model["b"][0] is model["a"]
+
+
+def test_old_modules_are_let_go_one_by_one() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+    old = [weakref.ref(layer) for layer in model]
+    alive: list[int] = []
+
+    def make(name: str, module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, nn.Linear):
+            return None
+        alive.append(sum(ref() is not None for ref in old))
+        return nn.Identity()
+
+    replace_modules_(model, make)
+    assert alive == [3, 2, 1]
+
+
+def test_the_model_itself_is_refused() -> None:
+    with pytest.raises(TargetError, match="container"):
+        replace_modules_(nn.Linear(2, 2), lambda name, module: nn.Identity())
