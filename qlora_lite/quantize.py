@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import InputError, QuantizationError
@@ -57,13 +58,14 @@ def check_packable(weight: Tensor, name: str) -> None:
     low, high = weight.detach().aminmax()
     if not (low.isfinite() & high.isfinite()):
         index = tuple(int(i) for i in (~weight.isfinite()).nonzero()[0])
-        value = float(weight[index])
+        value = float(weight.detach()[index])
         raise QuantizationError(f"{name} holds {value} at index {index} and cannot be packed; repair the checkpoint")
 
 
 @functools.cache
 def _nested_code() -> tuple[float, ...]:
-    return tuple(bnb.create_dynamic_map().tolist())
+    with no_dispatch():  # under fake tensors too, the table has values
+        return tuple(bnb.create_dynamic_map().tolist())
 
 
 def _pack_blocks(into: PackedWeight, weight: Tensor) -> None:
@@ -182,7 +184,7 @@ class PackedWeight(nn.Module):
         if self.double_quant:
             buffer("nested_absmax", (block_count(blocks, NESTED_BLOCKSIZE),), torch.float32)
             buffer("nested_offset", (), torch.float32)
-            code = torch.tensor(_nested_code(), dtype=torch.float32, device=device)
+            code = torch.tensor(_nested_code(), dtype=torch.float32).to(device or "cpu")
             self.register_buffer("nested_code", code, persistent=False)
 
     @classmethod

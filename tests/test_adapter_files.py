@@ -1,0 +1,104 @@
+"""Adapter files, both ways with real peft, and all or nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, load_quantized, save_adapter
+from qlora_lite.adapters import lora_layers
+from qlora_lite.errors import CheckpointError
+
+TOKENS = torch.arange(12).view(2, 6)
+TARGETS = [["q_proj", "down_proj"], ["embed_tokens", "v_proj"], ["layers.1.self_attn.k_proj"]]
+
+
+def base(folder: Path) -> Any:
+    return load_quantized(folder, QuantConfig(format="none"), dtype=torch.float32)
+
+
+def adapted(folder: Path, targets: list[str]) -> Any:
+    model = base(folder)
+    add_lora_(model, LoraConfig(rank=3, alpha=7, target_modules=targets))
+    torch.manual_seed(0)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_peft_reads_ours_and_we_read_pefts(tiny_folder: Path, tmp_path: Path, targets: list[str]) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    ours = adapted(tiny_folder, targets)
+    save_adapter(ours, tmp_path / "ours")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(TOKENS).logits, ours(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    assert (base(tiny_folder)(TOKENS).logits - ours(TOKENS).logits).abs().max() > 1e-3
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = base(tiny_folder)
+    assert set(load_adapter_(back, tmp_path / "theirs")) == set(lora_layers(ours))
+    torch.testing.assert_close(back.eval()(TOKENS).logits, ours(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+def _drop_a(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    tensors.pop(next(name for name in tensors if "lora_A" in name))
+
+
+def _wrong_shape(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name] = torch.zeros(5, 3)
+
+
+def _foreign(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    tensors["base_model.model.lm_head.weight"] = torch.zeros(2, 2)
+
+
+def _stranger(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    for part in ("A", "B"):
+        tensors[f"base_model.model.x.lora_{part}.weight"] = torch.zeros(3, 3)
+
+
+def _nan(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    next(iter(tensors.values()))[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_drop_a, "only one of A and B"),
+        (_wrong_shape, r"is \(5, 3\), the layer needs"),
+        (_foreign, "belong to no adapter"),
+        (_stranger, "x is no layer of this model"),
+        (_nan, "NaN or infinity"),
+        (lambda tensors, config: config.update(use_dora=True), "sets use_dora"),
+        (lambda tensors, config: config.update(use_rslora=True), "sets use_rslora"),
+        (lambda tensors, config: config.update(rank_pattern={"q": 2}), "sets rank_pattern"),
+        (lambda tensors, config: config.update(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+        (lambda tensors, config: config.update(r=-1), "rank must be"),
+        (lambda tensors, config: config.update(lora_alpha="x"), "alpha must be"),
+        (lambda tensors, config: config.update(peft_type="IA3"), "only LORA"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(
+    tiny_folder: Path, tmp_path: Path, damage: Callable[[Any, Any], None], message: str
+) -> None:
+    save_adapter(adapted(tiny_folder, ["q_proj"]), tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    damage(tensors, config)
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    model = base(tiny_folder)
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter_(model, tmp_path / "a")
+    assert not lora_layers(model)

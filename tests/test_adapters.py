@@ -1,0 +1,88 @@
+"""Targets, and what the verbs leave behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lite.adapters import (
+    adapter_parameters,
+    adapters_disabled,
+    add_lora_,
+    lora_layers,
+    remove_lora_,
+    select_targets,
+)
+from qlora_lite.config import LoraConfig
+from qlora_lite.errors import TargetError
+from qlora_lite.hub import empty_model, read_config
+
+
+@pytest.fixture
+def llama(tiny_folder: Any) -> Any:
+    model = empty_model(read_config(tiny_folder), torch.float32).to_empty(device="cpu")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_all_linear_leaves_the_head(llama: Any) -> None:
+    names = select_targets(llama, "all-linear")
+    assert len(names) == 14 and "lm_head" not in names
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        (["q_proj", "v_proj"], 4),
+        (["layers.1.self_attn.q_proj"], 1),
+        (r".*layers\.0\.mlp\..*", 3),
+        (lambda name, module: name.endswith("down_proj"), 2),
+        (["embed_tokens"], 1),
+    ],
+)
+def test_names_patterns_and_predicates(llama: Any, targets: Any, count: int) -> None:
+    added = add_lora_(llama, LoraConfig(rank=2, target_modules=targets))
+    assert len(added) == count == len(lora_layers(llama))
+    trainable = {name for name, parameter in llama.named_parameters() if parameter.requires_grad}
+    assert trainable == set(adapter_parameters(llama)) and len(trainable) == 2 * count
+
+
+@pytest.mark.parametrize("targets", [["q_porj", "v_proj"], "nothing", "(", lambda name, module: False])
+def test_what_matches_nothing_is_an_error_and_changes_nothing(llama: Any, targets: Any) -> None:
+    with pytest.raises(TargetError):
+        add_lora_(llama, LoraConfig(target_modules=targets))
+    assert not lora_layers(llama)
+
+
+def test_adding_keeps_the_outputs_and_removing_gives_the_base_back(llama: Any) -> None:
+    layer = llama.model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 64)
+    before = layer(x)
+    add_lora_(llama, LoraConfig(rank=2))
+    with pytest.raises(TargetError):
+        add_lora_(llama, LoraConfig(rank=2))
+    adapted = llama.model.layers[0].self_attn.q_proj
+    torch.testing.assert_close(adapted(x), before)
+    remove_lora_(llama)
+    assert llama.model.layers[0].self_attn.q_proj is layer
+
+
+def test_disabling_restores_what_it_found() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    base = model(torch.ones(1, 4))
+    add_lora_(model, LoraConfig(rank=2))
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B)
+    model[1].adapter_enabled = False
+    adapted = model(torch.ones(1, 4))
+    model[0].merge_weights()
+    with pytest.raises(KeyError), adapters_disabled(model), adapters_disabled(model):
+        torch.testing.assert_close(model(torch.ones(1, 4)), base)
+        raise KeyError
+    assert model[0].adapter_enabled and not model[1].adapter_enabled
+    torch.testing.assert_close(model(torch.ones(1, 4)), adapted)

@@ -1,0 +1,40 @@
+"""Recomputation: same gradients, forward methods put back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
+from qlora_lite.adapters import adapter_parameters
+from qlora_lite.checkpointing import adapted_blocks, checkpointed
+from qlora_lite.errors import ConfigError
+
+
+def test_gradients_are_the_same_and_less_is_kept(tiny_folder: Path) -> None:
+    model = load_quantized(tiny_folder, QuantConfig(), dtype=torch.float32)
+    add_lora_(model, LoraConfig(rank=2, dropout=0.3))
+    tokens = torch.randint(100, (2, 16))
+    seen = []
+    for kind in ("none", "full"):
+        torch.manual_seed(0)
+        model.train().zero_grad()
+        kept: list[int] = []
+        with (
+            checkpointed(model, kind),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.nbytes), t)[1], lambda t: t),  # noqa: B023
+        ):
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        seen.append((sum(kept), [parameter.grad.clone() for parameter in adapter_parameters(model).values()]))
+    assert seen[1][0] < 0.5 * seen[0][0]
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(seen[0][1], seen[1][1], strict=True))
+    assert len(adapted_blocks(model)) == 2 and not any("forward" in vars(block) for block in adapted_blocks(model))
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="has none"), checkpointed(nn.Sequential(nn.Linear(2, 2)), "full"):
+        pass

@@ -1,0 +1,32 @@
+"""What transformers is asked for, and what is said when it cannot answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_lite.errors import CheckpointError
+from qlora_lite.hub import empty_model, head_of, load_tokenizer, read_config, resolve, why_not_headless
+
+
+def test_a_model_is_built_without_bytes(tiny_folder: Path) -> None:
+    model = empty_model(read_config(tiny_folder), torch.bfloat16)
+    assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    assert head_of(model) is model.lm_head
+    assert why_not_headless(model.requires_grad_(False)) is None
+    assert why_not_headless(model.requires_grad_(True)) == "its output head is trained"
+
+
+def test_wrong_places_get_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        resolve(tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        resolve(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="cannot be fetched"):
+        resolve("nobody/nothing")
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(CheckpointError, match="no config that transformers knows"):
+        read_config(tmp_path)
+    assert load_tokenizer(tiny_folder).pad_token_id is not None

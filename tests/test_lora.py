@@ -1,0 +1,177 @@
+"""The layers against the equation, torch.nn.Embedding, and their own promises."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lite import Embedding, LinearWithLoRA, LoraLayer
+from qlora_lite.config import QuantConfig
+from qlora_lite.errors import ConfigError, InputError, TargetError
+from qlora_lite.quantize_base import quantize_base_
+
+TOKENS = torch.tensor([[1, 2, 3, 2], [2, 0, 9, 1]])
+
+
+def warm(layer: LoraLayer) -> LoraLayer:
+    """A layer whose adapter does something."""
+    torch.manual_seed(3)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def test_the_documents_usage_trains() -> None:
+    torch.manual_seed(0)
+    embedding = Embedding(vocab_size=50000, embed_dim=768, rank=16, alpha=32, merge_weights=True)
+    linear = LinearWithLoRA(fan_in=768, fan_out=768, rank=16, alpha=32, bias=True)
+    frozen = [embedding.base_layer.weight.clone(), linear.base_layer.weight.clone(), linear.bias.clone()]
+    batch = {"input_ids": torch.randint(50000, (4, 16)), "labels": torch.randint(768, (4,))}
+    optimizer = torch.optim.AdamW([{"params": embedding.parameters()}, {"params": linear.parameters()}], lr=1e-2)
+    losses = []
+    for _epoch in range(12):
+        optimizer.zero_grad()
+        embeds = embedding(batch["input_ids"])
+        output = linear(embeds)
+        loss = nn.functional.cross_entropy(output.mean(1), batch["labels"])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    now = [embedding.base_layer.weight, linear.base_layer.weight, linear.bias]
+    assert all(torch.equal(was, one) for was, one in zip(frozen, now, strict=True))
+    assert embedding.lora_B.abs().sum() > 0 and linear.lora_B.abs().sum() > 0
+
+
+def test_shapes_and_starting_values() -> None:
+    torch.manual_seed(0)
+    layer = Embedding(1000, 64, rank=8, alpha=4)
+    assert layer.lora_A.shape == (8, 1000) and layer.lora_B.shape == (64, 8) and layer.scaling == 0.5
+    assert layer.weight.std().item() == pytest.approx(1 / math.sqrt(1000), rel=0.05)
+    assert layer.lora_A.std().item() == pytest.approx(0.02, rel=0.05) and not layer.lora_B.any()
+
+
+@pytest.mark.parametrize("format", ["none", "nf4", "int8"])
+def test_merged_equals_unmerged_and_comes_apart_again(format: str) -> None:
+    torch.manual_seed(0)
+    holder = nn.Sequential(nn.Linear(64, 32))
+    quantize_base_(holder, QuantConfig(format=format))
+    layer = warm(LoraLayer(4, 8, holder[0])).eval()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.randn(5, 64)
+    apart = layer(x)
+    layer.merge_weights()
+    layer.merge_weights()
+    assert layer.merged
+    assert (layer(x) - apart).abs().max() <= 1e-5 * apart.abs().max()
+    layer.unmerge_weights()
+    layer.unmerge_weights()
+    assert not layer.merged and torch.equal(layer(x), apart)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_merging_has_to_be_permitted() -> None:
+    layer = LinearWithLoRA(4, 4, 2, merge_weights=False)
+    for method in (layer.merge_weights, layer.unmerge_weights):
+        with pytest.raises(ConfigError, match="merge_weights=False"):
+            method()
+
+
+def test_weight_is_w0_plus_scaled_product() -> None:
+    layer = warm(LinearWithLoRA(6, 5, rank=2, alpha=3))
+    expected = layer.base_layer.weight + 1.5 * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer.effective_weight(torch.float32), expected.detach())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding_idx": 2}, {"scale_grad_by_freq": True}, {"sparse": True}, {"padding_idx": 2, "sparse": True}],
+)
+def test_gradient_of_a_is_that_of_an_embedding(options: dict[str, Any]) -> None:
+    layer = warm(Embedding(10, 6, rank=3, alpha=3, **options))
+    peer = nn.Embedding(10, 3, _weight=layer.lora_A.detach().T.clone(), **options)
+    ours, theirs = layer(TOKENS), layer.base_layer.weight[TOKENS] + peer(TOKENS) @ layer.lora_B.T
+    torch.testing.assert_close(ours, theirs)
+    ours.square().sum().backward(inputs=[layer.lora_A])
+    theirs.square().sum().backward(inputs=[peer.weight])
+    assert layer.lora_A.grad is not None and peer.weight.grad is not None
+    assert layer.lora_A.grad.is_sparse == peer.weight.grad.is_sparse == options.get("sparse", False)
+    torch.testing.assert_close(layer.lora_A.grad.to_dense(), peer.weight.grad.to_dense().T)
+
+
+def test_sparse_gradients_serve_sparse_adam() -> None:
+    layer = warm(Embedding(10, 6, rank=3, sparse=True))
+    before = layer.lora_A.detach().clone()
+    optimizer = torch.optim.SparseAdam([layer.lora_A], lr=0.1)
+    layer(TOKENS).square().sum().backward()
+    optimizer.step()
+    moved = (layer.lora_A != before).any(0)
+    assert moved.nonzero().flatten().tolist() == [0, 1, 2, 3, 9]
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0])
+def test_max_norm_limits_what_is_returned_and_stores_nothing(norm_type: float) -> None:
+    layer = Embedding(10, 6, rank=2, max_norm=0.5, norm_type=norm_type)
+    stored = layer.base_layer.weight.clone()
+    peer = nn.Embedding(10, 6, max_norm=0.5, norm_type=norm_type, _weight=stored.clone())
+    torch.testing.assert_close(layer(TOKENS), peer(TOKENS))
+    assert torch.equal(layer.base_layer.weight, stored)
+
+
+def test_padding_row_never_moves() -> None:
+    layer = warm(Embedding(10, 6, rank=2, padding_idx=1))
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (layer(TOKENS) - 1).square().sum().backward()
+        optimizer.step()
+    assert not layer.effective_weight(torch.float32)[1].any() and not layer(torch.tensor([1])).any()
+
+
+def test_reading_changes_nothing_that_is_stored() -> None:
+    for layer, x in ((LoraLayer(2, 2, nn.Linear(4, 4)), torch.randn(3, 4)), (Embedding(10, 4, 2, max_norm=0.1), TOKENS)):
+        before = copy.deepcopy(layer.state_dict())
+        layer.eval()(x)
+        layer.train()(x)
+        layer.state_dict()
+        assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_loading_while_merged_merges_the_new_values() -> None:
+    layer, other = warm(LinearWithLoRA(4, 4, 2)), LinearWithLoRA(4, 4, 2)
+    layer.merge_weights()
+    layer.load_state_dict(other.state_dict())
+    x = torch.randn(3, 4)
+    assert layer.merged
+    torch.testing.assert_close(layer(x), other(x))
+    torch.testing.assert_close(copy.deepcopy(layer)(x), other(x))
+
+
+def test_dropout_acts_in_training_only() -> None:
+    layer = warm(LoraLayer(2, 2, nn.Linear(64, 8), dropout=0.5))
+    x = torch.randn(4, 64)
+    assert not torch.equal(layer.train()(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LinearWithLoRA(4, 4, rank=0), ConfigError, "rank must be an integer of at least 1; got 0"),
+        (lambda: LinearWithLoRA(4, 4, 2, alpha=math.inf), ConfigError, "alpha must be a finite number"),
+        (lambda: LoraLayer(2, 2, nn.Linear(4, 4), dropout=1.0), ConfigError, r"dropout must be in \[0, 1\)"),
+        (lambda: LoraLayer(2, 2, nn.LayerNorm(4)), TargetError, "LayerNorm cannot be adapted"),
+        (lambda: LoraLayer(2, 2, LinearWithLoRA(4, 4, 2)), TargetError, "cannot be adapted"),
+        (lambda: Embedding(10, 4, 2)(torch.tensor([3, 10, -1])), InputError, r"in \[0, 10\); got 10 and 1 more"),
+        (lambda: Embedding(10, 4, 2)(torch.tensor([0.5])), InputError, "int64 or int32; got torch.float32"),
+        (lambda: LinearWithLoRA(4, 4, 2)(torch.tensor([[1, 2, 3, 4]])), InputError, "takes floats with 4 features"),
+        (lambda: LinearWithLoRA(4, 4, 2)(torch.randn(2, 5)), InputError, "takes floats with 4 features"),
+    ],
+)
+def test_mistakes_get_one_sentence(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,166 @@
+"""Packed weights against bitsandbytes' own, and through everything that moves or copies a module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_lite.config import QuantConfig
+from qlora_lite.errors import InputError, QuantizationError
+from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear
+
+SHAPES = [(64, 64), (33, 65), (7, 1000), (1, 1), (3, 3), (300, 500)]
+
+
+def reference(weight: Tensor, format: str, blocksize: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """bitsandbytes' codes and statistics, and the values by the definition: code[index] * absmax of the block."""
+    codes, state = bnb.quantize_4bit(
+        weight, blocksize=blocksize, compress_statistics=double_quant, quant_type=format
+    )
+    absmax = state.absmax
+    if double_quant:
+        absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    nibbles = torch.stack((codes.view(-1) >> 4, codes.view(-1) & 15), 1).view(-1)[: weight.numel()].long()
+    table = bnb.get_4bit_type(format, device="cpu")
+    values = table[nibbles] * absmax.repeat_interleave(blocksize)[: weight.numel()]
+    return codes.view(-1), state.absmax, values.view_as(weight)
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [64, 1024, 4096])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_codes_statistics_and_values_are_bitsandbytes(format: str, blocksize: int, double_quant: bool) -> None:
+    torch.manual_seed(0)
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            weight = torch.randn(shape).to(dtype)
+            packed = PackedWeight.of(weight, QuantConfig(format, blocksize, double_quant))
+            codes, absmax, values = reference(weight, format, blocksize, double_quant)
+            assert torch.equal(packed.packed, codes) and torch.equal(packed.absmax, absmax)
+            torch.testing.assert_close(packed.dequantize(torch.float32), values, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_larger_than_a_chunk_are_packed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(100, 321)
+    whole = PackedWeight.of(weight, QuantConfig())
+    rows = PackedWeight.of(weight, QuantConfig(format="int8"))
+    monkeypatch.setattr("qlora_lite.quantize.CHUNK_VALUES", 4096)
+    assert torch.equal(PackedWeight.of(weight, QuantConfig()).packed, whole.packed)
+    again = PackedWeight.of(weight, QuantConfig(format="int8"))
+    assert torch.equal(again.packed, rows.packed)
+    assert torch.equal(again.dequantize(torch.float32), rows.dequantize(torch.float32))
+
+
+def test_int8_rows_are_bitsandbytes_and_zero_rows_stay_zero() -> None:
+    weight = torch.randn(20, 30)
+    weight[4] = 0
+    packed = PackedWeight.of(weight, QuantConfig(format="int8"))
+    codes, absmax, _ = bnb.int8_vectorwise_quant(weight.half())
+    assert torch.equal(packed.absmax, absmax)
+    assert torch.equal(packed.packed[:4], codes[:4]) and torch.equal(packed.packed[5:], codes[5:])
+    values = packed.dequantize(torch.float32)
+    assert not values[4].any() and (values - weight).abs().max() <= weight.abs().max() / 127
+    assert torch.equal(packed.rows(torch.tensor([[3, 4]]), torch.float32), values[[3, 4]].unsqueeze(0))
+
+
+@pytest.mark.parametrize(("format", "error", "relative"), [("nf4", 0.0728, 0.203), ("fp4", 0.0965, 0.260)])
+def test_error_on_normal_weights_is_the_published_one(format: str, error: float, relative: float) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(1024, 1024)
+    values = PackedWeight.of(weight, QuantConfig(format, 64, False)).dequantize(torch.float32)
+    assert (values - weight).abs().mean().item() == pytest.approx(error, rel=0.03)
+    assert ((values - weight).abs() / weight.abs()).mean().item() == pytest.approx(relative, rel=0.5)
+
+
+@pytest.mark.parametrize("config", [QuantConfig(), QuantConfig(double_quant=False), QuantConfig(format="int8")])
+def test_every_bit_survives(config: QuantConfig) -> None:
+    torch.manual_seed(0)
+    layer = QuantizedLinear(PackedWeight.of(torch.randn(48, 96), config), torch.nn.Parameter(torch.randn(48)))
+    wanted = layer.weight.dequantize(torch.float32)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    empty = PackedWeight((48, 96), config.format, config.blocksize, config.double_quant)
+    empty.load_state_dict(layer.weight.state_dict())
+    copies = [
+        copy.deepcopy(layer).half().weight,
+        copy.deepcopy(layer).to(torch.bfloat16).double().weight,
+        copy.deepcopy(layer).to("cpu").weight,
+        torch.load(file, weights_only=False).weight,
+        empty,
+    ]
+    for other in copies:
+        assert torch.equal(other.dequantize(torch.float32), wanted)
+        assert {n: b.dtype for n, b in other.named_buffers()} == {n: b.dtype for n, b in layer.weight.named_buffers()}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_bad_values_are_named_with_their_place(bad: float) -> None:
+    weight = torch.ones(8, 8)
+    weight[3, 5] = weight[6, 1] = bad
+    with pytest.raises(QuantizationError, match=r"mlp\.weight holds -?(nan|inf) at index \(3, 5\)"):
+        PackedWeight.of(weight, QuantConfig(), name="mlp.weight")
+    with pytest.raises(QuantizationError, match=r"reaches 70000, above 65504"):
+        PackedWeight.of(torch.full((2, 2), 7e4), QuantConfig(format="int8"))
+    with pytest.raises(QuantizationError, match="must be a matrix of floats"):
+        PackedWeight.of(torch.ones(3), QuantConfig())
+
+
+def test_linear_keeps_no_unpacked_weight_for_backward() -> None:
+    layer = QuantizedLinear(PackedWeight.of(torch.randn(16, 64), QuantConfig()))
+    x = torch.randn(4, 64, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        y = layer(x)
+    y.sum().backward()
+    assert not kept
+    torch.testing.assert_close(x.grad, layer.weight.dequantize(torch.float32).sum(0).expand(4, 64))
+    with pytest.raises(InputError, match="64 features"):
+        layer(torch.randn(4, 32))
+
+
+def test_embedding_follows_the_models_dtype() -> None:
+    rows = PackedWeight.of(torch.randn(10, 8), QuantConfig(format="int8"))
+    embedding = QuantizedEmbedding(rows, torch.float32).to(torch.bfloat16)
+    assert embedding(torch.tensor([1])).dtype == torch.bfloat16
+    with pytest.raises(QuantizationError, match="as int8"):
+        QuantizedEmbedding(PackedWeight.of(torch.randn(8, 64), QuantConfig()), torch.float32)
+
+
+PRETENDED = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+_setup_privateuseone_for_python_backend("fakegpu")
+from qlora_lite.lora import LoraLayer
+from qlora_lite.quantize import PackedWeight, QuantizedLinear
+with FakeTensorMode():
+    for format in ("nf4", "int8"):
+        base = QuantizedLinear(PackedWeight((32, 64), format, device=torch.device("fakegpu")))
+        layer = LoraLayer(4, 8, base, dropout=0.1)
+        assert layer.lora_A.device.type == "fakegpu"
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, foreach=False)
+        x = torch.empty(2, 5, 64, device="fakegpu", dtype=torch.bfloat16, requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+        optimizer.step()
+        assert x.grad.device.type == layer.lora_B.grad.device.type == "fakegpu" and y.dtype == torch.bfloat16
+    try:
+        layer(torch.empty(2, 64))
+    except RuntimeError as error:
+        print(type(error).__name__)
+"""
+
+
+def test_step_on_fake_tensors_of_a_pretended_accelerator() -> None:
+    done = subprocess.run([sys.executable, "-c", PRETENDED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().endswith("DeviceMismatchError"), done.stdout + done.stderr[-500:]

@@ -1,0 +1,91 @@
+"""Files: readable by safetensors, whole or absent, and never from outside the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_lite.errors import CheckpointError
+from qlora_lite.storage import (
+    INDEX_FILE,
+    PlannedTensor,
+    TensorFiles,
+    new_folder,
+    planned,
+    read_json,
+    read_safetensors,
+    write_safetensors,
+    write_sharded,
+)
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    made = {f"t{n}": torch.randn(n + 1, 3).to(d) for n, d in enumerate([torch.float32, torch.bfloat16, torch.float16])}
+    return {**made, "ints": torch.arange(5), "empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5)}
+
+
+def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x.safetensors", {name: planned(tensor) for name, tensor in tensors().items()})
+    for read in (load_file(tmp_path / "x.safetensors"), read_safetensors(tmp_path / "x.safetensors")):
+        assert read.keys() == tensors().keys()
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors().items())
+
+
+def test_shards_hold_the_same_as_one_file(tmp_path: Path) -> None:
+    plan = {name: planned(tensor) for name, tensor in tensors().items()}
+    files = write_sharded(tmp_path, plan, max_shard_bytes=30)
+    assert len(files) > 2 and (tmp_path / INDEX_FILE).is_file()
+    assert {name: tensor.tolist() for name, tensor in TensorFiles(tmp_path).items()} == {
+        name: tensor.tolist() for name, tensor in tensors().items()
+    }
+
+
+def test_a_tensor_that_breaks_its_plan_stops_the_writing(tmp_path: Path) -> None:
+    plan = {"a": PlannedTensor((2,), torch.float32, lambda: torch.zeros(3))}
+    with pytest.raises(CheckpointError, match=r"a was planned as \(2,\)"):
+        write_safetensors(tmp_path / "x.safetensors", plan)
+
+
+def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(KeyError), new_folder(target) as folder:
+        (folder / "half").write_text("x")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(target) as folder:
+        (folder / "whole").write_text("x")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o777 & ~umask
+    with pytest.raises(CheckpointError, match="not empty"), new_folder(target):
+        pass
+    with new_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("x")
+    assert [path.name for path in target.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "x.bin", "", 3])
+def test_index_may_only_name_plain_files(tmp_path: Path, name: object) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match=r"no plain \.safetensors file name"):
+        TensorFiles(tmp_path)
+
+
+def test_damaged_and_missing_files_get_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds neither"):
+        TensorFiles(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(CheckpointError, match="no readable safetensors file"):
+        TensorFiles(tmp_path)
+    for text, message in (("[1]", "JSON object"), ("{", "cannot be read as JSON")):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            read_json(tmp_path / "x.json")

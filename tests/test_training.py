@@ -1,0 +1,138 @@
+"""Training against plain torch, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add_lora_, load_quantized, train
+from qlora_lite.adapters import adapter_parameters, lora_layers
+from qlora_lite.errors import ConfigError, TargetError, TrainingError
+from qlora_lite.training import profile_steps
+
+
+def adapted(folder: Path, format: str = "nf4", dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
+    model = load_quantized(folder, QuantConfig(format=format), dtype=dtype)
+    torch.manual_seed(0)
+    add_lora_(model, LoraConfig(**{"rank": 4, "alpha": 8, **lora}))
+    return model
+
+
+def batch(rows: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(100, (rows, 12), generator=torch.Generator().manual_seed(seed))
+    labels = tokens.clone()
+    labels[0, :5] = -100
+    return {"input_ids": tokens, "labels": labels}
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "none"])
+def test_gradients_are_those_of_plain_fp32_torch(tiny_folder: Path, format: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(tiny_folder, format)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    leaves: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
+    for name, layer in lora_layers(model).items():
+        a, b = (part.detach().clone().requires_grad_() for part in (layer.lora_A, layer.lora_B))
+        stored = layer.base_layer.weight
+        dense = stored if isinstance(stored, torch.Tensor) else stored.dequantize(torch.float32)
+        leaves |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+        weights[f"{name}.weight"] = dense.detach() + 2.0 * b @ a
+    data = batch()
+    torch.func.functional_call(plain, weights, kwargs=data).loss.backward()
+    model(**data).loss.backward()
+    for name, parameter in adapter_parameters(model).items():
+        torch.testing.assert_close(parameter.grad, leaves[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_loss_falls_and_the_base_stays_bit_for_bit(tiny_folder: Path, tmp_path: Path, optimizer: str) -> None:
+    model = adapted(tiny_folder, dtype=torch.bfloat16).eval()
+    stored = {name: value.clone() for name, value in model.state_dict().items() if "lora_" not in name}
+    config = TrainConfig(steps=12, learning_rate=1e-2, warmup_steps=2, optimizer=optimizer)
+    result = train(model, [batch()], config, output_dir=tmp_path / "run", progress=False)
+    assert result.losses[-1] < result.losses[0] - 0.1 and result.own_loss_because is None
+    now = model.state_dict()
+    assert all(torch.equal(value, now[name]) for name, value in stored.items())
+    assert not model.training and not any("forward" in vars(module) for module in model.modules())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == result.losses and lines[-1]["step"] == 12
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_first_loss_is_the_mean_over_labelled_tokens(tiny_folder: Path) -> None:
+    model, data = adapted(tiny_folder), batch()
+    logits = model(data["input_ids"]).logits[:, :-1]
+    wanted = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), data["labels"][:, 1:].reshape(-1))
+    assert train(model, [data], TrainConfig(steps=1), progress=False).losses[0] == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_accumulation_equals_one_large_batch(tiny_folder: Path, checkpointing: str) -> None:
+    whole = batch()
+    halves = [{name: value[row : row + 1] for name, value in whole.items()} for row in range(2)]
+    ends = []
+    for batches, accumulation in (([whole], 1), (halves, 2)):
+        model = adapted(tiny_folder)
+        config = TrainConfig(steps=3, gradient_accumulation=accumulation, checkpointing=checkpointing)
+        losses = train(model, batches, config, progress=False).losses
+        ends.append((losses, adapter_parameters(model)))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
+    for name, parameter in ends[0][1].items():
+        torch.testing.assert_close(parameter, ends[1][1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(tiny_folder: Path, tmp_path: Path) -> None:
+    model = adapted(tiny_folder)
+    train(model, [batch()], TrainConfig(steps=2), progress=False)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("inf")
+    before = {name: parameter.clone() for name, parameter in adapter_parameters(model).items()}
+    with pytest.raises(TrainingError, match=r"of step 1 is (nan|inf); the adapters keep their values"):
+        train(model, [batch()], TrainConfig(steps=2), output_dir=tmp_path, progress=False)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in adapter_parameters(model).items())
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_what_cannot_be_trained_is_refused(tiny_folder: Path) -> None:
+    config = TrainConfig(steps=2)
+    with pytest.raises(TargetError, match="no adapters"):
+        train(load_quantized(tiny_folder), [batch()], config)
+    with pytest.raises(ConfigError, match="float16, which a CPU"):
+        train(adapted(tiny_folder, dtype=torch.float16), [batch()], config)
+    model = adapted(tiny_folder)
+    with pytest.raises(TrainingError, match="ended in step 2 of 2"):
+        train(model, iter([batch()]), config, progress=False)
+    with pytest.raises(TrainingError, match="has a label"):
+        train(model, [{**batch(), "labels": torch.full((2, 12), -100)}], config, progress=False)
+    with pytest.raises(ConfigError, match="input_ids and labels"):
+        train(model, [{"x": torch.zeros(1)}], config, progress=False)
+    with pytest.raises(ConfigError, match="empty"):
+        train(model, [], config, progress=False)
+    lora_layers(model)["model.layers.0.mlp.up_proj"].merge_weights()
+    with pytest.raises(ConfigError, match="1 layers are merged"):
+        train(model, [batch()], config, progress=False)
+
+
+def test_profiler_sees_the_phases_and_their_bytes(tiny_folder: Path) -> None:
+    with MemoryProfiler() as profiler:
+        model = adapted(tiny_folder)
+        train(model, [batch()], TrainConfig(steps=2), profiler=profiler, progress=False)
+    report = profiler.report()
+    assert [phase.name for phase in report.phases] == ["forward", "backward", "optimizer"]
+    adapters = sum(parameter.nbytes for parameter in adapter_parameters(model).values())
+    update = report.phase("optimizer")
+    assert update is not None and update.breakdown is not None
+    by_category = {category.name: size for category, size in update.breakdown.by_category().items()}
+    assert by_category["ADAPTER"] == by_category["GRADIENT"] == adapters
+    assert 2 * adapters <= by_category["OPTIMIZER_STATE"] < 2 * adapters + 1000
+    assert profile_steps(tiny_folder, QuantConfig(), LoraConfig(rank=2), rows=1, tokens=8).phase("load") is not None
