@@ -59,7 +59,9 @@ def main() -> None:
             from tiny_model import make_tiny_model
 
             given.model, given.data = make_tiny_model(Path(scratch) / "model"), Path(scratch) / "data.jsonl"
-            lines = [json.dumps({"prompt": f"count to {n}: ", "completion": " ".join("123456789"[:n])}) for n in range(1, 9)]
+            lines = [
+                json.dumps({"prompt": f"count to {n}: ", "completion": " ".join("123456789"[:n])}) for n in range(1, 9)
+            ]
             given.data.write_text("\n".join(lines), encoding="utf-8")
         print(json.dumps(fine_tune(given.model, given.data, given.output, given.steps)))
 

@@ -31,6 +31,8 @@ from qlora_lite.storage import (
 TENSOR_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
+# peft stores an adapted embedding's base weight beside the adapter.
+BASE_COPY = ".base_layer.weight"
 SUFFIXES = {
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
@@ -159,6 +161,8 @@ def _pairs(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor
     pairs: dict[str, dict[str, Tensor]] = {}
     foreign = []
     for key, tensor in tensors.items():
+        if key.startswith(PREFIX) and key.endswith(BASE_COPY):
+            continue
         suffix = next((suffix for suffix in SUFFIXES if key.endswith("." + suffix)), None)
         if suffix is None or not key.startswith(PREFIX):
             foreign.append(key)
@@ -196,6 +200,24 @@ def _mismatches(model: nn.Module, pairs: dict[str, dict[str, Tensor]], rank: int
     return problems
 
 
+def _other_bases(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Base weights that came with the adapter and are not this model's: the adapter was trained on something else."""
+    modules = dict(model.named_modules())
+    problems = []
+    for key, tensor in tensors.items():
+        if not key.endswith(BASE_COPY):
+            continue
+        name = key[len(PREFIX) : -len(BASE_COPY)]
+        module = modules.get(name)
+        base = module.base_layer if isinstance(module, LoraLayer) else module
+        weight = getattr(base, "weight", None)
+        if weight is None or weight.shape != tensor.shape:
+            problems.append(f"{name} comes with a base weight {tuple(tensor.shape)} that fits no layer of the model")
+        elif isinstance(weight, Tensor) and not torch.equal(weight.to(tensor.dtype), tensor.to(weight.device)):
+            problems.append(f"{name} comes with a base weight that differs from the model's")
+    return problems
+
+
 def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     """Puts an adapter saved here or by peft onto the model, freezes all else, returns the adapted layers' names.
 
@@ -205,8 +227,9 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     rank, alpha, dropout = _read_config(folder / CONFIG_FILE)
-    pairs = _pairs(read_safetensors(folder / TENSOR_FILE), folder / TENSOR_FILE)
-    problems = _mismatches(model, pairs, rank)
+    tensors = read_safetensors(folder / TENSOR_FILE)
+    pairs = _pairs(tensors, folder / TENSOR_FILE)
+    problems = [*_mismatches(model, pairs, rank), *_other_bases(model, tensors)]
     present = set(lora_layers(model))
     if present and present != set(pairs):
         problems.append(f"the model has adapters on other layers ({len(present)} there, {len(pairs)} in the file)")

@@ -1,4 +1,4 @@
-"""The command line: parses and wires, computes nothing. Heavy imports happen inside the commands, so that help is quick.
+"""The command line: parses and wires, computes nothing. Heavy imports stand inside the commands, for quick help.
 
 Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted.
 """
@@ -197,12 +197,15 @@ def env(json: Json = False) -> None:
 
     from qlora_lite.low_rank import cpu_multiplies_bf16
 
+    def version_of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
     figures: dict[str, Any] = {"python": platform.python_version()}
     for package in ("qlora-lite", "torch", "bitsandbytes", "accelerate", "safetensors", "transformers", "peft"):
-        try:
-            figures[package] = version(package)
-        except PackageNotFoundError:
-            figures[package] = None
+        figures[package] = version_of(package)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     figures["cores"] = psutil.cpu_count()
     figures["memory_bytes"] = psutil.virtual_memory().total

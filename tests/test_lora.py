@@ -133,7 +133,10 @@ def test_padding_row_never_moves() -> None:
 
 
 def test_reading_changes_nothing_that_is_stored() -> None:
-    for layer, x in ((LoraLayer(2, 2, nn.Linear(4, 4)), torch.randn(3, 4)), (Embedding(10, 4, 2, max_norm=0.1), TOKENS)):
+    for layer, x in (
+        (LoraLayer(2, 2, nn.Linear(4, 4)), torch.randn(3, 4)),
+        (Embedding(10, 4, 2, max_norm=0.1), TOKENS),
+    ):
         before = copy.deepcopy(layer.state_dict())
         layer.eval()(x)
         layer.train()(x)

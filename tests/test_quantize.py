@@ -21,9 +21,7 @@ SHAPES = [(64, 64), (33, 65), (7, 1000), (1, 1), (3, 3), (300, 500)]
 
 def reference(weight: Tensor, format: str, blocksize: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
     """bitsandbytes' codes and statistics, and the values by the definition: code[index] * absmax of the block."""
-    codes, state = bnb.quantize_4bit(
-        weight, blocksize=blocksize, compress_statistics=double_quant, quant_type=format
-    )
+    codes, state = bnb.quantize_4bit(weight, blocksize=blocksize, compress_statistics=double_quant, quant_type=format)
     absmax = state.absmax
     if double_quant:
         absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset

@@ -73,7 +73,9 @@ def test_first_loss_is_the_mean_over_labelled_tokens(tiny_folder: Path) -> None:
     model, data = adapted(tiny_folder), batch()
     logits = model(data["input_ids"]).logits[:, :-1]
     wanted = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), data["labels"][:, 1:].reshape(-1))
-    assert train(model, [data], TrainConfig(steps=1), progress=False).losses[0] == pytest.approx(wanted.item(), rel=1e-5)
+    assert train(model, [data], TrainConfig(steps=1), progress=False).losses[0] == pytest.approx(
+        wanted.item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])

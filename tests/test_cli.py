@@ -1,0 +1,88 @@
+"""The command line, with good and with bad input, as processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    program = "import sys; from qlora_lite.cli import main; main()"
+    command = [sys.executable, "-c", program, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_help_needs_nothing_heavy() -> None:
+    program = (
+        "import sys, qlora_lite.cli; print([m for m in ('torch', 'transformers', 'rich.table') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    for command in ((), ("train",), ("merge",), ("profile",), ("env",)):
+        assert run(*command, "--help").returncode == 0
+
+
+def test_train_merge_and_profile(tiny_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from qlora_lite import QuantConfig, load_adapter_, load_quantized
+
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"number {n}"}) for n in range(8)))
+    words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--steps", 6)
+    done = run(*words, "--rank", 2, "--learning-rate", 0.01, "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["last_loss"] < figures["first_loss"] and figures["examples"] == 8
+    again = run(*words)
+    assert again.returncode == 1 and "not empty" in again.stderr and len(again.stderr.splitlines()) == 1
+
+    adapter = tmp_path / "run" / "adapter"
+    words = ("merge", "--model", tiny_folder, "--adapter", adapter, "--output", tmp_path / "merged")
+    done = run(*words, "--dtype", "fp32", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["layers_merged"] == 14
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ours = load_quantized(tiny_folder, QuantConfig())
+    load_adapter_(ours, adapter)
+    tokens = torch.arange(8).unsqueeze(0)
+    torch.testing.assert_close(merged(tokens).logits, ours.float().eval()(tokens).logits, rtol=1e-4, atol=1e-5)
+
+    done = run("profile", "--model", tiny_folder, "--rank", 2, "--rows", 1, "--tokens", 16, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "backward" in done.stdout and "phases" in json.loads(done.stdout.splitlines()[-1])
+
+
+def test_env_says_what_there_is() -> None:
+    figures = json.loads(run("env", "--json").stdout.splitlines()[-1])
+    assert figures["torch"].startswith(torch.__version__.split("+")[0]) and figures["memory_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (("merge", "--model", "{m}", "--adapter", "nowhere", "--output", "{t}/o"), 1, "does not exist"),
+        (("merge", "--model", "/nowhere/x", "--adapter", "a", "--output", "{t}/o"), 1, "/nowhere/x does not exist"),
+        (("merge", "--model", "{m}", "--adapter", "a", "--output", "{t}/o", "--dtype", "int4"), 1, "got 'int4'"),
+        (("train", "--model", "{m}", "--data", "nowhere.jsonl", "--output", "{t}/o"), 1, "nowhere.jsonl"),
+        (("profile", "--model", "{m}", "--format", "nf5"), 1, "got 'nf5'"),
+        (("profile", "--model", "{m}", "--rows", "0"), 1, "rows must be at least 1"),
+        (("train", "--model", "{m}"), 2, "Missing option"),
+        (("train", "--steps", "many"), 2, "many"),
+        (("destroy",), 2, "destroy"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    words: tuple[str, ...], status: int, message: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    done = run(*(word.format(m=tiny_folder, t=tmp_path) for word in words))
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    if status == 1:
+        assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,48 @@
+"""Every script and example runs on its small setting and ends with its JSON line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {
+    "examples/quickstart.py": {
+        "exact_match_before",
+        "exact_match_after",
+        "exports_agree",
+        "peak_rss_bytes",
+        "seconds",
+    },
+    "examples/finetune_4bit.py": {"first_loss", "last_loss", "adapter", "merged"},
+    "examples/seed_layers.py": {"loss_before", "loss_after", "merged_difference", "restored"},
+    "profiling/step_memory.py": {"model", "phases"},
+}
+# Looked at by tests of their own, or no programs.
+NOT_RUN_HERE = {"examples/real_model.py", "examples/message_records.py", "examples/tiny_model.py"}
+
+
+def test_no_script_is_forgotten() -> None:
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("examples", "profiling")
+        for path in (ROOT / folder).glob("*.py")
+    }
+    assert found == set(SCRIPTS) | NOT_RUN_HERE
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / script), "--tiny"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(done.stdout.strip().splitlines()[-1])
+    assert set(figures) == SCRIPTS[script]
+    if "exports_agree" in figures:
+        assert figures["exports_agree"] >= 0.5
+    if "restored" in figures:
+        assert figures["restored"] is True and figures["loss_after"] < figures["loss_before"]
