@@ -55,6 +55,20 @@ def _refuse_full(folder: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{folder} is not empty; name another folder, or use --overwrite")
 
 
+def _train_figures(result: Any, tokenized: Any, output: Path) -> dict[str, Any]:
+    return {
+        "examples": len(tokenized.examples),
+        "examples_shortened": tokenized.truncated,
+        "examples_dropped": tokenized.dropped,
+        "first_loss": result.losses[0],
+        "last_loss": result.losses[-1],
+        "seconds": round(result.seconds, 1),
+        "peak_bytes": result.steps[-1].peak_bytes,
+        "own_loss_because": result.own_loss_because,
+        "adapter": str(output / "adapter"),
+    }
+
+
 @app.command()
 def train(
     model: Model,
@@ -85,11 +99,13 @@ def train(
     """Train adapters on a JSONL file; writes metrics.jsonl and adapter/ into the output folder."""
     import torch
 
-    from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized
-    from qlora_lite import train as train_model
+    from qlora_lite.adapters import add_lora_
+    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
     from qlora_lite.data import batches, tokenize_all
     from qlora_lite.hub import load_tokenizer
+    from qlora_lite.load import load_quantized
     from qlora_lite.records import read_jsonl
+    from qlora_lite.training import train as train_model
 
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
     names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
@@ -119,18 +135,7 @@ def train(
     loaded = load_quantized(model, quant)
     add_lora_(loaded, lora)
     result = train_model(loaded, stream, config, output_dir=output)
-    figures = {
-        "examples": len(tokenized.examples),
-        "examples_shortened": tokenized.truncated,
-        "examples_dropped": tokenized.dropped,
-        "first_loss": result.losses[0],
-        "last_loss": result.losses[-1],
-        "seconds": round(result.seconds, 1),
-        "peak_bytes": result.steps[-1].peak_bytes,
-        "own_loss_because": result.own_loss_because,
-        "adapter": str(output / "adapter"),
-    }
-    _finish(figures, json)
+    _finish(_train_figures(result, tokenized, output), json)
 
 
 @app.command()
@@ -148,8 +153,10 @@ def merge(
     json: Json = False,
 ) -> None:
     """Merge an adapter into the base it was trained on (say its --format) and write a plain checkpoint."""
-    from qlora_lite import QuantConfig, export_merged, load_adapter_, load_quantized
-    from qlora_lite.config import dtype_named
+    from qlora_lite.adapter_files import load_adapter_
+    from qlora_lite.config import QuantConfig, dtype_named
+    from qlora_lite.export import export_merged
+    from qlora_lite.load import load_quantized
 
     target = dtype_named(dtype)
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
@@ -174,7 +181,7 @@ def profile(
     """Run two training steps on made-up tokens and show where the bytes are in each phase."""
     from json import dumps
 
-    from qlora_lite import LoraConfig, QuantConfig
+    from qlora_lite.config import LoraConfig, QuantConfig
     from qlora_lite.memory.report import render
     from qlora_lite.training import profile_steps
 

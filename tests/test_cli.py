@@ -73,7 +73,7 @@ def test_env_says_what_there_is() -> None:
         (("profile", "--model", "{m}", "--format", "nf5"), 1, "got 'nf5'"),
         (("profile", "--model", "{m}", "--rows", "0"), 1, "rows must be at least 1"),
         (("train", "--model", "{m}"), 2, "Missing option"),
-        (("train", "--steps", "many"), 2, "many"),
+        (("train", "--steps", "many"), 2, "Error"),
         (("destroy",), 2, "destroy"),
     ],
 )
