@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lite.errors import InputError
@@ -54,6 +55,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return gradient * grad.to(gradient.dtype), None, None, None
 
 
+def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
+    """Positions with a label. Fake labels have no values: there every position counts, the most that can be."""
+    if isinstance(labels, FakeTensor):
+        return torch.arange(labels.numel(), device=labels.device)
+    return (labels != ignore_index).nonzero().squeeze(1)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor | Packed,
@@ -74,7 +82,7 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum"):
         raise InputError(f"reduction must be mean or sum; got {reduction!r}")
     flat = labels.reshape(-1)
-    kept = (flat != ignore_index).nonzero().squeeze(1)
+    kept = _labelled(flat, ignore_index)
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
     loss: Tensor = _LinearCrossEntropy.apply(rows, weight, bias, flat.index_select(0, kept))
     return loss if reduction == "sum" else loss / kept.numel()

@@ -21,9 +21,9 @@ PROBE_TOKENS = 64
 PROBE_TOLERANCE = 5e-3
 
 
-def labelled_tokens(batch: Batch) -> int:
-    """How many tokens of the batch are predicted; the first of a row never is."""
-    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+def labelled_tokens(batch: Batch) -> Tensor:
+    """How many tokens of the batch are predicted (int64 scalar); the first of a row never is."""
+    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
 
 def headless_loss(model: nn.Module, batch: Batch) -> Tensor:

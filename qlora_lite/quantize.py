@@ -99,14 +99,12 @@ def _unpack_blocks(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
         absmax = absmax.repeat_interleave(blocksize // LARGEST_KERNEL_BLOCK)
         blocksize = LARGEST_KERNEL_BLOCK
     target = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
-    shape: tuple[int, ...] = tuple(packed.shape)
-    if shape[-1] % 2 == 0:
-        whole: Tensor = ops.dequantize_4bit(packed.packed, absmax, blocksize, packed.format, shape, target)
-        return whole.to(dtype)
-    # The kernel wants an even row length; codes are laid out flat, so the whole weight can be one row.
-    values = math.prod(shape)
-    row: Tensor = ops.dequantize_4bit(packed.packed, absmax, blocksize, packed.format, (1, values + values % 2), target)
-    return row.view(-1)[:values].view(shape).to(dtype)
+    # The AVX-512 kernel takes the statistics of wrong blocks for a row that does not end where a block ends. Codes
+    # are laid out flat, so the kernel is told of rows of one block; or, with a shorter last block, of one even row.
+    values = math.prod(packed.shape)
+    rows = (values // blocksize, blocksize) if values % blocksize == 0 else (1, values + values % 2)
+    flat: Tensor = ops.dequantize_4bit(packed.packed, absmax, blocksize, packed.format, rows, target)
+    return flat.view(-1)[:values].view(packed.shape).to(dtype)
 
 
 def _pack_rows(into: PackedWeight, weight: Tensor) -> None:

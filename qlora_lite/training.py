@@ -128,8 +128,9 @@ class _Run:
         """Forward and backward of each batch, one update. TrainingError before the update if it would spoil it."""
         began = time.perf_counter()
         group = [_to_device(batch, self.accelerator.device) for batch in group]
-        group = [batch for batch in group if labelled_tokens(batch) > 0]
-        labelled = sum(labelled_tokens(batch) for batch in group)
+        counts = [int(labelled_tokens(batch)) for batch in group]
+        group = [batch for batch, count in zip(group, counts, strict=True) if count > 0]
+        labelled = sum(counts)
         if labelled == 0:
             raise TrainingError(f"no token of step {number} has a label; check the data's completions and truncation")
         if self.loss is None:

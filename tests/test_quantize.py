@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import io
-import subprocess
-import sys
 
 import bitsandbytes.functional as bnb
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from torch import Tensor
 
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import InputError, QuantizationError
 from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear
 
-SHAPES = [(64, 64), (33, 65), (7, 1000), (1, 1), (3, 3), (300, 500)]
+SHAPES = [(64, 64), (33, 65), (7, 1000), (1, 1), (3, 3), (300, 500), (100, 96)]
 
 
 def reference(weight: Tensor, format: str, blocksize: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,6 +44,20 @@ def test_codes_statistics_and_values_are_bitsandbytes(format: str, blocksize: in
             codes, absmax, values = reference(weight, format, blocksize, double_quant)
             assert torch.equal(packed.packed, codes) and torch.equal(packed.absmax, absmax)
             torch.testing.assert_close(packed.dequantize(torch.float32), values, rtol=1e-5, atol=1e-6)
+
+
+@hypothesis.settings(max_examples=150)
+@given(
+    st.tuples(st.integers(1, 130), st.integers(1, 260)),
+    st.sampled_from(["nf4", "fp4"]),
+    st.sampled_from([64, 128, 256, 512, 1024, 2048, 4096]),
+)
+def test_values_are_right_wherever_rows_and_blocks_end(shape: tuple[int, int], format: str, blocksize: int) -> None:
+    weight = torch.linspace(-3, 3, shape[0] * shape[1]).view(shape)
+    values = reference(weight, format, blocksize, False)[2]
+    packed = PackedWeight.of(weight, QuantConfig(format, blocksize, False))
+    assert torch.equal(packed.dequantize(torch.float32), values)
+    assert torch.equal(packed.dequantize(torch.bfloat16), values.bfloat16())
 
 
 def test_weights_larger_than_a_chunk_are_packed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,34 +146,3 @@ def test_embedding_follows_the_models_dtype() -> None:
     assert embedding(torch.tensor([1])).dtype == torch.bfloat16
     with pytest.raises(QuantizationError, match="as int8"):
         QuantizedEmbedding(PackedWeight.of(torch.randn(8, 64), QuantConfig()), torch.float32)
-
-
-PRETENDED = """
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-_setup_privateuseone_for_python_backend("fakegpu")
-from qlora_lite.lora import LoraLayer
-from qlora_lite.quantize import PackedWeight, QuantizedLinear
-with FakeTensorMode():
-    for format in ("nf4", "int8"):
-        base = QuantizedLinear(PackedWeight((32, 64), format, device=torch.device("fakegpu")))
-        layer = LoraLayer(4, 8, base, dropout=0.1)
-        assert layer.lora_A.device.type == "fakegpu"
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, foreach=False)
-        x = torch.empty(2, 5, 64, device="fakegpu", dtype=torch.bfloat16, requires_grad=True)
-        y = layer(x)
-        y.sum().backward()
-        optimizer.step()
-        assert x.grad.device.type == layer.lora_B.grad.device.type == "fakegpu" and y.dtype == torch.bfloat16
-    try:
-        layer(torch.empty(2, 64))
-    except RuntimeError as error:
-        print(type(error).__name__)
-"""
-
-
-def test_step_on_fake_tensors_of_a_pretended_accelerator() -> None:
-    done = subprocess.run([sys.executable, "-c", PRETENDED], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().endswith("DeviceMismatchError"), done.stdout + done.stderr[-500:]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,11 @@ def test_profiler_sees_the_phases_and_their_bytes(tiny_folder: Path) -> None:
     assert by_category["ADAPTER"] == by_category["GRADIENT"] == adapters
     assert 2 * adapters <= by_category["OPTIMIZER_STATE"] < 2 * adapters + 1000
     assert profile_steps(tiny_folder, QuantConfig(), LoraConfig(rank=2), rows=1, tokens=8).phase("load") is not None
+
+
+def test_a_step_goes_through_on_fake_tensors_of_a_pretended_accelerator(tiny_folder: Path) -> None:
+    command = [sys.executable, str(Path(__file__).parent / "pretended_accelerator.py"), str(tiny_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    caught = "fakegpu FakeTensorDeviceMismatchError"
+    assert done.stdout.splitlines() == [f"{format} {caught}" for format in ("nf4", "int8", "none")]
