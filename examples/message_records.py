@@ -37,6 +37,8 @@ TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
             "We are out of {item}. Send {quantity} of them to {person} this {day}.",
             "Can you reserve {quantity} {item} for {person}? Pick-up is on {day}.",
             "{person} asked me to order {quantity} {item}.",
+            "Deliver {quantity} {item} to my office on {day}, please. It is for {person}.",
+            "Hello, we want {quantity} {item} delivered to {person}.",
         ),
         "cancel": (
             "Please cancel the {quantity} {item} for {person}.",
@@ -152,7 +154,17 @@ ITEMS = {
         gloves boots jackets shirts socks hats belts scarves coats shoes umbrellas notebooks pencils folders
         envelopes stamps stickers posters printers cables keyboards monitors batteries cameras phones tablets
         apples oranges bananas lemons carrots onions potatoes tomatoes eggs cakes cookies sandwiches pizzas
-        tulips roses
+        tulips roses magnets helicopters trumpets violins flutes pianos kettles toasters ovens fridges fans heaters
+        lanterns torches bulbs wires pumps pipes taps sinks bricks tiles planks panels doors windows gates fences
+        hinges locks keys chains hooks clips pins needles threads buttons zippers ribbons fabrics carts wagons
+        scooters sleds skis skates rackets balls bats nets kites puzzles dolls robots trains rockets marbles crayons
+        markers erasers rulers staplers scissors tapes labels calendars diaries maps globes compasses telescopes
+        lenses filters tripods headphones microphones chargers adapters routers drives chips sensors motors gears
+        springs bearings valves mattresses cushions sofas stools benches wardrobes drawers hangers irons mops brooms
+        sponges soaps shampoos perfumes combs razors bandages pills masks goggles vests aprons gowns suits ties
+        sandals slippers wallets purses watches bracelets necklaces earrings plums pears cherries melons mangoes
+        peppers cucumbers cabbages radishes walnuts almonds biscuits waffles pancakes donuts noodles dumplings
+        sausages lilies orchids ferns
         """
     ),
     "heldout": _words(

@@ -27,3 +27,11 @@ def keep_freed_pages() -> bool:
         return False
     kept = mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
     return bool(kept and mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD))
+
+
+def release_freed_pages() -> bool:
+    """Hands what malloc keeps of freed memory back to the kernel; whether there was any (glibc only)."""
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (AttributeError, OSError):
+        return False

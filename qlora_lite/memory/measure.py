@@ -44,7 +44,8 @@ def resident_bytes(field_name: str = "VmRSS") -> int | None:
     return None
 
 
-def _reset_resident_peak() -> bool:
+def reset_resident_peak() -> bool:
+    """Lets `VmHWM` start anew from what is resident now; whether that was allowed."""
     try:
         with open(CLEAR_REFS_FILE, "w", encoding="ascii") as clear_refs:
             clear_refs.write(RESET_PEAK)
@@ -104,7 +105,7 @@ def _raise_open_peaks() -> None:
 def _watching_peaks(peaks: _Peaks) -> Iterator[None]:
     """Resets the counters, and raises `peaks` to what they reach inside."""
     _raise_open_peaks()
-    if not _reset_resident_peak():
+    if not reset_resident_peak():
         peaks.resident = None
     device = _accelerator()
     if device is not None and device.is_initialized():

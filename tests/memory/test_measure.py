@@ -23,7 +23,7 @@ from qlora_lite.quantize import PackedWeight, QuantizedLinear
 FLOAT = 4
 MIB = 1 << 20
 needs_peak_reset = pytest.mark.skipif(
-    not measure._reset_resident_peak() or resident_bytes("VmHWM") is None,
+    not measure.reset_resident_peak() or resident_bytes("VmHWM") is None,
     reason="the resident peak can be reset on Linux only, and only where /proc is writable",
 )
 

@@ -1,0 +1,80 @@
+"""Checkpoints of known shapes with random weights, written shard by shard into the cache folder, once.
+
+    python profiling/model_shapes.py llama-1b       prints the folder (2.2 GB)
+
+What a step costs does not depend on the values of the weights, so a shape stands for the model that has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_lite.hub import empty_model, save_companions
+from qlora_lite.storage import PlannedTensor, new_folder, write_sharded
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from real_model import cache_folder
+
+# TinyLlama-1.1B's: 22 layers, grouped-query attention, untied head.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-1b": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
+}
+INIT_STD = 0.02
+SHARDS = 5
+
+
+def _random(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    if len(shape) == 1:  # norms
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul_(INIT_STD).bfloat16()
+
+
+def make_shape(name: str, layers: int | None = None) -> Path:
+    """The folder of a shape's checkpoint, with its own number of layers or another; made if it is not there."""
+    from transformers import LlamaConfig
+
+    settings = dict(SHAPES[name])
+    folder = cache_folder() / (name if layers is None else f"{name}-{layers}-layers")
+    if folder.is_dir():
+        return folder
+    if layers is not None:
+        settings["num_hidden_layers"] = layers
+    model = empty_model(LlamaConfig(**settings), torch.bfloat16)
+    plan = {
+        key: PlannedTensor(tuple(tensor.shape), torch.bfloat16, partial(_random, tuple(tensor.shape), seed))
+        for seed, (key, tensor) in enumerate(model.state_dict().items())
+    }
+    largest_shard = sum(tensor.bytes for tensor in plan.values()) // SHARDS + (64 << 20)
+    with new_folder(folder) as temporary:
+        write_sharded(temporary, plan, largest_shard)
+        save_companions(model, None, temporary, torch.bfloat16)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("--layers", type=int, help="another number of layers")
+    given = parser.parse_args()
+    print(json.dumps({"folder": str(make_shape(given.shape, given.layers))}))
+
+
+if __name__ == "__main__":
+    main()

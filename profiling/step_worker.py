@@ -1,0 +1,170 @@
+"""One side of a comparison of training steps, in a process of its own, one step at each line of standard input.
+
+`versus_peft.py` starts it; `python profiling/step_worker.py '{"side": "ours", ...}'` runs it by hand (press Enter for
+a step). After set-up, after each step and at the end it prints a JSON line.
+
+ours: `load_quantized`, `add_lora_`, `train`, as a user calls them.
+peer: transformers + peft + bitsandbytes as their documentation says: BitsAndBytesConfig (NF4 with double
+quantization or 8 bits, bf16 compute), prepare_model_for_kbit_training, non-reentrant checkpointing, torch's AdamW.
+floor: the machine's own matrix products and attention calls of such a step.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from qlora_lite.memory.host import keep_freed_pages, release_freed_pages
+from qlora_lite.memory.measure import reset_resident_peak, resident_bytes
+from qlora_lite.memory.trace import StorageTrace
+
+RANK, ALPHA = 16, 32
+LEARNING_RATE = 2e-4
+TOKEN_IDS = 100  # every tokenizer has as many
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker does: the side, the checkpoint, how the base is stored, and the batch."""
+
+    side: str
+    model: str
+    format: str = "nf4"
+    checkpointing: str | int = "full"
+    embedding_format: str = "none"
+    dropout: float = 0.0
+    rows: int = 2
+    tokens: int = 512
+    steps: int = 6
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def say(**figures: Any) -> None:
+    print(json.dumps(figures), flush=True)
+
+
+def wait_for_order() -> str:
+    return sys.stdin.readline().strip()
+
+
+def optimizer_state_bytes() -> int:
+    """Bytes of the states of every optimizer in the process; a wrapper shares those of the optimizer in it."""
+    optimizers = [thing for thing in gc.get_objects() if isinstance(thing, torch.optim.Optimizer)]
+    states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    return sum({id(value): value.nbytes for value in states if isinstance(value, torch.Tensor)}.values())
+
+
+class Watch:
+    """Times each step between two orders, and follows the storages of the last one."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.start_resident = 0
+
+    def set_up_done(self) -> None:
+        """The line from which memory is counted: only what the model needs is still held."""
+        gc.collect()
+        release_freed_pages()
+        self.start_resident = resident_bytes() or 0
+        reset_resident_peak()
+        say(ready=True, resident=self.start_resident)
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """A batch at each order; a line of figures when it has been used."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(TOKEN_IDS, (self.work.rows, self.work.tokens), generator=generator)
+        batch = {"input_ids": ids, "labels": ids.clone()}
+        for _ in range(self.work.steps):
+            wait_for_order()
+            began = time.perf_counter()
+            yield batch
+            say(seconds=time.perf_counter() - began, peak=(resident_bytes("VmHWM") or 0) - self.start_resident)
+        wait_for_order()
+        trace = StorageTrace()
+        with trace:
+            yield batch
+        resident = trace.live_bytes() - optimizer_state_bytes()
+        say(live_peak=trace.peak()[0] - resident, live_resident=resident)
+
+
+def ours(work: Work, watch: Watch) -> list[float]:
+    from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
+
+    model = load_quantized(work.model, QuantConfig(format=work.format, embedding_format=work.embedding_format))
+    add_lora_(model, LoraConfig(rank=RANK, alpha=ALPHA, dropout=work.dropout))
+    watch.set_up_done()
+    config = TrainConfig(steps=work.steps + 1, learning_rate=LEARNING_RATE, checkpointing=work.checkpointing)
+    stream = watch.batches()
+    losses = train(model, stream, config, progress=False).losses
+    next(stream, None)  # train asks for no batch more than it uses, so the last one's figures are still due
+    return losses
+
+
+def peer(work: Work, watch: Watch) -> list[float]:
+    import peft
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if work.format == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=work.format,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model = AutoModelForCausalLM.from_pretrained(work.model, quantization_config=quantization, dtype=torch.bfloat16)
+    checkpointing = work.checkpointing == "full"
+    options = {"use_reentrant": False} if checkpointing else None
+    model = peft.prepare_model_for_kbit_training(model, checkpointing, options)
+    model.config.use_cache = False
+    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=work.dropout)
+    model = peft.get_peft_model(model, lora)
+    model.train()
+    watch.set_up_done()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    losses = []
+    for batch in watch.batches():
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        del loss
+    return losses
+
+
+def floor(work: Work, watch: Watch) -> list[None]:
+    from machine_floor import Floor
+
+    machine = Floor(work.model, work.rows, work.tokens, RANK)
+    keep_freed_pages()
+    watch.set_up_done()
+    for _ in watch.batches():
+        machine.step()
+    return [None]
+
+
+SIDES = {"ours": ours, "peer": peer, "floor": floor}
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    work = Work(**json.loads(sys.argv[1]))
+    losses = SIDES[work.side](work, Watch(work))
+    say(first_loss=losses[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""How do our training steps compare with those of transformers + peft + bitsandbytes, in time and in memory?
+
+    python profiling/versus_peft.py                      # every case; about 15 minutes on two cores
+    python profiling/versus_peft.py nf4_full floor       # some cases
+    python profiling/versus_peft.py --tiny               # random weights, in seconds: shows that the script works
+
+Each side of a case is a process of its own (step_worker.py); the processes take steps in turn, one at a time, and the
+median step counts. Peaks are above what is resident after set-up: `peak` of live tensor bytes, `rss` of the process.
+Prints a table, draws time against memory (--plot), and ends with one JSON line: case -> `time_ratio`, `peak_ratio`
+(live bytes), `rss_ratio`, and the figures that they come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from step_worker import Work
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent / "examples"))
+
+HALF_OF_PEER = "half of the peer's peak"
+WARM_UP_STEPS = 1
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A comparison of two works, and the ratios that are asked for; None where nothing is."""
+
+    ours: Work
+    against: Work
+    time: float | None
+    peak: float | None
+    of: str = "live_peak"
+
+
+def cases(small: str, large: str, rows: int = 2, tokens: int = 512) -> dict[str, Case]:
+    """Every case by name, over the folders of the real model and of the 1.1B shape."""
+    ours = Work("ours", small, rows=rows, tokens=tokens)
+    peer = replace(ours, side="peer")
+    free = replace(ours, checkpointing="none")
+    half = replace(ours, checkpointing=HALF_OF_PEER)
+    big = replace(ours, model=large, rows=1)
+    big_peer = replace(big, side="peer")
+    return {
+        "nf4_full": Case(ours, peer, 0.65, 0.15),
+        "nf4_half_budget": Case(half, peer, 0.58, 0.50),
+        "nf4_none": Case(free, peer, 0.50, 0.75),
+        "nf4_none_vs_none": Case(free, replace(peer, checkpointing="none"), 0.55, 0.25),
+        "int8_full": Case(replace(ours, format="int8"), replace(peer, format="int8"), 0.50, 0.12),
+        "1b_full": Case(big, big_peer, 0.78, 0.30),
+        "1b_none": Case(replace(big, checkpointing="none"), big_peer, 0.55, 1.00),
+        "resident": Case(replace(ours, embedding_format="int8"), peer, None, 0.60, of="live_resident"),
+        "dropout": Case(replace(ours, dropout=0.1), ours, 1.03, 1.00),
+        "floor": Case(ours, replace(ours, side="floor"), 1.25, None),
+    }
+
+
+class Worker:
+    """A worker process and the figures that it has given."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        command = [sys.executable, str(FOLDER / "step_worker.py"), work.to_json()]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.figures: list[dict[str, Any]] = []
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                self.figures.append(json.loads(line))
+                return self.figures[-1]
+        assert self.process.stderr is not None
+        raise SystemExit(f"the worker {self.work} ended:\n{self.process.stderr.read().strip()[-2000:]}")
+
+    def step(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self._answer()
+
+    def finish(self) -> dict[str, Any]:
+        """The figures of the whole: median seconds, peaks, first loss."""
+        self.step()  # the traced one
+        last = self._answer()
+        self.process.communicate()
+        steps = [figures for figures in self.figures if "seconds" in figures]
+        return {
+            "seconds": statistics.median(figures["seconds"] for figures in steps[WARM_UP_STEPS:]),
+            "rss_peak": steps[-1]["peak"],
+            "live_peak": self.figures[-2]["live_peak"],
+            "live_resident": self.figures[-2]["live_resident"],
+            "first_loss": last["first_loss"],
+        }
+
+
+def measure(works: list[Work]) -> dict[Work, dict[str, Any]]:
+    """Runs the works side by side, a step of each in turn."""
+    workers = [Worker(work) for work in works]
+    for _ in range(works[0].steps):
+        for worker in workers:
+            worker.step()
+    return {worker.work: worker.finish() for worker in workers}
+
+
+def resolve_budgets(chosen: dict[str, Case]) -> dict[str, Case]:
+    """Half of the peer's peak as a number of bytes, from a step of the peer's own."""
+    resolved = dict(chosen)
+    for name, case in chosen.items():
+        if case.ours.checkpointing == HALF_OF_PEER:
+            short = replace(case.against, steps=WARM_UP_STEPS + 1)
+            budget = measure([short])[short]["live_peak"] // 2
+            resolved[name] = replace(case, ours=replace(case.ours, checkpointing=budget))
+    return resolved
+
+
+def run(chosen: dict[str, Case]) -> dict[str, dict[str, Any]]:
+    """The figures of each case. Works of one model and one format take their steps in turn."""
+    groups: dict[tuple[str, str], list[Work]] = {}
+    for case in chosen.values():
+        for work in (case.ours, case.against):
+            group = groups.setdefault((work.model, work.format), [])
+            if work not in group:
+                group.append(work)
+    measured: dict[Work, dict[str, Any]] = {}
+    for group in groups.values():
+        measured |= measure(group)
+    return {name: compare(case, measured[case.ours], measured[case.against]) for name, case in chosen.items()}
+
+
+def compare(case: Case, ours: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
+    """The ratios of one case; losses that do not agree to 1 % are no comparison."""
+    ratios: dict[str, Any] = {"time_ratio": None, "peak_ratio": None, "rss_ratio": None}
+    if case.time is not None:
+        ratios["time_ratio"] = ours["seconds"] / against["seconds"]
+    if case.peak is not None:
+        ratios["peak_ratio"] = ours[case.of] / against[case.of]
+        ratios["rss_ratio"] = ours["rss_peak"] / against["rss_peak"] if case.of == "live_peak" else None
+    losses = ours["first_loss"], against["first_loss"]
+    if None not in losses and abs(losses[0] - losses[1]) > 0.01 * abs(losses[1]):
+        raise SystemExit(f"the first losses of {case.ours} and its peer differ: {losses[0]:.4f} and {losses[1]:.4f}")
+    return {**ratios, "ours": ours, "against": against}
+
+
+def table(chosen: dict[str, Case], results: dict[str, dict[str, Any]]) -> Table:
+    columns = ("case", "s", "s against", "time", "asked", "MiB", "MiB against", "peak", "asked", "rss")
+    drawn = Table(*columns, title="ours against transformers + peft + bitsandbytes (floor: the machine's own products)")
+
+    def ratio(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    def size(figures: dict[str, Any], of: str) -> str:
+        return "-" if figures[of] is None else f"{figures[of] / MIB:,.0f}"
+
+    for name, result in results.items():
+        case, ours, against = chosen[name], result["ours"], result["against"]
+        times = (f"{ours['seconds']:.2f}", f"{against['seconds']:.2f}", ratio(result["time_ratio"]), ratio(case.time))
+        peaks = (size(ours, case.of), size(against, case.of), ratio(result["peak_ratio"]), ratio(case.peak))
+        drawn.add_row(name, *times, *peaks, ratio(result["rss_ratio"]))
+    return drawn
+
+
+def draw_frontier(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Seconds of a step against its peak, a point for each work of the real model in NF4."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for side, marker in (("ours", "o"), ("against", "s")):
+        named = {n: r[side] for n, r in results.items() if n.startswith("nf4") and r[side]["live_peak"] is not None}
+        points = sorted({(f["live_peak"] / MIB, f["seconds"]) for f in named.values()})
+        label = "qlora_lite" if side == "ours" else "transformers + peft + bitsandbytes"
+        axes.plot(*zip(*points, strict=True), marker=marker, label=label) if points else None
+    axes.set_xlabel("peak above resident, live tensor bytes (MiB)")
+    axes.set_ylabel("seconds of a step")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="names of cases; without one, all")
+    parser.add_argument("--plot", type=Path, default=Path("out/versus_peft.png"), help="file of the drawing")
+    parser.add_argument("--tiny", action="store_true", help="a random model of two small layers, 2 x 32 tokens")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if given.tiny:
+            from tiny_model import make_tiny_model
+
+            small = str(make_tiny_model(Path(scratch) / "tiny"))
+            every = cases(small, small, tokens=32)
+        else:
+            from model_shapes import make_shape
+            from real_model import fetch
+
+            needs_large = not given.cases or any(name.startswith("1b") for name in given.cases)
+            every = cases(str(fetch()), str(make_shape("llama-1b")) if needs_large else "")
+        unknown = [name for name in given.cases if name not in every]
+        if unknown:
+            parser.error(f"no case is named {', '.join(unknown)}; there are {', '.join(every)}")
+        chosen = resolve_budgets({name: case for name, case in every.items() if not given.cases or name in given.cases})
+        results = run(chosen)
+    Console().print(table(chosen, results))
+    draw_frontier(results, given.plot)
+    print(f"drawn: {given.plot}")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
