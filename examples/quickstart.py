@@ -55,7 +55,7 @@ class Size:
     learning_rate: float = 1e-3
 
 
-FULL = Size(training=640, heldout=64, batch=8, steps=80)
+FULL = Size(training=560, heldout=64, batch=8, steps=70)
 TINY = Size(training=16, heldout=4, batch=2, steps=3)
 
 
