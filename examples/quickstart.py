@@ -110,7 +110,7 @@ def fine_tune(model: Any, tokenizer: Any, size: Size, output: Path, profiler: Me
     config = TrainConfig(
         steps=size.steps, learning_rate=size.learning_rate, warmup_steps=size.steps // 14, checkpointing="full"
     )
-    train(model, stream, config, output_dir=output, profiler=profiler)
+    train(model, stream, config, output_dir=output, overwrite=True, profiler=profiler)
 
 
 def run(folder: Path, size: Size, output: Path) -> dict[str, Any]:
@@ -126,6 +126,7 @@ def run(folder: Path, size: Size, output: Path) -> dict[str, Any]:
         before = answers(model, tokenizer, conversations)
         print(f"loaded as NF4 in {time.perf_counter() - began:.0f} s; it answers {before[0]!r}")
         fine_tune(model, tokenizer, size, output, profiler)
+        model.float()  # as the fresh process computes: what differs then is the export's doing (packed bytes stay)
         after = answers(model, tokenizer, conversations)
         save_adapter(model, output / "adapter", overwrite=True)
         with profiler.phase("export"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.adapters import freeze_base_, lora_layers
-from qlora_lite.config import FLOAT_DTYPES, check_lora_numbers
+from qlora_lite.config import check_lora_numbers
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora import EmbeddingKind, LoraLayer, kind_of
 from qlora_lite.modules import answers_to, replace_modules_
@@ -124,6 +124,10 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
     layers = lora_layers(model)
     if not layers:
         raise TargetError("the model has no adapters to save; add_lora_ puts them in")
+    if "" in layers:
+        raise TargetError(
+            "the model itself is the adapted layer, which peft's files cannot name; put it into a container"
+        )
     tensors: dict[str, PlannedTensor] = {}
     for name, layer in layers.items():
         tensors[_peft_key(name, layer, "A")] = planned(layer.lora_A)
@@ -193,8 +197,10 @@ def _mismatches(model: nn.Module, pairs: dict[str, dict[str, Tensor]], rank: int
         for part, tensor in pair.items():
             if tuple(tensor.shape) != shapes[part]:
                 problems.append(f"{name}.{part} is {tuple(tensor.shape)}, the layer needs {shapes[part]}")
-            elif tensor.dtype not in FLOAT_DTYPES.values():
-                problems.append(f"{name}.{part} is of {tensor.dtype}, which is no 16/32-bit float")
+            elif not tensor.is_floating_point():
+                problems.append(f"{name}.{part} is of {tensor.dtype}, which is no float")
+            elif isinstance(module, LoraLayer) and getattr(module, part).shape != tensor.shape:
+                problems.append(f"{name} has an adapter of rank {module.rank} already; remove_lora_ drops it")
             elif not tensor.isfinite().all():
                 problems.append(f"{name}.{part} holds NaN or infinity")
     return problems
@@ -213,7 +219,7 @@ def _other_bases(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
         weight = getattr(base, "weight", None)
         if weight is None or weight.shape != tensor.shape:
             problems.append(f"{name} comes with a base weight {tuple(tensor.shape)} that fits no layer of the model")
-        elif isinstance(weight, Tensor) and not torch.equal(weight.to(tensor.dtype), tensor.to(weight.device)):
+        elif isinstance(weight, Tensor) and not torch.equal(weight, tensor.to(weight)):
             problems.append(f"{name} comes with a base weight that differs from the model's")
     return problems
 
@@ -223,7 +229,7 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
 
     All or nothing: a key that matches nothing, a missing partner, a wrong shape, NaN, or an option that changes the
     mathematics and is not known raises CheckpointError before the model is touched. Layers that are adapted already
-    must be exactly those in the file; they get its values.
+    must be exactly those in the file, of its rank; their parameters get its values, and stay the same parameters.
     """
     folder = Path(folder)
     rank, alpha, dropout = _read_config(folder / CONFIG_FILE)
@@ -237,18 +243,16 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
         shown = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{folder} does not fit this model: {shown}")
 
-    def make(name: str, module: nn.Module) -> nn.Module | None:
-        if name not in pairs:
+    def make(name: str, base: nn.Module) -> nn.Module | None:
+        if name not in pairs or present:
             return None
-        pair = pairs[name]
-        base = module.base_layer if isinstance(module, LoraLayer) else module
-        dtype = pair["lora_A"].dtype
-        layer = LoraLayer(rank, alpha, base, dropout=dropout, adapter_dtype=dtype)
-        with torch.no_grad():
-            layer.lora_A.copy_(pair["lora_A"])
-            layer.lora_B.copy_(pair["lora_B"])
-        return layer.train(module.training)
+        layer = LoraLayer(rank, alpha, base, dropout=dropout, adapter_dtype=pairs[name]["lora_A"].dtype)
+        return layer.train(base.training)
 
-    loaded = replace_modules_(model, make)
+    replace_modules_(model, make)
+    layers = lora_layers(model)
+    for name, layer in layers.items():
+        layer.alpha, layer.dropout = alpha, dropout
+        layer.load_state_dict(pairs[name], strict=False)
     freeze_base_(model)
-    return loaded
+    return list(layers)

@@ -11,7 +11,7 @@ from torch import nn
 from qlora_lite.config import ALL_LINEAR, LoraConfig, Targets
 from qlora_lite.errors import TargetError
 from qlora_lite.lora import LinearKind, LoraLayer, kind_of
-from qlora_lite.modules import answers_to, check_all_matched, replace_modules_
+from qlora_lite.modules import answers_to, check_all_matched, has_own_forward, replace_modules_
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -45,12 +45,32 @@ def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def _check_no_linear_is_left_out(model: nn.Module, head: nn.Module | None) -> None:
+    own = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and has_own_forward(m) and m is not head}
+    if own:
+        shown = ", ".join(f"{name} ({type(module).__name__})" for name, module in list(own.items())[:4])
+        raise TargetError(f"all-linear meets {len(own)} layers with a forward of their own, {shown}; name the others")
+
+
+def _check_called(model: nn.Module, names: list[str]) -> None:
+    """An adapter in a layer that its parent does not call would be ignored."""
+    fast = [n for n in names if isinstance(model.get_submodule(n.rpartition(".")[0]), nn.TransformerEncoderLayer)]
+    if fast:
+        raise TargetError(
+            f"{', '.join(fast[:4])}: in eval, nn.TransformerEncoderLayer reads its layers' weights instead of calling "
+            f"them, which would leave an adapter out; leave them out of target_modules"
+        )
+
+
 def select_targets(model: nn.Module, targets: Targets) -> list[str]:
     """Names of the layers that `targets` means (see LoraConfig). TargetError lists what matched nothing."""
     layers = _adaptable(model)
     ask_head = getattr(model, "get_output_embeddings", None)
     head = ask_head() if callable(ask_head) else None
+    if adapted := lora_layers(model):
+        raise TargetError(f"{len(adapted)} layers have adapters already; remove_lora_ drops them")
     if targets == ALL_LINEAR:
+        _check_no_linear_is_left_out(model, head)
         chosen = [
             name for name, layer in layers.items() if isinstance(kind_of(layer), LinearKind) and layer is not head
         ]
@@ -65,6 +85,7 @@ def select_targets(model: nn.Module, targets: Targets) -> list[str]:
     else:
         check_all_matched("target_modules", targets, layers)
         chosen = [name for name in layers if any(answers_to(name, target) for target in targets)]
+    _check_called(model, chosen)
     if not chosen:
         check_all_matched("target_modules", [str(targets)], layers)
         raise TargetError(f"target_modules {targets!r} matched no layer")

@@ -10,18 +10,17 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lite.adapters import lora_layers
 from qlora_lite.errors import ConfigError
 
 
-def adapted_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: children of its outermost ModuleLists, those with adapters in them."""
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model: the children of its outermost ModuleLists."""
     blocks: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
             if isinstance(child, nn.ModuleList):
-                blocks.extend(block for block in child if lora_layers(block))
+                blocks.extend(child)
             else:
                 visit(child)
 
@@ -31,12 +30,12 @@ def adapted_blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def checkpointed(model: nn.Module, kind: str) -> Iterator[None]:
-    """Within the block, `kind="full"` makes every adapted block of the model recompute itself in backward.
+    """Within the block, `kind="full"` makes every repeated block of the model recompute itself in backward.
 
     Non-reentrant, so a frozen embedding (an input without gradient) is no obstacle. Forward methods are put back
     afterwards. ConfigError when the model has no ModuleList of blocks.
     """
-    blocks = adapted_blocks(model) if kind == "full" else []
+    blocks = repeated_blocks(model) if kind == "full" else []
     if kind == "full" and not blocks:
         raise ConfigError("checkpointing='full' needs blocks in an nn.ModuleList; this model has none: use 'none'")
     originals: list[tuple[nn.Module, Any]] = [(block, block.__dict__.get("forward")) for block in blocks]

@@ -1,16 +1,19 @@
 """The command line: parses and wires, computes nothing. Heavy imports stand inside the commands, for quick help.
 
-Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted.
+Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 app = typer.Typer(
     help="Fine-tune a quantized language model in little memory.",
@@ -46,13 +49,11 @@ def _finish(figures: dict[str, Any], as_json: bool) -> None:
         print(f"{name.replace('_', ' '):<{width}}  {'unknown' if value is None else value}")
 
 
-def _refuse_full(folder: Path, overwrite: bool) -> None:
-    from qlora_lite.errors import CheckpointError
+def _check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
+    from qlora_lite.storage import check_apart, check_replaceable
 
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise CheckpointError(f"{folder} is not empty; name another folder, or use --overwrite")
+    check_apart(folder, *(Path(path) for path in inputs))
+    check_replaceable(folder, overwrite)
 
 
 def _train_figures(result: Any, tokenized: Any, output: Path) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def train(
         checkpointing=checkpointing,
         seed=seed,
     )
-    _refuse_full(output, overwrite)
+    _check_output(output / "adapter" if overwrite else output, overwrite, model, data)
     records = read_jsonl(data)
     tokenizer = load_tokenizer(model)
     tokenized = tokenize_all(records, tokenizer, max_length, completion_only)
@@ -134,7 +135,7 @@ def train(
     torch.manual_seed(seed)
     loaded = load_quantized(model, quant)
     add_lora_(loaded, lora)
-    result = train_model(loaded, stream, config, output_dir=output)
+    result = train_model(loaded, stream, config, output_dir=output, overwrite=overwrite)
     _finish(_train_figures(result, tokenized, output), json)
 
 
@@ -160,7 +161,7 @@ def merge(
 
     target = dtype_named(dtype)
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
-    _refuse_full(output, overwrite)
+    _check_output(output, overwrite, model, adapter)
     loaded = load_quantized(model, quant)
     layers = load_adapter_(loaded, adapter)
     files = export_merged(loaded, output, target, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
@@ -221,16 +222,22 @@ def env(json: Json = False) -> None:
     _finish(figures, json)
 
 
+def _terminate(number: int, frame: object) -> None:
+    # As an exception, so that temporary folders are removed and what was trained is saved.
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Runs a command; what this package refuses becomes one line on stderr and exit status 1."""
-    debug = "--debug" in sys.argv[1:]
-    if debug:
+    signal.signal(signal.SIGTERM, _terminate)
+    if "--debug" in sys.argv[1:]:
         app()
     try:
         app()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as error:
+        if error.code in STOPPED:
+            print("stopped; what was trained so far is saved, an unfinished export is removed", file=sys.stderr)
+        raise
     except Exception as error:
         from qlora_lite.errors import QLoRAError
 

@@ -16,6 +16,7 @@ DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32
 ALL_LINEAR = "all-linear"
 OPTIMIZERS = ("adamw", "adamw8bit")
 CHECKPOINTING = ("none", "full")
+SEED_LIMIT = 2**63  # torch's generators take no larger one
 
 Targets = str | Sequence[str] | Callable[[str, torch.nn.Module], bool]
 
@@ -146,4 +147,5 @@ class TrainConfig:
         require(self.optimizer in OPTIMIZERS, f"optimizer must be one of {', '.join(OPTIMIZERS)}", self.optimizer)
         kinds = ", ".join(CHECKPOINTING)
         require(self.checkpointing in CHECKPOINTING, f"checkpointing must be one of {kinds}", self.checkpointing)
-        require(is_count(self.seed, 0), "seed must be an integer of at least 0", self.seed)
+        seed = self.seed
+        require(is_count(seed, 0) and seed < SEED_LIMIT, f"seed must be an integer in [0, {SEED_LIMIT})", seed)

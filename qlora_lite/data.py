@@ -165,7 +165,9 @@ def _encode_messages(
             stop -= 1
         learned[start:stop] = [True] * (stop - start)
     answer = messages[-1]["content"].strip() if messages[-1]["role"] == "assistant" else ""
-    if answer and text.rstrip().endswith(answer):
+    end = "" if tokenizer.eos_token_id is None else str(tokenizer.decode([tokenizer.eos_token_id]))
+    is_closed = end != "" and text.rstrip().endswith(end)
+    if answer and text.rstrip().endswith(answer) and not is_closed:
         ids, learned = [*ids, _end_token(tokenizer, place)], [*learned, True]
     return TokenizedExample(ids, [token if keep else IGNORE_INDEX for token, keep in zip(ids, learned, strict=True)])
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import hub
-from qlora_lite.config import FLOAT_DTYPES
+from qlora_lite.config import FLOAT_DTYPES, is_count, require
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora import LoraLayer
 from qlora_lite.low_rank import cast_finite
 from qlora_lite.quantize import PackedWeight
-from qlora_lite.storage import PlannedTensor, new_folder, write_sharded
+from qlora_lite.storage import PlannedTensor, check_apart, new_folder, write_sharded
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -82,8 +82,10 @@ def plan_export(model: nn.Module, dtype: torch.dtype) -> dict[str, PlannedTensor
     """The plain checkpoint's tensors in `dtype`, tied ones once. TargetError if one of a tied pair is adapted alone."""
     plan: dict[str, PlannedTensor] = {}
     first: dict[int, tuple[str, bool]] = {}
+    aliases = hub.tied_names(model)
     for name, source in plain_sources(model):
-        if source.identity in first:
+        # Only what the config ties is found again by who loads the checkpoint; other shared tensors are written twice.
+        if source.identity in first and {name, first[source.identity][0]} & aliases:
             other, adapted = first[source.identity]
             if adapted or source.adapted:
                 raise TargetError(
@@ -116,12 +118,13 @@ def export_merged(
     """
     if dtype not in FLOAT_DTYPES.values():
         raise ConfigError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {dtype}")
-    if max_shard_bytes < 1:
-        raise ConfigError(f"max_shard_bytes must be at least 1; got {max_shard_bytes}")
+    require(is_count(max_shard_bytes, 1), "max_shard_bytes must be an integer of at least 1", max_shard_bytes)
     if getattr(model, "config", None) is None:
         raise ConfigError(f"export needs a transformers model with a config; got a {type(model).__name__}")
     plan = plan_export(model, dtype)
+    source = hub.source_folder(model)
+    check_apart(Path(folder), source)
     with new_folder(Path(folder), overwrite) as temporary:
         files = write_sharded(temporary, plan, max_shard_bytes)
-        hub.save_companions(model, hub.source_folder(model), temporary, dtype)
+        hub.save_companions(model, source, temporary, dtype)
     return files

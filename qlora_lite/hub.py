@@ -19,6 +19,7 @@ from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.storage import read_json
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 CHECKPOINT_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -90,17 +91,36 @@ def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def fill_computed_buffers_(model: Any, device: torch.device) -> None:
-    """Computes the buffers that no checkpoint holds (rotary frequencies, masks), which were left on meta."""
-    for module in model.modules():
+    """Computes the buffers that no checkpoint holds (rotary frequencies, scales), which were left on meta.
+
+    transformers computes them where it initializes a module's weights; what was loaded is kept out of its sight.
+    """
+    for path, module in model.named_modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if not names:
             continue
+        loaded = [(store, dict(store)) for store in (module._parameters, module._buffers)]
+        for store, tensors in loaded:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    store[name] = tensor.to("meta")
         for name in names:
-            empty = torch.empty_like(module.get_buffer(name), device="cpu")
-            module.register_buffer(name, empty, persistent=name not in module._non_persistent_buffers_set)
+            empty = torch.empty_like(module._buffers[name], device="cpu")
+            module._buffers[name] = empty.fill_(torch.nan) if empty.is_floating_point() else empty
         model._init_weights(module)
-        for name in names:
-            setattr(module, name, module.get_buffer(name).to(device))
+        computed = {name: module._buffers[name].to(device) for name in names}
+        for store, tensors in loaded:
+            store.update(tensors)
+        module._buffers.update(computed)
+        if lost := [name for name, buffer in computed.items() if buffer.is_floating_point() and buffer.isnan().any()]:
+            raise CheckpointError(f"transformers does not say how to compute {', '.join(lost)} of {path}")
+
+
+def read_generation_config_(model: Any, folder: Path) -> None:
+    """Gives a model the generation config of its checkpoint, if there is one."""
+    if (folder / GENERATION_FILE).is_file():
+        with _checkpoint_errors(f"{folder / GENERATION_FILE} is no generation config"):
+            model.generation_config = _transformers().GenerationConfig.from_pretrained(str(folder))
 
 
 def tie(model: Any) -> None:
@@ -145,9 +165,30 @@ def save_companions(model: Any, source: Path | None, target: Path, dtype: torch.
 
 
 def source_folder(model: Any) -> Path | None:
-    """The folder that the model was loaded from, if it is still there."""
+    """The folder that the model was loaded from, None for one that was not loaded. CheckpointError if it is gone."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-    return Path(name) if name and Path(name).is_dir() else None
+    if not name or Path(name).is_dir():
+        return Path(name) if name else None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=CHECKPOINT_PATTERNS, local_files_only=True))
+    except Exception as error:  # the hub client raises its own and ValueError
+        raise CheckpointError(
+            f"the model came from {name}, which is not there any more, and its tokenizer would be missing; "
+            f"set model.config._name_or_path to its folder, or to '' to export without a tokenizer"
+        ) from error
+
+
+def longest_sequence(config: Any) -> int | None:
+    """How many positions the model was made for, None where its config does not say."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def vocabulary(model: Any) -> int | None:
+    """How many tokens the input embedding knows; None where the model does not say."""
+    ask = getattr(model, "get_input_embeddings", None)
+    return getattr(ask() if callable(ask) else None, "num_embeddings", None)
 
 
 def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -167,7 +208,7 @@ def why_not_headless(model: Any) -> str | None:
     head = head_of(model)
     if head is None or getattr(model, "base_model", model) is model:
         return "the model does not say which module is its output head"
-    if not (hasattr(head, "in_features") and hasattr(head, "weight")) or hasattr(head, "lora_A"):
+    if hasattr(head, "lora_A") or not (hasattr(head, "in_features") and hasattr(head, "weight")):
         return f"its output head is a {type(head).__name__}"
     if any(parameter.requires_grad for parameter in head.parameters()):
         return "its output head is trained"

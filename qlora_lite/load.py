@@ -13,6 +13,7 @@ from qlora_lite import hub
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import CheckpointError
 from qlora_lite.memory.host import keep_freed_pages
+from qlora_lite.quantize import check_finite
 from qlora_lite.quantize_base import quantize_base_
 from qlora_lite.storage import TensorFiles
 
@@ -53,7 +54,8 @@ def load_quantized(
     """A transformers causal language model from a safetensors checkpoint, its linear layers packed, all of it frozen.
 
     What is not packed (norms, embeddings, biases) is held in `dtype`, which is then the dtype of the activations.
-    Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, QuantizationError for NaN.
+    Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, QuantizationError for NaN or
+    infinity.
     """
     config = config or QuantConfig()
     keep_freed_pages()
@@ -69,11 +71,14 @@ def load_quantized(
             wrong.append(f"{name} is {tuple(tensor.shape)}, the model has {tuple(wanted[name].shape)}")
             continue
         target = wanted[name].dtype if not tensor.is_floating_point() else dtype
-        _place(model, name, tensor.to(device=device, dtype=target, copy=True))
+        placed = tensor.to(device=device, dtype=target, copy=True)
+        check_finite(placed, name)
+        _place(model, name, placed)
     if wrong:
         raise CheckpointError(f"{folder} has tensors of the wrong shape: {'; '.join(wrong)}")
     hub.tie(model)
     hub.fill_computed_buffers_(model, torch.device(device))
-    model.config._name_or_path = str(folder)
+    hub.read_generation_config_(model, folder)
+    model.config._name_or_path = str(folder.absolute())
     quantize_base_(model, config)
     return model.requires_grad_(False)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qlora_lite.config import check_lora_numbers
 from qlora_lite.errors import ConfigError, InputError, TargetError
 from qlora_lite.low_rank import adapted_linear, cast_finite, dense
+from qlora_lite.modules import has_own_forward
 
 INIT_STD = 0.02
 MAX_NORM_EPS = 1e-7  # torch.nn.functional.embedding's own
@@ -44,7 +45,7 @@ class LinearKind:
 
     def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
         base: Any = layer.base_layer
-        if not x.is_floating_point() or x.shape[-1] != base.in_features:
+        if not x.is_floating_point() or x.shape[-1:] != (base.in_features,):
             got = f"{x.dtype} of shape {tuple(x.shape)}"
             raise InputError(f"this layer takes floats with {base.in_features} features in the last place; got {got}")
         lora_A, lora_B = lora or (None, None)
@@ -132,7 +133,7 @@ class EmbeddingKind:
 def kind_of(base: nn.Module) -> Kind | None:
     """How this layer is adapted, from what it offers; None for a layer that cannot be."""
     # nn.MultiheadAttention reads the weight of its out_proj itself and never calls it: an adapter there does nothing.
-    if type(base).__name__ == "NonDynamicallyQuantizableLinear":
+    if type(base).__name__ == "NonDynamicallyQuantizableLinear" or has_own_forward(base):
         return None
     weight = getattr(base, "weight", None)
     if len(getattr(weight, "shape", ())) != 2:
@@ -176,7 +177,8 @@ class LoraLayer(nn.Module):
         kind = kind_of(base_layer)
         if kind is None or isinstance(base_layer, LoraLayer):
             raise TargetError(
-                f"a {type(base_layer).__name__} cannot be adapted; LoraLayer takes linear or embedding layers"
+                f"a {type(base_layer).__name__} cannot be adapted; LoraLayer takes linear or embedding layers without "
+                f"a forward of their own (quantize_base_ takes over bitsandbytes' layers)"
             )
         self.rank, self.alpha, self.dropout = rank, alpha, float(dropout)
         self.merge_permitted = merge_weights
@@ -203,7 +205,7 @@ class LoraLayer(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The weight that is in use: W0, or W0 + scaling * B A while merged."""
+        """W0, or W0 + scaling * B A while merged. A model that reads it instead of calling the layer misses A and B."""
         return self.base_layer.weight if self.merged_weight is None else self.merged_weight
 
     @property
@@ -218,6 +220,7 @@ class LoraLayer(nn.Module):
         if padding_idx is not None:
             with torch.no_grad():
                 self.lora_A[:, padding_idx].zero_()
+        _merge_again(self, None)
 
     def forward(self, x: Tensor) -> Tensor:
         lora = (self.lora_A, self.lora_B)

@@ -62,6 +62,16 @@ def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
     return (labels != ignore_index).nonzero().squeeze(1)
 
 
+def _check_labels(labels: Tensor, kept: Tensor, vocabulary: int) -> None:
+    if labels.dtype != torch.int64:
+        raise InputError(f"labels must be int64; got {labels.dtype}")
+    if isinstance(labels, FakeTensor) or not kept.numel():
+        return
+    low, high = (int(value) for value in labels.index_select(0, kept).aminmax())
+    if low < 0 or high >= vocabulary:
+        raise InputError(f"labels must be in [0, {vocabulary}) or the ignored index; got {low if low < 0 else high}")
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor | Packed,
@@ -83,6 +93,7 @@ def linear_cross_entropy(
         raise InputError(f"reduction must be mean or sum; got {reduction!r}")
     flat = labels.reshape(-1)
     kept = _labelled(flat, ignore_index)
+    _check_labels(flat, kept, weight.shape[0])
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
     loss: Tensor = _LinearCrossEntropy.apply(rows, weight, bias, flat.index_select(0, kept))
     return loss if reduction == "sum" else loss / kept.numel()

@@ -24,6 +24,8 @@ from qlora_lite.errors import QuantizationError
 class Packed(Protocol):
     """A weight that is not a tensor but can be made into one."""
 
+    shape: torch.Size
+
     def dequantize(self, dtype: torch.dtype) -> Tensor: ...
 
 
@@ -147,7 +149,12 @@ def adapted_linear(
     Computed in `compute_dtype` (None: see `product_dtype`), returned in x's dtype; A and B may be of any float dtype.
     Gradients: x, bias, lora_A, lora_B; never the weight. Not twice differentiable.
     """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        # As for torch's own linear; inside, the dtypes are chosen here and must not be changed again.
+        x = x.to(torch.get_autocast_dtype(device))
     rows = x.reshape(-1, x.shape[-1])
     dtype = product_dtype(x, compute_dtype)
-    y: Tensor = _AdaptedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, dropout, dtype)
+    with torch.autocast(device, enabled=False):
+        y: Tensor = _AdaptedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, dropout, dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])

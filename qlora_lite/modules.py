@@ -14,6 +14,15 @@ def answers_to(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith("." + wanted)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether this linear or embedding layer computes something else than nn.Linear or nn.Embedding.
+
+    (Scaled embeddings, say.) A layer of ours in its place would lose that.
+    """
+    plain = {nn.Linear: nn.Linear.forward, nn.Embedding: nn.Embedding.forward}
+    return any(isinstance(module, kind) and type(module).forward is not forward for kind, forward in plain.items())
+
+
 def check_all_matched(setting: str, wanted: Iterable[str], names: Iterable[str]) -> None:
     """Raises TargetError that lists every wanted name which no module answers to, and the last parts there are."""
     names = list(names)

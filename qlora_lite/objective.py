@@ -58,6 +58,35 @@ def _probe(model: nn.Module, batch: Batch) -> str | None:
     return f"on a probe its own loss is {theirs:.6g} and the one without logits {ours:.6g}"
 
 
+@torch.no_grad()
+def check_packing(model: nn.Module, batch: Batch) -> None:
+    """ConfigError if the batch packs several examples into a row and this model lets one see those before it.
+
+    Tried on the batch: other tokens in the first example must not move the hidden states of the second.
+    """
+    if "position_ids" not in batch or "attention_mask" in batch:
+        return
+    starts = (batch["position_ids"] == 0).sum(1)
+    row = int(starts.argmax())
+    if starts[row] < 2:
+        return
+    probe = {
+        "input_ids": batch["input_ids"][row : row + 1].clone(),
+        "position_ids": batch["position_ids"][row : row + 1],
+    }
+    second = int((probe["position_ids"][0] == 0).nonzero()[1])
+    training = model.training
+    model.eval()
+    try:
+        before = hub.hidden_states(model, probe)[:, second:]
+        probe["input_ids"][:, :second] = probe["input_ids"][:, second : second + 1]
+        after = hub.hidden_states(model, probe)[:, second:]
+    finally:
+        model.train(training)
+    if not torch.equal(before, after):
+        raise ConfigError(f"a {type(model).__name__} lets packed examples see each other; use packing=False")
+
+
 def choose_loss(model: nn.Module, batch: Batch) -> tuple[Callable[[nn.Module, Batch], Tensor], str | None]:
     """The loss to train with, and why it is the model's own; None where it is the one without logits."""
     why_not = hub.why_not_headless(model)

@@ -47,19 +47,29 @@ CHUNK_VALUES = 1 << 20
 LARGEST_KERNEL_BLOCK = 1024
 
 
-def check_packable(weight: Tensor, name: str) -> None:
-    """Raises QuantizationError, naming the tensor, unless it is a matrix of finite floats with values in it."""
+def check_finite(tensor: Tensor, name: str) -> float:
+    """The largest magnitude. QuantizationError, naming the tensor and the first bad index, for NaN or infinity."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return 0.0
+    # aminmax hands NaN on and makes no temporary; the tensor is searched only on failure.
+    low, high = tensor.detach().aminmax()
+    if not (low.isfinite() & high.isfinite()):
+        index = tuple(int(i) for i in (~tensor.isfinite()).nonzero()[0])
+        value = float(tensor.detach()[index])
+        raise QuantizationError(f"{name} holds {value} at index {index} and cannot be used; repair the checkpoint")
+    return float(torch.maximum(high, -low))
+
+
+def check_packable(weight: Tensor, name: str, format: str) -> None:
+    """Raises QuantizationError, naming the tensor, unless it is a matrix of finite floats that the format can hold."""
     if weight.dim() != 2 or not weight.is_floating_point():
         got = f"{tuple(weight.shape)} of {weight.dtype}"
         raise QuantizationError(f"{name} must be a matrix of floats to be packed; got {got}")
     if weight.numel() == 0:
         raise QuantizationError(f"{name} has no values: {tuple(weight.shape)}; leave it unpacked (skip_modules)")
-    # aminmax hands NaN on and makes no temporary; the weight is searched only on failure.
-    low, high = weight.detach().aminmax()
-    if not (low.isfinite() & high.isfinite()):
-        index = tuple(int(i) for i in (~weight.isfinite()).nonzero()[0])
-        value = float(weight.detach()[index])
-        raise QuantizationError(f"{name} holds {value} at index {index} and cannot be packed; repair the checkpoint")
+    largest, half = check_finite(weight, name), torch.finfo(torch.float16).max
+    if format == "int8" and largest > half:
+        raise QuantizationError(f"{name} reaches {largest:g}, above {half:g}, the limit of int8 rows; use nf4")
 
 
 @functools.cache
@@ -188,18 +198,10 @@ class PackedWeight(nn.Module):
     @classmethod
     def of(cls, weight: Tensor, config: QuantConfig, format: str | None = None, name: str = "weight") -> PackedWeight:
         """Packs a matrix. Raises QuantizationError, naming it, for NaN, infinity, or a wrong dtype or shape."""
-        check_packable(weight, name)
+        format = format or config.format
+        check_packable(weight, name, format)
         source = weight.detach()
-        new = cls(
-            (weight.shape[0], weight.shape[1]),
-            format or config.format,
-            config.blocksize,
-            config.double_quant,
-            weight.device,
-        )
-        half = torch.finfo(torch.float16).max
-        if new.format == "int8" and (largest := float(max(source.max(), -source.min()))) > half:
-            raise QuantizationError(f"{name} reaches {largest:g}, above {half:g}, the limit of int8 rows; use nf4")
+        new = cls((weight.shape[0], weight.shape[1]), format, config.blocksize, config.double_quant, weight.device)
         ACTIONS[new.format].pack(new, source.float() if source.dtype == torch.float64 else source)
         return new
 
@@ -257,7 +259,7 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point() or x.shape[-1] != self.in_features:
+        if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
             got = f"{x.dtype} of shape {tuple(x.shape)}"
             raise InputError(f"this layer takes floats with {self.in_features} features in the last place; got {got}")
         return adapted_linear(x, self.weight, self.bias, compute_dtype=self.compute_dtype)
@@ -282,7 +284,10 @@ class QuantizedEmbedding(nn.Module):
         self.weight = weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.weight.rows(tokens, self.output_dtype)
+        try:
+            return self.weight.rows(tokens, self.output_dtype)
+        except (IndexError, RuntimeError) as error:
+            raise InputError(f"tokens must be int64 or int32 in [0, {self.num_embeddings}): {error}") from error
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
         # `.to(dtype)` must change what is returned, as it would for an nn.Embedding, though no stored float changes.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import ConfigError, QuantizationError, TargetError
 from qlora_lite.formats import UNPACKED
-from qlora_lite.modules import answers_to, check_all_matched, replace_modules_
+from qlora_lite.modules import answers_to, check_all_matched, has_own_forward, replace_modules_
 from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear, bnb, check_packable
 
 BNB_4BIT_MODULES = ("Linear4bit", "LinearNF4", "LinearFP4")
@@ -126,38 +126,56 @@ def _forget_bitsandbytes(model: nn.Module) -> None:
             setattr(model, mark, False)
 
 
-def _quantize_ends_(model: nn.Module, config: QuantConfig) -> None:
-    """Packs the input embedding and the output head as int8 rows; tied ones share one `PackedWeight`."""
+def _ends(model: nn.Module, config: QuantConfig) -> tuple[nn.Embedding, nn.Linear | None]:
+    """The input embedding and the output head, if it is linear. Raises where `_quantize_ends_` could not pack them."""
     embedding, head = _named_end(model, "input"), _named_end(model, "output")
-    if not isinstance(embedding, nn.Embedding):
+    if not isinstance(embedding, nn.Embedding) or has_own_forward(embedding):
         got = "no get_input_embeddings()" if embedding is None else f"a {type(embedding).__name__}"
-        raise ConfigError(f"embedding_format={config.embedding_format!r} needs a model with an nn.Embedding; got {got}")
+        raise ConfigError(f"embedding_format={config.embedding_format!r} needs a plain nn.Embedding; got {got}")
     if embedding.max_norm is not None:
         raise ConfigError(
             "an embedding with max_norm rewrites its weight and cannot be packed; set embedding_format='none'"
         )
-    tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
+    check_packable(embedding.weight, "the input embedding", config.embedding_format)
+    if isinstance(head, nn.Linear) and not has_own_forward(head):
+        check_packable(head.weight, "the output head", config.embedding_format)
+        return embedding, head
+    return embedding, None
+
+
+def _quantize_ends_(model: nn.Module, config: QuantConfig) -> None:
+    """Packs the input embedding and the output head as int8 rows; tied ones share one `PackedWeight`."""
+    embedding, head = _ends(model, config)
+    tied = head is not None and head.weight is embedding.weight
     rows = PackedWeight.of(embedding.weight, config, config.embedding_format, "the input embedding")
     packed_embedding = QuantizedEmbedding(rows, embedding.weight.dtype, embedding.padding_idx)
     packed_head = None
-    if isinstance(head, nn.Linear):
+    if head is not None:
         weight = rows if tied else PackedWeight.of(head.weight, config, config.embedding_format, "the output head")
         packed_head = QuantizedLinear(weight, head.bias, config.compute_dtype)
     new = {id(embedding): packed_embedding, id(head): packed_head}
     replace_modules_(model, lambda name, module: new.get(id(module)))
 
 
-def _check_targets(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+def _check_targets(model: nn.Module, targets: dict[str, nn.Module], config: QuantConfig) -> None:
     """Everything that could stop the packing half-way is found here, before the first layer is replaced."""
+    merged = [name for name, module in model.named_modules() if getattr(module, "merged", False)]
+    if merged:
+        raise ConfigError(f"{len(merged)} layers are merged with the base that would be replaced; unmerge_lora_ first")
+    if config.embedding_format != UNPACKED:
+        _ends(model, config)
     embedding = getattr(_named_end(model, "input"), "weight", None)
     for name, module in targets.items():
+        if has_own_forward(module) and not _is_bitsandbytes(module):
+            kind = type(module).__name__
+            raise TargetError(f"{name} is a {kind} with a forward of its own; leave it unpacked (skip_modules)")
         if embedding is not None and module.weight is embedding:
             raise TargetError(
                 f"{name} shares its weight with the input embedding and packing it alone would untie them; "
                 f"leave it out (skip_modules) or pack both (embedding_format='int8')"
             )
         if not _is_bitsandbytes(module):
-            check_packable(cast(Tensor, module.weight), f"{name}.weight")
+            check_packable(cast(Tensor, module.weight), f"{name}.weight", config.format)
 
 
 def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
@@ -177,7 +195,7 @@ def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
     targets = {name: module for name, module in model.named_modules() if is_target(name, module)}
     if not targets and config.format != UNPACKED:
         raise TargetError("no layer to pack: the model has no nn.Linear outside of skip_modules and the output head")
-    _check_targets(model, targets)
+    _check_targets(model, targets, config)
     names = set(targets)
     del targets  # it would hold every full-precision weight until the end
     packed = replace_modules_(

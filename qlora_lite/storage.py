@@ -37,6 +37,9 @@ SAFETENSORS_DTYPES = {
 }
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# What a folder may hold that is replaced as a whole: the files that checkpoints, adapters and runs consist of.
+CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jsonl", ".jinja", ".model")
+CHECKPOINT_NAMES = ("merges.txt", "vocab.txt", "README.md")
 
 
 @dataclass(frozen=True)
@@ -131,17 +134,46 @@ def write_sharded(folder: Path, tensors: Mapping[str, PlannedTensor], max_shard_
     return list(split.filename_to_tensors)
 
 
+def check_replaceable(target: Path, overwrite: bool) -> None:
+    """Raises CheckpointError for a folder that must not, or cannot, be replaced as a whole."""
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; name a folder")
+    if not target.is_dir():
+        return
+    if os.path.ismount(target):
+        raise CheckpointError(f"{target} is a mount point and cannot be replaced in one move; name a folder inside it")
+    if not overwrite and any(target.iterdir()):
+        raise CheckpointError(f"{target} is not empty; name another folder, or ask for overwrite")
+    files = sorted(path for path in target.rglob("*") if not path.is_dir())
+    foreign = [str(path.relative_to(target)) for path in files if not _is_replaceable(path)]
+    if foreign:
+        shown = ", ".join(foreign[:4]) + (" …" if len(foreign) > 4 else "")
+        raise CheckpointError(
+            f"{target} holds files that no checkpoint has, and they would be lost: {shown}; move them"
+        )
+
+
+def _is_replaceable(path: Path) -> bool:
+    return path.suffix in CHECKPOINT_SUFFIXES or path.name in CHECKPOINT_NAMES
+
+
+def check_apart(target: Path, *inputs: Path | None) -> None:
+    """Raises CheckpointError if writing the folder `target` would replace one of the inputs."""
+    target = Path(os.path.realpath(target))
+    for path in inputs:
+        if path is not None and Path(os.path.realpath(path)).is_relative_to(target):
+            raise CheckpointError(f"the output {target} would replace the input {path}; name another folder")
+
+
 @contextmanager
 def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes it when the block ends well, and disappears when it does not.
 
-    Raises CheckpointError if `target` is a file, or a folder with something in it and `overwrite` is not set.
+    Raises CheckpointError if `target` is a file, a mount point, a folder with something in it and `overwrite` is not
+    set, or one with files that are no checkpoint's.
     """
-    target = Path(target).absolute()
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise CheckpointError(f"{target} is not empty; name another folder, or ask for overwrite")
+    target = Path(os.path.realpath(target))  # behind a link stands the folder that is meant
+    check_replaceable(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))

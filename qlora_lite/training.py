@@ -6,27 +6,30 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
+from qlora_lite import hub
 from qlora_lite.adapter_files import save_adapter
 from qlora_lite.adapters import adapter_parameters, add_lora_, freeze_base_
 from qlora_lite.checkpointing import checkpointed
 from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
-from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError, TargetError, TrainingError
+from qlora_lite.errors import CheckpointError, ConfigError, TargetError, TrainingError
 from qlora_lite.load import load_quantized
 from qlora_lite.memory.host import keep_freed_pages
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
 from qlora_lite.memory.report import MemoryReport
-from qlora_lite.objective import Batch, choose_loss, labelled_tokens
+from qlora_lite.objective import Batch, check_packing, choose_loss, labelled_tokens
 from qlora_lite.optim import learning_rate_factor, make_optimizer
 from qlora_lite.progress import training_progress
+from qlora_lite.storage import check_replaceable
 
 METRICS_FILE = "metrics.jsonl"
 ADAPTER_FOLDER = "adapter"
@@ -73,12 +76,20 @@ def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Paramet
     return adapters
 
 
+def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ConfigError("batches is empty")
+
+
 def _micro_batches(batches: Iterable[Batch], config: TrainConfig) -> Iterator[list[Batch]]:
     """`gradient_accumulation` batches for each step; a sequence or DataLoader starts over when it ends."""
     again = isinstance(batches, (Sequence, torch.utils.data.DataLoader))
-    stream = itertools.chain.from_iterable(itertools.repeat(batches)) if again else iter(batches)
-    if isinstance(batches, Sequence) and not batches:
-        raise ConfigError("batches is empty")
+    stream = _endless(batches) if again else iter(batches)
     for step in range(config.steps):
         group = list(itertools.islice(stream, config.gradient_accumulation))
         if len(group) < config.gradient_accumulation:
@@ -97,23 +108,48 @@ def _check_gradients(adapters: dict[str, nn.Parameter]) -> None:
         )
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    for name in ("input_ids", "labels"):
-        if not isinstance(batch.get(name), Tensor):
-            raise ConfigError(f"a batch must be a dict with tensors input_ids and labels; got {sorted(batch)}")
-    return {name: value.to(device) for name, value in batch.items()}
+def _check_batch(batch: Any, vocabulary: int | None) -> None:
+    """ConfigError, saying what is wrong, for what is no batch of token rows with labels that this model knows."""
+    if not isinstance(batch, dict) or not {"input_ids", "labels"} <= batch.keys():
+        got = sorted(batch) if isinstance(batch, dict) else f"a {type(batch).__name__}"
+        raise ConfigError(f"a batch must be a dict with tensors input_ids and labels; got {got}")
+    ids = batch["input_ids"]
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != len(ids):
+            kind = str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"{name} of a batch must be a tensor with a row for each of input_ids; got {kind}")
+        if name in ("input_ids", "labels") and (value.dim() != 2 or value.dtype != torch.int64):
+            raise ConfigError(f"{name} must be int64 of shape (rows, tokens); got {value.dtype} {tuple(value.shape)}")
+    if batch["labels"].shape != ids.shape:
+        raise ConfigError(
+            f"labels must be of the shape of input_ids, {tuple(ids.shape)}; got {tuple(batch['labels'].shape)}"
+        )
+    low, high = (int(value) for value in ids.aminmax()) if ids.numel() else (0, 0)
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise ConfigError(f"tokens must be in [0, {vocabulary}); got {low if low < 0 else high}")
 
 
 class _Run:
     """The parts of a run that every step uses."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, profiler: MemoryProfiler | None) -> None:
-        self.accelerator = Accelerator(mixed_precision="no")
+        try:
+            # The plugin keeps the environment from dividing gradients by an accumulation of its own.
+            self.accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+        except ValueError as error:
+            raise ConfigError(f"accelerate refused to start: {str(error).splitlines()[0]}") from error
+        if self.accelerator.mixed_precision != "no":
+            raise ConfigError(
+                f"accelerate is set to mixed precision {self.accelerator.mixed_precision!r} in this process; "
+                f"train computes in the model's own dtype: set it to 'no'"
+            )
         if self.accelerator.num_processes > 1:
             raise ConfigError(f"train runs in one process; got {self.accelerator.num_processes}")
         self.config, self.profiler = config, profiler
         self.adapters = _check_model(model, self.accelerator.device)
         freeze_base_(model)
+        self.vocabulary = hub.vocabulary(model)
+        self.close()
         optimizer = make_optimizer(self.adapters.values(), config)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.loss: Any = None
@@ -121,19 +157,28 @@ class _Run:
         if profiler is not None:
             profiler.track(self.model, optimizer)
 
+    def close(self) -> None:
+        """Nothing of an earlier or a failed backward pass may be added to, or stay behind."""
+        for parameter in self.adapters.values():
+            parameter.grad = None
+
     def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.profiler is None else self.profiler.phase(name)
 
     def step(self, number: int, group: list[Batch]) -> StepMetrics:
         """Forward and backward of each batch, one update. TrainingError before the update if it would spoil it."""
         began = time.perf_counter()
-        group = [_to_device(batch, self.accelerator.device) for batch in group]
+        for batch in group:
+            _check_batch(batch, self.vocabulary)
+        device = self.accelerator.device
+        group = [{name: value.to(device) for name, value in batch.items()} for batch in group]
         counts = [int(labelled_tokens(batch)) for batch in group]
         group = [batch for batch, count in zip(group, counts, strict=True) if count > 0]
         labelled = sum(counts)
         if labelled == 0:
             raise TrainingError(f"no token of step {number} has a label; check the data's completions and truncation")
         if self.loss is None:
+            check_packing(self.model, group[0])
             self.loss, self.own_loss_because = choose_loss(self.model, group[0])
         rate = self.config.learning_rate * learning_rate_factor(number - 1, self.config)
         for options in self.optimizer.param_groups:
@@ -180,23 +225,34 @@ def _in_training(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _outputs(model: nn.Module, folder: Path | None) -> Iterator[TextIO | None]:
-    """The metrics file; when the block ends, by an error of ours too, the adapter is saved beside it."""
+def _outputs(model: nn.Module, folder: Path | None, overwrite: bool) -> Iterator[Callable[[StepMetrics], None]]:
+    """What notes a step in the metrics file. When the block ends, by an error too, the adapter is saved beside it.
+
+    Nothing that was there is touched before the first step is done.
+    """
     if folder is None:
-        yield None
+        yield lambda step: None
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        metrics = open(folder / METRICS_FILE, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
-    with metrics:
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise CheckpointError(f"{folder} is not empty; name another folder, or ask for overwrite")
+    check_replaceable(folder / ADAPTER_FOLDER, overwrite)
+    with contextlib.ExitStack() as stack:
+        metrics: list[TextIO] = []
+
+        def note(step: StepMetrics) -> None:
+            if not metrics:
+                metrics.append(stack.enter_context(open(folder / METRICS_FILE, "w", encoding="utf-8")))
+            metrics[0].write(json.dumps(asdict(step)) + "\n")
+            metrics[0].flush()
+
         try:
-            yield metrics
-        except (QLoRAError, KeyboardInterrupt):
-            save_adapter(model, folder / ADAPTER_FOLDER, overwrite=True)
-            raise
-        save_adapter(model, folder / ADAPTER_FOLDER, overwrite=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            yield note
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
+        finally:
+            if metrics:
+                save_adapter(model, folder / ADAPTER_FOLDER, overwrite=True)
 
 
 def train(
@@ -205,6 +261,7 @@ def train(
     config: TrainConfig,
     *,
     output_dir: str | Path | None = None,
+    overwrite: bool = False,
     profiler: MemoryProfiler | None = None,
     progress: bool = True,
 ) -> TrainResult:
@@ -212,7 +269,8 @@ def train(
 
     batches: dicts of `input_ids` and `labels` `(batch, tokens)`, -100 for no label, and whatever else the model takes.
     The loss is the mean over all labelled tokens of a step, however they are spread over its batches.
-    output_dir: gets `metrics.jsonl`, a line a step, and the adapter in `adapter/`, also when training stops early.
+    output_dir: gets `metrics.jsonl`, a line a step, and the adapter in `adapter/`, also when training stops early,
+        by whatever error. A folder with something in it is refused unless `overwrite`.
     profiler: its phases forward, backward and optimizer are entered.
     Raises TrainingError when the loss or the gradients are not finite (before they are applied), when an adapter gets
     no gradient in the first step, or when the batches end too early; ConfigError, TargetError for what cannot be
@@ -224,17 +282,16 @@ def train(
     steps: list[StepMetrics] = []
     began = time.perf_counter()
     with (
-        _outputs(model, None if output_dir is None else Path(output_dir)) as metrics,
+        _outputs(model, None if output_dir is None else Path(output_dir), overwrite) as note,
         _in_training(model),
         checkpointed(model, config.checkpointing),
         training_progress(config.steps, progress) as show,
+        contextlib.closing(run),
     ):
         for number, group in enumerate(_micro_batches(batches, config), start=1):
             steps.append(run.step(number, group))
             show(steps[-1])
-            if metrics is not None:
-                metrics.write(json.dumps(asdict(steps[-1])) + "\n")
-                metrics.flush()
+            note(steps[-1])
     return TrainResult(steps, time.perf_counter() - began, run.own_loss_because)
 
 
@@ -255,6 +312,9 @@ def profile_steps(
     for name, value in (("rows", rows), ("tokens", tokens), ("steps", steps)):
         if value < 1 or (name == "tokens" and value < 2):
             raise ConfigError(f"{name} must be at least {2 if name == 'tokens' else 1}; got {value}")
+    longest = hub.longest_sequence(hub.read_config(hub.resolve(model_folder)))
+    if longest is not None and tokens > longest:
+        raise ConfigError(f"tokens must be at most {longest}, the model's longest sequence; got {tokens}")
     with MemoryProfiler() as profiler:
         with profiler.phase("load"):
             model = load_quantized(model_folder, quant)

@@ -63,11 +63,12 @@ def error_of_a_stray_adapter(model: nn.Module) -> str:
 def main(folder: str) -> None:
     _setup_privateuseone_for_python_backend(DEVICE)
     torch.fakegpu.get_amp_supported_dtype = lambda: [torch.bfloat16]  # transformers' rotary embedding asks for it
-    for format, embedding_format, _checkpointing in CASES:
+    for format, embedding_format, checkpointing in CASES:
         model = load_quantized(folder, QuantConfig(format=format, embedding_format=embedding_format)).train()
         add_lora_(model, LoraConfig(rank=4, dropout=0.1))
         with FakeTensorMode():
             pretend_(model)
+            print(format, *step(model, checkpointing), error_of_a_stray_adapter(model))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, load_quantized, save_adapter
-from qlora_lite.adapters import lora_layers
-from qlora_lite.errors import CheckpointError
+from qlora_lite import (
+    LinearWithLoRA,
+    LoraConfig,
+    QuantConfig,
+    add_lora_,
+    load_adapter_,
+    load_quantized,
+    save_adapter,
+)
+from qlora_lite.adapters import adapter_parameters, lora_layers
+from qlora_lite.errors import CheckpointError, TargetError
 
 TOKENS = torch.arange(12).view(2, 6)
 TARGETS = [["q_proj", "down_proj"], ["embed_tokens", "v_proj"], ["layers.1.self_attn.k_proj"]]
@@ -102,3 +110,35 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(
     with pytest.raises(CheckpointError, match=message):
         load_adapter_(model, tmp_path / "a")
     assert not lora_layers(model)
+
+
+def test_loading_onto_adapted_layers_keeps_the_parameters(tiny_folder: Path, tmp_path: Path) -> None:
+    model = load_quantized(tiny_folder)
+    add_lora_(model, LoraConfig(rank=2, alpha=4, dropout=0.1))
+    save_adapter(model, tmp_path / "one")
+    parameters = adapter_parameters(model)
+    values = {name: parameter.clone() for name, parameter in parameters.items()}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(1)
+    load_adapter_(model, tmp_path / "one")
+    assert all(parameters[name] is parameter for name, parameter in adapter_parameters(model).items())
+    assert all(torch.equal(parameter, values[name]) for name, parameter in parameters.items())
+    other = load_quantized(tiny_folder)
+    add_lora_(other, LoraConfig(rank=3))
+    with pytest.raises(CheckpointError, match="has an adapter of rank 3 already"):
+        load_adapter_(other, tmp_path / "one")
+
+
+def test_an_embedding_trained_on_an_fp32_base_loads_onto_the_bf16_one(tiny_folder: Path, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["embed_tokens"])).save_pretrained(tmp_path)
+    assert load_adapter_(load_quantized(tiny_folder, dtype=torch.bfloat16), tmp_path) == ["model.embed_tokens"]
+
+
+def test_a_lone_layer_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="put it into a container"):
+        save_adapter(LinearWithLoRA(4, 4, 2), tmp_path / "x")

@@ -86,3 +86,19 @@ def test_disabling_restores_what_it_found() -> None:
         raise KeyError
     assert model[0].adapter_enabled and not model[1].adapter_enabled
     torch.testing.assert_close(model(torch.ones(1, 4)), adapted)
+
+
+def test_all_linear_leaves_nothing_out_in_silence() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4))
+    with pytest.raises(TargetError, match=r"1 \(Doubled\)"):
+        add_lora_(model, LoraConfig(rank=2))
+    add_lora_(model, LoraConfig(rank=2, target_modules=["0"]))
+    with pytest.raises(TargetError, match="have adapters already"):
+        add_lora_(model, LoraConfig(rank=2, target_modules=["0"]))
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16))
+    with pytest.raises(TargetError, match="would leave an adapter out"):
+        add_lora_(encoder, LoraConfig(rank=2))

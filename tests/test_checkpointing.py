@@ -10,7 +10,7 @@ from torch import nn
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.adapters import adapter_parameters
-from qlora_lite.checkpointing import adapted_blocks, checkpointed
+from qlora_lite.checkpointing import checkpointed, repeated_blocks
 from qlora_lite.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ def test_gradients_are_the_same_and_less_is_kept(tiny_folder: Path) -> None:
         seen.append((sum(kept), [parameter.grad.clone() for parameter in adapter_parameters(model).values()]))
     assert seen[1][0] < 0.5 * seen[0][0]
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(seen[0][1], seen[1][1], strict=True))
-    assert len(adapted_blocks(model)) == 2 and not any("forward" in vars(block) for block in adapted_blocks(model))
+    assert len(repeated_blocks(model)) == 2 and not any("forward" in vars(block) for block in repeated_blocks(model))
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,45 @@ def test_full_folder_is_refused_and_overwritten_on_request(tiny_folder: Path, tm
     with pytest.raises(CheckpointError, match="not empty"):
         export_merged(model, tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "x"
+    with pytest.raises(CheckpointError, match="no checkpoint has, and they would be lost: mine"):
+        export_merged(model, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "mine").rename(tmp_path / "out" / "model-00001-of-00002.safetensors")
     export_merged(model, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "mine").exists() and (tmp_path / "out" / "model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_the_checkpoint_that_the_model_came_from_is_not_replaced(tiny_folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="would replace the input"):
+        export_merged(trained(tiny_folder), tiny_folder.parent, overwrite=True)
+
+
+def test_the_generation_config_and_the_tokenizer_travel(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    written = {"eos_token_id": [1, 4], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(written))
+    monkeypatch.chdir(tmp_path)
+    model = load_quantized("base")
+    monkeypatch.chdir("/")
+    export_merged(model, tmp_path / "out")
+    exported = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: exported.get(name) for name in written} == written
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="is not there any more"):
+        export_merged(model, tmp_path / "again")
+
+
+def test_weights_tied_by_hand_are_written_twice(tiny_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    untied = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_folder, tie_word_embeddings=False))
+    untied.lm_head.weight = untied.model.embed_tokens.weight
+    untied.config._name_or_path = ""
+    export_merged(untied, tmp_path / "out", torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(again.lm_head.weight, untied.lm_head.weight)
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]])

@@ -178,3 +178,31 @@ def test_dropout_acts_in_training_only() -> None:
 def test_mistakes_get_one_sentence(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(tokens)
+
+    with pytest.raises(TargetError, match="without a forward of their own"):
+        LoraLayer(2, 4, Scaled(8, 4))
+
+
+def test_resetting_a_merged_layer_resets_what_it_computes() -> None:
+    layer = LinearWithLoRA(8, 4, 2)
+    nn.init.normal_(layer.lora_B)
+    layer.merge_weights()
+    layer.reset_parameters()
+    x = torch.randn(3, 8)
+    assert layer.merged and torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_under_autocast_it_computes_as_torchs_own_linear() -> None:
+    layer, x = LinearWithLoRA(8, 4, 2), torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = layer(x), layer.base_layer(x)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs)
+    ours.sum().backward()
+    assert layer.lora_B.grad is not None and layer.lora_B.grad.dtype == torch.float32

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, quantize_base_
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, merge_lora_, quantize_base_
 from qlora_lite.adapters import adapter_parameters
 from qlora_lite.errors import ConfigError, QuantizationError, TargetError
 from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear
@@ -120,3 +120,34 @@ def test_an_eval_forward_changes_neither_bytes_nor_gradients(tiny_folder: Path) 
     after = gradients()
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_linear_with_a_forward_of_its_own_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), Doubled(64, 64))
+    with pytest.raises(TargetError, match="1 is a Doubled with a forward of its own"):
+        quantize_base_(model, QuantConfig())
+    quantize_base_(model, QuantConfig(skip_modules=("1",)))
+    assert isinstance(model[0], QuantizedLinear) and isinstance(model[1], Doubled)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1e6])
+def test_a_bad_embedding_leaves_the_model_as_it_was(tiny_folder: Path, bad: float) -> None:
+    model = load_quantized(tiny_folder, QuantConfig(format="none"))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[2, 1] = bad
+    with pytest.raises(QuantizationError, match="the input embedding"):
+        quantize_base_(model, QuantConfig(embedding_format="int8"))
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def test_a_merged_model_is_not_packed_under_its_merged_weights(tiny_folder: Path) -> None:
+    model = load_quantized(tiny_folder, QuantConfig(format="none"))
+    add_lora_(model, LoraConfig(rank=2))
+    merge_lora_(model)
+    with pytest.raises(ConfigError, match="unmerge_lora_ first"):
+        quantize_base_(model, QuantConfig())

@@ -21,9 +21,18 @@ SCRIPTS = {
     "examples/finetune_4bit.py": {"first_loss", "last_loss", "adapter", "merged"},
     "examples/seed_layers.py": {"loss_before", "loss_after", "merged_difference", "restored"},
     "profiling/step_memory.py": {"model", "phases"},
+    "profiling/versus_peft.py": {"nf4_full", "floor"},
 }
+ARGUMENTS = {"profiling/versus_peft.py": ["nf4_full", "floor"]}  # every case would take a minute of starting processes
 # Looked at by tests of their own, or no programs.
-NOT_RUN_HERE = {"examples/real_model.py", "examples/message_records.py", "examples/tiny_model.py"}
+NOT_RUN_HERE = {
+    "examples/real_model.py",
+    "examples/message_records.py",
+    "examples/tiny_model.py",
+    "profiling/machine_floor.py",
+    "profiling/model_shapes.py",
+    "profiling/step_worker.py",
+}
 
 
 def test_no_script_is_forgotten() -> None:
@@ -37,7 +46,7 @@ def test_no_script_is_forgotten() -> None:
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / script), "--tiny"]
+    command = [sys.executable, str(ROOT / script), "--tiny", *ARGUMENTS.get(script, [])]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(done.stdout.strip().splitlines()[-1])

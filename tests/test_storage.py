@@ -16,6 +16,7 @@ from qlora_lite.storage import (
     INDEX_FILE,
     PlannedTensor,
     TensorFiles,
+    check_apart,
     new_folder,
     planned,
     read_json,
@@ -60,7 +61,7 @@ def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
         raise KeyError
     assert list(tmp_path.iterdir()) == []
     with new_folder(target) as folder:
-        (folder / "whole").write_text("x")
+        (folder / "whole.json").write_text("x")
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE(target.stat().st_mode) == 0o777 & ~umask
@@ -69,6 +70,24 @@ def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
     with new_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("x")
     assert [path.name for path in target.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [target]
+    with pytest.raises(CheckpointError, match="would be lost: new"), new_folder(target, overwrite=True):
+        pass
+
+
+def test_behind_a_link_the_folder_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for link, target in (("link", "real"), ("dangling", "later")):
+        (tmp_path / link).symlink_to(target)
+        with new_folder(tmp_path / link) as folder:
+            (folder / "x.json").write_text("{}")
+        assert (tmp_path / link).is_symlink() and (tmp_path / target / "x.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "later", "link", "real"]
+
+
+def test_an_output_over_an_input_is_refused(tmp_path: Path) -> None:
+    check_apart(tmp_path / "out", tmp_path / "base", None)
+    with pytest.raises(CheckpointError, match="would replace the input"):
+        check_apart(tmp_path, tmp_path / "base")
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "x.bin", "", 3])

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.adapters import adapter_parameters, lora_layers
-from qlora_lite.errors import ConfigError, TargetError, TrainingError
+from qlora_lite.errors import CheckpointError, ConfigError, InputError, TargetError, TrainingError
 from qlora_lite.training import profile_steps
 
 
@@ -104,7 +107,55 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tiny_folder: Path, tmp
     with pytest.raises(TrainingError, match=r"of step 1 is (nan|inf); the adapters keep their values"):
         train(model, [batch()], TrainConfig(steps=2), output_dir=tmp_path, progress=False)
     assert all(torch.equal(parameter, before[name]) for name, parameter in adapter_parameters(model).items())
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert list(tmp_path.iterdir()) == []  # no step was done, so there is nothing to keep, and nothing is replaced
+
+
+def test_an_error_after_some_steps_keeps_what_was_trained(tiny_folder: Path, tmp_path: Path) -> None:
+    def broken() -> Iterator[dict[str, torch.Tensor]]:
+        yield batch()
+        raise OSError("the disk with the data is gone")
+
+    model = adapted(tiny_folder)
+    with pytest.raises(CheckpointError, match="disk with the data"):
+        train(model, broken(), TrainConfig(steps=2), output_dir=tmp_path, progress=False)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(key.endswith("lora_B.weight") and value.any() for key, value in saved.items())
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="not empty"):
+        train(model, [batch()], TrainConfig(steps=1), output_dir=tmp_path, progress=False)
+    bad = {**batch(), "labels": torch.full((2, 12), -100)}
+    with pytest.raises(TrainingError, match="has a label"):
+        train(adapted(tiny_folder), [bad], TrainConfig(steps=1), output_dir=tmp_path, overwrite=True, progress=False)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_gradients_from_before_and_after_a_failure_do_not_count(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    model = adapted(tiny_folder)
+    first = train(model, [batch()], TrainConfig(steps=1), progress=False).steps[0].gradient_norm
+    model = adapted(tiny_folder)
+    model(**batch()).loss.mul(1000).backward()
+    assert train(model, [batch()], TrainConfig(steps=1), progress=False).steps[0].gradient_norm == pytest.approx(first)
+    assert all(parameter.grad is None for parameter in adapter_parameters(model).values())
+
+
+@pytest.mark.parametrize("family", ["LlamaConfig", "OPTConfig"])
+def test_packing_is_refused_where_examples_would_see_each_other(family: str) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32} if family == "LlamaConfig" else {"ffn_dim": 32, "word_embed_proj_dim": 32}
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, family)(**sizes))
+    add_lora_(model, LoraConfig(rank=2))
+    ids = torch.arange(2, 12).view(1, 10)
+    packed = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(5).repeat(2).view(1, 10)}
+    if family == "LlamaConfig":
+        train(model, [packed], TrainConfig(steps=1), progress=False)
+        return
+    with pytest.raises(ConfigError, match="lets packed examples see each other"):
+        train(model, [packed], TrainConfig(steps=1), progress=False)
 
 
 def test_what_cannot_be_trained_is_refused(tiny_folder: Path) -> None:
@@ -118,10 +169,22 @@ def test_what_cannot_be_trained_is_refused(tiny_folder: Path) -> None:
         train(model, iter([batch()]), config, progress=False)
     with pytest.raises(TrainingError, match="has a label"):
         train(model, [{**batch(), "labels": torch.full((2, 12), -100)}], config, progress=False)
-    with pytest.raises(ConfigError, match="input_ids and labels"):
-        train(model, [{"x": torch.zeros(1)}], config, progress=False)
-    with pytest.raises(ConfigError, match="empty"):
-        train(model, [], config, progress=False)
+    for bad, message in (
+        ({"x": torch.zeros(1)}, "input_ids and labels"),
+        ((batch()["input_ids"],), "got a tuple"),
+        ({**batch(), "labels": None}, "got NoneType"),
+        ({**batch(), "labels": batch()["labels"].int()}, "labels must be int64"),
+        ({**batch(), "labels": batch()["labels"][:, 1:]}, "of the shape of input_ids"),
+        ({**batch(), "input_ids": batch()["input_ids"] + 50}, "tokens must be in"),
+        ({**batch(), "scale": torch.tensor(1.0)}, "scale of a batch must be a tensor with a row"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(model, [bad], config, progress=False)
+    with pytest.raises(InputError, match="labels must be in"):
+        train(model, [{**batch(), "labels": batch()["labels"].clamp(min=-1)}], config, progress=False)
+    for empty in ([], DataLoader([], batch_size=2)):
+        with pytest.raises(ConfigError, match="empty"):
+            train(model, empty, config, progress=False)
     lora_layers(model)["model.layers.0.mlp.up_proj"].merge_weights()
     with pytest.raises(ConfigError, match="1 layers are merged"):
         train(model, [batch()], config, progress=False)
