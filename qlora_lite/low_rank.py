@@ -55,13 +55,24 @@ def draw_seed() -> int:
         return int(torch.randint(2**62, ()))
 
 
+# Each row of a dropout mask is the row above it, moved on by so many places.
+MASK_SHIFT = 13
+
+
 def dropout_mask(like: Tensor, probability: float, seed: int) -> Tensor:
-    """Zeros with this probability, 1 / (1 - probability) elsewhere; the same seed gives the same mask."""
-    mask = torch.empty_like(like)
+    """Zeros with this probability, 1 / (1 - probability) elsewhere; the same seed gives the same mask.
+
+    `(rows, width)`, a view: row i begins at place MASK_SHIFT * i of one random string, because drawing a number for
+    each entry costs more than the product that the mask is for. Entries of a row are independent; two entries are
+    the same one only if they are MASK_SHIFT * n features and n rows apart.
+    """
+    rows, width = like.shape
+    string = like.new_empty(MASK_SHIFT * max(rows - 1, 0) + width)
     generator = None
     if type(like) is Tensor:
         generator = torch.Generator(like.device).manual_seed(seed)
-    return mask.bernoulli_(1 - probability, generator=generator).div_(1 - probability)
+    string.bernoulli_(1 - probability, generator=generator).div_(1 - probability)
+    return string.as_strided((rows, width), (MASK_SHIFT, 1))
 
 
 @functools.cache
@@ -100,7 +111,7 @@ class _AdaptedLinear(torch.autograd.Function):
             return y.to(x.dtype)
         if dropout > 0:
             ctx.seed = draw_seed()
-            rows = dropout_mask(rows, dropout, ctx.seed).mul_(rows)
+            rows = rows * dropout_mask(rows, dropout, ctx.seed)
         low = rows @ lora_A.to(dtype).T
         y.addmm_(low, lora_B.to(dtype).T, alpha=scaling)
         ctx.save_for_backward(x, low, lora_A, lora_B)
@@ -126,7 +137,7 @@ class _AdaptedLinear(torch.autograd.Function):
             elif grad_x is not None:
                 grad_x.addcmul_(grad_low @ lora_A.to(ctx.dtype), cast(Tensor, mask))
             if need_A:
-                dropped = rows if mask is None else mask.mul_(rows)
+                dropped = rows if mask is None else rows * mask
                 grad_A = (grad_low.T @ dropped).to(lora_A.dtype)
         grad_x = None if grad_x is None else grad_x.to(x_dtype)
         return grad_x, None, grad_bias, grad_A, grad_B, None, None, None

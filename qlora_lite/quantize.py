@@ -13,6 +13,7 @@ import functools
 import importlib
 import logging
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from qlora_lite.config import QuantConfig
 from qlora_lite.errors import InputError, QuantizationError
 from qlora_lite.formats import NESTED_BLOCKSIZE, block_count, format_named, packed_bytes, storage_bytes
 from qlora_lite.low_rank import adapted_linear
+from qlora_lite.nearest_code import pack_4bit
 
 
 def import_bitsandbytes(module: str) -> Any:
@@ -78,13 +80,27 @@ def _nested_code() -> tuple[float, ...]:
         return tuple(bnb.create_dynamic_map().tolist())
 
 
+@functools.cache
+def _code_values(format: str) -> tuple[float, ...]:
+    with no_dispatch():
+        return tuple(bnb.get_4bit_type(format, device="cpu").tolist())
+
+
+def _pack_chunk(chunk: Tensor, blocksize: int, format: str) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' codes and absmax of a flat chunk; whole blocks on a CPU by the faster search, to the same codes."""
+    if chunk.device.type == "cpu" and chunk.numel() % blocksize == 0 and sys.byteorder == "little":
+        return pack_4bit(chunk, blocksize, _code_values(format))
+    codes, absmax = ops.quantize_4bit(chunk, blocksize, format, torch.uint8)
+    return codes, absmax
+
+
 def _pack_blocks(into: PackedWeight, weight: Tensor) -> None:
     """Fills packed codes and absmax, `CHUNK_VALUES` values at a time."""
     flat = weight.reshape(-1)
     absmax = torch.empty(block_count(flat.numel(), into.blocksize), dtype=torch.float32, device=weight.device)
     for start in range(0, flat.numel(), CHUNK_VALUES):
         chunk = flat[start : start + CHUNK_VALUES]
-        codes, chunk_absmax = ops.quantize_4bit(chunk, into.blocksize, into.format, torch.uint8)
+        codes, chunk_absmax = _pack_chunk(chunk, into.blocksize, into.format)
         into.packed[start // 2 : start // 2 + codes.numel()] = codes.view(-1)
         first = start // into.blocksize
         absmax[first : first + chunk_absmax.numel()] = chunk_absmax

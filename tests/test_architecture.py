@@ -23,7 +23,7 @@ PACKAGE = ROOT / "qlora_lite"
 FLOORS = (
     ("errors",),
     ("formats", "modules", "memory.breakdown", "memory.host"),
-    ("config", "storage", "records", "low_rank", "memory.trace", "memory.allocator", "memory.report"),
+    ("config", "storage", "records", "low_rank", "nearest_code", "memory.trace", "memory.allocator", "memory.report"),
     ("quantize", "loss", "hub", "progress"),
     ("lora", "quantize_base", "optim"),
     ("adapters",),
