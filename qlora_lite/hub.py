@@ -34,8 +34,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Options of a head that change the logits after the product; a loss computed from the head's weight would miss them.
-LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
 
 
 def _transformers() -> Any:
@@ -203,14 +201,14 @@ def head_of(model: Any) -> nn.Module | None:
     return ask() if callable(ask) else None
 
 
-def why_not_headless(model: Any) -> str | None:
-    """Why the loss cannot be computed from the last hidden state and the head's weight; None if it can, so far."""
-    head = head_of(model)
-    if head is None or getattr(model, "base_model", model) is model:
-        return "the model does not say which module is its output head"
-    if hasattr(head, "lora_A") or not (hasattr(head, "in_features") and hasattr(head, "weight")):
-        return f"its output head is a {type(head).__name__}"
-    if any(parameter.requires_grad for parameter in head.parameters()):
-        return "its output head is trained"
-    used = [option for option in LOGIT_OPTIONS if getattr(model.config, option, None) not in (None, 1, 1.0)]
-    return f"its config sets {', '.join(used)}" if used else None
+def logit_options(model: Any) -> dict[str, float]:
+    """What the model does with its head's logits, as arguments of `linear_cross_entropy`."""
+    config = model.config
+    options: dict[str, float] = {}
+    if getattr(config, "final_logit_softcapping", None):  # Gemma
+        options["softcap"] = config.final_logit_softcapping
+    if getattr(config, "logit_scale", None):  # Cohere multiplies
+        options["logit_scale"] = config.logit_scale
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        options["logit_scale"] = 1 / config.logits_scaling
+    return options

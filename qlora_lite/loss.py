@@ -2,57 +2,167 @@
 
 The plain way, `F.cross_entropy(hidden @ W.T, labels)`, holds tokens x vocabulary values several times over (logits,
 their fp32 copy, their softmax): 12-16 bytes each, 1.8 MB per token at a vocabulary of 128k. Here a few tokens at a
-time get their logits, their loss and the gradient of their hidden state, and the logits are dropped. Tokens without
-a label are skipped before the product.
+time get their logits, their loss and all gradients, and the logits are dropped; a packed head is unpacked a slice of
+the vocabulary at a time. Tokens without a label are skipped before the product. What is held beside inputs and
+gradients is bounded by `CHUNK_BYTES` of fp32 logits and a slice of the head, whatever the vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lite.errors import InputError
-from qlora_lite.low_rank import Packed, dense, product_dtype
+from qlora_lite.low_rank import Packed, product_dtype, row_slices
 
 IGNORE_INDEX = -100
-# Bounds the fp32 logits of one chunk of tokens, of which two copies live at a time.
+# Bounds the fp32 logits of one chunk of tokens.
 CHUNK_BYTES = 32 << 20
 
 
+@dataclass(frozen=True)
+class _Options:
+    """z = softcap(scale * (W h + b)), labels smoothed; lora_scaling is that of the head's adapter."""
+
+    scale: float
+    softcap: float | None
+    smoothing: float
+    lora_scaling: float
+
+
+class _Sums(dict[str, Tensor]):
+    """The gradients that grow chunk by chunk, in fp32; only those that are asked for are there."""
+
+    def add(self, name: str, part: slice, value: Callable[[], Tensor]) -> None:
+        if name in self:
+            self[name][part] += value()
+
+
+def _logits(
+    rows: Tensor, weight: Tensor | Packed, bias: Tensor | None, low: Tensor | None, lora_B: Any, o: _Options
+) -> Tensor:
+    """The raw logits of some rows in fp32, before scale and softcap."""
+    logits = rows.new_empty((rows.shape[0], weight.shape[0]), dtype=torch.float32)
+    for part, dense in row_slices(weight, rows.dtype):
+        piece = rows @ dense.T
+        if low is not None:
+            piece.addmm_(low, lora_B[part].to(rows.dtype).T, alpha=o.lora_scaling)
+        logits[:, part] = piece
+    return logits if bias is None else logits.add_(bias)
+
+
+def _loss_and_slope(logits: Tensor, labels: Tensor, o: _Options, with_slope: bool) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of a chunk, and their derivative by the raw logits, in place of the logits."""
+    curve = None
+    if o.scale != 1:
+        logits.mul_(o.scale)
+    if o.softcap is not None:
+        logits.div_(o.softcap).tanh_()
+        curve = 1 - logits * logits if with_slope else None
+        logits.mul_(o.softcap)
+    picked = labels.unsqueeze(1)
+    normalizer = logits.logsumexp(1, keepdim=True)
+    loss = (normalizer - (1 - o.smoothing) * logits.gather(1, picked)).sum()
+    if o.smoothing:
+        loss -= o.smoothing * logits.mean(1).sum()
+    if not with_slope:
+        return loss, logits
+    slope = logits.sub_(normalizer).exp_()
+    slope.scatter_add_(1, picked, torch.full_like(picked, -(1 - o.smoothing), dtype=slope.dtype))
+    if o.smoothing:
+        slope.sub_(o.smoothing / logits.shape[1])
+    if curve is not None:
+        slope.mul_(curve)
+    return loss, slope.mul_(o.scale) if o.scale != 1 else slope
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum over labelled rows of logsumexp(W h + b) - (W h + b)[label]; the gradient of h is formed in forward."""
+    """Sum over rows of logsumexp(z) - z[label]; every gradient is formed in forward and scaled in backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor | Packed, bias: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | Packed,
+        bias: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        labels: Tensor,
+        o: _Options,
+    ) -> Tensor:
+        names = ("hidden", "weight", "bias", "lora_A", "lora_B")
+        tensors = dict(zip(names, (hidden, weight, bias, lora_A, lora_B), strict=True))
+        needs = dict(zip(names, ctx.needs_input_grad, strict=False))
+        sums = _Sums(
+            {
+                name: torch.zeros_like(tensor, dtype=torch.float32)
+                for name, tensor in tensors.items()
+                if isinstance(tensor, Tensor) and needs[name] and name != "hidden"
+            }
+        )
         dtype = product_dtype(hidden, None)
-        matrix = dense(weight, dtype)
-        offset = None if bias is None else bias.to(dtype)
-        rows = max(1, CHUNK_BYTES // (4 * matrix.shape[0]))
+        gradient = torch.empty_like(hidden) if needs["hidden"] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            logits = F.linear(hidden[part].to(dtype), matrix, offset).float()
-            picked = labels[part].unsqueeze(1)
-            normalizer = logits.logsumexp(1, keepdim=True)
-            loss += (normalizer - logits.gather(1, picked)).sum()
-            if gradient is not None:
-                softmax = logits.sub_(normalizer).exp_()
-                softmax.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=softmax.dtype))
-                gradient[part] = softmax.to(dtype) @ matrix
-        ctx.save_for_backward(gradient)
+        count = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, hidden.shape[0], count):
+            chunk = slice(start, start + count)
+            rows = hidden[chunk].to(dtype)
+            low = None if lora_A is None else rows @ lora_A.to(dtype).T
+            logits = _logits(rows, weight, bias, low, lora_B, o)
+            part_loss, slope = _loss_and_slope(logits, labels[chunk], o, any(needs.values()))
+            loss += part_loss
+            if any(needs.values()):
+                grad_rows = _gradients(rows, weight, low, lora_A, lora_B, slope, o, sums)
+                if gradient is not None:
+                    gradient[chunk] = grad_rows
+            del logits, slope
+        found = [gradient, *(sums.get(name) for name in names[1:])]
+        ctx.save_for_backward(*found)
+        ctx.dtypes = [t.dtype if isinstance(t, Tensor) else None for t in tensors.values()]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None
+        scaled = [
+            None if total is None else (total * grad.to(total.dtype)).to(dtype)
+            for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None)
+
+
+def _gradients(
+    rows: Tensor,
+    weight: Tensor | Packed,
+    low: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    slope: Tensor,
+    o: _Options,
+    sums: _Sums,
+) -> Tensor:
+    """Adds a chunk's gradients of weight, bias, A and B to the sums; returns that of its rows in fp32."""
+    grad_rows = torch.zeros_like(rows, dtype=torch.float32)
+    grad_low = None if low is None else torch.zeros_like(low, dtype=torch.float32)
+    for part, dense in row_slices(weight, rows.dtype):
+        piece = slope[:, part].to(rows.dtype)
+        grad_rows += piece @ dense
+        sums.add("weight", part, functools.partial(torch.mm, piece.T, rows))
+        if low is not None and lora_B is not None and grad_low is not None:
+            sums.add("lora_B", part, functools.partial(torch.mm, piece.T, low * o.lora_scaling))
+            grad_low += (piece @ lora_B[part].to(rows.dtype)).mul_(o.lora_scaling)
+    sums.add("bias", slice(None), functools.partial(slope.sum, 0))
+    if grad_low is not None and lora_A is not None:
+        grad_rows += grad_low.to(rows.dtype) @ lora_A.to(rows.dtype)
+        sums.add("lora_A", slice(None), functools.partial(torch.mm, grad_low.to(rows.dtype).T, rows))
+    return grad_rows
 
 
 def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
@@ -72,28 +182,45 @@ def _check_labels(labels: Tensor, kept: Tensor, vocabulary: int) -> None:
         raise InputError(f"labels must be in [0, {vocabulary}) or the ignored index; got {low if low < 0 else high}")
 
 
+def _check_options(reduction: str, label_smoothing: float, softcap: float | None) -> None:
+    if reduction not in ("mean", "sum"):
+        raise InputError(f"reduction must be mean or sum; got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise InputError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
+    if softcap is not None and not softcap > 0:
+        raise InputError(f"softcap must be above 0, or None; got {softcap}")
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor | Packed,
     labels: Tensor,
     bias: Tensor | None = None,
     *,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """`F.cross_entropy(hidden @ weight.T + bias, labels)` without the logits; weight and bias are frozen.
+    """`F.cross_entropy(hidden @ weight.T + bias, labels)` without the logits.
 
     hidden `(..., features)`, weight `(vocabulary, features)` dense or packed, labels `(...)` int64 -> fp32 scalar.
-    Products in hidden's dtype (see `product_dtype`), log-sum-exp and sum in fp32. reduction: `mean` over labelled
-    tokens (NaN without any, as in torch) or `sum`. Gradient: hidden only. InputError for shapes that do not match.
+    lora: (A, B, scaling) of an adapter on the head. logit_scale multiplies the logits, then softcap c makes them
+    c * tanh(logits / c). Products in hidden's dtype (see `product_dtype`), all else in fp32. reduction: `mean` over
+    labelled tokens (NaN without any, as in torch) or `sum`. Gradients: hidden and whatever else of weight, bias, A
+    and B requires one. InputError for shapes and labels that do not match.
     """
     if hidden.shape[:-1] != labels.shape:
         raise InputError(f"labels should have the shape {tuple(hidden.shape[:-1])}; got {tuple(labels.shape)}")
-    if reduction not in ("mean", "sum"):
-        raise InputError(f"reduction must be mean or sum; got {reduction!r}")
+    _check_options(reduction, label_smoothing, softcap)
     flat = labels.reshape(-1)
     kept = _labelled(flat, ignore_index)
     _check_labels(flat, kept, weight.shape[0])
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
-    loss: Tensor = _LinearCrossEntropy.apply(rows, weight, bias, flat.index_select(0, kept))
+    lora_A, lora_B, lora_scaling = lora or (None, None, 1.0)
+    options = _Options(logit_scale, softcap, label_smoothing, lora_scaling)
+    chosen = flat.index_select(0, kept)
+    loss: Tensor = _LinearCrossEntropy.apply(rows, weight, bias, lora_A, lora_B, chosen, options)
     return loss if reduction == "sum" else loss / kept.numel()

@@ -10,6 +10,7 @@ is formed for anything frozen. Dropout keeps a seed instead of a mask.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 import torch
@@ -28,10 +29,64 @@ class Packed(Protocol):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor: ...
 
+    def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor: ...
+
+    @property
+    def row_step(self) -> int:
+        """A slice of rows must begin at a multiple of this."""
+
 
 def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     """The weight as an ordinary tensor of this dtype; the weight itself where it is one already."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+
+
+# Freed memory of up to 32 MiB is used again, larger pieces come as fresh pages each time (memory/host.py), which
+# costs more than the unpacking: larger weights are unpacked and multiplied in slices of rows of this size.
+SLICE_BYTES = 24 << 20
+
+
+def row_slices(weight: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in this dtype as slices of rows, (which rows, the rows), each made when its turn comes."""
+    rows, columns = weight.shape
+    step = 1 if isinstance(weight, Tensor) else weight.row_step
+    count = max(step, SLICE_BYTES // (columns * dtype.itemsize) // step * step)
+    if count >= rows:
+        yield slice(0, rows), dense(weight, dtype)
+        return
+    for start in range(0, rows, count):
+        part = slice(start, min(start + count, rows))
+        if isinstance(weight, Tensor):
+            yield part, weight[part].to(dtype)
+        else:
+            yield part, weight.dequantize_rows(part.start, part.stop, dtype)
+
+
+def _product(rows: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+    """rows W0^T + bias, slice by slice of W0."""
+    out = rows.new_empty(0)
+    for part, piece in row_slices(weight, rows.dtype):
+        offset = None if bias is None else bias[part].to(rows.dtype)
+        if piece.shape[0] == weight.shape[0]:
+            return F.linear(rows, piece, offset)
+        if not out.numel():
+            out = rows.new_empty((rows.shape[0], weight.shape[0]))
+        out[:, part] = F.linear(rows, piece, offset)
+        del piece
+    return out
+
+
+def _product_back(grad: Tensor, weight: Tensor | Packed) -> Tensor:
+    """grad W0, slice by slice of W0."""
+    total: Tensor | None = None
+    for part, piece in row_slices(weight, grad.dtype):
+        if total is None:
+            total = grad[:, part] @ piece
+        else:
+            total.addmm_(grad[:, part], piece)
+        del piece
+    assert total is not None
+    return total
 
 
 def cast_finite(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -104,7 +159,7 @@ class _AdaptedLinear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         rows = x.to(dtype)
-        y = F.linear(rows, dense(weight, dtype), None if bias is None else bias.to(dtype))
+        y = _product(rows, weight, bias)
         ctx.weight, ctx.scaling, ctx.dropout, ctx.dtype, ctx.seed = weight, scaling, dropout, dtype, 0
         if lora_A is None or lora_B is None:
             ctx.save_for_backward()
@@ -122,7 +177,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, _, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
         x_dtype, grad = grad.dtype, grad.to(ctx.dtype)
-        grad_x = grad @ dense(ctx.weight, ctx.dtype) if need_x else None
+        grad_x = _product_back(grad, ctx.weight) if need_x else None
         grad_bias = grad.sum(0) if need_bias else None
         saved = ctx.saved_tensors  # asked once: under checkpointing, asking is what recomputes
         grad_A = grad_B = None

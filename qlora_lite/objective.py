@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from qlora_lite import hub
 from qlora_lite.errors import ConfigError
+from qlora_lite.lora import LoraLayer
 from qlora_lite.loss import IGNORE_INDEX, linear_cross_entropy
+from qlora_lite.modules import has_own_forward
 
 Batch = dict[str, Tensor]
 PROBE_TOKENS = 64
@@ -30,8 +32,31 @@ def headless_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Sum over labelled tokens of the cross-entropy, from the last hidden state and the head's weight."""
     head: Any = hub.head_of(model)
     hidden = hub.hidden_states(model, batch)[:, :-1]
-    hidden = hidden.to(getattr(head, "compute_dtype", None) or hidden.dtype)
-    return linear_cross_entropy(hidden, head.weight, batch["labels"][:, 1:], head.bias, reduction="sum")
+    lora = None
+    if isinstance(head, LoraLayer):
+        if head.adapter_enabled and not head.merged:
+            lora = (head.lora_A, head.lora_B, head.scaling)
+        weight, base = head.weight, head.base_layer
+    else:
+        weight, base = head.weight, head
+    hidden = hidden.to(getattr(base, "compute_dtype", None) or hidden.dtype)
+    options: Any = hub.logit_options(model)
+    return linear_cross_entropy(
+        hidden, weight, batch["labels"][:, 1:], head.bias, lora=lora, reduction="sum", **options
+    )
+
+
+def _why_not_headless(model: nn.Module) -> str | None:
+    """Why the loss cannot be computed from the last hidden state and the head's weight; None if it can, so far."""
+    head = hub.head_of(model)
+    if head is None or getattr(model, "base_model", model) is model:
+        return "the model does not say which module is its output head"
+    plain = head.base_layer if isinstance(head, LoraLayer) else head
+    if not (hasattr(plain, "in_features") and hasattr(plain, "weight")) or has_own_forward(plain):
+        return f"its output head is a {type(head).__name__}"
+    if isinstance(head, LoraLayer) and head.dropout > 0:
+        return "the adapter of its output head has dropout"
+    return None
 
 
 def own_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -89,6 +114,6 @@ def check_packing(model: nn.Module, batch: Batch) -> None:
 
 def choose_loss(model: nn.Module, batch: Batch) -> tuple[Callable[[nn.Module, Batch], Tensor], str | None]:
     """The loss to train with, and why it is the model's own; None where it is the one without logits."""
-    why_not = hub.why_not_headless(model)
+    why_not = _why_not_headless(model)
     why_not = _probe(model, batch) if why_not is None else why_not
     return (headless_loss, None) if why_not is None else (own_loss, why_not)

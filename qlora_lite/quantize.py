@@ -114,23 +114,35 @@ def _pack_blocks(into: PackedWeight, weight: Tensor) -> None:
     into.nested_offset.copy_(offset)
 
 
-def _unpack_blocks(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    absmax = packed.absmax
-    if packed.double_quant:
-        absmax = ops.dequantize_blockwise(
-            absmax, packed.nested_absmax, packed.nested_code, NESTED_BLOCKSIZE, torch.float32
-        ).add_(packed.nested_offset)
-    blocksize = packed.blocksize
+def _block_absmax(packed: PackedWeight, first: int, last: int) -> Tensor:
+    """The fp32 statistics of blocks first to last."""
+    if not packed.double_quant:
+        return packed.absmax[first:last]
+    # Statistics are packed in blocks too, so the slice is taken from the first whole one on.
+    skipped = first % NESTED_BLOCKSIZE
+    start = first - skipped
+    nested = packed.nested_absmax[start // NESTED_BLOCKSIZE : block_count(last, NESTED_BLOCKSIZE)]
+    absmax: Tensor = ops.dequantize_blockwise(
+        packed.absmax[start:last], nested, packed.nested_code, NESTED_BLOCKSIZE, torch.float32
+    )
+    return absmax.add_(packed.nested_offset)[skipped:]
+
+
+def _unpack_blocks(packed: PackedWeight, dtype: torch.dtype, first: int, last: int) -> Tensor:
+    columns, blocksize = packed.shape[1], packed.blocksize
+    values = (last - first) * columns
+    start = first * columns
+    codes = packed.packed[start // 2 : block_count(start + values, 2)]
+    absmax = _block_absmax(packed, start // blocksize, block_count(start + values, blocksize))
     if blocksize > LARGEST_KERNEL_BLOCK:
         absmax = absmax.repeat_interleave(blocksize // LARGEST_KERNEL_BLOCK)
         blocksize = LARGEST_KERNEL_BLOCK
     target = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
     # The AVX-512 kernel takes the statistics of wrong blocks for a row that does not end where a block ends. Codes
     # are laid out flat, so the kernel is told of rows of one block; or, with a shorter last block, of one even row.
-    values = math.prod(packed.shape)
     rows = (values // blocksize, blocksize) if values % blocksize == 0 else (1, values + values % 2)
-    flat: Tensor = ops.dequantize_4bit(packed.packed, absmax, blocksize, packed.format, rows, target)
-    return flat.view(-1)[:values].view(packed.shape).to(dtype)
+    flat: Tensor = ops.dequantize_4bit(codes, absmax, blocksize, packed.format, rows, target)
+    return flat.view(-1)[:values].view(last - first, columns).to(dtype)
 
 
 def _pack_rows(into: PackedWeight, weight: Tensor) -> None:
@@ -145,12 +157,14 @@ def _pack_rows(into: PackedWeight, weight: Tensor) -> None:
         into.absmax[start : start + rows] = absmax
 
 
-def _unpack_rows(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    values = torch.empty(packed.shape, dtype=dtype, device=packed.packed.device)
+def _unpack_rows(packed: PackedWeight, dtype: torch.dtype, first: int, last: int) -> Tensor:
+    values = torch.empty((last - first, packed.shape[1]), dtype=dtype, device=packed.packed.device)
     rows = max(1, CHUNK_VALUES // packed.shape[1])
-    for start in range(0, packed.shape[0], rows):
-        part = slice(start, start + rows)
-        values[part] = ops.int8_vectorwise_dequant(packed.packed[part], packed.absmax[part])
+    for start in range(first, last, rows):
+        part = slice(start, min(start + rows, last))
+        values[part.start - first : part.stop - first] = ops.int8_vectorwise_dequant(
+            packed.packed[part], packed.absmax[part]
+        )
     return values
 
 
@@ -159,7 +173,7 @@ class Actions:
     """One row of actions: fill a `PackedWeight` from a tensor, and make a tensor from it."""
 
     pack: Callable[[PackedWeight, Tensor], None]
-    unpack: Callable[[PackedWeight, torch.dtype], Tensor]
+    unpack: Callable[[PackedWeight, torch.dtype, int, int], Tensor]
 
 
 ACTIONS = {
@@ -236,7 +250,16 @@ class PackedWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The whole matrix in this dtype, as a new tensor."""
-        return ACTIONS[self.format].unpack(self, dtype)
+        return ACTIONS[self.format].unpack(self, dtype, 0, self.shape[0])
+
+    @property
+    def row_step(self) -> int:
+        """Rows that together fill whole blocks; a slice of rows must begin at a multiple of them."""
+        return 1 if self.format == "int8" else self.blocksize // math.gcd(self.blocksize, self.shape[1])
+
+    def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows start to stop of the matrix; start, and stop unless it is the end, are multiples of `row_step`."""
+        return ACTIONS[self.format].unpack(self, dtype, start, stop)
 
     def rows(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of an int8 matrix by number: tokens of any shape -> `(*tokens.shape, columns)`."""

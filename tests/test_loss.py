@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from qlora_lite import loss as loss_module
+from qlora_lite import low_rank
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import InputError
 from qlora_lite.loss import linear_cross_entropy
+from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.quantize import PackedWeight
 
 
@@ -25,6 +29,49 @@ def test_equals_cross_entropy(chunk_bytes: int, reduction: str, monkeypatch: pyt
     plain = F.cross_entropy(F.linear(hidden, weight, bias).view(-1, 11), labels.view(-1), reduction=reduction)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(*(torch.autograd.grad(3 * value, hidden)[0] for value in (ours, plain)))
+
+
+@pytest.mark.parametrize("packed_head", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_trained_and_adapted_heads_with_every_option(
+    packed_head: bool, softcap: float | None, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 40 * 3)
+    monkeypatch.setattr(low_rank, "SLICE_BYTES", 4 * 64 * 7)  # slices of a packed head still begin at whole blocks
+    torch.manual_seed(0)
+    head: Any = torch.randn(40, 64, requires_grad=not packed_head)
+    dense = head
+    if packed_head:
+        head = PackedWeight.of(head, QuantConfig(format="nf4"))
+        dense = head.dequantize(torch.float32)
+    hidden, bias = torch.randn(10, 64, requires_grad=True), torch.randn(40, requires_grad=True)
+    a, b = torch.randn(2, 64, requires_grad=True), torch.randn(40, 2, requires_grad=True)
+    labels = torch.randint(40, (10,))
+    labels[3] = -100
+    ours = linear_cross_entropy(
+        hidden, head, labels, bias, lora=(a, b, 1.5), label_smoothing=smoothing, softcap=softcap, logit_scale=0.5
+    )
+    logits = 0.5 * F.linear(hidden, dense + 1.5 * b @ a, bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    plain = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    torch.testing.assert_close(ours, plain)
+    leaves = [hidden, bias, a, b] + ([] if packed_head else [head])
+    for mine, theirs in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(plain, leaves), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_is_bounded_whatever_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(low_rank, "SLICE_BYTES", 1 << 18)
+    labels = torch.arange(64)
+    for vocabulary in (1000, 8000):
+        head = PackedWeight.of(torch.randn(vocabulary, 64), QuantConfig(format="int8"))
+        hidden = torch.randn(64, 64, requires_grad=True)
+        with StorageTrace() as trace:
+            for _ in range(2):  # the first call makes tables that stay
+                linear_cross_entropy(hidden, head, labels).backward()
+        assert trace.peak()[0] < head.storage_bytes() + 2 * hidden.nbytes + 5 * (1 << 18)
 
 
 def test_packed_head_is_its_dequantized_self() -> None:

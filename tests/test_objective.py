@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,26 +24,61 @@ def test_both_losses_are_one(tiny_folder: Path, embedding_format: str) -> None:
     assert choose_loss(model, batch) == (headless_loss, None)
 
 
-def test_a_model_that_changes_its_logits_keeps_its_own_loss() -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 0.5, "head_dim": 16}),
+        ("Cohere", {"logit_scale": 0.3}),
+        ("Granite", {"logits_scaling": 4.0}),
+    ],
+)
+def test_models_that_change_their_logits(family: str, options: dict[str, Any]) -> None:
+    import transformers
 
-    config = Gemma2Config(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
+        num_key_value_heads=2,
+        **options,
     )
-    model = Gemma2ForCausalLM(config).requires_grad_(False)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).requires_grad_(False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
     tokens = torch.randint(64, (1, 5))
-    loss, why = choose_loss(model, {"input_ids": tokens, "labels": tokens})
-    assert loss is own_loss and why == "its config sets final_logit_softcapping"
+    batch = {"input_ids": tokens, "labels": tokens}
+    assert choose_loss(model, batch) == (headless_loss, None)
+    torch.testing.assert_close(headless_loss(model, batch), own_loss(model, batch), rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapted_head_keeps_the_models_loss(tiny_folder: Path) -> None:
-    model = load_quantized(tiny_folder, QuantConfig())
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_adapted_head_needs_no_logits_either(tiny_folder: Path, merged: bool) -> None:
+    model = load_quantized(tiny_folder, QuantConfig(format="int8"), dtype=torch.float32)
     add_lora_(model, LoraConfig(target_modules=["lm_head"]))
+    torch.nn.init.normal_(model.lm_head.lora_B)
+    if merged:
+        model.lm_head.merge_weights()
     tokens = torch.randint(100, (1, 5))
-    assert choose_loss(model, {"input_ids": tokens, "labels": tokens})[1] == "its output head is a LoraLayer"
+    batch = {"input_ids": tokens, "labels": tokens}
+    assert choose_loss(model, batch) == (headless_loss, None)
+    torch.testing.assert_close(headless_loss(model, batch), own_loss(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_headless_loss_does_not_reproduce_is_said(tiny_folder: Path) -> None:
+    class Louder(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    tokens = torch.randint(100, (1, 5))
+    batch = {"input_ids": tokens, "labels": tokens}
+    model = load_quantized(tiny_folder, QuantConfig())
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: 2 * out)
+    assert "on a probe its own loss is" in str(choose_loss(model, batch)[1])
+    hook.remove()
+    model.lm_head = Louder(64, model.config.vocab_size)
+    assert choose_loss(model, batch) == (own_loss, "its output head is a Louder")
+    model = load_quantized(tiny_folder, QuantConfig())
+    add_lora_(model, LoraConfig(target_modules=["lm_head"], dropout=0.1))
+    assert choose_loss(model, batch) == (own_loss, "the adapter of its output head has dropout")

@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import InputError, QuantizationError
@@ -146,3 +146,26 @@ def test_embedding_follows_the_models_dtype() -> None:
     assert embedding(torch.tensor([1])).dtype == torch.bfloat16
     with pytest.raises(QuantizationError, match="as int8"):
         QuantizedEmbedding(PackedWeight.of(torch.randn(8, 64), QuantConfig()), torch.float32)
+
+
+@given(st.sampled_from(["nf4", "fp4", "int8"]), st.integers(1, 40), st.integers(1, 300), st.booleans(), st.data())
+def test_slices_of_rows_are_those_of_the_whole(
+    format: str, rows: int, columns: int, double_quant: bool, data: st.DataObject
+) -> None:
+    packed = PackedWeight.of(torch.randn(rows, columns), QuantConfig(format, 64, double_quant))
+    whole = packed.dequantize(torch.float32)
+    start = data.draw(st.integers(0, (rows - 1) // packed.row_step)) * packed.row_step
+    stop = min(rows, start + data.draw(st.integers(1, rows)) * packed.row_step)
+    assert torch.equal(packed.dequantize_rows(start, stop, torch.float32), whole[start:stop])
+
+
+def test_large_weights_are_multiplied_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = QuantizedLinear(PackedWeight.of(torch.randn(50, 64), QuantConfig()), nn.Parameter(torch.randn(50)))
+    x = torch.randn(7, 64, requires_grad=True)
+    whole = layer(x)
+    (grad,) = torch.autograd.grad(whole.square().sum(), x)
+    monkeypatch.setattr("qlora_lite.low_rank.SLICE_BYTES", 4 * 64 * 9)
+    sliced = layer(x)
+    torch.testing.assert_close(sliced, whole)
+    torch.testing.assert_close(torch.autograd.grad(sliced.square().sum(), x)[0], grad, rtol=1e-4, atol=1e-3)
