@@ -50,10 +50,12 @@ def cases(small: str, large: str, rows: int = 2, tokens: int = 512) -> dict[str,
     ours = Work("ours", small, rows=rows, tokens=tokens)
     peer = replace(ours, side="peer")
     free = replace(ours, checkpointing="none")
+    half = replace(ours, checkpointing=HALF_OF_PEER)
     big = replace(ours, model=large, rows=1)
     big_peer = replace(big, side="peer")
     return {
         "nf4_full": Case(ours, peer, 0.65, 0.15),
+        "nf4_half_budget": Case(half, peer, 0.58, 0.50),
         "nf4_none": Case(free, peer, 0.50, 0.75),
         "nf4_none_vs_none": Case(free, replace(peer, checkpointing="none"), 0.55, 0.25),
         "int8_full": Case(replace(ours, format="int8"), replace(peer, format="int8"), 0.50, 0.12),

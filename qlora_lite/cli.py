@@ -32,7 +32,7 @@ Blocksize = Annotated[int, typer.Option(help="Values per block of the 4-bit form
 DoubleQuant = Annotated[bool, typer.Option(help="Pack the statistics of the 4-bit formats too.")]
 Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]
 Alpha = Annotated[float, typer.Option(help="The adapters' scale is alpha / rank.")]
-Checkpointing = Annotated[str, typer.Option(help="full recomputes blocks in backward; none keeps all.")]
+Checkpointing = Annotated[str, typer.Option(help="full recomputes blocks, none keeps all, 300MiB what fits.")]
 
 
 @app.callback()
@@ -101,7 +101,7 @@ def train(
     import torch
 
     from qlora_lite.adapters import add_lora_
-    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
+    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, checkpointing_named
     from qlora_lite.data import batches, tokenize_all
     from qlora_lite.hub import load_tokenizer
     from qlora_lite.load import load_quantized
@@ -117,7 +117,7 @@ def train(
         warmup_steps=warmup_steps,
         gradient_accumulation=gradient_accumulation,
         optimizer=optimizer,
-        checkpointing=checkpointing,
+        checkpointing=checkpointing_named(checkpointing),
         seed=seed,
     )
     _check_output(output / "adapter" if overwrite else output, overwrite, model, data)
@@ -182,13 +182,14 @@ def profile(
     """Run two training steps on made-up tokens and show where the bytes are in each phase."""
     from json import dumps
 
-    from qlora_lite.config import LoraConfig, QuantConfig
+    from qlora_lite.config import LoraConfig, QuantConfig, checkpointing_named
     from qlora_lite.memory.report import render
     from qlora_lite.training import profile_steps
 
     quant = QuantConfig(format, embedding_format=embedding_format)
     lora = LoraConfig(rank, 2 * rank)
-    report = profile_steps(model, quant, lora, rows=rows, tokens=tokens, checkpointing=checkpointing)
+    dial = checkpointing_named(checkpointing)
+    report = profile_steps(model, quant, lora, rows=rows, tokens=tokens, checkpointing=dial)
     print(render(report))
     if json:
         print(dumps(report.to_json()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32
 ALL_LINEAR = "all-linear"
 OPTIMIZERS = ("adamw", "adamw8bit")
 CHECKPOINTING = ("none", "full")
+BYTE_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 SEED_LIMIT = 2**63  # torch's generators take no larger one
 
 Targets = str | Sequence[str] | Callable[[str, torch.nn.Module], bool]
@@ -27,6 +29,17 @@ def dtype_named(name: str) -> torch.dtype:
     if full not in FLOAT_DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join((*DTYPE_ALIASES, *FLOAT_DTYPES))}; got {name!r}")
     return FLOAT_DTYPES[full]
+
+
+def checkpointing_named(text: str) -> str | int:
+    """`"full"`, `"none"`, or a size such as `"300MiB"`, `"2GiB"`, `"500000000"` as bytes. ConfigError otherwise."""
+    if text in CHECKPOINTING:
+        return text
+    size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    if size is None or size[2].lower() not in BYTE_UNITS:
+        kinds = ", ".join(CHECKPOINTING)
+        raise ConfigError(f"checkpointing must be one of {kinds}, or a size such as 300MiB; got {text!r}")
+    return int(float(size[1]) * BYTE_UNITS[size[2].lower()])
 
 
 def require(condition: bool, what: str, got: object) -> None:
@@ -120,7 +133,9 @@ class TrainConfig:
     warmup_steps: the learning rate rises linearly to `learning_rate` over them, then falls as a cosine to 0.
     max_grad_norm: the joint 2-norm of all gradients is clipped to it; None clips nothing.
     optimizer: `adamw` (fp32 states) or `adamw8bit` (bitsandbytes' blockwise 8-bit states).
-    checkpointing: `full` keeps only the inputs of each block for backward, computing the rest again; `none` keeps all.
+    checkpointing: `full` keeps only the inputs of each block for backward, computing the rest again; `none` keeps all;
+        a number of bytes keeps as many blocks as fit, so that the peak of live tensor bytes above the model's own
+        stays below it.
     """
 
     steps: int = 100
@@ -130,7 +145,7 @@ class TrainConfig:
     gradient_accumulation: int = 1
     max_grad_norm: float | None = 1.0
     optimizer: str = "adamw"
-    checkpointing: str = "full"
+    checkpointing: str | int = "full"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -146,6 +161,8 @@ class TrainConfig:
         require(norm is None or (is_finite(norm) and norm > 0), "max_grad_norm must be None or above 0", norm)
         require(self.optimizer in OPTIMIZERS, f"optimizer must be one of {', '.join(OPTIMIZERS)}", self.optimizer)
         kinds = ", ".join(CHECKPOINTING)
-        require(self.checkpointing in CHECKPOINTING, f"checkpointing must be one of {kinds}", self.checkpointing)
+        dial = self.checkpointing
+        known = is_count(dial, 1) or dial in CHECKPOINTING
+        require(known, f"checkpointing must be one of {kinds}, or a number of bytes", dial)
         seed = self.seed
         require(is_count(seed, 0) and seed < SEED_LIMIT, f"seed must be an integer in [0, {SEED_LIMIT})", seed)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qlora_lite import hub
 from qlora_lite.adapter_files import save_adapter
 from qlora_lite.adapters import adapter_parameters, add_lora_, freeze_base_
-from qlora_lite.checkpointing import checkpointed
+from qlora_lite.checkpointing import Dial, checkpointed
 from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError, TrainingError
 from qlora_lite.load import load_quantized
@@ -165,7 +165,13 @@ class _Run:
     def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.profiler is None else self.profiler.phase(name)
 
-    def step(self, number: int, group: list[Batch]) -> StepMetrics:
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's states; before the first update, what AdamW's will be at the most."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        known = sum(value.nbytes for value in states if isinstance(value, Tensor))
+        return known or 2 * sum(parameter.nbytes for parameter in self.adapters.values())
+
+    def step(self, number: int, group: list[Batch], dial: Dial) -> StepMetrics:
         """Forward and backward of each batch, one update. TrainingError before the update if it would spoil it."""
         began = time.perf_counter()
         for batch in group:
@@ -185,10 +191,11 @@ class _Run:
             options["lr"] = rate
         total = torch.zeros((), device=self.accelerator.device)
         for batch in group:
-            with self.phase("forward"):
-                loss = self.loss(self.model, batch) / labelled
-            with self.phase("backward"):
-                self.accelerator.backward(loss)
+            with dial.batch(batch["input_ids"].numel(), self.state_bytes()):
+                with self.phase("forward"):
+                    loss = self.loss(self.model, batch) / labelled
+                with self.phase("backward"):
+                    self.accelerator.backward(loss)
             total += loss.detach()
         if number == 1:
             _check_gradients(self.adapters)
@@ -284,12 +291,12 @@ def train(
     with (
         _outputs(model, None if output_dir is None else Path(output_dir), overwrite) as note,
         _in_training(model),
-        checkpointed(model, config.checkpointing),
+        checkpointed(model, config.checkpointing) as dial,
         training_progress(config.steps, progress) as show,
         contextlib.closing(run),
     ):
         for number, group in enumerate(_micro_batches(batches, config), start=1):
-            steps.append(run.step(number, group))
+            steps.append(run.step(number, group, dial))
             show(steps[-1])
             note(steps[-1])
     return TrainResult(steps, time.perf_counter() - began, run.own_loss_because)
@@ -302,7 +309,7 @@ def profile_steps(
     *,
     rows: int,
     tokens: int,
-    checkpointing: str = "full",
+    checkpointing: str | int = "full",
     steps: int = 2,
 ) -> MemoryReport:
     """The memory of real training steps on made-up tokens `(rows, tokens)`: phases load, forward, backward, optimizer.

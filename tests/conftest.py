@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -43,10 +44,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of examples/tiny_model.py: two Llama layers, tied embeddings, one token per character."""
+def make_tiny_model() -> Callable[..., Path]:
+    """examples/tiny_model.py's function."""
     specification = importlib.util.spec_from_file_location("tiny_model", ROOT / "examples" / "tiny_model.py")
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    return module.make_tiny_model(tmp_path_factory.mktemp("tiny"))
+    return module.make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of examples/tiny_model.py: two Llama layers, tied embeddings, one token per character."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))

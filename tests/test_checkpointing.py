@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
+from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.adapters import adapter_parameters
 from qlora_lite.checkpointing import checkpointed, repeated_blocks
 from qlora_lite.errors import ConfigError
@@ -33,6 +34,27 @@ def test_gradients_are_the_same_and_less_is_kept(tiny_folder: Path) -> None:
     assert seen[1][0] < 0.5 * seen[0][0]
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(seen[0][1], seen[1][1], strict=True))
     assert len(repeated_blocks(model)) == 2 and not any("forward" in vars(block) for block in repeated_blocks(model))
+
+
+def test_a_budget_is_met_and_used(make_tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = load_quantized(make_tiny_model(tmp_path, layers=6), QuantConfig())
+    add_lora_(model, LoraConfig(rank=2))
+    tokens = torch.randint(100, (4, 64))
+    data = {"input_ids": tokens, "labels": tokens}
+    own = sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+
+    def peak(kind: str | int) -> int:
+        with MemoryProfiler() as profiler:
+            train(model, [data], TrainConfig(steps=3, checkpointing=kind), profiler=profiler, progress=False)
+        return max(phase.live_peak or 0 for phase in profiler.report().phases) - own
+
+    least, most = peak("full"), peak("none")
+    for budget in (least + (most - least) // 3, least + 2 * (most - least) // 3, 2 * most):
+        used = peak(budget)
+        assert used <= budget
+        assert used >= min(0.99 * most, budget - 0.35 * (most - least))
+    with pytest.raises(ConfigError, match="cannot be met: recomputing every block needs"):
+        peak(least // 2)
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, dtype_named
+from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, checkpointing_named, dtype_named
 from qlora_lite.errors import ConfigError
 
 
@@ -46,3 +46,16 @@ def test_dtype_names() -> None:
     assert dtype_named("bf16") is torch.bfloat16 and dtype_named("float32") is torch.float32
     with pytest.raises(ConfigError, match="got 'int8'"):
         dtype_named("int8")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("full", "full"), ("none", "none"), ("300MiB", 300 * 2**20), ("1.5 gib", 3 * 2**29), ("7", 7)]
+)
+def test_a_dial_is_a_word_or_a_size(text: str, wanted: object) -> None:
+    assert checkpointing_named(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["half", "MiB", "3 parsecs", "-1", "1e400"])
+def test_no_dial_is_made_of_other_words(text: str) -> None:
+    with pytest.raises(ConfigError, match="or a size such as 300MiB"):
+        checkpointing_named(text)
