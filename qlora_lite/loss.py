@@ -24,7 +24,7 @@ from qlora_lite.low_rank import Packed, product_dtype, row_slices
 
 IGNORE_INDEX = -100
 # Bounds the fp32 logits of one chunk of tokens.
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
