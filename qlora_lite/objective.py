@@ -69,12 +69,19 @@ def own_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def _probe(model: nn.Module, batch: Batch) -> str | None:
-    """Compares the two losses on the start of one row; says how they differ if they do."""
+    """Compares the two losses on the start of one row; says how they differ if they do.
+
+    The labels are what the model itself finds likeliest, for there its loss depends on its logits the most: that of
+    tokens which an untrained model does not expect is about the logarithm of the vocabulary, whatever it computes.
+    """
     row = {name: value[:1, :PROBE_TOKENS] for name, value in batch.items()}
     row["labels"] = row["input_ids"].clone()
     training = model.training
     model.eval()
     try:
+        logits = getattr(model(**row, use_cache=False), "logits", None)
+        if isinstance(logits, Tensor) and logits.shape[:2] == row["labels"].shape:
+            row["labels"][:, 1:] = logits[:, :-1].argmax(-1)
         theirs, ours = float(own_loss(model, row)), float(headless_loss(model, row))
     finally:
         model.train(training)

@@ -43,6 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_each_time() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def make_tiny_model() -> Callable[..., Path]:
     """examples/tiny_model.py's function."""
