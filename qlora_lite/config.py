@@ -74,6 +74,9 @@ class QuantConfig:
     double_quant: pack the statistics of the 4-bit formats too (QLoRA, section 3).
     compute_dtype: what a packed weight is unpacked to for the product; None follows the layer's input, but is fp32
         for bf16 on a CPU without bf16 instructions.
+    int8_activations: with format `int8`, round the layers' inputs to int8 by rows too and multiply in integers, columns
+        with large values apart (LLM.int8()): a faster forward pass, less exact than unpacking the weight. Gradients
+        are computed from the unpacked weight in either case.
     embedding_format: `int8` also packs input embedding and output head by rows, tied or not; `none` leaves them.
     skip_modules: names of linear layers to leave alone (whole name or its last parts); None skips the output head.
     """
@@ -82,6 +85,7 @@ class QuantConfig:
     blocksize: int = 64
     double_quant: bool = True
     compute_dtype: torch.dtype | None = None
+    int8_activations: bool = False
     embedding_format: str = UNPACKED
     skip_modules: tuple[str, ...] | None = None
 
@@ -92,6 +96,9 @@ class QuantConfig:
         require(isinstance(self.double_quant, bool), "double_quant must be True or False", self.double_quant)
         dtypes = (None, *FLOAT_DTYPES.values())
         require(self.compute_dtype in dtypes, "compute_dtype must be None or a 16/32-bit float", self.compute_dtype)
+        integers = self.int8_activations
+        require(isinstance(integers, bool), "int8_activations must be True or False", integers)
+        require(not integers or self.format == "int8", "int8_activations need format int8", self.format)
         embedding = self.embedding_format
         require(embedding in ("int8", UNPACKED), "embedding_format must be int8 or none", embedding)
         if self.skip_modules is not None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from qlora_lite import hub
 from qlora_lite.config import FLOAT_DTYPES, is_count, require
 from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.finite import cast_finite
 from qlora_lite.lora import LoraLayer
-from qlora_lite.low_rank import cast_finite
 from qlora_lite.quantize import PackedWeight
 from qlora_lite.storage import PlannedTensor, check_apart, new_folder, write_sharded
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from qlora_lite.storage import read_json
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+SDPA = "sdpa"
 CHECKPOINT_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -212,3 +213,20 @@ def logit_options(model: Any) -> dict[str, float]:
     if getattr(config, "logits_scaling", None):  # Granite divides
         options["logit_scale"] = 1 / config.logits_scaling
     return options
+
+
+@contextmanager
+def attention_replaced(model: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Within the block transformers' `sdpa` attention is `make(its own)`, if this model uses it."""
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) != SDPA:
+        yield
+        return
+    functions = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
+    own, was_local = functions[SDPA], SDPA in functions._local_mapping
+    functions[SDPA] = make(own)
+    try:
+        yield
+    finally:
+        functions[SDPA] = own
+        if not was_local:  # what is registered for all under this name is seen again
+            del functions[SDPA]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from qlora_lite import hub
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import CheckpointError
+from qlora_lite.finite import check_finite
 from qlora_lite.memory.host import keep_freed_pages
-from qlora_lite.quantize import check_finite
 from qlora_lite.quantize_base import quantize_base_
 from qlora_lite.storage import TensorFiles
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from qlora_lite.config import check_lora_numbers
 from qlora_lite.errors import ConfigError, InputError, TargetError
-from qlora_lite.low_rank import adapted_linear, cast_finite, dense
+from qlora_lite.finite import cast_finite
+from qlora_lite.low_rank import adapted_linear, dense
 from qlora_lite.modules import has_own_forward
 
 INIT_STD = 0.02

@@ -3,8 +3,10 @@
 The plain way, `F.cross_entropy(hidden @ W.T, labels)`, holds tokens x vocabulary values several times over (logits,
 their fp32 copy, their softmax): 12-16 bytes each, 1.8 MB per token at a vocabulary of 128k. Here a few tokens at a
 time get their logits, their loss and all gradients, and the logits are dropped; a packed head is unpacked a slice of
-the vocabulary at a time. Tokens without a label are skipped before the product. What is held beside inputs and
-gradients is bounded by `CHUNK_BYTES` of fp32 logits and a slice of the head, whatever the vocabulary.
+the vocabulary at a time. Products and what they give are in the dtype of the hidden states, as in the plain way; the
+softmax is in fp32, a few rows at a time. Tokens without a label are skipped before the product. What is held beside
+inputs and gradients is bounded by `CHUNK_BYTES` of logits, a few `SOFTMAX_BYTES` and a slice of the head, whatever
+the vocabulary.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from qlora_lite.errors import InputError
 from qlora_lite.low_rank import Packed, product_dtype, row_slices
 
 IGNORE_INDEX = -100
-# Bounds the fp32 logits of one chunk of tokens.
-CHUNK_BYTES = 8 << 20
+# Bounds the logits of one chunk of tokens: the head is read twice for each, so small chunks are slow.
+CHUNK_BYTES = 12 << 20
+# Bounds the fp32 values of the softmax at once.
+SOFTMAX_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -45,42 +49,67 @@ class _Sums(dict[str, Tensor]):
             self[name][part] += value()
 
 
-def _logits(
-    rows: Tensor, weight: Tensor | Packed, bias: Tensor | None, low: Tensor | None, lora_B: Any, o: _Options
-) -> Tensor:
-    """The raw logits of some rows in fp32, before scale and softcap."""
-    logits = rows.new_empty((rows.shape[0], weight.shape[0]), dtype=torch.float32)
+def _logits(rows: Tensor, weight: Tensor | Packed, low: Tensor | None, lora_B: Any, o: _Options) -> Tensor:
+    """The products of some rows with the head, in the dtype of the rows; bias, scale and softcap come later."""
+    logits: Tensor | None = None
     for part, dense in row_slices(weight, rows.dtype):
         piece = rows @ dense.T
         if low is not None:
             piece.addmm_(low, lora_B[part].to(rows.dtype).T, alpha=o.lora_scaling)
+        if piece.shape[1] == weight.shape[0]:
+            return piece
+        if logits is None:
+            logits = rows.new_empty((rows.shape[0], weight.shape[0]))
         logits[:, part] = piece
-    return logits if bias is None else logits.add_(bias)
+        del piece
+    assert logits is not None
+    return logits
 
 
-def _loss_and_slope(logits: Tensor, labels: Tensor, o: _Options, with_slope: bool) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of a chunk, and their derivative by the raw logits, in place of the logits."""
+def _loss_and_slope(
+    logits: Tensor, bias: Tensor | None, labels: Tensor, o: _Options, with_slope: bool
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of some rows, and their derivative by the logits before bias, scale and softcap, in fp32."""
+    z = logits.to(torch.float32, copy=True)
+    if bias is not None:
+        z += bias
     curve = None
     if o.scale != 1:
-        logits.mul_(o.scale)
+        z *= o.scale
     if o.softcap is not None:
-        logits.div_(o.softcap).tanh_()
-        curve = 1 - logits * logits if with_slope else None
-        logits.mul_(o.softcap)
+        z.div_(o.softcap).tanh_()
+        curve = 1 - z * z if with_slope else None
+        z *= o.softcap
     picked = labels.unsqueeze(1)
-    normalizer = logits.logsumexp(1, keepdim=True)
-    loss = (normalizer - (1 - o.smoothing) * logits.gather(1, picked)).sum()
+    largest = z.amax(1, keepdim=True)
+    loss = (largest - (1 - o.smoothing) * z.gather(1, picked)).sum()
     if o.smoothing:
-        loss -= o.smoothing * logits.mean(1).sum()
+        loss -= o.smoothing * z.mean(1).sum()
+    total = z.sub_(largest).exp_().sum(1, keepdim=True)
+    loss += total.log().sum()
     if not with_slope:
-        return loss, logits
-    slope = logits.sub_(normalizer).exp_()
+        return loss, z
+    slope = z.div_(total)
     slope.scatter_add_(1, picked, torch.full_like(picked, -(1 - o.smoothing), dtype=slope.dtype))
     if o.smoothing:
-        slope.sub_(o.smoothing / logits.shape[1])
+        slope.sub_(o.smoothing / z.shape[1])
     if curve is not None:
-        slope.mul_(curve)
+        slope *= curve
     return loss, slope.mul_(o.scale) if o.scale != 1 else slope
+
+
+def _chunk_loss(logits: Tensor, bias: Tensor | None, labels: Tensor, o: _Options, sums: _Sums | None) -> Tensor:
+    """Sum of the losses of a chunk. With sums (of gradients), the logits become their derivative, and bias adds its."""
+    loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+    count = max(1, SOFTMAX_BYTES // (4 * logits.shape[1]))
+    for start in range(0, logits.shape[0], count):
+        part = slice(start, start + count)
+        part_loss, slope = _loss_and_slope(logits[part], bias, labels[part], o, sums is not None)
+        loss += part_loss
+        if sums is not None:
+            logits[part] = slope
+            sums.add("bias", slice(None), functools.partial(slope.sum, 0))
+    return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -110,19 +139,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = product_dtype(hidden, None)
         gradient = torch.empty_like(hidden) if needs["hidden"] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        count = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        count = max(1, CHUNK_BYTES // (dtype.itemsize * weight.shape[0]))
         for start in range(0, hidden.shape[0], count):
             chunk = slice(start, start + count)
             rows = hidden[chunk].to(dtype)
             low = None if lora_A is None else rows @ lora_A.to(dtype).T
-            logits = _logits(rows, weight, bias, low, lora_B, o)
-            part_loss, slope = _loss_and_slope(logits, labels[chunk], o, any(needs.values()))
-            loss += part_loss
-            if any(needs.values()):
-                grad_rows = _gradients(rows, weight, low, lora_A, lora_B, slope, o, sums)
+            logits = _logits(rows, weight, low, lora_B, o)
+            needed = any(needs.values())
+            loss += _chunk_loss(logits, bias, labels[chunk], o, sums if needed else None)
+            if needed:
+                grad_rows = _gradients(rows, weight, low, lora_A, lora_B, logits, o, sums)
                 if gradient is not None:
                     gradient[chunk] = grad_rows
-            del logits, slope
+            del logits
         found = [gradient, *(sums.get(name) for name in names[1:])]
         ctx.save_for_backward(*found)
         ctx.dtypes = [t.dtype if isinstance(t, Tensor) else None for t in tensors.values()]
@@ -148,17 +177,16 @@ def _gradients(
     o: _Options,
     sums: _Sums,
 ) -> Tensor:
-    """Adds a chunk's gradients of weight, bias, A and B to the sums; returns that of its rows in fp32."""
+    """Adds a chunk's gradients of weight, A and B to the sums; returns that of its rows in fp32."""
     grad_rows = torch.zeros_like(rows, dtype=torch.float32)
     grad_low = None if low is None else torch.zeros_like(low, dtype=torch.float32)
     for part, dense in row_slices(weight, rows.dtype):
-        piece = slope[:, part].to(rows.dtype)
+        piece = slope[:, part]
         grad_rows += piece @ dense
         sums.add("weight", part, functools.partial(torch.mm, piece.T, rows))
         if low is not None and lora_B is not None and grad_low is not None:
             sums.add("lora_B", part, functools.partial(torch.mm, piece.T, low * o.lora_scaling))
             grad_low += (piece @ lora_B[part].to(rows.dtype)).mul_(o.lora_scaling)
-    sums.add("bias", slice(None), functools.partial(slope.sum, 0))
     if grad_low is not None and lora_A is not None:
         grad_rows += grad_low.to(rows.dtype) @ lora_A.to(rows.dtype)
         sums.add("lora_A", slice(None), functools.partial(torch.mm, grad_low.to(rows.dtype).T, rows))

@@ -2,9 +2,9 @@
 
 What plain autograd would do for y = W0 x + s B A x (s = alpha / rank):
 keep x for A, keep A x for B, keep s B A x for the addition, and, when W0 is packed, keep the whole
-unpacked W0 until backward. This node keeps x and A x only. W0 is unpacked a second time in backward,
-which costs far less than holding it; the low-rank term is added into the product in place; no gradient
-is formed for anything frozen. Dropout keeps a seed instead of a mask.
+unpacked W0 until backward. This node keeps x and A x only, and where x came with a recipe (derived.py) not even x.
+W0 is unpacked a second time in backward, which costs far less than holding it; the low-rank term is added into the
+product in place; no gradient is formed for anything frozen. Dropout keeps a seed instead of a mask.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._mode_utils import no_dispatch
 
-from qlora_lite.errors import QuantizationError
+from qlora_lite.derived import Recipe, recipe_of
 
 
 class Packed(Protocol):
@@ -35,6 +35,9 @@ class Packed(Protocol):
     def row_step(self) -> int:
         """A slice of rows must begin at a multiple of this."""
 
+    def own_product(self, rows: Tensor) -> Tensor | None:
+        """rows W0^T computed without unpacking; None where it is to be unpacked."""
+
 
 def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     """The weight as an ordinary tensor of this dtype; the weight itself where it is one already."""
@@ -49,6 +52,9 @@ SLICE_BYTES = 24 << 20
 def row_slices(weight: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The weight in this dtype as slices of rows, (which rows, the rows), each made when its turn comes."""
     rows, columns = weight.shape
+    if isinstance(weight, Tensor) and weight.dtype == dtype:  # nothing is made
+        yield slice(0, rows), weight
+        return
     step = 1 if isinstance(weight, Tensor) else weight.row_step
     count = max(step, SLICE_BYTES // (columns * dtype.itemsize) // step * step)
     if count >= rows:
@@ -64,6 +70,9 @@ def row_slices(weight: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[sl
 
 def _product(rows: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
     """rows W0^T + bias, slice by slice of W0."""
+    own = None if isinstance(weight, Tensor) else weight.own_product(rows)
+    if own is not None:
+        return own if bias is None else own.add_(bias.to(own.dtype))
     out = rows.new_empty(0)
     for part, piece in row_slices(weight, rows.dtype):
         offset = None if bias is None else bias[part].to(rows.dtype)
@@ -87,18 +96,6 @@ def _product_back(grad: Tensor, weight: Tensor | Packed) -> Tensor:
         del piece
     assert total is not None
     return total
-
-
-def cast_finite(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The tensor in another floating dtype; QuantizationError if a value is, or becomes, NaN or infinite."""
-    result = tensor.to(dtype)
-    if result.isfinite().all():
-        return result
-    if not tensor.isfinite().all():
-        raise QuantizationError(f"{name} holds NaN or infinity, which cannot be merged or exported; check the training")
-    largest = float(tensor.abs().max())
-    limit = torch.finfo(dtype).max
-    raise QuantizationError(f"{name} reaches {largest:g}, above {limit:g}, the limit of {dtype}; use bfloat16 instead")
 
 
 def draw_seed() -> int:
@@ -144,7 +141,7 @@ def product_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """y = x W0^T + bias + s (m * x) A^T B^T over rows x; m is the dropout mask, or 1. Kept: x as it came, and A x."""
+    """y = x W0^T + bias + s (m * x) A^T B^T over rows x; m is the dropout mask, or 1. Kept: A x, x or its recipe."""
 
     @staticmethod
     def forward(
@@ -157,6 +154,7 @@ class _AdaptedLinear(torch.autograd.Function):
         scaling: float,
         dropout: float,
         dtype: torch.dtype,
+        recipe: Recipe | None,
     ) -> Tensor:
         rows = x.to(dtype)
         y = _product(rows, weight, bias)
@@ -169,7 +167,11 @@ class _AdaptedLinear(torch.autograd.Function):
             rows = rows * dropout_mask(rows, dropout, ctx.seed)
         low = rows @ lora_A.to(dtype).T
         y.addmm_(low, lora_B.to(dtype).T, alpha=scaling)
-        ctx.save_for_backward(x, low, lora_A, lora_B)
+        ctx.again = None
+        if recipe is not None:
+            ctx.again = recipe.again
+            ctx.again.will_read()
+        ctx.save_for_backward(low, lora_A, lora_B, *((x,) if recipe is None else recipe.parents))
         return y.to(x.dtype)
 
     @staticmethod
@@ -182,10 +184,11 @@ class _AdaptedLinear(torch.autograd.Function):
         saved = ctx.saved_tensors  # asked once: under checkpointing, asking is what recomputes
         grad_A = grad_B = None
         if saved:
-            x, low, lora_A, lora_B = saved
+            low, lora_A, lora_B, *kept = saved
+            x = kept[0] if ctx.again is None else ctx.again.read(tuple(kept))
+            rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
             grad_low = (grad @ lora_B.to(ctx.dtype)).mul_(ctx.scaling)
             grad_B = (grad.T @ low).to(lora_B.dtype).mul_(ctx.scaling) if need_B else None
-            rows = x.to(ctx.dtype)
             mask = dropout_mask(rows, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
             if grad_x is not None and mask is None:
                 grad_x.addmm_(grad_low, lora_A.to(ctx.dtype))
@@ -195,7 +198,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 dropped = rows if mask is None else rows * mask
                 grad_A = (grad_low.T @ dropped).to(lora_A.dtype)
         grad_x = None if grad_x is None else grad_x.to(x_dtype)
-        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None, None
 
 
 def adapted_linear(
@@ -219,8 +222,8 @@ def adapted_linear(
     if torch.is_autocast_enabled(device):
         # As for torch's own linear; inside, the dtypes are chosen here and must not be changed again.
         x = x.to(torch.get_autocast_dtype(device))
-    rows = x.reshape(-1, x.shape[-1])
+    rows, recipe = x.reshape(-1, x.shape[-1]), recipe_of(x)
     dtype = product_dtype(x, compute_dtype)
     with torch.autocast(device, enabled=False):
-        y: Tensor = _AdaptedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, dropout, dtype)
+        y: Tensor = _AdaptedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, dropout, dtype, recipe)
     return y.reshape(*x.shape[:-1], y.shape[-1])

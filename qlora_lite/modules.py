@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -65,3 +67,17 @@ def replace_modules_(model: nn.Module, make: Callable[[str, nn.Module], nn.Modul
         order.append(standing[0])
         del old
     return order
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Within the block the module's forward is this one; then what it was, be it the class's or its own."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
 
+from qlora_lite import int8_product
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import InputError, QuantizationError
+from qlora_lite.finite import check_packable
 from qlora_lite.formats import NESTED_BLOCKSIZE, block_count, format_named, packed_bytes, storage_bytes
 from qlora_lite.low_rank import adapted_linear
 from qlora_lite.nearest_code import pack_4bit
@@ -47,31 +49,6 @@ CHUNK_VALUES = 1 << 20
 # The AVX-512 kernel is inexact from 2048 on and falls back to a compiled one; a block of 2048 with one absmax is
 # two blocks of 1024 with that absmax.
 LARGEST_KERNEL_BLOCK = 1024
-
-
-def check_finite(tensor: Tensor, name: str) -> float:
-    """The largest magnitude. QuantizationError, naming the tensor and the first bad index, for NaN or infinity."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return 0.0
-    # aminmax hands NaN on and makes no temporary; the tensor is searched only on failure.
-    low, high = tensor.detach().aminmax()
-    if not (low.isfinite() & high.isfinite()):
-        index = tuple(int(i) for i in (~tensor.isfinite()).nonzero()[0])
-        value = float(tensor.detach()[index])
-        raise QuantizationError(f"{name} holds {value} at index {index} and cannot be used; repair the checkpoint")
-    return float(torch.maximum(high, -low))
-
-
-def check_packable(weight: Tensor, name: str, format: str) -> None:
-    """Raises QuantizationError, naming the tensor, unless it is a matrix of finite floats that the format can hold."""
-    if weight.dim() != 2 or not weight.is_floating_point():
-        got = f"{tuple(weight.shape)} of {weight.dtype}"
-        raise QuantizationError(f"{name} must be a matrix of floats to be packed; got {got}")
-    if weight.numel() == 0:
-        raise QuantizationError(f"{name} has no values: {tuple(weight.shape)}; leave it unpacked (skip_modules)")
-    largest, half = check_finite(weight, name), torch.finfo(torch.float16).max
-    if format == "int8" and largest > half:
-        raise QuantizationError(f"{name} reaches {largest:g}, above {half:g}, the limit of int8 rows; use nf4")
 
 
 @functools.cache
@@ -168,18 +145,25 @@ def _unpack_rows(packed: PackedWeight, dtype: torch.dtype, first: int, last: int
     return values
 
 
+def _multiply_int8(packed: PackedWeight, rows: Tensor) -> Tensor | None:
+    if not (packed.int8_activations and int8_product.suits(rows.shape[0], packed.shape)):
+        return None
+    return int8_product.int8_product(rows, packed.packed, packed.absmax)
+
+
 @dataclass(frozen=True)
 class Actions:
-    """One row of actions: fill a `PackedWeight` from a tensor, and make a tensor from it."""
+    """One row of actions: fill a `PackedWeight` from a tensor, make a tensor from it, multiply without making one."""
 
     pack: Callable[[PackedWeight, Tensor], None]
     unpack: Callable[[PackedWeight, torch.dtype, int, int], Tensor]
+    multiply: Callable[[PackedWeight, Tensor], Tensor | None] = lambda packed, rows: None
 
 
 ACTIONS = {
     "nf4": Actions(_pack_blocks, _unpack_blocks),
     "fp4": Actions(_pack_blocks, _unpack_blocks),
-    "int8": Actions(_pack_rows, _unpack_rows),
+    "int8": Actions(_pack_rows, _unpack_rows, _multiply_int8),
 }
 
 
@@ -208,6 +192,7 @@ class PackedWeight(nn.Module):
         facts = format_named(format)
         self.shape, self.format, self.blocksize = torch.Size(shape), format, blocksize
         self.double_quant = double_quant and facts.blockwise
+        self.int8_activations = False
 
         def buffer(name: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
             self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device))
@@ -232,6 +217,7 @@ class PackedWeight(nn.Module):
         check_packable(weight, name, format)
         source = weight.detach()
         new = cls((weight.shape[0], weight.shape[1]), format, config.blocksize, config.double_quant, weight.device)
+        new.int8_activations = config.int8_activations and new.format == config.format
         ACTIONS[new.format].pack(new, source.float() if source.dtype == torch.float64 else source)
         return new
 
@@ -260,6 +246,10 @@ class PackedWeight(nn.Module):
     def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows start to stop of the matrix; start, and stop unless it is the end, are multiples of `row_step`."""
         return ACTIONS[self.format].unpack(self, dtype, start, stop)
+
+    def own_product(self, rows: Tensor) -> Tensor | None:
+        """rows W^T without unpacking, where the format has a way and `int8_activations` asks for it; else None."""
+        return ACTIONS[self.format].multiply(self, rows)
 
     def rows(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of an int8 matrix by number: tokens of any shape -> `(*tokens.shape, columns)`."""

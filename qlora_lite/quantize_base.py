@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import ConfigError, QuantizationError, TargetError
+from qlora_lite.finite import check_packable
 from qlora_lite.formats import UNPACKED
 from qlora_lite.modules import answers_to, check_all_matched, has_own_forward, replace_modules_
-from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear, bnb, check_packable
+from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear, bnb
 
 BNB_4BIT_MODULES = ("Linear4bit", "LinearNF4", "LinearFP4")
 BNB_8BIT_MODULE = "Linear8bitLt"
@@ -88,6 +89,7 @@ def quantize_linear(linear: nn.Linear, config: QuantConfig, name: str) -> Quanti
         compute_dtype = compute_dtype or linear.compute_dtype  # type: ignore[assignment]
     elif type(linear).__name__ == BNB_8BIT_MODULE:
         packed = adopt_8bit(linear, name)
+        packed.int8_activations = config.int8_activations
     else:
         raise QuantizationError(f"{name} is a {type(linear).__name__} of bitsandbytes, which is not known here")
     packed.train(linear.training)

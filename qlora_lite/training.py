@@ -22,6 +22,7 @@ from qlora_lite.adapters import adapter_parameters, add_lora_, freeze_base_
 from qlora_lite.checkpointing import Dial, checkpointed
 from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError, TrainingError
+from qlora_lite.lean import lean
 from qlora_lite.load import load_quantized
 from qlora_lite.memory.host import keep_freed_pages
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
@@ -191,10 +192,10 @@ class _Run:
             options["lr"] = rate
         total = torch.zeros((), device=self.accelerator.device)
         for batch in group:
-            with dial.batch(batch["input_ids"].numel(), self.state_bytes()):
-                with self.phase("forward"):
+            with dial.batch(batch["input_ids"].numel(), self.state_bytes()) as phase:
+                with self.phase("forward"), phase("forward"):
                     loss = self.loss(self.model, batch) / labelled
-                with self.phase("backward"):
+                with self.phase("backward"), phase("backward"):
                     self.accelerator.backward(loss)
             total += loss.detach()
         if number == 1:
@@ -291,6 +292,7 @@ def train(
     with (
         _outputs(model, None if output_dir is None else Path(output_dir), overwrite) as note,
         _in_training(model),
+        lean(model),
         checkpointed(model, config.checkpointing) as dial,
         training_progress(config.steps, progress) as show,
         contextlib.closing(run),

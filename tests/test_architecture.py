@@ -22,9 +22,20 @@ PACKAGE = ROOT / "qlora_lite"
 # From the ground up; a file imports only from floors strictly below its own.
 FLOORS = (
     ("errors",),
-    ("formats", "modules", "memory.breakdown", "memory.host"),
-    ("config", "storage", "records", "low_rank", "nearest_code", "memory.trace", "memory.allocator", "memory.report"),
-    ("quantize", "loss", "hub", "progress"),
+    ("formats", "modules", "derived", "finite", "memory.breakdown", "memory.host"),
+    (
+        "config",
+        "storage",
+        "records",
+        "low_rank",
+        "pointwise",
+        "nearest_code",
+        "int8_product",
+        "memory.trace",
+        "memory.allocator",
+        "memory.report",
+    ),
+    ("quantize", "loss", "attention", "hub", "progress"),
     ("lora", "quantize_base", "optim"),
     ("adapters",),
     (
@@ -32,6 +43,7 @@ FLOORS = (
         "adapter_files",
         "load",
         "checkpointing",
+        "lean",
         "objective",
         "data",
         "memory.measure",

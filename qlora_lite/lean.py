@@ -1,0 +1,152 @@
+"""Lets a model of transformers compute, while it is trained, what it computes anyway with less kept and less made.
+
+Three parts of a block are exchanged for nodes of ours: norms and gated activations (pointwise.py), and on a CPU
+causal attention (attention.py). A module is recognized by what it computes: its own forward, run on small random
+numbers, must give what the node gives, bit for bit. What is not recognized is left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from qlora_lite import hub
+from qlora_lite.attention import causal_attention
+from qlora_lite.modules import replaced_forward
+from qlora_lite.pointwise import ACTIVATIONS, gated, gated_product, normalized, rms_norm
+
+PROBE_SHAPE = (3, 16)
+# What transformers may ask of an attention function that ours does not do.
+BEYOND = ("softcap", "position_bias", "cache", "s_aux", "output_attentions")
+EPS_NAMES = ("variance_epsilon", "eps")
+MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+
+def _same(theirs: Callable[[], Any], ours: Tensor) -> bool:
+    """Whether a forward gives this very tensor; one that asks for more than the probe offers does not."""
+    try:
+        result = theirs()
+    except Exception:  # any code may stand in a stranger's forward, and fail on the stand-in in any way
+        return False
+    return isinstance(result, Tensor) and result.dtype == ours.dtype and torch.equal(result, ours)
+
+
+def _probe(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _norm_eps(module: nn.Module) -> float | None:
+    """The eps of a module that computes `normalized` of its weight; None for any other."""
+    weight = module._parameters.get("weight")
+    name = next((name for name in EPS_NAMES if hasattr(module, name)), None)
+    if weight is None or weight.dim() != 1 or name is None or module._parameters.get("bias") is not None:
+        return None
+    eps: Any = getattr(module, name)
+    with no_dispatch(), torch.no_grad():
+        x, scale = _probe(0, weight.dtype, *PROBE_SHAPE), _probe(1, weight.dtype, PROBE_SHAPE[-1])
+        stand_in: Any = SimpleNamespace(weight=scale, **{name: eps})
+        same = _same(lambda: type(module).forward(stand_in, x), normalized(x, scale, eps))
+    return float(eps) if same else None
+
+
+def _mlp_activation(module: nn.Module, dtype: torch.dtype) -> str | None:
+    """The activation f of a module that computes down(f(gate(x)) * up(x)); None for any other."""
+    if not all(isinstance(getattr(module, part, None), nn.Module) for part in MLP_PARTS):
+        return None
+    with no_dispatch(), torch.no_grad():
+        x = _probe(0, dtype, *PROBE_SHAPE)
+        stand_in: Any = SimpleNamespace(
+            gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.tan, act_fn=module.act_fn
+        )
+        for name in ACTIVATIONS:
+            ours = torch.tan(gated_product(torch.sin(x), torch.cos(x), name))
+            if _same(lambda: type(module).forward(stand_in, x), ours):
+                return name
+    return None
+
+
+def _lean_norm(module: nn.Module, own: Callable[..., Tensor], eps: float, x: Tensor) -> Tensor:
+    weight: Any = module.weight
+    return rms_norm(x, weight, eps) if x.dtype == weight.dtype else own(x)
+
+
+def _lean_mlp(module: Any, activation: str, x: Tensor) -> Tensor:
+    result: Tensor = module.down_proj(gated(module.gate_proj(x), module.up_proj(x), activation))
+    return result
+
+
+def _lean_forward(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """A forward of ours for a module that is recognized; one that somebody gave a forward of its own is not."""
+    if "forward" in module.__dict__:
+        return None
+    eps = _norm_eps(module)
+    if eps is not None:
+        return functools.partial(_lean_norm, module, module.forward, eps)
+    activation = _mlp_activation(module, dtype)
+    return None if activation is None else functools.partial(_lean_mlp, module, activation)
+
+
+class _Masks:
+    """Which masks let every token see itself and nothing after it; asked by every layer, looked up once."""
+
+    def __init__(self) -> None:
+        self._suited = WeakIdKeyDictionary()
+
+    def suits(self, mask: Tensor, tokens: int) -> bool:
+        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, tokens, tokens):
+            return False
+        if isinstance(mask, FakeTensor):  # no values to look at; transformers makes causal ones
+            return True
+        if mask not in self._suited:
+            itself = mask.diagonal(dim1=-2, dim2=-1).all()
+            later = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).triu_(1)
+            self._suited[mask] = bool(itself & ~(mask & later).any())
+        return bool(self._suited[mask])
+
+
+def _attention(own: Callable[..., Any], masks: _Masks, module: nn.Module, *args: Any, **options: Any) -> Any:
+    """transformers' sdpa function, or ours where it is called for causal attention on a CPU and for nothing else."""
+    query, key, value, mask = args[:4] if len(args) >= 4 else (*args, options.get("attention_mask"))
+    tokens = query.shape[2]
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    suited = (
+        query.device.type == "cpu"
+        and query.dtype in (torch.bfloat16, torch.float32)
+        and not options.get("dropout")
+        and not any(options.get(name) is not None and options.get(name) is not False for name in BEYOND)
+        and 1 < tokens == key.shape[2]
+        and (causal if mask is None else masks.suits(mask, tokens))
+    )
+    if not suited:
+        return own(module, *args, **options)
+    scale = options.get("scaling")
+    mask = None if mask is None else mask.expand(query.shape[0], -1, -1, -1)
+    out = causal_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, mask)
+    return out.transpose(1, 2), None
+
+
+@contextmanager
+def lean(model: nn.Module) -> Iterator[list[str]]:
+    """Within the block the model runs on the nodes of ours that it can; gives the names of the modules exchanged.
+
+    Forward methods and transformers' attention function are put back afterwards.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+    found = {name: (module, _lean_forward(module, dtype)) for name, module in model.named_modules()}
+    names = [name for name, (_, forward) in found.items() if forward is not None]
+    with ExitStack() as stack:
+        for name in names:
+            module, forward = found[name]
+            stack.enter_context(replaced_forward(module, forward))
+        stack.enter_context(hub.attention_replaced(model, lambda own: functools.partial(_attention, own, _Masks())))
+        yield names
