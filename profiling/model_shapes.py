@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from real_model import cache_folder
 
-# TinyLlama-1.1B's: 22 layers, grouped-query attention, untied head.
+# llama-1b is TinyLlama-1.1B's: 22 layers, grouped-query attention, untied head.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-1b": {
         "vocab_size": 32000,
@@ -34,6 +34,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
+    },
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
     },
 }
 INIT_STD = 0.02

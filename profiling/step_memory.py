@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from qlora_lite import LoraConfig, QuantConfig
+from qlora_lite.config import checkpointing_named
 from qlora_lite.memory.report import render
 from qlora_lite.training import profile_steps
 
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--checkpointing", default="full", choices=("full", "none"))
+    parser.add_argument("--checkpointing", default="full", help="full, none, or a size such as 300MiB")
     parser.add_argument("--tiny", action="store_true", help="a random model of two small layers, 2 x 32 tokens")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -47,7 +48,7 @@ def main() -> None:
             LoraConfig(rank=given.rank, alpha=2 * given.rank),
             rows=given.rows,
             tokens=given.tokens,
-            checkpointing=given.checkpointing,
+            checkpointing=checkpointing_named(given.checkpointing),
         )
         print(render(report))
         print(json.dumps({"model": str(given.model), **report.to_json()}))

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.host import keep_freed_pages, release_freed_pages
 from qlora_lite.memory.measure import reset_resident_peak, resident_bytes
 from qlora_lite.memory.trace import StorageTrace
@@ -39,6 +40,7 @@ class Work:
     format: str = "nf4"
     checkpointing: str | int = "full"
     embedding_format: str = "none"
+    int8_activations: bool = False
     dropout: float = 0.0
     rows: int = 2
     tokens: int = 512
@@ -56,11 +58,11 @@ def wait_for_order() -> str:
     return sys.stdin.readline().strip()
 
 
-def optimizer_state_bytes() -> int:
-    """Bytes of the states of every optimizer in the process; a wrapper shares those of the optimizer in it."""
+def optimizer_states() -> list[torch.Tensor]:
+    """The states of every optimizer in the process; a wrapper shares those of the optimizer in it."""
     optimizers = [thing for thing in gc.get_objects() if isinstance(thing, torch.optim.Optimizer)]
     states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
-    return sum({id(value): value.nbytes for value in states if isinstance(value, torch.Tensor)}.values())
+    return list({id(value): value for value in states if isinstance(value, torch.Tensor)}.values())
 
 
 class Watch:
@@ -91,15 +93,21 @@ class Watch:
         wait_for_order()
         trace = StorageTrace()
         with trace:
+            # The optimizer comes after set-up, so its states count, as they do in the process's resident memory.
+            for state in optimizer_states():
+                trace.label(state, Category.OPTIMIZER_STATE)
             yield batch
-        resident = trace.live_bytes() - optimizer_state_bytes()
+        resident = trace.live_bytes() - sum(state.nbytes for state in optimizer_states())
         say(live_peak=trace.peak()[0] - resident, live_resident=resident)
 
 
 def ours(work: Work, watch: Watch) -> list[float]:
     from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 
-    model = load_quantized(work.model, QuantConfig(format=work.format, embedding_format=work.embedding_format))
+    quant = QuantConfig(
+        format=work.format, embedding_format=work.embedding_format, int8_activations=work.int8_activations
+    )
+    model = load_quantized(work.model, quant)
     add_lora_(model, LoraConfig(rank=RANK, alpha=ALPHA, dropout=work.dropout))
     watch.set_up_done()
     config = TrainConfig(steps=work.steps + 1, learning_rate=LEARNING_RATE, checkpointing=work.checkpointing)

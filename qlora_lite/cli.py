@@ -30,6 +30,7 @@ Format = Annotated[str, typer.Option("--format", help="How the base is stored: n
 EmbeddingFormat = Annotated[str, typer.Option(help="int8 also packs embedding and head; none leaves them.")]
 Blocksize = Annotated[int, typer.Option(help="Values per block of the 4-bit formats.")]
 DoubleQuant = Annotated[bool, typer.Option(help="Pack the statistics of the 4-bit formats too.")]
+Int8Activations = Annotated[bool, typer.Option(help="With int8, multiply in integers too: faster, less exact.")]
 Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]
 Alpha = Annotated[float, typer.Option(help="The adapters' scale is alpha / rank.")]
 Checkpointing = Annotated[str, typer.Option(help="full recomputes blocks, none keeps all, 300MiB what fits.")]
@@ -79,6 +80,7 @@ def train(
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
     embedding_format: EmbeddingFormat = "none",
+    int8_activations: Int8Activations = False,
     rank: Rank = 16,
     alpha: Alpha = 32.0,
     dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
@@ -108,7 +110,9 @@ def train(
     from qlora_lite.records import read_jsonl
     from qlora_lite.training import train as train_model
 
-    quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
+    quant = QuantConfig(
+        format, blocksize, double_quant, int8_activations=int8_activations, embedding_format=embedding_format
+    )
     names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
     lora = LoraConfig(rank, alpha, dropout, names)
     config = TrainConfig(
@@ -173,6 +177,7 @@ def profile(
     model: Model,
     format: Format = "nf4",
     embedding_format: EmbeddingFormat = "none",
+    int8_activations: Int8Activations = False,
     rank: Rank = 16,
     rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 2,
     tokens: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
@@ -186,7 +191,7 @@ def profile(
     from qlora_lite.memory.report import render
     from qlora_lite.training import profile_steps
 
-    quant = QuantConfig(format, embedding_format=embedding_format)
+    quant = QuantConfig(format, embedding_format=embedding_format, int8_activations=int8_activations)
     lora = LoraConfig(rank, 2 * rank)
     dial = checkpointing_named(checkpointing)
     report = profile_steps(model, quant, lora, rows=rows, tokens=tokens, checkpointing=dial)

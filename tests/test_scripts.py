@@ -20,6 +20,23 @@ SCRIPTS = {
     },
     "examples/finetune_4bit.py": {"first_loss", "last_loss", "adapter", "merged"},
     "examples/seed_layers.py": {"loss_before", "loss_after", "merged_difference", "restored"},
+    "profiling/base_formats.py": {
+        "bf16",
+        "int8 rows",
+        "int8 rows, int8 activations",
+        "nf4",
+        "nf4, int8 embedding and head",
+        "fp4",
+    },
+    "profiling/packing.py": {
+        "pack_speed_ratio",
+        "pack_temporaries",
+        "codes_equal",
+        "unpack_speed_ratio",
+        "unpack_temporaries",
+        "unpacked_bytes",
+    },
+    "profiling/step_growth.py": {"tokens", "layers"},
     "profiling/step_memory.py": {"model", "phases"},
     "profiling/versus_peft.py": {"nf4_full", "floor"},
 }

@@ -1,0 +1,115 @@
+"""What does each format of the base cost, in perplexity, in bytes and in time?
+
+    python profiling/base_formats.py                 # SmolLM2-135M-Instruct on 8,192 tokens of Python's own help texts
+    python profiling/base_formats.py --tiny
+
+Perplexity over windows of 512 tokens, without adapters. Seconds are those of the forward passes over all windows, and
+of one training step of 2 x 512 tokens that recomputes every block. Prints a table and one JSON line: format ->
+`perplexity`, `base_bytes`, `forward_seconds`, `step_seconds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
+from qlora_lite.hub import load_tokenizer
+from qlora_lite.lean import lean
+from qlora_lite.memory.host import keep_freed_pages
+from qlora_lite.objective import headless_loss
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+WINDOW, WINDOWS = 512, 16
+TINY_WINDOW, TINY_WINDOWS = 32, 2
+FORMATS = {
+    "bf16": QuantConfig(format="none"),
+    "int8 rows": QuantConfig(format="int8"),
+    "int8 rows, int8 activations": QuantConfig(format="int8", int8_activations=True),
+    "nf4": QuantConfig(format="nf4"),
+    "nf4, int8 embedding and head": QuantConfig(format="nf4", embedding_format="int8"),
+    "fp4": QuantConfig(format="fp4"),
+}
+
+
+def text_windows(folder: Path, window: int, windows: int) -> torch.Tensor:
+    """`(windows, window)` tokens of running text."""
+    text = "\n".join(topics.values())[: 8 * window * windows]
+    ids = load_tokenizer(folder)(text, return_tensors="pt").input_ids[0]
+    return ids[: window * windows].view(windows, window)
+
+
+def base_bytes(model: Any) -> int:
+    """Bytes of all that the model holds, tied tensors once."""
+    return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def measure(folder: Path, config: QuantConfig, windows: torch.Tensor) -> dict[str, float]:
+    model = load_quantized(folder, config)
+    size = base_bytes(model)
+    keep_freed_pages()
+    total, began = 0.0, time.perf_counter()
+    with torch.no_grad(), lean(model):
+        for window in windows.split(2):
+            total += float(headless_loss(model, {"input_ids": window, "labels": window}))
+    seconds = time.perf_counter() - began
+    add_lora_(model, LoraConfig())
+    steps: list[float] = []
+
+    def batches() -> Any:
+        for _ in range(4):
+            start = time.perf_counter()
+            yield {"input_ids": windows[:2], "labels": windows[:2]}
+            steps.append(time.perf_counter() - start)
+
+    train(model, batches(), TrainConfig(steps=4), progress=False)
+    return {
+        "perplexity": math.exp(total / (windows.numel() - len(windows))),
+        "base_bytes": size,
+        "forward_seconds": seconds,
+        "step_seconds": statistics.median(steps[1:]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint; without it SmolLM2-135M-Instruct")
+    parser.add_argument("--tiny", action="store_true", help="a random model of two small layers")
+    given = parser.parse_args()
+    window, windows = (TINY_WINDOW, TINY_WINDOWS) if given.tiny else (WINDOW, WINDOWS)
+    with tempfile.TemporaryDirectory() as scratch:
+        if given.tiny:
+            from tiny_model import make_tiny_model
+
+            given.model = make_tiny_model(Path(scratch) / "tiny")
+        elif given.model is None:
+            from real_model import fetch
+
+            given.model = fetch()
+        tokens = text_windows(given.model, window, windows)
+        figures = {name: measure(given.model, config, tokens) for name, config in FORMATS.items()}
+    table = Table("base", "perplexity", "MiB", "forward (s)", "step (s)", title=f"{tokens.numel():,} tokens")
+    for name, row in figures.items():
+        sizes = f"{row['base_bytes'] / 2**20:,.1f}"
+        table.add_row(
+            name, f"{row['perplexity']:.2f}", sizes, f"{row['forward_seconds']:.2f}", f"{row['step_seconds']:.2f}"
+        )
+    Console().print(table)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

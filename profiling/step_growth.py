@@ -1,0 +1,109 @@
+"""How do time and memory of a step grow with its tokens and with the layers of the model?
+
+    python profiling/step_growth.py                  # 256 to 2,048 tokens, 1 to 16 layers; some five minutes
+    python profiling/step_growth.py --tiny
+
+Random weights of SmolLM2-135M's shape, NF4, every block recomputed. Each point is a process of its own
+(step_worker.py), median step, peak of live tensor bytes above what is resident after set-up. Both should lie on
+straight lines, but for attention, which costs the square of the tokens in time. Prints a table, draws the lines
+(--plot), and ends with one JSON line: `tokens` and `layers`, each with its points and `seconds_deviation`,
+`peak_deviation`: how far a point is from the straight line through all, at the most, as a share of the point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from step_worker import Work
+from versus_peft import MIB, measure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+SHAPE = "smollm2-135m"
+TOKENS, TINY_TOKENS = (256, 512, 1024, 2048), (16, 32, 64)
+LAYERS, TINY_LAYERS = (1, 2, 4, 8, 16), (1, 2)
+STEPS = 4
+
+
+def deviation(points: dict[int, float]) -> float:
+    """The largest distance of a point from the least-squares line through all, as a share of the point."""
+    x, y = np.array(list(points)), np.array(list(points.values()))
+    line = np.polyval(np.polyfit(x, y, 1), x)
+    return float(np.max(np.abs(line - y) / y))
+
+
+def grow(works: dict[int, Work]) -> dict[str, Any]:
+    """The figures of each work by its size, and how far they are from straight lines."""
+    figures = {size: measure([work])[work] for size, work in works.items()}
+    result: dict[str, Any] = {"points": {}}
+    for name, key in (("seconds", "seconds"), ("peak", "live_peak")):
+        points = {size: float(row[key]) for size, row in figures.items()}
+        result["points"][name] = points
+        result[f"{name}_deviation"] = deviation(points)
+    return result
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6))
+    for column, (what, result) in enumerate(results.items()):
+        for row, (name, scale, label) in enumerate((("seconds", 1, "seconds of a step"), ("peak", MIB, "peak (MiB)"))):
+            points = result["points"][name]
+            x, y = np.array(list(points)), np.array(list(points.values())) / scale
+            axes[row][column].plot(x, y, "o")
+            axes[row][column].plot(x, np.polyval(np.polyfit(x, y, 1), x), "-", alpha=0.6)
+            axes[row][column].set(xlabel=what, ylabel=label, xlim=(0, None), ylim=(0, None))
+            axes[row][column].grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--plot", type=Path, default=Path("out/step_growth.png"), help="file of the drawing")
+    parser.add_argument("--tiny", action="store_true", help="random models of one and two small layers")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if given.tiny:
+            from tiny_model import make_tiny_model
+
+            folders = {n: make_tiny_model(Path(scratch) / f"tiny{n}", layers=n) for n in TINY_LAYERS}
+            lengths, length = TINY_TOKENS, TINY_TOKENS[0]
+        else:
+            from model_shapes import make_shape
+
+            folders = {n: make_shape(SHAPE, layers=n) for n in LAYERS}
+            lengths, length = TOKENS, 512
+        deepest = str(folders[max(folders)])
+
+        def work(folder: str, tokens: int) -> Work:
+            return Work("ours", folder, rows=1, tokens=tokens, steps=STEPS)
+
+        results = {
+            "tokens": grow({n: work(deepest, n) for n in lengths}),
+            "layers": grow({n: work(str(folder), length) for n, folder in folders.items()}),
+        }
+    table = Table("", "size", "seconds", "peak (MiB)")
+    for what, result in results.items():
+        for size, seconds in result["points"]["seconds"].items():
+            table.add_row(what, str(size), f"{seconds:.3f}", f"{result['points']['peak'][size] / MIB:,.1f}")
+    Console().print(table)
+    draw(results, given.plot)
+    print(f"drawn: {given.plot}")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
