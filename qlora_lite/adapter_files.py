@@ -6,6 +6,7 @@ shapes are ours.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.adapters import freeze_base_, lora_layers
-from qlora_lite.config import check_lora_numbers
+from qlora_lite.config import ALL_LINEAR, check_lora_numbers
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora import EmbeddingKind, LoraLayer, kind_of
 from qlora_lite.modules import answers_to, replace_modules_
@@ -70,6 +71,8 @@ HARMLESS_OPTIONS = frozenset(
         "task_type",
     }
 )
+# With one of these, fewer layers are adapted than target_modules says.
+NARROWING_OPTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 # Initializations that also change the base weight, so that A and B alone are not the adapter.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -138,8 +141,11 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
         write_json(temporary / CONFIG_FILE, config)
 
 
-def _read_config(path: Path) -> tuple[int, float, float]:
-    """rank, alpha, dropout. CheckpointError names every option that changes what is computed and is not known here."""
+def _read_config(path: Path) -> tuple[int, float, float, object]:
+    """rank, alpha, dropout, and what was targeted, None where that does not say which layers.
+
+    CheckpointError names every option that changes what is computed and is not known here.
+    """
     config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} describes a {config.get('peft_type')!r} adapter; only LORA is known")
@@ -157,7 +163,8 @@ def _read_config(path: Path) -> tuple[int, float, float]:
         check_lora_numbers(rank, alpha, dropout)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return rank, alpha, dropout  # type: ignore[return-value]
+    narrowed = any(config.get(option) for option in NARROWING_OPTIONS)
+    return rank, alpha, dropout, None if narrowed else config.get("target_modules")  # type: ignore[return-value]
 
 
 def _pairs(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
@@ -206,6 +213,32 @@ def _mismatches(model: nn.Module, pairs: dict[str, dict[str, Tensor]], rank: int
     return problems
 
 
+def _left_out(model: nn.Module, pairs: dict[str, dict[str, Tensor]], targets: object) -> list[str]:
+    """What the configuration targets and the file has nothing for: part of the adapter is lost."""
+    layers = {
+        name
+        for name, module in model.named_modules()
+        if not name.endswith(".base_layer") and (isinstance(module, LoraLayer) or kind_of(module) is not None)
+    }
+    if targets in (None, ALL_LINEAR):
+        return []
+    if isinstance(targets, str):
+        try:
+            meant = {name for name in layers if re.fullmatch(targets, name)}
+        except re.error as error:
+            return [f"target_modules {targets!r} is not a regular expression: {error}"]
+    elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
+        lost = [target for target in targets if not any(answers_to(name, target) for name in pairs)]
+        if lost:
+            return [f"target_modules {lost} answer to no layer in the file"]
+        meant = {name for name in layers if any(answers_to(name, target) for target in targets)}
+    else:
+        return [f"target_modules must be a list of names or a regular expression; got {targets!r}"]
+    missing = sorted(meant - pairs.keys())
+    shown = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
+    return [f"{len(missing)} targeted layers have nothing in the file: {shown}"] if missing else []
+
+
 def _other_bases(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     """Base weights that came with the adapter and are not this model's: the adapter was trained on something else."""
     modules = dict(model.named_modules())
@@ -232,10 +265,11 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     must be exactly those in the file, of its rank; their parameters get its values, and stay the same parameters.
     """
     folder = Path(folder)
-    rank, alpha, dropout = _read_config(folder / CONFIG_FILE)
+    rank, alpha, dropout, targets = _read_config(folder / CONFIG_FILE)
     tensors = read_safetensors(folder / TENSOR_FILE)
     pairs = _pairs(tensors, folder / TENSOR_FILE)
     problems = [*_mismatches(model, pairs, rank), *_other_bases(model, tensors)]
+    problems += _left_out(model, pairs, targets)
     present = set(lora_layers(model))
     if present and present != set(pairs):
         problems.append(f"the model has adapters on other layers ({len(present)} there, {len(pairs)} in the file)")

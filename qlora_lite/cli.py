@@ -108,6 +108,8 @@ def train(
     from qlora_lite.hub import load_tokenizer
     from qlora_lite.load import load_quantized
     from qlora_lite.records import read_jsonl
+    from qlora_lite.run_folder import ADAPTER_FOLDER, METRICS_FILE
+    from qlora_lite.storage import check_apart
     from qlora_lite.training import train as train_model
 
     quant = QuantConfig(
@@ -124,7 +126,8 @@ def train(
         checkpointing=checkpointing_named(checkpointing),
         seed=seed,
     )
-    _check_output(output / "adapter" if overwrite else output, overwrite, model, data)
+    check_apart(output / METRICS_FILE, data)
+    _check_output(output / ADAPTER_FOLDER if overwrite else output, overwrite, model, data)
     records = read_jsonl(data)
     tokenizer = load_tokenizer(model)
     tokenized = tokenize_all(records, tokenizer, max_length, completion_only)

@@ -102,8 +102,9 @@ class QuantConfig:
         embedding = self.embedding_format
         require(embedding in ("int8", UNPACKED), "embedding_format must be int8 or none", embedding)
         if self.skip_modules is not None:
-            names_only = not isinstance(self.skip_modules, str) and all(isinstance(n, str) for n in self.skip_modules)
-            require(names_only, "skip_modules must be a tuple of module names, or None", self.skip_modules)
+            skip = self.skip_modules
+            names_only = isinstance(skip, (tuple, list)) and all(isinstance(name, str) for name in skip)
+            require(names_only, "skip_modules must be a tuple of module names, or None", skip)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class LoraConfig:
         require(self.adapter_dtype in dtypes, "adapter_dtype must be a 16/32-bit float dtype", self.adapter_dtype)
         targets = self.target_modules
         if not callable(targets):
-            named = bool(targets) and all(isinstance(name, str) for name in targets)
+            listed = isinstance(targets, (str, list, tuple, set, frozenset))
+            named = listed and bool(targets) and all(isinstance(name, str) for name in targets)
             require(named, "target_modules must be a string, a list of names or a function", targets)
 
 
@@ -158,8 +160,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(is_count(self.steps, 1), "steps must be an integer of at least 1", self.steps)
         rate = self.learning_rate
-        require(is_finite(rate) and rate > 0, "learning_rate must be a finite number above 0", rate)
+        largest = torch.finfo(torch.float32).max
+        require(is_finite(rate) and 0 < rate <= largest, "learning_rate must be a finite number above 0", rate)
         require(is_count(self.warmup_steps, 0), "warmup_steps must be an integer of at least 0", self.warmup_steps)
+        warmup = self.warmup_steps
+        require(warmup <= self.steps, f"warmup_steps must be at most steps, {self.steps}", warmup)
         decay = self.weight_decay
         require(is_finite(decay) and decay >= 0, "weight_decay must be a finite number of at least 0", decay)
         accumulation = self.gradient_accumulation

@@ -25,5 +25,9 @@ class TrainingError(QLoRAError, RuntimeError):
     """Training cannot go on: the loss is not a number, or adapters receive no gradient."""
 
 
+class NotFiniteError(TrainingError):
+    """The loss, the gradients or the adapters became NaN or infinite."""
+
+
 class InputError(QLoRAError, ValueError):
     """A tensor handed to a layer has the wrong dtype or shape, or holds tokens that the vocabulary does not have."""

@@ -21,6 +21,7 @@ from qlora_lite.storage import read_json
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 SDPA = "sdpa"
+TEMPLATE_FOLDER = "additional_chat_templates"
 CHECKPOINT_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -161,6 +162,15 @@ def save_companions(model: Any, source: Path | None, target: Path, dtype: torch.
     for name in TOKENIZER_FILES:
         if source is not None and (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if source is not None:
+        _copy_templates(source, target)
+
+
+def _copy_templates(source: Path, target: Path) -> None:
+    """Chat templates that have a name of their own lie in a folder beside the default one."""
+    for template in sorted((source / TEMPLATE_FOLDER).glob("*.jinja")):
+        (target / TEMPLATE_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(template, target / TEMPLATE_FOLDER / template.name)
 
 
 def source_folder(model: Any) -> Path | None:

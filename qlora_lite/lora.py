@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_lite.config import check_lora_numbers
+from qlora_lite.config import check_lora_numbers, is_count, require
 from qlora_lite.errors import ConfigError, InputError, TargetError
 from qlora_lite.finite import cast_finite
 from qlora_lite.low_rank import adapted_linear, dense
@@ -46,8 +46,8 @@ class LinearKind:
 
     def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
         base: Any = layer.base_layer
-        if not x.is_floating_point() or x.shape[-1:] != (base.in_features,):
-            got = f"{x.dtype} of shape {tuple(x.shape)}"
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape[-1:] != (base.in_features,):
+            got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise InputError(f"this layer takes floats with {base.in_features} features in the last place; got {got}")
         lora_A, lora_B = lora or (None, None)
         return adapted_linear(
@@ -98,8 +98,9 @@ class EmbeddingKind:
         return base.num_embeddings, base.embedding_dim
 
     def _check_tokens(self, base: Any, tokens: Tensor) -> None:
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"an embedding takes tokens of dtype int64 or int32; got {tokens.dtype}")
+        kind = tokens.dtype if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        if kind not in (torch.int64, torch.int32):
+            raise InputError(f"an embedding takes tokens of dtype int64 or int32; got {kind}")
 
     def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
         base: Any = layer.base_layer
@@ -139,9 +140,10 @@ def kind_of(base: nn.Module) -> Kind | None:
     weight = getattr(base, "weight", None)
     if len(getattr(weight, "shape", ())) != 2:
         return None
-    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+    packed = not isinstance(weight, Tensor)
+    if isinstance(base, nn.Linear) or (packed and hasattr(base, "in_features")):
         return LinearKind()
-    if hasattr(base, "num_embeddings") and hasattr(base, "embedding_dim"):
+    if isinstance(base, nn.Embedding) or (packed and hasattr(base, "num_embeddings")):
         return EmbeddingKind()
     return None
 
@@ -173,8 +175,8 @@ class LoraLayer(nn.Module):
     ) -> None:
         super().__init__()
         check_lora_numbers(rank, alpha, dropout)
-        if not adapter_dtype.is_floating_point:
-            raise ConfigError(f"adapter_dtype must be a float dtype; got {adapter_dtype}")
+        if not isinstance(adapter_dtype, torch.dtype) or not adapter_dtype.is_floating_point:
+            raise ConfigError(f"adapter_dtype must be a float dtype; got {adapter_dtype!r}")
         kind = kind_of(base_layer)
         if kind is None or isinstance(base_layer, LoraLayer):
             raise TargetError(
@@ -304,6 +306,10 @@ class Embedding(LoraLayer):
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
     ) -> None:
+        for name, size in (("vocab_size", vocab_size), ("embed_dim", embed_dim)):
+            require(is_count(size, 1), f"{name} must be an integer of at least 1", size)
+        inside = padding_idx is None or (is_count(abs(padding_idx), 0) and -vocab_size <= padding_idx < vocab_size)
+        require(inside, f"padding_idx must be None or a token of the {vocab_size}", padding_idx)
         base = nn.Embedding(vocab_size, embed_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         super().__init__(rank, alpha, base, merge_weights, dropout=0.0)
         self.reset_parameters()

@@ -8,6 +8,7 @@ statistics stay as they are, since they are what that model computes with.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -79,11 +80,18 @@ def adopt_8bit(module: Any, name: str) -> PackedWeight:
     return _assign(empty, packed=codes, absmax=absmax)
 
 
-def quantize_linear(linear: nn.Linear, config: QuantConfig, name: str) -> QuantizedLinear:
-    """A `QuantizedLinear` for this layer; its bias is shared, its weight packed, or taken over if it is already."""
+def quantize_linear(
+    linear: nn.Linear, config: QuantConfig, name: str, packed: PackedWeight | None = None
+) -> QuantizedLinear:
+    """A `QuantizedLinear` for this layer; its bias is shared, its weight packed, or taken over if it is already.
+
+    packed: its weight, where another layer that has the same one was packed before.
+    """
     compute_dtype = config.compute_dtype
-    if not _is_bitsandbytes(linear):
+    if packed is None and not _is_bitsandbytes(linear):
         packed = PackedWeight.of(linear.weight, config, name=f"{name}.weight")
+    elif packed is not None:
+        return QuantizedLinear(packed, linear.bias, compute_dtype).train(linear.training)
     elif type(linear).__name__ in BNB_4BIT_MODULES:
         packed = adopt_4bit(linear, name)
         compute_dtype = compute_dtype or linear.compute_dtype  # type: ignore[assignment]
@@ -176,8 +184,16 @@ def _check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Quan
                 f"{name} shares its weight with the input embedding and packing it alone would untie them; "
                 f"leave it out (skip_modules) or pack both (embedding_format='int8')"
             )
-        if not _is_bitsandbytes(module):
+        if _is_bitsandbytes(module):
+            quantize_linear(cast(nn.Linear, module), config, name)
+        else:
             check_packable(cast(Tensor, module.weight), f"{name}.weight", config.format)
+
+
+def _tied_weights(targets: dict[str, nn.Module]) -> set[Tensor]:
+    """The weights that more than one of the layers has (tensors are hashed by identity)."""
+    uses = Counter(cast(Tensor, module.weight) for module in targets.values())
+    return {weight for weight, count in uses.items() if count > 1}
 
 
 def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
@@ -198,12 +214,20 @@ def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
     if not targets and config.format != UNPACKED:
         raise TargetError("no layer to pack: the model has no nn.Linear outside of skip_modules and the output head")
     _check_targets(model, targets, config)
-    names = set(targets)
+    names, tied = set(targets), _tied_weights(targets)
+    packed_of: dict[Tensor, PackedWeight] = {}
     del targets  # it would hold every full-precision weight until the end
-    packed = replace_modules_(
-        model,
-        lambda name, module: quantize_linear(cast(nn.Linear, module), config, name) if name in names else None,
-    )
+
+    def make(name: str, module: nn.Module) -> nn.Module | None:
+        if name not in names:
+            return None
+        weight = cast(Tensor, module.weight)
+        made = quantize_linear(cast(nn.Linear, module), config, name, packed_of.get(weight))
+        if weight in tied:
+            packed_of[weight] = made.weight
+        return made
+
+    packed = replace_modules_(model, make)
     if config.embedding_format != UNPACKED:
         _quantize_ends_(model, config)
     _forget_bitsandbytes(model)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,11 +17,10 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from qlora_lite import hub
-from qlora_lite.adapter_files import save_adapter
-from qlora_lite.adapters import adapter_parameters, add_lora_, freeze_base_
+from qlora_lite.adapters import adapter_parameters, add_lora_, freeze_base_, lora_layers
 from qlora_lite.checkpointing import Dial, checkpointed
 from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
-from qlora_lite.errors import CheckpointError, ConfigError, TargetError, TrainingError
+from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, TrainingError
 from qlora_lite.lean import lean
 from qlora_lite.load import load_quantized
 from qlora_lite.memory.host import keep_freed_pages
@@ -30,10 +29,7 @@ from qlora_lite.memory.report import MemoryReport
 from qlora_lite.objective import Batch, check_packing, choose_loss, labelled_tokens
 from qlora_lite.optim import learning_rate_factor, make_optimizer
 from qlora_lite.progress import training_progress
-from qlora_lite.storage import check_replaceable
-
-METRICS_FILE = "metrics.jsonl"
-ADAPTER_FOLDER = "adapter"
+from qlora_lite.run_folder import RunFolder, run_folder
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,17 @@ def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Paramet
         raise ConfigError(
             f"{len(merged)} layers are merged, so their adapters would get no gradient; unmerge_lora_ first"
         )
+    if off := [name for name, layer in lora_layers(model).items() if not layer.adapter_enabled]:
+        raise ConfigError(f"{len(off)} adapters are switched off (adapters_disabled) and would get no gradient")
     frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
     if device.type == "cpu" and any(parameter.dtype == torch.float16 for parameter in frozen):
         raise ConfigError("the model computes in float16, which a CPU does 10 to 100 times slower; load it as bfloat16")
+    halves = [n for n, module in model.named_modules() if getattr(module, "compute_dtype", None) == torch.float16]
+    if device.type == "cpu" and halves:
+        raise ConfigError(
+            f"{len(halves)} layers compute in float16, which a CPU does 10 to 100 times slower; "
+            f"pack the base with compute_dtype=torch.bfloat16"
+        )
     return adapters
 
 
@@ -172,7 +176,7 @@ class _Run:
         known = sum(value.nbytes for value in states if isinstance(value, Tensor))
         return known or 2 * sum(parameter.nbytes for parameter in self.adapters.values())
 
-    def step(self, number: int, group: list[Batch], dial: Dial) -> StepMetrics:
+    def step(self, number: int, group: list[Batch], dial: Dial, folder: RunFolder) -> StepMetrics:
         """Forward and backward of each batch, one update. TrainingError before the update if it would spoil it."""
         began = time.perf_counter()
         for batch in group:
@@ -201,23 +205,25 @@ class _Run:
         if number == 1:
             _check_gradients(self.adapters)
         with self.phase("optimizer"):
-            norm = self._update(number, float(total))
+            norm = self._update(number, float(total), folder)
         tokens = sum(batch["input_ids"].numel() for batch in group)
         speed = tokens / (time.perf_counter() - began)
         return StepMetrics(number, float(total), norm, rate, tokens, speed, peak_bytes(self.accelerator.device))
 
-    def _update(self, number: int, loss: float) -> float:
+    def _update(self, number: int, loss: float, folder: RunFolder) -> float:
         limit = self.config.max_grad_norm
         clip = self.accelerator.clip_grad_norm_(self.adapters.values(), float("inf") if limit is None else limit)
         norm = float(clip)
+        advice = f"lower the learning rate ({self.config.learning_rate:g}) or check the data"
         for what, value in (("loss", loss), ("gradient norm", norm)):
-            if not torch.tensor(value).isfinite():
-                raise TrainingError(
-                    f"the {what} of step {number} is {value}; the adapters keep their values of step {number - 1}; "
-                    f"lower the learning rate ({self.config.learning_rate:g}) or check the data"
-                )
+            if not math.isfinite(value):
+                kept = f"the adapters keep their values of step {number - 1}"
+                raise NotFiniteError(f"the {what} of step {number} is {value}; {kept}; {advice}")
+        folder.good()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if not torch.stack([parameter.isfinite().all() for parameter in self.adapters.values()]).all():
+            raise NotFiniteError(f"the update of step {number} made adapters NaN or infinite; {advice}")
         return norm
 
 
@@ -230,37 +236,6 @@ def _in_training(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
-
-
-@contextlib.contextmanager
-def _outputs(model: nn.Module, folder: Path | None, overwrite: bool) -> Iterator[Callable[[StepMetrics], None]]:
-    """What notes a step in the metrics file. When the block ends, by an error too, the adapter is saved beside it.
-
-    Nothing that was there is touched before the first step is done.
-    """
-    if folder is None:
-        yield lambda step: None
-        return
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise CheckpointError(f"{folder} is not empty; name another folder, or ask for overwrite")
-    check_replaceable(folder / ADAPTER_FOLDER, overwrite)
-    with contextlib.ExitStack() as stack:
-        metrics: list[TextIO] = []
-
-        def note(step: StepMetrics) -> None:
-            if not metrics:
-                metrics.append(stack.enter_context(open(folder / METRICS_FILE, "w", encoding="utf-8")))
-            metrics[0].write(json.dumps(asdict(step)) + "\n")
-            metrics[0].flush()
-
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            yield note
-        except OSError as error:
-            raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
-        finally:
-            if metrics:
-                save_adapter(model, folder / ADAPTER_FOLDER, overwrite=True)
 
 
 def train(
@@ -278,11 +253,12 @@ def train(
     batches: dicts of `input_ids` and `labels` `(batch, tokens)`, -100 for no label, and whatever else the model takes.
     The loss is the mean over all labelled tokens of a step, however they are spread over its batches.
     output_dir: gets `metrics.jsonl`, a line a step, and the adapter in `adapter/`, also when training stops early,
-        by whatever error. A folder with something in it is refused unless `overwrite`.
+        by whatever error; when it diverged, values from before. A folder with something in it is refused unless
+        `overwrite`.
     profiler: its phases forward, backward and optimizer are entered.
-    Raises TrainingError when the loss or the gradients are not finite (before they are applied), when an adapter gets
-    no gradient in the first step, or when the batches end too early; ConfigError, TargetError for what cannot be
-    trained. Module modes and forward methods are put back as they were.
+    Raises NotFiniteError when the loss or the gradients are not finite (before they are applied), or the adapters after
+    an update; TrainingError when an adapter gets no gradient in the first step, or the batches end too early;
+    ConfigError, TargetError for what cannot be trained. Module modes and forward methods are put back as they were.
     """
     torch.manual_seed(config.seed)
     keep_freed_pages()
@@ -290,7 +266,7 @@ def train(
     steps: list[StepMetrics] = []
     began = time.perf_counter()
     with (
-        _outputs(model, None if output_dir is None else Path(output_dir), overwrite) as note,
+        run_folder(model, None if output_dir is None else Path(output_dir), overwrite) as folder,
         _in_training(model),
         lean(model),
         checkpointed(model, config.checkpointing) as dial,
@@ -298,9 +274,9 @@ def train(
         contextlib.closing(run),
     ):
         for number, group in enumerate(_micro_batches(batches, config), start=1):
-            steps.append(run.step(number, group, dial))
+            steps.append(run.step(number, group, dial, folder))
             show(steps[-1])
-            note(steps[-1])
+            folder.note(steps[-1])
     return TrainResult(steps, time.perf_counter() - began, run.own_loss_because)
 
 

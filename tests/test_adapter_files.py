@@ -142,3 +142,32 @@ def test_an_embedding_trained_on_an_fp32_base_loads_onto_the_bf16_one(tiny_folde
 def test_a_lone_layer_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="put it into a container"):
         save_adapter(LinearWithLoRA(4, 4, 2), tmp_path / "x")
+
+
+def test_a_file_that_lost_layers_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    save_adapter(adapted(tiny_folder, ["q_proj", "v_proj"]), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = load_file(path)
+    save_file({key: value for key, value in whole.items() if "layers.0.self_attn.q_proj" not in key}, path)
+    with pytest.raises(
+        CheckpointError, match=r"1 targeted layers have nothing in the file: model.layers.0.self_attn.q"
+    ):
+        load_adapter_(base(tiny_folder), tmp_path / "adapter")
+    save_file(whole, path)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    for targets, message in (
+        (["q_proj", "nothing"], r"target_modules \['nothing'\] answer to no layer"),
+        (r".*\.[qkv]_proj", "2 targeted layers have nothing"),
+        ("(", "not a regular expression"),
+        (7, "a list of names or a regular expression; got 7"),
+    ):
+        config.write_text(json.dumps({**settings, "target_modules": targets}))
+        with pytest.raises(CheckpointError, match=message):
+            load_adapter_(base(tiny_folder), tmp_path / "adapter")
+    for targets in (r".*\.[qv]_proj", "all-linear", None):
+        config.write_text(json.dumps({**settings, "target_modules": targets}))
+        assert len(load_adapter_(base(tiny_folder), tmp_path / "adapter")) == 4
+    config.write_text(json.dumps({**settings, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}))
+    save_file({key: value for key, value in whole.items() if "layers.0" not in key}, path)
+    assert len(load_adapter_(base(tiny_folder), tmp_path / "adapter")) == 2

@@ -49,7 +49,7 @@ FLOORS = (
         "memory.measure",
         "memory.rehearse",
     ),
-    ("export",),
+    ("export", "run_folder"),
     ("training",),
     ("cli",),
 )

@@ -86,3 +86,11 @@ def test_bad_input_is_one_sentence(
     if status == 1:
         assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_data_is_never_overwritten(tiny_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "metrics.jsonl"
+    data.write_text('{"text": "mine"}\n')
+    done = run("train", "--model", tiny_folder, "--data", data, "--output", tmp_path, "--overwrite", "--steps", 1)
+    assert done.returncode == 1 and "would replace the input" in done.stderr
+    assert data.read_text() == '{"text": "mine"}\n'

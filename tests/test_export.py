@@ -118,3 +118,15 @@ def test_adapting_one_of_two_tied_weights_cannot_be_exported(
     with pytest.raises(TargetError, match="are one weight"):
         export_merged(trained(tiny_folder, targets), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_named_chat_templates_come_along(tiny_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = tmp_path / "source"
+    shutil.copytree(tiny_folder, source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages[0]['content'] }}!"}
+    tokenizer.save_pretrained(source)
+    export_merged(trained(source), tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template

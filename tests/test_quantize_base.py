@@ -151,3 +151,21 @@ def test_a_merged_model_is_not_packed_under_its_merged_weights(tiny_folder: Path
     merge_lora_(model)
     with pytest.raises(ConfigError, match="unmerge_lora_ first"):
         quantize_base_(model, QuantConfig())
+
+
+def test_layers_that_share_a_weight_share_the_packed_one() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, bias=False), nn.Linear(64, 64))
+    model[1].weight = model[0].weight
+    x = torch.randn(2, 64)
+    quantize_base_(model, QuantConfig())
+    assert model[0].weight is model[1].weight is not model[2].weight
+    assert torch.equal(model[0](x) - model[0].bias, model[1](x))
+
+
+def test_a_layer_that_cannot_be_taken_over_leaves_the_model_as_it_was() -> None:
+    import bitsandbytes
+
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64).to("cpu"), bitsandbytes.nn.Linear4bit(64, 64))
+    with pytest.raises(QuantizationError, match="1 is a Linear4bit without packed data"):
+        quantize_base_(model, QuantConfig())
+    assert all(type(layer) is bitsandbytes.nn.Linear4bit for layer in model)

@@ -16,9 +16,18 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add_lora_, load_quantized, train
-from qlora_lite.adapters import adapter_parameters, lora_layers
-from qlora_lite.errors import CheckpointError, ConfigError, InputError, TargetError, TrainingError
+from qlora_lite import (
+    LoraConfig,
+    MemoryProfiler,
+    QuantConfig,
+    TrainConfig,
+    add_lora_,
+    load_adapter_,
+    load_quantized,
+    train,
+)
+from qlora_lite.adapters import adapter_parameters, adapters_disabled, lora_layers
+from qlora_lite.errors import CheckpointError, ConfigError, InputError, NotFiniteError, TargetError, TrainingError
 from qlora_lite.training import profile_steps
 
 
@@ -211,3 +220,42 @@ def test_a_step_goes_through_on_fake_tensors_of_a_pretended_accelerator(tiny_fol
     assert done.returncode == 0, done.stderr[-2000:]
     caught = "fakegpu FakeTensorDeviceMismatchError"
     assert done.stdout.splitlines() == [f"{format} {caught}" for format in ("nf4", "int8", "none")]
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.bfloat16])
+def test_adapters_of_16_bits_learn(tiny_folder: Path, adapter_dtype: torch.dtype) -> None:
+    losses = []
+    for dtype in (torch.float32, adapter_dtype):
+        model = adapted(tiny_folder, adapter_dtype=dtype)
+        losses.append(train(model, [batch()], TrainConfig(steps=8, learning_rate=1e-2), progress=False).losses)
+        assert {parameter.dtype for parameter in adapter_parameters(model).values()} == {dtype}
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1][-1] < losses[1][0] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "message"), [(1e30, "of step 2 is (nan|inf)"), (1e38, "update of step 1|of step 2")]
+)
+def test_a_run_that_diverges_leaves_an_adapter_that_works(
+    tiny_folder: Path, tmp_path: Path, learning_rate: float, message: str
+) -> None:
+    config = TrainConfig(steps=5, learning_rate=learning_rate)
+    with pytest.raises(NotFiniteError, match=f"{message}.*holds an adapter that gave a finite loss"):
+        train(adapted(tiny_folder), [batch()], config, output_dir=tmp_path / "run", progress=False)
+    model = load_quantized(tiny_folder, QuantConfig(), dtype=torch.float32)
+    load_adapter_(model, tmp_path / "run" / "adapter")
+    assert train(model, [batch()], TrainConfig(steps=1), progress=False).losses[0] < 100
+
+
+def test_an_update_that_overflows_is_an_error(tiny_folder: Path) -> None:
+    with pytest.raises(NotFiniteError, match="the update of step 1 made adapters NaN or infinite"):
+        train(adapted(tiny_folder, adapter_dtype=torch.float16), [batch()], TrainConfig(steps=1, learning_rate=1e6))
+
+
+def test_half_precision_products_on_a_cpu_and_sleeping_adapters_are_refused(tiny_folder: Path) -> None:
+    model = load_quantized(tiny_folder, QuantConfig(compute_dtype=torch.float16))
+    add_lora_(model, LoraConfig(rank=2))
+    with pytest.raises(ConfigError, match="14 layers compute in float16"):
+        train(model, [batch()], TrainConfig(steps=1), progress=False)
+    model = adapted(tiny_folder)
+    with adapters_disabled(model), pytest.raises(ConfigError, match="14 adapters are switched off"):
+        train(model, [batch()], TrainConfig(steps=1), progress=False)

@@ -1,0 +1,98 @@
+"""What a run writes, and what it leaves when it goes wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from qlora_lite import LinearWithLoRA
+from qlora_lite import run_folder as module
+from qlora_lite.errors import CheckpointError, NotFiniteError
+from qlora_lite.run_folder import run_folder
+
+
+@dataclass
+class Step:
+    loss: float
+
+
+class Failed(Exception):
+    pass
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(LinearWithLoRA(4, 4, 2))
+
+
+def saved_b(folder: Path) -> float:
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    return float(next(value for key, value in tensors.items() if "lora_B" in key).flatten()[0])
+
+
+def set_b(layers: nn.Sequential, value: float) -> None:
+    with torch.no_grad():
+        layers[0].lora_B.fill_(value)
+
+
+def test_a_run_that_ends_well_leaves_its_metrics_and_its_last_values(tmp_path: Path) -> None:
+    layers = model()
+    with run_folder(layers, tmp_path / "run", overwrite=False) as run:
+        for loss in (2.0, 1.0):
+            run.good()
+            set_b(layers, loss)
+            run.note(Step(loss))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"loss": 2.0}, {"loss": 1.0}]
+    assert saved_b(tmp_path / "run") == 1.0
+
+
+def test_what_diverged_does_not_replace_what_was_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAVING_SHARE", 1e9)  # a save at every step
+    layers = model()
+    with pytest.raises(NotFiniteError, match=r"nan; .*adapter holds an adapter that gave a finite loss"):
+        with run_folder(layers, tmp_path / "run", overwrite=False) as run:
+            for value in (3.0, 4.0, float("nan")):
+                run.good()
+                set_b(layers, value)
+            raise NotFiniteError("nan")
+    assert saved_b(tmp_path / "run") == 4.0
+
+
+def test_another_error_saves_what_there_is(tmp_path: Path) -> None:
+    layers = model()
+    with pytest.raises(Failed), run_folder(layers, tmp_path / "run", overwrite=False) as run:
+        run.good()
+        set_b(layers, 5.0)
+        raise Failed
+    assert saved_b(tmp_path / "run") == 5.0
+
+
+def test_saving_takes_its_share_of_the_time_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves: list[int] = []
+    monkeypatch.setattr(module, "save_adapter", lambda *given, **options: saves.append(1))
+    monkeypatch.setattr(module, "SAVING_SHARE", 1e-9)
+    with run_folder(model(), tmp_path / "run", overwrite=False) as run:
+        for _ in range(5):
+            run.good()
+        assert saves == [1]
+
+
+@pytest.mark.parametrize("error", [Failed, NotFiniteError])
+def test_a_run_without_a_good_step_leaves_nothing(tmp_path: Path, error: type[Exception]) -> None:
+    with pytest.raises(error), run_folder(model(), tmp_path / "run", overwrite=False):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_or_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder, message in ((tmp_path, "is not empty"), (tmp_path / "file", "is a file")):
+        with pytest.raises(CheckpointError, match=message), run_folder(model(), folder, overwrite=False):
+            pass
+    assert (tmp_path / "file").read_text() == "mine"
