@@ -149,9 +149,7 @@ def test_a_file_that_lost_layers_is_refused(tiny_folder: Path, tmp_path: Path) -
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     whole = load_file(path)
     save_file({key: value for key, value in whole.items() if "layers.0.self_attn.q_proj" not in key}, path)
-    with pytest.raises(
-        CheckpointError, match=r"1 targeted layers have nothing in the file: model.layers.0.self_attn.q"
-    ):
+    with pytest.raises(CheckpointError, match=r"1 targeted layers have nothing in the file: .*0.self_attn.q"):
         load_adapter_(base(tiny_folder), tmp_path / "adapter")
     save_file(whole, path)
     config = tmp_path / "adapter" / "adapter_config.json"

@@ -55,12 +55,12 @@ def test_a_run_that_ends_well_leaves_its_metrics_and_its_last_values(tmp_path: P
 def test_what_diverged_does_not_replace_what_was_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAVING_SHARE", 1e9)  # a save at every step
     layers = model()
-    with pytest.raises(NotFiniteError, match=r"nan; .*adapter holds an adapter that gave a finite loss"):
-        with run_folder(layers, tmp_path / "run", overwrite=False) as run:
-            for value in (3.0, 4.0, float("nan")):
-                run.good()
-                set_b(layers, value)
-            raise NotFiniteError("nan")
+    said = pytest.raises(NotFiniteError, match=r"nan; .*adapter holds an adapter that gave a finite loss")
+    with said, run_folder(layers, tmp_path / "run", overwrite=False) as run:
+        for value in (3.0, 4.0, float("nan")):
+            run.good()
+            set_b(layers, value)
+        raise NotFiniteError("nan")
     assert saved_b(tmp_path / "run") == 4.0
 
 
