@@ -160,7 +160,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(is_count(self.steps, 1), "steps must be an integer of at least 1", self.steps)
         rate = self.learning_rate
-        largest = torch.finfo(torch.float32).max
+        largest = torch.finfo(torch.float32).max / 100  # AdamW divides it by 1 - beta
         require(is_finite(rate) and 0 < rate <= largest, "learning_rate must be a finite number above 0", rate)
         require(is_count(self.warmup_steps, 0), "warmup_steps must be an integer of at least 0", self.warmup_steps)
         warmup = self.warmup_steps

@@ -14,7 +14,7 @@ from qlora_lite.config import QuantConfig
 from qlora_lite.errors import CheckpointError
 from qlora_lite.finite import check_finite
 from qlora_lite.memory.host import keep_freed_pages
-from qlora_lite.quantize_base import quantize_base_
+from qlora_lite.quantize_base import pack_linear_, pack_rest_, packable_alone
 from qlora_lite.storage import TensorFiles
 
 
@@ -54,6 +54,7 @@ def load_quantized(
     """A transformers causal language model from a safetensors checkpoint, its linear layers packed, all of it frozen.
 
     What is not packed (norms, embeddings, biases) is held in `dtype`, which is then the dtype of the activations.
+    A linear layer is packed when its weight has been read, so that one unpacked weight is held at a time.
     Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, QuantizationError for NaN or
     infinity.
     """
@@ -63,6 +64,8 @@ def load_quantized(
     files = TensorFiles(folder)
     model: Any = hub.empty_model(hub.read_config(folder), dtype)
     wanted = _check_names(model, files)
+    hub.tie(model)
+    alone = packable_alone(model, config)
     wrong = []
     for name, tensor in files.items():
         if name not in wanted:
@@ -74,11 +77,15 @@ def load_quantized(
         placed = tensor.to(device=device, dtype=target, copy=True)
         check_finite(placed, name)
         _place(model, name, placed)
+        del tensor, placed
+        owner, _, key = name.rpartition(".")
+        if key == "weight" and owner in alone:
+            pack_linear_(model, owner, config)
     if wrong:
         raise CheckpointError(f"{folder} has tensors of the wrong shape: {'; '.join(wrong)}")
     hub.tie(model)
     hub.fill_computed_buffers_(model, torch.device(device))
     hub.read_generation_config_(model, folder)
     model.config._name_or_path = str(folder.absolute())
-    quantize_base_(model, config)
+    pack_rest_(model, config)
     return model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A frozen linear map and its low-rank term as one autograd node.
+"""A frozen linear map and its low-rank term with one backward for both.
 
 What plain autograd would do for y = W0 x + s B A x (s = alpha / rank):
 keep x for A, keep A x for B, keep s B A x for the addition, and, when W0 is packed, keep the whole
@@ -140,8 +140,39 @@ def product_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
     return wanted or x.dtype
 
 
+class _LowRank(torch.autograd.Function):
+    """A x over rows x, dropout applied; and what `_AdaptedLinear` needs in backward, kept here: A x, A, B, x.
+
+    Kept by a node of its own, before the product: a block that is computed again for backward ends where the last
+    thing to keep is kept, and so spares the last product, a quarter of a transformer block's. No gradient comes
+    through here, `_AdaptedLinear` forms them all; its backward comes first, and then this one lets go what was kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, dropout: float, dtype: torch.dtype, recipe: Recipe | None
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.dropout, ctx.seed, ctx.again = dropout, 0, None
+        rows = x.to(dtype)
+        if dropout > 0:
+            ctx.seed = draw_seed()
+            rows = rows * dropout_mask(rows, dropout, ctx.seed)
+        low = rows @ lora_A.to(dtype).T
+        if recipe is not None:
+            ctx.again = recipe.again
+            ctx.again.will_read()
+        ctx.save_for_backward(low, lora_A, lora_B, *((x,) if recipe is None else recipe.parents))
+        return low
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
+        return (None,) * 6
+
+
 class _AdaptedLinear(torch.autograd.Function):
-    """y = x W0^T + bias + s (m * x) A^T B^T over rows x; m is the dropout mask, or 1. Kept: A x, x or its recipe."""
+    """y = x W0^T + bias + s (m * x) A^T B^T over rows x; m is the dropout mask, or 1. Kept: by `_LowRank`."""
 
     @staticmethod
     def forward(
@@ -152,26 +183,14 @@ class _AdaptedLinear(torch.autograd.Function):
         lora_A: Tensor | None,
         lora_B: Tensor | None,
         scaling: float,
-        dropout: float,
         dtype: torch.dtype,
-        recipe: Recipe | None,
+        low: Tensor | None,
     ) -> Tensor:
-        rows = x.to(dtype)
-        y = _product(rows, weight, bias)
-        ctx.weight, ctx.scaling, ctx.dropout, ctx.dtype, ctx.seed = weight, scaling, dropout, dtype, 0
-        if lora_A is None or lora_B is None:
-            ctx.save_for_backward()
-            return y.to(x.dtype)
-        if dropout > 0:
-            ctx.seed = draw_seed()
-            rows = rows * dropout_mask(rows, dropout, ctx.seed)
-        low = rows @ lora_A.to(dtype).T
-        y.addmm_(low, lora_B.to(dtype).T, alpha=scaling)
-        ctx.again = None
-        if recipe is not None:
-            ctx.again = recipe.again
-            ctx.again.will_read()
-        ctx.save_for_backward(low, lora_A, lora_B, *((x,) if recipe is None else recipe.parents))
+        y = _product(x.to(dtype), weight, bias)
+        ctx.weight, ctx.scaling, ctx.dtype, ctx.kept = weight, scaling, dtype, None
+        if low is not None and lora_B is not None:
+            ctx.kept = low.grad_fn
+            y.addmm_(low, lora_B.to(dtype).T, alpha=scaling)
         return y.to(x.dtype)
 
     @staticmethod
@@ -181,15 +200,14 @@ class _AdaptedLinear(torch.autograd.Function):
         x_dtype, grad = grad.dtype, grad.to(ctx.dtype)
         grad_x = _product_back(grad, ctx.weight) if need_x else None
         grad_bias = grad.sum(0) if need_bias else None
-        saved = ctx.saved_tensors  # asked once: under checkpointing, asking is what recomputes
         grad_A = grad_B = None
-        if saved:
-            low, lora_A, lora_B, *kept = saved
-            x = kept[0] if ctx.again is None else ctx.again.read(tuple(kept))
+        if ctx.kept is not None:
+            low, lora_A, lora_B, *source = ctx.kept.saved_tensors  # under checkpointing, asking is what recomputes
+            x = source[0] if ctx.kept.again is None else ctx.kept.again.read(tuple(source))
             rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
             grad_low = (grad @ lora_B.to(ctx.dtype)).mul_(ctx.scaling)
-            grad_B = (grad.T @ low).to(lora_B.dtype).mul_(ctx.scaling) if need_B else None
-            mask = dropout_mask(rows, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
+            grad_B = (low.T @ grad).T.to(lora_B.dtype).mul_(ctx.scaling) if need_B else None
+            mask = dropout_mask(rows, ctx.kept.dropout, ctx.kept.seed) if ctx.kept.dropout > 0 else None
             if grad_x is not None and mask is None:
                 grad_x.addmm_(grad_low, lora_A.to(ctx.dtype))
             elif grad_x is not None:
@@ -198,7 +216,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 dropped = rows if mask is None else rows * mask
                 grad_A = (grad_low.T @ dropped).to(lora_A.dtype)
         grad_x = None if grad_x is None else grad_x.to(x_dtype)
-        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None, None
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
 
 
 def adapted_linear(
@@ -222,8 +240,10 @@ def adapted_linear(
     if torch.is_autocast_enabled(device):
         # As for torch's own linear; inside, the dtypes are chosen here and must not be changed again.
         x = x.to(torch.get_autocast_dtype(device))
-    rows, recipe = x.reshape(-1, x.shape[-1]), recipe_of(x)
+    rows, low = x.reshape(-1, x.shape[-1]), None
     dtype = product_dtype(x, compute_dtype)
     with torch.autocast(device, enabled=False):
-        y: Tensor = _AdaptedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, dropout, dtype, recipe)
+        if lora_A is not None and lora_B is not None:
+            low = _LowRank.apply(rows, lora_A, lora_B, dropout, dtype, recipe_of(x))
+        y: Tensor = _AdaptedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, dtype, low)
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -46,6 +46,9 @@ ops = torch.ops.bitsandbytes
 
 # A multiple of every block size; bounds the fp32 temporaries of packing to a few times 4 MiB.
 CHUNK_VALUES = 1 << 20
+# So many fp32 values stay in the caches while they are unpacked.
+UNPACKED_AT_ONCE = 1 << 19
+INT8_STEP = 1 / 127
 # The AVX-512 kernel is inexact from 2048 on and falls back to a compiled one; a block of 2048 with one absmax is
 # two blocks of 1024 with that absmax.
 LARGEST_KERNEL_BLOCK = 1024
@@ -136,12 +139,12 @@ def _pack_rows(into: PackedWeight, weight: Tensor) -> None:
 
 def _unpack_rows(packed: PackedWeight, dtype: torch.dtype, first: int, last: int) -> Tensor:
     values = torch.empty((last - first, packed.shape[1]), dtype=dtype, device=packed.packed.device)
-    rows = max(1, CHUNK_VALUES // packed.shape[1])
+    rows = max(1, UNPACKED_AT_ONCE // packed.shape[1])
+    scale = packed.absmax.unsqueeze(1)
     for start in range(first, last, rows):
         part = slice(start, min(start + rows, last))
-        values[part.start - first : part.stop - first] = ops.int8_vectorwise_dequant(
-            packed.packed[part], packed.absmax[part]
-        )
+        # In the order of bitsandbytes' int8_vectorwise_dequant, which gives these very numbers.
+        values[part.start - first : part.stop - first] = (packed.packed[part] * scale[part]).mul_(INT8_STEP)
     return values
 
 

@@ -137,7 +137,7 @@ def _forget_bitsandbytes(model: nn.Module) -> None:
 
 
 def _ends(model: nn.Module, config: QuantConfig) -> tuple[nn.Embedding, nn.Linear | None]:
-    """The input embedding and the output head, if it is linear. Raises where `_quantize_ends_` could not pack them."""
+    """The input embedding and the output head, if it is linear. Raises for kinds of them that cannot be packed."""
     embedding, head = _named_end(model, "input"), _named_end(model, "output")
     if not isinstance(embedding, nn.Embedding) or has_own_forward(embedding):
         got = "no get_input_embeddings()" if embedding is None else f"a {type(embedding).__name__}"
@@ -146,11 +146,8 @@ def _ends(model: nn.Module, config: QuantConfig) -> tuple[nn.Embedding, nn.Linea
         raise ConfigError(
             "an embedding with max_norm rewrites its weight and cannot be packed; set embedding_format='none'"
         )
-    check_packable(embedding.weight, "the input embedding", config.embedding_format)
-    if isinstance(head, nn.Linear) and not has_own_forward(head):
-        check_packable(head.weight, "the output head", config.embedding_format)
-        return embedding, head
-    return embedding, None
+    plain_head = isinstance(head, nn.Linear) and not has_own_forward(head)
+    return embedding, cast(nn.Linear, head) if plain_head else None
 
 
 def _quantize_ends_(model: nn.Module, config: QuantConfig) -> None:
@@ -167,8 +164,8 @@ def _quantize_ends_(model: nn.Module, config: QuantConfig) -> None:
     replace_modules_(model, lambda name, module: new.get(id(module)))
 
 
-def _check_targets(model: nn.Module, targets: dict[str, nn.Module], config: QuantConfig) -> None:
-    """Everything that could stop the packing half-way is found here, before the first layer is replaced."""
+def _check_structure(model: nn.Module, targets: dict[str, nn.Module], config: QuantConfig) -> None:
+    """Raises for what cannot be packed whatever its values are; the model may be on the meta device."""
     merged = [name for name, module in model.named_modules() if getattr(module, "merged", False)]
     if merged:
         raise ConfigError(f"{len(merged)} layers are merged with the base that would be replaced; unmerge_lora_ first")
@@ -184,10 +181,20 @@ def _check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Quan
                 f"{name} shares its weight with the input embedding and packing it alone would untie them; "
                 f"leave it out (skip_modules) or pack both (embedding_format='int8')"
             )
+
+
+def _check_values(model: nn.Module, targets: dict[str, nn.Module], config: QuantConfig) -> None:
+    """Whatever could stop the packing half-way is found here, before the first layer is replaced."""
+    for name, module in targets.items():
         if _is_bitsandbytes(module):
             quantize_linear(cast(nn.Linear, module), config, name)
         else:
             check_packable(cast(Tensor, module.weight), f"{name}.weight", config.format)
+    if config.embedding_format != UNPACKED:
+        embedding, head = _ends(model, config)
+        check_packable(embedding.weight, "the input embedding", config.embedding_format)
+        if head is not None:
+            check_packable(head.weight, "the output head", config.embedding_format)
 
 
 def _tied_weights(targets: dict[str, nn.Module]) -> set[Tensor]:
@@ -196,24 +203,41 @@ def _tied_weights(targets: dict[str, nn.Module]) -> set[Tensor]:
     return {weight for weight, count in uses.items() if count > 1}
 
 
-def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
-    """Replaces the linear layers of a model by packed ones, one at a time, and returns their names.
-
-    Each full-precision weight is let go before the next is packed. Layers that bitsandbytes packed are taken over as
-    they are, whatever `config.format` says, their bytes shared. `config.embedding_format` packs embedding and head.
-    Raises QuantizationError naming the weight and the first bad index for NaN or infinity, TargetError when there is
-    nothing to pack or a tied head would be packed without its embedding; the model is then as it was.
-    """
+def _linear_targets(model: nn.Module, config: QuantConfig) -> dict[str, nn.Module]:
+    """The linear layers to pack, or to take over, by name."""
     skip = _skip_rule(model, config)
 
     def is_target(name: str, module: nn.Module) -> bool:
         wanted = config.format != UNPACKED or _is_bitsandbytes(module)
         return _is_plain_linear(module) and wanted and not skip(name, module)
 
-    targets = {name: module for name, module in model.named_modules() if is_target(name, module)}
+    return {name: module for name, module in model.named_modules() if is_target(name, module)}
+
+
+def packable_alone(model: nn.Module, config: QuantConfig) -> set[str]:
+    """Names of the linear layers that may be packed one by one as their weights arrive; the model may be on meta.
+
+    Left out are those that share a weight. Raises as `quantize_base_` does, but for the values, which are not there.
+    """
+    targets = _linear_targets(model, config)
     if not targets and config.format != UNPACKED:
         raise TargetError("no layer to pack: the model has no nn.Linear outside of skip_modules and the output head")
-    _check_targets(model, targets, config)
+    _check_structure(model, targets, config)
+    tied = _tied_weights(targets)
+    return {name for name, module in targets.items() if module.weight not in tied}
+
+
+def pack_linear_(model: nn.Module, name: str, config: QuantConfig) -> None:
+    """Replaces one linear layer by a packed one."""
+    replace_modules_(
+        model, lambda other, module: quantize_linear(cast(nn.Linear, module), config, name) if other == name else None
+    )
+
+
+def pack_rest_(model: nn.Module, config: QuantConfig) -> list[str]:
+    """Replaces what is left to pack, and returns the names of the linear layers among it."""
+    targets = _linear_targets(model, config)
+    _check_values(model, targets, config)
     names, tied = set(targets), _tied_weights(targets)
     packed_of: dict[Tensor, PackedWeight] = {}
     del targets  # it would hold every full-precision weight until the end
@@ -232,3 +256,15 @@ def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
         _quantize_ends_(model, config)
     _forget_bitsandbytes(model)
     return packed
+
+
+def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
+    """Replaces the linear layers of a model by packed ones, one at a time, and returns their names.
+
+    Each full-precision weight is let go before the next is packed. Layers that bitsandbytes packed are taken over as
+    they are, whatever `config.format` says, their bytes shared. `config.embedding_format` packs embedding and head.
+    Raises QuantizationError naming the weight and the first bad index for NaN or infinity, TargetError when there is
+    nothing to pack or a tied head would be packed without its embedding; the model is then as it was.
+    """
+    packable_alone(model, config)
+    return pack_rest_(model, config)

@@ -9,10 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add_lora_, load_quantized, train
+from qlora_lite import (
+    LoraConfig,
+    MemoryProfiler,
+    QuantConfig,
+    TrainConfig,
+    add_lora_,
+    load_quantized,
+    low_rank,
+    train,
+)
 from qlora_lite.adapters import adapter_parameters
 from qlora_lite.checkpointing import checkpointed, repeated_blocks
 from qlora_lite.errors import ConfigError
+from qlora_lite.objective import headless_loss
 
 
 def test_gradients_are_the_same_and_less_is_kept(tiny_folder: Path) -> None:
@@ -34,6 +44,20 @@ def test_gradients_are_the_same_and_less_is_kept(tiny_folder: Path) -> None:
     assert seen[1][0] < 0.5 * seen[0][0]
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(seen[0][1], seen[1][1], strict=True))
     assert len(repeated_blocks(model)) == 2 and not any("forward" in vars(block) for block in repeated_blocks(model))
+
+
+def test_the_last_product_of_a_block_is_not_computed_again(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_quantized(tiny_folder, QuantConfig()).train()
+    add_lora_(model, LoraConfig(rank=2))
+    tokens = torch.randint(100, (1, 8))
+    products: list[int] = []
+    product = low_rank._product
+    monkeypatch.setattr(low_rank, "_product", lambda *given: (products.append(1), product(*given))[1])
+    with checkpointed(model, "full"):
+        loss = headless_loss(model, {"input_ids": tokens, "labels": tokens})
+        assert len(products) == 2 * 7
+        loss.backward()
+    assert len(products) == 2 * (7 + 6)
 
 
 def test_a_budget_is_met_and_used(make_tiny_model: Callable[..., Path], tmp_path: Path) -> None:

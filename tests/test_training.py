@@ -233,7 +233,7 @@ def test_adapters_of_16_bits_learn(tiny_folder: Path, adapter_dtype: torch.dtype
 
 
 @pytest.mark.parametrize(
-    ("learning_rate", "message"), [(1e30, "of step 2 is (nan|inf)"), (1e38, "update of step 1|of step 2")]
+    ("learning_rate", "message"), [(1e30, "of step 2 is (nan|inf)"), (1e36, "(update of step 1|of step 2)")]
 )
 def test_a_run_that_diverges_leaves_an_adapter_that_works(
     tiny_folder: Path, tmp_path: Path, learning_rate: float, message: str
