@@ -20,6 +20,10 @@ demo: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN) profiling/step_memory.py
+	$(RUN) profiling/packing.py
+	$(RUN) profiling/base_formats.py
+	$(RUN) profiling/step_growth.py
+	$(RUN) profiling/versus_peft.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -23,7 +23,7 @@ from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
 from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, TrainingError
 from qlora_lite.lean import lean
 from qlora_lite.load import load_quantized
-from qlora_lite.memory.host import keep_freed_pages
+from qlora_lite.memory.host import keep_freed_pages, release_freed_pages
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
 from qlora_lite.memory.report import MemoryReport
 from qlora_lite.objective import Batch, check_packing, choose_loss, labelled_tokens
@@ -197,8 +197,10 @@ class _Run:
         total = torch.zeros((), device=self.accelerator.device)
         for batch in group:
             with dial.batch(batch["input_ids"].numel(), self.state_bytes()) as phase:
+                release_freed_pages()
                 with self.phase("forward"), phase("forward"):
                     loss = self.loss(self.model, batch) / labelled
+                release_freed_pages()
                 with self.phase("backward"), phase("backward"):
                     self.accelerator.backward(loss)
             total += loss.detach()

@@ -3,9 +3,35 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
+
+import pytest
 
 from qlora_lite.memory.host import keep_freed_pages
 
+GLIBC = platform.libc_ver()[0] == "glibc"
+
 
 def test_can_be_set_with_glibc_and_says_whether_it_could() -> None:
-    assert keep_freed_pages() is (platform.libc_ver()[0] == "glibc")
+    assert keep_freed_pages() is GLIBC
+
+
+@pytest.mark.skipif(not GLIBC, reason="another malloc")
+def test_freed_pages_are_kept_until_they_are_released() -> None:
+    program = """
+from qlora_lite.memory.host import keep_freed_pages, release_freed_pages
+from qlora_lite.memory.measure import resident_bytes
+import torch
+keep_freed_pages()
+start = resident_bytes()
+kept = [torch.ones(1 << 20) for _ in range(40)]
+above = torch.ones(1 << 20)
+del kept
+held = resident_bytes() - start
+release_freed_pages()
+print(held >> 20, (resident_bytes() - start) >> 20)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    held, released = map(int, done.stdout.split())
+    assert held > 120 and released < 20
