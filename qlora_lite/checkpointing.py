@@ -77,6 +77,7 @@ class Dial:
         self.attention_kept = 0
         self._cost: _Cost | None = None
         self._noted: dict[int, int] | None = None
+        self._attention_bytes = 0
 
     def run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A block's forward, checkpointed or not."""
@@ -126,7 +127,7 @@ class Dial:
     @contextmanager
     def _measuring(self, tokens: int) -> Iterator[Phase]:
         """Keeps one block, and finds what that costs and what the peaks are."""
-        self.kept, self._noted, self._attention_bytes = 1, {}, 0
+        self.kept, self._noted = 1, {}
         resident = [*self._model.parameters(), *self._model.buffers()]
         with StorageTrace() as trace:
             for tensor in resident:

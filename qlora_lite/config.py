@@ -142,9 +142,9 @@ class TrainConfig:
     warmup_steps: the learning rate rises linearly to `learning_rate` over them, then falls as a cosine to 0.
     max_grad_norm: the joint 2-norm of all gradients is clipped to it; None clips nothing.
     optimizer: `adamw` (fp32 states) or `adamw8bit` (bitsandbytes' blockwise 8-bit states).
-    checkpointing: `full` keeps only the inputs of each block for backward, computing the rest again; `none` keeps all;
-        a number of bytes keeps as many blocks as fit, so that the peak of live tensor bytes above the model's own
-        stays below it.
+    checkpointing: `full` keeps only the inputs of each block for backward, computing the rest again; `none` keeps
+        products and attention of all blocks; a number of bytes keeps attention outputs, and then whole blocks, as
+        many as fit, so that the peak of live tensor bytes above the model's own stays below it.
     """
 
     steps: int = 100

@@ -7,11 +7,13 @@ range of each tensor, and the bytes (https://github.com/huggingface/safetensors#
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +41,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # What a folder may hold that is replaced as a whole: the files that checkpoints, adapters and runs consist of.
 CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jsonl", ".jinja", ".model")
+UNFINISHED = ".partial"
+ABANDONED_AFTER_SECONDS = 24 * 60 * 60
 CHECKPOINT_NAMES = ("merges.txt", "vocab.txt", "README.md")
 
 
@@ -176,7 +180,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     check_replaceable(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        remove_abandoned(target.parent, f".{glob.escape(target.name)}.*{UNFINISHED}")
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent))
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
     try:
@@ -196,6 +201,13 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Removes unfinished folders that killed processes left behind; a living one needs hours, not a day."""
+    for left in folder.glob(pattern):
+        if time.time() - left.stat().st_mtime > ABANDONED_AFTER_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -16,6 +16,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized
 from qlora_lite.adapters import adapter_parameters, lora_layers
 from qlora_lite.checkpointing import checkpointed
+from qlora_lite.lean import lean
 from qlora_lite.objective import headless_loss, own_loss
 from qlora_lite.optim import make_optimizer
 
@@ -40,7 +41,8 @@ def step(model: nn.Module, checkpointing: str) -> set[str]:
     ids = torch.zeros(2, 12, dtype=torch.int64, device=DEVICE)
     devices = set()
     for loss_of in (headless_loss, own_loss):
-        with checkpointed(model, checkpointing):
+        with lean(model) as exchanged, checkpointed(model, checkpointing):
+            assert len(exchanged) == 7  # the norms and gated products of two blocks, and the last norm
             loss = loss_of(model, {"input_ids": ids, "labels": ids, "attention_mask": ids})
             loss.backward()
         torch.nn.utils.clip_grad_norm_(adapters.values(), 1.0, foreach=False)

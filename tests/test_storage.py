@@ -74,6 +74,16 @@ def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
         pass
 
 
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    for name in (".out.old1.partial", ".out.new1.partial", ".other.old1.partial"):
+        (tmp_path / name).mkdir()
+    for name in (".out.old1.partial", ".other.old1.partial"):
+        os.utime(tmp_path / name, (0, 0))
+    with new_folder(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.old1.partial", ".out.new1.partial", "out"]
+
+
 def test_behind_a_link_the_folder_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     for link, target in (("link", "real"), ("dangling", "later")):
