@@ -48,7 +48,7 @@ FORMATS = {
 def text_windows(folder: Path, window: int, windows: int) -> torch.Tensor:
     """`(windows, window)` tokens of running text."""
     text = "\n".join(topics.values())[: 8 * window * windows]
-    ids = load_tokenizer(folder)(text, return_tensors="pt").input_ids[0]
+    ids = load_tokenizer(folder)(text, return_tensors="pt", verbose=False).input_ids[0]
     return ids[: window * windows].view(windows, window)
 
 
