@@ -31,6 +31,8 @@ from qlora_lite.optim import learning_rate_factor, make_optimizer
 from qlora_lite.progress import training_progress
 from qlora_lite.run_folder import RunFolder, run_folder
 
+FP32_BYTES = 4
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -174,7 +176,7 @@ class _Run:
         """Bytes of the optimizer's states; before the first update, what AdamW's will be at the most."""
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         known = sum(value.nbytes for value in states if isinstance(value, Tensor))
-        return known or 2 * sum(parameter.nbytes for parameter in self.adapters.values())
+        return known or sum(2 * FP32_BYTES * parameter.numel() for parameter in self.adapters.values())
 
     def step(self, number: int, group: list[Batch], dial: Dial, folder: RunFolder) -> StepMetrics:
         """Forward and backward of each batch, one update. TrainingError before the update if it would spoil it."""
