@@ -83,17 +83,20 @@ def _peft_key(name: str, layer: LoraLayer, part: str) -> str:
     return f"{PREFIX}{name}.lora_{part}.weight"
 
 
+def _adaptable_names(model: nn.Module) -> set[str]:
+    """Names of the layers that have an adapter or could get one."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, LoraLayer) or kind_of(module) is not None) and not name.endswith(".base_layer")
+    }
+
+
 def _common_names(adapted: Iterable[str], model: nn.Module) -> list[str]:
     """Last parts of the adapted names where those mean exactly these layers; the whole names otherwise."""
     adapted = set(adapted)
     ends = sorted({name.rpartition(".")[2] for name in adapted})
-    meant = {
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, LoraLayer) or kind_of(module) is not None)
-        and not name.endswith(".base_layer")
-        and any(answers_to(name, end) for end in ends)
-    }
+    meant = {name for name in _adaptable_names(model) if any(answers_to(name, end) for end in ends)}
     return ends if meant == adapted else sorted(adapted)
 
 
@@ -215,13 +218,9 @@ def _mismatches(model: nn.Module, pairs: dict[str, dict[str, Tensor]], rank: int
 
 def _left_out(model: nn.Module, pairs: dict[str, dict[str, Tensor]], targets: object) -> list[str]:
     """What the configuration targets and the file has nothing for: part of the adapter is lost."""
-    layers = {
-        name
-        for name, module in model.named_modules()
-        if not name.endswith(".base_layer") and (isinstance(module, LoraLayer) or kind_of(module) is not None)
-    }
     if targets in (None, ALL_LINEAR):
         return []
+    layers = _adaptable_names(model)
     if isinstance(targets, str):
         try:
             meant = {name for name in layers if re.fullmatch(targets, name)}

@@ -1,6 +1,6 @@
 """Causal attention on a CPU from large matrix products, faster than torch's own kernel there.
 
-torch's CPU kernel of `scaled_dot_product_attention` multiplies small tiles, at a quarter of the speed of batched
+torch's CPU kernel of `scaled_dot_product_attention` multiplies small tiles, at a fraction of the speed of batched
 products. Here a block of query rows meets all the keys that it may see at once: a product for the scores and a softmax
 in fp32, a product with the values. Query heads that share a key head (grouped-query attention) are rows of the same
 product, so keys and values are not repeated. Kept for backward are q, k, v and the output; the scores are computed
