@@ -23,7 +23,7 @@ from qlora_lite.attention import OutputStash
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.trace import StorageTrace, storages_of
-from qlora_lite.modules import replaced_forward
+from qlora_lite.modules import repeated_blocks, replaced_forward
 
 # Allocations that differ from batch to batch (other lengths, other numbers of labels) at the same number of tokens.
 MARGIN = 0.03
@@ -40,21 +40,6 @@ class _Cost(NamedTuple):
     backward: int
     block: int
     attention: int
-
-
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the children of its outermost ModuleLists."""
-    blocks: list[nn.Module] = []
-
-    def visit(module: nn.Module) -> None:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList):
-                blocks.extend(child)
-            else:
-                visit(child)
-
-    visit(model)
-    return blocks
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -111,20 +111,28 @@ def draw_seed() -> int:
 MASK_SHIFT = 13
 
 
+INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def dropout_mask(like: Tensor, probability: float, seed: int) -> Tensor:
-    """Zeros with this probability, 1 / (1 - probability) elsewhere; the same seed gives the same mask.
+    """All bits zero with this probability, all set elsewhere, in integers of like's size; see `masked`.
 
     `(rows, width)`, a view: row i begins at place MASK_SHIFT * i of one random string, because drawing a number for
     each entry costs more than the product that the mask is for. Entries of a row are independent; two entries are
-    the same one only if they are MASK_SHIFT * n features and n rows apart.
+    the same one only if they are MASK_SHIFT * n features and n rows apart. The same seed gives the same mask.
     """
     rows, width = like.shape
-    string = like.new_empty(MASK_SHIFT * max(rows - 1, 0) + width)
+    string = like.new_empty(MASK_SHIFT * max(rows - 1, 0) + width, dtype=torch.float32)
     generator = None
     if type(like) is Tensor:
         generator = torch.Generator(like.device).manual_seed(seed)
-    string.bernoulli_(1 - probability, generator=generator).div_(1 - probability)
-    return string.as_strided((rows, width), (MASK_SHIFT, 1))
+    kept = string.uniform_(generator=generator) >= probability
+    return kept.to(INTEGER_OF_SIZE[like.itemsize]).neg_().as_strided((rows, width), (MASK_SHIFT, 1))
+
+
+def masked(rows: Tensor, mask: Tensor) -> Tensor:
+    """The rows where the mask is set, 0 elsewhere: bit by bit, which is three times as fast as a product of floats."""
+    return (rows.view(mask.dtype) & mask).view(rows.dtype)
 
 
 @functools.cache
@@ -141,7 +149,7 @@ def product_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
 
 
 class _LowRank(torch.autograd.Function):
-    """A x over rows x, dropout applied; and what `_AdaptedLinear` needs in backward, kept here: A x, A, B, x.
+    """A (m * x) over rows x, m dropout's factor; and what `_AdaptedLinear` needs in backward, kept here: it, A, B, x.
 
     Kept by a node of its own, before the product: a block that is computed again for backward ends where the last
     thing to keep is kept, and so spares the last product, a quarter of a transformer block's. No gradient comes
@@ -157,8 +165,10 @@ class _LowRank(torch.autograd.Function):
         rows = x.to(dtype)
         if dropout > 0:
             ctx.seed = draw_seed()
-            rows = rows * dropout_mask(rows, dropout, ctx.seed)
+            rows = masked(rows, dropout_mask(rows, dropout, ctx.seed))
         low = rows @ lora_A.to(dtype).T
+        if dropout > 0:
+            low.div_(1 - dropout)
         if recipe is not None:
             ctx.again = recipe.again
             ctx.again.will_read()
@@ -172,7 +182,7 @@ class _LowRank(torch.autograd.Function):
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """y = x W0^T + bias + s (m * x) A^T B^T over rows x; m is the dropout mask, or 1. Kept: by `_LowRank`."""
+    """y = x W0^T + bias + s (m * x) A^T B^T over rows x; m: 0 or 1 / (1 - dropout), or 1. Kept: by `_LowRank`."""
 
     @staticmethod
     def forward(
@@ -207,14 +217,17 @@ class _AdaptedLinear(torch.autograd.Function):
             rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
             grad_low = (grad @ lora_B.to(ctx.dtype)).mul_(ctx.scaling)
             grad_B = (low.T @ grad).T.to(lora_B.dtype).mul_(ctx.scaling) if need_B else None
-            mask = dropout_mask(rows, ctx.kept.dropout, ctx.kept.seed) if ctx.kept.dropout > 0 else None
+            mask = None
+            if ctx.kept.dropout > 0:
+                mask = dropout_mask(rows, ctx.kept.dropout, ctx.kept.seed)
+                rows = masked(rows, mask)
+                grad_low.div_(1 - ctx.kept.dropout)
             if grad_x is not None and mask is None:
                 grad_x.addmm_(grad_low, lora_A.to(ctx.dtype))
             elif grad_x is not None:
-                grad_x.addcmul_(grad_low @ lora_A.to(ctx.dtype), cast(Tensor, mask))
+                grad_x.add_(masked(grad_low @ lora_A.to(ctx.dtype), cast(Tensor, mask)))
             if need_A:
-                dropped = rows if mask is None else rows * mask
-                grad_A = (grad_low.T @ dropped).to(lora_A.dtype)
+                grad_A = (grad_low.T @ rows).to(lora_A.dtype)
         grad_x = None if grad_x is None else grad_x.to(x_dtype)
         return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
 

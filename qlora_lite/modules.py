@@ -69,6 +69,21 @@ def replace_modules_(model: nn.Module, make: Callable[[str, nn.Module], nn.Modul
     return order
 
 
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model: the children of its outermost ModuleLists."""
+    blocks: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                blocks.extend(child)
+            else:
+                visit(child)
+
+    visit(model)
+    return blocks
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
     """Within the block the module's forward is this one; then what it was, be it the class's or its own."""

@@ -29,6 +29,7 @@ from qlora_lite.memory.report import MemoryReport
 from qlora_lite.objective import Batch, check_packing, choose_loss, labelled_tokens
 from qlora_lite.optim import learning_rate_factor, make_optimizer
 from qlora_lite.progress import training_progress
+from qlora_lite.residency import holes_limited
 from qlora_lite.run_folder import RunFolder, run_folder
 
 FP32_BYTES = 4
@@ -274,6 +275,7 @@ def train(
         _in_training(model),
         lean(model),
         checkpointed(model, config.checkpointing) as dial,
+        holes_limited(model, run.accelerator.device),
         training_progress(config.steps, progress) as show,
         contextlib.closing(run),
     ):

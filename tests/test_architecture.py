@@ -43,6 +43,7 @@ FLOORS = (
         "adapter_files",
         "load",
         "checkpointing",
+        "residency",
         "lean",
         "objective",
         "data",

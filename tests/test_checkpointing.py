@@ -20,8 +20,9 @@ from qlora_lite import (
     train,
 )
 from qlora_lite.adapters import adapter_parameters
-from qlora_lite.checkpointing import checkpointed, repeated_blocks
+from qlora_lite.checkpointing import checkpointed
 from qlora_lite.errors import ConfigError
+from qlora_lite.modules import repeated_blocks
 from qlora_lite.objective import headless_loss
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lite.low_rank import adapted_linear, draw_seed, dropout_mask, product_dtype
+from qlora_lite.low_rank import adapted_linear, draw_seed, dropout_mask, masked, product_dtype
 
 
 def parts(dtype: torch.dtype = torch.double) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -35,7 +35,9 @@ def test_equals_plain_autograd_with_the_same_mask(dropout: float) -> None:
     torch.manual_seed(1)
     ours = adapted_linear(x, weight, bias, a, b, scaling=1.5, dropout=dropout)
     torch.manual_seed(1)
-    mask = dropout_mask(x.reshape(-1, 8), dropout, draw_seed()).view_as(x) if dropout else torch.ones_like(x)
+    mask = torch.ones_like(x)
+    if dropout:
+        mask = dropout_mask(x.reshape(-1, 8), dropout, draw_seed()).view(x.shape).ne(0) / (1 - dropout)
     plain = F.linear(x, weight, bias) + 1.5 * ((x * mask) @ a.T @ b.T)
     torch.testing.assert_close(ours, plain)
     gradient = torch.randn_like(ours)
@@ -75,3 +77,13 @@ def test_frozen_inputs_get_no_gradient() -> None:
     x, weight, _, a, b = parts(torch.float32)
     adapted_linear(x.detach(), weight.requires_grad_(), None, a, b.detach()).sum().backward()
     assert x.grad is None and weight.grad is None and b.grad is None and a.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_mask_drops_what_it_says_and_changes_nothing_else(dtype: torch.dtype) -> None:
+    x = torch.randn(300, 500).to(dtype)
+    mask = dropout_mask(x, 0.2, seed=3)
+    kept = masked(x, mask)
+    assert torch.equal(kept, torch.where(mask.ne(0), x, 0))
+    assert (kept == 0).double().mean() == pytest.approx(0.2, abs=0.02)
+    assert torch.equal(mask, dropout_mask(x, 0.2, seed=3)) and not torch.equal(mask, dropout_mask(x, 0.2, seed=4))

@@ -35,3 +35,26 @@ print(held >> 20, (resident_bytes() - start) >> 20)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     held, released = map(int, done.stdout.split())
     assert held > 120 and released < 20
+
+
+@pytest.mark.skipif(not GLIBC, reason="another malloc")
+def test_a_limit_hands_back_when_the_process_has_grown_and_not_before() -> None:
+    program = """
+from qlora_lite.memory.host import GROWTH_PART, LEAST_GROWTH, HoleLimit, keep_freed_pages
+from qlora_lite.memory.measure import resident_bytes
+import torch
+keep_freed_pages()
+limit = HoleLimit()
+start = resident_bytes()
+room = max(LEAST_GROWTH, start // GROWTH_PART)
+values = (room // 2) // 4 // 8
+held = [torch.ones(values) for _ in range(8)]
+print(limit.check())  # half of what it may grow
+more = [torch.ones(values) for _ in range(16)]
+above = torch.ones(1 << 20)
+del more
+print(limit.check(), (resident_bytes() - start) < room)
+print(limit.check())  # what lives is no hole
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True", "False"]
