@@ -108,7 +108,7 @@ def draw_seed() -> int:
 
 
 # Each row of a dropout mask is the row above it, moved on by so many places.
-MASK_SHIFT = 13
+MASK_SHIFT = 5
 
 
 INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -135,6 +135,12 @@ def masked(rows: Tensor, mask: Tensor) -> Tensor:
     return (rows.view(mask.dtype) & mask).view(rows.dtype)
 
 
+def mask_(rows: Tensor, mask: Tensor) -> Tensor:
+    """`masked` in place."""
+    rows.view(mask.dtype).bitwise_and_(mask)
+    return rows
+
+
 @functools.cache
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has bf16 instructions; without them a bf16 product takes about ten times an fp32 one."""
@@ -149,7 +155,7 @@ def product_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
 
 
 class _LowRank(torch.autograd.Function):
-    """A (m * x) over rows x, m dropout's factor; and what `_AdaptedLinear` needs in backward, kept here: it, A, B, x.
+    """A (m * x) over rows x, m dropout's zeros and ones; and what `_AdaptedLinear` needs in backward: that, A, B, x.
 
     Kept by a node of its own, before the product: a block that is computed again for backward ends where the last
     thing to keep is kept, and so spares the last product, a quarter of a transformer block's. No gradient comes
@@ -167,8 +173,6 @@ class _LowRank(torch.autograd.Function):
             ctx.seed = draw_seed()
             rows = masked(rows, dropout_mask(rows, dropout, ctx.seed))
         low = rows @ lora_A.to(dtype).T
-        if dropout > 0:
-            low.div_(1 - dropout)
         if recipe is not None:
             ctx.again = recipe.again
             ctx.again.will_read()
@@ -182,7 +186,7 @@ class _LowRank(torch.autograd.Function):
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """y = x W0^T + bias + s (m * x) A^T B^T over rows x; m: 0 or 1 / (1 - dropout), or 1. Kept: by `_LowRank`."""
+    """y = x W0^T + bias + s (m * x) A^T B^T over rows x; s is scaling / (1 - dropout). Kept: by `_LowRank`."""
 
     @staticmethod
     def forward(
@@ -220,14 +224,13 @@ class _AdaptedLinear(torch.autograd.Function):
             mask = None
             if ctx.kept.dropout > 0:
                 mask = dropout_mask(rows, ctx.kept.dropout, ctx.kept.seed)
-                rows = masked(rows, mask)
-                grad_low.div_(1 - ctx.kept.dropout)
             if grad_x is not None and mask is None:
                 grad_x.addmm_(grad_low, lora_A.to(ctx.dtype))
             elif grad_x is not None:
-                grad_x.add_(masked(grad_low @ lora_A.to(ctx.dtype), cast(Tensor, mask)))
+                grad_x.add_(mask_(grad_low @ lora_A.to(ctx.dtype), cast(Tensor, mask)))
             if need_A:
-                grad_A = (grad_low.T @ rows).to(lora_A.dtype)
+                dropped = rows if mask is None else masked(rows, mask)
+                grad_A = (grad_low.T @ dropped).to(lora_A.dtype)
         grad_x = None if grad_x is None else grad_x.to(x_dtype)
         return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
 
@@ -258,5 +261,5 @@ def adapted_linear(
     with torch.autocast(device, enabled=False):
         if lora_A is not None and lora_B is not None:
             low = _LowRank.apply(rows, lora_A, lora_B, dropout, dtype, recipe_of(x))
-        y: Tensor = _AdaptedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, dtype, low)
+        y: Tensor = _AdaptedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling / (1 - dropout), dtype, low)
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -1,4 +1,4 @@
-"""Keeps what is resident near what lives while a model trains on a CPU: holes of the heap go back between its blocks."""
+"""Keeps what is resident near what lives while a model trains on a CPU: between blocks, holes of the heap go back."""
 
 from __future__ import annotations
 
