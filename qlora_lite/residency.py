@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.memory.host import HoleLimit
+from qlora_lite.memory.host import LOOSE, TIGHT, HoleLimit
 from qlora_lite.modules import repeated_blocks, replaced_forward
 
 
@@ -26,13 +26,14 @@ def _checked(limit: HoleLimit, own: Callable[..., Any], *args: Any, **kwargs: An
 
 
 @contextmanager
-def holes_limited(model: nn.Module, device: torch.device) -> Iterator[None]:
+def holes_limited(model: nn.Module, device: torch.device, kind: str | int) -> Iterator[HoleLimit]:
     """Within the block, a `HoleLimit` is checked before each repeated block's forward and backward.
 
-    On an accelerator, whose memory is not the process's, nothing is done. Forward methods are put back afterwards.
+    kind: of checkpointing; who recomputes nothing ("none") gives memory for time, and the limit is loose.
+    On an accelerator, whose memory is not the process's, blocks are left alone. Forward methods are put back after.
     """
-    limit = HoleLimit()
+    limit = HoleLimit(LOOSE if kind == "none" else TIGHT)
     with ExitStack() as stack:
         for block in repeated_blocks(model) if device.type == "cpu" else []:
             stack.enter_context(replaced_forward(block, functools.partial(_checked, limit, block.forward)))
-        yield
+        yield limit

@@ -23,7 +23,7 @@ from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
 from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, TrainingError
 from qlora_lite.lean import lean
 from qlora_lite.load import load_quantized
-from qlora_lite.memory.host import keep_freed_pages, release_freed_pages
+from qlora_lite.memory.host import HoleLimit, keep_freed_pages
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
 from qlora_lite.memory.report import MemoryReport
 from qlora_lite.objective import Batch, check_packing, choose_loss, labelled_tokens
@@ -179,7 +179,7 @@ class _Run:
         known = sum(value.nbytes for value in states if isinstance(value, Tensor))
         return known or sum(2 * FP32_BYTES * parameter.numel() for parameter in self.adapters.values())
 
-    def step(self, number: int, group: list[Batch], dial: Dial, folder: RunFolder) -> StepMetrics:
+    def step(self, number: int, group: list[Batch], dial: Dial, holes: HoleLimit, folder: RunFolder) -> StepMetrics:
         """Forward and backward of each batch, one update. TrainingError before the update if it would spoil it."""
         began = time.perf_counter()
         for batch in group:
@@ -200,10 +200,10 @@ class _Run:
         total = torch.zeros((), device=self.accelerator.device)
         for batch in group:
             with dial.batch(batch["input_ids"].numel(), self.state_bytes()) as phase:
-                release_freed_pages()
+                holes.phase_ends()
                 with self.phase("forward"), phase("forward"):
                     loss = self.loss(self.model, batch) / labelled
-                release_freed_pages()
+                holes.phase_ends()
                 with self.phase("backward"), phase("backward"):
                     self.accelerator.backward(loss)
             total += loss.detach()
@@ -275,12 +275,12 @@ def train(
         _in_training(model),
         lean(model),
         checkpointed(model, config.checkpointing) as dial,
-        holes_limited(model, run.accelerator.device),
+        holes_limited(model, run.accelerator.device, config.checkpointing) as holes,
         training_progress(config.steps, progress) as show,
         contextlib.closing(run),
     ):
         for number, group in enumerate(_micro_batches(batches, config), start=1):
-            steps.append(run.step(number, group, dial, folder))
+            steps.append(run.step(number, group, dial, holes, folder))
             show(steps[-1])
             folder.note(steps[-1])
     return TrainResult(steps, time.perf_counter() - began, run.own_loss_because)

@@ -40,6 +40,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
     values=st.sampled_from([0, 2]),
     block=st.sampled_from([1, 7, 16, 128]),
     budget=st.sampled_from([1, 1 << 12, 4 << 20]),
+    together=st.sampled_from([1, 4 << 20]),
     masked=st.booleans(),
 )
 def test_equals_the_written_out_formula(
@@ -51,6 +52,7 @@ def test_equals_the_written_out_formula(
     values: int,
     block: int,
     budget: int,
+    together: int,
     masked: bool,
 ) -> None:
     tensors = inputs((batch, group * key_heads, tokens, width), key_heads, torch.float32, values)
@@ -60,6 +62,7 @@ def test_equals_the_written_out_formula(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK_ROWS", block)
         patch.setattr(attention, "SCORE_BYTES", budget)
+        patch.setattr(attention, "KEY_BYTES", together)
         ours = causal_attention(*tensors, 0.3, mask)
         expected = plain(*tensors, 0.3, mask)
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
@@ -86,7 +89,8 @@ def test_bf16_is_no_less_exact_than_the_written_out_formula() -> None:
 
 def test_scores_lose_nothing_to_bf16() -> None:
     q, k, _ = (tensor.detach() for tensor in inputs((1, 2, 64, 32), 2, torch.bfloat16))
-    weights = attention._weights(q[0].unsqueeze(1), k[0].float(), slice(0, 64), 0.5, None)
+    sight = attention._Sight(slice(0, 64), None, 2, q.device)
+    weights = attention._weights(q[0].float() * 0.5, k[0].float(), slice(0, 2), sight)
     seen = torch.ones(64, 64, dtype=torch.bool).tril()
     exact = (q[0].double() @ k[0].double().transpose(1, 2) * 0.5).masked_fill(~seen, -torch.inf).softmax(-1)
     torch.testing.assert_close(weights.double(), exact, rtol=1e-4, atol=1e-7)
@@ -96,9 +100,9 @@ def test_what_is_kept_is_small_and_in_the_dtype_of_the_inputs() -> None:
     tensors = inputs((1, 4, 64, 8), 2, torch.bfloat16)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        out = causal_attention(*tensors, 0.3)
+        causal_attention(*tensors, 0.3)
     assert {tensor.dtype for tensor in kept} == {torch.bfloat16}
-    assert sum(tensor.nbytes for tensor in kept) == sum(tensor.nbytes for tensor in (*tensors, out))
+    assert sum(tensor.nbytes for tensor in kept) == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_a_stash_hands_the_outputs_out_again(monkeypatch: pytest.MonkeyPatch) -> None:

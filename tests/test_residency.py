@@ -23,7 +23,7 @@ def test_each_block_is_checked_twice(kind: str, tiny_folder: Path, monkeypatch: 
     blocks, tokens = repeated_blocks(model), torch.randint(100, (1, 8))
     checks: list[int] = []
     monkeypatch.setattr(HoleLimit, "check", lambda limit: bool(checks.append(1)))
-    with checkpointed(model, kind), holes_limited(model, CPU):
+    with checkpointed(model, kind), holes_limited(model, CPU, kind):
         loss = model(tokens, labels=tokens, use_cache=False).loss
         assert len(checks) == len(blocks)
         loss.backward()
@@ -34,5 +34,5 @@ def test_each_block_is_checked_twice(kind: str, tiny_folder: Path, monkeypatch: 
 
 def test_an_accelerators_memory_is_left_alone(tiny_folder: Path) -> None:
     model = load_quantized(tiny_folder, QuantConfig())
-    with holes_limited(model, torch.device("meta")):
+    with holes_limited(model, torch.device("meta"), "full"):
         assert not any("forward" in vars(block) for block in repeated_blocks(model))

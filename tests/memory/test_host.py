@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from qlora_lite.memory.host import keep_freed_pages
+from qlora_lite.memory import host
+from qlora_lite.memory.host import LOOSE, TIGHT, HoleLimit, keep_freed_pages
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 
@@ -38,15 +39,16 @@ print(held >> 20, (resident_bytes() - start) >> 20)
 
 
 @pytest.mark.skipif(not GLIBC, reason="another malloc")
-def test_a_limit_hands_back_when_the_process_has_grown_and_not_before() -> None:
-    program = """
-from qlora_lite.memory.host import GROWTH_PART, LEAST_GROWTH, HoleLimit, keep_freed_pages
+@pytest.mark.parametrize("part", [TIGHT, LOOSE])
+def test_a_limit_hands_back_when_the_process_has_grown_and_not_before(part: float) -> None:
+    program = f"""
+from qlora_lite.memory.host import LEAST_GROWTH, HoleLimit, keep_freed_pages
 from qlora_lite.memory.measure import resident_bytes
 import torch
 keep_freed_pages()
-limit = HoleLimit()
+limit = HoleLimit({part})
 start = resident_bytes()
-room = max(LEAST_GROWTH, start // GROWTH_PART)
+room = max(LEAST_GROWTH, int(start * {part}))
 values = (room // 2) // 4 // 8
 held = [torch.ones(values) for _ in range(8)]
 print(limit.check())  # half of what it may grow
@@ -58,3 +60,13 @@ print(limit.check())  # what lives is no hole
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True", "True", "False"]
+
+
+@pytest.mark.parametrize(("part", "released"), [(TIGHT, 1), (LOOSE, 0)])
+def test_only_a_tight_limit_hands_back_between_phases(
+    part: float, released: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(host, "release_freed_pages", lambda: bool(calls.append(1)))
+    HoleLimit(part).phase_ends()
+    assert len(calls) == released
