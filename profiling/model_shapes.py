@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from real_model import cache_folder
 
-# llama-1b is TinyLlama-1.1B's: 22 layers, grouped-query attention, untied head.
+# llama-1b is TinyLlama-1.1B's, llama3-8b Llama-3-8B's; the other llamas lie between in size.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-1b": {
         "vocab_size": 32000,
@@ -33,6 +34,37 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
         "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
+    "llama-300m": {
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
+    "llama-3b": {
+        "vocab_size": 32000,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
+    "llama3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
         "tie_word_embeddings": False,
     },
     "smollm2-135m": {
@@ -47,13 +79,19 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 INIT_STD = 0.02
+SLICE_VALUES = 1 << 22
 SHARDS = 5
 
 
-def _random(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+def _slices(shape: tuple[int, ...], seed: int) -> Iterator[torch.Tensor]:
     if len(shape) == 1:  # norms
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul_(INIT_STD).bfloat16()
+        yield torch.ones(shape, dtype=torch.bfloat16)
+        return
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, SLICE_VALUES // shape[1])
+    for start in range(0, shape[0], rows):
+        count = min(rows, shape[0] - start)
+        yield torch.randn((count, shape[1]), generator=generator).mul_(INIT_STD).bfloat16()
 
 
 def make_shape(name: str, layers: int | None = None) -> Path:
@@ -68,7 +106,7 @@ def make_shape(name: str, layers: int | None = None) -> Path:
         settings["num_hidden_layers"] = layers
     model = empty_model(LlamaConfig(**settings), torch.bfloat16)
     plan = {
-        key: PlannedTensor(tuple(tensor.shape), torch.bfloat16, partial(_random, tuple(tensor.shape), seed))
+        key: PlannedTensor(tuple(tensor.shape), torch.bfloat16, partial(_slices, tuple(tensor.shape), seed))
         for seed, (key, tensor) in enumerate(model.state_dict().items())
     }
     largest_shard = sum(tensor.bytes for tensor in plan.values()) // SHARDS + (64 << 20)
@@ -76,6 +114,26 @@ def make_shape(name: str, layers: int | None = None) -> Path:
         write_sharded(temporary, plan, largest_shard)
         save_companions(model, None, temporary, torch.bfloat16)
     return folder
+
+
+def make_adapter(folder: Path, rank: int = 16) -> Path:
+    """The folder of an adapter with random values on all linear layers of a checkpoint; made if it is not there."""
+    from qlora_lite import LoraConfig, add_lora_, save_adapter
+    from qlora_lite.adapters import adapter_parameters
+    from qlora_lite.hub import read_config
+
+    target = folder.with_name(f"{folder.name}-adapter-{rank}")
+    if target.is_dir():
+        return target
+    model = empty_model(read_config(folder), torch.bfloat16)
+    model.config._name_or_path = str(folder)
+    add_lora_(model, LoraConfig(rank=rank, alpha=2 * rank))
+    for seed, (name, parameter) in enumerate(adapter_parameters(model).items()):
+        owner, _, key = name.rpartition(".")
+        values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)).mul_(INIT_STD)
+        setattr(model.get_submodule(owner), key, torch.nn.Parameter(values))
+    save_adapter(model, target)
+    return target
 
 
 def main() -> None:

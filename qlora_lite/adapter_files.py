@@ -24,10 +24,10 @@ from qlora_lite.storage import (
     new_folder,
     planned,
     read_json,
-    read_safetensors,
     write_json,
     write_safetensors,
 )
+from qlora_lite.tensor_files import read_safetensors
 
 TENSOR_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -251,7 +251,7 @@ def _other_bases(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
         weight = getattr(base, "weight", None)
         if weight is None or weight.shape != tensor.shape:
             problems.append(f"{name} comes with a base weight {tuple(tensor.shape)} that fits no layer of the model")
-        elif isinstance(weight, Tensor) and not torch.equal(weight, tensor.to(weight)):
+        elif isinstance(weight, Tensor) and not weight.is_meta and not torch.equal(weight, tensor.to(weight)):
             problems.append(f"{name} comes with a base weight that differs from the model's")
     return problems
 
@@ -286,6 +286,7 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     layers = lora_layers(model)
     for name, layer in layers.items():
         layer.alpha, layer.dropout = alpha, dropout
-        layer.load_state_dict(pairs[name], strict=False)
+        # On meta there is nothing to copy into.
+        layer.load_state_dict(pairs[name], strict=False, assign=layer.lora_A.is_meta)
     freeze_base_(model)
     return list(layers)

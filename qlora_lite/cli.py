@@ -151,28 +151,35 @@ def merge(
     model: Model,
     adapter: Annotated[Path, typer.Option("--adapter", help="Folder saved by train, or by peft.")],
     output: Output,
+    base: Annotated[str, typer.Option(help="dequantized: into what was trained on; original: into --model.")] = (
+        "dequantized"
+    ),
     dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
     format: Format = "nf4",
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
     embedding_format: EmbeddingFormat = "none",
-    max_shard_bytes: Annotated[int, typer.Option(help="Largest size of a tensor file.")] = 5 * 10**9,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a tensor file: 5GB, 500MiB, ...")] = "5GB",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Merge an adapter into the base it was trained on (say its --format) and write a plain checkpoint."""
-    from qlora_lite.adapter_files import load_adapter_
-    from qlora_lite.config import QuantConfig, dtype_named
-    from qlora_lite.export import export_merged
-    from qlora_lite.load import load_quantized
+    """Merge an adapter into a checkpoint, from disk to disk; say the --format that it was trained on."""
+    from qlora_lite.config import QuantConfig, byte_count, dtype_named
+    from qlora_lite.export import REPORT_FILE, merge_checkpoint
+    from qlora_lite.merge_report import render
 
     target = dtype_named(dtype)
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
+    shard = byte_count("--max-shard-size must be", max_shard_size)
     _check_output(output, overwrite, model, adapter)
-    loaded = load_quantized(model, quant)
-    layers = load_adapter_(loaded, adapter)
-    files = export_merged(loaded, output, target, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
-    _finish({"layers_merged": len(layers), "dtype": dtype, "files": files, "output": str(output)}, json)
+    done = merge_checkpoint(
+        model, adapter, output, quant, target, base=base, max_shard_bytes=shard, overwrite=overwrite
+    )
+    print(render(done.report))
+    total = done.report.to_json()["total"]
+    layers = sum(figures.update is not None for figures in done.report.tensors)
+    figures = {"layers_merged": layers, "base": base, "dtype": dtype, "files": done.files, "output": str(output)}
+    _finish({**figures, "report": str(output / REPORT_FILE), **(total if json else {})}, json)
 
 
 @app.command()

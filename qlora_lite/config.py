@@ -35,10 +35,14 @@ def checkpointing_named(text: str) -> str | int:
     """`"full"`, `"none"`, or a size such as `"300MiB"`, `"2GiB"`, `"500000000"` as bytes. ConfigError otherwise."""
     if text in CHECKPOINTING:
         return text
+    return byte_count(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, or", text)
+
+
+def byte_count(what: str, text: str) -> int:
+    """Bytes of a size such as `300MiB` or `5GB`. ConfigError that begins with `what` for anything else."""
     size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
     if size is None or size[2].lower() not in BYTE_UNITS:
-        kinds = ", ".join(CHECKPOINTING)
-        raise ConfigError(f"checkpointing must be one of {kinds}, or a size such as 300MiB; got {text!r}")
+        raise ConfigError(f"{what} a size such as 300MiB or 5GB; got {text!r}")
     return int(float(size[1]) * BYTE_UNITS[size[2].lower()])
 
 

@@ -1,103 +1,231 @@
-"""`export_merged`: the model that was trained, as an ordinary checkpoint without adapters or packed weights."""
+"""Out: what was trained as an ordinary checkpoint, written a few rows at a time, with what that cost in numbers.
+
+`export_merged` takes a model in memory, `merge_checkpoint` a checkpoint and an adapter on disk, of which no tensor is
+ever held whole. Both plan every tensor first (weight_rows.py says where its rows come from), then write it:
+W0 + (alpha / r) B A, summed in fp32 and cast.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qlora_lite import hub
-from qlora_lite.config import FLOAT_DTYPES, is_count, require
-from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.adapter_files import load_adapter_
+from qlora_lite.config import FLOAT_DTYPES, QuantConfig, is_count, require
+from qlora_lite.delta import Delta
+from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.finite import cast_finite
+from qlora_lite.load import check_fits
 from qlora_lite.lora import LoraLayer
+from qlora_lite.merge_report import MergeReport, TensorFigures
 from qlora_lite.quantize import PackedWeight
-from qlora_lite.storage import PlannedTensor, check_apart, new_folder, write_sharded
+from qlora_lite.quantize_base import slots
+from qlora_lite.storage import PlannedTensor, check_apart, check_space, new_folder, write_json, write_sharded
+from qlora_lite.tensor_files import TensorFiles
+from qlora_lite.weight_rows import (
+    DenseRows,
+    PackedRows,
+    RepackedRows,
+    StoredRows,
+    ToBePacked,
+    WeightRows,
+    common_step,
+    slice_starts,
+)
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+# Of fp32 values at once: what stays in the caches while it is summed, cast and measured.
+SLICE_BYTES = 4 << 20
+DEQUANTIZED, ORIGINAL = BASES = ("dequantized", "original")
+REPORT_FILE = "merge_report.json"
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where a tensor of the plain checkpoint comes from: `identity` is equal for tensors that are tied."""
+class Exported:
+    """What was written: the names of the tensor files, and the figures of every weight."""
 
-    identity: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[torch.dtype], Tensor]
-    adapted: bool = False
+    files: list[str]
+    report: MergeReport
 
 
-def _of_tensor(tensor: Tensor, name: str) -> _Source:
-    shape = tuple(tensor.shape)
-    if not tensor.is_floating_point():
-        return _Source(id(tensor), shape, tensor.dtype, lambda dtype: tensor)
-    return _Source(id(tensor), shape, tensor.dtype, lambda dtype: cast_finite(tensor.detach(), dtype, name))
+class _Origin(Protocol):
+    """Where the rows of a model's weights come from."""
+
+    def trained(self, name: str, weight: Any) -> WeightRows:
+        """W0 as the adapters saw it in training."""
+
+    def integers(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that is no float, whole."""
 
 
-def _of_packed(packed: PackedWeight, name: str) -> _Source:
-    def make(dtype: torch.dtype) -> Tensor:
-        return cast_finite(packed.dequantize(torch.float32), dtype, name)
+class _InMemory:
+    def trained(self, name: str, weight: Any) -> WeightRows:
+        return PackedRows(weight) if isinstance(weight, PackedWeight) else DenseRows(weight)
 
-    return _Source(id(packed), tuple(packed.shape), torch.float32, make)
-
-
-def _of_adapted(layer: LoraLayer, name: str) -> _Source:
-    base: Any = layer.base_layer.weight
-    make = functools.partial(layer.effective_weight, name=name)
-    return _Source(id(base), tuple(base.shape), torch.float32, make, adapted=True)
+    def integers(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor
 
 
-def plain_sources(model: nn.Module) -> Iterator[tuple[str, _Source]]:
+class _OnDisk:
+    """Of an empty model that stands for a checkpoint: what `load_quantized` would have made of each tensor."""
+
+    def __init__(self, model: nn.Module, files: TensorFiles, config: QuantConfig, dtype: torch.dtype) -> None:
+        self._files, self._config, self._dtype = files, config, dtype
+        self._formats = {id(slot.weight): slot.format for slot in slots(model, config)}
+
+    def trained(self, name: str, weight: Any) -> WeightRows:
+        stored = self._files.stored[name]
+        if id(weight) in self._formats:
+            return RepackedRows(ToBePacked(stored, self._config, self._formats[id(weight)], self._dtype))
+        return StoredRows(stored, self._dtype)
+
+    def integers(self, name: str, tensor: Tensor) -> Tensor:
+        return self._files.stored[name].read()
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A tensor of the plain checkpoint. `holder`: what holds it in the model, equal for tied ones."""
+
+    name: str
+    holder: Any
+    delta: Delta | None = None
+
+
+def _plain_weights(model: nn.Module) -> Iterator[_Weight]:
     """Every tensor that the model would have without adapters and packing, under the name that it would have."""
 
-    def visit(module: nn.Module, prefix: str) -> Iterator[tuple[str, _Source]]:
+    def visit(module: nn.Module, prefix: str) -> Iterator[_Weight]:
         if isinstance(module, LoraLayer):
-            yield f"{prefix}weight", _of_adapted(module, f"{prefix}weight")
-            for name, source in visit(module.base_layer, prefix):
-                if name != f"{prefix}weight":
-                    yield name, source
+            yield _Weight(f"{prefix}weight", module.base_layer.weight, module.delta)
+            yield from (weight for weight in visit(module.base_layer, prefix) if weight.name != f"{prefix}weight")
             return
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                yield f"{prefix}{key}", _of_tensor(parameter, f"{prefix}{key}")
+                yield _Weight(f"{prefix}{key}", parameter)
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield f"{prefix}{key}", _of_tensor(buffer, f"{prefix}{key}")
+                yield _Weight(f"{prefix}{key}", buffer)
         for key, child in module._modules.items():
             if isinstance(child, PackedWeight):
-                yield f"{prefix}{key}", _of_packed(child, f"{prefix}{key}")
+                yield _Weight(f"{prefix}{key}", child)
             elif child is not None:
                 yield from visit(child, f"{prefix}{key}.")
 
     return visit(model, "")
 
 
-def plan_export(model: nn.Module, dtype: torch.dtype) -> dict[str, PlannedTensor]:
-    """The plain checkpoint's tensors in `dtype`, tied ones once. TargetError if one of a tied pair is adapted alone."""
-    plan: dict[str, PlannedTensor] = {}
-    first: dict[int, tuple[str, bool]] = {}
+def _weights_to_write(model: nn.Module) -> list[_Weight]:
+    """Tied ones once. TargetError if one of a tied pair is adapted alone."""
+    chosen: list[_Weight] = []
+    first: dict[int, _Weight] = {}
     aliases = hub.tied_names(model)
-    for name, source in plain_sources(model):
+    for weight in _plain_weights(model):
+        other = first.setdefault(id(weight.holder), weight)
         # Only what the config ties is found again by who loads the checkpoint; other shared tensors are written twice.
-        if source.identity in first and {name, first[source.identity][0]} & aliases:
-            other, adapted = first[source.identity]
-            if adapted or source.adapted:
-                raise TargetError(
-                    f"{name} and {other} are one weight, and an adapter is on one of them: a merged checkpoint would "
-                    f"change both; save the adapter instead, or train without it"
-                )
-            continue
-        first[source.identity] = (name, source.adapted)
-        floating = source.dtype.is_floating_point
-        made = functools.partial(source.make, dtype)
-        plan[name] = PlannedTensor(source.shape, dtype if floating else source.dtype, made)
-    return plan
+        if other is weight or not {weight.name, other.name} & aliases:
+            chosen.append(weight)
+        elif weight.delta is not None or other.delta is not None:
+            raise TargetError(
+                f"{weight.name} and {other.name} are one weight, and an adapter is on one of them: a merged checkpoint "
+                f"would change both; save the adapter instead, or train without it"
+            )
+    return chosen
+
+
+@dataclass
+class _Plan:
+    """The tensors to write, and the figures that writing them fills in."""
+
+    base: str
+    dtype: torch.dtype
+    tensors: dict[str, PlannedTensor] = field(default_factory=dict)
+    figures: list[TensorFigures] = field(default_factory=list)
+
+    def add(self, weight: _Weight, origin: _Origin, files: TensorFiles | None) -> None:
+        if isinstance(weight.holder, Tensor) and not weight.holder.is_floating_point():
+            tensor = weight.holder
+            whole = functools.partial(origin.integers, weight.name, tensor)
+            self.tensors[weight.name] = PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: [whole()])
+            return
+        trained = origin.trained(weight.name, weight.holder)
+        stored = None if files is None else files.stored.get(weight.name)
+        original = StoredRows(stored) if stored is not None and stored.shape == trained.shape else None
+        if self.base == ORIGINAL and original is None:
+            raise CheckpointError(f"base='original' needs the checkpoint's own {weight.name}, which is not at hand")
+        is_packed = isinstance(trained, (PackedRows, RepackedRows))
+        other = original if is_packed else None
+        if self.base == ORIGINAL and original is not None:
+            chosen, other = original, trained if is_packed else None
+        else:
+            chosen = trained
+        write = _Writing(chosen, other, weight.delta, weight.name, self)
+        self.tensors[weight.name] = PlannedTensor(trained.shape, self.dtype, write.slices)
+
+    def report(self) -> MergeReport:
+        name = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == self.dtype)
+        return MergeReport(self.base, name, tuple(self.figures))
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """How one tensor is made: the base that is written into, the other one to measure packing by, the update."""
+
+    chosen: WeightRows
+    other: WeightRows | None
+    delta: Delta | None
+    name: str
+    plan: _Plan
+
+    @torch.no_grad()
+    def slices(self) -> Iterator[Tensor]:
+        figures = TensorFigures(self.name, values=0)
+        steps = [self.chosen.step, 1 if self.other is None else self.other.step]
+        step = common_step(*steps, 1 if self.delta is None else Delta.TILE_ROWS)
+        if self.delta is not None:
+            figures.update = self.delta.squared_norm()
+        for start, stop in slice_starts(self.chosen.shape, step, SLICE_BYTES):
+            yield self._slice(start, stop, figures)
+        self.plan.figures.append(figures)
+
+    def _slice(self, start: int, stop: int, figures: TensorFigures) -> Tensor:
+        rows = self.chosen.rows(start, stop)
+        figures.values += rows.numel()
+        figures.add_weight(rows)
+        if self.other is not None:
+            figures.add_quantization(rows, self.other.rows(start, stop))
+        without_update = None
+        if self.delta is not None:
+            without_update = rows.to(self.plan.dtype, copy=True)
+            self.delta.add_to_(rows, start)
+        written = cast_finite(rows, self.plan.dtype, self.name)
+        figures.add_written(rows, written, without_update)
+        return written
+
+
+def _check_options(base: str, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    require(base in BASES, f"base must be {' or '.join(BASES)}", base)
+    if dtype not in FLOAT_DTYPES.values():
+        raise ConfigError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {dtype}")
+    require(is_count(max_shard_bytes, 1), "max_shard_bytes must be an integer of at least 1", max_shard_bytes)
+
+
+def _write(model: nn.Module, source: Path | None, folder: Path, plan: _Plan, shard: int, overwrite: bool) -> Exported:
+    check_apart(folder, source)
+    with new_folder(folder, overwrite) as temporary:
+        check_space(folder, sum(tensor.bytes for tensor in plan.tensors.values()))
+        files = write_sharded(temporary, plan.tensors, shard)
+        hub.save_companions(model, source, temporary, plan.dtype)
+        report = plan.report()
+        write_json(temporary / REPORT_FILE, report.to_json())
+    return Exported(files, report)
 
 
 def export_merged(
@@ -105,26 +233,61 @@ def export_merged(
     folder: str | Path,
     dtype: torch.dtype = torch.float16,
     *,
+    base: str = DEQUANTIZED,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
-) -> list[str]:
-    """Writes W0 + (alpha / r) B A of every layer, unpacked and summed in fp32 and cast, as safetensors shards.
+) -> Exported:
+    """Writes W0 + (alpha / r) B A of every layer, summed in fp32 and cast, as safetensors shards.
 
-    The folder also gets config, generation config, tokenizer and chat template, and loads with
-    `AutoModelForCausalLM.from_pretrained`. Tensors are made one at a time; the model is not changed, and need not be
-    merged. Returns the names of the tensor files. Raises QuantizationError, naming the tensor, for values above
-    `dtype`'s range (fp16: 65,504), CheckpointError for a folder with something in it unless `overwrite`; what was
-    there before is then untouched.
+    base: `dequantized` writes into W0 as it was packed and trained on; `original` into the weights of the checkpoint
+    that the model was loaded from, read from there. The folder also gets config, generation config, tokenizer, chat
+    template and `merge_report.json`, and loads with `AutoModelForCausalLM.from_pretrained`. A slice of a tensor is
+    made at a time; the model is not changed, and need not be merged. Raises QuantizationError, naming the tensor, for
+    values above `dtype`'s range (fp16: 65,504), CheckpointError for too little room on the disk, a checkpoint that is
+    not there, or a folder with something in it unless `overwrite`; what was there before is then untouched.
     """
-    if dtype not in FLOAT_DTYPES.values():
-        raise ConfigError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {dtype}")
-    require(is_count(max_shard_bytes, 1), "max_shard_bytes must be an integer of at least 1", max_shard_bytes)
+    _check_options(base, dtype, max_shard_bytes)
     if getattr(model, "config", None) is None:
         raise ConfigError(f"export needs a transformers model with a config; got a {type(model).__name__}")
-    plan = plan_export(model, dtype)
     source = hub.source_folder(model)
-    check_apart(Path(folder), source)
-    with new_folder(Path(folder), overwrite) as temporary:
-        files = write_sharded(temporary, plan, max_shard_bytes)
-        hub.save_companions(model, source, temporary, dtype)
-    return files
+    files = TensorFiles.of(source)
+    if base == ORIGINAL and files is None:
+        raise CheckpointError("base='original' needs the checkpoint that the model was loaded from; it has none")
+    plan = _Plan(base, dtype)
+    for weight in _weights_to_write(model):
+        plan.add(weight, _InMemory(), files)
+    return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite)
+
+
+def merge_checkpoint(
+    path_or_id: str | Path,
+    adapter: str | Path,
+    folder: str | Path,
+    config: QuantConfig | None = None,
+    dtype: torch.dtype = torch.float16,
+    *,
+    base: str = DEQUANTIZED,
+    load_dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+) -> Exported:
+    """What `export_merged` writes of a model loaded with `config` and the adapter, bit for bit, without loading it.
+
+    Rows are read, packed and unpacked again as training had them (load_dtype: the dtype that it was loaded in; only
+    `base='original'` leaves that out), merged and written, so memory does not grow with the model. Raises what
+    `load_quantized`, `load_adapter_` and `export_merged` raise.
+    """
+    _check_options(base, dtype, max_shard_bytes)
+    source = hub.resolve(path_or_id)
+    check_apart(Path(folder), source, Path(adapter))
+    files = TensorFiles(source)
+    model: Any = hub.empty_model(hub.read_config(source), load_dtype)
+    hub.tie(model)
+    check_fits(model, files)
+    origin = _OnDisk(model, files, config or QuantConfig(), load_dtype)
+    load_adapter_(model, adapter)
+    hub.read_generation_config_(model, source)
+    plan = _Plan(base, dtype)
+    for weight in _weights_to_write(model):
+        plan.add(weight, origin, files)
+    return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite)

@@ -59,6 +59,11 @@ def block_count(values: int, blocksize: int) -> int:
     return -(-values // blocksize)
 
 
+def row_step(shape: tuple[int, ...], format: str, blocksize: int = 64) -> int:
+    """Rows that together fill whole blocks: a slice of a matrix that is packed by itself begins at a multiple."""
+    return blocksize // math.gcd(blocksize, shape[1]) if format_named(format).blockwise else 1
+
+
 def packed_bytes(shape: tuple[int, ...], format: str) -> int:
     """Bytes of the packed values alone, without statistics."""
     return (math.prod(shape) * format_named(format).bits + 7) // 8

@@ -1,4 +1,4 @@
-"""`load_quantized`: from a checkpoint on disk to a frozen packed model, one tensor at a time."""
+"""`load_quantized`: from a checkpoint on disk to a frozen packed model, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -11,37 +11,68 @@ from torch import Tensor, nn
 
 from qlora_lite import hub
 from qlora_lite.config import QuantConfig
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, QuantizationError
 from qlora_lite.finite import check_finite
-from qlora_lite.memory.host import keep_freed_pages
-from qlora_lite.quantize_base import pack_linear_, pack_rest_, packable_alone
-from qlora_lite.storage import TensorFiles
+from qlora_lite.memory.host import keep_freed_pages, release_freed_pages
+from qlora_lite.quantize_base import Slot, slots
+from qlora_lite.tensor_files import StoredTensor, TensorFiles
+from qlora_lite.weight_rows import READ_BYTES, ToBePacked
+
+SHOWN = 8
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if key in module._parameters:
-        setattr(module, key, nn.Parameter(tensor, requires_grad=False))
-    else:
-        setattr(module, key, tensor)
+def _listed(what: str, names: set[str] | list[str]) -> str:
+    return f"{len(names)} tensors {what}: {', '.join(sorted(names)[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
 
 
-def _check_names(model: nn.Module, files: TensorFiles) -> dict[str, Tensor]:
-    """The model's own (meta) tensors by name; one CheckpointError lists what is missing and what is unexpected."""
-    wanted = model.state_dict(keep_vars=True)
-    found = set(files.file_of)
+def check_fits(model: nn.Module, files: TensorFiles) -> dict[str, Tensor]:
+    """The model's own (meta) tensors by name. One CheckpointError lists what is missing, unexpected and mis-shaped."""
+    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    found = files.stored
     ignorable = [re.compile(pattern) for pattern in hub.ignorable_keys(model)]
-    unexpected = {n for n in found - wanted.keys() if not any(pattern.search(n) for pattern in ignorable)}
-    missing = wanted.keys() - found - hub.tied_names(model)
-    problems = [
-        f"{len(names)} tensors {what}: {', '.join(sorted(names)[:8])}{' …' if len(names) > 8 else ''}"
-        for what, names in (("are missing", missing), ("belong to no module", unexpected))
-        if names
+    unexpected = {n for n in found.keys() - wanted.keys() if not any(pattern.search(n) for pattern in ignorable)}
+    missing = wanted.keys() - found.keys() - hub.tied_names(model)
+    wrong = [
+        f"{name} is {found[name].shape}, the model has {tuple(wanted[name].shape)}"
+        for name in wanted.keys() & found.keys()
+        if found[name].shape != tuple(wanted[name].shape)
     ]
-    if problems:
+    kinds = (("are missing", missing), ("belong to no module", unexpected), ("have the wrong shape", wrong))
+    if problems := [_listed(what, names) for what, names in kinds if names]:
         raise CheckpointError(f"{files.folder} does not fit this {type(model).__name__}: {'; '.join(problems)}")
     return wanted
+
+
+class _Placement:
+    """Where the tensors of a checkpoint go: into packed weights, or as they are to every module that has them."""
+
+    def __init__(self, model: nn.Module, config: QuantConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.model, self.config, self.dtype, self.device = model, config, dtype, device
+        self._slots: dict[Tensor, Slot] = {slot.weight: slot for slot in slots(model, config)}
+        self._names: dict[Tensor, list[str]] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            self._names.setdefault(tensor, []).append(name)
+
+    def place(self, stored: StoredTensor, target: Tensor) -> None:
+        """Reads a tensor for the one on meta that it replaces. QuantizationError for values that are not finite."""
+        slot = self._slots.get(target)
+        if slot is not None:
+            packed = ToBePacked(stored, self.config, slot.format, self.dtype).pack(self.device)
+            slot.fill_(self.model, packed, self.config)
+            return
+        dtype = self.dtype if stored.dtype.is_floating_point else target.dtype
+        placed = torch.empty(stored.shape, dtype=dtype, device=self.device)
+        for first, rows in stored.slices(READ_BYTES):
+            if not placed.dim():
+                placed.copy_(rows)
+                continue
+            part = placed[first : first + rows.shape[0]]
+            part.copy_(rows)
+            check_finite(part, stored.name, first)
+        value = nn.Parameter(placed, requires_grad=False) if isinstance(target, nn.Parameter) else placed
+        for name in self._names[target]:
+            owner, _, key = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), key, value)
 
 
 def load_quantized(
@@ -54,38 +85,30 @@ def load_quantized(
     """A transformers causal language model from a safetensors checkpoint, its linear layers packed, all of it frozen.
 
     What is not packed (norms, embeddings, biases) is held in `dtype`, which is then the dtype of the activations.
-    A linear layer is packed when its weight has been read, so that one unpacked weight is held at a time.
-    Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, QuantizationError for NaN or
-    infinity.
+    Of what is packed, a slice of `READ_BYTES` is unpacked at a time, so memory is that of the packed model and little
+    more. Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, before anything is read;
+    QuantizationError for values that are NaN, infinite, or too large for the format, with every tensor that has some.
     """
     config = config or QuantConfig()
     keep_freed_pages()
     folder = hub.resolve(path_or_id)
     files = TensorFiles(folder)
     model: Any = hub.empty_model(hub.read_config(folder), dtype)
-    wanted = _check_names(model, files)
     hub.tie(model)
-    alone = packable_alone(model, config)
-    wrong = []
-    for name, tensor in files.items():
+    wanted = check_fits(model, files)
+    placement = _Placement(model, config, dtype, torch.device(device))
+    bad: list[str] = []
+    for name, stored in files.stored.items():
         if name not in wanted:
             continue
-        if tensor.shape != wanted[name].shape:
-            wrong.append(f"{name} is {tuple(tensor.shape)}, the model has {tuple(wanted[name].shape)}")
-            continue
-        target = wanted[name].dtype if not tensor.is_floating_point() else dtype
-        placed = tensor.to(device=device, dtype=target, copy=True)
-        check_finite(placed, name)
-        _place(model, name, placed)
-        del tensor, placed
-        owner, _, key = name.rpartition(".")
-        if key == "weight" and owner in alone:
-            pack_linear_(model, owner, config)
-    if wrong:
-        raise CheckpointError(f"{folder} has tensors of the wrong shape: {'; '.join(wrong)}")
-    hub.tie(model)
+        try:
+            placement.place(stored, wanted[name])
+        except QuantizationError as error:
+            bad.append(str(error))
+    if bad:
+        raise QuantizationError("; ".join(bad[:SHOWN]) + (f"; and {len(bad) - SHOWN} more" if bad[SHOWN:] else ""))
     hub.fill_computed_buffers_(model, torch.device(device))
     hub.read_generation_config_(model, folder)
     model.config._name_or_path = str(folder.absolute())
-    pack_rest_(model, config)
+    release_freed_pages()
     return model.requires_grad_(False)

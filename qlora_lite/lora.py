@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_lite.config import check_lora_numbers, is_count, require
+from qlora_lite.delta import Delta
 from qlora_lite.errors import ConfigError, InputError, TargetError
 from qlora_lite.finite import cast_finite
 from qlora_lite.low_rank import adapted_linear, dense
@@ -36,8 +37,8 @@ class Kind(Protocol):
     def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
         """The layer's output for this weight, with or without the low-rank term."""
 
-    def as_stored(self, delta: Tensor) -> Tensor:
-        """B A `(out, in)` in the orientation of the stored weight."""
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
+        """scaling * B A `(out, in)` in the orientation of the stored weight."""
 
 
 class LinearKind:
@@ -61,8 +62,8 @@ class LinearKind:
             compute_dtype=getattr(base, "compute_dtype", None),
         )
 
-    def as_stored(self, delta: Tensor) -> Tensor:
-        return delta
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
+        return Delta(lora_B.float(), lora_A.float(), scaling)
 
 
 class _TokenColumns(torch.autograd.Function):
@@ -128,8 +129,8 @@ class EmbeddingKind:
         norm = rows.norm(base.norm_type, dim=-1, keepdim=True)
         return torch.where(norm > base.max_norm, rows * (base.max_norm / (norm + MAX_NORM_EPS)), rows)
 
-    def as_stored(self, delta: Tensor) -> Tensor:
-        return delta.T
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
+        return Delta(lora_A.float().T.contiguous(), lora_B.float().T.contiguous(), scaling)
 
 
 def kind_of(base: nn.Module) -> Kind | None:
@@ -231,18 +232,24 @@ class LoraLayer(nn.Module):
             return self.kind.apply(self, x, self.merged_weight, None)
         return self.kind.apply(self, x, self.base_layer.weight, lora if self.adapter_enabled else None)
 
+    @property
+    def delta(self) -> Delta:
+        """scaling * B A in the orientation of the base weight."""
+        return self.kind.delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """scaling * B A in fp32, in the orientation of the base weight."""
-        delta = self.lora_B.float() @ self.lora_A.float()
-        return self.kind.as_stored(delta.mul_(self.scaling))
+        delta = self.delta
+        return delta.add_to_(torch.zeros(delta.shape, device=self.lora_A.device), 0)
 
     @torch.no_grad()
     def effective_weight(self, dtype: torch.dtype, name: str = "the merged weight") -> Tensor:
         """W0 + scaling * B A, unpacked and summed in fp32, then cast. QuantizationError, naming it, on overflow."""
         base: Any = self.base_layer.weight
-        delta = self.delta_weight()
-        return cast_finite(delta.add_(dense(base, torch.float32)), dtype, name)
+        weight = dense(base, torch.float32)
+        weight = weight.clone() if weight is base else weight
+        return cast_finite(self.delta.add_to_(weight, 0), dtype, name)
 
     def merge_weights(self, dtype: torch.dtype | None = None, name: str = "the merged weight") -> None:
         """Uses W0 + scaling * B A from now on; does nothing if it does already.

@@ -14,7 +14,7 @@ import importlib
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from qlora_lite import int8_product
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import InputError, QuantizationError
 from qlora_lite.finite import check_packable
-from qlora_lite.formats import NESTED_BLOCKSIZE, block_count, format_named, packed_bytes, storage_bytes
+from qlora_lite.formats import NESTED_BLOCKSIZE, block_count, format_named, packed_bytes, row_step, storage_bytes
 from qlora_lite.low_rank import adapted_linear
 from qlora_lite.nearest_code import pack_4bit
 
@@ -74,24 +74,30 @@ def _pack_chunk(chunk: Tensor, blocksize: int, format: str) -> tuple[Tensor, Ten
     return codes, absmax
 
 
-def _pack_blocks(into: PackedWeight, weight: Tensor) -> None:
-    """Fills packed codes and absmax, `CHUNK_VALUES` values at a time."""
-    flat = weight.reshape(-1)
-    absmax = torch.empty(block_count(flat.numel(), into.blocksize), dtype=torch.float32, device=weight.device)
-    for start in range(0, flat.numel(), CHUNK_VALUES):
-        chunk = flat[start : start + CHUNK_VALUES]
-        codes, chunk_absmax = _pack_chunk(chunk, into.blocksize, into.format)
-        into.packed[start // 2 : start // 2 + codes.numel()] = codes.view(-1)
-        first = start // into.blocksize
-        absmax[first : first + chunk_absmax.numel()] = chunk_absmax
+Slices = Iterable[tuple[int, Tensor]]
+
+
+def _pack_blocks(into: PackedWeight, slices: Slices) -> None:
+    """Fills packed codes and absmax, `CHUNK_VALUES` values at a time; slices begin where blocks do."""
+    values = math.prod(into.shape)
+    absmax = torch.empty(block_count(values, into.blocksize), dtype=torch.float32, device=into.device)
+    for first_row, rows in slices:
+        flat, offset = rows.reshape(-1), first_row * into.shape[1]
+        for start in range(0, flat.numel(), CHUNK_VALUES):
+            chunk = flat[start : start + CHUNK_VALUES]
+            codes, chunk_absmax = _pack_chunk(chunk, into.blocksize, into.format)
+            place = (offset + start) // 2
+            into.packed[place : place + codes.numel()] = codes.view(-1)
+            first = (offset + start) // into.blocksize
+            absmax[first : first + chunk_absmax.numel()] = chunk_absmax
     if not into.double_quant:
         into.absmax.copy_(absmax)
         return
-    offset = absmax.mean()
-    codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    offset_of_all = absmax.mean()
+    codes, state = bnb.quantize_blockwise(absmax - offset_of_all, blocksize=NESTED_BLOCKSIZE)
     into.absmax.copy_(codes)
     into.nested_absmax.copy_(state.absmax)
-    into.nested_offset.copy_(offset)
+    into.nested_offset.copy_(offset_of_all)
 
 
 def _block_absmax(packed: PackedWeight, first: int, last: int) -> Tensor:
@@ -125,16 +131,18 @@ def _unpack_blocks(packed: PackedWeight, dtype: torch.dtype, first: int, last: i
     return flat.view(-1)[:values].view(last - first, columns).to(dtype)
 
 
-def _pack_rows(into: PackedWeight, weight: Tensor) -> None:
+def _pack_rows(into: PackedWeight, slices: Slices) -> None:
     """Fills int8 codes and the absmax of each row; from fp16, as bitsandbytes does it on every device."""
-    rows = max(1, CHUNK_VALUES // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        chunk = weight[start : start + rows]
-        codes, absmax, _ = bnb.int8_vectorwise_quant(chunk.to(torch.float16))
-        # A row of zeros has absmax 0 and its codes are 0 / 0.
-        codes.masked_fill_((absmax == 0).unsqueeze(1), 0)
-        into.packed[start : start + rows] = codes
-        into.absmax[start : start + rows] = absmax
+    count = max(1, CHUNK_VALUES // into.shape[1])
+    for first_row, rows in slices:
+        for start in range(0, rows.shape[0], count):
+            chunk = rows[start : start + count]
+            codes, absmax, _ = bnb.int8_vectorwise_quant(chunk.to(torch.float16))
+            # A row of zeros has absmax 0 and its codes are 0 / 0.
+            codes.masked_fill_((absmax == 0).unsqueeze(1), 0)
+            part = slice(first_row + start, first_row + start + chunk.shape[0])
+            into.packed[part] = codes
+            into.absmax[part] = absmax
 
 
 def _unpack_rows(packed: PackedWeight, dtype: torch.dtype, first: int, last: int) -> Tensor:
@@ -156,9 +164,9 @@ def _multiply_int8(packed: PackedWeight, rows: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Actions:
-    """One row of actions: fill a `PackedWeight` from a tensor, make a tensor from it, multiply without making one."""
+    """One row of actions: fill a `PackedWeight` from rows, make a tensor from it, multiply without making one."""
 
-    pack: Callable[[PackedWeight, Tensor], None]
+    pack: Callable[[PackedWeight, Slices], None]
     unpack: Callable[[PackedWeight, torch.dtype, int, int], Tensor]
     multiply: Callable[[PackedWeight, Tensor], Tensor | None] = lambda packed, rows: None
 
@@ -216,12 +224,23 @@ class PackedWeight(nn.Module):
     @classmethod
     def of(cls, weight: Tensor, config: QuantConfig, format: str | None = None, name: str = "weight") -> PackedWeight:
         """Packs a matrix. Raises QuantizationError, naming it, for NaN, infinity, or a wrong dtype or shape."""
-        format = format or config.format
-        check_packable(weight, name, format)
-        source = weight.detach()
-        new = cls((weight.shape[0], weight.shape[1]), format, config.blocksize, config.double_quant, weight.device)
+        check_packable(weight, name, format or config.format)
+        return cls.from_slices(weight.shape, weight.device, [(0, weight.detach())], config, format)
+
+    @classmethod
+    def from_slices(
+        cls,
+        shape: tuple[int, ...],
+        device: torch.device,
+        slices: Slices,
+        config: QuantConfig,
+        format: str | None = None,
+    ) -> PackedWeight:
+        """Packs (first row, finite rows) of a matrix, slices at multiples of `row_step`, to the codes of the whole."""
+        new = cls((shape[0], shape[1]), format or config.format, config.blocksize, config.double_quant, device)
         new.int8_activations = config.int8_activations and new.format == config.format
-        ACTIONS[new.format].pack(new, source.float() if source.dtype == torch.float64 else source)
+        narrow = ((first, rows.float() if rows.dtype == torch.float64 else rows) for first, rows in slices)
+        ACTIONS[new.format].pack(new, narrow)
         return new
 
     @property
@@ -244,7 +263,7 @@ class PackedWeight(nn.Module):
     @property
     def row_step(self) -> int:
         """Rows that together fill whole blocks; a slice of rows must begin at a multiple of them."""
-        return 1 if self.format == "int8" else self.blocksize // math.gcd(self.blocksize, self.shape[1])
+        return row_step(self.shape, self.format, self.blocksize)
 
     def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows start to stop of the matrix; start, and stop unless it is the end, are multiples of `row_step`."""

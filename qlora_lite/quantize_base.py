@@ -8,7 +8,8 @@ statistics stay as they are, since they are what that model computes with.
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -80,19 +81,10 @@ def adopt_8bit(module: Any, name: str) -> PackedWeight:
     return _assign(empty, packed=codes, absmax=absmax)
 
 
-def quantize_linear(
-    linear: nn.Linear, config: QuantConfig, name: str, packed: PackedWeight | None = None
-) -> QuantizedLinear:
-    """A `QuantizedLinear` for this layer; its bias is shared, its weight packed, or taken over if it is already.
-
-    packed: its weight, where another layer that has the same one was packed before.
-    """
+def _taken_over(linear: nn.Linear, name: str, config: QuantConfig) -> QuantizedLinear:
+    """A `QuantizedLinear` with the bytes and the bias of a layer that bitsandbytes packed."""
     compute_dtype = config.compute_dtype
-    if packed is None and not _is_bitsandbytes(linear):
-        packed = PackedWeight.of(linear.weight, config, name=f"{name}.weight")
-    elif packed is not None:
-        return QuantizedLinear(packed, linear.bias, compute_dtype).train(linear.training)
-    elif type(linear).__name__ in BNB_4BIT_MODULES:
+    if type(linear).__name__ in BNB_4BIT_MODULES:
         packed = adopt_4bit(linear, name)
         compute_dtype = compute_dtype or linear.compute_dtype  # type: ignore[assignment]
     elif type(linear).__name__ == BNB_8BIT_MODULE:
@@ -100,7 +92,6 @@ def quantize_linear(
         packed.int8_activations = config.int8_activations
     else:
         raise QuantizationError(f"{name} is a {type(linear).__name__} of bitsandbytes, which is not known here")
-    packed.train(linear.training)
     return QuantizedLinear(packed, linear.bias, compute_dtype).train(linear.training)
 
 
@@ -150,27 +141,11 @@ def _ends(model: nn.Module, config: QuantConfig) -> tuple[nn.Embedding, nn.Linea
     return embedding, cast(nn.Linear, head) if plain_head else None
 
 
-def _quantize_ends_(model: nn.Module, config: QuantConfig) -> None:
-    """Packs the input embedding and the output head as int8 rows; tied ones share one `PackedWeight`."""
-    embedding, head = _ends(model, config)
-    tied = head is not None and head.weight is embedding.weight
-    rows = PackedWeight.of(embedding.weight, config, config.embedding_format, "the input embedding")
-    packed_embedding = QuantizedEmbedding(rows, embedding.weight.dtype, embedding.padding_idx)
-    packed_head = None
-    if head is not None:
-        weight = rows if tied else PackedWeight.of(head.weight, config, config.embedding_format, "the output head")
-        packed_head = QuantizedLinear(weight, head.bias, config.compute_dtype)
-    new = {id(embedding): packed_embedding, id(head): packed_head}
-    replace_modules_(model, lambda name, module: new.get(id(module)))
-
-
-def _check_structure(model: nn.Module, targets: dict[str, nn.Module], config: QuantConfig) -> None:
+def _check_structure(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     """Raises for what cannot be packed whatever its values are; the model may be on the meta device."""
     merged = [name for name, module in model.named_modules() if getattr(module, "merged", False)]
     if merged:
         raise ConfigError(f"{len(merged)} layers are merged with the base that would be replaced; unmerge_lora_ first")
-    if config.embedding_format != UNPACKED:
-        _ends(model, config)
     embedding = getattr(_named_end(model, "input"), "weight", None)
     for name, module in targets.items():
         if has_own_forward(module) and not _is_bitsandbytes(module):
@@ -183,88 +158,94 @@ def _check_structure(model: nn.Module, targets: dict[str, nn.Module], config: Qu
             )
 
 
-def _check_values(model: nn.Module, targets: dict[str, nn.Module], config: QuantConfig) -> None:
-    """Whatever could stop the packing half-way is found here, before the first layer is replaced."""
-    for name, module in targets.items():
-        if _is_bitsandbytes(module):
-            quantize_linear(cast(nn.Linear, module), config, name)
-        else:
-            check_packable(cast(Tensor, module.weight), f"{name}.weight", config.format)
-    if config.embedding_format != UNPACKED:
-        embedding, head = _ends(model, config)
-        check_packable(embedding.weight, "the input embedding", config.embedding_format)
-        if head is not None:
-            check_packable(head.weight, "the output head", config.embedding_format)
-
-
-def _tied_weights(targets: dict[str, nn.Module]) -> set[Tensor]:
-    """The weights that more than one of the layers has (tensors are hashed by identity)."""
-    uses = Counter(cast(Tensor, module.weight) for module in targets.values())
-    return {weight for weight, count in uses.items() if count > 1}
-
-
-def _linear_targets(model: nn.Module, config: QuantConfig) -> dict[str, nn.Module]:
-    """The linear layers to pack, or to take over, by name."""
+def _linear_targets(model: nn.Module, config: QuantConfig, ends: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """The linear layers to pack, or to take over, by name; `ends` are packed in another way."""
     skip = _skip_rule(model, config)
 
     def is_target(name: str, module: nn.Module) -> bool:
         wanted = config.format != UNPACKED or _is_bitsandbytes(module)
-        return _is_plain_linear(module) and wanted and not skip(name, module)
+        return _is_plain_linear(module) and wanted and not any(module is end for end in ends) and not skip(name, module)
 
     return {name: module for name, module in model.named_modules() if is_target(name, module)}
 
 
-def packable_alone(model: nn.Module, config: QuantConfig) -> set[str]:
-    """Names of the linear layers that may be packed one by one as their weights arrive; the model may be on meta.
+@dataclass(frozen=True)
+class Slot:
+    """A weight that is to be packed, and the modules that have it, by name: more than one where it is tied."""
 
-    Left out are those that share a weight. Raises as `quantize_base_` does, but for the values, which are not there.
+    weight: Tensor
+    format: str
+    modules: dict[str, nn.Module]
+
+    @property
+    def first(self) -> tuple[str, nn.Module]:
+        return next(iter(self.modules.items()))
+
+    def fill_(self, model: nn.Module, packed: PackedWeight, config: QuantConfig) -> None:
+        """Replaces the modules by packed ones."""
+        new = {id(module): _packed_module(module, packed, config) for module in self.modules.values()}
+        replace_modules_(model, lambda name, module: new.get(id(module)))
+
+
+def _packed_module(module: nn.Module, packed: PackedWeight, config: QuantConfig) -> nn.Module:
+    if isinstance(module, nn.Embedding):
+        made: nn.Module = QuantizedEmbedding(packed, module.weight.dtype, module.padding_idx)
+    else:
+        made = QuantizedLinear(packed, cast(nn.Linear, module).bias, config.compute_dtype)
+    return made.train(module.training)
+
+
+def slots(model: nn.Module, config: QuantConfig) -> list[Slot]:
+    """What is to be packed of a model, which may be on the meta device; whatever its values are.
+
+    Raises as `quantize_base_` does, but for the values, which are not looked at.
     """
-    targets = _linear_targets(model, config)
+    ends = [] if config.embedding_format == UNPACKED else [module for module in _ends(model, config) if module]
+    targets = _linear_targets(model, config, ends)
     if not targets and config.format != UNPACKED:
         raise TargetError("no layer to pack: the model has no nn.Linear outside of skip_modules and the output head")
-    _check_structure(model, targets, config)
-    tied = _tied_weights(targets)
-    return {name for name, module in targets.items() if module.weight not in tied}
+    _check_structure(model, targets)
+    found: dict[Tensor, Slot] = {}
+    for name, module in model.named_modules():
+        is_end = any(module is end for end in ends)
+        if is_end or name in targets:
+            weight = cast(Tensor, module.weight)
+            slot = found.setdefault(weight, Slot(weight, config.embedding_format if is_end else config.format, {}))
+            slot.modules[name] = module
+    return list(found.values())
 
 
-def pack_linear_(model: nn.Module, name: str, config: QuantConfig) -> None:
-    """Replaces one linear layer by a packed one."""
-    replace_modules_(
-        model, lambda other, module: quantize_linear(cast(nn.Linear, module), config, name) if other == name else None
-    )
-
-
-def pack_rest_(model: nn.Module, config: QuantConfig) -> list[str]:
-    """Replaces what is left to pack, and returns the names of the linear layers among it."""
-    targets = _linear_targets(model, config)
-    _check_values(model, targets, config)
-    names, tied = set(targets), _tied_weights(targets)
-    packed_of: dict[Tensor, PackedWeight] = {}
-    del targets  # it would hold every full-precision weight until the end
-
-    def make(name: str, module: nn.Module) -> nn.Module | None:
-        if name not in names:
-            return None
-        weight = cast(Tensor, module.weight)
-        made = quantize_linear(cast(nn.Linear, module), config, name, packed_of.get(weight))
-        if weight in tied:
-            packed_of[weight] = made.weight
-        return made
-
-    packed = replace_modules_(model, make)
-    if config.embedding_format != UNPACKED:
-        _quantize_ends_(model, config)
-    _forget_bitsandbytes(model)
-    return packed
+def _check_values(found: list[Slot], config: QuantConfig) -> None:
+    """Whatever could stop the packing half-way is found here, before the first layer is replaced."""
+    for slot in found:
+        name, module = slot.first
+        if _is_bitsandbytes(module):
+            _taken_over(cast(nn.Linear, module), name, config)
+        else:
+            check_packable(slot.weight, f"{name}.weight", slot.format)
 
 
 def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
-    """Replaces the linear layers of a model by packed ones, one at a time, and returns their names.
+    """Replaces the linear layers of a model by packed ones, one at a time, and returns the names of what it replaced.
 
     Each full-precision weight is let go before the next is packed. Layers that bitsandbytes packed are taken over as
     they are, whatever `config.format` says, their bytes shared. `config.embedding_format` packs embedding and head.
     Raises QuantizationError naming the weight and the first bad index for NaN or infinity, TargetError when there is
     nothing to pack or a tied head would be packed without its embedding; the model is then as it was.
     """
-    packable_alone(model, config)
-    return pack_rest_(model, config)
+    found = slots(model, config)
+    replaced = [name for slot in found for name in slot.modules]
+    _check_values(found, config)
+    while found:
+        _pack_slot_(model, found.pop(0), config)  # nothing else holds its weight while the next one is packed
+    _forget_bitsandbytes(model)
+    return replaced
+
+
+def _pack_slot_(model: nn.Module, slot: Slot, config: QuantConfig) -> None:
+    name, module = slot.first
+    if _is_bitsandbytes(module):
+        made = _taken_over(cast(nn.Linear, module), name, config)
+        replace_modules_(model, lambda other, old: made if old is module else None)
+    else:
+        slot.fill_(model, PackedWeight.of(slot.weight, config, slot.format, f"{name}.weight"), config)

@@ -1,4 +1,4 @@
-"""Folders of safetensors files: reading that checks names first, writing that never leaves half a folder.
+"""Folders of safetensors files: writing that never leaves half a folder. (Reading: tensor_files.py.)
 
 Files are written here, not by the safetensors package, because that one needs every tensor of a file in memory at
 once. The format is a length (8 bytes, little endian), a JSON header of that length with the dtype, shape and byte
@@ -7,6 +7,7 @@ range of each tensor, and the bytes (https://github.com/huggingface/safetensors#
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import math
@@ -14,8 +15,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,17 +44,19 @@ INDEX_FILE = "model.safetensors.index.json"
 # What a folder may hold that is replaced as a whole: the files that checkpoints, adapters and runs consist of.
 CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jsonl", ".jinja", ".model")
 UNFINISHED = ".partial"
-ABANDONED_AFTER_SECONDS = 24 * 60 * 60
+# A folder whose maker holds no lock on it is abandoned; one so young may not have its lock yet.
+ABANDONED_AFTER_SECONDS = 60
+SPARE_BYTES = 64 << 20
 CHECKPOINT_NAMES = ("merges.txt", "vocab.txt", "README.md")
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor that is made when its turn to be written comes; its layout is known before."""
+    """A tensor that is made when its turn to be written comes, some rows at a time; its layout is known before."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], Tensor]
+    slices: Callable[[], Iterable[Tensor]]
 
     @property
     def bytes(self) -> int:
@@ -61,7 +65,7 @@ class PlannedTensor:
 
 def planned(tensor: Tensor) -> PlannedTensor:
     """An existing tensor as a plan."""
-    return PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: [tensor])
 
 
 def _sync(path: Path) -> None:
@@ -86,17 +90,59 @@ def _header(tensors: Mapping[str, PlannedTensor]) -> bytes:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
-    """Writes one file, a tensor at a time in the order given, and syncs it to disk."""
-    with open(path, "wb") as file:
-        file.write(_header(tensors))
+    """Writes one file, a slice of a tensor at a time in the order given, and syncs it to disk."""
+    with open(path, "wb", buffering=0) as file, _Writer(file) as writer:
+        writer.write(_header(tensors))
         for name, plan in tensors.items():
-            tensor = plan.make().detach().cpu().contiguous()
-            if tuple(tensor.shape) != plan.shape or tensor.dtype != plan.dtype:
-                got = f"{tuple(tensor.shape)} of {tensor.dtype}"
-                raise CheckpointError(f"{name} was planned as {plan.shape} of {plan.dtype}; got {got}")
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+            written = 0
+            for rows in plan.slices():
+                piece = rows.detach().cpu().contiguous()
+                written += piece.nbytes
+                if piece.dtype != plan.dtype or tuple(piece.shape[1:]) != plan.shape[1:] or written > plan.bytes:
+                    got = f"{tuple(piece.shape)} of {piece.dtype}"
+                    raise CheckpointError(f"{name} was planned as {plan.shape} of {plan.dtype}; got {got}")
+                writer.write(piece.view(-1).view(torch.uint8).numpy().data)
+            if written != plan.bytes:
+                raise CheckpointError(f"{name} was planned as {plan.bytes} bytes; got {written}")
+
+
+class _Writer:
+    """Writes pieces to a file in a thread of its own, so that the next one is made meanwhile, and syncs the file.
+
+    Bytes are handed to the disk every SYNC_BYTES, so that the last sync has little left to wait for. At most one piece
+    waits: memory stays that of two.
+    """
+
+    SYNC_BYTES = 128 << 20
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._unsynced = file, 0
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._last: Future[None] | None = None
+
+    def write(self, piece: bytes | memoryview) -> None:
+        """Waits for the piece before, and raises what went wrong with it."""
+        if self._last is not None:
+            self._last.result()
+        self._last = self._pool.submit(self._write, memoryview(piece))
+
+    def _write(self, piece: memoryview) -> None:
+        while piece:
+            count = self._file.write(piece)
+            piece, self._unsynced = piece[count:], self._unsynced + count
+        if self._unsynced >= self.SYNC_BYTES:
+            os.fdatasync(self._file.fileno())
+            self._unsynced = 0
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        with self._pool:
+            if kind is None:
+                if self._last is not None:
+                    self._last.result()
+                os.fsync(self._file.fileno())
 
 
 def write_json(path: Path, value: object) -> None:
@@ -161,6 +207,17 @@ def _is_replaceable(path: Path) -> bool:
     return path.suffix in CHECKPOINT_SUFFIXES or path.name in CHECKPOINT_NAMES
 
 
+def check_space(target: Path, needed: int) -> None:
+    """Raises CheckpointError unless the disk that is to hold `target` has so many bytes free, and some to spare."""
+    place = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed + SPARE_BYTES:
+        raise CheckpointError(
+            f"{target} needs {needed + SPARE_BYTES:,} bytes and the disk of {place} has {free:,} free; make room, "
+            f"or name a folder on another disk"
+        )
+
+
 def check_apart(target: Path, *inputs: Path | None) -> None:
     """Raises CheckpointError if writing the folder `target` would replace one of the inputs."""
     target = Path(os.path.realpath(target))
@@ -187,7 +244,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         # mkdtemp gives 0700; a folder made in the usual way follows the umask.
         os.chmod(temporary, 0o777 & ~_umask())
-        yield temporary
+        with locked(temporary):
+            yield temporary
         _sync(temporary)
         if target.exists():
             old = temporary.with_suffix(".old")
@@ -204,79 +262,25 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path, pattern: str) -> None:
-    """Removes unfinished folders that killed processes left behind; a living one needs hours, not a day."""
+    """Removes unfinished folders that killed processes left behind: those that nobody holds a lock on any more."""
     for left in folder.glob(pattern):
         if time.time() - left.stat().st_mtime > ABANDONED_AFTER_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
+            with suppress(BlockingIOError), locked(left):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, which goes with the process however it ends. BlockingIOError if another holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:
     current = os.umask(0o022)
     os.umask(current)
     return current
-
-
-class TensorFiles:
-    """The tensors of a checkpoint folder by name; each is read when asked for.
-
-    Reads `model.safetensors.index.json` and the shards it names, or the single `model.safetensors`. Every file must
-    be a plain `.safetensors` name inside the folder. Raises CheckpointError for anything else, before reading.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if (folder / INDEX_FILE).is_file():
-            listed = read_json(folder / INDEX_FILE).get("weight_map")
-            if not isinstance(listed, dict) or not listed:
-                raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map")
-            self.file_of = {name: self._checked(file) for name, file in listed.items()}
-        elif (folder / SINGLE_FILE).is_file():
-            path = self._checked(SINGLE_FILE)
-            self.file_of = dict.fromkeys(_names_in(path), path)
-        else:
-            raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-
-    def _checked(self, file: object) -> Path:
-        plain = isinstance(file, str) and file == os.path.basename(file) and file.endswith(".safetensors")
-        if not plain:
-            raise CheckpointError(
-                f"{self.folder / INDEX_FILE} names {file!r}, which is no plain .safetensors file name"
-            )
-        path = self.folder / str(file)
-        if not path.is_file():
-            raise CheckpointError(f"{path} is named in the index but does not exist")
-        return path
-
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with its name, file by file, one in memory at a time."""
-        for path in dict.fromkeys(self.file_of.values()):
-            with opened_safetensors(path) as file:
-                for name in [name for name, where in self.file_of.items() if where == path]:
-                    if name not in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                        raise CheckpointError(f"{path} should hold {name} by the index but does not")
-                    yield name, file.get_tensor(name)
-
-
-@contextmanager
-def opened_safetensors(path: Path) -> Iterator[Any]:
-    """safetensors' own reader of a file; CheckpointError for a file that is not one."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
-
-
-def _names_in(path: Path) -> list[str]:
-    with opened_safetensors(path) as file:
-        return list(file.keys())
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file. CheckpointError when it is missing or no safetensors file."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
-    with opened_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_quantized
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, export, export_merged, load_quantized, save_adapter, storage
 from qlora_lite.adapters import lora_layers
-from qlora_lite.errors import CheckpointError, QuantizationError, TargetError
-from qlora_lite.storage import TensorFiles
+from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, TargetError
+from qlora_lite.tensor_files import TensorFiles
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -45,7 +48,7 @@ def test_plain_transformers_gives_the_same_answers(tiny_folder: Path, tmp_path: 
 def test_every_tensor_is_the_merged_one_whatever_the_shards(tiny_folder: Path, tmp_path: Path) -> None:
     model = trained(tiny_folder)
     export_merged(model, tmp_path / "one")
-    files = export_merged(model, tmp_path / "many", max_shard_bytes=20_000)
+    files = export_merged(model, tmp_path / "many", max_shard_bytes=20_000).files
     one, many = dict(TensorFiles(tmp_path / "one").items()), dict(TensorFiles(tmp_path / "many").items())
     assert len(files) > 1 and one.keys() == many.keys()
     assert all(torch.equal(tensor, many[name]) and tensor.dtype == torch.float16 for name, tensor in one.items())
@@ -130,3 +133,130 @@ def test_named_chat_templates_come_along(tiny_folder: Path, tmp_path: Path) -> N
     tokenizer.save_pretrained(source)
     export_merged(trained(source), tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(TensorFiles(folder).items())
+
+
+def same(one: Path, other: Path) -> bool:
+    left, right = tensors_of(one), tensors_of(other)
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        {},
+        {"format": "fp4", "double_quant": False},
+        {"format": "int8", "embedding_format": "int8"},
+        {"format": "none"},
+        {"skip_modules": ("q_proj", "lm_head")},
+    ],
+)
+@pytest.mark.parametrize("base", ["dequantized", "original"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_from_disk_to_disk_it_is_the_export_of_the_model_in_memory(
+    tiny_folder: Path, tmp_path: Path, quant: dict[str, Any], base: str, dtype: torch.dtype
+) -> None:
+    config = QuantConfig(**quant)
+    model = load_quantized(tiny_folder, config)
+    add_lora_(model, LoraConfig(rank=3, alpha=7))
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.2)
+    save_adapter(model, tmp_path / "adapter")
+    live = export_merged(model, tmp_path / "live", dtype, base=base)
+    disk = export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "disk", config, dtype, base=base)
+    assert same(tmp_path / "live", tmp_path / "disk")
+    assert live.report == disk.report
+    written = {path.name for path in (tmp_path / "live").iterdir()}
+    assert written == {path.name for path in (tmp_path / "disk").iterdir()} and "merge_report.json" in written
+    if base == "dequantized":
+        for name, layer in lora_layers(model).items():
+            assert torch.equal(tensors_of(tmp_path / "disk")[f"{name}.weight"], layer.effective_weight(dtype))
+    else:
+        original = tensors_of(tiny_folder)
+        for name, tensor in tensors_of(tmp_path / "disk").items():
+            layer = lora_layers(model).get(name.removesuffix(".weight"))
+            merged = original[name] if layer is None else original[name] + layer.delta_weight()
+            exact = torch.finfo(dtype).eps
+            torch.testing.assert_close(tensor.float(), merged.float(), rtol=exact, atol=1e-6)
+
+
+def test_neither_slices_nor_shards_change_a_bit(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained(tiny_folder)
+    save_adapter(model, tmp_path / "adapter")
+    export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "one")
+    monkeypatch.setattr(export, "SLICE_BYTES", 1)
+    many = export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "many", max_shard_bytes=30_000)
+    assert len(many.files) > 1 and same(tmp_path / "one", tmp_path / "many")
+
+
+def test_the_report_counts_what_was_packed_and_what_was_added(tiny_folder: Path, tmp_path: Path) -> None:
+    model = trained(tiny_folder)
+    report = export_merged(model, tmp_path / "out", torch.bfloat16).report
+    original = tensors_of(tiny_folder)
+    by_name = {figures.name: figures for figures in report.tensors}
+    for name, layer in lora_layers(model).items():
+        figures, packed = by_name[f"{name}.weight"], layer.base_layer.weight.dequantize(torch.float32)
+        assert figures.update == pytest.approx(float(layer.delta_weight().square().sum()), rel=1e-4)
+        error = float((packed - original[f"{name}.weight"]).square().sum())
+        assert figures.quantization == pytest.approx(error, rel=1e-4)
+        unmoved = (layer.effective_weight(torch.bfloat16) == packed.bfloat16()).sum()
+        assert figures.moved == figures.values - int(unmoved)
+    assert by_name["model.norm.weight"].update is by_name["model.norm.weight"].quantization is None
+    written = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert written == report.to_json()
+
+
+def test_too_little_room_is_seen_before_the_first_byte(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000))
+    monkeypatch.setattr(export, "write_sharded", lambda *given: pytest.fail("something was written"))
+    with pytest.raises(CheckpointError, match=r"bytes and the disk of .* has 1,000 free"):
+        export_merged(trained(tiny_folder), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_there_is_no_original_of_cannot_be_merged_into_it(tiny_folder: Path, tmp_path: Path) -> None:
+    model = trained(tiny_folder)
+    model.config._name_or_path = ""
+    with pytest.raises(CheckpointError, match="needs the checkpoint that the model was loaded from"):
+        export_merged(model, tmp_path / "out", base="original")
+    with pytest.raises(ConfigError, match="base must be dequantized or original; got 'mine'"):
+        export_merged(model, tmp_path / "out", base="mine")
+    report = export_merged(model, tmp_path / "out").report
+    assert report.total().quantization is None
+
+
+KILLED = """
+import os, signal, sys
+from qlora_lite import export, storage
+count = int(sys.argv[4])
+write = storage._Writer.write
+def some(writer, piece, left=[count]):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(writer, piece)
+storage._Writer.write = some
+export.merge_checkpoint(*sys.argv[1:4], max_shard_bytes=30_000)
+"""
+
+
+@pytest.mark.parametrize("pieces", [0, 5, 20])
+def test_killed_it_leaves_nothing_under_the_name_and_the_same_command_finishes(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    save_adapter(trained(tiny_folder), tmp_path / "adapter")
+    words = (str(tiny_folder), str(tmp_path / "adapter"), str(tmp_path / "out"), str(pieces))
+    done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(".out.*"))) == 1
+    monkeypatch.setattr(storage, "ABANDONED_AFTER_SECONDS", -1)
+    export.merge_checkpoint(*words[:3])
+    export.merge_checkpoint(*words[:2], tmp_path / "again")
+    assert same(tmp_path / "out", tmp_path / "again") and not list(tmp_path.glob(".out.*"))

@@ -38,6 +38,15 @@ SCRIPTS = {
     },
     "profiling/step_growth.py": {"tokens", "layers"},
     "profiling/step_memory.py": {"model", "phases"},
+    "profiling/streaming_io.py": {
+        "load_time_ratio",
+        "load_peak_ratio",
+        "export_time_ratio",
+        "export_extra_bytes",
+        "merge_time_ratio",
+        "merge_peak_bytes",
+        "merge_peak_growth",
+    },
     "profiling/versus_peft.py": {"nf4_full", "floor"},
 }
 ARGUMENTS = {"profiling/versus_peft.py": ["nf4_full", "floor"]}  # every case would take a minute of starting processes
@@ -46,6 +55,7 @@ NOT_RUN_HERE = {
     "examples/real_model.py",
     "examples/message_records.py",
     "examples/tiny_model.py",
+    "profiling/io_worker.py",
     "profiling/machine_floor.py",
     "profiling/model_shapes.py",
     "profiling/step_worker.py",

@@ -1,0 +1,163 @@
+"""Reads the tensors of a safetensors checkpoint, whole or a few rows at a time.
+
+Bytes are read into memory of ours (pread(2)) instead of mapped: pages of a mapped file count as resident until the
+kernel takes them back, so that a process which only passes through a checkpoint would grow to its size. The safetensors
+package checks each file first (sizes, overlaps, the header), without touching its tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_lite.errors import CheckpointError
+from qlora_lite.storage import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, read_json
+
+DTYPE_OF = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+HEADER_LENGTH_BYTES = 8
+METADATA = "__metadata__"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: where its bytes begin, and what they are. Reading it leaves nothing open."""
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The whole tensor."""
+        return self.rows(0, self.shape[0]) if self.shape else self._read(self.begin, ())
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop, along the first dimension."""
+        return self._read(self.begin + start * self.row_bytes, (stop - start, *self.shape[1:]))
+
+    def slices(self, largest_bytes: int, step: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) one after the other, of at most so many bytes, each beginning at a multiple of `step`."""
+        if not self.shape:
+            yield 0, self.read()
+            return
+        count = max(step, largest_bytes // max(1, self.row_bytes) // step * step)
+        for start in range(0, self.shape[0], count):
+            yield start, self.rows(start, min(start + count, self.shape[0]))
+
+    def _read(self, offset: int, shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.empty(shape, dtype=self.dtype)
+        left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                while left:
+                    got = os.preadv(file.fileno(), [left], offset)
+                    if got == 0:
+                        raise CheckpointError(f"{self.path} ends inside {self.name}")
+                    left, offset = left[got:], offset + got
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        return tensor
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """safetensors' own reader of a file; CheckpointError for a file that is not one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
+
+
+def tensors_in(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file by name, in the order of their bytes. CheckpointError for a file that is not sound."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    with _opened(path):
+        pass
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop(METADATA, None)
+    unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPE_OF.keys())
+    if unknown:
+        raise CheckpointError(f"{path} has tensors of {', '.join(unknown)}; known are {', '.join(DTYPE_OF)}")
+    start = HEADER_LENGTH_BYTES + length
+    found = [
+        StoredTensor(path, name, DTYPE_OF[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for name, entry in header.items()
+    ]
+    return {tensor.name: tensor for tensor in sorted(found, key=lambda tensor: tensor.begin)}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file. CheckpointError when it is missing or no safetensors file."""
+    return {name: stored.read() for name, stored in tensors_in(path).items()}
+
+
+class TensorFiles:
+    """The tensors of a checkpoint folder by name, in the order of the files; each is read when asked for.
+
+    Reads `model.safetensors.index.json` and the shards it names, or the single `model.safetensors`. Every file must
+    be a plain `.safetensors` name inside the folder. Raises CheckpointError for anything else, before reading.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if (folder / INDEX_FILE).is_file():
+            self.stored = self._by_index()
+        elif (folder / SINGLE_FILE).is_file():
+            self.stored = tensors_in(folder / SINGLE_FILE)
+        else:
+            raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+    @classmethod
+    def of(cls, folder: Path | None) -> TensorFiles | None:
+        """Those of a folder; None without a folder, and for one that holds no safetensors."""
+        there = folder is not None and any((folder / name).is_file() for name in (INDEX_FILE, SINGLE_FILE))
+        return cls(folder) if there and folder is not None else None
+
+    def _by_index(self) -> dict[str, StoredTensor]:
+        listed = read_json(self.folder / INDEX_FILE).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise CheckpointError(f"{self.folder / INDEX_FILE} has no weight_map")
+        paths = {file: self._checked(file) for file in dict.fromkeys(map(str, listed.values()))}
+        stored: dict[str, StoredTensor] = {}
+        for file, path in paths.items():
+            found = tensors_in(path)
+            wanted = {name for name, where in listed.items() if where == file}
+            if lost := sorted(wanted - found.keys()):
+                raise CheckpointError(f"{path} should hold {', '.join(lost[:8])} by the index but does not")
+            stored |= {name: tensor for name, tensor in found.items() if name in wanted}
+        return stored
+
+    def _checked(self, file: str) -> Path:
+        if file != os.path.basename(file) or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{self.folder / INDEX_FILE} names {file!r}, which is no plain .safetensors file name"
+            )
+        path = self.folder / file
+        if not path.is_file():
+            raise CheckpointError(f"{path} is named in the index but does not exist")
+        return path
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name, file by file, one in memory at a time."""
+        for name, stored in self.stored.items():
+            yield name, stored.read()

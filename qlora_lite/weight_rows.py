@@ -1,0 +1,127 @@
+"""A weight as something that gives its rows in fp32, a slice at a time, wherever it is: in memory, packed, or on disk.
+
+What is written is computed from these alone, so a model in memory and a checkpoint on disk are exported by one path.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qlora_lite.config import QuantConfig
+from qlora_lite.finite import check_packable
+from qlora_lite.formats import row_step
+from qlora_lite.quantize import PackedWeight
+from qlora_lite.tensor_files import StoredTensor
+
+# Of a tensor on its way to be packed: so much is read at once.
+READ_BYTES = 16 << 20
+
+
+class WeightRows(Protocol):
+    """Rows of a weight in fp32. `step`: a slice begins at a multiple of it."""
+
+    shape: tuple[int, ...]
+    step: int
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop, a new tensor."""
+
+
+class DenseRows:
+    """Of a tensor in memory."""
+
+    step = 1
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self._tensor = tuple(tensor.shape), tensor.detach()
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        part = self._tensor[start:stop] if self.shape else self._tensor
+        return part.to(torch.float32, copy=True)
+
+
+class PackedRows:
+    """Of a packed weight."""
+
+    def __init__(self, packed: PackedWeight) -> None:
+        self.shape, self.step, self._packed = tuple(packed.shape), packed.row_step, packed
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self._packed.dequantize_rows(start, stop, torch.float32)
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Of a tensor in a file; rounded to `through` first, if given: what a model holds that was loaded in that dtype."""
+
+    stored: StoredTensor
+    through: torch.dtype | None = None
+    step = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.stored.shape
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        part = self.stored.rows(start, stop) if self.shape else self.stored.read()
+        return part.to(self.through or part.dtype).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class ToBePacked:
+    """How a tensor in a file is packed when it is loaded: from slices, rounded to the dtype that it is loaded in."""
+
+    stored: StoredTensor
+    config: QuantConfig
+    format: str
+    dtype: torch.dtype
+
+    def slices(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        step = row_step(self.stored.shape, self.format, self.config.blocksize)
+        for first, rows in self.stored.slices(READ_BYTES, step):
+            moved = rows.to(device=device, dtype=self.dtype)
+            check_packable(moved, self.stored.name, self.format, first)
+            yield first, moved
+
+    def pack(self, device: torch.device) -> PackedWeight:
+        """QuantizationError, naming the tensor, for values that the format cannot hold."""
+        return PackedWeight.from_slices(self.stored.shape, device, self.slices(device), self.config, self.format)
+
+
+class RepackedRows:
+    """Of a tensor in a file as they are once it is packed: packed when first asked for, dropped after the last row."""
+
+    def __init__(self, source: ToBePacked) -> None:
+        self.shape, self._source = source.stored.shape, source
+        self.step = row_step(self.shape, source.format, source.config.blocksize)
+        self._packed: PackedWeight | None = None
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self._packed is None:
+            self._packed = self._source.pack(torch.device("cpu"))
+        part = self._packed.dequantize_rows(start, stop, torch.float32)
+        if stop == self.shape[0]:
+            self._packed = None
+        return part
+
+
+def slice_starts(shape: tuple[int, ...], step: int, largest_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of slices whose fp32 values take at most so many bytes, where one step of rows allows it."""
+    if not shape:
+        yield 0, 1
+        return
+    count = max(step, largest_bytes // max(1, 4 * math.prod(shape[1:])) // step * step)
+    for start in range(0, shape[0], count):
+        yield start, min(start + count, shape[0])
+
+
+def common_step(*steps: int) -> int:
+    """The least number of rows that is a multiple of all."""
+    return functools.reduce(math.lcm, steps, 1)

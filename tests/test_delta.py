@@ -1,0 +1,29 @@
+"""The update of a weight: the product that it stands for, and the same sums whatever the slices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_lite.delta import Delta
+
+
+@given(
+    rows=st.integers(1, 700),
+    columns=st.integers(1, 70),
+    rank=st.integers(1, 9),
+    tiles=st.integers(1, 3),
+    scaling=st.sampled_from([0.0, 0.37, 2.0]),
+)
+def test_slices_give_the_bits_of_the_whole(rows: int, columns: int, rank: int, tiles: int, scaling: float) -> None:
+    delta = Delta(torch.randn(rows, rank), torch.randn(rank, columns), scaling)
+    base = torch.randn(rows, columns)
+    whole = delta.add_to_(base.clone(), 0)
+    torch.testing.assert_close(whole.double(), base.double() + scaling * delta.left.double() @ delta.right.double())
+    step = tiles * Delta.TILE_ROWS
+    pieces = [delta.add_to_(base[start : start + step].clone(), start) for start in range(0, rows, step)]
+    assert torch.equal(torch.cat(pieces), whole)
+    expected = float((scaling * delta.left.double() @ delta.right.double()).square().sum())
+    assert delta.squared_norm() == pytest.approx(expected, rel=1e-9)

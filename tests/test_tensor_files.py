@@ -1,0 +1,79 @@
+"""Reading checkpoints: the bytes that safetensors reads, by rows too, and never from outside the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from qlora_lite.errors import CheckpointError
+from qlora_lite.memory.measure import reset_resident_peak, resident_bytes
+from qlora_lite.storage import INDEX_FILE
+from qlora_lite.tensor_files import TensorFiles, tensors_in
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+
+
+@given(rows=st.integers(1, 9), columns=st.integers(0, 5), largest=st.integers(1, 60), step=st.integers(1, 4))
+def test_slices_are_the_tensor(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, columns: int, largest: int, step: int
+) -> None:
+    path = tmp_path_factory.mktemp("slices") / "x.safetensors"
+    tensors = {str(dtype): torch.randn(rows, columns).to(dtype) for dtype in DTYPES} | {"scalar": torch.tensor(3.0)}
+    save_file(tensors, path)
+    whole = load_file(path)
+    for name, stored in tensors_in(path).items():
+        assert torch.equal(stored.read(), whole[name]) and stored.read().dtype == whole[name].dtype
+        pieces = list(stored.slices(largest, step))
+        assert torch.equal(torch.cat([piece for _, piece in pieces]) if stored.shape else pieces[0][1], whole[name])
+        assert all(first % step == 0 for first, _ in pieces)
+
+
+def test_what_was_read_does_not_stay_resident(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(64 << 20, 1, dtype=torch.uint8)}, tmp_path / "x.safetensors")
+    stored = tensors_in(tmp_path / "x.safetensors")["a"]
+    if not reset_resident_peak():
+        pytest.skip("this system does not count resident peaks")
+    start = resident_bytes() or 0
+    assert sum(int(piece.sum()) for _, piece in stored.slices(1 << 20)) == 0
+    assert (resident_bytes("VmHWM") or 0) - start < 32 << 20
+
+
+def test_a_file_that_was_cut_short_after_it_was_opened(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(100)}, path)
+    stored = tensors_in(path)["a"]
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="ends inside a"):
+        stored.read()
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        stored.read()
+
+
+def test_an_index_that_promises_more_than_there_is(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}))
+    with pytest.raises(CheckpointError, match="should hold b by the index"):
+        TensorFiles(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "x.bin", "", 3])
+def test_index_may_only_name_plain_files(tmp_path: Path, name: object) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match=r"no plain \.safetensors file name"):
+        TensorFiles(tmp_path)
+
+
+def test_damaged_and_missing_files_get_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds neither"):
+        TensorFiles(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(CheckpointError, match="no readable safetensors file"):
+        TensorFiles(tmp_path)
