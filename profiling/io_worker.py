@@ -31,19 +31,27 @@ def whole_peak() -> int:
 
 
 @contextmanager
-def measured() -> Iterator[None]:
-    """Prints what the block took."""
+def measured() -> Iterator[dict[str, float]]:
+    """What the block took, filled in at its end: seconds, bytes above its start, the process's peak in it and ever."""
+    figures: dict[str, float] = {}
     release_freed_pages()
     before = whole_peak()
     reset_resident_peak()
     start = resident_bytes() or 0
     began = time.perf_counter()
-    yield
+    yield figures
     seconds, peak = time.perf_counter() - began, whole_peak()
-    resident = (resident_bytes() or 0) - start
-    print(
-        json.dumps({"seconds": seconds, "peak": peak - start, "resident": resident, "process_peak": max(before, peak)})
-    )
+    resident = resident_bytes() or 0
+    figures |= {"seconds": seconds, "peak": peak - start, "resident": resident - start, "peak_of_process": peak}
+    figures["process_peak"] = max(before, peak)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """`measured`, printed."""
+    with measured() as figures:
+        yield
+    print(json.dumps(figures))
 
 
 def ours_load(model: str, **rest: Any) -> None:
@@ -51,7 +59,7 @@ def ours_load(model: str, **rest: Any) -> None:
 
     from qlora_lite import QuantConfig, load_quantized
 
-    with measured():
+    with reported():
         kept = load_quantized(model, QuantConfig())
     del kept
 
@@ -61,7 +69,7 @@ def ours_export(model: str, adapter: str, output: str) -> None:
 
     loaded = load_quantized(model, QuantConfig())
     load_adapter_(loaded, adapter)
-    with measured():
+    with reported():
         export_merged(loaded, Path(output), torch.float16)
 
 
@@ -70,11 +78,11 @@ def ours_merge(model: str, adapter: str, output: str) -> None:
 
     from qlora_lite.export import merge_checkpoint
 
-    with measured():
+    with reported():
         merge_checkpoint(model, adapter, output, dtype=torch.float16, base="original")
 
 
-def _peer_model(model: str) -> Any:
+def peer_model(model: str) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -90,16 +98,16 @@ def peer_load(model: str, **rest: Any) -> None:
     import bitsandbytes  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    with measured():
-        kept = _peer_model(model)
+    with reported():
+        kept = peer_model(model)
     del kept
 
 
 def peer_export(model: str, adapter: str, output: str) -> None:
     import peft
 
-    loaded = peft.PeftModel.from_pretrained(_peer_model(model), adapter)
-    with measured():
+    loaded = peft.PeftModel.from_pretrained(peer_model(model), adapter)
+    with reported():
         merged = loaded.merge_and_unload().dequantize().to(torch.float16)
         merged.save_pretrained(output)
 
@@ -109,7 +117,7 @@ def peer_merge(model: str, adapter: str, output: str) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM
 
-    with measured():
+    with reported():
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16)
         merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
         merged.save_pretrained(output)

@@ -26,7 +26,7 @@ from qlora_lite.low_rank import Packed, product_dtype, row_slices
 
 IGNORE_INDEX = -100
 # Bounds the logits of one chunk of tokens: the head is read twice for each, so small chunks are slow.
-CHUNK_BYTES = 12 << 20
+CHUNK_BYTES = 24 << 20
 # Bounds the fp32 values of the softmax at once.
 SOFTMAX_BYTES = 2 << 20
 

@@ -28,6 +28,15 @@ SCRIPTS = {
         "nf4, int8 embedding and head",
         "fp4",
     },
+    "profiling/eight_billion.py": {
+        "load_seconds",
+        "load_peak",
+        "resident",
+        "train_peak",
+        "step_seconds",
+        "export_seconds",
+        "export_above_resident",
+    },
     "profiling/packing.py": {
         "pack_speed_ratio",
         "pack_temporaries",

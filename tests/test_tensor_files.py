@@ -35,13 +35,13 @@ def test_slices_are_the_tensor(
 
 
 def test_what_was_read_does_not_stay_resident(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(64 << 20, 1, dtype=torch.uint8)}, tmp_path / "x.safetensors")
+    save_file({"a": torch.zeros(192 << 20, 1, dtype=torch.uint8)}, tmp_path / "x.safetensors")
     stored = tensors_in(tmp_path / "x.safetensors")["a"]
     if not reset_resident_peak():
         pytest.skip("this system does not count resident peaks")
     start = resident_bytes() or 0
-    assert sum(int(piece.sum()) for _, piece in stored.slices(1 << 20)) == 0
-    assert (resident_bytes("VmHWM") or 0) - start < 32 << 20
+    assert not any(piece.any() for _, piece in stored.slices(1 << 20))
+    assert (resident_bytes("VmHWM") or 0) - start < 64 << 20
 
 
 def test_a_file_that_was_cut_short_after_it_was_opened(tmp_path: Path) -> None:
