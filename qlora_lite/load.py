@@ -176,9 +176,10 @@ def load_quantized(
     What is not packed (norms, embeddings, biases) is held in `dtype`, which is then the dtype of the activations.
     Of what is packed, a slice of `READ_BYTES` is unpacked at a time, so memory is that of the packed model and little
     more. A folder that bitsandbytes packed keeps its bytes: format, blocks and the choice of layers are then the
-    file's (ConfigError if `config` asks for another format). Raises CheckpointError for missing, unexpected or
-    mis-shaped tensors, all listed, before anything is read; QuantizationError for values that are NaN, infinite, or
-    too large for the format, with every tensor that has some.
+    file's (ConfigError if `config` asks for another format); what they are multiplied in is `config`'s.
+
+    Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, before anything is read;
+    QuantizationError for values that are NaN, infinite, or too large for the format, with every tensor that has some.
     """
     keep_freed_pages()
     folder = hub.resolve(path_or_id)

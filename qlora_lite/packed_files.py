@@ -15,7 +15,7 @@ and in 8 bits `X.weight` int8 (out, in), `X.SCB` fp32 (out,), the absmax of each
 bitsandbytes has no such names for an embedding. One that is packed as int8 rows, and a head that shares its rows, are
 stored unpacked, which every reader understands, with the absmax of each row in a file beside (`ROWS_FILE`). bf16 rounds
 code * absmax / 127 by less than 1 / 256 of it, so that 127 value / absmax is off by less than 127 / 256, and rounds to
-the code: all come back.
+the code: all come back. fp16 is finer, but for values below 2**-14, whose steps are 2**-24 (`rows_survive`).
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ BUFFERS_8BIT = {"absmax": "SCB"}
 # Tables written by other versions differ in the last bits; kernels use their own, whatever a file says.
 SAME_TABLE = 1e-3
 LARGEST_CODE = 127
+SMALLEST_FP16_ABSMAX = LARGEST_CODE * 2**-24
 SHOWN = 8
 
 
@@ -105,7 +106,8 @@ class StoredPacked:
         for key, stored in self.buffers.items():
             flat, place = getattr(packed, key).view(-1), 0
             for first, rows in stored.slices(READ_BYTES):
-                check_finite(rows, stored.name, first)
+                if key != "packed":  # codes may be stored as floats of the same bytes
+                    check_finite(rows, stored.name, first)
                 part = rows.reshape(-1).view(flat.dtype)
                 flat[place : place + part.numel()] = part
                 place += part.numel()
@@ -146,14 +148,18 @@ class StoredInt8Rows:
         return packed
 
 
+def rows_survive(absmax: Tensor, dtype: torch.dtype) -> bool:
+    """Whether int8 codes of rows with these absmax come back from values in `dtype`."""
+    return dtype != torch.float16 or not bool(((absmax > 0) & (absmax <= SMALLEST_FP16_ABSMAX)).any())
+
+
 def int8_rows(stored: Mapping[str, StoredTensor], absmax: Mapping[str, StoredTensor]) -> dict[str, StoredInt8Rows]:
     """The matrices whose codes the file of absmax gives back. CheckpointError lists what does not fit."""
-    wide = (torch.bfloat16, torch.float32)
     bad = [
         name
         for name, rows in absmax.items()
         if name not in stored
-        or stored[name].dtype not in wide
+        or not stored[name].dtype.is_floating_point
         or len(stored[name].shape) != 2
         or (rows.shape, rows.dtype) != (stored[name].shape[:1], torch.float32)
     ]

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from qlora_lite import hub
 from qlora_lite.config import is_count, require
-from qlora_lite.errors import CheckpointError, ConfigError
+from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
 from qlora_lite.finite import check_finite
 from qlora_lite.load import BITSANDBYTES
 from qlora_lite.lora import LoraLayer
-from qlora_lite.packed_files import ROWS_FILE, serialized
+from qlora_lite.packed_files import ROWS_FILE, rows_survive, serialized
 from qlora_lite.plain_weights import weights_to_write
 from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear
 from qlora_lite.storage import (
@@ -119,9 +119,9 @@ class _Plan:
         elif id(holder) not in layers.row_weights:
             self.tensors |= serialized(name, holder, compute)
         else:
-            # fp16 has too few bits for small values to give their codes back.
-            wide = torch.float32 if dtype == torch.float16 else dtype
-            self.tensors[name] = PlannedTensor(tuple(holder.shape), wide, lambda: _unpacked(holder, wide))
+            if not rows_survive(holder.absmax, dtype):
+                raise QuantizationError(f"{name} has rows too small for {dtype}; load the model in bfloat16 to save it")
+            self.tensors[name] = PlannedTensor(tuple(holder.shape), dtype, lambda: _unpacked(holder, dtype))
             self.absmax[name] = planned(holder.absmax)
 
     def bytes(self) -> int:
@@ -142,7 +142,7 @@ def save_quantized(
     pre-quantized, `load_quantized` as they were. The folder also gets config, generation config and tokenizer.
 
     An embedding packed as int8 rows (and a head that shares them, or is int8 above 4-bit layers) has no such names: it
-    is written unpacked in the model's dtype (fp32 for fp16), with the absmax of its rows in a file of its own.
+    is written unpacked in the model's dtype, with the absmax of its rows in a file of its own.
     transformers then computes with the very values that this model computes with; `load_quantized` has the int8 codes
     back, all of them. Above int8 layers transformers rounds activations to int8 too, which differs from unpacking.
 
