@@ -77,7 +77,7 @@ def resolve(path_or_id: str | Path) -> Path:
 
 def read_config(folder: Path) -> Any:
     """The transformers config of a checkpoint folder, as if nothing in it were packed. No remote code is run."""
-    read_json(folder / CONFIG_FILE)
+    quantization_of(folder)
     with _checkpoint_errors(f"{folder / CONFIG_FILE} is no config that transformers knows"):
         config = _transformers().AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     _forget_quantization(config)
@@ -90,7 +90,10 @@ def _forget_quantization(config: Any) -> None:
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """How a checkpoint folder says that its weights are packed; None where it says nothing, or has no config."""
+    """How a checkpoint folder says that its weights are packed; None where it says nothing, or has no config.
+
+    CheckpointError for a config that is no JSON object, or says it in another form.
+    """
     if not (folder / CONFIG_FILE).is_file():
         return None
     said = read_json(folder / CONFIG_FILE).get("quantization_config")

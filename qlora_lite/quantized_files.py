@@ -53,9 +53,12 @@ class _Layers:
         embeddings = {id(module.weight) for module in modules.values() if isinstance(module, QuantizedEmbedding)}
         head = hub.head_of(model)
         own = [layer for layer in packed.values() if id(layer.weight) not in embeddings]
-        formats = sorted({layer.weight.format for layer in own if layer is not head or len(own) == 1})
+        is_rows = {id(layer) for layer in own if layer is head and layer.weight.format == "int8" and len(own) > 1}
+        formats = sorted({layer.weight.format for layer in own if id(layer) not in is_rows})
         if len(formats) != 1:
-            got = f"layers in {' and '.join(formats)}" if formats else "no packed layer, which export_merged writes"
+            got = (
+                f"layers in {' and '.join(formats)}" if formats else "no packed layer (export_merged writes plain ones)"
+            )
             raise ConfigError(f"a packed checkpoint holds layers in one format; this model has {got}")
         row_weights = embeddings | {id(layer.weight) for layer in own if layer.weight.format != formats[0]}
         linears = {name: layer for name, layer in packed.items() if id(layer.weight) not in row_weights}

@@ -132,11 +132,12 @@ def test_packed_weights_that_fit_no_layer_are_refused(tiny_folder: Path, tmp_pat
     kept = load_file(folder / "model.safetensors")
     layer = "model.layers.0.mlp.up_proj.weight"
     other = "model.layers.0.mlp.down_proj.weight"
-    moved = {name.replace(layer, other) if name.startswith(layer) else name: value for name, value in kept.items()}
+    moved = {name.replace(layer, other): value for name, value in kept.items() if name.startswith(layer)}
+    moved = {name: value for name, value in kept.items() if not name.startswith(layer)} | moved
     save_file(moved, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"missing: .*up_proj.*wrong shape: .*down_proj\.weight is \(128, 64\)"):
         load_quantized(folder)
-    save_file({**kept, layer.replace("0", "7"): kept[layer]}, folder / "model.safetensors")
+    save_file({**kept, layer.replace("0", "7"): kept[layer].clone()}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"belong to no module: model\.layers\.7\.mlp\.up_proj\.weight"):
         load_quantized(folder)
 

@@ -168,6 +168,17 @@ def test_untied_heads(tiny_folder: Path, tmp_path: Path, quant: dict[str, Any]) 
     assert ("bitsandbytes" in type(theirs.lm_head).__module__) == ("embedding_format" not in quant)
 
 
+def test_a_head_in_another_format_of_four_bits_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny_folder, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "untied")
+    model = load_quantized(tmp_path / "untied", QuantConfig("int8"))
+    model.lm_head = QuantizedLinear(PackedWeight.of(model.lm_head.weight, QuantConfig("nf4")))
+    with pytest.raises(ConfigError, match="this model has layers in int8 and nf4"):
+        save_quantized(model, tmp_path / "out")
+
+
 def test_half_precision_rows_are_saved_where_their_codes_come_back(tiny_folder: Path, tmp_path: Path) -> None:
     model = load_quantized(tiny_folder, QuantConfig(embedding_format="int8"), dtype=torch.float16)
     save_quantized(model, tmp_path / "out")
