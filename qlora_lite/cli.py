@@ -31,6 +31,7 @@ EmbeddingFormat = Annotated[str, typer.Option(help="int8 also packs embedding an
 Blocksize = Annotated[int, typer.Option(help="Values per block of the 4-bit formats.")]
 DoubleQuant = Annotated[bool, typer.Option(help="Pack the statistics of the 4-bit formats too.")]
 Int8Activations = Annotated[bool, typer.Option(help="With int8, multiply in integers too: faster, less exact.")]
+MaxShardSize = Annotated[str, typer.Option(help="Largest size of a tensor file: 5GB, 500MiB, ...")]
 Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]
 Alpha = Annotated[float, typer.Option(help="The adapters' scale is alpha / rank.")]
 Checkpointing = Annotated[str, typer.Option(help="full recomputes blocks, none keeps all, 300MiB what fits.")]
@@ -159,7 +160,7 @@ def merge(
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
     embedding_format: EmbeddingFormat = "none",
-    max_shard_size: Annotated[str, typer.Option(help="Largest size of a tensor file: 5GB, 500MiB, ...")] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -180,6 +181,33 @@ def merge(
     layers = sum(figures.update is not None for figures in done.report.tensors)
     figures = {"layers_merged": layers, "base": base, "dtype": dtype, "files": done.files, "output": str(output)}
     _finish({**figures, "report": str(output / REPORT_FILE), **(total if json else {})}, json)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Output,
+    format: Annotated[str, typer.Option("--format", help="How the linear layers are stored: nf4, fp4 or int8.")] = (
+        "nf4"
+    ),
+    blocksize: Blocksize = 64,
+    double_quant: DoubleQuant = True,
+    embedding_format: EmbeddingFormat = "none",
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write a packed checkpoint that transformers loads as pre-quantized, and the other commands as --model."""
+    from qlora_lite.config import QuantConfig, byte_count
+    from qlora_lite.load import load_quantized
+    from qlora_lite.quantized_files import save_quantized
+
+    quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
+    shard = byte_count("--max-shard-size must be", max_shard_size)
+    _check_output(output, overwrite, model)
+    files = save_quantized(load_quantized(model, quant), output, max_shard_bytes=shard, overwrite=overwrite)
+    size = sum((output / file).stat().st_size for file in files)
+    _finish({"format": format, "bytes": size, "files": files, "output": str(output)}, json)
 
 
 @app.command()

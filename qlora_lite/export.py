@@ -20,27 +20,32 @@ from qlora_lite import hub
 from qlora_lite.adapter_files import load_adapter_
 from qlora_lite.config import FLOAT_DTYPES, QuantConfig, is_count, require
 from qlora_lite.delta import Delta
-from qlora_lite.errors import CheckpointError, ConfigError, TargetError
+from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.finite import cast_finite
-from qlora_lite.load import check_fits
-from qlora_lite.lora import LoraLayer
+from qlora_lite.load import Checkpoint, check_fits
 from qlora_lite.merge_report import MergeReport, TensorFigures
+from qlora_lite.plain_weights import PlainWeight, weights_to_write
 from qlora_lite.quantize import PackedWeight
-from qlora_lite.quantize_base import slots
-from qlora_lite.storage import PlannedTensor, check_apart, check_space, new_folder, write_json, write_sharded
-from qlora_lite.tensor_files import TensorFiles
+from qlora_lite.storage import (
+    DEFAULT_SHARD_BYTES,
+    PlannedTensor,
+    check_apart,
+    check_space,
+    new_folder,
+    write_json,
+    write_sharded,
+)
+from qlora_lite.tensor_files import StoredTensor, TensorFiles
 from qlora_lite.weight_rows import (
     DenseRows,
     PackedRows,
     RepackedRows,
     StoredRows,
-    ToBePacked,
     WeightRows,
     common_step,
     slice_starts,
 )
 
-DEFAULT_SHARD_BYTES = 5 * 10**9
 # Of fp32 values at once: what stays in the caches while it is summed, cast and measured.
 SLICE_BYTES = 4 << 20
 DEQUANTIZED, ORIGINAL = BASES = ("dequantized", "original")
@@ -76,68 +81,22 @@ class _InMemory:
 class _OnDisk:
     """Of an empty model that stands for a checkpoint: what `load_quantized` would have made of each tensor."""
 
-    def __init__(self, model: nn.Module, files: TensorFiles, config: QuantConfig, dtype: torch.dtype) -> None:
-        self._files, self._config, self._dtype = files, config, dtype
-        self._formats = {id(slot.weight): slot.format for slot in slots(model, config)}
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._checkpoint, self._dtype = checkpoint, dtype
+        self._formats = {id(slot.weight): slot.format for slot in checkpoint.slots(model)}
+
+    def _stored(self, name: str) -> StoredTensor:
+        stored = self._checkpoint.tensors[name]
+        assert isinstance(stored, StoredTensor)  # packed ones have a slot
+        return stored
 
     def trained(self, name: str, weight: Any) -> WeightRows:
-        stored = self._files.stored[name]
         if id(weight) in self._formats:
-            return RepackedRows(ToBePacked(stored, self._config, self._formats[id(weight)], self._dtype))
-        return StoredRows(stored, self._dtype)
+            return RepackedRows(self._checkpoint.source(name, self._formats[id(weight)], self._dtype))
+        return StoredRows(self._stored(name), self._dtype)
 
     def integers(self, name: str, tensor: Tensor) -> Tensor:
-        return self._files.stored[name].read()
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A tensor of the plain checkpoint. `holder`: what holds it in the model, equal for tied ones."""
-
-    name: str
-    holder: Any
-    delta: Delta | None = None
-
-
-def _plain_weights(model: nn.Module) -> Iterator[_Weight]:
-    """Every tensor that the model would have without adapters and packing, under the name that it would have."""
-
-    def visit(module: nn.Module, prefix: str) -> Iterator[_Weight]:
-        if isinstance(module, LoraLayer):
-            yield _Weight(f"{prefix}weight", module.base_layer.weight, module.delta)
-            yield from (weight for weight in visit(module.base_layer, prefix) if weight.name != f"{prefix}weight")
-            return
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                yield _Weight(f"{prefix}{key}", parameter)
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield _Weight(f"{prefix}{key}", buffer)
-        for key, child in module._modules.items():
-            if isinstance(child, PackedWeight):
-                yield _Weight(f"{prefix}{key}", child)
-            elif child is not None:
-                yield from visit(child, f"{prefix}{key}.")
-
-    return visit(model, "")
-
-
-def _weights_to_write(model: nn.Module) -> list[_Weight]:
-    """Tied ones once. TargetError if one of a tied pair is adapted alone."""
-    chosen: list[_Weight] = []
-    first: dict[int, _Weight] = {}
-    aliases = hub.tied_names(model)
-    for weight in _plain_weights(model):
-        other = first.setdefault(id(weight.holder), weight)
-        # Only what the config ties is found again by who loads the checkpoint; other shared tensors are written twice.
-        if other is weight or not {weight.name, other.name} & aliases:
-            chosen.append(weight)
-        elif weight.delta is not None or other.delta is not None:
-            raise TargetError(
-                f"{weight.name} and {other.name} are one weight, and an adapter is on one of them: a merged checkpoint "
-                f"would change both; save the adapter instead, or train without it"
-            )
-    return chosen
+        return self._stored(name).read()
 
 
 @dataclass
@@ -149,7 +108,7 @@ class _Plan:
     tensors: dict[str, PlannedTensor] = field(default_factory=dict)
     figures: list[TensorFigures] = field(default_factory=list)
 
-    def add(self, weight: _Weight, origin: _Origin, files: TensorFiles | None) -> None:
+    def add(self, weight: PlainWeight, origin: _Origin, files: TensorFiles | None) -> None:
         if isinstance(weight.holder, Tensor) and not weight.holder.is_floating_point():
             tensor = weight.holder
             whole = functools.partial(origin.integers, weight.name, tensor)
@@ -161,11 +120,10 @@ class _Plan:
         if self.base == ORIGINAL and original is None:
             raise CheckpointError(f"base='original' needs the checkpoint's own {weight.name}, which is not at hand")
         is_packed = isinstance(trained, (PackedRows, RepackedRows))
-        other = original if is_packed else None
+        chosen: WeightRows = trained
+        other: WeightRows | None = original if is_packed else None
         if self.base == ORIGINAL and original is not None:
             chosen, other = original, trained if is_packed else None
-        else:
-            chosen = trained
         write = _Writing(chosen, other, weight.delta, weight.name, self)
         self.tensors[weight.name] = PlannedTensor(trained.shape, self.dtype, write.slices)
 
@@ -217,6 +175,17 @@ def _check_options(base: str, dtype: torch.dtype, max_shard_bytes: int) -> None:
     require(is_count(max_shard_bytes, 1), "max_shard_bytes must be an integer of at least 1", max_shard_bytes)
 
 
+def _originals(source: Path | None, base: str) -> TensorFiles | None:
+    """The full-precision tensors that a model was packed from, where its folder has them."""
+    packed = source is not None and hub.quantization_of(source) is not None
+    if base == ORIGINAL and packed:
+        raise CheckpointError(
+            f"base='original' merges into full-precision weights and {source} holds packed ones; merge into "
+            f"base='dequantized', or into the checkpoint that it was packed from"
+        )
+    return None if packed else TensorFiles.of(source)
+
+
 def _write(model: nn.Module, source: Path | None, folder: Path, plan: _Plan, shard: int, overwrite: bool) -> Exported:
     check_apart(folder, source)
     with new_folder(folder, overwrite) as temporary:
@@ -240,9 +209,10 @@ def export_merged(
     """Writes W0 + (alpha / r) B A of every layer, summed in fp32 and cast, as safetensors shards.
 
     base: `dequantized` writes into W0 as it was packed and trained on; `original` into the weights of the checkpoint
-    that the model was loaded from, read from there. The folder also gets config, generation config, tokenizer, chat
-    template and `merge_report.json`, and loads with `AutoModelForCausalLM.from_pretrained`. A slice of a tensor is
-    made at a time; the model is not changed, and need not be merged. Raises QuantizationError, naming the tensor, for
+    that the model was loaded from, read from there; a packed checkpoint has none. The folder also gets config,
+    generation config, tokenizer, chat template and `merge_report.json`, and loads with
+    `AutoModelForCausalLM.from_pretrained`. A slice of a tensor is made at a time; the model is not changed, and need
+    not be merged. Raises QuantizationError, naming the tensor, for
     values above `dtype`'s range (fp16: 65,504), CheckpointError for too little room on the disk, a checkpoint that is
     not there, or a folder with something in it unless `overwrite`; what was there before is then untouched.
     """
@@ -250,11 +220,11 @@ def export_merged(
     if getattr(model, "config", None) is None:
         raise ConfigError(f"export needs a transformers model with a config; got a {type(model).__name__}")
     source = hub.source_folder(model)
-    files = TensorFiles.of(source)
+    files = _originals(source, base)
     if base == ORIGINAL and files is None:
         raise CheckpointError("base='original' needs the checkpoint that the model was loaded from; it has none")
     plan = _Plan(base, dtype)
-    for weight in _weights_to_write(model):
+    for weight in weights_to_write(model):
         plan.add(weight, _InMemory(), files)
     return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite)
 
@@ -280,14 +250,15 @@ def merge_checkpoint(
     _check_options(base, dtype, max_shard_bytes)
     source = hub.resolve(path_or_id)
     check_apart(Path(folder), source, Path(adapter))
-    files = TensorFiles(source)
+    files = _originals(source, base)
     model: Any = hub.empty_model(hub.read_config(source), load_dtype)
     hub.tie(model)
-    check_fits(model, files)
-    origin = _OnDisk(model, files, config or QuantConfig(), load_dtype)
+    checkpoint = Checkpoint.of(source, model, config)
+    check_fits(model, source, checkpoint.tensors)
+    origin = _OnDisk(model, checkpoint, load_dtype)
     load_adapter_(model, adapter)
     hub.read_generation_config_(model, source)
     plan = _Plan(base, dtype)
-    for weight in _weights_to_write(model):
+    for weight in weights_to_write(model):
         plan.add(weight, origin, files)
     return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite)

@@ -76,10 +76,30 @@ def resolve(path_or_id: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config of a checkpoint folder. No remote code is run."""
-    read_json(folder / CONFIG_FILE)
+    """The transformers config of a checkpoint folder, as if nothing in it were packed. No remote code is run."""
+    quantization_of(folder)
     with _checkpoint_errors(f"{folder / CONFIG_FILE} is no config that transformers knows"):
-        return _transformers().AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        config = _transformers().AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    _forget_quantization(config)
+    return config
+
+
+def _forget_quantization(config: Any) -> None:
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def quantization_of(folder: Path) -> dict[str, Any] | None:
+    """How a checkpoint folder says that its weights are packed; None where it says nothing, or has no config.
+
+    CheckpointError for a config that is no JSON object, or says it in another form.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    said = read_json(folder / CONFIG_FILE).get("quantization_config")
+    if said is not None and not isinstance(said, dict):
+        raise CheckpointError(f"quantization_config in {folder / CONFIG_FILE} should be a JSON object; got {said!r}")
+    return said
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
@@ -148,12 +168,23 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
     return tokenizer
 
 
-def save_companions(model: Any, source: Path | None, target: Path, dtype: torch.dtype) -> None:
-    """Writes what a checkpoint has beside its tensors: config (new dtype), generation config, tokenizer, template."""
+def kept_unpacked(model: Any) -> list[str]:
+    """Patterns of module names that transformers leaves unpacked in this architecture, whatever its config says."""
+    return list(getattr(model, "_keep_in_fp32_modules", None) or [])
+
+
+def save_companions(
+    model: Any, source: Path | None, target: Path, dtype: torch.dtype, quantization: dict[str, Any] | None = None
+) -> None:
+    """Writes what a checkpoint has beside its tensors: config (new dtype), generation config, tokenizer, template.
+
+    quantization: how its weights are packed, for the config; None for a plain checkpoint.
+    """
     config = type(model.config).from_dict(model.config.to_dict())
     config.dtype = dtype
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    _forget_quantization(config)
+    if quantization is not None:
+        config.quantization_config = quantization
     config.architectures = [type(model).__name__]
     config.save_pretrained(str(target))
     if getattr(model, "generation_config", None) is not None:

@@ -1,34 +1,47 @@
-"""`load_quantized`: from a checkpoint on disk to a frozen packed model, a few rows at a time."""
+"""`load_quantized`: from a checkpoint on disk to a frozen packed model, a few rows at a time.
+
+The checkpoint may be a plain one, whose weights are packed on their way in, or one that bitsandbytes packed (saved by
+transformers, or by `save_quantized`): then its bytes are taken as they are.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qlora_lite import hub
 from qlora_lite.config import QuantConfig
-from qlora_lite.errors import CheckpointError, QuantizationError
+from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
 from qlora_lite.finite import check_finite
 from qlora_lite.memory.host import keep_freed_pages, release_freed_pages
+from qlora_lite.modules import answers_to
+from qlora_lite.packed_files import ROWS_FILE, StoredInt8Rows, StoredPacked, int8_rows, packed_weights
 from qlora_lite.quantize_base import Slot, slots
-from qlora_lite.tensor_files import StoredTensor, TensorFiles
-from qlora_lite.weight_rows import READ_BYTES, ToBePacked
+from qlora_lite.tensor_files import StoredTensor, TensorFiles, tensors_in
+from qlora_lite.weight_rows import READ_BYTES, PackSource, ToBePacked
 
 SHOWN = 8
+BITSANDBYTES = "bitsandbytes"
 
 
 def _listed(what: str, names: set[str] | list[str]) -> str:
     return f"{len(names)} tensors {what}: {', '.join(sorted(names)[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
 
 
-def check_fits(model: nn.Module, files: TensorFiles) -> dict[str, Tensor]:
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def check_fits(model: nn.Module, folder: Path, found: Mapping[str, _Shaped]) -> dict[str, Tensor]:
     """The model's own (meta) tensors by name. One CheckpointError lists what is missing, unexpected and mis-shaped."""
     wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    found = files.stored
     ignorable = [re.compile(pattern) for pattern in hub.ignorable_keys(model)]
     unexpected = {n for n in found.keys() - wanted.keys() if not any(pattern.search(n) for pattern in ignorable)}
     missing = wanted.keys() - found.keys() - hub.tied_names(model)
@@ -39,27 +52,103 @@ def check_fits(model: nn.Module, files: TensorFiles) -> dict[str, Tensor]:
     ]
     kinds = (("are missing", missing), ("belong to no module", unexpected), ("have the wrong shape", wrong))
     if problems := [_listed(what, names) for what, names in kinds if names]:
-        raise CheckpointError(f"{files.folder} does not fit this {type(model).__name__}: {'; '.join(problems)}")
+        raise CheckpointError(f"{folder} does not fit this {type(model).__name__}: {'; '.join(problems)}")
     return wanted
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a folder by name, in the order of its files, and how a model that is loaded from it is packed."""
+
+    folder: Path
+    config: QuantConfig
+    tensors: Mapping[str, StoredTensor | StoredPacked | StoredInt8Rows]
+
+    @classmethod
+    def of(cls, folder: Path, model: nn.Module, config: QuantConfig | None) -> Checkpoint:
+        """For a model on the meta device. ConfigError if the folder is packed otherwise than `config` asks for.
+
+        CheckpointError for packing that is not bitsandbytes', and for packed weights that cannot be read.
+        """
+        quantization, files = hub.quantization_of(folder), TensorFiles(folder)
+        if quantization is None:
+            return cls(folder, config or QuantConfig(), files.stored)
+        _check_is_bitsandbytes(quantization, folder)
+        packed, statistics = packed_weights(files.stored)
+        absmax = tensors_in(folder / ROWS_FILE) if (folder / ROWS_FILE).is_file() else {}
+        rows = int8_rows(files.stored, absmax)
+        plain = {name: tensor for name, tensor in files.stored.items() if name not in statistics}
+        return cls(folder, _as_stored(folder, model, config, packed, bool(rows)), {**plain, **packed, **rows})
+
+    def source(self, name: str, format: str, dtype: torch.dtype) -> PackSource:
+        """How the packed weight comes about that a model holds under this name."""
+        tensor = self.tensors[name]
+        return ToBePacked(tensor, self.config, format, dtype) if isinstance(tensor, StoredTensor) else tensor
+
+    def slots(self, model: nn.Module) -> list[Slot]:
+        """What is packed of the model. CheckpointError for packed weights that are not a linear layer's there."""
+        found = slots(model, self.config)
+        names = {f"{name}.weight" for slot in found for name in slot.modules}
+        lost = [n for n, tensor in self.tensors.items() if not isinstance(tensor, StoredTensor) and n not in names]
+        if lost:
+            raise CheckpointError(f"{self.folder}: {_listed('are packed and belong to no linear layer', lost)}")
+        return found
+
+
+def _check_is_bitsandbytes(quantization: dict[str, Any], folder: Path) -> None:
+    # Configs of before quant_method name the bits alone.
+    bits = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    method = quantization.get("quant_method") or (BITSANDBYTES if bits else None)
+    if method != BITSANDBYTES:
+        raise CheckpointError(
+            f"{folder} is packed by {method or 'a method that its config does not name'}, which cannot be read here; "
+            f"name a checkpoint that is not packed, or one packed by {BITSANDBYTES}"
+        )
+
+
+def _as_stored(
+    folder: Path, model: nn.Module, config: QuantConfig | None, packed: Mapping[str, StoredPacked], rows: bool
+) -> QuantConfig:
+    """The settings that a packed folder is loaded with: format and layers are the file's, the rest is asked for."""
+    formats = sorted({weight.format for weight in packed.values()})
+    if len(formats) != 1:
+        got = f"packed weights in {' and '.join(formats)}" if formats else "no packed weight"
+        raise CheckpointError(f"{folder} says that it is packed by {BITSANDBYTES}, in one format; it has {got}")
+    wanted = config or QuantConfig(format=formats[0])
+    if wanted.format != formats[0]:
+        raise ConfigError(
+            f"{folder} is packed as {formats[0]} already; format {wanted.format!r} was asked for: ask for "
+            f"{formats[0]!r}, or name the checkpoint that it was packed from"
+        )
+    layers = [name.removesuffix(".weight") for name in packed]
+    if both := [name for name in layers for skip in wanted.skip_modules or () if answers_to(name, skip)]:
+        raise ConfigError(f"{folder} holds layers packed that skip_modules leaves unpacked: {', '.join(both[:SHOWN])}")
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    embedding = "int8" if rows else wanted.embedding_format
+    unpacked = tuple(name for name in linears if name not in layers)
+    return replace(wanted, skip_modules=unpacked, embedding_format=embedding)
 
 
 class _Placement:
     """Where the tensors of a checkpoint go: into packed weights, or as they are to every module that has them."""
 
-    def __init__(self, model: nn.Module, config: QuantConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self.model, self.config, self.dtype, self.device = model, config, dtype, device
-        self._slots: dict[Tensor, Slot] = {slot.weight: slot for slot in slots(model, config)}
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.model, self.checkpoint, self.dtype, self.device = model, checkpoint, dtype, device
+        self._slots: dict[Tensor, Slot] = {slot.weight: slot for slot in checkpoint.slots(model)}
         self._names: dict[Tensor, list[str]] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             self._names.setdefault(tensor, []).append(name)
 
-    def place(self, stored: StoredTensor, target: Tensor) -> None:
+    def place(self, name: str, target: Tensor) -> None:
         """Reads a tensor for the one on meta that it replaces. QuantizationError for values that are not finite."""
-        slot = self._slots.get(target)
+        slot, config = self._slots.get(target), self.checkpoint.config
         if slot is not None:
-            packed = ToBePacked(stored, self.config, slot.format, self.dtype).pack(self.device)
-            slot.fill_(self.model, packed, self.config)
+            packed = self.checkpoint.source(name, slot.format, self.dtype).pack(self.device)
+            packed.int8_activations = config.int8_activations and packed.format == config.format
+            slot.fill_(self.model, packed, config)
             return
+        stored = self.checkpoint.tensors[name]
+        assert isinstance(stored, StoredTensor)  # packed ones have a slot
         dtype = self.dtype if stored.dtype.is_floating_point else target.dtype
         placed = torch.empty(stored.shape, dtype=dtype, device=self.device)
         for first, rows in stored.slices(READ_BYTES):
@@ -86,23 +175,25 @@ def load_quantized(
 
     What is not packed (norms, embeddings, biases) is held in `dtype`, which is then the dtype of the activations.
     Of what is packed, a slice of `READ_BYTES` is unpacked at a time, so memory is that of the packed model and little
-    more. Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, before anything is read;
+    more. A folder that bitsandbytes packed keeps its bytes: format, blocks and the choice of layers are then the
+    file's (ConfigError if `config` asks for another format); what they are multiplied in is `config`'s.
+
+    Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, before anything is read;
     QuantizationError for values that are NaN, infinite, or too large for the format, with every tensor that has some.
     """
-    config = config or QuantConfig()
     keep_freed_pages()
     folder = hub.resolve(path_or_id)
-    files = TensorFiles(folder)
     model: Any = hub.empty_model(hub.read_config(folder), dtype)
     hub.tie(model)
-    wanted = check_fits(model, files)
-    placement = _Placement(model, config, dtype, torch.device(device))
+    checkpoint = Checkpoint.of(folder, model, config)
+    wanted = check_fits(model, folder, checkpoint.tensors)
+    placement = _Placement(model, checkpoint, dtype, torch.device(device))
     bad: list[str] = []
-    for name, stored in files.stored.items():
+    for name in checkpoint.tensors:
         if name not in wanted:
             continue
         try:
-            placement.place(stored, wanted[name])
+            placement.place(name, wanted[name])
         except QuantizationError as error:
             bad.append(str(error))
     if bad:

@@ -61,7 +61,8 @@ def _nested_code() -> tuple[float, ...]:
 
 
 @functools.cache
-def _code_values(format: str) -> tuple[float, ...]:
+def code_values(format: str) -> tuple[float, ...]:
+    """The 16 values that a 4-bit format's codes stand for, times their block's absmax."""
     with no_dispatch():
         return tuple(bnb.get_4bit_type(format, device="cpu").tolist())
 
@@ -69,7 +70,7 @@ def _code_values(format: str) -> tuple[float, ...]:
 def _pack_chunk(chunk: Tensor, blocksize: int, format: str) -> tuple[Tensor, Tensor]:
     """bitsandbytes' codes and absmax of a flat chunk; whole blocks on a CPU by the faster search, to the same codes."""
     if chunk.device.type == "cpu" and chunk.numel() % blocksize == 0 and sys.byteorder == "little":
-        return pack_4bit(chunk, blocksize, _code_values(format))
+        return pack_4bit(chunk, blocksize, code_values(format))
     codes, absmax = ops.quantize_4bit(chunk, blocksize, format, torch.uint8)
     return codes, absmax
 

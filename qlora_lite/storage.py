@@ -47,6 +47,7 @@ UNFINISHED = ".partial"
 # A folder whose maker holds no lock on it is abandoned; one so young may not have its lock yet.
 ABANDONED_AFTER_SECONDS = 60
 SPARE_BYTES = 64 << 20
+DEFAULT_SHARD_BYTES = 5 * 10**9
 CHECKPOINT_NAMES = ("merges.txt", "vocab.txt", "README.md")
 
 

@@ -27,8 +27,11 @@ READ_BYTES = 16 << 20
 class WeightRows(Protocol):
     """Rows of a weight in fp32. `step`: a slice begins at a multiple of it."""
 
-    shape: tuple[int, ...]
-    step: int
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def step(self) -> int: ...
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start to stop, a new tensor."""
@@ -66,12 +69,25 @@ class StoredRows:
     step = 1
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         return self.stored.shape
 
     def rows(self, start: int, stop: int) -> Tensor:
         part = self.stored.rows(start, stop) if self.shape else self.stored.read()
         return part.to(self.through or part.dtype).to(torch.float32)
+
+
+class PackSource(Protocol):
+    """A weight in a file that a model holds packed. `step`: a slice of its rows begins at a multiple of it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def step(self) -> int: ...
+
+    def pack(self, device: torch.device) -> PackedWeight:
+        """The packed weight that loading makes of it."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +99,16 @@ class ToBePacked:
     format: str
     dtype: torch.dtype
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def step(self) -> int:
+        return row_step(self.shape, self.format, self.config.blocksize)
+
     def slices(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        step = row_step(self.stored.shape, self.format, self.config.blocksize)
-        for first, rows in self.stored.slices(READ_BYTES, step):
+        for first, rows in self.stored.slices(READ_BYTES, self.step):
             moved = rows.to(device=device, dtype=self.dtype)
             check_packable(moved, self.stored.name, self.format, first)
             yield first, moved
@@ -98,9 +121,8 @@ class ToBePacked:
 class RepackedRows:
     """Of a tensor in a file as they are once it is packed: packed when first asked for, dropped after the last row."""
 
-    def __init__(self, source: ToBePacked) -> None:
-        self.shape, self._source = source.stored.shape, source
-        self.step = row_step(self.shape, source.format, source.config.blocksize)
+    def __init__(self, source: PackSource) -> None:
+        self.shape, self.step, self._source = source.shape, source.step, source
         self._packed: PackedWeight | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:

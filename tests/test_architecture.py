@@ -39,7 +39,7 @@ FLOORS = (
     ),
     ("quantize", "loss", "attention", "hub", "progress", "tensor_files"),
     ("lora", "quantize_base", "optim", "weight_rows"),
-    ("adapters",),
+    ("adapters", "plain_weights", "packed_files"),
     (
         "merge",
         "adapter_files",
@@ -52,7 +52,7 @@ FLOORS = (
         "memory.measure",
         "memory.rehearse",
     ),
-    ("export", "run_folder"),
+    ("export", "quantized_files", "run_folder"),
     ("training",),
     ("cli",),
 )

@@ -23,7 +23,7 @@ def test_help_needs_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    for command in ((), ("train",), ("merge",), ("profile",), ("env",)):
+    for command in ((), ("train",), ("merge",), ("quantize",), ("profile",), ("env",)):
         assert run(*command, "--help").returncode == 0
 
 
@@ -58,6 +58,24 @@ def test_train_merge_and_profile(tiny_folder: Path, tmp_path: Path) -> None:
     assert "backward" in done.stdout and "phases" in json.loads(done.stdout.splitlines()[-1])
 
 
+def test_quantize_writes_what_the_other_commands_read(tiny_folder: Path, tmp_path: Path) -> None:
+    from qlora_lite import QuantConfig, load_quantized
+
+    words = ("quantize", "--model", tiny_folder, "--output", tmp_path / "q", "--format", "fp4", "--no-double-quant")
+    done = run(*words, "--max-shard-size", "20kB", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    sizes = [(tmp_path / "q" / file).stat().st_size for file in figures["files"]]
+    assert figures["bytes"] == sum(sizes) and len(sizes) > 1
+    expected = load_quantized(tiny_folder, QuantConfig("fp4", double_quant=False)).state_dict()
+    held = load_quantized(tmp_path / "q").state_dict()
+    assert held.keys() == expected.keys() and all(torch.equal(held[name], value) for name, value in expected.items())
+    done = run("profile", "--model", tmp_path / "q", "--rank", 2, "--rows", 1, "--tokens", 16)
+    assert done.returncode == 1 and "is packed as fp4 already; format 'nf4' was asked for" in done.stderr
+    again = run(*words)
+    assert again.returncode == 1 and "not empty" in again.stderr
+
+
 def test_env_says_what_there_is() -> None:
     figures = json.loads(run("env", "--json").stdout.splitlines()[-1])
     assert figures["torch"].startswith(torch.__version__.split("+")[0]) and figures["memory_bytes"] > 0
@@ -71,6 +89,7 @@ def test_env_says_what_there_is() -> None:
         (("merge", "--model", "{m}", "--adapter", "a", "--output", "{t}/o", "--dtype", "int4"), 1, "got 'int4'"),
         (("train", "--model", "{m}", "--data", "nowhere.jsonl", "--output", "{t}/o"), 1, "nowhere.jsonl"),
         (("profile", "--model", "{m}", "--format", "nf5"), 1, "got 'nf5'"),
+        (("quantize", "--model", "{m}", "--output", "{t}/o", "--format", "none"), 1, "no packed layer"),
         (("profile", "--model", "{m}", "--rows", "0"), 1, "rows must be at least 1"),
         (("train", "--model", "{m}"), 2, "Missing option"),
         (("train", "--steps", "many"), 2, "Error"),

@@ -14,9 +14,20 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lite import LoraConfig, QuantConfig, add_lora_, export, export_merged, load_quantized, save_adapter, storage
+from qlora_lite import (
+    LoraConfig,
+    QuantConfig,
+    add_lora_,
+    export,
+    export_merged,
+    load_adapter_,
+    load_quantized,
+    save_adapter,
+    storage,
+)
 from qlora_lite.adapters import lora_layers
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, TargetError
+from qlora_lite.quantized_files import save_quantized
 from qlora_lite.tensor_files import TensorFiles
 
 TOKENS = torch.arange(12).view(2, 6)
@@ -260,3 +271,37 @@ def test_killed_it_leaves_nothing_under_the_name_and_the_same_command_finishes(
     export.merge_checkpoint(*words[:3])
     export.merge_checkpoint(*words[:2], tmp_path / "again")
     assert same(tmp_path / "out", tmp_path / "again") and not list(tmp_path.glob(".out.*"))
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [{}, {"format": "fp4", "double_quant": False}, {"format": "int8"}, {"embedding_format": "int8"}],
+)
+def test_adapters_on_a_packed_checkpoint_merge_as_on_the_one_it_was_packed_from(
+    tiny_folder: Path, tmp_path: Path, quant: dict[str, Any]
+) -> None:
+    save_quantized(load_quantized(tiny_folder, QuantConfig(**quant)), tmp_path / "packed")
+    model = trained(tiny_folder, **quant)
+    save_adapter(model, tmp_path / "adapter")
+    export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "plain", QuantConfig(**quant))
+    disk = export.merge_checkpoint(tmp_path / "packed", tmp_path / "adapter", tmp_path / "disk")
+    assert same(tmp_path / "disk", tmp_path / "plain")
+    from_packed = load_quantized(tmp_path / "packed")
+    load_adapter_(from_packed, tmp_path / "adapter")
+    live = export_merged(from_packed, tmp_path / "live")
+    assert same(tmp_path / "live", tmp_path / "plain") and live.report == disk.report
+    assert disk.report.total().quantization is None and disk.report.total().update is not None
+    for folder in ("live", "disk"):
+        assert "quantization_config" not in json.loads((tmp_path / folder / "config.json").read_text())
+
+
+def test_a_packed_checkpoint_has_no_original(tiny_folder: Path, tmp_path: Path) -> None:
+    save_adapter(trained(tiny_folder), tmp_path / "adapter")
+    for format in ("nf4", "int8"):
+        packed = tmp_path / format
+        save_quantized(load_quantized(tiny_folder, QuantConfig(format)), packed)
+        with pytest.raises(CheckpointError, match=f"merges into full-precision weights and {packed} holds packed ones"):
+            export.merge_checkpoint(packed, tmp_path / "adapter", tmp_path / "out", base="original")
+        with pytest.raises(CheckpointError, match="holds packed ones"):
+            export_merged(load_quantized(packed), tmp_path / "out", base="original")
+    assert not (tmp_path / "out").exists()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from qlora_lite.errors import CheckpointError
-from qlora_lite.hub import empty_model, head_of, load_tokenizer, read_config, resolve
+from qlora_lite.hub import empty_model, head_of, load_tokenizer, quantization_of, read_config, resolve
 
 
 def test_a_model_is_built_without_bytes(tiny_folder: Path) -> None:
@@ -28,3 +29,15 @@ def test_wrong_places_get_one_sentence(tmp_path: Path, tiny_folder: Path) -> Non
     with pytest.raises(CheckpointError, match="no config that transformers knows"):
         read_config(tmp_path)
     assert load_tokenizer(tiny_folder).pad_token_id is not None
+
+
+def test_how_a_folder_is_packed_is_read_and_kept_out_of_the_model(tiny_folder: Path, tmp_path: Path) -> None:
+    assert quantization_of(tmp_path) is quantization_of(tiny_folder) is None
+    said = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config = json.loads((tiny_folder / "config.json").read_text()) | {"quantization_config": said}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert quantization_of(tmp_path) == said
+    assert "quantization_config" not in read_config(tmp_path).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert quantization_of(tmp_path) is None
+    assert "quantization_config" not in read_config(tmp_path).to_dict()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lite import QuantConfig, load_quantized
-from qlora_lite.errors import CheckpointError, QuantizationError
+from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
+from qlora_lite.quantized_files import save_quantized
 
 TOKENS = torch.arange(10).unsqueeze(0)
 
@@ -61,3 +64,91 @@ def test_values_that_are_not_finite_are_named_wherever_they_are(tiny_folder: Pat
     load_quantized(folder)
     with pytest.raises(QuantizationError, match=r"model\.norm\.weight holds inf at index \(3,\)"):
         load_quantized(folder, dtype=torch.float16)
+
+
+def packed_folder(source: Path, folder: Path, **quant: Any) -> Path:
+    save_quantized(load_quantized(source, QuantConfig(**quant)), folder)
+    return folder
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_a_packed_folder_is_loaded_as_it_is_packed_or_not_at_all(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = packed_folder(tiny_folder, tmp_path / "fp4", format="fp4", blocksize=128, double_quant=False)
+    for asked in (None, QuantConfig("fp4"), QuantConfig("fp4", skip_modules=("lm_head",))):
+        weight = load_quantized(folder, asked).model.layers[0].mlp.up_proj.weight
+        assert (weight.format, weight.blocksize, weight.double_quant) == ("fp4", 128, False)
+    for other in ("nf4", "int8", "none"):
+        with pytest.raises(ConfigError, match=f"is packed as fp4 already; format '{other}' was asked for"):
+            load_quantized(folder, QuantConfig(other))
+    with pytest.raises(ConfigError, match=r"skip_modules leaves unpacked: model\.layers\.0\.mlp\.up_proj, model"):
+        load_quantized(folder, QuantConfig("fp4", skip_modules=("up_proj",)))
+
+
+def test_settings_that_are_no_matter_of_bytes_hold_for_packed_folders_too(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = packed_folder(tiny_folder, tmp_path / "int8", format="int8")
+    asked = QuantConfig("int8", int8_activations=True, compute_dtype=torch.float32, embedding_format="int8")
+    model, plain = load_quantized(folder, asked), load_quantized(tiny_folder, asked)
+    layer = model.model.layers[1].mlp.down_proj
+    assert layer.weight.int8_activations and layer.compute_dtype == torch.float32
+    assert torch.equal(model.lm_head.weight.packed, plain.lm_head.weight.packed)
+    assert torch.equal(model(TOKENS).logits, plain(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "is packed by gptq, which cannot be read here"),
+        ({"quant_method": "awq", "bits": 4}, "is packed by awq"),
+        ({"bits": 4}, "is packed by a method that its config does not name"),
+        ("nf4", "should be a JSON object; got 'nf4'"),
+        ({"load_in_4bit": True}, "in one format; it has no packed weight"),
+        ({"quant_method": "bitsandbytes"}, "in one format; it has no packed weight"),
+    ],
+)
+def test_other_packing_is_refused_by_name(tiny_folder: Path, tmp_path: Path, said: Any, message: str) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "other")
+    change_config(folder, quantization_config=said)
+    with pytest.raises(CheckpointError, match=message):
+        load_quantized(folder)
+
+
+def test_damaged_statistics_are_all_listed(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = packed_folder(tiny_folder, tmp_path / "nf4")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight.absmax"]
+    state = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+    tensors[state] = tensors[state][:-1].clone()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"0\.mlp\.up_proj\.weight misses absmax; .*1\.mlp.* is no JSON"):
+        load_quantized(folder)
+
+
+def test_packed_weights_that_fit_no_layer_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = packed_folder(tiny_folder, tmp_path / "nf4")
+    kept = load_file(folder / "model.safetensors")
+    layer = "model.layers.0.mlp.up_proj.weight"
+    other = "model.layers.0.mlp.down_proj.weight"
+    moved = {name.replace(layer, other): value for name, value in kept.items() if name.startswith(layer)}
+    moved = {name: value for name, value in kept.items() if not name.startswith(layer)} | moved
+    save_file(moved, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: .*up_proj.*wrong shape: .*down_proj\.weight is \(128, 64\)"):
+        load_quantized(folder)
+    save_file({**kept, layer.replace("0", "7"): kept[layer].clone()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"belong to no module: model\.layers\.7\.mlp\.up_proj\.weight"):
+        load_quantized(folder)
+
+
+def test_packed_statistics_that_are_not_finite_are_named(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = packed_folder(tiny_folder, tmp_path / "int8", format="int8")
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.layers.0.mlp.up_proj.SCB", "model.layers.1.self_attn.q_proj.SCB"):
+        tensors[name][2] = torch.inf
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        QuantizationError, match=r"0\.mlp\.up_proj\.SCB holds inf at index \(2,\).*1\.self_attn\.q_proj"
+    ):
+        load_quantized(folder)

@@ -1,0 +1,296 @@
+"""Packed weights as bitsandbytes names and lays them out in a checkpoint, which is what transformers saves and loads.
+
+A linear layer `X` of shape (out, in), n = out * in, in a 4-bit format:
+
+    X.weight                               uint8 (ceil(n / 2), 1), two codes in a byte
+    X.weight.absmax                        fp32 (blocks,), or uint8 with double quantization
+    X.weight.quant_map                     fp32 (16,), what the codes stand for
+    X.weight.nested_absmax                 fp32 (ceil(blocks / 256),)   } with double
+    X.weight.nested_quant_map              fp32 (256,)                  } quantization
+    X.weight.quant_state.bitsandbytes__F   F = nf4 or fp4: the bytes of a JSON object with quant_type, blocksize, dtype,
+                                           shape; with double quantization nested_blocksize, nested_dtype, nested_offset
+
+and in 8 bits `X.weight` int8 (out, in), `X.SCB` fp32 (out,), the absmax of each row, and `X.weight_format`, 0 for rows.
+
+bitsandbytes has no such names for an embedding. One that is packed as int8 rows, and a head that shares its rows, are
+stored unpacked, which every reader understands, with the absmax of each row in a file beside (`ROWS_FILE`). bf16 rounds
+code * absmax / 127 by less than 1 / 256 of it, so that 127 value / absmax is off by less than 127 / 256, and rounds to
+the code: all come back. fp16 is finer, but for values below 2**-14, whose steps are 2**-24 (`rows_survive`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_lite.config import is_count, is_finite
+from qlora_lite.errors import CheckpointError
+from qlora_lite.finite import check_finite
+from qlora_lite.formats import BLOCKSIZES, NESTED_BLOCKSIZE, packed_bytes, row_step
+from qlora_lite.quantize import PackedWeight, code_values
+from qlora_lite.storage import PlannedTensor, planned
+from qlora_lite.tensor_files import StoredTensor
+from qlora_lite.weight_rows import READ_BYTES, slice_starts
+
+ROWS_FILE = "int8_rows/absmax.safetensors"
+STATE = "quant_state.bitsandbytes__"
+STATISTIC_4BIT = re.compile(rf"(.+\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|{re.escape(STATE)}\w+)")
+STATISTIC_8BIT = re.compile(r"(.+\.)(SCB|weight_format)")
+# What each buffer of a PackedWeight is called in a file, beside the weight itself.
+BUFFERS_4BIT = {"absmax": "absmax"}
+BUFFERS_NESTED = {**BUFFERS_4BIT, "nested_absmax": "nested_absmax", "nested_code": "nested_quant_map"}
+BUFFERS_8BIT = {"absmax": "SCB"}
+# Tables written by other versions differ in the last bits; kernels use their own, whatever a file says.
+SAME_TABLE = 1e-3
+LARGEST_CODE = 127
+SMALLEST_FP16_ABSMAX = LARGEST_CODE * 2**-24
+SHOWN = 8
+
+
+def _as_tensor(facts: Mapping[str, Any]) -> Tensor:
+    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+
+
+def serialized(name: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str, PlannedTensor]:
+    """The tensors that a checkpoint holds for the packed weight `name` (ends in `weight`), bytes as they are.
+
+    dtype: what bitsandbytes unpacks it to for a product.
+    """
+    if packed.format == "int8":
+        layer = name.removesuffix("weight")
+        row_major = torch.zeros((), dtype=torch.uint8)
+        tensors = {name: packed.packed, f"{layer}SCB": packed.absmax, f"{layer}weight_format": row_major}
+        return {key: planned(tensor) for key, tensor in tensors.items()}
+    table = torch.tensor(code_values(packed.format))
+    tensors = {name: packed.packed.view(-1, 1), f"{name}.absmax": packed.absmax, f"{name}.quant_map": table}
+    kind, shape = str(dtype).removeprefix("torch."), list(packed.shape)
+    facts = {"quant_type": packed.format, "blocksize": packed.blocksize, "dtype": kind, "shape": shape}
+    if packed.double_quant:
+        tensors |= {f"{name}.nested_absmax": packed.nested_absmax, f"{name}.nested_quant_map": packed.nested_code}
+        facts |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
+        facts |= {"nested_offset": float(packed.nested_offset)}
+    tensors[f"{name}.{STATE}{packed.format}"] = _as_tensor(facts)
+    return {key: planned(tensor) for key, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class StoredPacked:
+    """A packed weight in a file, checked against the sizes that its shape asks for. buffers: of `PackedWeight`."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    blocksize: int
+    nested_offset: float | None
+    buffers: Mapping[str, StoredTensor]
+
+    @property
+    def step(self) -> int:
+        return row_step(self.shape, self.format, self.blocksize)
+
+    def empty(self, device: torch.device) -> PackedWeight:
+        """A packed weight of this layout."""
+        nested = self.nested_offset is not None
+        return PackedWeight((self.shape[0], self.shape[1]), self.format, self.blocksize, nested, device)
+
+    def pack(self, device: torch.device) -> PackedWeight:
+        """The bytes as they are in the file. QuantizationError for statistics that are NaN or infinite."""
+        packed = self.empty(device)
+        for key, stored in self.buffers.items():
+            flat, place = getattr(packed, key).view(-1), 0
+            for first, rows in stored.slices(READ_BYTES):
+                if key != "packed":  # codes may be stored as floats of the same bytes
+                    check_finite(rows, stored.name, first)
+                part = rows.reshape(-1).view(flat.dtype)
+                flat[place : place + part.numel()] = part
+                place += part.numel()
+        if self.nested_offset is not None:
+            packed.nested_offset.fill_(self.nested_offset)
+        return packed
+
+
+@dataclass(frozen=True)
+class StoredInt8Rows:
+    """An int8 matrix in a file, unpacked, and the absmax of its rows beside it, which give its codes back exactly."""
+
+    stored: StoredTensor
+    absmax: StoredTensor
+    step = 1
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    def pack(self, device: torch.device) -> PackedWeight:
+        """CheckpointError if the two do not belong together."""
+        absmax = self.absmax.read()
+        check_finite(absmax, f"the absmax of {self.name}")
+        packed = PackedWeight((self.shape[0], self.shape[1]), "int8", device=device)
+        packed.absmax.copy_(absmax)
+        scale = torch.where(absmax > 0, LARGEST_CODE / absmax, 0).unsqueeze(1)
+        for start, stop in slice_starts(self.shape, 1, READ_BYTES):
+            rows = self.stored.rows(start, stop)
+            codes = (rows.float() * scale[start:stop]).round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
+            packed.packed[start:stop] = codes  # (NaN becomes some code, and differs below)
+            if not torch.equal(packed.dequantize_rows(start, stop, rows.dtype).cpu(), rows):
+                raise CheckpointError(f"{self.name} is not what {self.absmax.path} was written with; save it again")
+        return packed
+
+
+def rows_survive(absmax: Tensor, dtype: torch.dtype) -> bool:
+    """Whether int8 codes of rows with these absmax come back from values in `dtype`."""
+    return dtype != torch.float16 or not bool(((absmax > 0) & (absmax <= SMALLEST_FP16_ABSMAX)).any())
+
+
+def int8_rows(stored: Mapping[str, StoredTensor], absmax: Mapping[str, StoredTensor]) -> dict[str, StoredInt8Rows]:
+    """The matrices whose codes the file of absmax gives back. CheckpointError lists what does not fit."""
+    bad = [
+        name
+        for name, rows in absmax.items()
+        if name not in stored
+        or not stored[name].dtype.is_floating_point
+        or len(stored[name].shape) != 2
+        or (rows.shape, rows.dtype) != (stored[name].shape[:1], torch.float32)
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{ROWS_FILE} has no matching rows in the checkpoint for {', '.join(sorted(bad)[:SHOWN])}"
+        )
+    return {name: StoredInt8Rows(stored[name], rows) for name, rows in absmax.items()}
+
+
+def packed_weights(stored: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredPacked], set[str]]:
+    """The weights that bitsandbytes packed, by name, and the names of their statistics.
+
+    One CheckpointError lists every weight whose statistics are missing, damaged, or of a size that does not fit.
+    """
+    four: dict[str, dict[str, StoredTensor]] = {}
+    eight: dict[str, dict[str, StoredTensor]] = {}
+    statistics: set[str] = set()
+    for name, tensor in stored.items():
+        if match := STATISTIC_4BIT.fullmatch(name):
+            four.setdefault(match[1], {})[match[2]] = tensor
+        elif match := STATISTIC_8BIT.fullmatch(name):
+            eight.setdefault(f"{match[1]}weight", {})[match[2]] = tensor
+        else:
+            continue
+        statistics.add(name)
+    problems: list[str] = []
+    groups = [(_four_bit, name, parts) for name, parts in four.items()]
+    groups += [(_eight_bit, name, parts) for name, parts in eight.items()]
+    read = {name: _read(layout, name, stored, parts, problems) for layout, name, parts in groups}
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if problems[SHOWN:] else ""
+        raise CheckpointError(f"packed weights cannot be read: {'; '.join(problems[:SHOWN])}{more}")
+    return {name: weight for name, weight in read.items() if weight is not None}, statistics
+
+
+def _read(
+    layout: Callable[..., StoredPacked],
+    name: str,
+    stored: Mapping[str, StoredTensor],
+    parts: Mapping[str, StoredTensor],
+    problems: list[str],
+) -> StoredPacked | None:
+    """A weight in one of the layouts; None, and one more problem, for one that cannot be read."""
+    try:
+        return _checked(layout(name, stored, parts))
+    except CheckpointError as error:
+        problems.append(str(error))
+        return None
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise CheckpointError(problem)
+
+
+def _named(
+    name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str, StoredTensor], names: Mapping[str, str]
+) -> dict[str, StoredTensor]:
+    """The stored tensor of each buffer; what is missing is listed."""
+    missing = [part for part in names.values() if part not in parts]
+    missing = [*(["the weight itself"] if name not in stored else []), *missing]
+    _require(not missing, f"{name} misses {', '.join(missing)}")
+    return {"packed": stored[name], **{buffer: parts[part] for buffer, part in names.items()}}
+
+
+def _facts(state: StoredTensor) -> dict[str, Any]:
+    try:
+        facts = json.loads(bytes(state.read().view(-1).view(torch.uint8).numpy()))
+    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
+        raise CheckpointError(f"{state.name} is no JSON: {error}") from error
+    _require(isinstance(facts, dict), f"{state.name} should be a JSON object; got a {type(facts).__name__}")
+    return facts  # type: ignore[no-any-return]
+
+
+def _four_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str, StoredTensor]) -> StoredPacked:
+    states = [part for part in parts if part.startswith(STATE)]
+    _require(len(states) == 1, f"{name} should have one {STATE}nf4 or {STATE}fp4; got {', '.join(states) or 'none'}")
+    state = parts[states[0]]
+    facts, format = _facts(state), states[0].removeprefix(STATE)
+    nested = any(key.startswith("nested_") for key in (*facts, *parts))
+    checks: dict[str, Callable[[Any], bool]] = {
+        "quant_type": lambda value: value == format and format in ("nf4", "fp4"),
+        "blocksize": lambda value: is_count(value, 1) and value in BLOCKSIZES,
+        "shape": lambda value: isinstance(value, list) and len(value) == 2 and all(is_count(n, 1) for n in value),
+    }
+    if nested:
+        checks |= {"nested_blocksize": lambda value: value == NESTED_BLOCKSIZE, "nested_offset": is_finite}
+    bad = [f"{key} {facts.get(key)!r}" for key, check in checks.items() if not check(facts.get(key))]
+    _require(not bad, f"{state.name} has {', '.join(bad)}")
+    buffers = _named(name, stored, parts, BUFFERS_NESTED if nested else BUFFERS_4BIT)
+    _check_table(name, format, parts.get("quant_map"))
+    offset = float(facts["nested_offset"]) if nested else None
+    return StoredPacked(name, format, tuple(facts["shape"]), facts["blocksize"], offset, buffers)
+
+
+def _check_table(name: str, format: str, table: StoredTensor | None) -> None:
+    ours = torch.tensor(code_values(format))
+    _require(table is not None, f"{name} misses quant_map")
+    same = table is not None and table.shape == tuple(ours.shape) and table.dtype == ours.dtype
+    same = same and table is not None and torch.allclose(table.read(), ours, rtol=0, atol=SAME_TABLE)
+    _require(same, f"{name}.quant_map is not the table of {format}")
+
+
+def _eight_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str, StoredTensor]) -> StoredPacked:
+    buffers = _named(name, stored, parts, BUFFERS_8BIT)
+    layout = parts.get("weight_format")
+    order = 0 if layout is None else int(layout.read().sum())  # files without it are older, and in rows
+    _require(order == 0, f"{name} is laid out for one kind of accelerator (weight_format {order}), not by rows")
+    shape = buffers["packed"].shape
+    _require(len(shape) == 2, f"{name} should be a matrix; got {shape}")
+    return StoredPacked(name, "int8", shape, BLOCKSIZES[0], None, buffers)
+
+
+def _checked(weight: StoredPacked) -> StoredPacked:
+    """The weight, once each of its tensors has the size and the dtype of the buffer that it is read into."""
+    codes, needed = weight.buffers["packed"], packed_bytes(weight.shape, weight.format)
+    got = math.prod(codes.shape) * codes.dtype.itemsize
+    _require(got == needed, f"{weight.name} has {got:,} bytes, {weight.format} of {weight.shape} needs {needed:,}")
+    layout = weight.empty(torch.device("meta"))
+    wrong = []
+    for key, stored in weight.buffers.items():
+        buffer: Tensor = getattr(layout, key)
+        # 4-bit codes may be stored as another dtype of the same bytes (bnb_4bit_quant_storage).
+        as_bytes = key == "packed" and weight.format != "int8"
+        size = math.prod(stored.shape) * stored.dtype.itemsize
+        if size != buffer.nbytes or not (as_bytes or stored.dtype == buffer.dtype):
+            wrong.append(f"{stored.name} is {_layout(stored)}, {buffer.numel():,} of {buffer.dtype} are needed")
+    _require(not wrong, "; ".join(wrong))
+    return weight
+
+
+def _layout(stored: StoredTensor) -> str:
+    return f"{stored.shape} of {stored.dtype}"

@@ -1,0 +1,181 @@
+"""`save_quantized`: a packed model as a checkpoint that transformers loads as pre-quantized, and `load_quantized` too.
+
+Packed bytes are written as they are; packed_files.py says under which names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite import hub
+from qlora_lite.config import is_count, require
+from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
+from qlora_lite.finite import check_finite
+from qlora_lite.load import BITSANDBYTES
+from qlora_lite.lora import LoraLayer
+from qlora_lite.packed_files import ROWS_FILE, rows_survive, serialized
+from qlora_lite.plain_weights import weights_to_write
+from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear
+from qlora_lite.storage import (
+    DEFAULT_SHARD_BYTES,
+    PlannedTensor,
+    check_apart,
+    check_space,
+    new_folder,
+    planned,
+    write_safetensors,
+    write_sharded,
+)
+from qlora_lite.weight_rows import READ_BYTES, slice_starts
+
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What is packed in a model. row_weights: those that bitsandbytes has no layer for, by id."""
+
+    linears: dict[str, QuantizedLinear]
+    row_weights: set[int]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Layers:
+        """ConfigError unless the linear layers, the head aside, are packed in one format."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        packed = {name: module for name, module in modules.items() if isinstance(module, QuantizedLinear)}
+        embeddings = {id(module.weight) for module in modules.values() if isinstance(module, QuantizedEmbedding)}
+        head = hub.head_of(model)
+        own = [layer for layer in packed.values() if id(layer.weight) not in embeddings]
+        is_rows = {id(layer) for layer in own if layer is head and layer.weight.format == "int8" and len(own) > 1}
+        formats = sorted({layer.weight.format for layer in own if id(layer) not in is_rows})
+        if len(formats) != 1:
+            got = (
+                f"layers in {' and '.join(formats)}" if formats else "no packed layer (export_merged writes plain ones)"
+            )
+            raise ConfigError(f"a packed checkpoint holds layers in one format; this model has {got}")
+        row_weights = embeddings | {id(layer.weight) for layer in own if layer.weight.format != formats[0]}
+        linears = {name: layer for name, layer in packed.items() if id(layer.weight) not in row_weights}
+        return cls(linears, row_weights)
+
+    @property
+    def format(self) -> str:
+        return next(iter(self.linears.values())).weight.format
+
+
+def _skipped(model: nn.Module, layers: _Layers) -> list[str]:
+    """Linear layers that transformers is to leave unpacked. CheckpointError where it would leave a packed one, too."""
+    # transformers packs GPT-2's Conv1D like a linear layer.
+    kinds = (nn.Linear, QuantizedLinear)
+    modules = model.named_modules(remove_duplicate=False)
+    linears = [name for name, module in modules if isinstance(module, kinds) or type(module).__name__ == "Conv1D"]
+    skipped = [name for name in linears if name not in layers.linears]
+    patterns = [*skipped, *hub.kept_unpacked(model)]
+    # transformers leaves alone what begins with a pattern, up to a dot, or ends with it.
+    lost = [
+        name
+        for name in layers.linears
+        if any(re.match(rf"(?:{key})(?:\.|$)", name) or name.endswith(key) for key in patterns)
+    ]
+    if lost:
+        raise CheckpointError(
+            f"transformers would take these packed layers for unpacked ones by their names: {', '.join(lost[:SHOWN])}; "
+            f"pack {', '.join(patterns[:SHOWN])} too, or export_merged"
+        )
+    return skipped
+
+
+def _quantization_config(layers: _Layers, skipped: list[str], compute: torch.dtype) -> dict[str, Any]:
+    """What transformers' BitsAndBytesConfig would save."""
+    said: dict[str, Any] = {"quant_method": BITSANDBYTES, "llm_int8_skip_modules": skipped}
+    if layers.format == "int8":
+        return {**said, "load_in_8bit": True, "load_in_4bit": False}
+    return {
+        **said,
+        "load_in_8bit": False,
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": layers.format,
+        "bnb_4bit_use_double_quant": any(layer.weight.double_quant for layer in layers.linears.values()),
+        "bnb_4bit_compute_dtype": str(compute).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+    }
+
+
+@dataclass
+class _Plan:
+    """The tensors of the checkpoint, and the absmax of the rows that are written unpacked."""
+
+    tensors: dict[str, PlannedTensor] = field(default_factory=dict)
+    absmax: dict[str, PlannedTensor] = field(default_factory=dict)
+
+    def add(self, name: str, holder: Any, layers: _Layers, dtype: torch.dtype, compute: torch.dtype) -> None:
+        """compute: what bitsandbytes is to unpack the packed weights to."""
+        if not isinstance(holder, PackedWeight):
+            check_finite(holder, name)
+            self.tensors[name] = planned(holder)
+        elif id(holder) not in layers.row_weights:
+            self.tensors |= serialized(name, holder, compute)
+        else:
+            if not rows_survive(holder.absmax, dtype):
+                raise QuantizationError(f"{name} has rows too small for {dtype}; load the model in bfloat16 to save it")
+            self.tensors[name] = PlannedTensor(tuple(holder.shape), dtype, lambda: _unpacked(holder, dtype))
+            self.absmax[name] = planned(holder.absmax)
+
+    def bytes(self) -> int:
+        return sum(tensor.bytes for tensor in (*self.tensors.values(), *self.absmax.values()))
+
+
+def _unpacked(packed: PackedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
+    for start, stop in slice_starts(tuple(packed.shape), packed.row_step, READ_BYTES):
+        yield packed.dequantize_rows(start, stop, dtype)
+
+
+def save_quantized(
+    model: Any, folder: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False
+) -> list[str]:
+    """Writes a packed transformers model as it is, and returns the names of the tensor files.
+
+    Layers keep their packed bytes under bitsandbytes' names: `AutoModelForCausalLM.from_pretrained` loads them as
+    pre-quantized, `load_quantized` as they were. The folder also gets config, generation config and tokenizer.
+
+    An embedding packed as int8 rows (and a head that shares them, or is int8 above 4-bit layers) has no such names: it
+    is written unpacked in the model's dtype, with the absmax of its rows in a file of its own.
+    transformers then computes with the very values that this model computes with; `load_quantized` has the int8 codes
+    back, all of them. Above int8 layers transformers rounds activations to int8 too, which differs from unpacking.
+
+    Adapters have no place in a packed checkpoint: ConfigError, so that none is lost unseen. Raises ConfigError also
+    for layers in several formats or none that is packed, QuantizationError for NaN or infinity, CheckpointError for
+    too little room on the disk or a folder with something in it unless `overwrite`, which is then untouched.
+    """
+    require(is_count(max_shard_bytes, 1), "max_shard_bytes must be an integer of at least 1", max_shard_bytes)
+    if getattr(model, "config", None) is None:
+        raise ConfigError(f"save_quantized needs a transformers model with a config; got a {type(model).__name__}")
+    if adapted := sum(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ConfigError(
+            f"{adapted} layers have adapters, which a packed checkpoint cannot hold; save_adapter writes them, "
+            f"export_merged merges them, and after remove_lora_ save_quantized writes the base under them"
+        )
+    source = hub.source_folder(model)
+    check_apart(Path(folder), source)
+    layers = _Layers.of(model)
+    dtype = model.dtype
+    compute = next(iter(layers.linears.values())).compute_dtype or dtype
+    quantization = _quantization_config(layers, _skipped(model, layers), compute)
+    plan = _Plan()
+    for weight in weights_to_write(model):
+        plan.add(weight.name, weight.holder, layers, dtype, compute)
+    with new_folder(Path(folder), overwrite) as temporary:
+        check_space(Path(folder), plan.bytes())
+        files = write_sharded(temporary, plan.tensors, max_shard_bytes)
+        if plan.absmax:
+            (temporary / ROWS_FILE).parent.mkdir()
+            write_safetensors(temporary / ROWS_FILE, plan.absmax)
+            files.append(ROWS_FILE)
+        hub.save_companions(model, source, temporary, dtype, quantization)
+    return files
