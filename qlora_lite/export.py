@@ -2,14 +2,15 @@
 
 `export_merged` takes a model in memory, `merge_checkpoint` a checkpoint and an adapter on disk, of which no tensor is
 ever held whole. Both plan every tensor first (weight_rows.py says where its rows come from), then write it:
-W0 + (alpha / r) B A, summed in fp32 and cast.
+W0 + scaling * B A, summed in fp32 and cast. Tied weights of which one is adapted are no longer equal: both are written,
+each with its own update, and the config says that they are not tied.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from qlora_lite import hub
 from qlora_lite.adapter_files import load_adapter_
 from qlora_lite.config import FLOAT_DTYPES, QuantConfig, is_count, require
 from qlora_lite.delta import Delta
-from qlora_lite.errors import CheckpointError, ConfigError, TargetError
+from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.finite import cast_finite
 from qlora_lite.load import check_fits
 from qlora_lite.lora import LoraLayer
@@ -28,7 +29,7 @@ from qlora_lite.merge_report import MergeReport, TensorFigures
 from qlora_lite.quantize import PackedWeight
 from qlora_lite.quantize_base import slots
 from qlora_lite.storage import PlannedTensor, check_apart, check_space, new_folder, write_json, write_sharded
-from qlora_lite.tensor_files import TensorFiles
+from qlora_lite.tensor_files import StoredTensor, TensorFiles
 from qlora_lite.weight_rows import (
     DenseRows,
     PackedRows,
@@ -49,16 +50,20 @@ REPORT_FILE = "merge_report.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the names of the tensor files, and the figures of every weight."""
+    """What was written: the names of the tensor files, and the figures of every weight.
+
+    untied: whether weights that are tied in the model are two in the export, since an adapter is on one of them.
+    """
 
     files: list[str]
     report: MergeReport
+    untied: bool
 
 
 class _Origin(Protocol):
     """Where the rows of a model's weights come from."""
 
-    def trained(self, name: str, weight: Any) -> WeightRows:
+    def trained(self, weight: _Weight) -> WeightRows:
         """W0 as the adapters saw it in training."""
 
     def integers(self, name: str, tensor: Tensor) -> Tensor:
@@ -66,8 +71,9 @@ class _Origin(Protocol):
 
 
 class _InMemory:
-    def trained(self, name: str, weight: Any) -> WeightRows:
-        return PackedRows(weight) if isinstance(weight, PackedWeight) else DenseRows(weight)
+    def trained(self, weight: _Weight) -> WeightRows:
+        holder = weight.holder
+        return PackedRows(holder) if isinstance(holder, PackedWeight) else DenseRows(holder)
 
     def integers(self, name: str, tensor: Tensor) -> Tensor:
         return tensor
@@ -80,10 +86,11 @@ class _OnDisk:
         self._files, self._config, self._dtype = files, config, dtype
         self._formats = {id(slot.weight): slot.format for slot in slots(model, config)}
 
-    def trained(self, name: str, weight: Any) -> WeightRows:
-        stored = self._files.stored[name]
-        if id(weight) in self._formats:
-            return RepackedRows(ToBePacked(stored, self._config, self._formats[id(weight)], self._dtype))
+    def trained(self, weight: _Weight) -> WeightRows:
+        stored = weight.stored_in(self._files)
+        assert stored is not None  # check_fits has found all
+        if id(weight.holder) in self._formats:
+            return RepackedRows(ToBePacked(stored, self._config, self._formats[id(weight.holder)], self._dtype))
         return StoredRows(stored, self._dtype)
 
     def integers(self, name: str, tensor: Tensor) -> Tensor:
@@ -92,11 +99,20 @@ class _OnDisk:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A tensor of the plain checkpoint. `holder`: what holds it in the model, equal for tied ones."""
+    """A tensor of the plain checkpoint.
+
+    holder: what holds it in the model, equal for tied ones. tied_to: other names of the holder by the config, under
+    one of which the checkpoint that the model came from may have it.
+    """
 
     name: str
     holder: Any
     delta: Delta | None = None
+    tied_to: tuple[str, ...] = ()
+
+    def stored_in(self, files: TensorFiles) -> StoredTensor | None:
+        """The tensor of that checkpoint, None if it has none."""
+        return next((files.stored[name] for name in (self.name, *self.tied_to) if name in files.stored), None)
 
 
 def _plain_weights(model: nn.Module) -> Iterator[_Weight]:
@@ -122,22 +138,23 @@ def _plain_weights(model: nn.Module) -> Iterator[_Weight]:
     return visit(model, "")
 
 
-def _weights_to_write(model: nn.Module) -> list[_Weight]:
-    """Tied ones once. TargetError if one of a tied pair is adapted alone."""
-    chosen: list[_Weight] = []
-    first: dict[int, _Weight] = {}
+def _weights_to_write(model: nn.Module) -> tuple[list[_Weight], bool]:
+    """Every weight, and whether the checkpoint has to be untied: tied ones are written once, or all if one is adapted.
+
+    A config unties all or nothing.
+    """
+    weights = list(_plain_weights(model))
+    sharing: dict[int, list[_Weight]] = {}
+    for weight in weights:
+        sharing.setdefault(id(weight.holder), []).append(weight)
+    # Only what the config ties is found again by who loads the checkpoint; other shared tensors are written twice.
     aliases = hub.tied_names(model)
-    for weight in _plain_weights(model):
-        other = first.setdefault(id(weight.holder), weight)
-        # Only what the config ties is found again by who loads the checkpoint; other shared tensors are written twice.
-        if other is weight or not {weight.name, other.name} & aliases:
-            chosen.append(weight)
-        elif weight.delta is not None or other.delta is not None:
-            raise TargetError(
-                f"{weight.name} and {other.name} are one weight, and an adapter is on one of them: a merged checkpoint "
-                f"would change both; save the adapter instead, or train without it"
-            )
-    return chosen
+    tied = [group for group in sharing.values() if len(group) > 1 and aliases & {weight.name for weight in group}]
+    if any(weight.delta is not None for group in tied for weight in group):
+        names = {weight.name: tuple(twin.name for twin in group) for group in tied for weight in group}
+        return [replace(weight, tied_to=names.get(weight.name, ())) for weight in weights], True
+    spared = {weight.name for group in tied for weight in group[1:] if {weight.name, group[0].name} & aliases}
+    return [weight for weight in weights if weight.name not in spared], False
 
 
 @dataclass
@@ -146,8 +163,18 @@ class _Plan:
 
     base: str
     dtype: torch.dtype
+    untied: bool
     tensors: dict[str, PlannedTensor] = field(default_factory=dict)
     figures: list[TensorFigures] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, base: str, dtype: torch.dtype, origin: _Origin, files: TensorFiles | None) -> _Plan:
+        """The tensors of the model, from their origin and from the files of the checkpoint that it came from."""
+        weights, untied = _weights_to_write(model)
+        plan = cls(base, dtype, untied)
+        for weight in weights:
+            plan.add(weight, origin, files)
+        return plan
 
     def add(self, weight: _Weight, origin: _Origin, files: TensorFiles | None) -> None:
         if isinstance(weight.holder, Tensor) and not weight.holder.is_floating_point():
@@ -155,8 +182,8 @@ class _Plan:
             whole = functools.partial(origin.integers, weight.name, tensor)
             self.tensors[weight.name] = PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: [whole()])
             return
-        trained = origin.trained(weight.name, weight.holder)
-        stored = None if files is None else files.stored.get(weight.name)
+        trained = origin.trained(weight)
+        stored = None if files is None else weight.stored_in(files)
         original = StoredRows(stored) if stored is not None and stored.shape == trained.shape else None
         if self.base == ORIGINAL and original is None:
             raise CheckpointError(f"base='original' needs the checkpoint's own {weight.name}, which is not at hand")
@@ -222,10 +249,10 @@ def _write(model: nn.Module, source: Path | None, folder: Path, plan: _Plan, sha
     with new_folder(folder, overwrite) as temporary:
         check_space(folder, sum(tensor.bytes for tensor in plan.tensors.values()))
         files = write_sharded(temporary, plan.tensors, shard)
-        hub.save_companions(model, source, temporary, plan.dtype)
+        hub.save_companions(model, source, temporary, plan.dtype, untie=plan.untied)
         report = plan.report()
         write_json(temporary / REPORT_FILE, report.to_json())
-    return Exported(files, report)
+    return Exported(files, report, plan.untied)
 
 
 def export_merged(
@@ -237,11 +264,13 @@ def export_merged(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
 ) -> Exported:
-    """Writes W0 + (alpha / r) B A of every layer, summed in fp32 and cast, as safetensors shards.
+    """Writes W0 + scaling * B A of every layer, summed in fp32 and cast, as safetensors shards.
 
     base: `dequantized` writes into W0 as it was packed and trained on; `original` into the weights of the checkpoint
     that the model was loaded from, read from there. The folder also gets config, generation config, tokenizer, chat
-    template and `merge_report.json`, and loads with `AutoModelForCausalLM.from_pretrained`. A slice of a tensor is
+    template and `merge_report.json`, and loads with `AutoModelForCausalLM.from_pretrained`. Where an adapter is on
+    one of two tied weights (output head, input embedding), or on each, both are written, each with its own update or
+    none, and `tie_word_embeddings` is False in the exported config (not in the model's). A slice of a tensor is
     made at a time; the model is not changed, and need not be merged. Raises QuantizationError, naming the tensor, for
     values above `dtype`'s range (fp16: 65,504), CheckpointError for too little room on the disk, a checkpoint that is
     not there, or a folder with something in it unless `overwrite`; what was there before is then untouched.
@@ -253,9 +282,7 @@ def export_merged(
     files = TensorFiles.of(source)
     if base == ORIGINAL and files is None:
         raise CheckpointError("base='original' needs the checkpoint that the model was loaded from; it has none")
-    plan = _Plan(base, dtype)
-    for weight in _weights_to_write(model):
-        plan.add(weight, _InMemory(), files)
+    plan = _Plan.of(model, base, dtype, _InMemory(), files)
     return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite)
 
 
@@ -287,7 +314,5 @@ def merge_checkpoint(
     origin = _OnDisk(model, files, config or QuantConfig(), load_dtype)
     load_adapter_(model, adapter)
     hub.read_generation_config_(model, source)
-    plan = _Plan(base, dtype)
-    for weight in _weights_to_write(model):
-        plan.add(weight, origin, files)
+    plan = _Plan.of(model, base, dtype, origin, files)
     return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite)

@@ -130,7 +130,12 @@ def tie(model: Any) -> None:
 
 def tied_names(model: Any) -> set[str]:
     """Names of parameters that are aliases of others, and that a checkpoint leaves out."""
-    return set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {alias for alias, _ in tied_pairs(model)}
+
+
+def tied_pairs(model: Any) -> list[tuple[str, str]]:
+    """(alias, name of the parameter it is) for each of `tied_names`."""
+    return list((getattr(model, "all_tied_weights_keys", None) or {}).items())
 
 
 def ignorable_keys(model: Any) -> list[str]:
@@ -148,12 +153,18 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
     return tokenizer
 
 
-def save_companions(model: Any, source: Path | None, target: Path, dtype: torch.dtype) -> None:
-    """Writes what a checkpoint has beside its tensors: config (new dtype), generation config, tokenizer, template."""
+def save_companions(model: Any, source: Path | None, target: Path, dtype: torch.dtype, *, untie: bool = False) -> None:
+    """Writes what a checkpoint has beside its tensors: config (new dtype), generation config, tokenizer, template.
+
+    untie: whether the written config says that no weights are tied. The model's own config is left as it is.
+    """
     config = type(model.config).from_dict(model.config.to_dict())
     config.dtype = dtype
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if untie:
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
     config.architectures = [type(model).__name__]
     config.save_pretrained(str(target))
     if getattr(model, "generation_config", None) is not None:
