@@ -139,9 +139,9 @@ def _plain_weights(model: nn.Module) -> Iterator[_Weight]:
 
 
 def _weights_to_write(model: nn.Module) -> tuple[list[_Weight], bool]:
-    """Every weight, and whether the checkpoint has to be untied: tied ones are written once, or all if one is adapted.
+    """What the checkpoint holds, and whether it is untied: tied weights are written once, or all if one is adapted.
 
-    A config unties all or nothing.
+    All of the model's, since a config unties every pair or none.
     """
     weights = list(_plain_weights(model))
     sharing: dict[int, list[_Weight]] = {}
