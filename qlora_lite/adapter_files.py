@@ -7,15 +7,17 @@ shapes are ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.adapters import freeze_base_, lora_layers
-from qlora_lite.config import ALL_LINEAR, check_lora_numbers
+from qlora_lite import hub
+from qlora_lite.adapters import adapted, freeze_base_, lora_layers
+from qlora_lite.config import ALL_LINEAR, LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora import EmbeddingKind, LoraLayer, kind_of
 from qlora_lite.modules import answers_to, replace_modules_
@@ -41,7 +43,17 @@ SUFFIXES = {
     "lora_embedding_B": "lora_B",
 }
 
-# Options of peft that say nothing about what the adapter computes: where it came from, how it was started or trained.
+# Options of peft that say what the adapter computes, each with the LoraConfig field that means the same.
+NUMBERS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+}
+REQUIRED = ("rank", "alpha")
+# Options that say nothing about it: where it came from, how it was started or trained; or that are read apart.
 HARMLESS_OPTIONS = frozenset(
     {
         "auto_mapping",
@@ -55,16 +67,13 @@ HARMLESS_OPTIONS = frozenset(
         "layers_pattern",
         "layers_to_transform",
         "loftq_config",
-        "lora_alpha",
         "lora_bias",
-        "lora_dropout",
         "lora_ga_config",
         "megatron_config",
         "megatron_core",
         "peft_type",
         "peft_version",
         "qalora_group_size",
-        "r",
         "revision",
         "runtime_config",
         "target_modules",
@@ -92,21 +101,38 @@ def _adaptable_names(model: nn.Module) -> set[str]:
     }
 
 
-def _common_names(adapted: Iterable[str], model: nn.Module) -> list[str]:
-    """Last parts of the adapted names where those mean exactly these layers; the whole names otherwise."""
-    adapted = set(adapted)
-    ends = sorted({name.rpartition(".")[2] for name in adapted})
+def _common_ends(names: Iterable[str], model: nn.Module) -> list[str] | None:
+    """Last parts of these names if they mean exactly these layers, else None."""
+    names = set(names)
+    ends = sorted({name.rpartition(".")[2] for name in names})
     meant = {name for name in _adaptable_names(model) if any(answers_to(name, end) for end in ends)}
-    return ends if meant == adapted else sorted(adapted)
+    return ends if meant == names else None
+
+
+def _usual_and_patterns(numbers: Mapping[str, float], model: nn.Module) -> tuple[float, dict[str, float]]:
+    """The number of most layers, and patterns for the others.
+
+    No layer answers to two patterns of different numbers: peft sorts them when it saves, and the first one decides.
+    """
+    ((usual, _),) = Counter(numbers.values()).most_common(1)
+    patterns: dict[str, float] = {}
+    for number in sorted(set(numbers.values()) - {usual}):
+        names = [name for name, its in numbers.items() if its == number]
+        ends = _common_ends(names, model)
+        for pattern in [f"^{re.escape(name)}" for name in names] if ends is None else map(re.escape, ends):
+            patterns[pattern] = number
+    return usual, patterns
 
 
 def _peft_config(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Any]:
-    numbers = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
-    if len(numbers) != 1:
+    shared = {(layer.dropout, layer.rslora) for layer in layers.values()}
+    if len(shared) != 1:
         raise ConfigError(
-            f"adapters of different rank, alpha or dropout cannot share one file yet; got {sorted(numbers)}"
+            f"adapters in one file have the same dropout and rslora; got (dropout, rslora) {sorted(shared)}"
         )
-    ((rank, alpha, dropout),) = numbers
+    ((dropout, rslora),) = shared
+    rank, rank_pattern = _usual_and_patterns({name: layer.rank for name, layer in layers.items()}, model)
+    alpha, alpha_pattern = _usual_and_patterns({name: layer.alpha for name, layer in layers.items()}, model)
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
     return {
         "peft_type": "LORA",
@@ -115,7 +141,10 @@ def _peft_config(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, An
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "target_modules": _common_names(layers, model),
+        "use_rslora": rslora,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": _common_ends(layers, model) or sorted(layers),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -125,7 +154,8 @@ def _peft_config(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, An
 def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
     """Writes A, B and their configuration; `peft.PeftModel.from_pretrained(base, folder)` reads them.
 
-    Raises CheckpointError for a folder with something in it unless `overwrite`, TargetError without adapters.
+    Ranks and alphas may differ between the layers. Raises CheckpointError for a folder with something in it unless
+    `overwrite`, TargetError without adapters, ConfigError if they differ in dropout or rslora.
     """
     layers = lora_layers(model)
     if not layers:
@@ -144,16 +174,13 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
         write_json(temporary / CONFIG_FILE, config)
 
 
-def _read_config(path: Path) -> tuple[int, float, float, object]:
-    """rank, alpha, dropout, and what was targeted, None where that does not say which layers.
-
-    CheckpointError names every option that changes what is computed and is not known here.
-    """
+def _read_config(path: Path) -> dict[str, Any]:
+    """peft's configuration. CheckpointError names every option that changes what is computed and is not known here."""
     config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} describes a {config.get('peft_type')!r} adapter; only LORA is known")
     set_options = {key for key, value in config.items() if value not in (None, False, "none", "", [], {})}
-    unknown = sorted(set_options - HARMLESS_OPTIONS)
+    unknown = sorted(set_options - HARMLESS_OPTIONS - NUMBERS.keys())
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
         unknown.append(f"init_lora_weights={start!r}")
@@ -161,13 +188,16 @@ def _read_config(path: Path) -> tuple[int, float, float, object]:
         unknown.append("lora_bias")
     if unknown:
         raise CheckpointError(f"{path} sets {', '.join(unknown)}, which this version cannot honour")
-    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    return config
+
+
+def _numbers(config: dict[str, Any], path: Path) -> LoraConfig:
+    """Rank, alpha and all else that decides what A and B compute; which layers have them, their keys say."""
+    given: dict[str, Any] = {field: config.get(option) for option, field in NUMBERS.items()}
     try:
-        check_lora_numbers(rank, alpha, dropout)
+        return LoraConfig(**{field: value for field, value in given.items() if value is not None or field in REQUIRED})
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    narrowed = any(config.get(option) for option in NARROWING_OPTIONS)
-    return rank, alpha, dropout, None if narrowed else config.get("target_modules")  # type: ignore[return-value]
 
 
 def _pairs(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
@@ -192,7 +222,7 @@ def _pairs(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor
     return pairs
 
 
-def _mismatches(model: nn.Module, pairs: dict[str, dict[str, Tensor]], rank: int) -> list[str]:
+def _mismatches(model: nn.Module, pairs: dict[str, dict[str, Tensor]], numbers: LoraConfig) -> list[str]:
     modules = dict(model.named_modules())
     problems = []
     for name, pair in pairs.items():
@@ -203,6 +233,7 @@ def _mismatches(model: nn.Module, pairs: dict[str, dict[str, Tensor]], rank: int
             problems.append(f"{name} is no layer of this model that can be adapted")
             continue
         width, height = kind.features(base)
+        rank = numbers.rank_of(name)
         shapes = {"lora_A": (rank, width), "lora_B": (height, rank)}
         for part, tensor in pair.items():
             if tuple(tensor.shape) != shapes[part]:
@@ -216,9 +247,10 @@ def _mismatches(model: nn.Module, pairs: dict[str, dict[str, Tensor]], rank: int
     return problems
 
 
-def _left_out(model: nn.Module, pairs: dict[str, dict[str, Tensor]], targets: object) -> list[str]:
+def _left_out(model: nn.Module, pairs: Collection[str], config: dict[str, Any]) -> list[str]:
     """What the configuration targets and the file has nothing for: part of the adapter is lost."""
-    if targets in (None, ALL_LINEAR):
+    targets = config.get("target_modules")
+    if targets in (None, ALL_LINEAR) or any(config.get(option) for option in NARROWING_OPTIONS):
         return []
     layers = _adaptable_names(model)
     if isinstance(targets, str):
@@ -233,7 +265,7 @@ def _left_out(model: nn.Module, pairs: dict[str, dict[str, Tensor]], targets: ob
         meant = {name for name in layers if any(answers_to(name, target) for target in targets)}
     else:
         return [f"target_modules must be a list of names or a regular expression; got {targets!r}"]
-    missing = sorted(meant - pairs.keys())
+    missing = sorted(meant - set(pairs))
     shown = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
     return [f"{len(missing)} targeted layers have nothing in the file: {shown}"] if missing else []
 
@@ -256,19 +288,34 @@ def _other_bases(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     return problems
 
 
+def _apart(model: nn.Module, pairs: dict[str, dict[str, Tensor]]) -> list[str]:
+    """Tied layers without a common A and B. peft's ensure_weight_tying has them be one: a head's are B^T and A^T."""
+    problems = []
+    for alias, source in hub.tied_pairs(model):
+        head, embedding = pairs.get(alias.removesuffix(".weight"), {}), pairs.get(source.removesuffix(".weight"), {})
+        turned = {"lora_A": embedding.get("lora_B"), "lora_B": embedding.get("lora_A")}
+        known = {part: tensor.T.float() for part, tensor in turned.items() if tensor is not None}
+        if head.keys() != known.keys() or any(not torch.equal(head[part].float(), known[part]) for part in known):
+            problems.append(f"ensure_weight_tying is set, and {alias} and {source} have not the same adapter")
+    return problems
+
+
 def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     """Puts an adapter saved here or by peft onto the model, freezes all else, returns the adapted layers' names.
 
     All or nothing: a key that matches nothing, a missing partner, a wrong shape, NaN, or an option that changes the
     mathematics and is not known raises CheckpointError before the model is touched. Layers that are adapted already
-    must be exactly those in the file, of its rank; their parameters get its values, and stay the same parameters.
+    must be exactly those in the file, of its ranks; their parameters get its values, and stay the same parameters.
     """
     folder = Path(folder)
-    rank, alpha, dropout, targets = _read_config(folder / CONFIG_FILE)
+    config = _read_config(folder / CONFIG_FILE)
+    numbers = _numbers(config, folder / CONFIG_FILE)
     tensors = read_safetensors(folder / TENSOR_FILE)
     pairs = _pairs(tensors, folder / TENSOR_FILE)
-    problems = [*_mismatches(model, pairs, rank), *_other_bases(model, tensors)]
-    problems += _left_out(model, pairs, targets)
+    problems = [*_mismatches(model, pairs, numbers), *_other_bases(model, tensors), *numbers.idle_patterns(pairs)]
+    problems += _left_out(model, pairs, config)
+    if config.get("ensure_weight_tying"):
+        problems += _apart(model, pairs)
     present = set(lora_layers(model))
     if present and present != set(pairs):
         problems.append(f"the model has adapters on other layers ({len(present)} there, {len(pairs)} in the file)")
@@ -279,13 +326,12 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     def make(name: str, base: nn.Module) -> nn.Module | None:
         if name not in pairs or present:
             return None
-        layer = LoraLayer(rank, alpha, base, dropout=dropout, adapter_dtype=pairs[name]["lora_A"].dtype)
-        return layer.train(base.training)
+        return adapted(name, base, numbers, pairs[name]["lora_A"].dtype)
 
     replace_modules_(model, make)
     layers = lora_layers(model)
     for name, layer in layers.items():
-        layer.alpha, layer.dropout = alpha, dropout
+        layer.alpha, layer.dropout, layer.rslora = numbers.alpha_of(name), numbers.dropout, numbers.rslora
         # On meta there is nothing to copy into.
         layer.load_state_dict(pairs[name], strict=False, assign=layer.lora_A.is_meta)
     freeze_base_(model)

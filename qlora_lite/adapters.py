@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from qlora_lite.config import ALL_LINEAR, LoraConfig, Targets
@@ -92,20 +93,34 @@ def select_targets(model: nn.Module, targets: Targets) -> list[str]:
     return chosen
 
 
+def adapted(name: str, layer: nn.Module, config: LoraConfig, dtype: torch.dtype) -> LoraLayer:
+    """A LoraLayer around the layer of this name: of the rank and alpha that are its own, in the layer's mode."""
+    wrapped = LoraLayer(
+        config.rank_of(name),
+        config.alpha_of(name),
+        layer,
+        dropout=config.dropout,
+        adapter_dtype=dtype,
+        rslora=config.rslora,
+    )
+    return wrapped.train(layer.training)
+
+
 def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
     """Puts a LoraLayer around every targeted layer, freezes all else, and returns the names of the adapted layers.
 
     The model computes what it did before, since B starts at zero. Raises TargetError for targets that match nothing
-    or are adapted already; the model is then as it was.
+    or are adapted already, and for patterns that decide for none of them; the model is then as it was.
     """
     chosen = set(select_targets(model, config.target_modules))
+    # A layer that has several names is adapted under its first.
+    if idle := config.idle_patterns([name for name, _ in model.named_modules() if name in chosen]):
+        raise TargetError("; ".join(idle))
 
     def make(name: str, layer: nn.Module) -> nn.Module | None:
         if name not in chosen:
             return None
-        dtype = config.adapter_dtype
-        wrapped = LoraLayer(config.rank, config.alpha, layer, dropout=config.dropout, adapter_dtype=dtype)
-        return wrapped.train(layer.training)
+        return adapted(name, layer, config, config.adapter_dtype)
 
     added = replace_modules_(model, make)
     freeze_base_(model)

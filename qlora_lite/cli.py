@@ -34,6 +34,7 @@ Int8Activations = Annotated[bool, typer.Option(help="With int8, multiply in inte
 MaxShardSize = Annotated[str, typer.Option(help="Largest size of a tensor file: 5GB, 500MiB, ...")]
 Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]
 Alpha = Annotated[float, typer.Option(help="The adapters' scale is alpha / rank.")]
+RankStabilized = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.")]
 Checkpointing = Annotated[str, typer.Option(help="full recomputes blocks, none keeps all, 300MiB what fits.")]
 
 
@@ -84,6 +85,7 @@ def train(
     int8_activations: Int8Activations = False,
     rank: Rank = 16,
     alpha: Alpha = 32.0,
+    rslora: RankStabilized = False,
     dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
     targets: Annotated[str, typer.Option(help="all-linear, or layer names with commas.")] = "all-linear",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
@@ -117,7 +119,7 @@ def train(
         format, blocksize, double_quant, int8_activations=int8_activations, embedding_format=embedding_format
     )
     names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-    lora = LoraConfig(rank, alpha, dropout, names)
+    lora = LoraConfig(rank, alpha, dropout, names, rslora=rslora)
     config = TrainConfig(
         steps=steps,
         learning_rate=learning_rate,
@@ -180,6 +182,7 @@ def merge(
     total = done.report.to_json()["total"]
     layers = sum(figures.update is not None for figures in done.report.tensors)
     figures = {"layers_merged": layers, "base": base, "dtype": dtype, "files": done.files, "output": str(output)}
+    figures["embedding_and_head_untied"] = done.untied
     _finish({**figures, "report": str(output / REPORT_FILE), **(total if json else {})}, json)
 
 

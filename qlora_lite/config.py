@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from qlora_lite.errors import ConfigError
 from qlora_lite.formats import FORMATS, UNPACKED, check_blocksize
+from qlora_lite.modules import first_pattern, layer_pattern
 
 FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -20,6 +22,7 @@ CHECKPOINTING = ("none", "full")
 BYTE_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 SEED_LIMIT = 2**63  # torch's generators take no larger one
 
+Number = TypeVar("Number", int, float)
 Targets = str | Sequence[str] | Callable[[str, torch.nn.Module], bool]
 
 
@@ -62,10 +65,36 @@ def is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def check_rank(what: str, rank: object) -> None:
+    """ConfigError that begins with `what` for a rank that is no integer of at least 1."""
+    require(is_count(rank, 1), f"{what} must be an integer of at least 1", rank)
+
+
+def check_alpha(what: str, alpha: object) -> None:
+    """ConfigError that begins with `what` for an alpha that is no finite number."""
+    require(is_finite(alpha), f"{what} must be a finite number", alpha)
+
+
+def _check_patterns(setting: str, patterns: object, check: Callable[[str, object], None]) -> None:
+    if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"{setting} must map patterns of layer names to numbers; got {patterns!r}")
+    for pattern, number in patterns.items():
+        check(f"{setting} {pattern!r}", number)
+        try:
+            layer_pattern(pattern)
+        except re.error as error:
+            raise ConfigError(f"{setting} {pattern!r} is not a regular expression: {error}") from error
+
+
+def _number_of(name: str, patterns: Mapping[str, Number], otherwise: Number) -> Number:
+    pattern = first_pattern(patterns, name)
+    return otherwise if pattern is None else patterns[pattern]
+
+
 def check_lora_numbers(rank: object, alpha: object, dropout: object) -> None:
     """The bounds that every LoRA layer has: rank >= 1, alpha finite, 0 <= dropout < 1."""
-    require(is_count(rank, 1), "rank must be an integer of at least 1", rank)
-    require(is_finite(alpha), "alpha must be a finite number", alpha)
+    check_rank("rank", rank)
+    check_alpha("alpha", alpha)
     require(is_finite(dropout) and 0 <= dropout < 1, "dropout must be in [0, 1)", dropout)  # type: ignore[operator]
 
 
@@ -113,12 +142,16 @@ class QuantConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which layers get an adapter, and of what size: W = W0 + (alpha / rank) * B @ A (arXiv:2106.09685, section 4.1).
+    """Which layers get an adapter, and of what size and scale (see LoraLayer).
 
     target_modules: `"all-linear"` (every linear layer but the output head); another string is a regular expression
         that must match a layer's whole name; a list names layers by their whole name or its last parts;
         a function `(name, module) -> bool` decides itself.
     adapter_dtype: what A and B are stored and updated in; activations keep the dtype of the layer's input.
+    rslora: scale by alpha / sqrt(rank) in place of alpha / rank, so that a high rank learns as fast as a low one.
+    rank_pattern, alpha_pattern: {pattern: number} for layers that get another rank or alpha than the others, as in
+        peft: a pattern is a regular expression for a layer's whole name or its last parts, and the first one that
+        matches decides. One that decides for no adapted layer is an error (TargetError of `add_lora_`).
     """
 
     rank: int = 16
@@ -126,6 +159,9 @@ class LoraConfig:
     dropout: float = 0.0
     target_modules: Targets = ALL_LINEAR
     adapter_dtype: torch.dtype = torch.float32
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_lora_numbers(self.rank, self.alpha, self.dropout)
@@ -136,6 +172,30 @@ class LoraConfig:
             listed = isinstance(targets, (str, list, tuple, set, frozenset))
             named = listed and bool(targets) and all(isinstance(name, str) for name in targets)
             require(named, "target_modules must be a string, a list of names or a function", targets)
+        require(isinstance(self.rslora, bool), "rslora must be True or False", self.rslora)
+        _check_patterns("rank_pattern", self.rank_pattern, check_rank)
+        _check_patterns("alpha_pattern", self.alpha_pattern, check_alpha)
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the adapter on the layer of this name."""
+        return _number_of(name, self.rank_pattern, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha of the adapter on the layer of this name."""
+        return _number_of(name, self.alpha_pattern, self.alpha)
+
+    def idle_patterns(self, names: Collection[str]) -> list[str]:
+        """A sentence for each setting with patterns that decide for none of these layers."""
+        sentences = []
+        for setting, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            deciding = {first_pattern(patterns, name) for name in names}
+            if idle := [pattern for pattern in patterns if pattern not in deciding]:
+                has = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+                sentences.append(
+                    f"{setting} {idle} decides for no adapted layer (the first pattern that matches does); "
+                    f"adapted are: {has}"
+                )
+        return sentences
 
 
 @dataclass(frozen=True)

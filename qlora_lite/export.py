@@ -2,7 +2,8 @@
 
 `export_merged` takes a model in memory, `merge_checkpoint` a checkpoint and an adapter on disk, of which no tensor is
 ever held whole. Both plan every tensor first (weight_rows.py says where its rows come from), then write it:
-W0 + (alpha / r) B A, summed in fp32 and cast.
+W0 + scaling * B A, summed in fp32 and cast. Tied weights of which one is adapted are no longer equal: both are written,
+each with its own update, and the config says that they are not tied.
 """
 
 from __future__ import annotations
@@ -54,16 +55,20 @@ REPORT_FILE = "merge_report.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the names of the tensor files, and the figures of every weight."""
+    """What was written: the names of the tensor files, and the figures of every weight.
+
+    untied: whether weights that are tied in the model are two in the export, since an adapter is on one of them.
+    """
 
     files: list[str]
     report: MergeReport
+    untied: bool
 
 
 class _Origin(Protocol):
     """Where the rows of a model's weights come from."""
 
-    def trained(self, name: str, weight: Any) -> WeightRows:
+    def trained(self, weight: PlainWeight) -> WeightRows:
         """W0 as the adapters saw it in training."""
 
     def integers(self, name: str, tensor: Tensor) -> Tensor:
@@ -71,8 +76,9 @@ class _Origin(Protocol):
 
 
 class _InMemory:
-    def trained(self, name: str, weight: Any) -> WeightRows:
-        return PackedRows(weight) if isinstance(weight, PackedWeight) else DenseRows(weight)
+    def trained(self, weight: PlainWeight) -> WeightRows:
+        holder = weight.holder
+        return PackedRows(holder) if isinstance(holder, PackedWeight) else DenseRows(holder)
 
     def integers(self, name: str, tensor: Tensor) -> Tensor:
         return tensor
@@ -90,9 +96,11 @@ class _OnDisk:
         assert isinstance(stored, StoredTensor)  # packed ones have a slot
         return stored
 
-    def trained(self, name: str, weight: Any) -> WeightRows:
-        if id(weight) in self._formats:
-            return RepackedRows(self._checkpoint.source(name, self._formats[id(weight)], self._dtype))
+    def trained(self, weight: PlainWeight) -> WeightRows:
+        name = weight.name_in(self._checkpoint.tensors)
+        assert name is not None  # check_fits has found all
+        if id(weight.holder) in self._formats:
+            return RepackedRows(self._checkpoint.source(name, self._formats[id(weight.holder)], self._dtype))
         return StoredRows(self._stored(name), self._dtype)
 
     def integers(self, name: str, tensor: Tensor) -> Tensor:
@@ -105,8 +113,18 @@ class _Plan:
 
     base: str
     dtype: torch.dtype
+    untied: bool
     tensors: dict[str, PlannedTensor] = field(default_factory=dict)
     figures: list[TensorFigures] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, base: str, dtype: torch.dtype, origin: _Origin, files: TensorFiles | None) -> _Plan:
+        """The tensors of the model, from their origin and from the files of the checkpoint that it came from."""
+        weights, untied = weights_to_write(model)
+        plan = cls(base, dtype, untied)
+        for weight in weights:
+            plan.add(weight, origin, files)
+        return plan
 
     def add(self, weight: PlainWeight, origin: _Origin, files: TensorFiles | None) -> None:
         if isinstance(weight.holder, Tensor) and not weight.holder.is_floating_point():
@@ -114,8 +132,9 @@ class _Plan:
             whole = functools.partial(origin.integers, weight.name, tensor)
             self.tensors[weight.name] = PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: [whole()])
             return
-        trained = origin.trained(weight.name, weight.holder)
-        stored = None if files is None else files.stored.get(weight.name)
+        trained = origin.trained(weight)
+        name = None if files is None else weight.name_in(files.stored)
+        stored = None if files is None or name is None else files.stored[name]
         original = StoredRows(stored) if stored is not None and stored.shape == trained.shape else None
         if self.base == ORIGINAL and original is None:
             raise CheckpointError(f"base='original' needs the checkpoint's own {weight.name}, which is not at hand")
@@ -191,10 +210,10 @@ def _write(model: nn.Module, source: Path | None, folder: Path, plan: _Plan, sha
     with new_folder(folder, overwrite) as temporary:
         check_space(folder, sum(tensor.bytes for tensor in plan.tensors.values()))
         files = write_sharded(temporary, plan.tensors, shard)
-        hub.save_companions(model, source, temporary, plan.dtype)
+        hub.save_companions(model, source, temporary, plan.dtype, untie=plan.untied)
         report = plan.report()
         write_json(temporary / REPORT_FILE, report.to_json())
-    return Exported(files, report)
+    return Exported(files, report, plan.untied)
 
 
 def export_merged(
@@ -206,15 +225,17 @@ def export_merged(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
 ) -> Exported:
-    """Writes W0 + (alpha / r) B A of every layer, summed in fp32 and cast, as safetensors shards.
+    """Writes W0 + scaling * B A of every layer, summed in fp32 and cast, as safetensors shards.
 
     base: `dequantized` writes into W0 as it was packed and trained on; `original` into the weights of the checkpoint
     that the model was loaded from, read from there; a packed checkpoint has none. The folder also gets config,
     generation config, tokenizer, chat template and `merge_report.json`, and loads with
-    `AutoModelForCausalLM.from_pretrained`. A slice of a tensor is made at a time; the model is not changed, and need
-    not be merged. Raises QuantizationError, naming the tensor, for
-    values above `dtype`'s range (fp16: 65,504), CheckpointError for too little room on the disk, a checkpoint that is
-    not there, or a folder with something in it unless `overwrite`; what was there before is then untouched.
+    `AutoModelForCausalLM.from_pretrained`. Where an adapter is on one of two tied weights (output head, input
+    embedding), or on each, both are written, each with its own update or none, and `tie_word_embeddings` is False in
+    the exported config (not in the model's). A slice of a tensor is made at a time; the model is not changed, and
+    need not be merged. Raises QuantizationError, naming the tensor, for values above `dtype`'s range (fp16: 65,504),
+    CheckpointError for too little room on the disk, a checkpoint that is not there, or a folder with something in it
+    unless `overwrite`; what was there before is then untouched.
     """
     _check_options(base, dtype, max_shard_bytes)
     if getattr(model, "config", None) is None:
@@ -223,9 +244,7 @@ def export_merged(
     files = _originals(source, base)
     if base == ORIGINAL and files is None:
         raise CheckpointError("base='original' needs the checkpoint that the model was loaded from; it has none")
-    plan = _Plan(base, dtype)
-    for weight in weights_to_write(model):
-        plan.add(weight, _InMemory(), files)
+    plan = _Plan.of(model, base, dtype, _InMemory(), files)
     return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite)
 
 
@@ -258,7 +277,5 @@ def merge_checkpoint(
     origin = _OnDisk(model, checkpoint, load_dtype)
     load_adapter_(model, adapter)
     hub.read_generation_config_(model, source)
-    plan = _Plan(base, dtype)
-    for weight in weights_to_write(model):
-        plan.add(weight, origin, files)
+    plan = _Plan.of(model, base, dtype, origin, files)
     return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite)

@@ -150,7 +150,12 @@ def tie(model: Any) -> None:
 
 def tied_names(model: Any) -> set[str]:
     """Names of parameters that are aliases of others, and that a checkpoint leaves out."""
-    return set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {alias for alias, _ in tied_pairs(model)}
+
+
+def tied_pairs(model: Any) -> list[tuple[str, str]]:
+    """(alias, name of the parameter it is) for each of `tied_names`."""
+    return list((getattr(model, "all_tied_weights_keys", None) or {}).items())
 
 
 def ignorable_keys(model: Any) -> list[str]:
@@ -174,17 +179,27 @@ def kept_unpacked(model: Any) -> list[str]:
 
 
 def save_companions(
-    model: Any, source: Path | None, target: Path, dtype: torch.dtype, quantization: dict[str, Any] | None = None
+    model: Any,
+    source: Path | None,
+    target: Path,
+    dtype: torch.dtype,
+    quantization: dict[str, Any] | None = None,
+    *,
+    untie: bool = False,
 ) -> None:
     """Writes what a checkpoint has beside its tensors: config (new dtype), generation config, tokenizer, template.
 
-    quantization: how its weights are packed, for the config; None for a plain checkpoint.
+    quantization: how its weights are packed, for the config; None for a plain checkpoint. untie: whether the written
+    config says that no weights are tied. The model's own config is left as it is.
     """
     config = type(model.config).from_dict(model.config.to_dict())
     config.dtype = dtype
     _forget_quantization(config)
     if quantization is not None:
         config.quantization_config = quantization
+    if untie:
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
     config.architectures = [type(model).__name__]
     config.save_pretrained(str(target))
     if getattr(model, "generation_config", None) is not None:

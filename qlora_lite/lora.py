@@ -1,9 +1,9 @@
-"""y = W0 x + (alpha / r) B A x: a frozen layer of any kind and format, and a trained low-rank term beside it.
+"""y = W0 x + scaling * B A x: a frozen layer of any kind and format, and a trained low-rank term beside it.
 
 `LoraLayer` holds the equation; a *kind* (linear, embedding) says how A and B are applied to an input.
 `LinearWithLoRA` and `Embedding` are LoraLayers that make their own base.
 
-The base is never written to. Merging puts W0 + (alpha / r) B A beside it and unmerging drops that again, so that
+The base is never written to. Merging puts W0 + scaling * B A beside it and unmerging drops that again, so that
 unmerged weights are the old ones bit for bit, packed bases can be merged too, and `forward`, `train`, `eval` and
 `state_dict` change nothing.
 """
@@ -150,11 +150,14 @@ def kind_of(base: nn.Module) -> Kind | None:
 
 
 class LoraLayer(nn.Module):
-    """y = W0 x + scaling * B A x, scaling = alpha / rank, around any linear or embedding layer, packed or not.
+    """y = W0 x + scaling * B A x around any linear or embedding layer, packed or not.
 
-    (LoRA: arXiv:2106.09685, section 4.1.) lora_A `(rank, in)`, lora_B `(out, rank)`; an embedding has
-    in = vocabulary and looks A up by token. Only A and B are trainable: the base is frozen here.
-    dropout acts in training, on the input of A (linear) or on the looked-up columns of A (embedding).
+    scaling = alpha / rank (LoRA: arXiv:2106.09685, section 4.1), or alpha / sqrt(rank) with rslora (rank-stabilized
+    LoRA: arXiv:2312.03732), with which what the adapter adds keeps its size as the rank grows.
+
+    lora_A `(rank, in)`, lora_B `(out, rank)`; an embedding has in = vocabulary and looks A up by token. Only A and B
+    are trainable: the base is frozen here. dropout acts in training, on the input of A (linear) or on the looked-up
+    columns of A (embedding).
 
     merge_weights: permits the method of that name. Raises ConfigError for rank < 1, alpha that is not finite or
     dropout outside [0, 1), TargetError for a base that is neither linear nor embedding.
@@ -173,9 +176,11 @@ class LoraLayer(nn.Module):
         dropout: float = 0.1,
         *,
         adapter_dtype: torch.dtype = torch.float32,
+        rslora: bool = False,
     ) -> None:
         super().__init__()
         check_lora_numbers(rank, alpha, dropout)
+        require(isinstance(rslora, bool), "rslora must be True or False", rslora)
         if not isinstance(adapter_dtype, torch.dtype) or not adapter_dtype.is_floating_point:
             raise ConfigError(f"adapter_dtype must be a float dtype; got {adapter_dtype!r}")
         kind = kind_of(base_layer)
@@ -184,7 +189,7 @@ class LoraLayer(nn.Module):
                 f"a {type(base_layer).__name__} cannot be adapted; LoraLayer takes linear or embedding layers without "
                 f"a forward of their own (quantize_base_ takes over bitsandbytes' layers)"
             )
-        self.rank, self.alpha, self.dropout = rank, alpha, float(dropout)
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, float(dropout), rslora
         self.merge_permitted = merge_weights
         self.adapter_enabled = True
         self.kind = kind
@@ -200,7 +205,7 @@ class LoraLayer(nn.Module):
 
     @property
     def scaling(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def merged(self) -> bool:
@@ -275,7 +280,8 @@ class LoraLayer(nn.Module):
         return getattr(base, "compute_dtype", None) or getattr(base, "output_dtype", None) or torch.float32
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, merged={self.merged}"
+        scale = f"rank={self.rank}, alpha={self.alpha}, rslora={self.rslora}"
+        return f"{scale}, dropout={self.dropout}, merged={self.merged}"
 
 
 def _merge_again(layer: nn.Module, incompatible: Any) -> None:

@@ -1,6 +1,6 @@
 """A frozen linear map and its low-rank term with one backward for both.
 
-What plain autograd would do for y = W0 x + s B A x (s = alpha / rank):
+What plain autograd would do for y = W0 x + s B A x (s: its scaling):
 keep x for A, keep A x for B, keep s B A x for the addition, and, when W0 is packed, keep the whole
 unpacked W0 until backward. This node keeps x and A x only, and where x came with a recipe (derived.py) not even x.
 W0 is unpacked a second time in backward, which costs far less than holding it; the low-rank term is added into the

@@ -1,4 +1,4 @@
-"""Merging in memory: every adapted layer of a model uses W0 + (alpha / r) B A, and goes back."""
+"""Merging in memory: every adapted layer of a model uses W0 + scaling * B A, and goes back."""
 
 from __future__ import annotations
 

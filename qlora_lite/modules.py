@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,17 @@ from qlora_lite.errors import TargetError
 def answers_to(name: str, wanted: str) -> bool:
     """Whether a module's dotted name is `wanted`, or ends with it at a dot."""
     return name == wanted or name.endswith("." + wanted)
+
+
+def layer_pattern(pattern: str) -> re.Pattern[str]:
+    """peft's reading of a pattern in rank_pattern or alpha_pattern: it matches a whole name, or its end after a dot."""
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def first_pattern(patterns: Collection[str], name: str) -> str | None:
+    """The pattern that decides for a layer: the first that matches, else one that is its name letter for letter."""
+    matching = (pattern for pattern in patterns if layer_pattern(pattern).match(name))
+    return next(matching, name if name in patterns else None)
 
 
 def has_own_forward(module: nn.Module) -> bool:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from qlora_lite import hub
 from qlora_lite.delta import Delta
-from qlora_lite.errors import TargetError
 from qlora_lite.lora import LoraLayer
 from qlora_lite.quantize import PackedWeight
 
 
 @dataclass(frozen=True)
 class PlainWeight:
-    """A tensor of the plain checkpoint. `holder`: what holds it in the model, equal for tied ones."""
+    """A tensor of the plain checkpoint.
+
+    holder: what holds it in the model, equal for tied ones. tied_to: other names of the holder by the config, under
+    one of which the checkpoint that the model came from may have it.
+    """
 
     name: str
     holder: Any
     delta: Delta | None = None
+    tied_to: tuple[str, ...] = ()
+
+    def name_in(self, checkpoint: Container[str]) -> str | None:
+        """The name under which that checkpoint has it, None if it does not."""
+        return next((name for name in (self.name, *self.tied_to) if name in checkpoint), None)
 
 
 def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
@@ -47,19 +55,20 @@ def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
     return visit(model, "")
 
 
-def weights_to_write(model: nn.Module) -> list[PlainWeight]:
-    """Tied ones once. TargetError if one of a tied pair is adapted alone."""
-    chosen: list[PlainWeight] = []
-    first: dict[int, PlainWeight] = {}
+def weights_to_write(model: nn.Module) -> tuple[list[PlainWeight], bool]:
+    """What the checkpoint holds, and whether it is untied: tied weights are written once, or all if one is adapted.
+
+    All of the model's, since a config unties every pair or none.
+    """
+    weights = list(plain_weights(model))
+    sharing: dict[int, list[PlainWeight]] = {}
+    for weight in weights:
+        sharing.setdefault(id(weight.holder), []).append(weight)
+    # Only what the config ties is found again by who loads the checkpoint; other shared tensors are written twice.
     aliases = hub.tied_names(model)
-    for weight in plain_weights(model):
-        other = first.setdefault(id(weight.holder), weight)
-        # Only what the config ties is found again by who loads the checkpoint; other shared tensors are written twice.
-        if other is weight or not {weight.name, other.name} & aliases:
-            chosen.append(weight)
-        elif weight.delta is not None or other.delta is not None:
-            raise TargetError(
-                f"{weight.name} and {other.name} are one weight, and an adapter is on one of them: a merged checkpoint "
-                f"would change both; save the adapter instead, or train without it"
-            )
-    return chosen
+    tied = [group for group in sharing.values() if len(group) > 1 and aliases & {weight.name for weight in group}]
+    if any(weight.delta is not None for group in tied for weight in group):
+        names = {weight.name: tuple(twin.name for twin in group) for group in tied for weight in group}
+        return [replace(weight, tied_to=names.get(weight.name, ())) for weight in weights], True
+    spared = {weight.name for group in tied for weight in group[1:] if {weight.name, group[0].name} & aliases}
+    return [weight for weight in weights if weight.name not in spared], False

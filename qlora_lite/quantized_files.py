@@ -168,7 +168,8 @@ def save_quantized(
     compute = next(iter(layers.linears.values())).compute_dtype or dtype
     quantization = _quantization_config(layers, _skipped(model, layers), compute)
     plan = _Plan()
-    for weight in weights_to_write(model):
+    weights, _ = weights_to_write(model)  # nothing is adapted, so what is tied stays so
+    for weight in weights:
         plan.add(weight.name, weight.holder, layers, dtype, compute)
     with new_folder(Path(folder), overwrite) as temporary:
         check_space(Path(folder), plan.bytes())

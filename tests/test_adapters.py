@@ -59,6 +59,27 @@ def test_what_matches_nothing_is_an_error_and_changes_nothing(llama: Any, target
     assert not lora_layers(llama)
 
 
+def test_layers_get_the_rank_and_alpha_of_their_pattern(llama: Any) -> None:
+    ranks, alphas = {"layers.0.*q_proj": 1, "q_proj|down_proj": 5}, {"down_proj": 3.0}
+    add_lora_(llama, LoraConfig(rank=2, alpha=8, rslora=True, rank_pattern=ranks, alpha_pattern=alphas))
+    for name, layer in lora_layers(llama).items():
+        rank = 1 if "layers.0.self_attn.q" in name else 5 if name.endswith(("q_proj", "down_proj")) else 2
+        alpha = 3 if name.endswith("down_proj") else 8
+        assert (layer.rank, layer.alpha) == (rank, alpha) and layer.lora_A.shape[0] == layer.lora_B.shape[1] == rank
+        assert layer.scaling == pytest.approx(alpha / rank**0.5)
+
+
+def test_patterns_that_decide_for_no_layer_are_all_named(llama: Any) -> None:
+    ranks, alphas = {"q_porj": 1, "q_proj": 5, "v_proj": 5}, {"lm_head": 3}
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], rank_pattern=ranks, alpha_pattern=alphas)
+    message = (
+        r"rank_pattern \['q_porj', 'v_proj'\] decides .* adapted are: down_proj, q_proj; alpha_pattern \['lm_head'\]"
+    )
+    with pytest.raises(TargetError, match=message):
+        add_lora_(llama, config)
+    assert not lora_layers(llama)
+
+
 def test_adding_keeps_the_outputs_and_removing_gives_the_base_back(llama: Any) -> None:
     layer = llama.model.layers[0].self_attn.q_proj
     x = torch.randn(2, 64)

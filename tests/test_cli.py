@@ -35,7 +35,7 @@ def test_train_merge_and_profile(tiny_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": f"number {n}"}) for n in range(8)))
     words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--steps", 6)
-    done = run(*words, "--rank", 2, "--learning-rate", 0.01, "--json")
+    done = run(*words, "--rank", 2, "--rslora", "--learning-rate", 0.01, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["last_loss"] < figures["first_loss"] and figures["examples"] == 8
@@ -43,10 +43,12 @@ def test_train_merge_and_profile(tiny_folder: Path, tmp_path: Path) -> None:
     assert again.returncode == 1 and "not empty" in again.stderr and len(again.stderr.splitlines()) == 1
 
     adapter = tmp_path / "run" / "adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["use_rslora"] is True
     words = ("merge", "--model", tiny_folder, "--adapter", adapter, "--output", tmp_path / "merged")
     done = run(*words, "--dtype", "fp32", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["layers_merged"] == 14
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["layers_merged"] == 14 and figures["embedding_and_head_untied"] is False
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ours = load_quantized(tiny_folder, QuantConfig())
     load_adapter_(ours, adapter)

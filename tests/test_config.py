@@ -30,6 +30,13 @@ from qlora_lite.errors import ConfigError
         (LoraConfig, "dropout", 1.0),
         (LoraConfig, "target_modules", []),
         (LoraConfig, "adapter_dtype", torch.int8),
+        (LoraConfig, "rslora", 1),
+        (LoraConfig, "rank_pattern", ["q_proj"]),
+        (LoraConfig, "rank_pattern", {"q_proj": 2.5}),
+        (LoraConfig, "rank_pattern", {3: 2}),
+        (LoraConfig, "rank_pattern", {"(": 2}),
+        (LoraConfig, "alpha_pattern", {"q_proj": float("inf")}),
+        (LoraConfig, "alpha_pattern", {"(?i)q_proj": 2}),
         (TrainConfig, "steps", 0),
         (TrainConfig, "learning_rate", float("inf")),
         (TrainConfig, "warmup_steps", -1),
@@ -44,6 +51,21 @@ from qlora_lite.errors import ConfigError
 def test_wrong_value_is_named(kind: Any, setting: str, value: object) -> None:
     with pytest.raises(ConfigError, match=setting):
         kind(**{setting: value})
+
+
+def test_the_first_pattern_that_matches_decides() -> None:
+    config = LoraConfig(8, 16, rank_pattern={"layers.1.q": 2, "q|k": 4}, alpha_pattern={"^layers.*": 3.5})
+    names = ["layers.0.q", "layers.1.q", "layers.0.k", "layers.0.v", "x.layers.1.q"]
+    assert [config.rank_of(name) for name in names] == [4, 2, 4, 8, 2]
+    assert [config.alpha_of(name) for name in names] == [3.5] * 4 + [16]
+    assert config.idle_patterns(names) == []
+    # Before "layers.1.q", "q" has decided for all that it matches.
+    idle = LoraConfig(rank_pattern={"q": 4, "layers.1.q": 2}, alpha_pattern={"z": 1}).idle_patterns(names)
+    assert [sentence.split(" decides")[0] for sentence in idle] == [
+        "rank_pattern ['layers.1.q']",
+        "alpha_pattern ['z']",
+    ]
+    assert "adapted are: k, q, v" in idle[0]
 
 
 def test_dtype_names() -> None:

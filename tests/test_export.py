@@ -26,7 +26,7 @@ from qlora_lite import (
     storage,
 )
 from qlora_lite.adapters import lora_layers
-from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, TargetError
+from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
 from qlora_lite.quantized_files import save_quantized
 from qlora_lite.tensor_files import TensorFiles
 
@@ -125,13 +125,57 @@ def test_weights_tied_by_hand_are_written_twice(tiny_folder: Path, tmp_path: Pat
     assert torch.equal(again.lm_head.weight, untied.lm_head.weight)
 
 
-@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]])
-def test_adapting_one_of_two_tied_weights_cannot_be_exported(
-    tiny_folder: Path, tmp_path: Path, targets: list[str]
+@pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+@pytest.mark.parametrize("quant", [{}, {"format": "int8", "embedding_format": "int8"}])
+def test_tied_weights_of_which_one_is_adapted_are_untied(
+    tiny_folder: Path, tmp_path: Path, targets: list[str], quant: dict[str, Any]
 ) -> None:
-    with pytest.raises(TargetError, match="are one weight"):
-        export_merged(trained(tiny_folder, targets), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    from transformers import AutoModelForCausalLM
+
+    model = trained(tiny_folder, targets, **quant)
+    assert export_merged(model, tmp_path / "out", torch.float32).untied
+    assert model.config.tie_word_embeddings is True
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(plain(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    for module, name in ((plain.lm_head, "lm_head"), (plain.model.embed_tokens, "model.embed_tokens")):
+        layer = model.get_submodule(name)
+        adapted = name.rpartition(".")[2] in targets
+        weight = layer.base_layer.weight if adapted else layer.weight
+        weight = weight if isinstance(weight, torch.Tensor) else weight.dequantize(torch.float32)
+        assert torch.equal(module.weight, layer.effective_weight(torch.float32) if adapted else weight)
+        assert torch.equal(module.weight, weight) is not adapted
+    assert not export_merged(trained(tiny_folder, ["q_proj"], **quant), tmp_path / "tied").untied
+    assert "lm_head.weight" not in tensors_of(tmp_path / "tied")
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens", "v_proj"], ["lm_head", "embed_tokens"]])
+@pytest.mark.parametrize("embedding_format", ["none", "int8"])
+@pytest.mark.parametrize("base", ["dequantized", "original"])
+def test_untied_from_disk_to_disk_it_is_the_export_of_the_model_in_memory(
+    tiny_folder: Path, tmp_path: Path, targets: list[str], embedding_format: str, base: str
+) -> None:
+    config = QuantConfig(format="int8", embedding_format=embedding_format)
+    model = load_quantized(tiny_folder, config)
+    ranks = {targets[0]: 2}
+    add_lora_(model, LoraConfig(rank=3, alpha=7, target_modules=targets, rslora=True, rank_pattern=ranks))
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.2)
+    save_adapter(model, tmp_path / "adapter")
+    live = export_merged(model, tmp_path / "live", torch.float32, base=base)
+    done = export.merge_checkpoint(
+        tiny_folder, tmp_path / "adapter", tmp_path / "disk", config, torch.float32, base=base
+    )
+    assert same(tmp_path / "live", tmp_path / "disk")
+    assert live.report == done.report and live.untied and done.untied
+    configs = [(tmp_path / way / "config.json").read_text() for way in ("live", "disk")]
+    assert json.loads(configs[0])["tie_word_embeddings"] is json.loads(configs[1])["tie_word_embeddings"] is False
+    if base == "original":
+        weight = tensors_of(tiny_folder)["model.embed_tokens.weight"]
+        for name in ("lm_head", "model.embed_tokens"):
+            layer = lora_layers(model).get(name)
+            wanted = weight if layer is None else weight + layer.delta_weight()
+            torch.testing.assert_close(tensors_of(tmp_path / "disk")[f"{name}.weight"], wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_named_chat_templates_come_along(tiny_folder: Path, tmp_path: Path) -> None:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qlora_lite.errors import CheckpointError
-from qlora_lite.hub import empty_model, head_of, load_tokenizer, quantization_of, read_config, resolve
+from qlora_lite.hub import (
+    empty_model,
+    head_of,
+    load_tokenizer,
+    quantization_of,
+    read_config,
+    resolve,
+    save_companions,
+    tied_names,
+    tied_pairs,
+)
 
 
 def test_a_model_is_built_without_bytes(tiny_folder: Path) -> None:
@@ -41,3 +52,21 @@ def test_how_a_folder_is_packed_is_read_and_kept_out_of_the_model(tiny_folder: P
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
     assert quantization_of(tmp_path) is None
     assert "quantization_config" not in read_config(tmp_path).to_dict()
+
+
+def test_a_written_config_is_untied_on_request_and_the_models_own_is_left(tiny_folder: Path, tmp_path: Path) -> None:
+    from transformers import Gemma3Config
+
+    model = empty_model(read_config(tiny_folder), torch.bfloat16)
+    assert tied_pairs(model) == [("lm_head.weight", "model.embed_tokens.weight")] and tied_names(model) == {
+        "lm_head.weight"
+    }
+    nested = SimpleNamespace(config=Gemma3Config())  # says it twice
+    for given in (model, nested):
+        before = given.config.to_dict()
+        for untie in (False, True):
+            save_companions(given, None, tmp_path, torch.float16, untie=untie)
+            written = json.loads((tmp_path / "config.json").read_text())
+            for part in (written, written.get("text_config", written)):
+                assert part.get("tie_word_embeddings", True) is not untie
+        assert given.config.to_dict() == before and given.config.tie_word_embeddings

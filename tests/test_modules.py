@@ -5,10 +5,12 @@ from __future__ import annotations
 import weakref
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from qlora_lite.errors import TargetError
-from qlora_lite.modules import answers_to, check_all_matched, replace_modules_
+from qlora_lite.modules import answers_to, check_all_matched, first_pattern, replace_modules_
 
 
 def test_names_end_at_dots() -> None:
@@ -16,6 +18,22 @@ def test_names_end_at_dots() -> None:
     assert not answers_to("a.xq_proj", "q_proj")
     with pytest.raises(TargetError, match=r"\['q_porj'\] matched no layer; this model has: k_proj, q_proj"):
         check_all_matched("target_modules", ["q_porj", "q_proj"], ["x.q_proj", "x.k_proj"])
+
+
+PARTS = st.sampled_from(["a", "q", "k+", "layers", "1", "11"])
+NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
+PATTERNS = st.one_of(
+    NAMES, NAMES.map("^{}".format), st.sampled_from(["q|a", ".*", "layers.*q", "1.(a|q)", r"\d\.q", ""])
+)
+
+
+@given(patterns=st.lists(PATTERNS, max_size=4), name=NAMES)
+def test_patterns_decide_as_in_peft(patterns: list[str], name: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    numbers = {pattern: number for number, pattern in enumerate(patterns)}
+    found = first_pattern(numbers, name)
+    assert (None if found is None else numbers[found]) == numbers.get(get_pattern_key(numbers, name))
 
 
 def test_shared_module_is_made_once_and_replaced_under_every_name() -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
-from qlora_lite.errors import TargetError
 from qlora_lite.plain_weights import plain_weights, weights_to_write
 
 
@@ -21,10 +18,15 @@ def test_packing_and_adapters_change_no_name(tiny_folder: Path) -> None:
         assert (weight.delta is not None) == weight.name.endswith("proj.weight")
 
 
-def test_tied_weights_are_written_once_and_not_adapted_apart(tiny_folder: Path) -> None:
+def test_tied_weights_are_written_once_or_apart_if_one_is_adapted(tiny_folder: Path) -> None:
     model = load_quantized(tiny_folder)
-    written = [weight.name for weight in weights_to_write(model)]
-    assert "model.embed_tokens.weight" in written and "lm_head.weight" not in written
+    weights, untied = weights_to_write(model)
+    written = [weight.name for weight in weights]
+    assert not untied and "model.embed_tokens.weight" in written and "lm_head.weight" not in written
     add_lora_(model, LoraConfig(rank=2, target_modules=["embed_tokens"]))
-    with pytest.raises(TargetError, match="are one weight"):
-        weights_to_write(model)
+    weights, untied = weights_to_write(model)
+    by_name = {weight.name: weight for weight in weights}
+    embedding, head = by_name["model.embed_tokens.weight"], by_name["lm_head.weight"]
+    assert untied and embedding.holder is head.holder
+    assert embedding.delta is not None and head.delta is None
+    assert head.name_in({"model.embed_tokens.weight"}) == "model.embed_tokens.weight" and head.name_in(()) is None
