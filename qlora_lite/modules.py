@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ def answers_to(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith("." + wanted)
 
 
+# A file may have a pattern for each of many hundred layers, more than `re` keeps compiled.
+@functools.lru_cache(maxsize=1 << 14)
 def layer_pattern(pattern: str) -> re.Pattern[str]:
     """peft's reading of a pattern in rank_pattern or alpha_pattern: it matches a whole name, or its end after a dot."""
     return re.compile(rf"(.*\.)?({pattern})$")
