@@ -18,7 +18,7 @@ from qlora_lite.adapters import freeze_base_, lora_layers
 from qlora_lite.config import ALL_LINEAR, check_lora_numbers
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora import EmbeddingKind, LoraLayer, kind_of
-from qlora_lite.modules import answers_to, replace_modules_
+from qlora_lite.modules import answers_to, is_transposed_linear, replace_modules_
 from qlora_lite.storage import (
     PlannedTensor,
     new_folder,
@@ -50,6 +50,7 @@ HARMLESS_OPTIONS = frozenset(
         "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
+        "fan_in_fan_out",
         "inference_mode",
         "init_lora_weights",
         "layers_pattern",
@@ -100,6 +101,10 @@ def _common_names(adapted: Iterable[str], model: nn.Module) -> list[str]:
     return ends if meant == adapted else sorted(adapted)
 
 
+def _is_transposed(layer: LoraLayer) -> bool:
+    return is_transposed_linear(layer.base_layer) or bool(getattr(layer.base_layer, "transposed", False))
+
+
 def _peft_config(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Any]:
     numbers = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
     if len(numbers) != 1:
@@ -117,7 +122,8 @@ def _peft_config(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, An
         "lora_dropout": dropout,
         "target_modules": _common_names(layers, model),
         "bias": "none",
-        "fan_in_fan_out": False,
+        # Says that weights lie as (in, out); which layers that is true of, each layer says itself.
+        "fan_in_fan_out": any(_is_transposed(layer) for layer in layers.values()),
         "inference_mode": True,
     }
 

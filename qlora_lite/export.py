@@ -29,14 +29,17 @@ from qlora_lite.quantize import PackedWeight
 from qlora_lite.quantize_base import slots
 from qlora_lite.storage import PlannedTensor, check_apart, check_space, new_folder, write_json, write_sharded
 from qlora_lite.tensor_files import TensorFiles
+from qlora_lite.tensor_views import Source, Transposed
 from qlora_lite.weight_rows import (
     DenseRows,
     PackedRows,
     RepackedRows,
     StoredRows,
     ToBePacked,
+    TransposedRows,
     WeightRows,
     common_step,
+    packed_rows,
     slice_starts,
 )
 
@@ -58,16 +61,17 @@ class Exported:
 class _Origin(Protocol):
     """Where the rows of a model's weights come from."""
 
-    def trained(self, name: str, weight: Any) -> WeightRows:
-        """W0 as the adapters saw it in training."""
+    def trained(self, weight: _Weight) -> WeightRows:
+        """W0 as the adapters saw it in training, in the orientation of the plain checkpoint."""
 
     def integers(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor that is no float, whole."""
 
 
 class _InMemory:
-    def trained(self, name: str, weight: Any) -> WeightRows:
-        return PackedRows(weight) if isinstance(weight, PackedWeight) else DenseRows(weight)
+    def trained(self, weight: _Weight) -> WeightRows:
+        held = weight.holder
+        return packed_rows(held, weight.transposed) if isinstance(held, PackedWeight) else DenseRows(held)
 
     def integers(self, name: str, tensor: Tensor) -> Tensor:
         return tensor
@@ -78,13 +82,15 @@ class _OnDisk:
 
     def __init__(self, model: nn.Module, files: TensorFiles, config: QuantConfig, dtype: torch.dtype) -> None:
         self._files, self._config, self._dtype = files, config, dtype
-        self._formats = {id(slot.weight): slot.format for slot in slots(model, config)}
+        self._slots = {id(slot.weight): slot for slot in slots(model, config)}
 
-    def trained(self, name: str, weight: Any) -> WeightRows:
-        stored = self._files.stored[name]
-        if id(weight) in self._formats:
-            return RepackedRows(ToBePacked(stored, self._config, self._formats[id(weight)], self._dtype))
-        return StoredRows(stored, self._dtype)
+    def trained(self, weight: _Weight) -> WeightRows:
+        stored: Source = self._files.stored[weight.name]
+        slot = self._slots.get(id(weight.holder))
+        if slot is None:
+            return StoredRows(stored, self._dtype)
+        turned = Transposed(stored) if slot.transposed else stored
+        return RepackedRows(ToBePacked(turned, self._config, slot.format, self._dtype), slot.transposed)
 
     def integers(self, name: str, tensor: Tensor) -> Tensor:
         return self._files.stored[name].read()
@@ -92,11 +98,15 @@ class _OnDisk:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A tensor of the plain checkpoint. `holder`: what holds it in the model, equal for tied ones."""
+    """A tensor of the plain checkpoint. `holder`: what holds it in the model, equal for tied ones.
+
+    transposed: the holder was turned round to be packed; the delta is in the checkpoint's orientation.
+    """
 
     name: str
     holder: Any
     delta: Delta | None = None
+    transposed: bool = False
 
 
 def _plain_weights(model: nn.Module) -> Iterator[_Weight]:
@@ -104,7 +114,9 @@ def _plain_weights(model: nn.Module) -> Iterator[_Weight]:
 
     def visit(module: nn.Module, prefix: str) -> Iterator[_Weight]:
         if isinstance(module, LoraLayer):
-            yield _Weight(f"{prefix}weight", module.base_layer.weight, module.delta)
+            turned = getattr(module.base_layer, "transposed", False)
+            delta = module.delta.transposed if turned else module.delta
+            yield _Weight(f"{prefix}weight", module.base_layer.weight, delta, turned)
             yield from (weight for weight in visit(module.base_layer, prefix) if weight.name != f"{prefix}weight")
             return
         for key, parameter in module._parameters.items():
@@ -115,7 +127,7 @@ def _plain_weights(model: nn.Module) -> Iterator[_Weight]:
                 yield _Weight(f"{prefix}{key}", buffer)
         for key, child in module._modules.items():
             if isinstance(child, PackedWeight):
-                yield _Weight(f"{prefix}{key}", child)
+                yield _Weight(f"{prefix}{key}", child, transposed=getattr(module, "transposed", False))
             elif child is not None:
                 yield from visit(child, f"{prefix}{key}.")
 
@@ -155,12 +167,12 @@ class _Plan:
             whole = functools.partial(origin.integers, weight.name, tensor)
             self.tensors[weight.name] = PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: [whole()])
             return
-        trained = origin.trained(weight.name, weight.holder)
+        trained = origin.trained(weight)
         stored = None if files is None else files.stored.get(weight.name)
         original = StoredRows(stored) if stored is not None and stored.shape == trained.shape else None
         if self.base == ORIGINAL and original is None:
             raise CheckpointError(f"base='original' needs the checkpoint's own {weight.name}, which is not at hand")
-        is_packed = isinstance(trained, (PackedRows, RepackedRows))
+        is_packed = isinstance(trained, (PackedRows, TransposedRows, RepackedRows))
         other = original if is_packed else None
         if self.base == ORIGINAL and original is not None:
             chosen, other = original, trained if is_packed else None

@@ -15,7 +15,8 @@ from qlora_lite.errors import CheckpointError, QuantizationError
 from qlora_lite.finite import check_finite
 from qlora_lite.memory.host import keep_freed_pages, release_freed_pages
 from qlora_lite.quantize_base import Slot, slots
-from qlora_lite.tensor_files import StoredTensor, TensorFiles
+from qlora_lite.tensor_files import TensorFiles
+from qlora_lite.tensor_views import Source, Transposed, slices
 from qlora_lite.weight_rows import READ_BYTES, ToBePacked
 
 SHOWN = 8
@@ -53,16 +54,17 @@ class _Placement:
         for name, tensor in model.state_dict(keep_vars=True).items():
             self._names.setdefault(tensor, []).append(name)
 
-    def place(self, stored: StoredTensor, target: Tensor) -> None:
+    def place(self, stored: Source, target: Tensor) -> None:
         """Reads a tensor for the one on meta that it replaces. QuantizationError for values that are not finite."""
         slot = self._slots.get(target)
         if slot is not None:
-            packed = ToBePacked(stored, self.config, slot.format, self.dtype).pack(self.device)
+            turned = Transposed(stored) if slot.transposed else stored
+            packed = ToBePacked(turned, self.config, slot.format, self.dtype).pack(self.device)
             slot.fill_(self.model, packed, self.config)
             return
         dtype = self.dtype if stored.dtype.is_floating_point else target.dtype
         placed = torch.empty(stored.shape, dtype=dtype, device=self.device)
-        for first, rows in stored.slices(READ_BYTES):
+        for first, rows in slices(stored, READ_BYTES):
             if not placed.dim():
                 placed.copy_(rows)
                 continue

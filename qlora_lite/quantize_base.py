@@ -19,7 +19,13 @@ from qlora_lite.config import QuantConfig
 from qlora_lite.errors import ConfigError, QuantizationError, TargetError
 from qlora_lite.finite import check_packable
 from qlora_lite.formats import UNPACKED
-from qlora_lite.modules import answers_to, check_all_matched, has_own_forward, replace_modules_
+from qlora_lite.modules import (
+    answers_to,
+    check_all_matched,
+    has_own_forward,
+    is_transposed_linear,
+    replace_modules_,
+)
 from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear, bnb
 
 BNB_4BIT_MODULES = ("Linear4bit", "LinearNF4", "LinearFP4")
@@ -97,7 +103,8 @@ def _taken_over(linear: nn.Linear, name: str, config: QuantConfig) -> QuantizedL
 
 def _is_plain_linear(module: nn.Module) -> bool:
     # nn.MultiheadAttention reads the weight of its out_proj itself and never calls it.
-    return isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
+    plain = isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
+    return plain or is_transposed_linear(module)
 
 
 def _named_end(model: nn.Module, which: str) -> nn.Module | None:
@@ -107,7 +114,7 @@ def _named_end(model: nn.Module, which: str) -> nn.Module | None:
 
 
 def _skip_rule(model: nn.Module, config: QuantConfig) -> Any:
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or _is_plain_linear(m)]
     if config.skip_modules is not None:
         check_all_matched("skip_modules", config.skip_modules, linears)
         return lambda name, module: any(answers_to(name, skip) for skip in config.skip_modules or ())
@@ -181,6 +188,11 @@ class Slot:
     def first(self) -> tuple[str, nn.Module]:
         return next(iter(self.modules.items()))
 
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is `(in, out)` and turned round to be packed."""
+        return is_transposed_linear(self.first[1])
+
     def fill_(self, model: nn.Module, packed: PackedWeight, config: QuantConfig) -> None:
         """Replaces the modules by packed ones."""
         new = {id(module): _packed_module(module, packed, config) for module in self.modules.values()}
@@ -191,7 +203,8 @@ def _packed_module(module: nn.Module, packed: PackedWeight, config: QuantConfig)
     if isinstance(module, nn.Embedding):
         made: nn.Module = QuantizedEmbedding(packed, module.weight.dtype, module.padding_idx)
     else:
-        made = QuantizedLinear(packed, cast(nn.Linear, module).bias, config.compute_dtype)
+        turned = is_transposed_linear(module)
+        made = QuantizedLinear(packed, cast(nn.Linear, module).bias, config.compute_dtype, turned)
     return made.train(module.training)
 
 
@@ -248,4 +261,5 @@ def _pack_slot_(model: nn.Module, slot: Slot, config: QuantConfig) -> None:
         made = _taken_over(cast(nn.Linear, module), name, config)
         replace_modules_(model, lambda other, old: made if old is module else None)
     else:
-        slot.fill_(model, PackedWeight.of(slot.weight, config, slot.format, f"{name}.weight"), config)
+        weight = slot.weight.T if slot.transposed else slot.weight
+        slot.fill_(model, PackedWeight.of(weight, config, slot.format, f"{name}.weight"), config)

@@ -26,6 +26,7 @@ FLOORS = (
     (
         "config",
         "storage",
+        "tensor_views",
         "records",
         "low_rank",
         "delta",

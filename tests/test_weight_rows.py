@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from qlora_lite import QuantConfig, weight_rows
 from qlora_lite.errors import QuantizationError
 from qlora_lite.quantize import PackedWeight
-from qlora_lite.tensor_files import tensors_in
+from qlora_lite.tensor_files import StoredTensor, tensors_in
 from qlora_lite.weight_rows import (
     DenseRows,
     PackedRows,
@@ -25,7 +25,7 @@ from qlora_lite.weight_rows import (
 )
 
 
-def stored(folder: Path, tensor: torch.Tensor) -> weight_rows.StoredTensor:
+def stored(folder: Path, tensor: torch.Tensor) -> StoredTensor:
     save_file({"w": tensor}, folder / "w.safetensors")
     return tensors_in(folder / "w.safetensors")["w"]
 
