@@ -8,7 +8,7 @@ W0 + (alpha / r) B A, summed in fp32 and cast.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,23 +19,24 @@ from torch import Tensor, nn
 from qlora_lite import hub
 from qlora_lite.adapter_files import load_adapter_
 from qlora_lite.config import FLOAT_DTYPES, QuantConfig, is_count, require
+from qlora_lite.conversion import model_tensors
 from qlora_lite.delta import Delta
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
+from qlora_lite.experts import PackedStack
 from qlora_lite.finite import cast_finite
-from qlora_lite.load import check_fits
+from qlora_lite.load import fitting, to_be_packed
 from qlora_lite.lora import LoraLayer
 from qlora_lite.merge_report import MergeReport, TensorFigures
 from qlora_lite.quantize import PackedWeight
 from qlora_lite.quantize_base import slots
 from qlora_lite.storage import PlannedTensor, check_apart, check_space, new_folder, write_json, write_sharded
 from qlora_lite.tensor_files import TensorFiles
-from qlora_lite.tensor_views import Source, Transposed
+from qlora_lite.tensor_views import Source
 from qlora_lite.weight_rows import (
     DenseRows,
     PackedRows,
     RepackedRows,
     StoredRows,
-    ToBePacked,
     TransposedRows,
     WeightRows,
     common_step,
@@ -58,20 +59,25 @@ class Exported:
     report: MergeReport
 
 
+_Files = Mapping[str, Source]
+
+
 class _Origin(Protocol):
     """Where the rows of a model's weights come from."""
 
-    def trained(self, weight: _Weight) -> WeightRows:
-        """W0 as the adapters saw it in training, in the orientation of the plain checkpoint."""
+    def trained(self, weight: _Weight) -> list[WeightRows]:
+        """W0 as it was in training, in the plain checkpoint's orientation; the matrices of a packed stack apart."""
 
     def integers(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor that is no float, whole."""
 
 
 class _InMemory:
-    def trained(self, weight: _Weight) -> WeightRows:
+    def trained(self, weight: _Weight) -> list[WeightRows]:
         held = weight.holder
-        return packed_rows(held, weight.transposed) if isinstance(held, PackedWeight) else DenseRows(held)
+        if isinstance(held, PackedStack):
+            return [packed_rows(matrix, held.transposed) for matrix in held]
+        return [packed_rows(held, weight.transposed) if isinstance(held, PackedWeight) else DenseRows(held)]
 
     def integers(self, name: str, tensor: Tensor) -> Tensor:
         return tensor
@@ -80,20 +86,21 @@ class _InMemory:
 class _OnDisk:
     """Of an empty model that stands for a checkpoint: what `load_quantized` would have made of each tensor."""
 
-    def __init__(self, model: nn.Module, files: TensorFiles, config: QuantConfig, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, files: _Files, config: QuantConfig, dtype: torch.dtype) -> None:
         self._files, self._config, self._dtype = files, config, dtype
         self._slots = {id(slot.weight): slot for slot in slots(model, config)}
 
-    def trained(self, weight: _Weight) -> WeightRows:
-        stored: Source = self._files.stored[weight.name]
+    def trained(self, weight: _Weight) -> list[WeightRows]:
+        stored = self._files[weight.name]
         slot = self._slots.get(id(weight.holder))
         if slot is None:
-            return StoredRows(stored, self._dtype)
-        turned = Transposed(stored) if slot.transposed else stored
-        return RepackedRows(ToBePacked(turned, self._config, slot.format, self._dtype), slot.transposed)
+            return [StoredRows(stored, self._dtype)]
+        matrices = to_be_packed(stored, slot, self._config, self._dtype)
+        return [RepackedRows(matrix, slot.transposed) for matrix in matrices]
 
     def integers(self, name: str, tensor: Tensor) -> Tensor:
-        return self._files.stored[name].read()
+        stored = self._files[name]
+        return stored.rows(0, stored.shape[0] if stored.shape else 1)
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,12 @@ class _Weight:
     holder: Any
     delta: Delta | None = None
     transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the plain checkpoint."""
+        held = tuple(self.holder.shape)
+        return (*held[:-2], held[-1], held[-2]) if self.transposed else held
 
 
 def _plain_weights(model: nn.Module) -> Iterator[_Weight]:
@@ -126,7 +139,9 @@ def _plain_weights(model: nn.Module) -> Iterator[_Weight]:
             if buffer is not None and key not in module._non_persistent_buffers_set:
                 yield _Weight(f"{prefix}{key}", buffer)
         for key, child in module._modules.items():
-            if isinstance(child, PackedWeight):
+            if isinstance(child, PackedStack):
+                yield _Weight(f"{prefix}{key}", child)
+            elif isinstance(child, PackedWeight):
                 yield _Weight(f"{prefix}{key}", child, transposed=getattr(module, "transposed", False))
             elif child is not None:
                 yield from visit(child, f"{prefix}{key}.")
@@ -161,37 +176,47 @@ class _Plan:
     tensors: dict[str, PlannedTensor] = field(default_factory=dict)
     figures: list[TensorFigures] = field(default_factory=list)
 
-    def add(self, weight: _Weight, origin: _Origin, files: TensorFiles | None) -> None:
+    def add(self, weight: _Weight, origin: _Origin, files: _Files) -> None:
         if isinstance(weight.holder, Tensor) and not weight.holder.is_floating_point():
             tensor = weight.holder
             whole = functools.partial(origin.integers, weight.name, tensor)
             self.tensors[weight.name] = PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: [whole()])
             return
         trained = origin.trained(weight)
-        stored = None if files is None else files.stored.get(weight.name)
-        original = StoredRows(stored) if stored is not None and stored.shape == trained.shape else None
+        stored = files.get(weight.name)
+        original = _as_stored(stored, trained) if stored is not None and stored.shape == weight.shape else None
         if self.base == ORIGINAL and original is None:
             raise CheckpointError(f"base='original' needs the checkpoint's own {weight.name}, which is not at hand")
-        is_packed = isinstance(trained, (PackedRows, TransposedRows, RepackedRows))
+        is_packed = isinstance(trained[0], (PackedRows, TransposedRows, RepackedRows))
         other = original if is_packed else None
         if self.base == ORIGINAL and original is not None:
             chosen, other = original, trained if is_packed else None
         else:
             chosen = trained
         write = _Writing(chosen, other, weight.delta, weight.name, self)
-        self.tensors[weight.name] = PlannedTensor(trained.shape, self.dtype, write.slices)
+        self.tensors[weight.name] = PlannedTensor(weight.shape, self.dtype, write.slices)
 
     def report(self) -> MergeReport:
         name = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == self.dtype)
         return MergeReport(self.base, name, tuple(self.figures))
 
 
+def _as_stored(stored: Source, trained: list[WeightRows]) -> list[WeightRows]:
+    """A tensor in the files in the same pieces as what was trained: whole, or the matrices of a stack."""
+    if len(trained[0].shape) == len(stored.shape):
+        return [StoredRows(stored)]
+    return [StoredRows(stored.part(index)) for index in range(stored.shape[0])]
+
+
 @dataclass(frozen=True)
 class _Writing:
-    """How one tensor is made: the base that is written into, the other one to measure packing by, the update."""
+    """How one tensor is made: the base that is written into, the other one to measure packing by, the update.
 
-    chosen: WeightRows
-    other: WeightRows | None
+    Both bases come as one piece, or as the matrices of a stack, which has no update.
+    """
+
+    chosen: list[WeightRows]
+    other: list[WeightRows] | None
     delta: Delta | None
     name: str
     plan: _Plan
@@ -199,20 +224,22 @@ class _Writing:
     @torch.no_grad()
     def slices(self) -> Iterator[Tensor]:
         figures = TensorFigures(self.name, values=0)
-        steps = [self.chosen.step, 1 if self.other is None else self.other.step]
-        step = common_step(*steps, 1 if self.delta is None else Delta.TILE_ROWS)
         if self.delta is not None:
             figures.update = self.delta.squared_norm()
-        for start, stop in slice_starts(self.chosen.shape, step, SLICE_BYTES):
-            yield self._slice(start, stop, figures)
+        others = [None] * len(self.chosen) if self.other is None else self.other
+        for chosen, other in zip(self.chosen, others, strict=True):
+            steps = [chosen.step, 1 if other is None else other.step]
+            step = common_step(*steps, 1 if self.delta is None else Delta.TILE_ROWS)
+            for start, stop in slice_starts(chosen.shape, step, SLICE_BYTES):
+                rows = chosen.rows(start, stop)
+                yield self._written(rows, None if other is None else other.rows(start, stop), start, figures)
         self.plan.figures.append(figures)
 
-    def _slice(self, start: int, stop: int, figures: TensorFigures) -> Tensor:
-        rows = self.chosen.rows(start, stop)
+    def _written(self, rows: Tensor, other: Tensor | None, start: int, figures: TensorFigures) -> Tensor:
         figures.values += rows.numel()
         figures.add_weight(rows)
-        if self.other is not None:
-            figures.add_quantization(rows, self.other.rows(start, stop))
+        if other is not None:
+            figures.add_quantization(rows, other)
         without_update = None
         if self.delta is not None:
             without_update = rows.to(self.plan.dtype, copy=True)
@@ -262,11 +289,14 @@ def export_merged(
     if getattr(model, "config", None) is None:
         raise ConfigError(f"export needs a transformers model with a config; got a {type(model).__name__}")
     source = hub.source_folder(model)
-    files = TensorFiles.of(source)
-    if base == ORIGINAL and files is None:
+    stored = TensorFiles.of(source)
+    if base == ORIGINAL and stored is None:
         raise CheckpointError("base='original' needs the checkpoint that the model was loaded from; it has none")
+    weights = _weights_to_write(model)
+    shapes = {weight.name: weight.shape for weight in weights}
+    files = {} if stored is None else model_tensors(model, shapes, stored.stored).tensors
     plan = _Plan(base, dtype)
-    for weight in _weights_to_write(model):
+    for weight in weights:
         plan.add(weight, _InMemory(), files)
     return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite)
 
@@ -292,10 +322,9 @@ def merge_checkpoint(
     _check_options(base, dtype, max_shard_bytes)
     source = hub.resolve(path_or_id)
     check_apart(Path(folder), source, Path(adapter))
-    files = TensorFiles(source)
     model: Any = hub.empty_model(hub.read_config(source), load_dtype)
     hub.tie(model)
-    check_fits(model, files)
+    files = fitting(model, TensorFiles(source))
     origin = _OnDisk(model, files, config or QuantConfig(), load_dtype)
     load_adapter_(model, adapter)
     hub.read_generation_config_(model, source)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qlora_lite import hub
 from qlora_lite.config import QuantConfig
+from qlora_lite.conversion import model_tensors
 from qlora_lite.errors import CheckpointError, QuantizationError
 from qlora_lite.finite import check_finite
 from qlora_lite.memory.host import keep_freed_pages, release_freed_pages
@@ -26,22 +27,38 @@ def _listed(what: str, names: set[str] | list[str]) -> str:
     return f"{len(names)} tensors {what}: {', '.join(sorted(names)[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
 
 
-def check_fits(model: nn.Module, files: TensorFiles) -> dict[str, Tensor]:
-    """The model's own (meta) tensors by name. One CheckpointError lists what is missing, unexpected and mis-shaped."""
-    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    found = files.stored
+def fitting(model: nn.Module, files: TensorFiles) -> dict[str, Source]:
+    """The checkpoint's tensors by the (empty) model's names, converted as transformers would.
+
+    One CheckpointError lists what is missing, unexpected, mis-shaped, or made in a way that is not known here.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    found = model_tensors(model, shapes, files.stored)
     ignorable = [re.compile(pattern) for pattern in hub.ignorable_keys(model)]
-    unexpected = {n for n in found.keys() - wanted.keys() if not any(pattern.search(n) for pattern in ignorable)}
-    missing = wanted.keys() - found.keys() - hub.tied_names(model)
+    unexpected = [
+        name
+        for name, target in found.unexpected.items()
+        if not any(pattern.search(name) or pattern.search(target) for pattern in ignorable)
+    ]
+    missing = shapes.keys() - found.tensors.keys() - hub.tied_names(model) - found.failed
     wrong = [
-        f"{name} is {found[name].shape}, the model has {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & found.keys()
-        if found[name].shape != tuple(wanted[name].shape)
+        f"{name} is {source.shape}, the model has {shapes[name]}"
+        for name, source in found.tensors.items()
+        if name in shapes and source.shape != shapes[name]
     ]
     kinds = (("are missing", missing), ("belong to no module", unexpected), ("have the wrong shape", wrong))
-    if problems := [_listed(what, names) for what, names in kinds if names]:
+    problems = [_listed(what, names) for what, names in kinds if names]
+    problems += found.problems[:SHOWN] + ([f"and {len(found.problems) - SHOWN} more"] if found.problems[SHOWN:] else [])
+    if problems:
         raise CheckpointError(f"{files.folder} does not fit this {type(model).__name__}: {'; '.join(problems)}")
-    return wanted
+    return {name: source for name, source in found.tensors.items() if name in shapes}
+
+
+def to_be_packed(stored: Source, slot: Slot, config: QuantConfig, dtype: torch.dtype) -> list[ToBePacked]:
+    """How a tensor is packed into its slot: each matrix of a stack by itself, turned round if the layer has it so."""
+    matrices = [stored] if slot.stack is None else [stored.part(index) for index in range(stored.shape[0])]
+    turned = [Transposed(matrix) if slot.transposed else matrix for matrix in matrices]
+    return [ToBePacked(matrix, config, slot.format, dtype) for matrix in turned]
 
 
 class _Placement:
@@ -58,9 +75,11 @@ class _Placement:
         """Reads a tensor for the one on meta that it replaces. QuantizationError for values that are not finite."""
         slot = self._slots.get(target)
         if slot is not None:
-            turned = Transposed(stored) if slot.transposed else stored
-            packed = ToBePacked(turned, self.config, slot.format, self.dtype).pack(self.device)
-            slot.fill_(self.model, packed, self.config)
+            packed = [source.pack(self.device) for source in to_be_packed(stored, slot, self.config, self.dtype)]
+            if slot.stack is None:
+                slot.fill_(self.model, packed[0], self.config)
+            else:
+                slot.fill_stack_(self.model, packed, self.config)
             return
         dtype = self.dtype if stored.dtype.is_floating_point else target.dtype
         placed = torch.empty(stored.shape, dtype=dtype, device=self.device)
@@ -97,14 +116,14 @@ def load_quantized(
     files = TensorFiles(folder)
     model: Any = hub.empty_model(hub.read_config(folder), dtype)
     hub.tie(model)
-    wanted = check_fits(model, files)
+    sources = fitting(model, files)
+    targets = model.state_dict(keep_vars=True)
     placement = _Placement(model, config, dtype, torch.device(device))
     bad: list[str] = []
-    for name, stored in files.stored.items():
-        if name not in wanted:
-            continue
+    for name, source in sources.items():
+        target = targets.pop(name)  # whose place is taken, and which nothing else needs then
         try:
-            placement.place(stored, wanted[name])
+            placement.place(source, target)
         except QuantizationError as error:
             bad.append(str(error))
     if bad:

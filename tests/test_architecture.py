@@ -39,8 +39,8 @@ FLOORS = (
         "merge_report",
     ),
     ("quantize", "loss", "attention", "hub", "progress", "tensor_files"),
-    ("lora", "quantize_base", "optim", "weight_rows"),
-    ("adapters",),
+    ("lora", "optim", "weight_rows", "conversion", "experts"),
+    ("adapters", "quantize_base"),
     (
         "merge",
         "adapter_files",
