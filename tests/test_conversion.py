@@ -165,7 +165,7 @@ def made(folder: Path, rule: Any, tensors: dict[str, list[Tensor]], shapes: dict
     from qlora_lite import conversion
 
     flat = {f"{number}.{index}": t for number, ts in enumerate(tensors.values()) for index, t in enumerate(ts)}
-    save_file({name: tensor.contiguous() for name, tensor in flat.items()}, folder / "x.safetensors")
+    save_file({name: tensor.clone() for name, tensor in flat.items()}, folder / "x.safetensors")
     sources = {key: [f"{n}.{i}" for i in range(len(ts))] for n, (key, ts) in enumerate(tensors.items())}
     patterns = (tuple(rule.source_patterns), tuple(rule.target_patterns), tuple(rule.operations))
     plan = Conversion(rule.target_patterns[0], sources, *patterns)
