@@ -105,6 +105,8 @@ def load_quantized(
 ) -> Any:
     """A transformers causal language model from a safetensors checkpoint, its linear layers packed, all of it frozen.
 
+    Linear layers are GPT-2's Conv1D too, and the matrices of stacks of experts. Tensors that the files hold under other
+    names or in pieces are put together while they are read, as transformers' checkpoint conversion says.
     What is not packed (norms, embeddings, biases) is held in `dtype`, which is then the dtype of the activations.
     Of what is packed, a slice of `READ_BYTES` is unpacked at a time, so memory is that of the packed model and little
     more. Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, before anything is read;

@@ -1,4 +1,4 @@
-"""`quantize_base_`: walks a model and packs its linear layers; takes over those that bitsandbytes has packed already.
+"""`quantize_base_`: packs a model's linear layers and experts; takes over what bitsandbytes has packed already.
 
 bitsandbytes' `Linear4bit` may arrive re-packed: on a CPU with AVX512-BF16 one forward pass in eval mode changes the
 byte order of its weight in place and rounds its statistics to bfloat16. The codes are put back in order exactly; the
@@ -290,13 +290,14 @@ def _check_values(found: list[Slot], config: QuantConfig) -> None:
 def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
     """Replaces the linear layers of a model by packed ones, one at a time, and returns the names of what it replaced.
 
-    Each full-precision weight is let go before the next is packed. Layers that bitsandbytes packed are taken over as
-    they are, whatever `config.format` says, their bytes shared. `config.embedding_format` packs embedding and head.
-    Raises QuantizationError naming the weight and the first bad index for NaN or infinity, TargetError when there is
-    nothing to pack or a tied head would be packed without its embedding; the model is then as it was.
+    Stacks of experts are packed matrix by matrix. Each full-precision weight is let go before the next is packed.
+    Layers that bitsandbytes packed are taken over as they are, whatever `config.format` says, their bytes shared.
+    `config.embedding_format` packs embedding and head. Raises QuantizationError naming the weight and the first bad
+    index for NaN or infinity; TargetError when there is nothing to pack, a tied head would be packed without its
+    embedding, or there are stacks of matrices that cannot be packed, which it lists; the model is then as it was.
     """
     found = slots(model, config)
-    replaced = [name for slot in found for name in slot.modules]
+    replaced = list(dict.fromkeys(name for slot in found for name in slot.modules))
     _check_values(found, config)
     while found:
         _pack_slot_(model, found.pop(0), config)  # nothing else holds its weight while the next one is packed
