@@ -236,7 +236,8 @@ def _stack_slots(model: nn.Module, config: QuantConfig) -> dict[Tensor, Slot]:
     """Those of the stacks of experts. TargetError lists stacks that nobody here knows how to compute with."""
     if config.format == UNPACKED:
         return {}
-    skip, found, unknown = _skip_rule(model, config), {}, []
+    skip, unknown = _skip_rule(model, config), []
+    found: dict[Tensor, Slot] = {}
     for path, weight in stacks(model).items():
         name, _, key = path.rpartition(".")
         module = model.get_submodule(name)
