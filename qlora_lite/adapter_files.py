@@ -20,7 +20,7 @@ from qlora_lite.adapters import adapted, freeze_base_, lora_layers
 from qlora_lite.config import ALL_LINEAR, LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora import EmbeddingKind, LoraLayer, kind_of
-from qlora_lite.modules import answers_to, replace_modules_
+from qlora_lite.modules import answers_to, is_transposed_linear, replace_modules_
 from qlora_lite.storage import (
     PlannedTensor,
     new_folder,
@@ -62,6 +62,7 @@ HARMLESS_OPTIONS = frozenset(
         "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
+        "fan_in_fan_out",
         "inference_mode",
         "init_lora_weights",
         "layers_pattern",
@@ -124,6 +125,10 @@ def _usual_and_patterns(numbers: Mapping[str, float], model: nn.Module) -> tuple
     return usual, patterns
 
 
+def _is_transposed(layer: LoraLayer) -> bool:
+    return is_transposed_linear(layer.base_layer) or bool(getattr(layer.base_layer, "transposed", False))
+
+
 def _peft_config(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Any]:
     shared = {(layer.dropout, layer.rslora) for layer in layers.values()}
     if len(shared) != 1:
@@ -146,7 +151,8 @@ def _peft_config(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, An
         "alpha_pattern": alpha_pattern,
         "target_modules": _common_ends(layers, model) or sorted(layers),
         "bias": "none",
-        "fan_in_fan_out": False,
+        # Says that weights lie as (in, out); which layers that is true of, each layer says itself.
+        "fan_in_fan_out": any(_is_transposed(layer) for layer in layers.values()),
         "inference_mode": True,
     }
 

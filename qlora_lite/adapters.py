@@ -11,6 +11,7 @@ from torch import nn
 
 from qlora_lite.config import ALL_LINEAR, LoraConfig, Targets
 from qlora_lite.errors import TargetError
+from qlora_lite.experts import stacks
 from qlora_lite.lora import LinearKind, LoraLayer, kind_of
 from qlora_lite.modules import answers_to, check_all_matched, has_own_forward, replace_modules_
 
@@ -53,6 +54,13 @@ def _check_no_linear_is_left_out(model: nn.Module, head: nn.Module | None) -> No
         raise TargetError(f"all-linear meets {len(own)} layers with a forward of their own, {shown}; name the others")
 
 
+def _check_no_stack_is_meant(model: nn.Module, targets: Targets) -> None:
+    names = [] if isinstance(targets, str) or callable(targets) else list(targets)
+    meant = [name for name in stacks(model) if any(answers_to(name, target) for target in names)]
+    if meant:
+        raise TargetError(f"{', '.join(meant[:4])}: stacks of experts cannot be adapted; leave them out")
+
+
 def _check_called(model: nn.Module, names: list[str]) -> None:
     """An adapter in a layer that its parent does not call would be ignored."""
     fast = [n for n in names if isinstance(model.get_submodule(n.rpartition(".")[0]), nn.TransformerEncoderLayer)]
@@ -70,6 +78,7 @@ def select_targets(model: nn.Module, targets: Targets) -> list[str]:
     head = ask_head() if callable(ask_head) else None
     if adapted := lora_layers(model):
         raise TargetError(f"{len(adapted)} layers have adapters already; remove_lora_ drops them")
+    _check_no_stack_is_meant(model, targets)
     if targets == ALL_LINEAR:
         _check_no_linear_is_left_out(model, head)
         chosen = [

@@ -111,7 +111,8 @@ class QuantConfig:
         with large values apart (LLM.int8()): a faster forward pass, less exact than unpacking the weight. Gradients
         are computed from the unpacked weight in either case.
     embedding_format: `int8` also packs input embedding and output head by rows, tied or not; `none` leaves them.
-    skip_modules: names of linear layers to leave alone (whole name or its last parts); None skips the output head.
+    skip_modules: names of linear layers and of experts modules to leave alone (whole name or its last parts); None
+        skips the output head.
     """
 
     format: str = "nf4"

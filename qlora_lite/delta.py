@@ -25,6 +25,11 @@ class Delta:
     def shape(self) -> tuple[int, int]:
         return self.left.shape[0], self.right.shape[1]
 
+    @property
+    def transposed(self) -> Delta:
+        """The update of the weight the other way round."""
+        return Delta(self.right.T.contiguous(), self.left.T.contiguous(), self.scaling)
+
     def add_to_(self, rows: Tensor, first: int) -> Tensor:
         """Adds its rows from `first` on, a multiple of TILE_ROWS, to these (fp32), and returns them."""
         for start in range(0, rows.shape[0], self.TILE_ROWS):

@@ -1,61 +1,41 @@
 """Out: what was trained as an ordinary checkpoint, written a few rows at a time, with what that cost in numbers.
 
 `export_merged` takes a model in memory, `merge_checkpoint` a checkpoint and an adapter on disk, of which no tensor is
-ever held whole. Both plan every tensor first (weight_rows.py says where its rows come from), then write it:
-W0 + scaling * B A, summed in fp32 and cast. Tied weights of which one is adapted are no longer equal: both are written,
-each with its own update, and the config says that they are not tied.
+ever held whole. Both plan every tensor first (export_plan.py), then write it: W0 + scaling * B A, summed in fp32 and
+cast. Asked to, they prove it: what was written is read back and compared with the adapter model (verify.py).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_lite import hub
 from qlora_lite.adapter_files import load_adapter_
 from qlora_lite.config import FLOAT_DTYPES, QuantConfig, is_count, require
-from qlora_lite.delta import Delta
+from qlora_lite.conversion import model_tensors
+from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
-from qlora_lite.finite import cast_finite
-from qlora_lite.load import Checkpoint, check_fits
-from qlora_lite.merge_report import MergeReport, TensorFigures
-from qlora_lite.plain_weights import PlainWeight, weights_to_write
-from qlora_lite.quantize import PackedWeight
-from qlora_lite.storage import (
-    DEFAULT_SHARD_BYTES,
-    PlannedTensor,
-    check_apart,
-    check_space,
-    new_folder,
-    write_json,
-    write_sharded,
-)
-from qlora_lite.tensor_files import StoredTensor, TensorFiles
-from qlora_lite.weight_rows import (
-    DenseRows,
-    PackedRows,
-    RepackedRows,
-    StoredRows,
-    WeightRows,
-    common_step,
-    slice_starts,
-)
+from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk
+from qlora_lite.load import Checkpoint, fitting
+from qlora_lite.merge_report import MergeReport
+from qlora_lite.plain_weights import plain_weights
+from qlora_lite.storage import DEFAULT_SHARD_BYTES, check_apart, check_space, new_folder, write_json, write_sharded
+from qlora_lite.tensor_files import TensorFiles
+from qlora_lite.tensor_views import Source
+from qlora_lite.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
 
-# Of fp32 values at once: what stays in the caches while it is summed, cast and measured.
-SLICE_BYTES = 4 << 20
-DEQUANTIZED, ORIGINAL = BASES = ("dequantized", "original")
 REPORT_FILE = "merge_report.json"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the names of the tensor files, and the figures of every weight.
+    """What was written: the names of the tensor files, the figures of every weight, what comparing logits gave.
 
     untied: whether weights that are tied in the model are two in the export, since an adapter is on one of them.
     """
@@ -63,128 +43,7 @@ class Exported:
     files: list[str]
     report: MergeReport
     untied: bool
-
-
-class _Origin(Protocol):
-    """Where the rows of a model's weights come from."""
-
-    def trained(self, weight: PlainWeight) -> WeightRows:
-        """W0 as the adapters saw it in training."""
-
-    def integers(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor that is no float, whole."""
-
-
-class _InMemory:
-    def trained(self, weight: PlainWeight) -> WeightRows:
-        holder = weight.holder
-        return PackedRows(holder) if isinstance(holder, PackedWeight) else DenseRows(holder)
-
-    def integers(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor
-
-
-class _OnDisk:
-    """Of an empty model that stands for a checkpoint: what `load_quantized` would have made of each tensor."""
-
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self._checkpoint, self._dtype = checkpoint, dtype
-        self._formats = {id(slot.weight): slot.format for slot in checkpoint.slots(model)}
-
-    def _stored(self, name: str) -> StoredTensor:
-        stored = self._checkpoint.tensors[name]
-        assert isinstance(stored, StoredTensor)  # packed ones have a slot
-        return stored
-
-    def trained(self, weight: PlainWeight) -> WeightRows:
-        name = weight.name_in(self._checkpoint.tensors)
-        assert name is not None  # check_fits has found all
-        if id(weight.holder) in self._formats:
-            return RepackedRows(self._checkpoint.source(name, self._formats[id(weight.holder)], self._dtype))
-        return StoredRows(self._stored(name), self._dtype)
-
-    def integers(self, name: str, tensor: Tensor) -> Tensor:
-        return self._stored(name).read()
-
-
-@dataclass
-class _Plan:
-    """The tensors to write, and the figures that writing them fills in."""
-
-    base: str
-    dtype: torch.dtype
-    untied: bool
-    tensors: dict[str, PlannedTensor] = field(default_factory=dict)
-    figures: list[TensorFigures] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, model: nn.Module, base: str, dtype: torch.dtype, origin: _Origin, files: TensorFiles | None) -> _Plan:
-        """The tensors of the model, from their origin and from the files of the checkpoint that it came from."""
-        weights, untied = weights_to_write(model)
-        plan = cls(base, dtype, untied)
-        for weight in weights:
-            plan.add(weight, origin, files)
-        return plan
-
-    def add(self, weight: PlainWeight, origin: _Origin, files: TensorFiles | None) -> None:
-        if isinstance(weight.holder, Tensor) and not weight.holder.is_floating_point():
-            tensor = weight.holder
-            whole = functools.partial(origin.integers, weight.name, tensor)
-            self.tensors[weight.name] = PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: [whole()])
-            return
-        trained = origin.trained(weight)
-        name = None if files is None else weight.name_in(files.stored)
-        stored = None if files is None or name is None else files.stored[name]
-        original = StoredRows(stored) if stored is not None and stored.shape == trained.shape else None
-        if self.base == ORIGINAL and original is None:
-            raise CheckpointError(f"base='original' needs the checkpoint's own {weight.name}, which is not at hand")
-        is_packed = isinstance(trained, (PackedRows, RepackedRows))
-        chosen: WeightRows = trained
-        other: WeightRows | None = original if is_packed else None
-        if self.base == ORIGINAL and original is not None:
-            chosen, other = original, trained if is_packed else None
-        write = _Writing(chosen, other, weight.delta, weight.name, self)
-        self.tensors[weight.name] = PlannedTensor(trained.shape, self.dtype, write.slices)
-
-    def report(self) -> MergeReport:
-        name = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == self.dtype)
-        return MergeReport(self.base, name, tuple(self.figures))
-
-
-@dataclass(frozen=True)
-class _Writing:
-    """How one tensor is made: the base that is written into, the other one to measure packing by, the update."""
-
-    chosen: WeightRows
-    other: WeightRows | None
-    delta: Delta | None
-    name: str
-    plan: _Plan
-
-    @torch.no_grad()
-    def slices(self) -> Iterator[Tensor]:
-        figures = TensorFigures(self.name, values=0)
-        steps = [self.chosen.step, 1 if self.other is None else self.other.step]
-        step = common_step(*steps, 1 if self.delta is None else Delta.TILE_ROWS)
-        if self.delta is not None:
-            figures.update = self.delta.squared_norm()
-        for start, stop in slice_starts(self.chosen.shape, step, SLICE_BYTES):
-            yield self._slice(start, stop, figures)
-        self.plan.figures.append(figures)
-
-    def _slice(self, start: int, stop: int, figures: TensorFigures) -> Tensor:
-        rows = self.chosen.rows(start, stop)
-        figures.values += rows.numel()
-        figures.add_weight(rows)
-        if self.other is not None:
-            figures.add_quantization(rows, self.other.rows(start, stop))
-        without_update = None
-        if self.delta is not None:
-            without_update = rows.to(self.plan.dtype, copy=True)
-            self.delta.add_to_(rows, start)
-        written = cast_finite(rows, self.plan.dtype, self.name)
-        figures.add_written(rows, written, without_update)
-        return written
+    verification: Verification | None = None
 
 
 def _check_options(base: str, dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -194,26 +53,50 @@ def _check_options(base: str, dtype: torch.dtype, max_shard_bytes: int) -> None:
     require(is_count(max_shard_bytes, 1), "max_shard_bytes must be an integer of at least 1", max_shard_bytes)
 
 
-def _originals(source: Path | None, base: str) -> TensorFiles | None:
-    """The full-precision tensors that a model was packed from, where its folder has them."""
+def _originals(model: nn.Module, source: Path | None, base: str) -> Mapping[str, Source]:
+    """The full-precision tensors that a model was packed from, where its folder has them; by the model's names."""
     packed = source is not None and hub.quantization_of(source) is not None
     if base == ORIGINAL and packed:
         raise CheckpointError(
             f"base='original' merges into full-precision weights and {source} holds packed ones; merge into "
             f"base='dequantized', or into the checkpoint that it was packed from"
         )
-    return None if packed else TensorFiles.of(source)
+    stored = None if packed else TensorFiles.of(source)
+    if base == ORIGINAL and stored is None:
+        raise CheckpointError("base='original' needs the checkpoint that the model was loaded from; it has none")
+    shapes = {weight.name: weight.shape for weight in plain_weights(model)}
+    return {} if stored is None else model_tensors(model, shapes, stored.stored).tensors
 
 
-def _write(model: nn.Module, source: Path | None, folder: Path, plan: _Plan, shard: int, overwrite: bool) -> Exported:
+def _verified(folder: Path, plan: ExportPlan, examples: Sequence[TokenizedExample]) -> Verification:
+    """What transformers would build from the folder, on the folder's tensors, beside the model that was trained."""
+    empty: Any = hub.empty_model(hub.read_config(folder), torch.float32)
+    hub.tie(empty)
+    written = fitting(empty, folder, TensorFiles(folder).stored)
+    return compare(empty, plan.compared(written), examples, plan.base)
+
+
+def _write(
+    model: Any,
+    source: Path | None,
+    folder: Path,
+    plan: ExportPlan,
+    shard: int,
+    overwrite: bool,
+    examples: Sequence[TokenizedExample] | None,
+) -> Exported:
     check_apart(folder, source)
+    if examples is not None:
+        check_examples(examples, model.config, hub.vocabulary(model))
     with new_folder(folder, overwrite) as temporary:
         check_space(folder, sum(tensor.bytes for tensor in plan.tensors.values()))
         files = write_sharded(temporary, plan.tensors, shard)
         hub.save_companions(model, source, temporary, plan.dtype, untie=plan.untied)
         report = plan.report()
-        write_json(temporary / REPORT_FILE, report.to_json())
-    return Exported(files, report, plan.untied)
+        found = None if examples is None else _verified(temporary, plan, examples)
+        verify = {} if found is None else {"verify": found.to_json()}
+        write_json(temporary / REPORT_FILE, report.to_json() | verify)
+    return Exported(files, report, plan.untied, found)
 
 
 def export_merged(
@@ -224,6 +107,7 @@ def export_merged(
     base: str = DEQUANTIZED,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    verify: Sequence[TokenizedExample] | None = None,
 ) -> Exported:
     """Writes W0 + scaling * B A of every layer, summed in fp32 and cast, as safetensors shards.
 
@@ -233,19 +117,19 @@ def export_merged(
     `AutoModelForCausalLM.from_pretrained`. Where an adapter is on one of two tied weights (output head, input
     embedding), or on each, both are written, each with its own update or none, and `tie_word_embeddings` is False in
     the exported config (not in the model's). A slice of a tensor is made at a time; the model is not changed, and
-    need not be merged. Raises QuantizationError, naming the tensor, for values above `dtype`'s range (fp16: 65,504),
-    CheckpointError for too little room on the disk, a checkpoint that is not there, or a folder with something in it
-    unless `overwrite`; what was there before is then untouched.
+    need not be merged.
+    verify: held-out examples (`data.tokenize_all`) on which this export, read back from its files, and the merge into
+    the other base are compared with the adapter model (verify.py) before the folder gets its name.
+    Raises QuantizationError, naming the tensor, for values above `dtype`'s range (fp16: 65,504), CheckpointError for
+    too little room on the disk, a checkpoint that is not there, or a folder with something in it unless `overwrite`;
+    what was there before is then untouched. ConfigError for examples that do not belong to the model.
     """
     _check_options(base, dtype, max_shard_bytes)
     if getattr(model, "config", None) is None:
         raise ConfigError(f"export needs a transformers model with a config; got a {type(model).__name__}")
     source = hub.source_folder(model)
-    files = _originals(source, base)
-    if base == ORIGINAL and files is None:
-        raise CheckpointError("base='original' needs the checkpoint that the model was loaded from; it has none")
-    plan = _Plan.of(model, base, dtype, _InMemory(), files)
-    return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite)
+    plan = ExportPlan.of(model, base, dtype, InMemory(), _originals(model, source, base))
+    return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)
 
 
 def merge_checkpoint(
@@ -259,6 +143,7 @@ def merge_checkpoint(
     load_dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    verify: Sequence[TokenizedExample] | None = None,
 ) -> Exported:
     """What `export_merged` writes of a model loaded with `config` and the adapter, bit for bit, without loading it.
 
@@ -269,13 +154,11 @@ def merge_checkpoint(
     _check_options(base, dtype, max_shard_bytes)
     source = hub.resolve(path_or_id)
     check_apart(Path(folder), source, Path(adapter))
-    files = _originals(source, base)
     model: Any = hub.empty_model(hub.read_config(source), load_dtype)
     hub.tie(model)
-    checkpoint = Checkpoint.of(source, model, config)
-    check_fits(model, source, checkpoint.tensors)
-    origin = _OnDisk(model, checkpoint, load_dtype)
+    originals = _originals(model, source, base)
+    origin = OnDisk(model, Checkpoint.of(source, model, config), load_dtype)
     load_adapter_(model, adapter)
     hub.read_generation_config_(model, source)
-    plan = _Plan.of(model, base, dtype, origin, files)
-    return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite)
+    plan = ExportPlan.of(model, base, dtype, origin, originals)
+    return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)

@@ -10,20 +10,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_lite import hub
 from qlora_lite.config import QuantConfig
+from qlora_lite.conversion import model_tensors
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
 from qlora_lite.finite import check_finite
 from qlora_lite.memory.host import keep_freed_pages, release_freed_pages
-from qlora_lite.modules import answers_to
+from qlora_lite.modules import answers_to, is_transposed_linear
 from qlora_lite.packed_files import ROWS_FILE, StoredInt8Rows, StoredPacked, int8_rows, packed_weights
 from qlora_lite.quantize_base import Slot, slots
-from qlora_lite.tensor_files import StoredTensor, TensorFiles, tensors_in
+from qlora_lite.tensor_files import TensorFiles, tensors_in
+from qlora_lite.tensor_views import Source, Transposed, slices
 from qlora_lite.weight_rows import READ_BYTES, PackSource, ToBePacked
 
 SHOWN = 8
@@ -34,62 +36,97 @@ def _listed(what: str, names: set[str] | list[str]) -> str:
     return f"{len(names)} tensors {what}: {', '.join(sorted(names)[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
 
 
-class _Shaped(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+Stored = StoredPacked | StoredInt8Rows
+_PACKED = (StoredPacked, StoredInt8Rows)
 
 
-def check_fits(model: nn.Module, folder: Path, found: Mapping[str, _Shaped]) -> dict[str, Tensor]:
-    """The model's own (meta) tensors by name. One CheckpointError lists what is missing, unexpected and mis-shaped."""
-    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+def fitting(
+    model: nn.Module, folder: Path, files: Mapping[str, Source], packed: Mapping[str, Stored] | None = None
+) -> dict[str, Source | Stored]:
+    """The checkpoint's tensors by the (empty) model's names, converted as transformers would, and those packed already.
+
+    One CheckpointError lists what is missing, unexpected, mis-shaped, or made in a way that is not known here.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    found = model_tensors(model, shapes, files)
+    tensors: dict[str, Source | Stored] = {**found.tensors, **(packed or {})}
     ignorable = [re.compile(pattern) for pattern in hub.ignorable_keys(model)]
-    unexpected = {n for n in found.keys() - wanted.keys() if not any(pattern.search(n) for pattern in ignorable)}
-    missing = wanted.keys() - found.keys() - hub.tied_names(model)
+    unexpected = [
+        name
+        for name, target in found.unexpected.items()
+        if not any(pattern.search(name) or pattern.search(target) for pattern in ignorable)
+    ]
+    unexpected += [name for name in packed or {} if name not in shapes]
+    missing = shapes.keys() - tensors.keys() - hub.tied_names(model) - found.failed
     wrong = [
-        f"{name} is {found[name].shape}, the model has {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & found.keys()
-        if found[name].shape != tuple(wanted[name].shape)
+        f"{name} is {source.shape}, the model has {shapes[name]}"
+        for name, source in tensors.items()
+        if name in shapes and _plain_shape(model, name, source) != shapes[name]
     ]
     kinds = (("are missing", missing), ("belong to no module", unexpected), ("have the wrong shape", wrong))
-    if problems := [_listed(what, names) for what, names in kinds if names]:
+    problems = [_listed(what, names) for what, names in kinds if names]
+    problems += found.problems[:SHOWN] + ([f"and {len(found.problems) - SHOWN} more"] if found.problems[SHOWN:] else [])
+    if problems:
         raise CheckpointError(f"{folder} does not fit this {type(model).__name__}: {'; '.join(problems)}")
-    return wanted
+    return {name: source for name, source in tensors.items() if name in shapes}
+
+
+def _plain_shape(model: nn.Module, name: str, source: Source | Stored) -> tuple[int, ...]:
+    """The shape of a tensor in a plain checkpoint; what is packed is `(out, in)`, whatever the layer has."""
+    turned = isinstance(source, _PACKED) and is_transposed_linear(model.get_submodule(name.rpartition(".")[0]))
+    return source.shape[::-1] if turned else source.shape
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a folder by name, in the order of its files, and how a model that is loaded from it is packed."""
+    """The tensors of a folder by the model's names, and how a model that is loaded from it is packed."""
 
     folder: Path
     config: QuantConfig
-    tensors: Mapping[str, StoredTensor | StoredPacked | StoredInt8Rows]
+    tensors: Mapping[str, Source | Stored]
 
     @classmethod
     def of(cls, folder: Path, model: nn.Module, config: QuantConfig | None) -> Checkpoint:
         """For a model on the meta device. ConfigError if the folder is packed otherwise than `config` asks for.
 
-        CheckpointError for packing that is not bitsandbytes', and for packed weights that cannot be read.
+        CheckpointError for tensors that do not fit the model (`fitting`), packing that is not bitsandbytes', and packed
+        weights that cannot be read.
         """
         quantization, files = hub.quantization_of(folder), TensorFiles(folder)
         if quantization is None:
-            return cls(folder, config or QuantConfig(), files.stored)
+            return cls(folder, config or QuantConfig(), fitting(model, folder, files.stored))
         _check_is_bitsandbytes(quantization, folder)
         packed, statistics = packed_weights(files.stored)
         absmax = tensors_in(folder / ROWS_FILE) if (folder / ROWS_FILE).is_file() else {}
         rows = int8_rows(files.stored, absmax)
-        plain = {name: tensor for name, tensor in files.stored.items() if name not in statistics}
-        return cls(folder, _as_stored(folder, model, config, packed, bool(rows)), {**plain, **packed, **rows})
+        known: dict[str, Stored] = {**packed, **rows}
+        plain = {name: tensor for name, tensor in files.stored.items() if name not in statistics.union(known)}
+        settings = _as_stored(folder, model, config, packed, bool(rows))
+        return cls(folder, settings, fitting(model, folder, plain, known))
 
-    def source(self, name: str, format: str, dtype: torch.dtype) -> PackSource:
-        """How the packed weight comes about that a model holds under this name."""
-        tensor = self.tensors[name]
-        return ToBePacked(tensor, self.config, format, dtype) if isinstance(tensor, StoredTensor) else tensor
+    def plain(self, name: str) -> Source:
+        """A tensor that the model holds as it is."""
+        stored = self.tensors[name]
+        assert not isinstance(stored, _PACKED)  # packed ones have a slot
+        return stored
+
+    def sources(self, name: str, slot: Slot, dtype: torch.dtype) -> list[PackSource]:
+        """How the packed weight of a slot comes about: one, or one for each matrix of a stack.
+
+        Each is turned round if the layer has it so; what is packed already lies as it is packed.
+        """
+        stored = self.tensors[name]
+        if isinstance(stored, _PACKED):
+            return [stored]
+        matrices = [stored] if slot.stack is None else [stored.part(index) for index in range(stored.shape[0])]
+        turned = [Transposed(matrix) if slot.transposed else matrix for matrix in matrices]
+        return [ToBePacked(matrix, self.config, slot.format, dtype) for matrix in turned]
 
     def slots(self, model: nn.Module) -> list[Slot]:
         """What is packed of the model. CheckpointError for packed weights that are not a linear layer's there."""
         found = slots(model, self.config)
-        names = {f"{name}.weight" for slot in found for name in slot.modules}
-        lost = [n for n, tensor in self.tensors.items() if not isinstance(tensor, StoredTensor) and n not in names]
+        names = {f"{name}.{slot.stack or 'weight'}" for slot in found for name in slot.modules}
+        lost = [n for n, tensor in self.tensors.items() if isinstance(tensor, _PACKED) and n not in names]
         if lost:
             raise CheckpointError(f"{self.folder}: {_listed('are packed and belong to no linear layer', lost)}")
         return found
@@ -123,7 +160,7 @@ def _as_stored(
     layers = [name.removesuffix(".weight") for name in packed]
     if both := [name for name in layers for skip in wanted.skip_modules or () if answers_to(name, skip)]:
         raise ConfigError(f"{folder} holds layers packed that skip_modules leaves unpacked: {', '.join(both[:SHOWN])}")
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed_linear(m)]
     embedding = "int8" if rows else wanted.embedding_format
     unpacked = tuple(name for name in linears if name not in layers)
     return replace(wanted, skip_modules=unpacked, embedding_format=embedding)
@@ -143,15 +180,18 @@ class _Placement:
         """Reads a tensor for the one on meta that it replaces. QuantizationError for values that are not finite."""
         slot, config = self._slots.get(target), self.checkpoint.config
         if slot is not None:
-            packed = self.checkpoint.source(name, slot.format, self.dtype).pack(self.device)
-            packed.int8_activations = config.int8_activations and packed.format == config.format
-            slot.fill_(self.model, packed, config)
+            packed = [source.pack(self.device) for source in self.checkpoint.sources(name, slot, self.dtype)]
+            for matrix in packed:
+                matrix.int8_activations = config.int8_activations and matrix.format == config.format
+            if slot.stack is None:
+                slot.fill_(self.model, packed[0], config)
+            else:
+                slot.fill_stack_(self.model, packed, config)
             return
-        stored = self.checkpoint.tensors[name]
-        assert isinstance(stored, StoredTensor)  # packed ones have a slot
+        stored = self.checkpoint.plain(name)
         dtype = self.dtype if stored.dtype.is_floating_point else target.dtype
         placed = torch.empty(stored.shape, dtype=dtype, device=self.device)
-        for first, rows in stored.slices(READ_BYTES):
+        for first, rows in slices(stored, READ_BYTES):
             if not placed.dim():
                 placed.copy_(rows)
                 continue
@@ -173,6 +213,8 @@ def load_quantized(
 ) -> Any:
     """A transformers causal language model from a safetensors checkpoint, its linear layers packed, all of it frozen.
 
+    Linear layers are GPT-2's Conv1D too, and the matrices of stacks of experts. Tensors that the files hold under other
+    names or in pieces are put together while they are read, as transformers' checkpoint conversion says.
     What is not packed (norms, embeddings, biases) is held in `dtype`, which is then the dtype of the activations.
     Of what is packed, a slice of `READ_BYTES` is unpacked at a time, so memory is that of the packed model and little
     more. A folder that bitsandbytes packed keeps its bytes: format, blocks and the choice of layers are then the
@@ -186,14 +228,13 @@ def load_quantized(
     model: Any = hub.empty_model(hub.read_config(folder), dtype)
     hub.tie(model)
     checkpoint = Checkpoint.of(folder, model, config)
-    wanted = check_fits(model, folder, checkpoint.tensors)
+    targets = model.state_dict(keep_vars=True)
     placement = _Placement(model, checkpoint, dtype, torch.device(device))
     bad: list[str] = []
     for name in checkpoint.tensors:
-        if name not in wanted:
-            continue
+        target = targets.pop(name)  # whose place is taken, and which nothing else needs then
         try:
-            placement.place(name, wanted[name])
+            placement.place(name, target)
         except QuantizationError as error:
             bad.append(str(error))
     if bad:

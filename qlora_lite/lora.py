@@ -21,8 +21,8 @@ from qlora_lite.config import check_lora_numbers, is_count, require
 from qlora_lite.delta import Delta
 from qlora_lite.errors import ConfigError, InputError, TargetError
 from qlora_lite.finite import cast_finite
-from qlora_lite.low_rank import adapted_linear, dense
-from qlora_lite.modules import has_own_forward
+from qlora_lite.low_rank import adapted_linear, check_features, dense
+from qlora_lite.modules import has_own_forward, is_transposed_linear
 
 INIT_STD = 0.02
 MAX_NORM_EPS = 1e-7  # torch.nn.functional.embedding's own
@@ -47,9 +47,7 @@ class LinearKind:
 
     def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
         base: Any = layer.base_layer
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape[-1:] != (base.in_features,):
-            got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise InputError(f"this layer takes floats with {base.in_features} features in the last place; got {got}")
+        check_features(x, layer.in_features)
         lora_A, lora_B = lora or (None, None)
         return adapted_linear(
             x,
@@ -64,6 +62,20 @@ class LinearKind:
 
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
         return Delta(lora_B.float(), lora_A.float(), scaling)
+
+
+class TransposedLinearKind(LinearKind):
+    """A linear layer that holds its weight as `(in, out)`, unpacked: GPT-2's Conv1D."""
+
+    def features(self, base: Any) -> tuple[int, int]:
+        width, height = base.weight.shape
+        return width, height
+
+    def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
+        return super().apply(layer, x, weight.T, lora)
+
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
+        return super().delta(lora_A, lora_B, scaling).transposed
 
 
 class _TokenColumns(torch.autograd.Function):
@@ -144,6 +156,8 @@ def kind_of(base: nn.Module) -> Kind | None:
     packed = not isinstance(weight, Tensor)
     if isinstance(base, nn.Linear) or (packed and hasattr(base, "in_features")):
         return LinearKind()
+    if is_transposed_linear(base):
+        return TransposedLinearKind()
     if isinstance(base, nn.Embedding) or (packed and hasattr(base, "num_embeddings")):
         return EmbeddingKind()
     return None

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite.derived import Recipe, recipe_of
+from qlora_lite.errors import InputError
 
 
 class Packed(Protocol):
@@ -233,6 +234,13 @@ class _AdaptedLinear(torch.autograd.Function):
                 grad_A = (grad_low.T @ dropped).to(lora_A.dtype)
         grad_x = None if grad_x is None else grad_x.to(x_dtype)
         return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
+
+
+def check_features(x: object, features: int) -> None:
+    """Raises InputError unless x is a tensor of floats with so many features in the last place."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape[-1:] != (features,):
+        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise InputError(f"this layer takes floats with {features} features in the last place; got {got}")
 
 
 def adapted_linear(

@@ -40,6 +40,11 @@ def has_own_forward(module: nn.Module) -> bool:
     return any(isinstance(module, kind) and type(module).forward is not forward for kind, forward in plain.items())
 
 
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, GPT-2's linear layer: y = x W + b with W `(in, out)`."""
+    return f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D"
+
+
 def check_all_matched(setting: str, wanted: Iterable[str], names: Iterable[str]) -> None:
     """Raises TargetError that lists every wanted name which no module answers to, and the last parts there are."""
     names = list(names)

@@ -10,6 +10,7 @@ from torch import nn
 
 from qlora_lite import hub
 from qlora_lite.delta import Delta
+from qlora_lite.experts import PackedStack
 from qlora_lite.lora import LoraLayer
 from qlora_lite.quantize import PackedWeight
 
@@ -19,13 +20,21 @@ class PlainWeight:
     """A tensor of the plain checkpoint.
 
     holder: what holds it in the model, equal for tied ones. tied_to: other names of the holder by the config, under
-    one of which the checkpoint that the model came from may have it.
+    one of which the checkpoint that the model came from may have it. transposed: the holder was turned round to be
+    packed; the delta is in the checkpoint's orientation.
     """
 
     name: str
     holder: Any
     delta: Delta | None = None
+    transposed: bool = False
     tied_to: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the plain checkpoint."""
+        held = tuple(self.holder.shape)
+        return (*held[:-2], held[-1], held[-2]) if self.transposed else held
 
     def name_in(self, checkpoint: Container[str]) -> str | None:
         """The name under which that checkpoint has it, None if it does not."""
@@ -37,7 +46,9 @@ def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
 
     def visit(module: nn.Module, prefix: str) -> Iterator[PlainWeight]:
         if isinstance(module, LoraLayer):
-            yield PlainWeight(f"{prefix}weight", module.base_layer.weight, module.delta)
+            turned = getattr(module.base_layer, "transposed", False)
+            delta = module.delta.transposed if turned else module.delta
+            yield PlainWeight(f"{prefix}weight", module.base_layer.weight, delta, turned)
             yield from (weight for weight in visit(module.base_layer, prefix) if weight.name != f"{prefix}weight")
             return
         for key, parameter in module._parameters.items():
@@ -47,8 +58,10 @@ def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
             if buffer is not None and key not in module._non_persistent_buffers_set:
                 yield PlainWeight(f"{prefix}{key}", buffer)
         for key, child in module._modules.items():
-            if isinstance(child, PackedWeight):
+            if isinstance(child, PackedStack):
                 yield PlainWeight(f"{prefix}{key}", child)
+            elif isinstance(child, PackedWeight):
+                yield PlainWeight(f"{prefix}{key}", child, transposed=getattr(module, "transposed", False))
             elif child is not None:
                 yield from visit(child, f"{prefix}{key}.")
 

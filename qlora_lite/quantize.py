@@ -27,7 +27,7 @@ from qlora_lite.config import QuantConfig
 from qlora_lite.errors import InputError, QuantizationError
 from qlora_lite.finite import check_packable
 from qlora_lite.formats import NESTED_BLOCKSIZE, block_count, format_named, packed_bytes, row_step, storage_bytes
-from qlora_lite.low_rank import adapted_linear
+from qlora_lite.low_rank import adapted_linear, check_features
 from qlora_lite.nearest_code import pack_4bit
 
 
@@ -52,6 +52,7 @@ INT8_STEP = 1 / 127
 # The AVX-512 kernel is inexact from 2048 on and falls back to a compiled one; a block of 2048 with one absmax is
 # two blocks of 1024 with that absmax.
 LARGEST_KERNEL_BLOCK = 1024
+Slices = Iterable[tuple[int, Tensor]]
 
 
 @functools.cache
@@ -73,9 +74,6 @@ def _pack_chunk(chunk: Tensor, blocksize: int, format: str) -> tuple[Tensor, Ten
         return pack_4bit(chunk, blocksize, code_values(format))
     codes, absmax = ops.quantize_4bit(chunk, blocksize, format, torch.uint8)
     return codes, absmax
-
-
-Slices = Iterable[tuple[int, Tensor]]
 
 
 def _pack_blocks(into: PackedWeight, slices: Slices) -> None:
@@ -297,23 +295,26 @@ class QuantizedLinear(nn.Module):
     """y = W0 x + bias with W0 `(out, in)` packed and frozen; x `(..., in)` -> y `(..., out)` in x's dtype.
 
     The product is computed in `compute_dtype` (None: see `product_dtype`). Gradients flow to x and the bias.
+    transposed: the plain layer holds W0 as `(in, out)`, as GPT-2's Conv1D does, and an export writes it so.
     """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self, weight: PackedWeight, bias: nn.Parameter | None = None, compute_dtype: torch.dtype | None = None
+        self,
+        weight: PackedWeight,
+        bias: nn.Parameter | None = None,
+        compute_dtype: torch.dtype | None = None,
+        transposed: bool = False,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.transposed = compute_dtype, transposed
         self.weight = weight
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
-            got = f"{x.dtype} of shape {tuple(x.shape)}"
-            raise InputError(f"this layer takes floats with {self.in_features} features in the last place; got {got}")
+        check_features(x, self.in_features)
         return adapted_linear(x, self.weight, self.bias, compute_dtype=self.compute_dtype)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""`quantize_base_`: walks a model and packs its linear layers; takes over those that bitsandbytes has packed already.
+"""`quantize_base_`: packs a model's linear layers and experts; takes over what bitsandbytes has packed already.
 
 bitsandbytes' `Linear4bit` may arrive re-packed: on a CPU with AVX512-BF16 one forward pass in eval mode changes the
 byte order of its weight in place and rounds its statistics to bfloat16. The codes are put back in order exactly; the
@@ -8,7 +8,7 @@ statistics stay as they are, since they are what that model computes with.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,9 +17,16 @@ from torch import Tensor, nn
 
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import ConfigError, QuantizationError, TargetError
+from qlora_lite.experts import PackedStack, QuantizedExperts, packable_stacks, stacks
 from qlora_lite.finite import check_packable
 from qlora_lite.formats import UNPACKED
-from qlora_lite.modules import answers_to, check_all_matched, has_own_forward, replace_modules_
+from qlora_lite.modules import (
+    answers_to,
+    check_all_matched,
+    has_own_forward,
+    is_transposed_linear,
+    replace_modules_,
+)
 from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear, bnb
 
 BNB_4BIT_MODULES = ("Linear4bit", "LinearNF4", "LinearFP4")
@@ -97,7 +104,8 @@ def _taken_over(linear: nn.Linear, name: str, config: QuantConfig) -> QuantizedL
 
 def _is_plain_linear(module: nn.Module) -> bool:
     # nn.MultiheadAttention reads the weight of its out_proj itself and never calls it.
-    return isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
+    plain = isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
+    return plain or is_transposed_linear(module)
 
 
 def _named_end(model: nn.Module, which: str) -> nn.Module | None:
@@ -107,9 +115,11 @@ def _named_end(model: nn.Module, which: str) -> nn.Module | None:
 
 
 def _skip_rule(model: nn.Module, config: QuantConfig) -> Any:
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if config.skip_modules is not None:
-        check_all_matched("skip_modules", config.skip_modules, linears)
+        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or _is_plain_linear(m)]
+        held = stacks(model)
+        owners = [name.rpartition(".")[0] for name in held]
+        check_all_matched("skip_modules", config.skip_modules, [*linears, *held, *owners])
         return lambda name, module: any(answers_to(name, skip) for skip in config.skip_modules or ())
     head = _named_end(model, "output")
     return lambda name, module: module is head
@@ -171,15 +181,41 @@ def _linear_targets(model: nn.Module, config: QuantConfig, ends: Sequence[nn.Mod
 
 @dataclass(frozen=True)
 class Slot:
-    """A weight that is to be packed, and the modules that have it, by name: more than one where it is tied."""
+    """A weight that is to be packed, and the modules that have it, by name: more than one where it is tied.
+
+    stack: the parameter's name, if it is a stack of matrices in an experts module; each matrix is packed by itself.
+    """
 
     weight: Tensor
     format: str
     modules: dict[str, nn.Module]
+    stack: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.first[0]}.{self.stack or 'weight'}"
 
     @property
     def first(self) -> tuple[str, nn.Module]:
         return next(iter(self.modules.items()))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is `(in, out)` and turned round to be packed."""
+        module = self.first[1]
+        return is_transposed_linear(module) or (self.stack is not None and bool(module.is_transposed))
+
+    def fill_stack_(self, model: nn.Module, matrices: Iterable[PackedWeight], config: QuantConfig) -> None:
+        """Puts packed matrices in the place of the stack, and a QuantizedExperts in that of the module that has it."""
+        packed = PackedStack(matrices, self.transposed)
+        assert self.stack is not None
+        for name, module in self.modules.items():
+            now = model.get_submodule(name)
+            if not isinstance(now, QuantizedExperts):
+                now = QuantizedExperts(module, config.compute_dtype)
+                new = {id(module): now}
+                replace_modules_(model, lambda _, old, new=new: new.get(id(old)))  # type: ignore[misc]
+            now.hold_(self.stack, packed)
 
     def fill_(self, model: nn.Module, packed: PackedWeight, config: QuantConfig) -> None:
         """Replaces the modules by packed ones."""
@@ -191,8 +227,32 @@ def _packed_module(module: nn.Module, packed: PackedWeight, config: QuantConfig)
     if isinstance(module, nn.Embedding):
         made: nn.Module = QuantizedEmbedding(packed, module.weight.dtype, module.padding_idx)
     else:
-        made = QuantizedLinear(packed, cast(nn.Linear, module).bias, config.compute_dtype)
+        turned = is_transposed_linear(module)
+        made = QuantizedLinear(packed, cast(nn.Linear, module).bias, config.compute_dtype, turned)
     return made.train(module.training)
+
+
+def _stack_slots(model: nn.Module, config: QuantConfig) -> dict[Tensor, Slot]:
+    """Those of the stacks of experts. TargetError lists stacks that nobody here knows how to compute with."""
+    if config.format == UNPACKED:
+        return {}
+    skip, unknown = _skip_rule(model, config), []
+    found: dict[Tensor, Slot] = {}
+    for path, weight in stacks(model).items():
+        name, _, key = path.rpartition(".")
+        module = model.get_submodule(name)
+        if isinstance(weight, PackedStack) or skip(path, module) or skip(name, module):
+            continue
+        if key in packable_stacks(module):
+            found.setdefault(weight, Slot(weight, config.format, {}, key)).modules[name] = module
+        else:
+            unknown.append(f"{path} {tuple(weight.shape)} of a {type(module).__name__}")
+    if unknown:
+        raise TargetError(
+            f"{len(unknown)} stacks of matrices cannot be packed: {', '.join(unknown[:4])}; name them, and the output "
+            f"head, in skip_modules to leave them unpacked"
+        )
+    return found
 
 
 def slots(model: nn.Module, config: QuantConfig) -> list[Slot]:
@@ -205,7 +265,7 @@ def slots(model: nn.Module, config: QuantConfig) -> list[Slot]:
     if not targets and config.format != UNPACKED:
         raise TargetError("no layer to pack: the model has no nn.Linear outside of skip_modules and the output head")
     _check_structure(model, targets)
-    found: dict[Tensor, Slot] = {}
+    found: dict[Tensor, Slot] = _stack_slots(model, config)
     for name, module in model.named_modules():
         is_end = any(module is end for end in ends)
         if is_end or name in targets:
@@ -221,20 +281,24 @@ def _check_values(found: list[Slot], config: QuantConfig) -> None:
         name, module = slot.first
         if _is_bitsandbytes(module):
             _taken_over(cast(nn.Linear, module), name, config)
+        elif slot.stack is not None:
+            for expert, matrix in enumerate(slot.weight):
+                check_packable(matrix, f"{slot.name}[{expert}]", slot.format)
         else:
-            check_packable(slot.weight, f"{name}.weight", slot.format)
+            check_packable(slot.weight, slot.name, slot.format)
 
 
 def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
     """Replaces the linear layers of a model by packed ones, one at a time, and returns the names of what it replaced.
 
-    Each full-precision weight is let go before the next is packed. Layers that bitsandbytes packed are taken over as
-    they are, whatever `config.format` says, their bytes shared. `config.embedding_format` packs embedding and head.
-    Raises QuantizationError naming the weight and the first bad index for NaN or infinity, TargetError when there is
-    nothing to pack or a tied head would be packed without its embedding; the model is then as it was.
+    Stacks of experts are packed matrix by matrix. Each full-precision weight is let go before the next is packed.
+    Layers that bitsandbytes packed are taken over as they are, whatever `config.format` says, their bytes shared.
+    `config.embedding_format` packs embedding and head. Raises QuantizationError naming the weight and the first bad
+    index for NaN or infinity; TargetError when there is nothing to pack, a tied head would be packed without its
+    embedding, or there are stacks of matrices that cannot be packed, which it lists; the model is then as it was.
     """
     found = slots(model, config)
-    replaced = [name for slot in found for name in slot.modules]
+    replaced = list(dict.fromkeys(name for slot in found for name in slot.modules))
     _check_values(found, config)
     while found:
         _pack_slot_(model, found.pop(0), config)  # nothing else holds its weight while the next one is packed
@@ -247,5 +311,9 @@ def _pack_slot_(model: nn.Module, slot: Slot, config: QuantConfig) -> None:
     if _is_bitsandbytes(module):
         made = _taken_over(cast(nn.Linear, module), name, config)
         replace_modules_(model, lambda other, old: made if old is module else None)
+        return
+    weight = slot.weight.mT if slot.transposed else slot.weight
+    if slot.stack is not None:
+        slot.fill_stack_(model, [PackedWeight.of(matrix, config, slot.format) for matrix in weight], config)
     else:
-        slot.fill_(model, PackedWeight.of(slot.weight, config, slot.format, f"{name}.weight"), config)
+        slot.fill_(model, PackedWeight.of(weight, config, slot.format), config)

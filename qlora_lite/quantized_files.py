@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qlora_lite import hub
 from qlora_lite.config import is_count, require
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
+from qlora_lite.experts import PackedStack
 from qlora_lite.finite import check_finite
 from qlora_lite.load import BITSANDBYTES
 from qlora_lite.lora import LoraLayer
@@ -47,8 +48,13 @@ class _Layers:
 
     @classmethod
     def of(cls, model: nn.Module) -> _Layers:
-        """ConfigError unless the linear layers, the head aside, are packed in one format."""
+        """ConfigError unless the linear layers, the head aside, are packed in one format, and no stacks of experts."""
         modules = dict(model.named_modules(remove_duplicate=False))
+        if stacks := [name for name, module in modules.items() if isinstance(module, PackedStack)]:
+            raise ConfigError(
+                f"{len(stacks)} stacks of experts are packed, for which bitsandbytes has no names ({stacks[0]}); "
+                f"export_merged writes them unpacked"
+            )
         packed = {name: module for name, module in modules.items() if isinstance(module, QuantizedLinear)}
         embeddings = {id(module.weight) for module in modules.values() if isinstance(module, QuantizedEmbedding)}
         head = hub.head_of(model)

@@ -53,7 +53,10 @@ CHECKPOINT_NAMES = ("merges.txt", "vocab.txt", "README.md")
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor that is made when its turn to be written comes, some rows at a time; its layout is known before."""
+    """A tensor that is made when its turn to be written comes, some rows at a time; its layout is known before.
+
+    The rows may be those of the matrices of a stack, one matrix after the other.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -99,7 +102,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
             for rows in plan.slices():
                 piece = rows.detach().cpu().contiguous()
                 written += piece.nbytes
-                if piece.dtype != plan.dtype or tuple(piece.shape[1:]) != plan.shape[1:] or written > plan.bytes:
+                fits = tuple(piece.shape[1:]) == plan.shape[len(plan.shape) - piece.dim() + 1 :]
+                if piece.dtype != plan.dtype or not fits or written > plan.bytes:
                     got = f"{tuple(piece.shape)} of {piece.dtype}"
                     raise CheckpointError(f"{name} was planned as {plan.shape} of {plan.dtype}; got {got}")
                 writer.write(piece.view(-1).view(torch.uint8).numpy().data)

@@ -43,20 +43,18 @@ class StoredTensor:
 
     def read(self) -> Tensor:
         """The whole tensor."""
-        return self.rows(0, self.shape[0]) if self.shape else self._read(self.begin, ())
+        return self.rows(0, self.shape[0] if self.shape else 1)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start to stop, along the first dimension."""
+        """Rows start to stop, along the first dimension; all of a tensor that has no dimensions."""
+        if not self.shape:
+            return self._read(self.begin, ())
         return self._read(self.begin + start * self.row_bytes, (stop - start, *self.shape[1:]))
 
-    def slices(self, largest_bytes: int, step: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) one after the other, of at most so many bytes, each beginning at a multiple of `step`."""
-        if not self.shape:
-            yield 0, self.read()
-            return
-        count = max(step, largest_bytes // max(1, self.row_bytes) // step * step)
-        for start in range(0, self.shape[0], count):
-            yield start, self.rows(start, min(start + count, self.shape[0]))
+    def part(self, index: int) -> StoredTensor:
+        """What lies at this index of the first dimension."""
+        begin = self.begin + index * self.row_bytes
+        return StoredTensor(self.path, f"{self.name}[{index}]", self.dtype, self.shape[1:], begin)
 
     def _read(self, offset: int, shape: tuple[int, ...]) -> Tensor:
         tensor = torch.empty(shape, dtype=self.dtype)

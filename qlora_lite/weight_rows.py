@@ -18,7 +18,7 @@ from qlora_lite.config import QuantConfig
 from qlora_lite.finite import check_packable
 from qlora_lite.formats import row_step
 from qlora_lite.quantize import PackedWeight
-from qlora_lite.tensor_files import StoredTensor
+from qlora_lite.tensor_views import Source, slices
 
 # Of a tensor on its way to be packed: so much is read at once.
 READ_BYTES = 16 << 20
@@ -60,11 +60,31 @@ class PackedRows:
         return self._packed.dequantize_rows(start, stop, torch.float32)
 
 
+class TransposedRows:
+    """Of a weight that was packed the other way round: columns of it, for which all of it is unpacked by slices."""
+
+    step = 1
+
+    def __init__(self, packed: PackedWeight) -> None:
+        self.shape, self._packed = (packed.shape[1], packed.shape[0]), packed
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        columns = torch.empty((stop - start, self.shape[1]), device=self._packed.device)
+        for first, last in slice_starts(tuple(self._packed.shape), self._packed.row_step, READ_BYTES):
+            columns[:, first:last] = self._packed.dequantize_rows(first, last, torch.float32)[:, start:stop].T
+        return columns
+
+
+def packed_rows(packed: PackedWeight, transposed: bool) -> PackedRows | TransposedRows:
+    """Rows in the orientation of the plain checkpoint; `transposed`: the weight was turned round to be packed."""
+    return TransposedRows(packed) if transposed else PackedRows(packed)
+
+
 @dataclass(frozen=True)
 class StoredRows:
     """Of a tensor in a file; rounded to `through` first, if given: what a model holds that was loaded in that dtype."""
 
-    stored: StoredTensor
+    stored: Source
     through: torch.dtype | None = None
     step = 1
 
@@ -73,7 +93,7 @@ class StoredRows:
         return self.stored.shape
 
     def rows(self, start: int, stop: int) -> Tensor:
-        part = self.stored.rows(start, stop) if self.shape else self.stored.read()
+        part = self.stored.rows(start, stop)
         return part.to(self.through or part.dtype).to(torch.float32)
 
 
@@ -94,7 +114,7 @@ class PackSource(Protocol):
 class ToBePacked:
     """How a tensor in a file is packed when it is loaded: from slices, rounded to the dtype that it is loaded in."""
 
-    stored: StoredTensor
+    stored: Source
     config: QuantConfig
     format: str
     dtype: torch.dtype
@@ -108,7 +128,7 @@ class ToBePacked:
         return row_step(self.shape, self.format, self.config.blocksize)
 
     def slices(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        for first, rows in self.stored.slices(READ_BYTES, self.step):
+        for first, rows in slices(self.stored, READ_BYTES, self.step):
             moved = rows.to(device=device, dtype=self.dtype)
             check_packable(moved, self.stored.name, self.format, first)
             yield first, moved
@@ -119,18 +139,24 @@ class ToBePacked:
 
 
 class RepackedRows:
-    """Of a tensor in a file as they are once it is packed: packed when first asked for, dropped after the last row."""
+    """Of a tensor in a file as they are once it is packed: packed when first asked for, dropped after the last row.
 
-    def __init__(self, source: PackSource) -> None:
-        self.shape, self.step, self._source = source.shape, source.step, source
-        self._packed: PackedWeight | None = None
+    transposed: `source` is turned round to be packed, and the rows are those of the plain checkpoint.
+    """
+
+    def __init__(self, source: PackSource, transposed: bool = False) -> None:
+        rows, columns = source.shape
+        self.shape = (columns, rows) if transposed else (rows, columns)
+        self.step = 1 if transposed else source.step
+        self._source, self._transposed = source, transposed
+        self._rows: PackedRows | TransposedRows | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
-        if self._packed is None:
-            self._packed = self._source.pack(torch.device("cpu"))
-        part = self._packed.dequantize_rows(start, stop, torch.float32)
+        if self._rows is None:
+            self._rows = packed_rows(self._source.pack(torch.device("cpu")), self._transposed)
+        part = self._rows.rows(start, stop)
         if stop == self.shape[0]:
-            self._packed = None
+            self._rows = None
         return part
 
 

@@ -26,6 +26,7 @@ FLOORS = (
     (
         "config",
         "storage",
+        "tensor_views",
         "records",
         "low_rank",
         "delta",
@@ -38,8 +39,8 @@ FLOORS = (
         "merge_report",
     ),
     ("quantize", "loss", "attention", "hub", "progress", "tensor_files"),
-    ("lora", "quantize_base", "optim", "weight_rows"),
-    ("adapters", "plain_weights", "packed_files"),
+    ("lora", "optim", "weight_rows", "conversion", "experts"),
+    ("adapters", "quantize_base", "plain_weights", "packed_files"),
     (
         "merge",
         "adapter_files",

@@ -28,3 +28,11 @@ def test_slices_give_the_bits_of_the_whole(rows: int, columns: int, rank: int, t
     assert torch.equal(torch.cat(pieces), whole)
     expected = float((scaling * delta.left.double() @ delta.right.double()).square().sum())
     assert delta.squared_norm() == pytest.approx(expected, rel=1e-9)
+
+
+def test_transposed_it_updates_the_weight_the_other_way_round() -> None:
+    delta = Delta(torch.randn(7, 2), torch.randn(2, 5), 1.5)
+    base = torch.randn(7, 5)
+    assert delta.transposed.shape == (5, 7)
+    turned = delta.transposed.add_to_(base.T.contiguous(), 0).T
+    torch.testing.assert_close(turned, base + 1.5 * delta.left @ delta.right)

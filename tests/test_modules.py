@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qlora_lite.errors import TargetError
-from qlora_lite.modules import answers_to, check_all_matched, first_pattern, replace_modules_
+from qlora_lite.modules import answers_to, check_all_matched, first_pattern, is_transposed_linear, replace_modules_
 
 
 def test_names_end_at_dots() -> None:
@@ -61,3 +61,12 @@ def test_old_modules_are_let_go_one_by_one() -> None:
 def test_the_model_itself_is_refused() -> None:
     with pytest.raises(TargetError, match="container"):
         replace_modules_(nn.Linear(2, 2), lambda name, module: nn.Identity())
+
+
+def test_transposed_linear_layers_are_gpt2s_alone() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    assert is_transposed_linear(Conv1D(4, 3))
+    assert not any(
+        map(is_transposed_linear, (nn.Linear(3, 4), nn.Conv1d(3, 4, 1), type("Conv1D", (nn.Linear,), {})(3, 4)))
+    )

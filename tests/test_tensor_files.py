@@ -15,6 +15,7 @@ from qlora_lite.errors import CheckpointError
 from qlora_lite.memory.measure import reset_resident_peak, resident_bytes
 from qlora_lite.storage import INDEX_FILE
 from qlora_lite.tensor_files import TensorFiles, tensors_in
+from qlora_lite.tensor_views import slices
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -29,7 +30,7 @@ def test_slices_are_the_tensor(
     whole = load_file(path)
     for name, stored in tensors_in(path).items():
         assert torch.equal(stored.read(), whole[name]) and stored.read().dtype == whole[name].dtype
-        pieces = list(stored.slices(largest, step))
+        pieces = list(slices(stored, largest, step))
         assert torch.equal(torch.cat([piece for _, piece in pieces]) if stored.shape else pieces[0][1], whole[name])
         assert all(first % step == 0 for first, _ in pieces)
 
@@ -40,7 +41,7 @@ def test_what_was_read_does_not_stay_resident(tmp_path: Path) -> None:
     if not reset_resident_peak():
         pytest.skip("this system does not count resident peaks")
     start = resident_bytes() or 0
-    assert not any(piece.any() for _, piece in stored.slices(1 << 20))
+    assert not any(piece.any() for _, piece in slices(stored, 1 << 20))
     assert (resident_bytes("VmHWM") or 0) - start < 64 << 20
 
 

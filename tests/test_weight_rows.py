@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from qlora_lite import QuantConfig, weight_rows
 from qlora_lite.errors import QuantizationError
 from qlora_lite.quantize import PackedWeight
-from qlora_lite.tensor_files import tensors_in
+from qlora_lite.tensor_files import StoredTensor, tensors_in
+from qlora_lite.tensor_views import Transposed
 from qlora_lite.weight_rows import (
     DenseRows,
     PackedRows,
@@ -21,11 +22,12 @@ from qlora_lite.weight_rows import (
     StoredRows,
     ToBePacked,
     common_step,
+    packed_rows,
     slice_starts,
 )
 
 
-def stored(folder: Path, tensor: torch.Tensor) -> weight_rows.StoredTensor:
+def stored(folder: Path, tensor: torch.Tensor) -> StoredTensor:
     save_file({"w": tensor}, folder / "w.safetensors")
     return tensors_in(folder / "w.safetensors")["w"]
 
@@ -47,6 +49,21 @@ def test_packed_from_slices_of_a_file_it_is_packed_as_a_whole(
     for rows in (RepackedRows(source), PackedRows(whole)):
         pieces = [rows.rows(start, stop) for start, stop in slice_starts(rows.shape, rows.step, 1)]
         assert torch.equal(torch.cat(pieces), values) and (len(pieces) > 1 or rows.step >= shape[0])
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_weight_that_was_turned_round_to_be_packed_gives_its_rows_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    weight, config = torch.randn(40, 70), QuantConfig(format=format)
+    monkeypatch.setattr(weight_rows, "READ_BYTES", 1)
+    source = ToBePacked(Transposed(stored(tmp_path, weight)), config, format, torch.float32)
+    whole = PackedWeight.of(weight.T.contiguous(), config)
+    values = whole.dequantize(torch.float32).T
+    for rows in (RepackedRows(source, transposed=True), packed_rows(whole, transposed=True)):
+        assert rows.shape == (40, 70)
+        pieces = [rows.rows(start, stop) for start, stop in slice_starts(rows.shape, rows.step, 4 * 70 * 9)]
+        assert len(pieces) == 5 and torch.equal(torch.cat(pieces), values)
 
 
 def test_a_file_is_rounded_as_loading_rounds_it(tmp_path: Path) -> None:

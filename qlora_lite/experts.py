@@ -1,0 +1,147 @@
+"""Mixture of experts with packed experts: transformers' stacks of matrices (experts, out, in), each matrix by itself.
+
+An experts module of transformers holds the matrices of all experts in two 3-D parameters. Here each matrix is packed
+by itself, to the codes that it has as a layer of its own, and the forward pass goes from expert to expert: it unpacks
+the matrices of one, multiplies the tokens that were sent to it, and lets them go; backward does the same again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite.low_rank import adapted_linear
+from qlora_lite.quantize import PackedWeight
+
+DOWN = "down_proj"
+
+
+class PackedStack(nn.Module):
+    """A frozen stack of matrices, each a `PackedWeight` `(out, in)`.
+
+    shape: of the plain tensor, `(experts, out, in)`, or `(experts, in, out)` if `transposed`.
+    """
+
+    def __init__(self, matrices: Iterable[PackedWeight], transposed: bool = False) -> None:
+        super().__init__()
+        self.matrices = nn.ModuleList(matrices)
+        self.transposed = transposed
+
+    def __getitem__(self, expert: int) -> PackedWeight:
+        matrix = self.matrices[expert]
+        assert isinstance(matrix, PackedWeight)
+        return matrix
+
+    def __iter__(self) -> Iterator[PackedWeight]:
+        return (self[expert] for expert in range(len(self.matrices)))
+
+    @property
+    def shape(self) -> torch.Size:
+        rows, columns = self[0].shape
+        return torch.Size((len(self.matrices), *((columns, rows) if self.transposed else (rows, columns))))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the values are stored as: uint8 or int8."""
+        return self[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self[0].device
+
+    def storage_bytes(self) -> int:
+        """Bytes of values and statistics of all matrices."""
+        return sum(matrix.storage_bytes() for matrix in self)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The whole plain tensor in this dtype, as a new one."""
+        plain = torch.stack([matrix.dequantize(dtype) for matrix in self])
+        return plain.transpose(1, 2).contiguous() if self.transposed else plain
+
+
+class QuantizedExperts(nn.Module):
+    """y_t = sum over the experts e of token t of p_te * down_e(gate(up_e(x_t))), the matrices packed and frozen.
+
+    x `(tokens, hidden)`, experts of each token `(tokens, k)`, their weights p `(tokens, k)` -> y `(tokens, hidden)`.
+    Made of an experts module of transformers, whose parameters and gate it takes over; `hold_` gives it its packed
+    stacks. An expert number that there is none for (a token sent nowhere) adds nothing. Gradients flow to x and p.
+    """
+
+    def __init__(self, experts: Any, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.up = up_name(experts)
+        self.compute_dtype = compute_dtype
+        for name, parameter in experts._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in experts._buffers.items():
+            self.register_buffer(name, buffer, name not in experts._non_persistent_buffers_set)
+        for name, module in experts._modules.items():
+            self.add_module(name, module)
+        # The plain module stays as the owner of its gate, hidden from the tree of modules, and without its weights.
+        self._plain = (experts,)
+        self.train(experts.training)
+
+    def hold_(self, name: str, stack: PackedStack) -> None:
+        """Puts a packed stack in the place of the parameter of that name."""
+        delattr(self, name)
+        self._plain[0]._parameters[name] = None
+        self.add_module(name, stack)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        stack = getattr(self, self.up)
+        total = torch.zeros_like(hidden_states, dtype=torch.float32)
+        for expert in top_k_index.unique().tolist():
+            if not 0 <= expert < len(stack.matrices):
+                continue
+            token, place = (top_k_index == expert).nonzero(as_tuple=True)
+            y = self._expert(hidden_states[token], expert) * top_k_weights[token, place, None]
+            total.index_add_(0, token, y.float())
+        return total.to(hidden_states.dtype)
+
+    def _expert(self, x: Tensor, expert: int) -> Tensor:
+        plain = self._plain[0]
+        raised = self._linear(x, self.up, expert)
+        y = self._linear(plain._apply_gate(raised) if plain.has_gate else plain.act_fn(raised), DOWN, expert)
+        return plain.post_expert_norm(y) if plain.has_post_expert_norm else y
+
+    def _linear(self, x: Tensor, name: str, expert: int) -> Tensor:
+        bias = getattr(self, f"{name}_bias")[expert] if self._plain[0].has_bias else None
+        return adapted_linear(x, getattr(self, name)[expert], bias, compute_dtype=self.compute_dtype)
+
+
+# What transformers' decorator `use_experts_implementation` sets: it says what the module computes, so that other
+# implementations of it, this one among them, can stand in for its forward.
+MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_apply_gate")
+
+
+def up_name(experts: Any) -> str:
+    """The name of an experts module's first stack."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def packable_stacks(module: Any) -> tuple[str, ...]:
+    """Names of the 3-D parameters of an experts module that are packed; none for any other module."""
+    if not all(hasattr(module, mark) for mark in MARKS):
+        return ()
+    return tuple(name for name in (up_name(module), DOWN) if is_stack(getattr(module, name, None)))
+
+
+def is_stack(weight: object) -> bool:
+    """Whether this is a parameter of matrices, not of single rows or columns; or what became of one."""
+    shape = getattr(weight, "shape", ())
+    return isinstance(weight, (nn.Parameter, PackedStack)) and len(shape) == 3 and min(shape[1:]) > 1
+
+
+def stacks(model: nn.Module) -> dict[str, Any]:
+    """Every stack of matrices in the model by name, packed or not; kernels of convolutions are none."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for name, weight in {**module._parameters, **module._modules}.items():
+            if is_stack(weight):
+                found[f"{path}.{name}" if path else name] = weight
+    return found

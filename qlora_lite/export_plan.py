@@ -1,0 +1,212 @@
+"""What an export writes: every tensor of the plain checkpoint, where its rows come from, and what writing it cost.
+
+W0 comes from a model in memory or from a checkpoint on disk, packed or not; all of that is behind `Origin`. Nothing is
+read or made before the tensor's turn to be written, and then some rows at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite.config import FLOAT_DTYPES
+from qlora_lite.delta import Delta
+from qlora_lite.errors import CheckpointError
+from qlora_lite.experts import PackedStack
+from qlora_lite.load import Checkpoint
+from qlora_lite.merge_report import MergeReport, TensorFigures
+from qlora_lite.plain_weights import PlainWeight, weights_to_write
+from qlora_lite.quantize import PackedWeight
+from qlora_lite.storage import PlannedTensor
+from qlora_lite.streamed import Weights
+from qlora_lite.tensor_views import Source, slices
+from qlora_lite.verify import DEQUANTIZED, ORIGINAL, Compared
+from qlora_lite.weight_rows import (
+    DenseRows,
+    PackedRows,
+    RepackedRows,
+    Sources,
+    StoredRows,
+    TransposedRows,
+    WeightRows,
+    common_step,
+    merged_rows,
+    packed_rows,
+    slice_starts,
+)
+
+# Of fp32 values at once: what stays in the caches while it is summed, cast and measured.
+SLICE_BYTES = 4 << 20
+
+
+class Origin(Protocol):
+    """Where the rows of a model's weights come from."""
+
+    def trained(self, weight: PlainWeight) -> list[WeightRows]:
+        """W0 as it was in training, in the plain checkpoint's orientation; the matrices of a packed stack apart."""
+
+    def integers(self, weight: PlainWeight) -> Tensor:
+        """A tensor that is no float, whole."""
+
+
+class InMemory:
+    """Of a model in memory."""
+
+    def trained(self, weight: PlainWeight) -> list[WeightRows]:
+        held = weight.holder
+        if isinstance(held, PackedStack):
+            return [packed_rows(matrix, held.transposed) for matrix in held]
+        return [packed_rows(held, weight.transposed) if isinstance(held, PackedWeight) else DenseRows(held)]
+
+    def integers(self, weight: PlainWeight) -> Tensor:
+        held: Tensor = weight.holder
+        return held
+
+
+class OnDisk:
+    """Of an empty model that stands for a checkpoint: what `load_quantized` would have made of each tensor."""
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._checkpoint, self._dtype = checkpoint, dtype
+        self._slots = {id(slot.weight): slot for slot in checkpoint.slots(model)}
+
+    def _name(self, weight: PlainWeight) -> str:
+        name = weight.name_in(self._checkpoint.tensors)
+        assert name is not None  # the checkpoint fits the model
+        return name
+
+    def trained(self, weight: PlainWeight) -> list[WeightRows]:
+        name, slot = self._name(weight), self._slots.get(id(weight.holder))
+        if slot is None:
+            return [StoredRows(self._checkpoint.plain(name), self._dtype)]
+        sources = self._checkpoint.sources(name, slot, self._dtype)
+        return [RepackedRows(source, slot.transposed) for source in sources]
+
+    def integers(self, weight: PlainWeight) -> Tensor:
+        stored = self._checkpoint.plain(self._name(weight))
+        return stored.rows(0, stored.shape[0] if stored.shape else 1)
+
+
+@dataclass
+class ExportPlan:
+    """The tensors to write, and the figures that writing them fills in.
+
+    untied: whether weights that are tied in the model are two in the export, since an adapter is on one of them.
+    """
+
+    base: str
+    dtype: torch.dtype
+    untied: bool
+    tensors: dict[str, PlannedTensor] = field(default_factory=dict)
+    figures: list[TensorFigures] = field(default_factory=list)
+    sources: list[Sources] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, base: str, dtype: torch.dtype, origin: Origin, originals: Mapping[str, Source]
+    ) -> ExportPlan:
+        """The tensors of the model, from their origin and from the checkpoint's own (full-precision) tensors.
+
+        CheckpointError if the base is `original` and one of those is not at hand.
+        """
+        weights, untied = weights_to_write(model)
+        plan = cls(base, dtype, untied)
+        for weight in weights:
+            plan._add(weight, origin, originals)
+        return plan
+
+    def _add(self, weight: PlainWeight, origin: Origin, originals: Mapping[str, Source]) -> None:
+        if isinstance(weight.holder, Tensor) and not weight.holder.is_floating_point():
+            whole = functools.partial(origin.integers, weight)
+            self.tensors[weight.name] = PlannedTensor(weight.shape, weight.holder.dtype, lambda: [whole()])
+            return
+        trained = origin.trained(weight)
+        stored = originals.get(weight.name_in(originals) or weight.name)
+        original = _as_stored(stored, trained) if stored is not None and stored.shape == weight.shape else None
+        if self.base == ORIGINAL and original is None:
+            raise CheckpointError(f"base='original' needs the checkpoint's own {weight.name}, which is not at hand")
+        is_packed = isinstance(trained[0], (PackedRows, TransposedRows, RepackedRows))
+        chosen, other = trained, original if is_packed else None
+        if self.base == ORIGINAL and original is not None:
+            chosen, other = original, trained if is_packed else None
+        self.sources.append(Sources(weight.name, trained, original, weight.delta))
+        write = _Writing(chosen, other, weight.delta, weight.name, self)
+        self.tensors[weight.name] = PlannedTensor(weight.shape, self.dtype, write.slices)
+
+    def compared(self, written: Mapping[str, Source]) -> Compared:
+        """The models that the export is verified against; the written one is read back from the files."""
+        rest = {name: tensor.slices for name, tensor in self.tensors.items()}  # integers: the same in all
+        base = Weights(rest | {source.name: functools.partial(source.base, SLICE_BYTES) for source in self.sources})
+        deltas = {source.name: source.delta for source in self.sources if source.delta is not None}
+        merged = {self.base: Weights({name: _read(stored) for name, stored in written.items()})}
+        missing: dict[str, str] = {}
+        other = ORIGINAL if self.base == DEQUANTIZED else DEQUANTIZED
+        lost = [source.name for source in self.sources if source.original is None]
+        if other == ORIGINAL and lost:
+            missing[ORIGINAL] = f"no checkpoint with its {lost[0]} is at hand"
+        else:
+            from_original = other == ORIGINAL
+            made = {
+                source.name: functools.partial(source.merged, from_original, self.dtype, SLICE_BYTES)
+                for source in self.sources
+            }
+            merged[other] = Weights(rest | made)
+        return Compared(base, Weights(base.tensors, deltas), merged, missing)
+
+    def report(self) -> MergeReport:
+        name = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == self.dtype)
+        return MergeReport(self.base, name, tuple(self.figures))
+
+
+def _as_stored(stored: Source, trained: list[WeightRows]) -> list[WeightRows]:
+    """A tensor in the files in the same pieces as what was trained: whole, or the matrices of a stack."""
+    if len(trained[0].shape) == len(stored.shape):
+        return [StoredRows(stored)]
+    return [StoredRows(stored.part(index)) for index in range(stored.shape[0])]
+
+
+def _read(stored: Source) -> Callable[[], Iterator[Tensor]]:
+    return lambda: (rows for _, rows in slices(stored, SLICE_BYTES))
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """How one tensor is made: the base that is written into, the other one to measure packing by, the update.
+
+    Both bases come as one piece, or as the matrices of a stack, which has no update.
+    """
+
+    chosen: list[WeightRows]
+    other: list[WeightRows] | None
+    delta: Delta | None
+    name: str
+    plan: ExportPlan
+
+    @torch.no_grad()
+    def slices(self) -> Iterator[Tensor]:
+        figures = TensorFigures(self.name, values=0)
+        if self.delta is not None:
+            figures.update = self.delta.squared_norm()
+        others: list[Any] = [None] * len(self.chosen) if self.other is None else list(self.other)
+        for chosen, other in zip(self.chosen, others, strict=True):
+            steps = [chosen.step, 1 if other is None else other.step]
+            step = common_step(*steps, 1 if self.delta is None else Delta.TILE_ROWS)
+            for start, stop in slice_starts(chosen.shape, step, SLICE_BYTES):
+                rows = chosen.rows(start, stop)
+                yield self._written(rows, None if other is None else other.rows(start, stop), start, figures)
+        self.plan.figures.append(figures)
+
+    def _written(self, rows: Tensor, other: Tensor | None, start: int, figures: TensorFigures) -> Tensor:
+        figures.values += rows.numel()
+        figures.add_weight(rows)
+        if other is not None:
+            figures.add_quantization(rows, other)
+        without_update = None if self.delta is None else rows.to(self.plan.dtype, copy=True)
+        written = merged_rows(rows, start, self.delta, self.plan.dtype, self.name)
+        figures.add_written(rows, written, without_update)
+        return written
