@@ -8,7 +8,7 @@ W0 + (alpha / r) B A, summed in fp32 and cast.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,40 +19,44 @@ from torch import Tensor, nn
 from qlora_lite import hub
 from qlora_lite.adapter_files import load_adapter_
 from qlora_lite.config import FLOAT_DTYPES, QuantConfig, is_count, require
+from qlora_lite.data import TokenizedExample
 from qlora_lite.delta import Delta
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
-from qlora_lite.finite import cast_finite
 from qlora_lite.load import check_fits
 from qlora_lite.lora import LoraLayer
 from qlora_lite.merge_report import MergeReport, TensorFigures
 from qlora_lite.quantize import PackedWeight
 from qlora_lite.quantize_base import slots
 from qlora_lite.storage import PlannedTensor, check_apart, check_space, new_folder, write_json, write_sharded
-from qlora_lite.tensor_files import TensorFiles
+from qlora_lite.streamed import Weights
+from qlora_lite.tensor_files import StoredTensor, TensorFiles
+from qlora_lite.verify import BASES, DEQUANTIZED, ORIGINAL, Compared, Verification, check_examples, compare
 from qlora_lite.weight_rows import (
     DenseRows,
     PackedRows,
     RepackedRows,
+    Sources,
     StoredRows,
     ToBePacked,
     WeightRows,
     common_step,
+    merged_rows,
     slice_starts,
 )
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 # Of fp32 values at once: what stays in the caches while it is summed, cast and measured.
 SLICE_BYTES = 4 << 20
-DEQUANTIZED, ORIGINAL = BASES = ("dequantized", "original")
 REPORT_FILE = "merge_report.json"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the names of the tensor files, and the figures of every weight."""
+    """What was written: the names of the tensor files, the figures of every weight, what comparing logits gave."""
 
     files: list[str]
     report: MergeReport
+    verification: Verification | None = None
 
 
 class _Origin(Protocol):
@@ -148,6 +152,7 @@ class _Plan:
     dtype: torch.dtype
     tensors: dict[str, PlannedTensor] = field(default_factory=dict)
     figures: list[TensorFigures] = field(default_factory=list)
+    sources: list[Sources] = field(default_factory=list)
 
     def add(self, weight: _Weight, origin: _Origin, files: TensorFiles | None) -> None:
         if isinstance(weight.holder, Tensor) and not weight.holder.is_floating_point():
@@ -157,7 +162,10 @@ class _Plan:
             return
         trained = origin.trained(weight.name, weight.holder)
         stored = None if files is None else files.stored.get(weight.name)
-        original = StoredRows(stored) if stored is not None and stored.shape == trained.shape else None
+        chosen: WeightRows
+        original: WeightRows | None = (
+            StoredRows(stored) if stored is not None and stored.shape == trained.shape else None
+        )
         if self.base == ORIGINAL and original is None:
             raise CheckpointError(f"base='original' needs the checkpoint's own {weight.name}, which is not at hand")
         is_packed = isinstance(trained, (PackedRows, RepackedRows))
@@ -166,8 +174,28 @@ class _Plan:
             chosen, other = original, trained if is_packed else None
         else:
             chosen = trained
+        self.sources.append(Sources(weight.name, trained, original, weight.delta))
         write = _Writing(chosen, other, weight.delta, weight.name, self)
         self.tensors[weight.name] = PlannedTensor(trained.shape, self.dtype, write.slices)
+
+    def compared(self, written: TensorFiles) -> Compared:
+        """The models that the export is verified against; the written one is read back from the files."""
+        rest = {name: tensor.slices for name, tensor in self.tensors.items()}  # integers: the same in all
+        base = Weights(rest | {source.name: functools.partial(source.base, SLICE_BYTES) for source in self.sources})
+        deltas = {source.name: source.delta for source in self.sources if source.delta is not None}
+        merged, missing = {self.base: Weights({name: _read(stored) for name, stored in written.stored.items()})}, {}
+        other = ORIGINAL if self.base == DEQUANTIZED else DEQUANTIZED
+        lost = [source.name for source in self.sources if source.original is None]
+        if other == ORIGINAL and lost:
+            missing[ORIGINAL] = f"no checkpoint with its {lost[0]} is at hand"
+        else:
+            from_original = other == ORIGINAL
+            made = {
+                source.name: functools.partial(source.merged, from_original, self.dtype, SLICE_BYTES)
+                for source in self.sources
+            }
+            merged[other] = Weights(rest | made)
+        return Compared(base, Weights(base.tensors, deltas), merged, missing)
 
     def report(self) -> MergeReport:
         name = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == self.dtype)
@@ -204,8 +232,7 @@ class _Writing:
         without_update = None
         if self.delta is not None:
             without_update = rows.to(self.plan.dtype, copy=True)
-            self.delta.add_to_(rows, start)
-        written = cast_finite(rows, self.plan.dtype, self.name)
+        written = merged_rows(rows, start, self.delta, self.plan.dtype, self.name)
         figures.add_written(rows, written, without_update)
         return written
 
@@ -217,15 +244,40 @@ def _check_options(base: str, dtype: torch.dtype, max_shard_bytes: int) -> None:
     require(is_count(max_shard_bytes, 1), "max_shard_bytes must be an integer of at least 1", max_shard_bytes)
 
 
-def _write(model: nn.Module, source: Path | None, folder: Path, plan: _Plan, shard: int, overwrite: bool) -> Exported:
+def _read(stored: StoredTensor) -> Callable[[], Iterator[Tensor]]:
+    return lambda: (rows for _, rows in stored.slices(SLICE_BYTES))
+
+
+def _verified(folder: Path, plan: _Plan, examples: Sequence[TokenizedExample]) -> Verification:
+    """What transformers would build from the folder, on the folder's tensors, beside the model that was trained."""
+    written = TensorFiles(folder)
+    empty: Any = hub.empty_model(hub.read_config(folder), torch.float32)
+    hub.tie(empty)
+    check_fits(empty, written)
+    return compare(empty, plan.compared(written), examples, plan.base)
+
+
+def _write(
+    model: Any,
+    source: Path | None,
+    folder: Path,
+    plan: _Plan,
+    shard: int,
+    overwrite: bool,
+    examples: Sequence[TokenizedExample] | None,
+) -> Exported:
     check_apart(folder, source)
+    if examples is not None:
+        check_examples(examples, model.config, hub.vocabulary(model))
     with new_folder(folder, overwrite) as temporary:
         check_space(folder, sum(tensor.bytes for tensor in plan.tensors.values()))
         files = write_sharded(temporary, plan.tensors, shard)
         hub.save_companions(model, source, temporary, plan.dtype)
         report = plan.report()
-        write_json(temporary / REPORT_FILE, report.to_json())
-    return Exported(files, report)
+        found = None if examples is None else _verified(temporary, plan, examples)
+        verify = {} if found is None else {"verify": found.to_json()}
+        write_json(temporary / REPORT_FILE, report.to_json() | verify)
+    return Exported(files, report, found)
 
 
 def export_merged(
@@ -236,15 +288,19 @@ def export_merged(
     base: str = DEQUANTIZED,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    verify: Sequence[TokenizedExample] | None = None,
 ) -> Exported:
     """Writes W0 + (alpha / r) B A of every layer, summed in fp32 and cast, as safetensors shards.
 
     base: `dequantized` writes into W0 as it was packed and trained on; `original` into the weights of the checkpoint
     that the model was loaded from, read from there. The folder also gets config, generation config, tokenizer, chat
     template and `merge_report.json`, and loads with `AutoModelForCausalLM.from_pretrained`. A slice of a tensor is
-    made at a time; the model is not changed, and need not be merged. Raises QuantizationError, naming the tensor, for
-    values above `dtype`'s range (fp16: 65,504), CheckpointError for too little room on the disk, a checkpoint that is
-    not there, or a folder with something in it unless `overwrite`; what was there before is then untouched.
+    made at a time; the model is not changed, and need not be merged.
+    verify: held-out examples (`data.tokenize_all`) on which this export, read back from its files, and the merge into
+    the other base are compared with the adapter model (verify.py) before the folder gets its name.
+    Raises QuantizationError, naming the tensor, for values above `dtype`'s range (fp16: 65,504), CheckpointError for
+    too little room on the disk, a checkpoint that is not there, or a folder with something in it unless `overwrite`;
+    what was there before is then untouched. ConfigError for examples that do not belong to the model.
     """
     _check_options(base, dtype, max_shard_bytes)
     if getattr(model, "config", None) is None:
@@ -256,7 +312,7 @@ def export_merged(
     plan = _Plan(base, dtype)
     for weight in _weights_to_write(model):
         plan.add(weight, _InMemory(), files)
-    return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite)
+    return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)
 
 
 def merge_checkpoint(
@@ -270,6 +326,7 @@ def merge_checkpoint(
     load_dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    verify: Sequence[TokenizedExample] | None = None,
 ) -> Exported:
     """What `export_merged` writes of a model loaded with `config` and the adapter, bit for bit, without loading it.
 
@@ -290,4 +347,4 @@ def merge_checkpoint(
     plan = _Plan(base, dtype)
     for weight in _weights_to_write(model):
         plan.add(weight, origin, files)
-    return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite)
+    return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)

@@ -60,7 +60,7 @@ class StoredTensor:
 
     def _read(self, offset: int, shape: tuple[int, ...]) -> Tensor:
         tensor = torch.empty(shape, dtype=self.dtype)
-        left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        left = tensor.view(-1).view(torch.uint8).numpy().data
         try:
             with open(self.path, "rb", buffering=0) as file:
                 while left:

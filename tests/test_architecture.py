@@ -38,7 +38,7 @@ FLOORS = (
         "merge_report",
     ),
     ("quantize", "loss", "attention", "hub", "progress", "tensor_files"),
-    ("lora", "quantize_base", "optim", "weight_rows"),
+    ("lora", "quantize_base", "optim", "weight_rows", "streamed"),
     ("adapters",),
     (
         "merge",
@@ -52,6 +52,7 @@ FLOORS = (
         "memory.measure",
         "memory.rehearse",
     ),
+    ("verify",),
     ("export", "run_folder"),
     ("training",),
     ("cli",),
