@@ -67,6 +67,12 @@ def in_blocks(slices: Iterable[tuple[int, Tensor]], count: int) -> Iterator[tupl
         yield first, waiting
 
 
+def _ramp(x: Tensor) -> Tensor:
+    """One logit for each row of x, as a model may have them: what the model makes of these tells of all."""
+    rows = x.shape[:-1]
+    return torch.linspace(-20, 20, rows.numel()).view(*rows, 1)
+
+
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and not has_own_forward(module) and getattr(module, "max_norm", None) is None
 
@@ -176,23 +182,23 @@ class StreamedModel:
 
         def head(x: Tensor) -> Tensor:
             seen.append(x)
-            return x[..., :1].clone()  # one logit per token, to see what the model makes of it
+            return _ramp(x)
 
         kind = type(self._model).__name__
+        unread = f"a {kind} cannot be verified: it uses a weight without calling the module that holds it"
         try:
             with self._reading(weights), replaced_forward(self._head, head):
                 made = self._model(**batch, use_cache=False).logits
         except RuntimeError as error:
             if "meta" not in str(error):
                 raise
-            raise ConfigError(
-                f"a {kind} cannot be verified: it uses a weight without calling the module that holds it ({error})"
-            ) from error
+            raise ConfigError(unread) from error
         hidden = seen[0] if len(seen) == 1 else None
-        if hidden is None or hidden.is_meta or made.shape != (*hidden.shape[:-1], 1):
+        if hidden is not None and hidden.is_meta:  # a product with an empty weight is an empty tensor
+            raise ConfigError(unread)
+        if hidden is None or made.shape != (*hidden.shape[:-1], 1):
             raise ConfigError(f"a {kind} cannot be verified: its head is not called once with every token")
-        expected = self._finished(hidden[..., :1].clone())
-        if not torch.allclose(made, expected, rtol=SAME, atol=SAME):
+        if not torch.allclose(made, self._finished(_ramp(hidden)), rtol=SAME, atol=SAME):
             raise ConfigError(f"a {kind} cannot be verified: it changes its head's logits in a way not known here")
         return hidden
 
