@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qlora_lite import hub
 from qlora_lite.delta import Delta
@@ -65,6 +67,24 @@ def in_blocks(slices: Iterable[tuple[int, Tensor]], count: int) -> Iterator[tupl
             first, waiting = first + count, waiting[count:]
     if waiting.numel():
         yield first, waiting
+
+
+class _NoneUnread(TorchDispatchMode):
+    """Refuses operations on weights that were not read.
+
+    torch itself does not: a product of a CPU tensor and one on meta is whatever the memory holds.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(value, Tensor) and value.is_meta for value in tree_leaves((args, kwargs))):
+            raise ConfigError(
+                f"a {self._kind} cannot be verified: it uses a weight without calling the module that holds it"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _ramp(x: Tensor) -> Tensor:
@@ -185,17 +205,9 @@ class StreamedModel:
             return _ramp(x)
 
         kind = type(self._model).__name__
-        unread = f"a {kind} cannot be verified: it uses a weight without calling the module that holds it"
-        try:
-            with self._reading(weights), replaced_forward(self._head, head):
-                made = self._model(**batch, use_cache=False).logits
-        except RuntimeError as error:
-            if "meta" not in str(error):
-                raise
-            raise ConfigError(unread) from error
+        with self._reading(weights), replaced_forward(self._head, head), _NoneUnread(kind):
+            made = self._model(**batch, use_cache=False).logits
         hidden = seen[0] if len(seen) == 1 else None
-        if hidden is not None and hidden.is_meta:  # a product with an empty weight is an empty tensor
-            raise ConfigError(unread)
         if hidden is None or made.shape != (*hidden.shape[:-1], 1):
             raise ConfigError(f"a {kind} cannot be verified: its head is not called once with every token")
         if not torch.allclose(made, self._finished(_ramp(hidden)), rtol=SAME, atol=SAME):
