@@ -331,8 +331,8 @@ def merge_checkpoint(
     """What `export_merged` writes of a model loaded with `config` and the adapter, bit for bit, without loading it.
 
     Rows are read, packed and unpacked again as training had them (load_dtype: the dtype that it was loaded in; only
-    `base='original'` leaves that out), merged and written, so memory does not grow with the model. Raises what
-    `load_quantized`, `load_adapter_` and `export_merged` raise.
+    `base='original'` leaves that out), merged and written, so memory does not grow with the model. verify: as there.
+    Raises what `load_quantized`, `load_adapter_` and `export_merged` raise.
     """
     _check_options(base, dtype, max_shard_bytes)
     source = hub.resolve(path_or_id)
