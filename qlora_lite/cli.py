@@ -149,6 +149,15 @@ def train(
     _finish(_train_figures(result, tokenized, output), json)
 
 
+def _verification_prompts(path: Path, model: str, max_length: int) -> Any:
+    from qlora_lite.data import tokenize_all
+    from qlora_lite.hub import load_tokenizer
+    from qlora_lite.records import read_jsonl
+
+    records = read_jsonl(path, prompts_too=True)
+    return tokenize_all(records, load_tokenizer(model), max_length, prompts_too=True)
+
+
 @app.command()
 def merge(
     model: Model,
@@ -163,6 +172,10 @@ def merge(
     double_quant: DoubleQuant = True,
     embedding_format: EmbeddingFormat = "none",
     max_shard_size: MaxShardSize = "5GB",
+    verify: Annotated[
+        Path | None, typer.Option("--verify", help="JSONL as for train, or prompts alone: compare the logits on it.")
+    ] = None,
+    verify_max_length: Annotated[int, typer.Option(help="Longer records of --verify are cut to it.")] = 512,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -170,20 +183,27 @@ def merge(
     from qlora_lite.config import QuantConfig, byte_count, dtype_named
     from qlora_lite.export import REPORT_FILE, merge_checkpoint
     from qlora_lite.merge_report import render
+    from qlora_lite.verify import render as render_verification
 
     target = dtype_named(dtype)
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
     shard = byte_count("--max-shard-size must be", max_shard_size)
-    _check_output(output, overwrite, model, adapter)
+    _check_output(output, overwrite, model, adapter, *(() if verify is None else (verify,)))
+    prompts = None if verify is None else _verification_prompts(verify, model, verify_max_length)
+    examples = None if prompts is None else prompts.examples
     done = merge_checkpoint(
-        model, adapter, output, quant, target, base=base, max_shard_bytes=shard, overwrite=overwrite
+        model, adapter, output, quant, target, base=base, max_shard_bytes=shard, overwrite=overwrite, verify=examples
     )
     print(render(done.report))
     total = done.report.to_json()["total"]
     layers = sum(figures.update is not None for figures in done.report.tensors)
     figures = {"layers_merged": layers, "base": base, "dtype": dtype, "files": done.files, "output": str(output)}
     figures["embedding_and_head_untied"] = done.untied
-    _finish({**figures, "report": str(output / REPORT_FILE), **(total if json else {})}, json)
+    found: dict[str, Any] = {}
+    if done.verification is not None and prompts is not None:
+        print(render_verification(done.verification))
+        found = {"verify_shortened": prompts.truncated} | ({"verify": done.verification.to_json()} if json else {})
+    _finish({**figures, "report": str(output / REPORT_FILE), **(total if json else {}), **found}, json)
 
 
 @app.command()

@@ -18,7 +18,7 @@ import torch
 from qlora_lite.config import is_count, require
 from qlora_lite.errors import CheckpointError
 from qlora_lite.loss import IGNORE_INDEX
-from qlora_lite.records import Record, check_record, excerpt, shape_of
+from qlora_lite.records import PROMPT_ALONE, Record, check_record, excerpt, shape_of
 from qlora_lite.records import read_jsonl as read_jsonl
 
 OPEN_ROWS = 256
@@ -82,10 +82,15 @@ def tokenize(
 
 
 def tokenize_all(
-    records: Iterable[Record], tokenizer: Tokenizer, max_length: int | None = None, completion_only: bool = True
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    max_length: int | None = None,
+    completion_only: bool = True,
+    prompts_too: bool = False,
 ) -> TokenizedSet:
     """`tokenize` for many records; one whose learned tokens are all cut off is left out and counted.
 
+    prompts_too: such a one stays, as does what has nothing to learn, a prompt alone or messages without an answer.
     Raises CheckpointError, with the record's number counted from 1, for a wrong one, and when none is left.
     """
     require(max_length is None or is_count(max_length, 2), "max_length must be None or at least 2", max_length)
@@ -93,10 +98,10 @@ def tokenize_all(
     truncated = dropped = 0
     for number, record in enumerate(records, 1):
         place = f"record {number}"
-        check_record(record, place)
-        whole = _encode(record, tokenizer, completion_only, place)
+        check_record(record, place, prompts_too)
+        whole = _encode(record, tokenizer, completion_only, place, prompts_too)
         example = TokenizedExample(whole.input_ids[:max_length], whole.labels[:max_length])
-        if example.learned_tokens == 0:
+        if example.learned_tokens == 0 and not prompts_too:
             dropped += 1
             continue
         truncated += len(example.input_ids) < len(whole.input_ids)
@@ -108,8 +113,12 @@ def tokenize_all(
     return TokenizedSet(examples, truncated, dropped)
 
 
-def _encode(record: Record, tokenizer: Tokenizer, completion_only: bool, place: str) -> TokenizedExample:
-    shape = shape_of(record, place)
+def _encode(
+    record: Record, tokenizer: Tokenizer, completion_only: bool, place: str, prompts_too: bool
+) -> TokenizedExample:
+    shape = shape_of(record, place, prompts_too)
+    if shape == PROMPT_ALONE:
+        return _encode_prompt(record["prompt"], tokenizer, place)
     if shape == ("messages",):
         return _encode_messages(record["messages"], tokenizer, completion_only, place)
     if shape == ("text",):
@@ -123,6 +132,18 @@ def _encode(record: Record, tokenizer: Tokenizer, completion_only: bool, place: 
         return _encode_plain(prompt, completion, tokenizer, completion_only, place)
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     return _encode_messages(messages, tokenizer, completion_only, place)
+
+
+def _encode_prompt(prompt: str, tokenizer: Tokenizer, place: str) -> TokenizedExample:
+    """A question as a model sees it that is about to answer; nothing in it is learned."""
+    if tokenizer.chat_template is None:
+        ids = _without_end(_token_ids(prompt, tokenizer, add_special_tokens=True), _end_token(tokenizer, place))
+    else:
+        text = _written([{"role": "user", "content": prompt}], tokenizer, True, place)
+        ids = _token_ids(text, tokenizer, add_special_tokens=False)
+    if not ids:
+        raise CheckpointError(f"{place}: the prompt has no tokens; got {excerpt(prompt)}; write one that is not empty")
+    return TokenizedExample(ids, [IGNORE_INDEX] * len(ids))
 
 
 def _encode_plain(

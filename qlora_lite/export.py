@@ -22,7 +22,7 @@ from qlora_lite.conversion import model_tensors
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk
-from qlora_lite.load import Checkpoint, fitting
+from qlora_lite.load import Checkpoint
 from qlora_lite.merge_report import MergeReport
 from qlora_lite.plain_weights import plain_weights
 from qlora_lite.storage import DEFAULT_SHARD_BYTES, check_apart, check_space, new_folder, write_json, write_sharded
@@ -72,8 +72,9 @@ def _verified(folder: Path, plan: ExportPlan, examples: Sequence[TokenizedExampl
     """What transformers would build from the folder, on the folder's tensors, beside the model that was trained."""
     empty: Any = hub.empty_model(hub.read_config(folder), torch.float32)
     hub.tie(empty)
-    written = fitting(empty, folder, TensorFiles(folder).stored)
-    return compare(empty, plan.compared(written), examples, plan.base)
+    written = Checkpoint.of(folder, empty, None)
+    read_back = {name: written.plain(name) for name in written.tensors}
+    return compare(empty, plan.compared(read_back), examples, plan.base)
 
 
 def _write(

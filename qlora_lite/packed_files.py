@@ -37,6 +37,7 @@ from qlora_lite.formats import BLOCKSIZES, NESTED_BLOCKSIZE, packed_bytes, row_s
 from qlora_lite.quantize import PackedWeight, code_values
 from qlora_lite.storage import PlannedTensor, planned
 from qlora_lite.tensor_files import StoredTensor
+from qlora_lite.tensor_views import slices
 from qlora_lite.weight_rows import READ_BYTES, slice_starts
 
 ROWS_FILE = "int8_rows/absmax.safetensors"
@@ -105,7 +106,7 @@ class StoredPacked:
         packed = self.empty(device)
         for key, stored in self.buffers.items():
             flat, place = getattr(packed, key).view(-1), 0
-            for first, rows in stored.slices(READ_BYTES):
+            for first, rows in slices(stored, READ_BYTES):
                 if key != "packed":  # codes may be stored as floats of the same bytes
                     check_finite(rows, stored.name, first)
                 part = rows.reshape(-1).view(flat.dtype)

@@ -7,7 +7,8 @@ A record is a JSON object of one of these shapes, tried in this order; other key
     {"instruction": "...", "input": "...", "output": "..."}        `input` may be absent or empty
     {"text": "..."}
 
-One file may mix them. What is none of them raises CheckpointError with the file and the line.
+Where nothing has to be learned, `{"prompt": "..."}` alone is one too. One file may mix them. What is none of them
+raises CheckpointError with the file and the line.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from qlora_lite.errors import CheckpointError
 
 SHAPES: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",))
 SHAPES_IN_WORDS = "messages | prompt, completion | instruction, input (optional), output | text"
+PROMPT_ALONE = ("prompt",)
 
 Record = dict[str, Any]
 
 
-def read_jsonl(path: str | Path) -> list[Record]:
+def read_jsonl(path: str | Path, prompts_too: bool = False) -> list[Record]:
     """The records of a JSONL file, one per line that is not blank, each checked.
+
+    prompts_too: a prompt without a completion is a record as well.
 
     Raises CheckpointError with file and line for what is not UTF-8, not an object, or of none of the four shapes.
     """
@@ -33,13 +37,13 @@ def read_jsonl(path: str | Path) -> list[Record]:
         lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; expected a JSONL file") from error
-    records = [_parse_line(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    records = [_parse_line(line, f"{path}, line {i}", prompts_too) for i, line in enumerate(lines, 1) if line.strip()]
     if not records:
         raise CheckpointError(f"{path} holds no records; expected one JSON object per line")
     return records
 
 
-def _parse_line(line: bytes, place: str) -> Record:
+def _parse_line(line: bytes, place: str, prompts_too: bool) -> Record:
     try:
         record: Record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -50,7 +54,7 @@ def _parse_line(line: bytes, place: str) -> Record:
         why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         wrong = f"not valid JSON ({why}), got {excerpt(line.decode('utf-8'))}"
         raise CheckpointError(f"{place}: {wrong}; write one JSON object per line") from error
-    check_record(record, place)
+    check_record(record, place, prompts_too)
     return record
 
 
@@ -60,12 +64,12 @@ def excerpt(value: object) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def check_record(record: Any, place: str = "record") -> None:
-    """Raises CheckpointError, beginning with `place`, unless `record` is an object of one of the four shapes."""
+def check_record(record: Any, place: str = "record", prompts_too: bool = False) -> None:
+    """Raises CheckpointError, beginning with `place`, unless `record` is an object of one of the shapes."""
     if not isinstance(record, dict):
         got = f"{type(record).__name__} {excerpt(record)}"
         raise CheckpointError(f"{place}: expected a JSON object, got {got}; write one JSON object per line")
-    shape = shape_of(record, place)
+    shape = shape_of(record, place, prompts_too)
     if shape == ("messages",):
         _check_messages(record["messages"], place)
         return
@@ -75,13 +79,14 @@ def check_record(record: Any, place: str = "record") -> None:
         _check_string(record["input"], "input", place)
 
 
-def shape_of(record: Record, place: str) -> tuple[str, ...]:
-    """The keys of the first of SHAPES that the record has; raises CheckpointError if it has none."""
-    for shape in SHAPES:
+def shape_of(record: Record, place: str, prompts_too: bool = False) -> tuple[str, ...]:
+    """The keys of the first of SHAPES (or PROMPT_ALONE) that the record has; CheckpointError if it has none."""
+    for shape in (*SHAPES, PROMPT_ALONE) if prompts_too else SHAPES:
         if all(key in record for key in shape):
             return shape
     keys = ", ".join(sorted(map(str, record))) or "none"
-    raise CheckpointError(f"{place}: unknown shape with keys {keys}; use one of: {SHAPES_IN_WORDS}")
+    words = f"{SHAPES_IN_WORDS} | prompt" if prompts_too else SHAPES_IN_WORDS
+    raise CheckpointError(f"{place}: unknown shape with keys {keys}; use one of: {words}")
 
 
 def _check_string(value: object, key: str, place: str) -> None:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from qlora_lite.config import QuantConfig
-from qlora_lite.finite import check_packable
+from qlora_lite.delta import Delta
+from qlora_lite.errors import CheckpointError
+from qlora_lite.finite import cast_finite, check_packable
 from qlora_lite.formats import row_step
 from qlora_lite.quantize import PackedWeight
 from qlora_lite.tensor_views import Source, slices
@@ -28,10 +30,10 @@ class WeightRows(Protocol):
     """Rows of a weight in fp32. `step`: a slice begins at a multiple of it."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def step(self) -> int: ...
 
     @property
-    def step(self) -> int: ...
+    def shape(self) -> tuple[int, ...]: ...
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start to stop, a new tensor."""
@@ -173,3 +175,44 @@ def slice_starts(shape: tuple[int, ...], step: int, largest_bytes: int) -> Itera
 def common_step(*steps: int) -> int:
     """The least number of rows that is a multiple of all."""
     return functools.reduce(math.lcm, steps, 1)
+
+
+def merged_rows(rows: Tensor, first: int, delta: Delta | None, dtype: torch.dtype, name: str) -> Tensor:
+    """W0 + scaling * B A of some rows from `first` on, as it is written; `rows` (W0, fp32) become the sum."""
+    if delta is not None:
+        delta.add_to_(rows, first)
+    return cast_finite(rows, dtype, name)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a tensor can be made of: W0 as trained on, W0 of the checkpoint if it is at hand, the update.
+
+    W0 comes in one piece, or as the matrices of a stack, one after the other. Slices take at most `largest_bytes` in
+    fp32.
+    """
+
+    name: str
+    trained: list[WeightRows]
+    original: list[WeightRows] | None
+    delta: Delta | None
+
+    def base(self, largest_bytes: int) -> Iterator[Tensor]:
+        """W0 as trained on, in fp32."""
+        return self._slices(self.trained, None, torch.float32, largest_bytes)
+
+    def merged(self, from_original: bool, dtype: torch.dtype, largest_bytes: int) -> Iterator[Tensor]:
+        """W0 + scaling * B A as it would be written. CheckpointError if it is the original that is not at hand."""
+        chosen = self.original if from_original else self.trained
+        if chosen is None:
+            raise CheckpointError(f"the checkpoint's own {self.name} is not at hand")
+        return self._slices(chosen, self.delta, dtype, largest_bytes)
+
+    @torch.no_grad()
+    def _slices(
+        self, pieces: list[WeightRows], delta: Delta | None, dtype: torch.dtype, largest_bytes: int
+    ) -> Iterator[Tensor]:
+        for rows in pieces:
+            step = common_step(rows.step, 1 if delta is None else Delta.TILE_ROWS)
+            for start, stop in slice_starts(rows.shape, step, largest_bytes):
+                yield merged_rows(rows.rows(start, stop), start, delta, dtype, self.name)

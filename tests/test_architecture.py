@@ -39,7 +39,7 @@ FLOORS = (
         "merge_report",
     ),
     ("quantize", "loss", "attention", "hub", "progress", "tensor_files"),
-    ("lora", "optim", "weight_rows", "conversion", "experts"),
+    ("lora", "optim", "weight_rows", "conversion", "experts", "streamed"),
     ("adapters", "quantize_base", "plain_weights", "packed_files"),
     (
         "merge",
@@ -53,6 +53,8 @@ FLOORS = (
         "memory.measure",
         "memory.rehearse",
     ),
+    ("verify",),
+    ("export_plan",),
     ("export", "quantized_files", "run_folder"),
     ("training",),
     ("cli",),

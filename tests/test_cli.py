@@ -50,6 +50,13 @@ def test_train_merge_and_profile(tiny_folder: Path, tmp_path: Path) -> None:
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["layers_merged"] == 14 and figures["embedding_and_head_untied"] is False
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "number 9"}\n{"prompt": "number"}\n')
+    done = run(*words, "--verify", prompts, "--overwrite", "--json")
+    assert done.returncode == 0, done.stderr
+    said, found = done.stdout.splitlines(), json.loads(done.stdout.splitlines()[-1])["verify"]
+    assert found["sentence"] in said and "2 prompts" in done.stdout and found["adapter_loss"] < found["base_loss"]
+    assert found == json.loads((tmp_path / "merged" / "merge_report.json").read_text())["verify"]
     ours = load_quantized(tiny_folder, QuantConfig())
     load_adapter_(ours, adapter)
     tokens = torch.arange(8).unsqueeze(0)
@@ -89,6 +96,7 @@ def test_env_says_what_there_is() -> None:
         (("merge", "--model", "{m}", "--adapter", "nowhere", "--output", "{t}/o"), 1, "does not exist"),
         (("merge", "--model", "/nowhere/x", "--adapter", "a", "--output", "{t}/o"), 1, "/nowhere/x does not exist"),
         (("merge", "--model", "{m}", "--adapter", "a", "--output", "{t}/o", "--dtype", "int4"), 1, "got 'int4'"),
+        (("merge", "--model", "{m}", "--adapter", "a", "--output", "{t}/o", "--verify", "no.jsonl"), 1, "no.jsonl"),
         (("train", "--model", "{m}", "--data", "nowhere.jsonl", "--output", "{t}/o"), 1, "nowhere.jsonl"),
         (("profile", "--model", "{m}", "--format", "nf5"), 1, "got 'nf5'"),
         (("quantize", "--model", "{m}", "--output", "{t}/o", "--format", "none"), 1, "no packed layer"),

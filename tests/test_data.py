@@ -295,3 +295,21 @@ def test_packed_examples_have_the_losses_they_have_alone(attention: str, batch_s
     assert alone.keys() == packed.keys()
     for token, loss in alone.items():
         torch.testing.assert_close(packed[token], loss, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_alone_is_what_a_model_is_asked_and_nothing_of_it_is_learned() -> None:
+    for tokenizer, asked in ((CHAT, "<|im_start|>user\nhow?<|im_end|>\n<|im_start|>assistant\n"), (PLAIN, "how?")):
+        found = tokenize_all([{"prompt": "how?"}], tokenizer, prompts_too=True)
+        assert tokenizer.decode(found.examples[0].input_ids) == asked and found.dropped == 0
+        assert set(found.examples[0].labels) == {IGNORE_INDEX}
+    with pytest.raises(CheckpointError, match="unknown shape with keys prompt"):
+        tokenize_all([{"prompt": "how?"}], CHAT)
+    with pytest.raises(CheckpointError, match="record 1: the prompt has no tokens; got ''"):
+        tokenize_all([{"prompt": ""}], PLAIN, prompts_too=True)
+
+
+def test_what_is_cut_to_its_question_stays_where_nothing_has_to_be_learned() -> None:
+    record = {"prompt": "what is the answer", "completion": "this"}
+    assert tokenize_all([record], CHAT, 4, prompts_too=True).examples[0].learned_tokens == 0
+    with pytest.raises(CheckpointError, match="nothing to train on: got 1 records without a token to learn"):
+        tokenize_all([record], CHAT, 4)

@@ -104,3 +104,14 @@ def test_whatever_json_holds_it_is_accepted_or_refused_in_words(value: Any) -> N
     except CheckpointError as error:
         refused = str(error)
     assert isinstance(value, dict) if refused is None else refused.startswith("here: ")
+
+
+def test_a_prompt_alone_is_a_record_where_nothing_has_to_be_learned(tmp_path: Path) -> None:
+    path = written(tmp_path, b'{"prompt": "a"}\n{"prompt": "a", "completion": "b"}\n')
+    assert len(read_jsonl(path, prompts_too=True)) == 2
+    with pytest.raises(CheckpointError, match=r"line 1: unknown shape with keys prompt; use one of: .* text$"):
+        read_jsonl(path)
+    with pytest.raises(CheckpointError, match=r"unknown shape with keys question; use one of: .* text . prompt$"):
+        check_record({"question": "a"}, prompts_too=True)
+    with pytest.raises(CheckpointError, match="prompt must be a string, got int 3"):
+        check_record({"prompt": 3}, prompts_too=True)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qlora_lite import QuantConfig, weight_rows
-from qlora_lite.errors import QuantizationError
+from qlora_lite.delta import Delta
+from qlora_lite.errors import CheckpointError, QuantizationError
 from qlora_lite.quantize import PackedWeight
 from qlora_lite.tensor_files import StoredTensor, tensors_in
 from qlora_lite.tensor_views import Transposed
@@ -19,6 +20,7 @@ from qlora_lite.weight_rows import (
     DenseRows,
     PackedRows,
     RepackedRows,
+    Sources,
     StoredRows,
     ToBePacked,
     common_step,
@@ -96,3 +98,21 @@ def test_slices_cover_all_rows_once(rows: int, columns: int, step: int, largest:
 
 def test_a_common_step_is_a_multiple_of_each() -> None:
     assert common_step(4, 6, 1) == 12 and common_step() == 1
+
+
+@given(rows=st.integers(1, 40), largest=st.integers(1, 2000), seed=st.integers(0, 99))
+def test_merged_slices_are_the_sum_of_the_base_that_is_asked_for(rows: int, largest: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    trained, original, delta = (
+        torch.randn(rows, 6),
+        torch.randn(rows, 6),
+        Delta(torch.randn(rows, 2), torch.randn(2, 6), 3),
+    )
+    sources = Sources("w", DenseRows(trained), DenseRows(original), delta)
+    update = 3 * delta.left @ delta.right
+    assert torch.equal(torch.cat(list(sources.base(largest))), trained)
+    for base, from_original in ((trained, False), (original, True)):
+        merged = torch.cat(list(sources.merged(from_original, torch.float16, largest)))
+        torch.testing.assert_close(merged, (base + update).half(), rtol=2e-3, atol=1e-4)
+    with pytest.raises(CheckpointError, match="the checkpoint's own w is not at hand"):
+        Sources("w", DenseRows(trained), None, delta).merged(True, torch.float16, largest)

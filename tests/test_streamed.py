@@ -1,0 +1,152 @@
+"""A streamed model against the same one with its weights in memory, for architectures of different modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qlora_lite import hub
+from qlora_lite.delta import Delta
+from qlora_lite.errors import ConfigError
+from qlora_lite.streamed import StreamedModel, Weights, in_blocks
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "tied": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "untied": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=False),
+    "biases": lambda: transformers.Qwen2Config(**SMALL),
+    "scaled embedding, softcap": lambda: transformers.Gemma2Config(
+        **SMALL, head_dim=4, final_logit_softcapping=5.0, query_pre_attn_scalar=4
+    ),
+    "scaled logits": lambda: transformers.CohereConfig(**SMALL, logit_scale=0.3),
+    "divided logits": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=3.0),
+    "stacked experts": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=3),
+    "conv1d, learned positions": lambda: transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=32
+    ),
+}
+
+
+def in_memory(config: Any) -> Any:
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases too, which begin at zero
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def sliced(tensor: Tensor) -> Any:
+    return lambda: iter(tensor.split(3) if tensor.dim() else [tensor])
+
+
+def weights_of(model: Any, **deltas: Delta) -> Weights:
+    aliases = hub.tied_names(model)
+    tensors = {name: sliced(tensor.clone()) for name, tensor in model.state_dict().items() if name not in aliases}
+    return Weights(tensors, {name.replace("__", "."): delta for name, delta in deltas.items()})
+
+
+def streamed(config: Any, weights: Weights) -> StreamedModel:
+    empty = hub.empty_model(config, torch.float32)
+    hub.tie(empty)
+    return StreamedModel(empty, weights.tensors)
+
+
+def logits(model: StreamedModel, weights: Weights, batch: dict[str, Tensor], count: int = 7) -> Tensor:
+    hidden = model.head_inputs(weights, batch).flatten(0, 1)
+    return torch.cat([block for _, block in model.logits(weights, hidden, count)], 1)
+
+
+BATCH = {
+    "input_ids": torch.arange(12).view(2, 6) + 1,
+    "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2]),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_computes_what_the_model_in_memory_does(kind: str) -> None:
+    plain = in_memory(CONFIGS[kind]())
+    weights = weights_of(plain)
+    model = streamed(CONFIGS[kind](), weights)
+    inside = BATCH["attention_mask"].bool().flatten()
+    expected = plain(**BATCH, use_cache=False).logits.flatten(0, 1)
+    found = logits(model, weights, BATCH)
+    assert found.dtype == torch.float64 and found.std() > 0.01
+    torch.testing.assert_close(found[inside].float(), expected[inside], rtol=1e-4, atol=1e-5)
+    held = [name for name, tensor in model._model.named_parameters() if not tensor.is_meta]
+    assert held == [] and not any("forward" in module.__dict__ for module in model._model.modules())
+
+
+def test_updates_apart_are_those_of_the_summed_weights() -> None:
+    config = CONFIGS["untied"]()
+    plain = in_memory(config)
+    shapes = {"model.embed_tokens.weight": (40, 16), "lm_head.weight": (40, 16)}
+    shapes |= {"model.layers.0.mlp.up_proj.weight": (24, 16)}
+    deltas = {
+        name: Delta(torch.randn(rows, 2), torch.randn(2, columns), 0.3) for name, (rows, columns) in shapes.items()
+    }
+    weights = Weights(weights_of(plain).tensors, deltas)
+    model = streamed(config, weights)
+    without = logits(model, Weights(weights.tensors), BATCH)
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            plain.get_parameter(name).add_(0.3 * delta.left @ delta.right)
+    inside = BATCH["attention_mask"].bool().flatten()
+    expected = plain(**BATCH).logits.flatten(0, 1)[inside]
+    torch.testing.assert_close(logits(model, weights, BATCH)[inside].float(), expected, rtol=1e-4, atol=1e-4)
+    assert (without[inside] - expected).abs().max() > 0.1
+
+
+def test_a_module_whose_weight_another_reads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS["untied"]()
+    weights = weights_of(in_memory(config))
+    model = streamed(config, weights)
+    layer = model._model.model.layers[0]
+    monkeypatch.setattr(layer.mlp, "forward", lambda x: nn.functional.linear(x, layer.self_attn.o_proj.weight))
+    with pytest.raises(ConfigError, match="LlamaForCausalLM cannot be verified: it uses a weight without calling"):
+        model.head_inputs(weights, BATCH)
+
+
+def test_logits_changed_in_an_unknown_way_are_refused() -> None:
+    config = CONFIGS["scaled logits"]()
+    weights = weights_of(in_memory(config))
+    model = streamed(config, weights)
+    model._options.clear()
+    with pytest.raises(ConfigError, match="CohereForCausalLM cannot be verified: it changes its head's logits"):
+        model.head_inputs(weights, BATCH)
+
+
+def test_a_model_without_a_plain_head_is_refused() -> None:
+    with pytest.raises(ConfigError, match="plain linear output head can be verified; this head is none"):
+        StreamedModel(nn.Linear(2, 2), [])
+
+
+@given(sizes=st.lists(st.integers(1, 9), max_size=6), count=st.integers(1, 12))
+def test_blocks_hold_the_same_rows(sizes: list[int], count: int) -> None:
+    rows = torch.arange(2.0 * sum(sizes)).view(-1, 2)
+
+    def slices() -> Iterator[tuple[int, Tensor]]:
+        first = 0
+        for size in sizes:
+            yield first, rows[first : first + size]
+            first += size
+
+    blocks = list(in_blocks(slices(), count))
+    assert [first for first, _ in blocks] == list(range(0, len(rows), count))
+    assert all(len(block) == count for _, block in blocks[:-1])
+    assert torch.equal(torch.cat([block for _, block in blocks] or [rows]), rows)
