@@ -89,6 +89,16 @@ def replace_modules_(model: nn.Module, make: Callable[[str, nn.Module], nn.Modul
     return order
 
 
+def exchange_modules_(model: nn.Module, new: dict[int, nn.Module]) -> None:
+    """Puts `new[id(module)]` in the place of a module wherever it is registered; one pass over the model."""
+    if id(model) in new:
+        raise TargetError(f"the model itself is the {type(model).__name__} to replace; put it into a container")
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if id(child) in new:
+                parent._modules[key] = new[id(child)]
+
+
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a model: the children of its outermost ModuleLists."""
     blocks: list[nn.Module] = []

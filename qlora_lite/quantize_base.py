@@ -23,6 +23,7 @@ from qlora_lite.formats import UNPACKED
 from qlora_lite.modules import (
     answers_to,
     check_all_matched,
+    exchange_modules_,
     has_own_forward,
     is_transposed_linear,
     replace_modules_,
@@ -213,14 +214,13 @@ class Slot:
             now = model.get_submodule(name)
             if not isinstance(now, QuantizedExperts):
                 now = QuantizedExperts(module, config.compute_dtype)
-                new = {id(module): now}
-                replace_modules_(model, lambda _, old, new=new: new.get(id(old)))  # type: ignore[misc]
+                exchange_modules_(model, {id(module): now})
             now.hold_(self.stack, packed)
 
     def fill_(self, model: nn.Module, packed: PackedWeight, config: QuantConfig) -> None:
         """Replaces the modules by packed ones."""
-        new = {id(module): _packed_module(module, packed, config) for module in self.modules.values()}
-        replace_modules_(model, lambda name, module: new.get(id(module)))
+        made = {id(module): _packed_module(module, packed, config) for module in self.modules.values()}
+        exchange_modules_(model, made)
 
 
 def _packed_module(module: nn.Module, packed: PackedWeight, config: QuantConfig) -> nn.Module:

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qlora_lite.errors import TargetError
-from qlora_lite.modules import answers_to, check_all_matched, first_pattern, is_transposed_linear, replace_modules_
+from qlora_lite.modules import (
+    answers_to,
+    check_all_matched,
+    exchange_modules_,
+    first_pattern,
+    is_transposed_linear,
+    replace_modules_,
+)
 
 
 def test_names_end_at_dots() -> None:
@@ -70,3 +77,12 @@ def test_transposed_linear_layers_are_gpt2s_alone() -> None:
     assert not any(
         map(is_transposed_linear, (nn.Linear(3, 4), nn.Conv1d(3, 4, 1), type("Conv1D", (nn.Linear,), {})(3, 4)))
     )
+
+
+def test_exchanging_reaches_every_place_a_module_is_registered_in() -> None:
+    shared, new = nn.Linear(2, 2), nn.ReLU()
+    model = nn.Sequential(shared, nn.Sequential(shared, nn.Tanh()))
+    exchange_modules_(model, {id(shared): new})
+    assert model[0] is new and model[1][0] is new and type(model[1][1]) is nn.Tanh
+    with pytest.raises(TargetError, match="the model itself is the ReLU"):
+        exchange_modules_(new, {id(new): shared})
