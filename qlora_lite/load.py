@@ -40,7 +40,7 @@ class _Shaped(Protocol):
 
 
 def check_fits(model: nn.Module, folder: Path, found: Mapping[str, _Shaped]) -> dict[str, Tensor]:
-    """The model's own (meta) tensors by name. One CheckpointError lists what is missing, unexpected and mis-shaped."""
+    """The model's own (meta) tensors by name. One CheckpointError lists all that does not fit."""
     wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
     ignorable = [re.compile(pattern) for pattern in hub.ignorable_keys(model)]
     unexpected = {n for n in found.keys() - wanted.keys() if not any(pattern.search(n) for pattern in ignorable)}
@@ -50,7 +50,21 @@ def check_fits(model: nn.Module, folder: Path, found: Mapping[str, _Shaped]) -> 
         for name in wanted.keys() & found.keys()
         if found[name].shape != tuple(wanted[name].shape)
     ]
-    kinds = (("are missing", missing), ("belong to no module", unexpected), ("have the wrong shape", wrong))
+    # Codes whose statistics are gone have the shape of a weight, and would pass for one.
+    codes = [
+        f"{name} is {stored.dtype}"
+        for name, stored in found.items()
+        if isinstance(stored, StoredTensor)
+        and not stored.dtype.is_floating_point
+        and name in wanted
+        and wanted[name].is_floating_point()
+    ]
+    kinds = (
+        ("are missing", missing),
+        ("belong to no module", unexpected),
+        ("have the wrong shape", wrong),
+        ("hold integers where the model has floats", codes),
+    )
     if problems := [_listed(what, names) for what, names in kinds if names]:
         raise CheckpointError(f"{folder} does not fit this {type(model).__name__}: {'; '.join(problems)}")
     return wanted
