@@ -47,7 +47,8 @@ def fitting(
 
     One CheckpointError lists what is missing, unexpected, mis-shaped, or made in a way that is not known here.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     found = model_tensors(model, shapes, files)
     tensors: dict[str, Source | Stored] = {**found.tensors, **(packed or {})}
     ignorable = [re.compile(pattern) for pattern in hub.ignorable_keys(model)]
@@ -63,7 +64,18 @@ def fitting(
         for name, source in tensors.items()
         if name in shapes and _plain_shape(model, name, source) != shapes[name]
     ]
-    kinds = (("are missing", missing), ("belong to no module", unexpected), ("have the wrong shape", wrong))
+    # Codes whose statistics are gone have the shape of a weight, and would pass for one.
+    codes = [
+        f"{name} is {source.dtype}"
+        for name, source in found.tensors.items()
+        if name in wanted and wanted[name].is_floating_point() and not source.dtype.is_floating_point
+    ]
+    kinds = (
+        ("are missing", missing),
+        ("belong to no module", unexpected),
+        ("have the wrong shape", wrong),
+        ("hold integers where the model has floats", codes),
+    )
     problems = [_listed(what, names) for what, names in kinds if names]
     problems += found.problems[:SHOWN] + ([f"and {len(found.problems) - SHOWN} more"] if found.problems[SHOWN:] else [])
     if problems:

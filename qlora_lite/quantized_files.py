@@ -63,7 +63,7 @@ class _Layers:
         formats = sorted({layer.weight.format for layer in own if id(layer) not in is_rows})
         if len(formats) != 1:
             got = (
-                f"layers in {' and '.join(formats)}" if formats else "no packed layer (export_merged writes plain ones)"
+                f"layers in {' and '.join(formats)}" if formats else "no packed layer; export_merged writes plain ones"
             )
             raise ConfigError(f"a packed checkpoint holds layers in one format; this model has {got}")
         row_weights = embeddings | {id(layer.weight) for layer in own if layer.weight.format != formats[0]}

@@ -142,6 +142,16 @@ def test_packed_weights_that_fit_no_layer_are_refused(tiny_folder: Path, tmp_pat
         load_quantized(folder)
 
 
+def test_codes_without_statistics_do_not_pass_for_a_weight(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = packed_folder(tiny_folder, tmp_path / "int8", format="int8")
+    tensors = load_file(folder / "model.safetensors")
+    for part in ("SCB", "weight_format"):
+        del tensors[f"model.layers.0.mlp.up_proj.{part}"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 tensors hold integers .*: .*up_proj\.weight is torch\.int8"):
+        load_quantized(folder)
+
+
 def test_packed_statistics_that_are_not_finite_are_named(tiny_folder: Path, tmp_path: Path) -> None:
     folder = packed_folder(tiny_folder, tmp_path / "int8", format="int8")
     tensors = load_file(folder / "model.safetensors")
