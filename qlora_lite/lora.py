@@ -68,8 +68,7 @@ class TransposedLinearKind(LinearKind):
     """A linear layer that holds its weight as `(in, out)`, unpacked: GPT-2's Conv1D."""
 
     def features(self, base: Any) -> tuple[int, int]:
-        width, height = base.weight.shape
-        return width, height
+        return base.weight.shape[0], base.weight.shape[1]
 
     def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
         return super().apply(layer, x, weight.T, lora)
@@ -266,8 +265,7 @@ class LoraLayer(nn.Module):
     def effective_weight(self, dtype: torch.dtype, name: str = "the merged weight") -> Tensor:
         """W0 + scaling * B A, unpacked and summed in fp32, then cast. QuantizationError, naming it, on overflow."""
         base: Any = self.base_layer.weight
-        weight = dense(base, torch.float32)
-        weight = weight.clone() if weight is base else weight
+        weight = base.detach().to(torch.float32, copy=True) if isinstance(base, Tensor) else dense(base, torch.float32)
         return cast_finite(self.delta.add_to_(weight, 0), dtype, name)
 
     def merge_weights(self, dtype: torch.dtype | None = None, name: str = "the merged weight") -> None:
@@ -294,8 +292,8 @@ class LoraLayer(nn.Module):
         return getattr(base, "compute_dtype", None) or getattr(base, "output_dtype", None) or torch.float32
 
     def extra_repr(self) -> str:
-        scale = f"rank={self.rank}, alpha={self.alpha}, rslora={self.rslora}"
-        return f"{scale}, dropout={self.dropout}, merged={self.merged}"
+        facts = {name: getattr(self, name) for name in ("rank", "alpha", "rslora", "dropout", "merged")}
+        return ", ".join(f"{name}={value}" for name, value in facts.items())
 
 
 def _merge_again(layer: nn.Module, incompatible: Any) -> None:
@@ -333,8 +331,8 @@ class Embedding(LoraLayer):
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
     ) -> None:
-        for name, size in (("vocab_size", vocab_size), ("embed_dim", embed_dim)):
-            require(is_count(size, 1), f"{name} must be an integer of at least 1", size)
+        require(is_count(vocab_size, 1), "vocab_size must be an integer of at least 1", vocab_size)
+        require(is_count(embed_dim, 1), "embed_dim must be an integer of at least 1", embed_dim)
         inside = padding_idx is None or (is_count(abs(padding_idx), 0) and -vocab_size <= padding_idx < vocab_size)
         require(inside, f"padding_idx must be None or a token of the {vocab_size}", padding_idx)
         base = nn.Embedding(vocab_size, embed_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)

@@ -228,12 +228,7 @@ class PackedWeight(nn.Module):
 
     @classmethod
     def from_slices(
-        cls,
-        shape: tuple[int, ...],
-        device: torch.device,
-        slices: Slices,
-        config: QuantConfig,
-        format: str | None = None,
+        cls, shape: tuple[int, ...], device: torch.device, slices: Slices, config: QuantConfig, format: str | None
     ) -> PackedWeight:
         """Packs (first row, finite rows) of a matrix, slices at multiples of `row_step`, to the codes of the whole."""
         new = cls((shape[0], shape[1]), format or config.format, config.blocksize, config.double_quant, device)
