@@ -20,6 +20,7 @@ from qlora_lite import (
     add_lora_,
     export,
     export_merged,
+    export_plan,
     load_adapter_,
     load_quantized,
     save_adapter,
@@ -244,7 +245,7 @@ def test_neither_slices_nor_shards_change_a_bit(
     model = trained(tiny_folder)
     save_adapter(model, tmp_path / "adapter")
     export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "one")
-    monkeypatch.setattr(export, "SLICE_BYTES", 1)
+    monkeypatch.setattr(export_plan, "SLICE_BYTES", 1)
     many = export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "many", max_shard_bytes=30_000)
     assert len(many.files) > 1 and same(tmp_path / "one", tmp_path / "many")
 

@@ -92,13 +92,17 @@ def test_it_computes_what_the_model_in_memory_does(kind: str) -> None:
     assert held == [] and not any("forward" in module.__dict__ for module in model._model.modules())
 
 
-def test_updates_apart_are_those_of_the_summed_weights() -> None:
-    config = CONFIGS["untied"]()
+LLAMA_ADAPTED = ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"]
+GPT2_ADAPTED = ["transformer.h.0.mlp.c_fc.weight", "transformer.h.1.attn.c_attn.weight"]
+
+
+@pytest.mark.parametrize(("kind", "names"), [("untied", LLAMA_ADAPTED), ("conv1d, learned positions", GPT2_ADAPTED)])
+def test_updates_apart_are_those_of_the_summed_weights(kind: str, names: list[str]) -> None:
+    config = CONFIGS[kind]()
     plain = in_memory(config)
-    shapes = {"model.embed_tokens.weight": (40, 16), "lm_head.weight": (40, 16)}
-    shapes |= {"model.layers.0.mlp.up_proj.weight": (24, 16)}
+    sizes = {name: plain.get_parameter(name).shape for name in names}
     deltas = {
-        name: Delta(torch.randn(rows, 2), torch.randn(2, columns), 0.3) for name, (rows, columns) in shapes.items()
+        name: Delta(torch.randn(rows, 2), torch.randn(2, columns), 0.3) for name, (rows, columns) in sizes.items()
     }
     weights = Weights(weights_of(plain).tensors, deltas)
     model = streamed(config, weights)
@@ -110,6 +114,20 @@ def test_updates_apart_are_those_of_the_summed_weights() -> None:
     expected = plain(**BATCH).logits.flatten(0, 1)[inside]
     torch.testing.assert_close(logits(model, weights, BATCH)[inside].float(), expected, rtol=1e-4, atol=1e-4)
     assert (without[inside] - expected).abs().max() > 0.1
+
+
+def test_a_stack_may_come_as_rows_of_its_matrices_and_takes_no_adapter() -> None:
+    config = CONFIGS["stacked experts"]()
+    plain = in_memory(config)
+    weights = weights_of(plain)
+    name = next(name for name, tensor in plain.named_parameters() if tensor.dim() == 3)
+    rows = plain.get_parameter(name).detach().flatten(0, 1)
+    flat = Weights({**weights.tensors, name: sliced(rows)})
+    model = streamed(config, weights)
+    assert torch.equal(logits(model, flat, BATCH), logits(model, weights, BATCH))
+    adapted = Weights(weights.tensors, {name: Delta(torch.ones(1, 1), torch.ones(1, 1), 1.0)})
+    with pytest.raises(ConfigError, match="has an adapter on a MixtralExperts, which cannot be verified"):
+        model.head_inputs(adapted, BATCH)
 
 
 def test_a_module_whose_weight_another_reads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlora_lite import LoraConfig, QuantConfig, add_lora_, export, export_merged, load_quantized, save_adapter, verify
+from qlora_lite import (
+    LoraConfig,
+    QuantConfig,
+    add_lora_,
+    export,
+    export_merged,
+    export_plan,
+    load_quantized,
+    save_adapter,
+    verify,
+)
 from qlora_lite.adapters import adapters_disabled, lora_layers
 from qlora_lite.data import TokenizedExample, tokenize_all
 from qlora_lite.errors import ConfigError, QuantizationError
@@ -192,7 +202,7 @@ def test_neither_groups_nor_blocks_nor_slices_change_what_is_found(
     one = export_merged(model, tmp_path / "one", verify=examples).verification
     monkeypatch.setattr(verify, "GROUP_TOKENS", 40)
     monkeypatch.setattr(verify, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(export, "SLICE_BYTES", 1)
+    monkeypatch.setattr(export_plan, "SLICE_BYTES", 1)
     other = export_merged(model, tmp_path / "many", verify=examples).verification
     assert one is not None and other is not None and len(list(verify._groups(examples))) > 1
     for base in BASES:
