@@ -19,6 +19,7 @@ from qlora_lite.delta import Delta
 from qlora_lite.errors import CheckpointError
 from qlora_lite.experts import PackedStack
 from qlora_lite.load import Checkpoint
+from qlora_lite.memory.host import HoleLimit
 from qlora_lite.merge_report import MergeReport, TensorFigures
 from qlora_lite.plain_weights import PlainWeight, weights_to_write
 from qlora_lite.quantize import PackedWeight
@@ -97,6 +98,7 @@ class ExportPlan:
     """The tensors to write, and the figures that writing them fills in.
 
     untied: whether weights that are tied in the model are two in the export, since an adapter is on one of them.
+    holes: looked at after each tensor, so that freed pages of many sizes do not pile up.
     """
 
     base: str
@@ -105,6 +107,7 @@ class ExportPlan:
     tensors: dict[str, PlannedTensor] = field(default_factory=dict)
     figures: list[TensorFigures] = field(default_factory=list)
     sources: list[Sources] = field(default_factory=list)
+    holes: HoleLimit = field(default_factory=HoleLimit)
 
     @classmethod
     def of(
@@ -200,6 +203,7 @@ class _Writing:
                 rows = chosen.rows(start, stop)
                 yield self._written(rows, None if other is None else other.rows(start, stop), start, figures)
         self.plan.figures.append(figures)
+        self.plan.holes.check()
 
     def _written(self, rows: Tensor, other: Tensor | None, start: int, figures: TensorFigures) -> Tensor:
         figures.values += rows.numel()
