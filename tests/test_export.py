@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -301,6 +302,27 @@ def some(writer, piece, left=[count]):
 storage._Writer.write = some
 export.merge_checkpoint(*sys.argv[1:4], max_shard_bytes=30_000)
 """
+
+
+def test_an_export_has_what_llama_cpps_converter_reads(tiny_folder: Path, tmp_path: Path) -> None:
+    """Stands in for the converter itself, which is no package: it takes float tensors by the architecture's names."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    before = os.umask(0o027)
+    try:
+        export_merged(trained(tiny_folder), tmp_path / "out")
+    finally:
+        os.umask(before)
+    tensors = tensors_of(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_folder))
+    assert tensors.keys() == plain.state_dict().keys() - {"lm_head.weight"}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] is True
+    assert "quantization_config" not in config
+    files = {path.name: path for path in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "model.safetensors"} <= files.keys()
+    assert {path.stat().st_mode & 0o777 for path in files.values()} == {0o640}
 
 
 @pytest.mark.parametrize("pieces", [0, 5, 20])
