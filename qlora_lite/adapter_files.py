@@ -87,7 +87,8 @@ NARROWING_OPTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _peft_key(name: str, layer: LoraLayer, part: str) -> str:
+def peft_key(name: str, layer: LoraLayer, part: str) -> str:
+    """peft's key of a layer's matrix; part: A or B."""
     if isinstance(layer.kind, EmbeddingKind):
         return f"{PREFIX}{name}.lora_embedding_{part}"
     return f"{PREFIX}{name}.lora_{part}.weight"
@@ -172,8 +173,8 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
         )
     tensors: dict[str, PlannedTensor] = {}
     for name, layer in layers.items():
-        tensors[_peft_key(name, layer, "A")] = planned(layer.lora_A)
-        tensors[_peft_key(name, layer, "B")] = planned(layer.lora_B)
+        tensors[peft_key(name, layer, "A")] = planned(layer.lora_A)
+        tensors[peft_key(name, layer, "B")] = planned(layer.lora_B)
     config = _peft_config(model, layers)
     with new_folder(Path(folder), overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)

@@ -21,7 +21,7 @@ from qlora_lite.config import FLOAT_DTYPES, QuantConfig, is_count, require
 from qlora_lite.conversion import model_tensors
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
-from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk
+from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
 from qlora_lite.load import Checkpoint
 from qlora_lite.merge_report import MergeReport
 from qlora_lite.plain_weights import plain_weights
@@ -158,8 +158,10 @@ def merge_checkpoint(
     model: Any = hub.empty_model(hub.read_config(source), load_dtype)
     hub.tie(model)
     originals = _originals(model, source, base)
-    origin = OnDisk(model, Checkpoint.of(source, model, config), load_dtype)
+    checkpoint = Checkpoint.of(source, model, config)
+    slots = checkpoint.slots(model)
     load_adapter_(model, adapter)
+    origin = OnDisk(slots, checkpoint, load_dtype, stored_deltas_(model, adapter))
     hub.read_generation_config_(model, source)
     plan = ExportPlan.of(model, base, dtype, origin, originals)
     return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)

@@ -9,22 +9,28 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from qlora_lite.adapter_files import TENSOR_FILE, peft_key
+from qlora_lite.adapters import lora_layers
 from qlora_lite.config import FLOAT_DTYPES
 from qlora_lite.delta import Delta
 from qlora_lite.errors import CheckpointError
 from qlora_lite.experts import PackedStack
 from qlora_lite.load import Checkpoint
-from qlora_lite.memory.host import HoleLimit
+from qlora_lite.lora import LoraLayer
+from qlora_lite.memory.host import HoleLimit, release_freed_pages
 from qlora_lite.merge_report import MergeReport, TensorFigures
 from qlora_lite.plain_weights import PlainWeight, weights_to_write
 from qlora_lite.quantize import PackedWeight
+from qlora_lite.quantize_base import Slot
 from qlora_lite.storage import PlannedTensor
 from qlora_lite.streamed import Weights
+from qlora_lite.tensor_files import tensors_in
 from qlora_lite.tensor_views import Source, slices
 from qlora_lite.verify import DEQUANTIZED, ORIGINAL, Compared
 from qlora_lite.weight_rows import (
@@ -51,6 +57,9 @@ class Origin(Protocol):
     def trained(self, weight: PlainWeight) -> list[WeightRows]:
         """W0 as it was in training, in the plain checkpoint's orientation; the matrices of a packed stack apart."""
 
+    def delta(self, weight: PlainWeight) -> Delta:
+        """The update of a weight that has one."""
+
     def integers(self, weight: PlainWeight) -> Tensor:
         """A tensor that is no float, whole."""
 
@@ -64,17 +73,27 @@ class InMemory:
             return [packed_rows(matrix, held.transposed) for matrix in held]
         return [packed_rows(held, weight.transposed) if isinstance(held, PackedWeight) else DenseRows(held)]
 
+    def delta(self, weight: PlainWeight) -> Delta:
+        assert weight.delta is not None
+        return weight.delta
+
     def integers(self, weight: PlainWeight) -> Tensor:
         held: Tensor = weight.holder
         return held
 
 
 class OnDisk:
-    """Of an empty model that stands for a checkpoint: what `load_quantized` would have made of each tensor."""
+    """Of an empty model that stands for a checkpoint: what `load_quantized` would have made of each tensor.
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self._checkpoint, self._dtype = checkpoint, dtype
-        self._slots = {id(slot.weight): slot for slot in checkpoint.slots(model)}
+    slots: what the checkpoint packs of the model, before adapters were put onto it. deltas: those of the adapter on
+    disk, by the weights' names (`stored_deltas_`).
+    """
+
+    def __init__(
+        self, slots: list[Slot], checkpoint: Checkpoint, dtype: torch.dtype, deltas: Mapping[str, Callable[[], Delta]]
+    ) -> None:
+        self._checkpoint, self._dtype, self._deltas = checkpoint, dtype, deltas
+        self._slots = {id(slot.weight): slot for slot in slots}
 
     def _name(self, weight: PlainWeight) -> str:
         name = weight.name_in(self._checkpoint.tensors)
@@ -88,9 +107,48 @@ class OnDisk:
         sources = self._checkpoint.sources(name, slot, self._dtype)
         return [RepackedRows(source, slot.transposed) for source in sources]
 
+    def delta(self, weight: PlainWeight) -> Delta:
+        return self._deltas[weight.name]()
+
     def integers(self, weight: PlainWeight) -> Tensor:
         stored = self._checkpoint.plain(self._name(weight))
         return stored.rows(0, stored.shape[0] if stored.shape else 1)
+
+
+def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[], Delta]]:
+    """The updates that `load_adapter_` gave a model on meta, by the weights' names, each read again when asked for.
+
+    The layers let go of their values, so an adapter takes no memory but for the layer at hand.
+    """
+    stored = tensors_in(Path(folder) / TENSOR_FILE)
+
+    def delta(layer: LoraLayer, keys: tuple[str, str]) -> Delta:
+        lora_A, lora_B = (stored[key].read() for key in keys)
+        return layer.kind.delta(lora_A, lora_B, layer.scaling)
+
+    found: dict[str, Callable[[], Delta]] = {}
+    for name, layer in lora_layers(model).items():
+        keys = peft_key(name, layer, "A"), peft_key(name, layer, "B")
+        found[f"{name}.weight"] = functools.partial(delta, layer, keys)
+        layer.to("meta")
+    release_freed_pages()
+    return found
+
+
+class _Made(Mapping[str, Delta]):
+    """Updates by name, each made or read whenever it is asked for."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Delta]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Delta:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 @dataclass
@@ -137,15 +195,16 @@ class ExportPlan:
         chosen, other = trained, original if is_packed else None
         if self.base == ORIGINAL and original is not None:
             chosen, other = original, trained if is_packed else None
-        self.sources.append(Sources(weight.name, trained, original, weight.delta))
-        write = _Writing(chosen, other, weight.delta, weight.name, self)
+        delta = None if weight.delta is None else functools.partial(origin.delta, weight)
+        self.sources.append(Sources(weight.name, trained, original, delta))
+        write = _Writing(chosen, other, delta, weight.name, self)
         self.tensors[weight.name] = PlannedTensor(weight.shape, self.dtype, write.slices)
 
     def compared(self, written: Mapping[str, Source]) -> Compared:
         """The models that the export is verified against; the written one is read back from the files."""
         rest = {name: tensor.slices for name, tensor in self.tensors.items()}  # integers: the same in all
         base = Weights(rest | {source.name: functools.partial(source.base, SLICE_BYTES) for source in self.sources})
-        deltas = {source.name: source.delta for source in self.sources if source.delta is not None}
+        deltas = _Made({source.name: source.delta for source in self.sources if source.delta is not None})
         merged = {self.base: Weights({name: _read(stored) for name, stored in written.items()})}
         missing: dict[str, str] = {}
         other = ORIGINAL if self.base == DEQUANTIZED else DEQUANTIZED
@@ -186,31 +245,34 @@ class _Writing:
 
     chosen: list[WeightRows]
     other: list[WeightRows] | None
-    delta: Delta | None
+    delta: Callable[[], Delta] | None
     name: str
     plan: ExportPlan
 
     @torch.no_grad()
     def slices(self) -> Iterator[Tensor]:
         figures = TensorFigures(self.name, values=0)
-        if self.delta is not None:
-            figures.update = self.delta.squared_norm()
+        delta = None if self.delta is None else self.delta()
+        if delta is not None:
+            figures.update = delta.squared_norm()
         others: list[Any] = [None] * len(self.chosen) if self.other is None else list(self.other)
         for chosen, other in zip(self.chosen, others, strict=True):
             steps = [chosen.step, 1 if other is None else other.step]
-            step = common_step(*steps, 1 if self.delta is None else Delta.TILE_ROWS)
+            step = common_step(*steps, 1 if delta is None else Delta.TILE_ROWS)
             for start, stop in slice_starts(chosen.shape, step, SLICE_BYTES):
                 rows = chosen.rows(start, stop)
-                yield self._written(rows, None if other is None else other.rows(start, stop), start, figures)
+                yield self._written(rows, None if other is None else other.rows(start, stop), start, delta, figures)
         self.plan.figures.append(figures)
         self.plan.holes.check()
 
-    def _written(self, rows: Tensor, other: Tensor | None, start: int, figures: TensorFigures) -> Tensor:
+    def _written(
+        self, rows: Tensor, other: Tensor | None, start: int, delta: Delta | None, figures: TensorFigures
+    ) -> Tensor:
         figures.values += rows.numel()
         figures.add_weight(rows)
         if other is not None:
             figures.add_quantization(rows, other)
-        without_update = None if self.delta is None else rows.to(self.plan.dtype, copy=True)
-        written = merged_rows(rows, start, self.delta, self.plan.dtype, self.name)
+        without_update = None if delta is None else rows.to(self.plan.dtype, copy=True)
+        written = merged_rows(rows, start, delta, self.plan.dtype, self.name)
         figures.add_written(rows, written, without_update)
         return written

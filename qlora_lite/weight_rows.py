@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -188,14 +188,14 @@ def merged_rows(rows: Tensor, first: int, delta: Delta | None, dtype: torch.dtyp
 class Sources:
     """What a tensor can be made of: W0 as trained on, W0 of the checkpoint if it is at hand, the update.
 
-    W0 comes in one piece, or as the matrices of a stack, one after the other. Slices take at most `largest_bytes` in
-    fp32.
+    W0 comes in one piece, or as the matrices of a stack, one after the other. The update is made, or read, when it is
+    needed. Slices take at most `largest_bytes` in fp32.
     """
 
     name: str
     trained: list[WeightRows]
     original: list[WeightRows] | None
-    delta: Delta | None
+    delta: Callable[[], Delta] | None
 
     def base(self, largest_bytes: int) -> Iterator[Tensor]:
         """W0 as trained on, in fp32."""
@@ -210,8 +210,9 @@ class Sources:
 
     @torch.no_grad()
     def _slices(
-        self, pieces: list[WeightRows], delta: Delta | None, dtype: torch.dtype, largest_bytes: int
+        self, pieces: list[WeightRows], make: Callable[[], Delta] | None, dtype: torch.dtype, largest_bytes: int
     ) -> Iterator[Tensor]:
+        delta = None if make is None else make()
         for rows in pieces:
             step = common_step(rows.step, 1 if delta is None else Delta.TILE_ROWS)
             for start, stop in slice_starts(rows.shape, step, largest_bytes):

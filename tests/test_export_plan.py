@@ -10,7 +10,7 @@ import torch
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, load_quantized, save_adapter
 from qlora_lite.adapters import lora_layers
 from qlora_lite.errors import CheckpointError
-from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk
+from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
 from qlora_lite.hub import empty_model, read_config, tie
 from qlora_lite.load import Checkpoint
 from qlora_lite.tensor_files import TensorFiles
@@ -24,9 +24,12 @@ def plans(folder: Path, adapter: Path, base: str, dtype: torch.dtype = torch.flo
     live = load_quantized(folder, QUANT)
     empty = empty_model(read_config(folder), torch.bfloat16)
     tie(empty)
-    on_disk = OnDisk(empty, Checkpoint.of(folder, empty, QUANT), torch.bfloat16)
+    checkpoint = Checkpoint.of(folder, empty, QUANT)
+    slots = checkpoint.slots(empty)
     for model in (live, empty):
         load_adapter_(model, adapter)
+    on_disk = OnDisk(slots, checkpoint, torch.bfloat16, stored_deltas_(empty, adapter))
+    assert all(parameter.is_meta for parameter in empty.parameters())  # the adapter is not held either
     return [
         ExportPlan.of(live, base, dtype, InMemory(), originals),
         ExportPlan.of(empty, base, dtype, on_disk, originals),

@@ -108,11 +108,11 @@ def test_merged_slices_are_the_sum_of_the_base_that_is_asked_for(rows: int, larg
         torch.randn(rows, 6),
         Delta(torch.randn(rows, 2), torch.randn(2, 6), 3),
     )
-    sources = Sources("w", [DenseRows(trained)], [DenseRows(original)], delta)
+    sources = Sources("w", [DenseRows(trained)], [DenseRows(original)], lambda: delta)
     update = 3 * delta.left @ delta.right
     assert torch.equal(torch.cat(list(sources.base(largest))), trained)
     for base, from_original in ((trained, False), (original, True)):
         merged = torch.cat(list(sources.merged(from_original, torch.float16, largest)))
         torch.testing.assert_close(merged, (base + update).half(), rtol=2e-3, atol=1e-4)
     with pytest.raises(CheckpointError, match="the checkpoint's own w is not at hand"):
-        Sources("w", [DenseRows(trained)], None, delta).merged(True, torch.float16, largest)
+        Sources("w", [DenseRows(trained)], None, lambda: delta).merged(True, torch.float16, largest)
