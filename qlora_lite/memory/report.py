@@ -5,7 +5,7 @@ Bytes become KiB, MiB or GiB here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ class PhaseMemory:
 
     seconds: their sum. resident_start, resident_end: resident bytes of the process when the phase was first entered
     and last left. All peaks are the largest of any time, in bytes: `resident_peak` of the process, `allocated_peak`
-    and `reserved_peak` of the accelerator's allocator, `live_peak` of tensor storages, with their `breakdown` then.
+    and `reserved_peak` of the accelerator's allocator, `live_peak` of tensor storages, with their `breakdown` then and
+    `peak_in`, the module that was running.
     """
 
     name: str
@@ -46,6 +47,7 @@ class PhaseMemory:
     reserved_peak: int | None = None
     live_peak: int | None = None
     breakdown: MemoryBreakdown | None = None
+    peak_in: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; every field under its own name, unknown ones as None."""
@@ -53,10 +55,35 @@ class PhaseMemory:
 
 
 @dataclass(frozen=True)
+class Timeline:
+    """Live tensor bytes over a run: of each category at each point, and the phase that the point lies in.
+
+    A point stands for a stretch of changes, and is the largest of them, so that thinning loses no peak.
+    """
+
+    phases: tuple[str | None, ...]
+    sizes: Mapping[Category, tuple[int, ...]]
+
+    def __len__(self) -> int:
+        return len(self.phases)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dumps`."""
+        return {"phases": list(self.phases), "bytes": {key.value: list(sizes) for key, sizes in self.sizes.items()}}
+
+
+@dataclass(frozen=True)
 class MemoryReport:
-    """The phases of one run, in the order in which they were first entered."""
+    """The phases of one run, in the order in which they were first entered.
+
+    rehearsed: predicted on fake tensors, not measured. timeline: None if no storages were followed. context_bytes: what
+    the device takes for itself beside its allocator, None where that is unknown or there is no device.
+    """
 
     phases: tuple[PhaseMemory, ...]
+    rehearsed: bool = False
+    timeline: Timeline | None = None
+    context_bytes: int | None = None
 
     def phase(self, name: str) -> PhaseMemory | None:
         """The phase of this name, None if it was not entered."""
@@ -64,7 +91,12 @@ class MemoryReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
-        return {"phases": [phase.to_json() for phase in self.phases]}
+        return {
+            "rehearsed": self.rehearsed,
+            "phases": [phase.to_json() for phase in self.phases],
+            "timeline": None if self.timeline is None else self.timeline.to_json(),
+            "context_bytes": self.context_bytes,
+        }
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ def test_json_holds_every_field_as_it_is() -> None:
         "reserved_peak": None,
         "live_peak": None,
         "breakdown": None,
+        "peak_in": None,
     }
     assert MemoryBreakdown.from_json(backward["breakdown"]) == SPLIT
     assert report.phase("load") is LOAD
