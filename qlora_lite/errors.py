@@ -31,3 +31,7 @@ class NotFiniteError(TrainingError):
 
 class InputError(QLoRAError, ValueError):
     """A tensor handed to a layer has the wrong dtype or shape, or holds tokens that the vocabulary does not have."""
+
+
+class DeviceMemoryError(QLoRAError, MemoryError):
+    """A device does not have the memory that a sequence of allocations needs."""
