@@ -2,8 +2,7 @@
 
 torch asks the driver for segments and hands out blocks of them. So a process takes more from the device (`reserved`)
 than its tensors need: sizes are rounded, freed segments are kept, and holes between blocks in use fit nothing. This
-follows c10/cuda/CUDACachingAllocator.cpp in its default settings, with the constants of c10/core/AllocatorConfig.h of
-torch 2.13, rule by rule:
+follows c10/cuda/CUDACachingAllocator.cpp, with the constants of c10/core/AllocatorConfig.h of torch 2.13, by rule:
 
 1. A size is rounded up to 512 bytes (`round_size`).
 2. Blocks of up to 1 MiB come from one pool, larger ones from another (`get_pool`).
@@ -19,14 +18,19 @@ torch 2.13, rule by rule:
 8. A storage that is resized gets a new block before it gives back the old one, even if it shrinks; one that is resized
    to nothing only gives back (`resize_bytes_cuda` in aten/src/ATen/native/cuda/Resize.cpp).
 
-Not modelled: expandable segments and the other settings of PYTORCH_ALLOC_CONF, several streams, pools of CUDA graphs,
-and what a process takes past the allocator (the context, workspaces of libraries). The addresses of segments are the
-driver's choice: here each lies above those before it, which decides between free blocks of the same size, no more.
+With PYTORCH_ALLOC_CONF=expandable_segments:True each pool has one segment that grows and shrinks by pages of 2 or
+20 MiB. Then for rule 3 a block before unmapped addresses counts with these; for 4 pages are mapped at the lowest place
+where free and unmapped neighbours have the size together; for 5 a rest of 512 bytes is split off in both pools; for 7
+whole pages that are free are handed back (`get_free_block`, `try_allocate_expandable_block`, `unmap_block`).
+
+Not modelled: other settings, several streams, pools of CUDA graphs, and what a process takes past the allocator (the
+context, workspaces of libraries). The addresses of segments are the driver's choice: here each lies above those before
+it, which decides between free blocks of the same size, no more. A segment that grows has no end here; torch begins
+another after 1 1/8 of the device's memory, which holes from rule 7 alone can fill.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -34,21 +38,24 @@ from operator import attrgetter
 from typing import NamedTuple, Protocol, final
 
 from qlora_lite.errors import ConfigError, DeviceMemoryError
-
-MIN_BLOCK = 512
-SMALL_LIMIT = 1 << 20
-SMALL_SEGMENT = 2 << 20
-# Large blocks share a segment below the limit, and have one of their own, in steps, from there on.
-SHARED_LIMIT = 10 << 20
-SHARED_SEGMENT = 20 << 20
-LARGE_STEP = 2 << 20
+from qlora_lite.memory.segments import (
+    MIN_BLOCK,
+    SMALL_LIMIT,
+    Block,
+    BlockView,
+    Driver,
+    GrowingPool,
+    Pool,
+    SegmentPool,
+    rounded_up,
+)
 
 
 class Usage(NamedTuple):
     """Bytes in torch's words (`torch.cuda.memory_stats`), now or each at its own peak.
 
     allocated: rounded blocks in use. reserved: segments. inactive_split: free blocks in segments that are in use, which
-    nobody but this allocator can use, and only for what fits.
+    nobody but this allocator can use, and only for what fits; none in expandable segments.
     """
 
     allocated: int
@@ -58,14 +65,6 @@ class Usage(NamedTuple):
     def highest(self, other: Usage) -> Usage:
         """Entry by entry, the larger one."""
         return Usage(*map(max, self, other))
-
-
-class BlockView(NamedTuple):
-    """A block of a snapshot; `handle` is None if it is free."""
-
-    address: int
-    size: int
-    handle: int | None
 
 
 class StorageChange(Protocol):
@@ -93,84 +92,39 @@ class Replay:
     retries: int
 
 
-class _Block:
-    """A stretch of a segment, linked to its neighbours there; free while it has no handle."""
-
-    __slots__ = ("address", "after", "before", "handle", "pool", "size")
-
-    def __init__(self, pool: _Pool, address: int, size: int) -> None:
-        self.pool, self.address, self.size = pool, address, size
-        self.before: _Block | None = None
-        self.after: _Block | None = None
-        self.handle: int | None = None
-
-    def is_split(self) -> bool:
-        return self.before is not None or self.after is not None
-
-    def split_off(self, size: int) -> _Block:
-        """Keeps the first `size` bytes and gives the rest as a block of its own."""
-        rest = _Block(self.pool, self.address + size, self.size - size)
-        rest.before, rest.after = self, self.after
-        if rest.after is not None:
-            rest.after.before = rest
-        self.size, self.after = size, rest
-        return rest
-
-    def absorb_next(self) -> None:
-        gone = self.after
-        assert gone is not None
-        self.size += gone.size
-        self.after = gone.after
-        if self.after is not None:
-            self.after.before = self
-
-
-class _Pool:
-    """The free blocks of one pool, sorted as they are tried: by size, then by address."""
-
-    def __init__(self, least_rest: int) -> None:
-        self.least_rest = least_rest
-        self._order: list[tuple[int, int]] = []
-        self._by_address: dict[int, _Block] = {}
-
-    def add(self, block: _Block) -> None:
-        insort(self._order, (block.size, block.address))
-        self._by_address[block.address] = block
-
-    def remove(self, block: _Block) -> None:
-        del self._order[bisect_left(self._order, (block.size, block.address))]
-        del self._by_address[block.address]
-
-    def take_fitting(self, size: int) -> _Block | None:
-        position = bisect_left(self._order, (size, 0))
-        if position == len(self._order):
-            return None
-        return self._by_address.pop(self._order.pop(position)[1])
-
-    def whole_segments(self) -> list[_Block]:
-        return [block for block in self._by_address.values() if not block.is_split()]
-
-
 @final
 class CachingAllocator:
     """The allocator of one device and one stream, by the rules above.
 
-    `capacity`: the bytes that the driver has for it, None for any number. Callers name their blocks by handles.
-    To be read, in bytes: `allocated`, `reserved`, `inactive_split` (see `Usage`) and their peaks since the start or
-    `reset_peaks`; and `retries`, how often cached segments had to be handed back for a new one.
+    `capacity`: the bytes that the driver has for it, None for any number; `expandable`: with expandable segments.
+    Callers name their blocks by handles. To be read: `allocated`, `reserved`, `inactive_split` (see `Usage`) and their
+    peaks since the start or `reset_peaks`; and `retries`, how often what was cached had to be handed back for more.
     """
 
-    def __init__(self, capacity: int | None = None) -> None:
+    def __init__(self, capacity: int | None = None, expandable: bool = False) -> None:
         if capacity is not None and capacity < 0:
             raise ConfigError(f"the capacity of a device is a number of bytes, or None for any; got {capacity}")
-        self.capacity = capacity
-        self.allocated = self.reserved = self.inactive_split = self.retries = 0
-        self.peak_allocated = self.peak_reserved = self.peak_inactive_split = 0
-        self._small = _Pool(least_rest=MIN_BLOCK)
-        self._large = _Pool(least_rest=SMALL_LIMIT + 1)
-        self._in_use: dict[int, _Block] = {}
-        self._segments: dict[int, _Block] = {}  # by address: the first block
-        self._next_address = 0
+        kind = GrowingPool if expandable else SegmentPool
+        self._driver = Driver(capacity)
+        self._small: Pool = kind(self._driver, small=True)
+        self._large: Pool = kind(self._driver, small=False)
+        self._in_use: dict[int, tuple[Pool, Block]] = {}
+        self.allocated = self.peak_allocated = self.peak_inactive_split = self.retries = 0
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of all segments."""
+        return self._driver.reserved
+
+    @property
+    def peak_reserved(self) -> int:
+        """The most that was `reserved`."""
+        return self._driver.peak_reserved
+
+    @property
+    def inactive_split(self) -> int:
+        """Bytes of free blocks in segments that are in use."""
+        return self._small.inactive_split + self._large.inactive_split
 
     def malloc(self, handle: int, size: int) -> None:
         """Gives the handle a block of at least `size` bytes.
@@ -184,22 +138,19 @@ class CachingAllocator:
 
     def free(self, handle: int) -> None:
         """Takes the handle's block back. Raises ConfigError if it has none."""
-        self._take_back(self._block_of(handle))
+        self._take_back(*self._block_of(handle))
         del self._in_use[handle]
 
     def resize(self, handle: int, size: int) -> None:
         """Gives the handle a new block and takes the old one back after that. Raises what `malloc` and `free` do."""
         old = self._block_of(handle)
         self._in_use[handle] = self._block_for(handle, size)
-        self._take_back(old)
+        self._take_back(*old)
 
     def release_cached(self) -> None:
-        """Hands all segments without a block in use back to the driver, as `torch.cuda.empty_cache` does."""
-        for pool in (self._large, self._small):
-            for segment in pool.whole_segments():
-                pool.remove(segment)
-                del self._segments[segment.address]
-                self.reserved -= segment.size
+        """Hands what no block in use keeps back to the driver, as `torch.cuda.empty_cache` does."""
+        self._large.release_cached()
+        self._small.release_cached()
 
     def usage(self) -> Usage:
         """What is in use now."""
@@ -211,105 +162,55 @@ class CachingAllocator:
 
     def reset_peaks(self) -> None:
         """Lets the peaks start from what is in use now, as `torch.cuda.reset_peak_memory_stats` does."""
-        self.peak_allocated, self.peak_reserved, self.peak_inactive_split = self.usage()
+        self.peak_allocated, self._driver.peak_reserved, self.peak_inactive_split = self.usage()
 
     def snapshot(self) -> list[list[BlockView]]:
-        """The blocks of each segment, both in the order of their addresses."""
-        segments = []
-        for address in sorted(self._segments):
-            blocks, block = [], self._segments.get(address)
-            while block is not None:
-                blocks.append(BlockView(block.address, block.size, block.handle))
-                block = block.after
-            segments.append(blocks)
-        return segments
+        """The blocks of each segment, or connected piece of an expandable one, in the order of their addresses."""
+        return sorted([*self._small.segments(), *self._large.segments()], key=lambda segment: segment[0].address)
 
-    def _block_of(self, handle: int) -> _Block:
+    def _block_of(self, handle: int) -> tuple[Pool, Block]:
         if handle not in self._in_use:
             raise ConfigError(f"handle {handle} has no block; allocate one first")
         return self._in_use[handle]
 
-    def _block_for(self, handle: int, size: int) -> _Block:
+    def _block_for(self, handle: int, size: int) -> tuple[Pool, Block]:
         if size < 1:
             raise ConfigError(f"a block has at least 1 byte; got {size} for handle {handle}")
-        size = _rounded_up(size, MIN_BLOCK)
+        size = rounded_up(size, MIN_BLOCK)
         pool = self._small if size <= SMALL_LIMIT else self._large
-        block = pool.take_fitting(size)
-        if block is None:
-            block = self._new_segment(pool, size)
-        elif block.is_split():
-            self.inactive_split -= block.size
-        if block.size - size >= pool.least_rest:
-            rest = block.split_off(size)
-            pool.add(rest)
-            self._add_inactive(rest)
+        block = pool.take(size) or pool.grow(size) or self._grown_after_release(pool, size)
+        pool.trim(block, size)
         block.handle = handle
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
+        self.peak_inactive_split = max(self.peak_inactive_split, self.inactive_split)
+        return pool, block
+
+    def _grown_after_release(self, pool: Pool, size: int) -> Block:
+        self.retries += 1
+        self.release_cached()
+        block = pool.grow(size)
+        if block is None:
+            raise DeviceMemoryError(
+                f"the device is out of memory for a block of {size:,} bytes: "
+                f"of {self._driver.capacity:,} it has {self.reserved:,} are reserved ({self.allocated:,} allocated); "
+                "have less alive at once, or take a device with more memory"
+            )
         return block
 
-    def _new_segment(self, pool: _Pool, size: int) -> _Block:
-        wanted = _segment_bytes(size)
-        if not self._has_room(wanted):
-            self.retries += 1
-            self.release_cached()
-            if not self._has_room(wanted):
-                raise DeviceMemoryError(
-                    f"the device is out of memory: a block of {size:,} bytes wants a segment of {wanted:,}, "
-                    f"and of {self.capacity:,} {self.reserved:,} are reserved ({self.allocated:,} allocated); "
-                    "have less alive at once, or take a device with more memory"
-                )
-        block = _Block(pool, self._next_address, wanted)
-        self._next_address += wanted
-        self._segments[block.address] = block
-        self.reserved += wanted
-        self.peak_reserved = max(self.peak_reserved, self.reserved)
-        return block
-
-    def _has_room(self, size: int) -> bool:
-        return self.capacity is None or self.reserved + size <= self.capacity
-
-    def _take_back(self, block: _Block) -> None:
+    def _take_back(self, pool: Pool, block: Block) -> None:
         self.allocated -= block.size
-        block.handle = None
-        if block.before is not None and block.before.handle is None:
-            block = block.before
-            self._remove_inactive(block)
-            block.absorb_next()
-        if block.after is not None and block.after.handle is None:
-            self._remove_inactive(block.after)
-            block.absorb_next()
-        block.pool.add(block)
-        if block.is_split():
-            self._add_inactive(block)
-
-    def _add_inactive(self, block: _Block) -> None:
-        self.inactive_split += block.size
+        pool.put_back(block)
         self.peak_inactive_split = max(self.peak_inactive_split, self.inactive_split)
 
-    def _remove_inactive(self, block: _Block) -> None:
-        block.pool.remove(block)
-        self.inactive_split -= block.size
 
-
-def _rounded_up(size: int, step: int) -> int:
-    return -(-size // step) * step
-
-
-def _segment_bytes(size: int) -> int:
-    """What the driver is asked for when no free block fits a rounded size (rule 4)."""
-    if size <= SMALL_LIMIT:
-        return SMALL_SEGMENT
-    return SHARED_SEGMENT if size < SHARED_LIMIT else _rounded_up(size, LARGE_STEP)
-
-
-def replay(changes: Iterable[StorageChange], capacity: int | None = None) -> Replay:
+def replay(changes: Iterable[StorageChange], capacity: int | None = None, expandable: bool = False) -> Replay:
     """Puts changes of storages through a new allocator: `StorageTrace.timeline()`, if all was on the device.
 
     Raises ConfigError if a storage shrinks below nothing, DeviceMemoryError, which names the phase, if `capacity` bytes
     do not suffice.
     """
-    allocator = CachingAllocator(capacity)
+    allocator = CachingAllocator(capacity, expandable)
     sizes: dict[int, int] = {}
     by_phase: dict[str | None, Usage] = {}
     for phase, stretch in groupby(changes, key=attrgetter("phase")):

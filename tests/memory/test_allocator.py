@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qlora_lite.errors import ConfigError, DeviceMemoryError, QLoRAError
-from qlora_lite.memory.allocator import BlockView, CachingAllocator, Replay, Usage, replay
+from qlora_lite.memory.allocator import CachingAllocator, Replay, Usage, replay
+from qlora_lite.memory.segments import BlockView
 from qlora_lite.memory.trace import StorageTrace
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -172,8 +173,8 @@ def test_memory_can_be_out_with_enough_bytes_free_in_holes() -> None:
     with pytest.raises(DeviceMemoryError) as caught:
         allocator.malloc(3, 11 * MIB)
     assert str(caught.value) == (
-        "the device is out of memory: a block of 11,534,336 bytes wants a segment of 12,582,912, "
-        "and of 31,457,280 20,971,520 are reserved (4,194,304 allocated); "
+        "the device is out of memory for a block of 11,534,336 bytes: "
+        "of 31,457,280 it has 20,971,520 are reserved (4,194,304 allocated); "
         "have less alive at once, or take a device with more memory"
     )
     assert isinstance(caught.value, QLoRAError) and isinstance(caught.value, MemoryError)
@@ -425,10 +426,19 @@ def test_a_storage_resized_to_nothing_gives_back_and_starts_anew() -> None:
 def test_a_replay_that_does_not_fit_says_where() -> None:
     changes = [Change(None, 0, 20 * MIB), Change("forward", 1, 12 * MIB)]
     assert replay(changes, capacity=32 * MIB).peak.reserved == 32 * MIB
-    with pytest.raises(DeviceMemoryError, match=r"^in phase 'forward', the device is out of memory: a block of 12,58"):
+    with pytest.raises(
+        DeviceMemoryError, match=r"^in phase 'forward', the device is out of memory for a block of 12,58"
+    ):
         replay(changes, capacity=32 * MIB - 1)
     with pytest.raises(DeviceMemoryError, match=r"^outside of all phases, the device is out of memory"):
         replay(changes, capacity=0)
+
+
+def test_a_replay_can_have_expandable_segments() -> None:
+    # 12, 14 and 16 MiB: segments of their own, or three pages of 20 MiB that 42 MiB lie in.
+    changes = [Change(None, serial, size * MIB) for serial, size in enumerate((12, 14, 16))]
+    assert replay(changes).peak == Usage(42 * MIB, 42 * MIB, 0)
+    assert replay(changes, expandable=True).peak == Usage(42 * MIB, 60 * MIB, 0)
 
 
 def test_a_replay_counts_its_retries() -> None:
