@@ -247,15 +247,18 @@ def test_torchs_test_of_a_retry_when_memory_is_out() -> None:
 # Whatever is asked for
 
 SIZES = st.one_of(
-    st.integers(1, 4096),
-    st.integers(1, 40).map(lambda n: n * 128 * KIB),
-    st.integers(1, 40).map(lambda n: n * MIB - 512),
+    st.sampled_from([512, 4096, 512 * KIB, MIB, 2 * MIB, 5 * MIB, 10 * MIB - 512, 10 * MIB, 11 * MIB, 20 * MIB]),
+    st.integers(1, 2 * MIB),
     st.integers(1, 48 * MIB),
 )
-# A step frees the n-th block in use (modulo their number), or asks for a size.
-STEPS = st.lists(
-    st.one_of(st.tuples(st.just("free"), st.integers(0, 50)), st.tuples(st.just("malloc"), SIZES)), max_size=80
+# Asks for a size, frees the n-th block in use (modulo their number), or hands back what is cached.
+STEP = st.one_of(
+    st.tuples(st.just("malloc"), SIZES),
+    st.tuples(st.just("free"), st.integers(0, 50)),
+    st.tuples(st.just("release"), st.just(0)),
 )
+# Lists of a drawn length: left to itself, hypothesis makes them of five steps or so.
+STEPS = st.integers(0, 60).flatmap(lambda length: st.lists(STEP, min_size=length, max_size=length))
 
 
 class NaiveAllocator:
@@ -281,7 +284,7 @@ class NaiveAllocator:
         if not fits:
             wanted = 2 * MIB if small else 20 * MIB if size < 10 * MIB else (size + 2 * MIB - 1) // (2 * MIB) * 2 * MIB
             if self.capacity is not None and self.reserved() + wanted > self.capacity:
-                self.segments = [s for s in self.segments if any(block.handle is not None for block in s)]
+                self.release()
                 if self.reserved() + wanted > self.capacity:
                     return False
             self.segments.append([BlockView(self.end, wanted, None)])
@@ -294,6 +297,9 @@ class NaiveAllocator:
         free = [BlockView(address + used, has - used, None)] if used < has else []
         segment[place : place + 1] = [BlockView(address, used, handle), *free]
         return True
+
+    def release(self) -> None:
+        self.segments = [segment for segment in self.segments if any(block.handle is not None for block in segment)]
 
     def free(self, handle: int) -> None:
         for segment in self.segments:
@@ -341,6 +347,9 @@ def test_blocks_tile_their_segments_and_are_those_of_the_naive_model(
             else:
                 with pytest.raises(DeviceMemoryError):
                     allocator.malloc(handle, number)
+        elif verb == "release":
+            naive.release()
+            allocator.release_cached()
         elif asked:
             gone = sorted(asked)[number % len(asked)]
             del asked[gone]
@@ -391,20 +400,22 @@ def test_peaks_of_phases_start_from_what_was_there_and_join_over_entries() -> No
     changes = [
         Change(None, 0, 12 * MIB),
         Change("forward", 1, 20 * MIB),
+        Change("forward", 4, 80 * MIB),
+        Change("forward", 4, -80 * MIB),
         Change("backward", 2, 40 * MIB),
         Change("backward", 1, -20 * MIB),
         Change("backward", 2, -40 * MIB),
         Change("forward", 3, 14 * MIB),
     ]
-    # 14 MiB come out of the segment of 20 at last, the rest of 6 is split off.
+    # The 40 MiB take the segment of 80 and leave 40 free in it. At last 14 MiB take that of 20 and leave 6.
     assert replay(changes) == Replay(
-        peak=Usage(72 * MIB, 72 * MIB, 6 * MIB),
+        peak=Usage(112 * MIB, 112 * MIB, 40 * MIB),
         by_phase={
             None: Usage(12 * MIB, 12 * MIB, 0),
-            "forward": Usage(32 * MIB, 72 * MIB, 6 * MIB),
-            "backward": Usage(72 * MIB, 72 * MIB, 0),
+            "forward": Usage(112 * MIB, 112 * MIB, 6 * MIB),
+            "backward": Usage(72 * MIB, 112 * MIB, 40 * MIB),
         },
-        end=Usage(26 * MIB, 72 * MIB, 6 * MIB),
+        end=Usage(26 * MIB, 112 * MIB, 6 * MIB),
         retries=0,
     )
     assert replay([]) == Replay(Usage(0, 0, 0), {}, Usage(0, 0, 0), 0)
