@@ -22,7 +22,7 @@ PACKAGE = ROOT / "qlora_lite"
 # From the ground up; a file imports only from floors strictly below its own.
 FLOORS = (
     ("errors",),
-    ("formats", "modules", "derived", "finite", "memory.breakdown", "memory.host"),
+    ("formats", "modules", "derived", "finite", "memory.breakdown", "memory.host", "memory.running"),
     (
         "config",
         "storage",

@@ -236,6 +236,7 @@ class MemoryProfiler:
             reserved_peak=totals.peaks.reserved,
             live_peak=live_peak,
             breakdown=breakdown,
+            peak_in=None if self._trace is None else self._trace.peak_in(name),
         )
 
     def _label_all(self) -> None:
@@ -245,6 +246,7 @@ class MemoryProfiler:
         model, optimizer = self._model(), self._optimizer()
         owners: dict[int, str] = {}
         if model is not None:
+            self._trace.follow(model)
             for name, module in model.named_modules():
                 self._label_module(self._trace, name, module, owners)
         if optimizer is not None:
