@@ -79,5 +79,5 @@ class RunningModule:
 
 
 # torch's own names for these begin with an underscore; there are no others.
-current_node: Callable[[], Any] = torch._C._current_autograd_node  # type: ignore[attr-defined]
-next_node_number: Callable[[], int] = torch._C._autograd._get_sequence_nr  # type: ignore[attr-defined]
+current_node: Callable[[], Any] = torch._C._current_autograd_node
+next_node_number: Callable[[], int] = torch._C._autograd._get_sequence_nr

@@ -146,7 +146,7 @@ class StorageTrace:
         self._running.__exit__(kind, error, where)
 
     def follow(self, model: nn.Module) -> None:
-        """Says whose modules the storages that are made from now on may belong to; again after modules were replaced."""
+        """Says whose modules the storages that are made from now on may belong to; again after some were replaced."""
         self._running.follow(model)
 
     @contextmanager
