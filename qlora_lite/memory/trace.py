@@ -106,9 +106,13 @@ class StorageTrace:
 
     `label` may be called before, in and after the run, `phase` in it. One trace follows one run. Phases may nest:
     an event belongs to the innermost, the peak of an outer phase includes its inner ones.
+
+    hidden_bytes: what an operator (its overload, its arguments) allocates inside itself and frees again, for a device
+    that is not at hand.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hidden_bytes: Callable[[Any, tuple[Any, ...]], int] | None = None) -> None:
+        self._hidden_bytes = hidden_bytes
         self._log = array("q")  # serial, delta, serial, delta, ...
         self._sizes = array("q")  # by serial: bytes now
         self._origins = array("b")  # by serial: MADE, ...
@@ -258,7 +262,12 @@ class StorageTrace:
         if func is not torch.ops.aten.lift_fresh.default:
             self._touch_all((args, tuple(kwargs.values())), MET)
         result = func(*args, **kwargs)
-        self._touch_all(result, MADE if task == NO_BACKWARD else MADE_IN_BACKWARD)
+        origin = MADE if task == NO_BACKWARD else MADE_IN_BACKWARD
+        self._touch_all(result, origin)
+        if self._hidden_bytes is not None and (size := self._hidden_bytes(func, args)):
+            serial = self._added(origin)
+            self._note(serial, size)
+            self._note(serial, 0)
         return result
 
     def _hold_for_backward(self) -> None:
@@ -278,16 +287,20 @@ class StorageTrace:
             if not self._recording:
                 return None
             ref = _StorageRef(storage, self._gone)
-            ref.key, ref.serial = id(storage), len(self._sizes)
-            # What is met was made before, by nobody knows whom.
-            maker = None if origin == MET else self._running.now()
-            self._sizes.append(0)
-            self._origins.append(origin)
-            self._makers.append(self._modules.setdefault(maker, len(self._modules)))
-            self._labels.append(NO_LABEL)
+            ref.key, ref.serial = id(storage), self._added(origin)
             self._refs[ref.key] = ref
         self._note(ref.serial, storage.nbytes())
         return ref.serial
+
+    def _added(self, origin: int) -> int:
+        """The serial number of a new storage."""
+        # What is met was made before, by nobody knows whom.
+        maker = None if origin == MET else self._running.now()
+        self._sizes.append(0)
+        self._origins.append(origin)
+        self._makers.append(self._modules.setdefault(maker, len(self._modules)))
+        self._labels.append(NO_LABEL)
+        return len(self._sizes) - 1
 
     def _note(self, serial: int, size: int) -> None:
         delta = size - self._sizes[serial]
