@@ -40,9 +40,9 @@ def rehearse_steps(
 ) -> MemoryReport:
     """What `profile_steps` would measure of live tensors: phases load, forward, backward, optimizer.
 
-    Runs the packing of `load_quantized`, `add_lora_` and `train`, batches `(rows, tokens)`, on fake tensors. accelerator:
-    as for `rehearse`. dtype: of what is not packed. RehearsalError for a model whose code cannot run on fake tensors,
-    ConfigError, TargetError, CheckpointError as the real run would raise them.
+    Runs the packing of `load_quantized`, `add_lora_` and `train`, with batches `(rows, tokens)`, on fake tensors.
+    accelerator: as for `rehearse`. dtype: of what is not packed. RehearsalError for a model whose code cannot run on
+    fake tensors; ConfigError, TargetError, CheckpointError as the real run would raise them.
     """
     found = read_config(path_or_id)
     check_batch_shape(found, rows, tokens)

@@ -57,16 +57,20 @@ class LaidOut:
         return PackedWeight((rows, columns), self.format, self.config.blocksize, self.config.double_quant, device)
 
 
+def _unread(name: str, tensor: Tensor, dtype: torch.dtype) -> UnreadTensor:
+    return UnreadTensor(name, dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+
+
 class UnreadCheckpoint:
     """Stands for the checkpoint of a model on meta whose tensors are `dtype` on disk; of tied ones it has the first."""
 
     def __init__(self, model: Any, config: QuantConfig, dtype: torch.dtype) -> None:
-        tied = hub.tied_names(model)
+        tensors, tied = model.state_dict(keep_vars=True), hub.tied_names(model)
+        # In the order in which those of a real checkpoint are read: what is resident by when decides on the peak.
+        order = [conversion.target for conversion in hub.conversions(model, tensors, tensors)]
         self.config = config
         self.tensors: Mapping[str, UnreadTensor] = {
-            name: UnreadTensor(name, dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
-            for name, tensor in model.state_dict(keep_vars=True).items()
-            if name not in tied
+            name: _unread(name, tensors[name], dtype) for name in order if name not in tied
         }
         self._whole = Checkpoint(Path(), config, self.tensors)
         self._run: set[int] = set()
@@ -82,5 +86,7 @@ class UnreadCheckpoint:
     def slots(self, model: nn.Module) -> list[Slot]:
         """What is packed of the model."""
         found = self._whole.slots(model)
-        self._run = {id(slot) for slot in {(slot.weight.shape, slot.format): slot for slot in found}.values()}
+        place = {name: number for number, name in enumerate(self.tensors)}
+        in_order = sorted(found, key=lambda slot: place.get(slot.name, 0))
+        self._run = {id(slot) for slot in {(slot.weight.shape, slot.format): slot for slot in in_order}.values()}
         return found
