@@ -248,14 +248,14 @@ def profile(
     """Run two training steps on made-up tokens and show where the bytes are in each phase."""
     from json import dumps
 
-    from qlora_lite.config import LoraConfig, QuantConfig, checkpointing_named
+    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, checkpointing_named
     from qlora_lite.memory.report import render
     from qlora_lite.training import profile_steps
 
     quant = QuantConfig(format, embedding_format=embedding_format, int8_activations=int8_activations)
     lora = LoraConfig(rank, 2 * rank)
-    dial = checkpointing_named(checkpointing)
-    report = profile_steps(model, quant, lora, rows=rows, tokens=tokens, checkpointing=dial)
+    config = TrainConfig(steps=2, checkpointing=checkpointing_named(checkpointing))
+    report = profile_steps(model, quant, lora, config, rows=rows, tokens=tokens)
     print(render(report))
     if json:
         print(dumps(report.to_json()))

@@ -22,7 +22,17 @@ PACKAGE = ROOT / "qlora_lite"
 # From the ground up; a file imports only from floors strictly below its own.
 FLOORS = (
     ("errors",),
-    ("formats", "modules", "derived", "finite", "memory.breakdown", "memory.host", "memory.segments"),
+    (
+        "formats",
+        "modules",
+        "derived",
+        "finite",
+        "devices",
+        "memory.breakdown",
+        "memory.host",
+        "memory.running",
+        "memory.segments",
+    ),
     (
         "config",
         "storage",
@@ -36,11 +46,12 @@ FLOORS = (
         "memory.trace",
         "memory.allocator",
         "memory.report",
+        "memory.workspaces",
         "merge_report",
     ),
     ("quantize", "loss", "attention", "hub", "progress", "tensor_files"),
     ("lora", "optim", "weight_rows", "conversion", "experts", "streamed"),
-    ("adapters", "quantize_base", "plain_weights", "packed_files"),
+    ("adapters", "quantize_base", "plain_weights", "packed_files", "memory.ownership"),
     (
         "merge",
         "adapter_files",
@@ -51,12 +62,13 @@ FLOORS = (
         "objective",
         "data",
         "memory.measure",
-        "memory.rehearse",
     ),
+    ("memory.rehearse", "unread"),
     ("verify",),
     ("export_plan",),
     ("export", "quantized_files", "run_folder"),
     ("training",),
+    ("prediction",),
     ("cli",),
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
