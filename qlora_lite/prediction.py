@@ -13,7 +13,7 @@ from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
 from qlora_lite.errors import CheckpointError
 from qlora_lite.load import fill_
 from qlora_lite.memory.measure import MemoryProfiler
-from qlora_lite.memory.rehearse import rehearsal
+from qlora_lite.memory.rehearse import rehearsal, rehearsed_report
 from qlora_lite.memory.report import MemoryReport
 from qlora_lite.training import check_batch_shape, train
 from qlora_lite.unread import UnreadCheckpoint
@@ -54,7 +54,7 @@ def rehearse_steps(
             fill_(model, checkpoint, dtype, torch.device("cpu"))
             add_lora_(model, lora)
         _train(model, profiler, config, rows, tokens)
-    return profiler.report()
+    return rehearsed_report(profiler, accelerator)
 
 
 def _train(model: Any, profiler: MemoryProfiler, config: TrainConfig, rows: int, tokens: int) -> None:

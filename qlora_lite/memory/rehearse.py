@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_lite import hub
 from qlora_lite.devices import accelerator_pretended
 from qlora_lite.errors import RehearsalError
+from qlora_lite.memory.allocator import replay
 from qlora_lite.memory.measure import MemoryProfiler
-from qlora_lite.memory.report import MemoryReport
+from qlora_lite.memory.report import MemoryReport, PhaseMemory
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.memory.workspaces import hidden_bytes
 
@@ -79,12 +81,31 @@ def rehearse(step: Callable[..., Any], *, accelerator: bool = False) -> MemoryRe
     step: any callable that makes its model, optimizer and batch itself and takes as many steps as are to be seen (the
     second shows optimizer states beside activations). If it takes an argument, it is given a `MemoryProfiler`, whose
     `phase` and `track` name phases and categories; all of it is the phase `step`.
-    Live tensor bytes only: what the process or the device takes beside them is not rehearsed. Tensors that exist
-    before are real, and count as OTHER where the step meets them.
+    Live tensor bytes; for an accelerator what its allocator makes of them too. What the process or the device takes
+    beside tensors is not rehearsed. Tensors that exist before are real, and count as OTHER where the step meets them.
     """
     with rehearsal(accelerator) as profiler, profiler.phase(WHOLE):
         if inspect.signature(step).parameters:
             step(profiler)
         else:
             step()
-    return profiler.report()
+    return rehearsed_report(profiler, accelerator)
+
+
+def rehearsed_report(profiler: MemoryProfiler, accelerator: bool) -> MemoryReport:
+    """What the profiler of a rehearsal has seen; for an accelerator also what its allocator would allocate and reserve.
+
+    That is the peak of the phase itself (allocator.py), and of the whole run for the phase that all others lie in.
+    """
+    report = replace(profiler.report(), rehearsed=True)
+    if not accelerator or profiler.trace is None:
+        return report
+    replayed = replay(profiler.trace.timeline())
+
+    def on_device(phase: PhaseMemory) -> PhaseMemory:
+        usage = replayed.peak if phase.name == WHOLE else replayed.by_phase.get(phase.name)
+        if usage is None:
+            return phase
+        return replace(phase, allocated_peak=usage.allocated, reserved_peak=usage.reserved)
+
+    return replace(report, phases=tuple(map(on_device, report.phases)))
