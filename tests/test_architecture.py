@@ -47,6 +47,7 @@ FLOORS = (
         "memory.allocator",
         "memory.report",
         "memory.workspaces",
+        "memory.snapshot",
         "merge_report",
     ),
     ("quantize", "loss", "attention", "hub", "progress", "tensor_files"),

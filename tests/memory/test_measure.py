@@ -275,6 +275,26 @@ class Device(SimpleNamespace):
     def synchronize(self) -> None:
         assert self.started
 
+    def memory_reserved(self) -> int:
+        return self.allocated + 2
+
+    def mem_get_info(self) -> tuple[int, int]:
+        assert self.started
+        return 600, 1000
+
+
+def test_what_a_pretended_accelerator_holds_beside_the_allocator_is_its_context(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device()
+    monkeypatch.setattr(measure, "_accelerator", lambda: device)
+    with MemoryProfiler(trace=False) as profiler:
+        assert profiler.report().context_bytes is None  # asking would start it
+        device.use(100)
+        assert profiler.report().context_bytes == 1000 - 600 - 2
+    monkeypatch.setattr(measure, "_accelerator", lambda: None)
+    assert profiler.report().context_bytes is None
+
 
 def test_an_accelerators_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device()
