@@ -19,7 +19,8 @@ from qlora_lite import hub
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
 from qlora_lite.config import ALL_LINEAR, LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
-from qlora_lite.lora import EmbeddingKind, LoraLayer, kind_of
+from qlora_lite.layer_kinds import EmbeddingKind, kind_of
+from qlora_lite.lora import LoraLayer
 from qlora_lite.modules import answers_to, is_transposed_linear, replace_modules_
 from qlora_lite.storage import (
     PlannedTensor,

@@ -50,7 +50,7 @@ FLOORS = (
         "memory.snapshot",
         "merge_report",
     ),
-    ("quantize", "loss", "attention", "hub", "progress", "tensor_files"),
+    ("quantize", "loss", "attention", "hub", "progress", "tensor_files", "layer_kinds"),
     ("lora", "optim", "weight_rows", "conversion", "experts", "streamed"),
     ("adapters", "quantize_base", "plain_weights", "packed_files", "memory.ownership"),
     (
