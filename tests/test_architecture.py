@@ -38,7 +38,7 @@ FLOORS = (
         "memory.report",
         "merge_report",
     ),
-    ("quantize", "loss", "attention", "hub", "progress", "tensor_files"),
+    ("quantize", "loss", "attention", "hub", "progress", "tensor_files", "memory.timeline"),
     ("lora", "optim", "weight_rows", "conversion", "experts", "streamed"),
     ("adapters", "quantize_base", "plain_weights", "packed_files"),
     (
