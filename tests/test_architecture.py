@@ -36,11 +36,24 @@ FLOORS = (
         "memory.trace",
         "memory.allocator",
         "memory.report",
+        "memory.palette",
+        "memory.treemap",
         "merge_report",
     ),
-    ("quantize", "loss", "attention", "hub", "progress", "tensor_files", "memory.timeline"),
-    ("lora", "optim", "weight_rows", "conversion", "experts", "streamed"),
-    ("adapters", "quantize_base", "plain_weights", "packed_files"),
+    (
+        "quantize",
+        "loss",
+        "attention",
+        "hub",
+        "progress",
+        "tensor_files",
+        "single_file",
+        "memory.timeline",
+        "memory.comparison",
+        "memory.svg",
+    ),
+    ("lora", "optim", "weight_rows", "conversion", "experts", "streamed", "memory.page_tables", "memory.charts"),
+    ("adapters", "quantize_base", "plain_weights", "packed_files", "memory.page"),
     (
         "merge",
         "adapter_files",
@@ -66,6 +79,7 @@ KEEPERS = {
     "transformers": {"hub"},
     "bitsandbytes": {"quantize", "optim"},
     "accelerate": {"training"},
+    "matplotlib": {"memory.charts"},
 }
 PICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
