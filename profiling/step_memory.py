@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qlora_lite import LoraConfig, QuantConfig
+from qlora_lite import LoraConfig, QuantConfig, TrainConfig
 from qlora_lite.config import checkpointing_named
 from qlora_lite.memory.report import render
 from qlora_lite.training import profile_steps
@@ -46,9 +46,9 @@ def main() -> None:
             given.model,
             QuantConfig(format=given.format),
             LoraConfig(rank=given.rank, alpha=2 * given.rank),
+            TrainConfig(steps=2, checkpointing=checkpointing_named(given.checkpointing)),
             rows=given.rows,
             tokens=given.tokens,
-            checkpointing=checkpointing_named(given.checkpointing),
         )
         print(render(report))
         print(json.dumps({"model": str(given.model), **report.to_json()}))

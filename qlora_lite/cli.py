@@ -251,7 +251,7 @@ def profile(
     """Run two training steps on made-up tokens and show where the bytes are in each phase."""
     from json import dumps
 
-    from qlora_lite.config import LoraConfig, QuantConfig, checkpointing_named
+    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, checkpointing_named
     from qlora_lite.memory.charts import require_matplotlib, write_chart
     from qlora_lite.memory.page import write_page
     from qlora_lite.memory.report import render
@@ -260,13 +260,13 @@ def profile(
 
     quant = QuantConfig(format, embedding_format=embedding_format, int8_activations=int8_activations)
     lora = LoraConfig(rank, 2 * rank)
-    dial = checkpointing_named(checkpointing)
+    config = TrainConfig(steps=2, checkpointing=checkpointing_named(checkpointing))
     if html is not None:
         check_writable(html, ".html", overwrite)
     if png is not None:
         check_writable(png, ".png", overwrite)
         require_matplotlib()
-    report = profile_steps(model, quant, lora, rows=rows, tokens=tokens, checkpointing=dial)
+    report = profile_steps(model, quant, lora, config, rows=rows, tokens=tokens)
     print(render(report))
     if html is not None:
         write_page(html, report, title=f"Two training steps of {model}", overwrite=overwrite)

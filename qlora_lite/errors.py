@@ -29,5 +29,13 @@ class NotFiniteError(TrainingError):
     """The loss, the gradients or the adapters became NaN or infinite."""
 
 
+class RehearsalError(QLoRAError, RuntimeError):
+    """A step cannot be run on fake tensors: its shapes depend on values, or an operator has no fake kernel."""
+
+
 class InputError(QLoRAError, ValueError):
     """A tensor handed to a layer has the wrong dtype or shape, or holds tokens that the vocabulary does not have."""
+
+
+class DeviceMemoryError(QLoRAError, MemoryError):
+    """A device does not have the memory that a sequence of allocations needs."""

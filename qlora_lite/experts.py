@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from qlora_lite.low_rank import adapted_linear
 from qlora_lite.quantize import PackedWeight
@@ -93,10 +94,7 @@ class QuantizedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         stack = getattr(self, self.up)
         total = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for expert in top_k_index.unique().tolist():
-            if not 0 <= expert < len(stack.matrices):
-                continue
-            token, place = (top_k_index == expert).nonzero(as_tuple=True)
+        for expert, token, place in _routed(top_k_index, len(stack.matrices)):
             y = self._expert(hidden_states[token], expert) * top_k_weights[token, place, None]
             total.index_add_(0, token, y.float())
         return total.to(hidden_states.dtype)
@@ -110,6 +108,20 @@ class QuantizedExperts(nn.Module):
     def _linear(self, x: Tensor, name: str, expert: int) -> Tensor:
         bias = getattr(self, f"{name}_bias")[expert] if self._plain[0].has_bias else None
         return adapted_linear(x, getattr(self, name)[expert], bias, compute_dtype=self.compute_dtype)
+
+
+def _routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(expert, its tokens, its place among the k of each) for every expert that has some.
+
+    Fake numbers have no values: there each expert gets an even share, at least one token.
+    """
+    if isinstance(top_k_index, FakeTensor):
+        share = torch.arange(max(1, top_k_index.numel() // experts), device=top_k_index.device)
+        yield from ((expert, share, torch.zeros_like(share)) for expert in range(experts))
+        return
+    for expert in top_k_index.unique().tolist():
+        if 0 <= expert < experts:
+            yield expert, *(top_k_index == expert).nonzero(as_tuple=True)
 
 
 # What transformers' decorator `use_experts_implementation` sets: it says what the module computes, so that other

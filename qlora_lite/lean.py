@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from qlora_lite import hub
 from qlora_lite.attention import causal_attention
+from qlora_lite.devices import on_cpu
 from qlora_lite.modules import replaced_forward
 from qlora_lite.pointwise import ACTIVATIONS, gated, gated_product, normalized, rms_norm
 
@@ -120,7 +121,7 @@ def _attention(own: Callable[..., Any], masks: _Masks, module: nn.Module, *args:
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     suited = (
-        query.device.type == "cpu"
+        on_cpu(query.device)
         and query.dtype in (torch.bfloat16, torch.float32)
         and not options.get("dropout")
         and not any(options.get(name) is not None and options.get(name) is not False for name in BEYOND)

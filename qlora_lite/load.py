@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -178,10 +178,26 @@ def _as_stored(
     return replace(wanted, skip_modules=unpacked, embedding_format=embedding)
 
 
+class Filling(Protocol):
+    """What a model is filled from: a `Checkpoint`, or what stands for one."""
+
+    @property
+    def config(self) -> QuantConfig: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
+
+    def plain(self, name: str) -> Source: ...
+
+    def sources(self, name: str, slot: Slot, dtype: torch.dtype) -> list[PackSource]: ...
+
+    def slots(self, model: nn.Module) -> list[Slot]: ...
+
+
 class _Placement:
     """Where the tensors of a checkpoint go: into packed weights, or as they are to every module that has them."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Filling, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.checkpoint, self.dtype, self.device = model, checkpoint, dtype, device
         self._slots: dict[Tensor, Slot] = {slot.weight: slot for slot in checkpoint.slots(model)}
         self._names: dict[Tensor, list[str]] = {}
@@ -239,9 +255,17 @@ def load_quantized(
     folder = hub.resolve(path_or_id)
     model: Any = hub.empty_model(hub.read_config(folder), dtype)
     hub.tie(model)
-    checkpoint = Checkpoint.of(folder, model, config)
+    fill_(model, Checkpoint.of(folder, model, config), dtype, torch.device(device))
+    hub.read_generation_config_(model, folder)
+    model.config._name_or_path = str(folder.absolute())
+    release_freed_pages()
+    return model
+
+
+def fill_(model: Any, checkpoint: Filling, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives a model on meta the tensors of a checkpoint that fits it, packed where they are to be, and freezes it."""
     targets = model.state_dict(keep_vars=True)
-    placement = _Placement(model, checkpoint, dtype, torch.device(device))
+    placement = _Placement(model, checkpoint, dtype, device)
     bad: list[str] = []
     for name in checkpoint.tensors:
         target = targets.pop(name)  # whose place is taken, and which nothing else needs then
@@ -251,8 +275,5 @@ def load_quantized(
             bad.append(str(error))
     if bad:
         raise QuantizationError("; ".join(bad[:SHOWN]) + (f"; and {len(bad) - SHOWN} more" if bad[SHOWN:] else ""))
-    hub.fill_computed_buffers_(model, torch.device(device))
-    hub.read_generation_config_(model, folder)
-    model.config._name_or_path = str(folder.absolute())
-    release_freed_pages()
-    return model.requires_grad_(False)
+    hub.fill_computed_buffers_(model, device)
+    model.requires_grad_(False)

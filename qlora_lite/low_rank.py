@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite.derived import Recipe, recipe_of
+from qlora_lite.devices import on_cpu
 from qlora_lite.errors import InputError
 
 
@@ -150,7 +151,7 @@ def cpu_multiplies_bf16() -> bool:
 
 def product_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
     """What a product with x is computed in: what is wanted; else x's dtype, or fp32 where that stands in for bf16."""
-    if wanted is None and x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_multiplies_bf16():
+    if wanted is None and x.dtype == torch.bfloat16 and on_cpu(x.device) and not cpu_multiplies_bf16():
         return torch.float32
     return wanted or x.dtype
 

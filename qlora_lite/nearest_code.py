@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 CELLS = 1000  # of half the interval; the tables stay in the cache nearest to the core
 # A number may be computed into the next cell when it lies this near to a border (in cells; fp32 errs by 1e-4).
@@ -36,6 +37,11 @@ class CodeTables:
 @functools.cache
 def code_tables(values: tuple[float, ...]) -> CodeTables:
     """Tables for the 16 values of a 4-bit code, which lie in [-1, 1]."""
+    with no_dispatch():  # under fake tensors too, the tables have values
+        return _code_tables(values)
+
+
+def _code_tables(values: tuple[float, ...]) -> CodeTables:
     code = torch.tensor(values, dtype=torch.float32)
     order = code.argsort()
     midpoints = (code[order[1:]] + code[order[:-1]]) / 2

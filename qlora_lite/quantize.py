@@ -24,6 +24,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite import int8_product
 from qlora_lite.config import QuantConfig
+from qlora_lite.devices import on_cpu
 from qlora_lite.errors import InputError, QuantizationError
 from qlora_lite.finite import check_packable
 from qlora_lite.formats import NESTED_BLOCKSIZE, block_count, format_named, packed_bytes, row_step, storage_bytes
@@ -70,7 +71,7 @@ def code_values(format: str) -> tuple[float, ...]:
 
 def _pack_chunk(chunk: Tensor, blocksize: int, format: str) -> tuple[Tensor, Tensor]:
     """bitsandbytes' codes and absmax of a flat chunk; whole blocks on a CPU by the faster search, to the same codes."""
-    if chunk.device.type == "cpu" and chunk.numel() % blocksize == 0 and sys.byteorder == "little":
+    if on_cpu(chunk.device) and chunk.numel() % blocksize == 0 and sys.byteorder == "little":
         return pack_4bit(chunk, blocksize, code_values(format))
     codes, absmax = ops.quantize_4bit(chunk, blocksize, format, torch.uint8)
     return codes, absmax

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_lite.devices import on_cpu
 from qlora_lite.memory.host import LOOSE, TIGHT, HoleLimit
 from qlora_lite.modules import repeated_blocks, replaced_forward
 
@@ -34,6 +35,6 @@ def holes_limited(model: nn.Module, device: torch.device, kind: str | int) -> It
     """
     limit = HoleLimit(LOOSE if kind == "none" else TIGHT)
     with ExitStack() as stack:
-        for block in repeated_blocks(model) if device.type == "cpu" else []:
+        for block in repeated_blocks(model) if on_cpu(device) else []:
             stack.enter_context(replaced_forward(block, functools.partial(_checked, limit, block.forward)))
         yield limit

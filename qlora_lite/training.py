@@ -20,6 +20,7 @@ from qlora_lite import hub
 from qlora_lite.adapters import adapter_parameters, add_lora_, freeze_base_, lora_layers
 from qlora_lite.checkpointing import Dial, checkpointed
 from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
+from qlora_lite.devices import on_cpu
 from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, TrainingError
 from qlora_lite.lean import lean
 from qlora_lite.load import load_quantized
@@ -73,10 +74,10 @@ def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Paramet
     if off := [name for name, layer in lora_layers(model).items() if not layer.adapter_enabled]:
         raise ConfigError(f"{len(off)} adapters are switched off (adapters_disabled) and would get no gradient")
     frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
-    if device.type == "cpu" and any(parameter.dtype == torch.float16 for parameter in frozen):
+    if on_cpu(device) and any(parameter.dtype == torch.float16 for parameter in frozen):
         raise ConfigError("the model computes in float16, which a CPU does 10 to 100 times slower; load it as bfloat16")
     halves = [n for n, module in model.named_modules() if getattr(module, "compute_dtype", None) == torch.float16]
-    if device.type == "cpu" and halves:
+    if on_cpu(device) and halves:
         raise ConfigError(
             f"{len(halves)} layers compute in float16, which a CPU does 10 to 100 times slower; "
             f"pack the base with compute_dtype=torch.bfloat16"
@@ -159,7 +160,9 @@ class _Run:
         self.vocabulary = hub.vocabulary(model)
         self.close()
         optimizer = make_optimizer(self.adapters.values(), config)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # `Module.to` cannot exchange fake tensors, and need not be called where there is nothing to move.
+        elsewhere = any(tensor.device != self.accelerator.device for tensor in (*model.parameters(), *model.buffers()))
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer, device_placement=[elsewhere, True])
         self.loss: Any = None
         self.own_loss_because: str | None = None
         if profiler is not None:
@@ -286,32 +289,38 @@ def train(
     return TrainResult(steps, time.perf_counter() - began, run.own_loss_because)
 
 
+def check_batch_shape(config: Any, rows: int, tokens: int) -> None:
+    """ConfigError for a made-up batch that a model of this config cannot take."""
+    for name, value, least in (("rows", rows, 1), ("tokens", tokens, 2)):
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}; got {value}")
+    longest = hub.longest_sequence(config)
+    if longest is not None and tokens > longest:
+        raise ConfigError(f"tokens must be at most {longest}, the model's longest sequence; got {tokens}")
+
+
 def profile_steps(
     model_folder: str | Path,
     quant: QuantConfig,
     lora: LoraConfig,
+    config: TrainConfig,
     *,
     rows: int,
     tokens: int,
-    checkpointing: str | int = "full",
-    steps: int = 2,
+    profiler: MemoryProfiler | None = None,
 ) -> MemoryReport:
     """The memory of real training steps on made-up tokens `(rows, tokens)`: phases load, forward, backward, optimizer.
 
-    Two steps at least show the optimizer's states beside the activations of a step.
+    Two steps at least show the optimizer's states beside the activations of a step. profiler: one that is not open;
+    without it every storage is followed.
     """
-    for name, value in (("rows", rows), ("tokens", tokens), ("steps", steps)):
-        if value < 1 or (name == "tokens" and value < 2):
-            raise ConfigError(f"{name} must be at least {2 if name == 'tokens' else 1}; got {value}")
-    longest = hub.longest_sequence(hub.read_config(hub.resolve(model_folder)))
-    if longest is not None and tokens > longest:
-        raise ConfigError(f"tokens must be at most {longest}, the model's longest sequence; got {tokens}")
-    with MemoryProfiler() as profiler:
+    check_batch_shape(hub.read_config(hub.resolve(model_folder)), rows, tokens)
+    profiler = MemoryProfiler() if profiler is None else profiler
+    with profiler:
         with profiler.phase("load"):
             model = load_quantized(model_folder, quant)
             add_lora_(model, lora)
         ids = torch.randint(model.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
         batch = {"input_ids": ids, "labels": ids}
-        config = TrainConfig(steps=steps, checkpointing=checkpointing)
         train(model, [batch], config, profiler=profiler, progress=False)
     return profiler.report()

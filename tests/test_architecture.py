@@ -22,7 +22,17 @@ PACKAGE = ROOT / "qlora_lite"
 # From the ground up; a file imports only from floors strictly below its own.
 FLOORS = (
     ("errors",),
-    ("formats", "modules", "derived", "finite", "memory.breakdown", "memory.host"),
+    (
+        "formats",
+        "modules",
+        "derived",
+        "finite",
+        "devices",
+        "memory.breakdown",
+        "memory.host",
+        "memory.running",
+        "memory.segments",
+    ),
     (
         "config",
         "storage",
@@ -36,6 +46,7 @@ FLOORS = (
         "memory.trace",
         "memory.allocator",
         "memory.report",
+        "memory.workspaces",
         "memory.palette",
         "memory.treemap",
         "merge_report",
@@ -53,7 +64,7 @@ FLOORS = (
         "memory.svg",
     ),
     ("lora", "optim", "weight_rows", "conversion", "experts", "streamed", "memory.page_tables", "memory.charts"),
-    ("adapters", "quantize_base", "plain_weights", "packed_files", "memory.page"),
+    ("adapters", "quantize_base", "plain_weights", "packed_files", "memory.ownership", "memory.page"),
     (
         "merge",
         "adapter_files",
@@ -64,12 +75,13 @@ FLOORS = (
         "objective",
         "data",
         "memory.measure",
-        "memory.rehearse",
     ),
+    ("memory.rehearse", "unread"),
     ("verify",),
     ("export_plan",),
     ("export", "quantized_files", "run_folder"),
     ("training",),
+    ("prediction",),
     ("cli",),
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -63,11 +63,13 @@ def test_train_merge_and_profile(tiny_folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(merged(tokens).logits, ours.float().eval()(tokens).logits, rtol=1e-4, atol=1e-5)
 
     words = ("profile", "--model", tiny_folder, "--rank", 2, "--rows", 1, "--tokens", 16, "--json")
-    done = run(*words, "--html", tmp_path / "new" / "report.html")
+    done = run(*words, "--html", tmp_path / "new" / "report.html", "--png", tmp_path / "timeline.png")
     assert done.returncode == 0, done.stderr
     assert "backward" in done.stdout and "phases" in (report := json.loads(done.stdout.splitlines()[-1]))
     page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
     assert all(f'value="{phase["live_peak"]}"' in page for phase in report["phases"])
+    assert len(report["timeline"]["phases"]) > 100
+    assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
     again = run(*words, "--html", tmp_path / "new" / "report.html")
     assert again.returncode == 1 and "report.html exists; name another file" in again.stderr and not again.stdout
 

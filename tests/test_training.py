@@ -211,7 +211,12 @@ def test_profiler_sees_the_phases_and_their_bytes(tiny_folder: Path) -> None:
     by_category = {category.name: size for category, size in update.breakdown.by_category().items()}
     assert by_category["ADAPTER"] == by_category["GRADIENT"] == adapters
     assert 2 * adapters <= by_category["OPTIMIZER_STATE"] < 2 * adapters + 1000
-    assert profile_steps(tiny_folder, QuantConfig(), LoraConfig(rank=2), rows=1, tokens=8).phase("load") is not None
+    assert (
+        profile_steps(tiny_folder, QuantConfig(), LoraConfig(rank=2), TrainConfig(steps=2), rows=1, tokens=8).phase(
+            "load"
+        )
+        is not None
+    )
 
 
 def test_a_step_goes_through_on_fake_tensors_of_a_pretended_accelerator(tiny_folder: Path) -> None:

@@ -12,9 +12,11 @@ from qlora_lite.memory.report import (
     RESERVED,
     RESIDENT,
     TENSORS,
+    Column,
     MemoryReport,
     PhaseMemory,
     difference,
+    is_known,
     unit_for,
     written,
 )
@@ -43,16 +45,19 @@ class Compared:
 
 
 def compare(predicted: MemoryReport, measured: MemoryReport) -> list[Compared]:
-    """Every size that one of the reports knows and that is not 0 in both, phase by phase.
+    """Every size that both reports know of some phase, where it is not 0 in both, phase by phase.
 
     The phases stand in the measured order, those that were only predicted after them.
     """
+    shared = [column for column in COMPARED if is_known(column, predicted) and is_known(column, measured)]
     names = dict.fromkeys(phase.name for phase in (*measured.phases, *predicted.phases))
-    return [row for name in names for row in _compared(name, predicted.phase(name), measured.phase(name))]
+    return [row for name in names for row in _compared(name, shared, predicted.phase(name), measured.phase(name))]
 
 
-def _compared(name: str, predicted: PhaseMemory | None, measured: PhaseMemory | None) -> Iterator[Compared]:
-    for column in COMPARED:
+def _compared(
+    name: str, columns: list[Column], predicted: PhaseMemory | None, measured: PhaseMemory | None
+) -> Iterator[Compared]:
+    for column in columns:
         one, other = (None if phase is None else column.size(phase) for phase in (predicted, measured))
         if one or other:
             yield Compared(name, column.name, one, other)
@@ -64,7 +69,7 @@ def written_percent(percent: float | None) -> str:
 
 
 def render_comparison(predicted: MemoryReport, measured: MemoryReport, width: int = 120) -> str:
-    """A table of both, one row for each phase and size that is known; `width` characters wide at most."""
+    """A table of both, one row for each phase and size that `compare` gives; `width` characters wide at most."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -72,7 +77,7 @@ def render_comparison(predicted: MemoryReport, measured: MemoryReport, width: in
 
     rows = compare(predicted, measured)
     if not rows:
-        return "nothing was predicted or measured\n"
+        return "no size was both predicted and measured\n"
     unit = unit_for(max(size for row in rows for size in (row.predicted, row.measured) if size is not None))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for heading in ("phase", "bytes of"):

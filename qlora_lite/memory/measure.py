@@ -10,22 +10,20 @@ Peaks of an outer phase include those of the phases inside it.
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import nn
 
 from qlora_lite.errors import ConfigError
-from qlora_lite.memory.breakdown import Category
+from qlora_lite.memory.ownership import Ownership
 from qlora_lite.memory.report import MemoryReport, PhaseMemory
+from qlora_lite.memory.timeline import thinned
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.quantize import PackedWeight
 
 STATUS_FILE = "/proc/self/status"
 CLEAR_REFS_FILE = "/proc/self/clear_refs"
@@ -127,16 +125,19 @@ class _PhaseTotals:
     peaks: _Peaks = field(default_factory=_Peaks)
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of an optimizer's state of one parameter, which may be nested."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_in(item)
+@contextmanager
+def _counted(totals: _PhaseTotals) -> Iterator[None]:
+    """Adds what the block took."""
+    if not totals.entries:
+        totals.resident_start = resident_bytes()
+    with _watching_peaks(totals.peaks):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            _wait_for_accelerator()
+            totals.seconds += time.perf_counter() - start
+            totals.resident_end = resident_bytes()
 
 
 @final
@@ -146,19 +147,25 @@ class MemoryProfiler:
     trace: follow every tensor storage too, and split the peak of each phase by category and module. It slows small
         models down severalfold; without it, a phase costs two readings of counters and nothing is hooked.
 
-    model, optimizer: told here, or later by `track`, they give the tensors their category. What is trained is
-    ADAPTER, its gradients and optimizer states GRADIENT and OPTIMIZER_STATE, statistics of packed weights
-    QUANT_STATE, all else in the model BASE_WEIGHT. Both are referenced weakly. Hooks are removed on leaving.
-    Entering a second time starts anew.
+    model, optimizer: told here, or later by `track`, they give the tensors their category (ownership.py). Both are
+    referenced weakly. Hooks are removed on leaving. Entering a second time starts anew.
+    new_trace, counters: for a rehearsal, which follows storages in its own way and has nothing to count.
     """
 
-    def __init__(self, model: nn.Module | None = None, optimizer: Any | None = None, trace: bool = True) -> None:
-        self._wants_trace = trace
-        self._model: Callable[[], nn.Module | None] = lambda: None
-        self._optimizer: Callable[[], Any | None] = lambda: None
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        optimizer: Any | None = None,
+        trace: bool = True,
+        *,
+        new_trace: Callable[[], StorageTrace] = StorageTrace,
+        counters: bool = True,
+    ) -> None:
+        self._new_trace = new_trace if trace else None
+        self._counters = counters
         self._phases: dict[str, _PhaseTotals] = {}
         self._trace: StorageTrace | None = None
-        self._gradient_hooks = WeakIdKeyDictionary()
+        self._ownership = Ownership()
         self._is_open = False
         self.track(model=model, optimizer=optimizer)
 
@@ -166,9 +173,9 @@ class MemoryProfiler:
         if self._is_open:
             raise ConfigError("this MemoryProfiler is already open; leave it first, or use a second one")
         self._phases = {}
-        self._trace = StorageTrace() if self._wants_trace else None
+        self._trace = None if self._new_trace is None else self._new_trace()
         self._is_open = True
-        self._label_all()
+        self._label()
         if self._trace is not None:
             self._trace.__enter__()
         return self
@@ -177,12 +184,10 @@ class MemoryProfiler:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         try:
-            self._label_all()
+            self._label()
         finally:
             self._is_open = False
-            for hook in self._gradient_hooks.values():
-                hook.remove()
-            self._gradient_hooks.clear()
+            self._ownership.let_go()
             if self._trace is not None:
                 self._trace.__exit__(kind, error, where)
 
@@ -193,11 +198,13 @@ class MemoryProfiler:
 
     def track(self, model: nn.Module | None = None, optimizer: Any | None = None) -> None:
         """Says which model and optimizer the tensors belong to; what is not given stays as it was."""
-        if model is not None:
-            self._model = weakref.ref(model)
-        if optimizer is not None:
-            self._optimizer = weakref.ref(optimizer)
-        self._label_all()
+        self._ownership.track(model, optimizer)
+        self._label()
+
+    def _label(self) -> None:
+        """Modules, gradients and states come and go within a phase."""
+        if self._trace is not None and self._is_open:
+            self._ownership.label(self._trace)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -205,77 +212,35 @@ class MemoryProfiler:
         if not self._is_open:
             raise ConfigError(f"phase {name!r} was entered outside of its profiler; use it inside `with profiler:`")
         totals = self._phases.setdefault(name, _PhaseTotals())
-        traced: AbstractContextManager[None] = nullcontext() if self._trace is None else self._trace.phase(name)
-        if not totals.entries:
-            totals.resident_start = resident_bytes()
-        with traced, _watching_peaks(totals.peaks):
-            start = time.perf_counter()
+        nothing = nullcontext()
+        with nothing if self._trace is None else self._trace.phase(name):
             try:
-                yield
+                with _counted(totals) if self._counters else nothing:
+                    yield
             finally:
-                _wait_for_accelerator()
-                totals.seconds += time.perf_counter() - start
                 totals.entries += 1
-                totals.resident_end = resident_bytes()
-                self._label_all()
+                self._label()
 
     def report(self) -> MemoryReport:
         """What was measured in the phases that were left so far; of a phase entered often, the largest peaks."""
-        return MemoryReport(tuple(self._phase_memory(name, t) for name, t in self._phases.items() if t.entries))
+        phases = tuple(self._phase_memory(name, t) for name, t in self._phases.items() if t.entries)
+        return MemoryReport(phases, timeline=None if self._trace is None else thinned(self._trace.timeline()))
 
     def _phase_memory(self, name: str, totals: _PhaseTotals) -> PhaseMemory:
         live_peak, breakdown = (None, None) if self._trace is None else self._trace.peak(name)
         return PhaseMemory(
             name=name,
             entries=totals.entries,
-            seconds=totals.seconds,
+            seconds=totals.seconds if self._counters else None,
             resident_start=totals.resident_start,
             resident_end=totals.resident_end,
-            resident_peak=totals.peaks.resident,
-            allocated_peak=totals.peaks.allocated,
-            reserved_peak=totals.peaks.reserved,
+            resident_peak=totals.peaks.resident if self._counters else None,
+            allocated_peak=totals.peaks.allocated if self._counters else None,
+            reserved_peak=totals.peaks.reserved if self._counters else None,
             live_peak=live_peak,
             breakdown=breakdown,
+            peak_in=None if self._trace is None else self._trace.peak_in(name),
         )
-
-    def _label_all(self) -> None:
-        """Labels what model and optimizer hold by now; modules, gradients and states come and go within a phase."""
-        if self._trace is None or not self._is_open:
-            return
-        model, optimizer = self._model(), self._optimizer()
-        owners: dict[int, str] = {}
-        if model is not None:
-            for name, module in model.named_modules():
-                self._label_module(self._trace, name, module, owners)
-        if optimizer is not None:
-            for parameter, state in optimizer.state.items():
-                for tensor in _tensors_in(state):
-                    self._trace.label(tensor, Category.OPTIMIZER_STATE, owners.get(id(parameter)))
-
-    def _label_module(self, trace: StorageTrace, name: str, module: nn.Module, owners: dict[int, str]) -> None:
-        """Labels what a module holds itself. The statistics of a packed weight go to the layer that it belongs to."""
-        packed = isinstance(module, PackedWeight)
-        owner = name.rpartition(".")[0] if packed else name
-        for key, buffer in module.named_buffers(recurse=False):
-            statistics = packed and key != "packed"
-            trace.label(buffer, Category.QUANT_STATE if statistics else Category.BASE_WEIGHT, owner)
-        for _, parameter in module.named_parameters(recurse=False):
-            # A tied parameter is met again under its other names.
-            if id(parameter) in owners:
-                continue
-            owners[id(parameter)] = owner
-            trace.label(parameter, Category.ADAPTER if parameter.requires_grad else Category.BASE_WEIGHT, owner)
-            self._label_gradient(trace, parameter, owner)
-            if parameter.requires_grad and parameter not in self._gradient_hooks:
-                self._gradient_hooks[parameter] = self._hook_gradient(trace, parameter, owner)
-
-    def _hook_gradient(self, trace: StorageTrace, parameter: Tensor, owner: str) -> Any:
-        # Without it, a gradient that is freed within the phase that made it would never be recognized.
-        return parameter.register_post_accumulate_grad_hook(lambda made: self._label_gradient(trace, made, owner))
-
-    def _label_gradient(self, trace: StorageTrace, parameter: Tensor, owner: str) -> None:
-        if parameter.grad is not None:
-            trace.label(parameter.grad, Category.GRADIENT, owner)
 
 
 def _wait_for_accelerator() -> None:

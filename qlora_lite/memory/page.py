@@ -13,8 +13,6 @@ from pathlib import Path
 
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
 from qlora_lite.memory.page_tables import (
-    BESIDE_TENSORS,
-    FRAGMENTATION,
     breakable,
     comparison_table,
     module_table,
@@ -27,8 +25,10 @@ from qlora_lite.memory.report import (
     CATEGORY_NAMES,
     RESERVED,
     RESIDENT,
+    TENSORS,
     Column,
     MemoryReport,
+    difference,
     is_known,
     readable_bytes,
     unit_for,
@@ -39,6 +39,7 @@ from qlora_lite.single_file import new_file
 TITLE = "Memory of a training run"
 # (class, width, height): a picture is drawn for a screen and for a telephone, and the style sheet shows one of them.
 SHAPES = (("wide", 1080, 340), ("narrow", 360, 300))
+COUNTERS = (ALLOCATED, RESERVED, RESIDENT, TENSORS)
 TREEMAP_HEIGHTS = {"wide": 520, "narrow": 460}
 
 
@@ -121,24 +122,30 @@ def _parts(breakdown: MemoryBreakdown) -> Iterator[str]:
     for key, size in sizes.items():
         if size:
             share = f"{100 * size / breakdown.total():.1f} %"
+            # What would be written as nothing in the unit of the others comes in one of its own.
+            text = sized(size, unit if 20 * size >= unit[0] else None, is_named=True)
             yield (
                 f'<li><i class="swatch {key.value}"></i><span>{CATEGORY_NAMES[key]}</span>'
-                f"<b>{sized(size, unit, is_named=True)}</b><small>{share}</small></li>"
+                f"<b>{text}</b><small>{share}</small></li>"
             )
     yield "</ul>"
 
 
 def _figures(report: MemoryReport) -> Iterator[str]:
-    """The counters' peaks: an accelerator's, or the process's."""
+    """The counters' peaks over the run: an accelerator's, or the process's."""
+    allocated, reserved, resident, tensors = (
+        highest and highest[0] for highest in (_highest(column, report) for column in COUNTERS)
+    )
     yield '<dl class="figures">'
     if is_known(ALLOCATED, report) or report.context_bytes is not None:
-        reserved = _highest(RESERVED, report)
-        needed = None if reserved is None or report.context_bytes is None else reserved[0] + report.context_bytes
+        needed = None if reserved is None or report.context_bytes is None else reserved + report.context_bytes
         yield _figure("the device needs", needed, "reserved and context")
-        yield from (_peak_figure(column, report) for column in (ALLOCATED, RESERVED, FRAGMENTATION))
+        yield from (_peak_figure(column, report) for column in (ALLOCATED, RESERVED))
+        yield _figure("fragmentation", difference(reserved, allocated), "peak reserved − peak allocated")
         yield _figure("context", report.context_bytes, "of the device, beside its allocator")
     else:
-        yield from (_peak_figure(column, report) for column in (RESIDENT, BESIDE_TENSORS))
+        yield _peak_figure(RESIDENT, report)
+        yield _figure("rest of the process", difference(resident, tensors), "peak resident − peak tensors")
     yield "</dl>"
 
 

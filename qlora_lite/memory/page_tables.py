@@ -121,7 +121,7 @@ def _phase_cells(phase: PhaseMemory, columns: list[Column], unit: Unit) -> list[
 
 
 def comparison_table(predicted: MemoryReport, measured: MemoryReport) -> Iterator[str]:
-    """A row for each phase and size that one of the two knows; nothing if neither knows any."""
+    """A row for each phase and size that `compare` gives; nothing if there is none."""
     rows = compare(predicted, measured)
     if not rows:
         return

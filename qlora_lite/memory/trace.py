@@ -10,9 +10,10 @@ Storages that nobody labels:
 - made outside of a backward pass and alive when one starts: ACTIVATION, they wait for it;
 - made otherwise (shorter lived, or made inside a backward pass, recomputed activations included): TEMPORARY;
 - met first as the argument of an operator, so not seen being made: OTHER, counted from that moment on.
+The first two belong to the module that was running (running.py) when they were made.
 
 What an operator allocates inside itself and frees again is invisible here, and so are opaque layouts (MKL-DNN).
-Cost: some 30 µs of Python an operator, 16 bytes of log an event and 12 a storage.
+Cost: some 30 µs of Python an operator, 16 bytes of log an event and 17 a storage.
 """
 
 from __future__ import annotations
@@ -26,21 +27,18 @@ from types import TracebackType
 from typing import Any, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category, Key, MemoryBreakdown
+from qlora_lite.memory.running import RunningModule
 
-# Indices of the first keys of every trace: what an unlabelled storage is, so far.
+# How a storage came into sight, and what it is as long as nobody labels it.
 MADE, MADE_IN_BACKWARD, WAITING, MET = range(4)
-UNLABELLED: tuple[Key, ...] = (
-    (Category.TEMPORARY, None),
-    (Category.TEMPORARY, None),
-    (Category.ACTIVATION, None),
-    (Category.OTHER, None),
-)
+UNLABELLED = (Category.TEMPORARY, Category.TEMPORARY, Category.ACTIVATION, Category.OTHER)
 NO_BACKWARD = -1
+NO_LABEL = -1
 
 _COMPRESSED_ROWS = ("crow_indices", "col_indices", "values")
 _COMPRESSED_COLUMNS = ("ccol_indices", "row_indices", "values")
@@ -108,14 +106,21 @@ class StorageTrace:
 
     `label` may be called before, in and after the run, `phase` in it. One trace follows one run. Phases may nest:
     an event belongs to the innermost, the peak of an outer phase includes its inner ones.
+
+    hidden_bytes: what an operator (its overload, its arguments) allocates inside itself and frees again, for a device
+    that is not at hand.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hidden_bytes: Callable[[Any, tuple[Any, ...]], int] | None = None) -> None:
+        self._hidden_bytes = hidden_bytes
         self._log = array("q")  # serial, delta, serial, delta, ...
         self._sizes = array("q")  # by serial: bytes now
-        self._key_of = array("i")  # by serial: index into _keys
-        self._keys: list[Key] = list(UNLABELLED)
-        self._key_index: dict[Key, int] = {}
+        self._origins = array("b")  # by serial: MADE, ...
+        self._makers = array("i")  # by serial: index into _modules, what was running when it came into sight
+        self._labels = array("i")  # by serial: index into _keys, or NO_LABEL
+        self._keys: dict[Key, int] = {}
+        self._modules: dict[str | None, int] = {None: 0}
+        self._running = RunningModule()
         self._refs: dict[int, _StorageRef] = {}
         self._phase_names: list[str | None] = [None]
         self._parents: list[int] = [0]
@@ -129,6 +134,7 @@ class StorageTrace:
     def __enter__(self) -> StorageTrace:
         if self._mode is not None:
             raise ConfigError("a StorageTrace follows one run and this one was used already; make a new one")
+        self._running.__enter__()
         self._mode = _Observing(self._observe)
         self._mode.__enter__()
         self._restore_resize = _watch_resize(self._resized)
@@ -141,6 +147,11 @@ class StorageTrace:
         self._recording = False
         self._restore_resize()
         self._mode.__exit__(kind, error, where)
+        self._running.__exit__(kind, error, where)
+
+    def follow(self, model: nn.Module) -> None:
+        """Says whose modules the storages that are made from now on may belong to; again after some were replaced."""
+        self._running.follow(model)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -156,14 +167,11 @@ class StorageTrace:
 
     def label(self, tensor: Tensor, category: Category, module: str | None = None) -> None:
         """Says what a tensor's storage is for, from its beginning on; the last label of a storage counts."""
-        key = (Category(category), module)
-        if key not in self._key_index:
-            self._key_index[key] = len(self._keys)
-            self._keys.append(key)
+        key = self._keys.setdefault((Category(category), module), len(self._keys))
         for storage in storages_of(tensor):
             serial = self._touch(storage, MET)
             if serial is not None:
-                self._key_of[serial] = self._key_index[key]
+                self._labels[serial] = key
 
     def live_bytes(self) -> int:
         """Bytes alive now, or at the end of the run."""
@@ -178,6 +186,16 @@ class StorageTrace:
 
         Raises ConfigError for a phase that was never entered.
         """
+        most, at = self._peak_at(phase)
+        return most, self._breakdown_at(at)
+
+    def peak_in(self, phase: str | None = None) -> str | None:
+        """The module that was running when the peak was reached; None if none was, or the peak is the phase's start."""
+        _, at = self._peak_at(phase)
+        return list(self._modules)[self._makers[self._log[2 * at - 2]]] if at and self._log[2 * at - 1] > 0 else None
+
+    def _peak_at(self, phase: str | None) -> tuple[int, int]:
+        """Bytes of the peak, and how many events came before it."""
         if phase is not None and phase not in self._phase_names:
             raise ConfigError(f"no phase {phase!r} was entered; there were: {', '.join(self.phases()) or 'none'}")
         live = array("q", accumulate(self._log[1::2], initial=0))
@@ -188,16 +206,24 @@ class StorageTrace:
                 if max(part) > most:
                     most = max(part)
                     at = start + part.index(most)
-        return most, self._breakdown_at(at)
+        return most, at
 
     def timeline(self) -> Iterator[TraceEvent]:
         """Every change in the order in which it happened, with the final labels."""
-        live = 0
+        live, keys = 0, self._final_keys()
         for start, end, entry in self._segments():
             for position in range(start, end):
                 serial, delta = self._log[2 * position], self._log[2 * position + 1]
                 live += delta
-                yield TraceEvent(self._phase_names[entry], serial, delta, live, *self._keys[self._key_of[serial]])
+                yield TraceEvent(self._phase_names[entry], serial, delta, live, *keys[serial])
+
+    def _final_keys(self) -> list[Key]:
+        """What each storage is, by serial."""
+        labels, modules = list(self._keys), list(self._modules)
+        return [
+            (UNLABELLED[origin], modules[maker]) if label == NO_LABEL else labels[label]
+            for origin, maker, label in zip(self._origins, self._makers, self._labels, strict=True)
+        ]
 
     def _start(self, entry: int) -> None:
         self._entry = entry
@@ -221,9 +247,9 @@ class StorageTrace:
             serial = self._log[2 * event]
             by_serial[serial] = by_serial.get(serial, 0) + self._log[2 * event + 1]
         sizes: dict[Key, int] = {}
+        keys = self._final_keys()
         for serial, size in by_serial.items():
-            key = self._keys[self._key_of[serial]]
-            sizes[key] = sizes.get(key, 0) + size
+            sizes[keys[serial]] = sizes.get(keys[serial], 0) + size
         return MemoryBreakdown(sizes)
 
     def _observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -236,13 +262,18 @@ class StorageTrace:
         if func is not torch.ops.aten.lift_fresh.default:
             self._touch_all((args, tuple(kwargs.values())), MET)
         result = func(*args, **kwargs)
-        self._touch_all(result, MADE if task == NO_BACKWARD else MADE_IN_BACKWARD)
+        origin = MADE if task == NO_BACKWARD else MADE_IN_BACKWARD
+        self._touch_all(result, origin)
+        if self._hidden_bytes is not None and (size := self._hidden_bytes(func, args)):
+            serial = self._added(origin)
+            self._note(serial, size)
+            self._note(serial, 0)
         return result
 
     def _hold_for_backward(self) -> None:
         for ref in list(self._refs.values()):
-            if self._key_of[ref.serial] == MADE:
-                self._key_of[ref.serial] = WAITING
+            if self._origins[ref.serial] == MADE:
+                self._origins[ref.serial] = WAITING
 
     def _touch_all(self, value: Any, origin: int) -> None:
         for tensor in _tensors_in(value):
@@ -256,12 +287,20 @@ class StorageTrace:
             if not self._recording:
                 return None
             ref = _StorageRef(storage, self._gone)
-            ref.key, ref.serial = id(storage), len(self._sizes)
-            self._sizes.append(0)
-            self._key_of.append(origin)
+            ref.key, ref.serial = id(storage), self._added(origin)
             self._refs[ref.key] = ref
         self._note(ref.serial, storage.nbytes())
         return ref.serial
+
+    def _added(self, origin: int) -> int:
+        """The serial number of a new storage."""
+        # What is met was made before, by nobody knows whom.
+        maker = None if origin == MET else self._running.now()
+        self._sizes.append(0)
+        self._origins.append(origin)
+        self._makers.append(self._modules.setdefault(maker, len(self._modules)))
+        self._labels.append(NO_LABEL)
+        return len(self._sizes) - 1
 
     def _note(self, serial: int, size: int) -> None:
         delta = size - self._sizes[serial]

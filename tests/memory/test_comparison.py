@@ -22,21 +22,23 @@ def phase(name: str, activations: int, **counters: int) -> PhaseMemory:
 
 PREDICTED = MemoryReport((phase("[step]", 110 * MIB), phase("plan", 0)), rehearsed=True)
 MEASURED = MemoryReport(
-    (PhaseMemory("load", 1, resident_peak=300 * MIB), phase("[step]", 100 * MIB, resident_peak=500 * MIB))
+    (
+        PhaseMemory("load", 1, resident_peak=300 * MIB, live_peak=50 * MIB),
+        phase("[step]", 100 * MIB, resident_peak=500 * MIB),
+    )
 )
 
 
 def test_both_reports_as_a_table() -> None:
     expected = """\
-phase  bytes of      predicted measured difference percent
-──────────────────────────────────────────────────────────
-load   peak resident         -    300.0          -       -
-[step] peak resident         -    500.0          -       -
-       peak tensors      206.0    196.0       10.0  +5.1 %
-       base weights       96.0     96.0        0.0  +0.0 %
-       activations       110.0    100.0       10.0 +10.0 %
-plan   peak tensors       96.0        -          -       -
-       base weights       96.0        -          -       -
+phase  bytes of     predicted measured difference percent
+─────────────────────────────────────────────────────────
+load   peak tensors         -     50.0          -       -
+[step] peak tensors     206.0    196.0       10.0  +5.1 %
+       base weights      96.0     96.0        0.0  +0.0 %
+       activations      110.0    100.0       10.0 +10.0 %
+plan   peak tensors      96.0        -          -       -
+       base weights      96.0        -          -       -
 sizes in MiB; difference is predicted - measured; - is unknown
 """
     assert render_comparison(PREDICTED, MEASURED) == expected
@@ -62,7 +64,7 @@ def test_a_narrow_table_folds_and_loses_nothing() -> None:
 
 def test_nothing_to_compare() -> None:
     assert render_comparison(MemoryReport(()), MemoryReport((PhaseMemory("load", 1),))) == (
-        "nothing was predicted or measured\n"
+        "no size was both predicted and measured\n"
     )
 
 

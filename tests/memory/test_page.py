@@ -47,7 +47,7 @@ def test_the_headline_says_when_where_and_what(measured: MemoryReport, read_html
     assert parts.sizes() == [size for size in peak.breakdown.by_category().values() if size]
     assert figures(read) == {
         "peak resident": "460.0 MiBin export",
-        "rest of the process": "335.7 MiBin forward",
+        "rest of the process": "325.7 MiBpeak resident − peak tensors",
     }
 
 
@@ -61,7 +61,7 @@ def test_an_accelerator_needs_its_context_too(on_device: MemoryReport, read_html
         "the device needs": "1,300.0 MiBreserved and context",
         "peak allocated": "900.0 MiBin step",
         "peak reserved": "1,000.0 MiBin step",
-        "fragmen\u00adtation": "100.0 MiBin step",
+        "fragmentation": "100.0 MiBpeak reserved − peak allocated",
         "context": "300.0 MiBof the device, beside its allocator",
     }
     unknown = figures(read_html(page(replace(on_device, context_bytes=None))))
@@ -71,7 +71,10 @@ def test_an_accelerator_needs_its_context_too(on_device: MemoryReport, read_html
 def test_what_is_not_known_is_shown_as_that(read_html: Read) -> None:
     read = read_html(page(MemoryReport((PhaseMemory("step", 1),))))
     assert next(read.all("p", "headline")).text.startswith("unknown\npeak resident")
-    assert figures(read) == {"peak resident": "unknown", "rest of the process": "unknown"}
+    assert figures(read) == {
+        "peak resident": "unknown",
+        "rest of the process": "unknownpeak resident − peak tensors",
+    }
     for heading in ("Over time", "By module at the peak"):
         assert section(read, heading).text.endswith(": unknown.") and not list(section(read, heading).all("svg"))
     assert section(read, "By phase").rows()[1] == ["step", "1", "-", "-", "-"] and not read.sizes()

@@ -1,0 +1,62 @@
+"""`rehearse_steps`: the memory of training a model of which only the config is at hand, run on fake tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_lite import hub
+from qlora_lite.adapters import add_lora_
+from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
+from qlora_lite.errors import CheckpointError
+from qlora_lite.load import fill_
+from qlora_lite.memory.measure import MemoryProfiler
+from qlora_lite.memory.rehearse import rehearsal, rehearsed_report
+from qlora_lite.memory.report import MemoryReport
+from qlora_lite.training import check_batch_shape, train
+from qlora_lite.unread import UnreadCheckpoint
+
+
+def read_config(path_or_id: str | Path) -> Any:
+    """The config of a checkpoint's folder, of a config file by itself, or of a hub id."""
+    path = Path(path_or_id)
+    if path.is_file() and path.suffix != ".json":
+        raise CheckpointError(f"{path} is no config; name a config.json, or a folder that has one")
+    return hub.read_config(path if path.is_file() else hub.resolve(path_or_id))
+
+
+def rehearse_steps(
+    path_or_id: str | Path,
+    quant: QuantConfig,
+    lora: LoraConfig,
+    config: TrainConfig,
+    *,
+    rows: int,
+    tokens: int,
+    accelerator: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> MemoryReport:
+    """What `profile_steps` would measure of live tensors: phases load, forward, backward, optimizer.
+
+    Runs the packing of `load_quantized`, `add_lora_` and `train`, with batches `(rows, tokens)`, on fake tensors.
+    accelerator: as for `rehearse`. dtype: of what is not packed. RehearsalError for a model whose code cannot run on
+    fake tensors; ConfigError, TargetError, CheckpointError as the real run would raise them.
+    """
+    found = read_config(path_or_id)
+    check_batch_shape(found, rows, tokens)
+    model: Any = hub.empty_model(found, dtype)
+    hub.tie(model)
+    checkpoint = UnreadCheckpoint(model, quant, getattr(found, "dtype", None) or dtype)
+    with rehearsal(accelerator) as profiler:
+        with profiler.phase("load"):
+            fill_(model, checkpoint, dtype, torch.device("cpu"))
+            add_lora_(model, lora)
+        _train(model, profiler, config, rows, tokens)
+    return rehearsed_report(profiler, accelerator)
+
+
+def _train(model: Any, profiler: MemoryProfiler, config: TrainConfig, rows: int, tokens: int) -> None:
+    ids = torch.zeros(rows, tokens, dtype=torch.int64)
+    train(model, [{"input_ids": ids, "labels": ids}], config, profiler=profiler, progress=False)

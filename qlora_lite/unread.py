@@ -1,0 +1,92 @@
+"""A checkpoint of which nothing but a config is at hand: its tensors have shapes, and rows that nobody has written.
+
+A model that is filled from it on fake tensors (memory/rehearse.py) is packed and placed by the code that does it for a
+real one. Packing makes the same temporaries for weights of one shape and format, so it is run for the last of each,
+when the most is resident; the others are laid out without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite import hub
+from qlora_lite.config import QuantConfig
+from qlora_lite.formats import row_step
+from qlora_lite.load import Checkpoint
+from qlora_lite.quantize import PackedWeight
+from qlora_lite.quantize_base import Slot
+from qlora_lite.tensor_views import Source
+from qlora_lite.weight_rows import PackSource
+
+
+@dataclass(frozen=True)
+class UnreadTensor:
+    """A tensor of which rows can be had, with whatever lies in fresh memory in them."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return torch.empty((stop - start, *self.shape[1:]) if self.shape else (), dtype=self.dtype)
+
+    def part(self, index: int) -> UnreadTensor:
+        return UnreadTensor(f"{self.name}[{index}]", self.dtype, self.shape[1:])
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A weight that is to be packed, as the buffers that it will have; `step` as of what is packed."""
+
+    shape: tuple[int, ...]
+    format: str
+    config: QuantConfig
+
+    @property
+    def step(self) -> int:
+        return row_step(self.shape, self.format, self.config.blocksize)
+
+    def pack(self, device: torch.device) -> PackedWeight:
+        rows, columns = self.shape
+        return PackedWeight((rows, columns), self.format, self.config.blocksize, self.config.double_quant, device)
+
+
+def _unread(name: str, tensor: Tensor, dtype: torch.dtype) -> UnreadTensor:
+    return UnreadTensor(name, dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+
+
+class UnreadCheckpoint:
+    """Stands for the checkpoint of a model on meta whose tensors are `dtype` on disk; of tied ones it has the first."""
+
+    def __init__(self, model: Any, config: QuantConfig, dtype: torch.dtype) -> None:
+        tensors, tied = model.state_dict(keep_vars=True), hub.tied_names(model)
+        # In the order in which those of a real checkpoint are read: what is resident by when decides on the peak.
+        order = [conversion.target for conversion in hub.conversions(model, tensors, tensors)]
+        self.config = config
+        self.tensors: Mapping[str, UnreadTensor] = {
+            name: _unread(name, tensors[name], dtype) for name in order if name not in tied
+        }
+        self._whole = Checkpoint(Path(), config, self.tensors)
+        self._run: set[int] = set()
+
+    def plain(self, name: str) -> Source:
+        return self._whole.plain(name)
+
+    def sources(self, name: str, slot: Slot, dtype: torch.dtype) -> list[PackSource]:
+        """Those that a checkpoint has, or what is left of them when they are packed."""
+        found = self._whole.sources(name, slot, dtype)
+        return found if id(slot) in self._run else [LaidOut(source.shape, slot.format, self.config) for source in found]
+
+    def slots(self, model: nn.Module) -> list[Slot]:
+        """What is packed of the model."""
+        found = self._whole.slots(model)
+        place = {name: number for number, name in enumerate(self.tensors)}
+        in_order = sorted(found, key=lambda slot: place.get(slot.name, 0))
+        self._run = {id(slot) for slot in {(slot.weight.shape, slot.format): slot for slot in in_order}.values()}
+        return found
