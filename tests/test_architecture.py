@@ -49,6 +49,7 @@ FLOORS = (
         "memory.workspaces",
         "memory.palette",
         "memory.treemap",
+        "memory.snapshot",
         "merge_report",
     ),
     (
