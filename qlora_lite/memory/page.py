@@ -159,8 +159,8 @@ def _peak_figure(column: Column, report: MemoryReport) -> str:
 
 
 def _highest(column: Column, report: MemoryReport) -> tuple[int, str] | None:
-    """The largest size of a column and its phase, the one entered last of equal ones."""
-    sizes = ((column.size(phase), phase.name) for phase in reversed(report.phases))
+    """The largest size of a column and the first phase that has it: an allocator keeps what it once reserved."""
+    sizes = ((column.size(phase), phase.name) for phase in report.phases)
     return max(((size, name) for size, name in sizes if size is not None), key=lambda item: item[0], default=None)
 
 

@@ -64,6 +64,8 @@ def test_an_accelerator_needs_its_context_too(on_device: MemoryReport, read_html
         "fragmentation": "100.0 MiBpeak reserved − peak allocated",
         "context": "300.0 MiBof the device, beside its allocator",
     }
+    kept = replace(on_device, phases=(*on_device.phases, replace(on_device.phases[1], name="export", allocated_peak=0)))
+    assert figures(read_html(page(kept))) == figures(read)
     unknown = figures(read_html(page(replace(on_device, context_bytes=None))))
     assert unknown["the device needs"] == "unknownreserved and context" and unknown["context"].startswith("unknown")
 
