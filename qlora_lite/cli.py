@@ -243,20 +243,35 @@ def profile(
     rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 2,
     tokens: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
     checkpointing: Checkpointing = "full",
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with charts: report.html.")] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Write the memory over time: timeline.png.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of --html and --png.")] = False,
     json: Json = False,
 ) -> None:
     """Run two training steps on made-up tokens and show where the bytes are in each phase."""
     from json import dumps
 
     from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, checkpointing_named
+    from qlora_lite.memory.charts import require_matplotlib, write_chart
+    from qlora_lite.memory.page import write_page
     from qlora_lite.memory.report import render
+    from qlora_lite.single_file import check_writable
     from qlora_lite.training import profile_steps
 
     quant = QuantConfig(format, embedding_format=embedding_format, int8_activations=int8_activations)
     lora = LoraConfig(rank, 2 * rank)
     config = TrainConfig(steps=2, checkpointing=checkpointing_named(checkpointing))
+    if html is not None:
+        check_writable(html, ".html", overwrite)
+    if png is not None:
+        check_writable(png, ".png", overwrite)
+        require_matplotlib()
     report = profile_steps(model, quant, lora, config, rows=rows, tokens=tokens)
     print(render(report))
+    if html is not None:
+        write_page(html, report, title=f"Two training steps of {model}", overwrite=overwrite)
+    if png is not None:
+        write_chart(png, report, overwrite=overwrite)
     if json:
         print(dumps(report.to_json()))
 

@@ -22,6 +22,7 @@ from torch import nn
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.ownership import Ownership
 from qlora_lite.memory.report import MemoryReport, PhaseMemory
+from qlora_lite.memory.timeline import thinned
 from qlora_lite.memory.trace import StorageTrace
 
 STATUS_FILE = "/proc/self/status"
@@ -235,7 +236,11 @@ class MemoryProfiler:
     def report(self) -> MemoryReport:
         """What was measured in the phases that were left so far; of a phase entered often, the largest peaks."""
         phases = tuple(self._phase_memory(name, totals) for name, totals in self._phases.items() if totals.entries)
-        return MemoryReport(phases, context_bytes=context_bytes() if self._counters else None)
+        return MemoryReport(
+            phases,
+            timeline=None if self._trace is None else thinned(self._trace.timeline()),
+            context_bytes=context_bytes() if self._counters else None,
+        )
 
     def _phase_memory(self, name: str, totals: _PhaseTotals) -> PhaseMemory:
         live_peak, breakdown = (None, None) if self._trace is None else self._trace.peak(name)

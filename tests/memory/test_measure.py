@@ -70,6 +70,25 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def test_a_report_has_the_timeline_of_what_was_followed() -> None:
+    model = Adapted()
+    optimizer = torch.optim.AdamW(trained_parameters(model))
+    with MemoryProfiler(model, optimizer) as profiler:
+        for _ in range(2):
+            one_step(profiler, model, optimizer)
+    report = profiler.report()
+    assert report.timeline is not None
+    totals = report.timeline.totals()
+    for name in ("forward", "backward", "optimizer"):
+        shown = [size for size, where in zip(totals, report.timeline.phases, strict=True) if where == name]
+        assert max(shown) == measured(profiler, name).live_peak
+    highest = report.peak_phase()
+    assert highest is not None and highest.name == report.timeline.phases[totals.index(max(totals))]
+    with MemoryProfiler(model, optimizer, trace=False) as counting:
+        one_step(counting, model, optimizer)
+    assert counting.report().timeline is None and counting.report().peak_phase() is None
+
+
 def test_every_category_of_an_adapted_model_to_the_byte() -> None:
     model = Adapted()
     optimizer = torch.optim.AdamW(trained_parameters(model))
