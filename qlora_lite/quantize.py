@@ -44,9 +44,9 @@ def import_bitsandbytes(module: str) -> Any:
 bnb = import_bitsandbytes("bitsandbytes.functional")
 ops = torch.ops.bitsandbytes
 
-# A multiple of every block size; bounds the fp32 temporaries of packing to a few times 512 KiB, which stay in the
-# caches, and which malloc has ready.
-CHUNK_VALUES = 1 << 17
+# A multiple of every block size; bounds the fp32 temporaries of packing to a few times 1 MiB, which stay in the
+# caches.
+CHUNK_VALUES = 1 << 18
 # So many fp32 values stay in the caches while they are unpacked.
 UNPACKED_AT_ONCE = 1 << 19
 INT8_STEP = 1 / 127

@@ -26,7 +26,7 @@ from qlora_lite.quantize import PackedWeight
 from qlora_lite.tensor_views import Source, slices
 
 # Of a tensor on its way to be packed: so much is read at once.
-READ_BYTES = 2 << 20
+READ_BYTES = 4 << 20
 
 
 class WeightRows(Protocol):
