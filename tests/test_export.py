@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from qlora_lite import (
@@ -243,10 +246,27 @@ def test_neither_slices_nor_shards_change_a_bit(
 ) -> None:
     model = trained(tiny_folder)
     save_adapter(model, tmp_path / "adapter")
-    export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "one")
+    one = export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "one")
     monkeypatch.setattr(export_plan, "SLICE_BYTES", 1)
     many = export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "many", max_shard_bytes=30_000)
     assert len(many.files) > 1 and same(tmp_path / "one", tmp_path / "many")
+    for figures, others in zip(one.report.tensors, many.report.tensors, strict=True):
+        assert figures.name == others.name
+        assert astuple(figures)[1:] == pytest.approx(astuple(others)[1:], rel=1e-9)
+
+
+def test_a_damaged_tensor_stops_a_merge_that_packs_ahead(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    save_adapter(trained(tiny_folder), tmp_path / "adapter")
+    tensors, name = tensors_of(tiny_folder), "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 2] = torch.nan
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    before = threading.active_count(), torch.get_num_threads()
+    for base in ("dequantized", "original"):
+        with pytest.raises(QuantizationError, match=rf"{name} holds nan at index \(3, 2\)"):
+            export.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", base=base)
+    assert (threading.active_count(), torch.get_num_threads()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_the_report_counts_what_was_packed_and_what_was_added(tiny_folder: Path, tmp_path: Path) -> None:
