@@ -49,7 +49,7 @@ from qlora_lite.weight_rows import (
 )
 
 # Of fp32 values at once: what stays in the caches while it is summed, cast and measured.
-SLICE_BYTES = 4 << 20
+SLICE_BYTES = 2 << 20
 
 
 class Origin(Protocol):
