@@ -251,8 +251,8 @@ def test_neither_slices_nor_shards_change_a_bit(
     many = export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "many", max_shard_bytes=30_000)
     assert len(many.files) > 1 and same(tmp_path / "one", tmp_path / "many")
     for figures, others in zip(one.report.tensors, many.report.tensors, strict=True):
-        assert figures.name == others.name
-        assert astuple(figures)[1:] == pytest.approx(astuple(others)[1:], rel=1e-9)
+        for value, again in zip(astuple(figures), astuple(others), strict=True):
+            assert value == again or value == pytest.approx(again, rel=1e-9)
 
 
 def test_a_damaged_tensor_stops_a_merge_that_packs_ahead(tiny_folder: Path, tmp_path: Path) -> None:
