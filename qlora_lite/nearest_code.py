@@ -8,10 +8,12 @@ one gives its code at once, and the few numbers in a cell with a midpoint are co
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 
 CELLS = 8192  # of half the interval; the table of codes stays in the cache nearest to the core
@@ -28,7 +30,7 @@ ANY_UNDECIDED = -0x7F7F7F7F7F7F7F80  # 0x80 in each byte of an int64
 class CodeTables:
     """What a number in a cell is packed to: `code[cell]`, or, where that has the bit `UNDECIDED`, by a midpoint.
 
-    Numbers above `midpoint[cell]` get `above[cell]`, the others `below[cell]`.
+    Numbers above `midpoint[cell]` get `above[cell]`, the others `below[cell]`. undecided: the share of such cells.
     """
 
     cells: int
@@ -36,6 +38,7 @@ class CodeTables:
     midpoint: Tensor
     below: Tensor
     above: Tensor
+    undecided: float
 
 
 @functools.cache
@@ -59,7 +62,7 @@ def _code_tables(values: tuple[float, ...]) -> CodeTables:
     decided[inside] |= UNDECIDED
     above[inside] = order[1:].to(torch.uint8)
     midpoint[inside] = midpoints
-    return CodeTables(cells, decided, midpoint, below, above)
+    return CodeTables(cells, decided, midpoint, below, above, len(midpoints) / len(edges))
 
 
 def _well_inside(midpoints: Tensor, cells: int) -> bool:
@@ -91,9 +94,16 @@ def pack_4bit(values: Tensor, blocksize: int, code: tuple[float, ...]) -> tuple[
     return ((pairs << 4) | (pairs >> 8)).to(torch.uint8), absmax
 
 
+def _undecided(marks: Tensor, tables: CodeTables) -> Tensor:
+    """Places of the groups that have a mark. Fake ones have no values: there, as many as of evenly spread numbers."""
+    if not isinstance(marks, FakeTensor):
+        return marks.nonzero().view(-1)
+    return torch.arange(math.ceil(TOGETHER * tables.undecided * marks.numel()), device=marks.device)
+
+
 def _decide_(index: Tensor, scaled: Tensor, cell: Tensor, tables: CodeTables) -> None:
     """Compares numbers in cells with a midpoint, and their neighbours: bytes are looked at eight at a time."""
-    groups = (index.view(torch.int64) & ANY_UNDECIDED).nonzero().view(-1)
+    groups = _undecided(index.view(torch.int64) & ANY_UNDECIDED, tables)
     if not groups.numel():
         return
     numbers, cells = (each.view(-1, TOGETHER).index_select(0, groups) for each in (scaled, cell))
