@@ -19,7 +19,7 @@ class Delta:
     right: Tensor
     scaling: float
 
-    TILE_ROWS = 256
+    TILE_ROWS = 64
 
     @property
     def shape(self) -> tuple[int, int]:
