@@ -128,7 +128,7 @@ def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[
 
     found: dict[str, Callable[[], Delta]] = {}
     for name, layer in lora_layers(model).items():
-        keys = peft_key(name, layer, "A"), peft_key(name, layer, "B")
+        keys = peft_key(name, layer.kind, "A"), peft_key(name, layer.kind, "B")
         found[f"{name}.weight"] = functools.partial(delta, layer, keys)
         layer.to("meta")
     release_freed_pages()

@@ -23,17 +23,15 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 SDPA = "sdpa"
 TEMPLATE_FOLDER = "additional_chat_templates"
-CHECKPOINT_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+CHECKPOINT_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "spiece.model",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -255,10 +253,11 @@ def save_companions(
     if getattr(model, "generation_config", None) is not None:
         with _checkpoint_errors("the generation config cannot be saved"):
             model.generation_config.save_pretrained(str(target))
-    for name in TOKENIZER_FILES:
-        if source is not None and (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
     if source is not None:
+        # sentencepiece's models have a name of their own in many a family: spiece, sentencepiece.bpe, spm, …
+        for name in sorted({*TOKENIZER_FILES, *(path.name for path in source.glob("*.model"))}):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
         _copy_templates(source, target)
 
 

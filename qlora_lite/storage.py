@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -165,7 +166,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and numbers of too many digits, too
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} should hold a JSON object; got a {type(value).__name__}")
@@ -247,11 +248,13 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
     try:
-        # mkdtemp gives 0700; a folder made in the usual way follows the umask.
-        os.chmod(temporary, 0o777 & ~_umask())
+        # mkdtemp gives 0700; a folder made in the usual way follows the umask, and keeps the group of its parent's
+        # files where the parent says so (setgid, which is inherited).
+        os.chmod(temporary, temporary.stat().st_mode & stat.S_ISGID | 0o777 & ~_umask())
         with locked(temporary):
             yield temporary
         _sync(temporary)
+        check_replaceable(target, overwrite)  # again: others may have written there meanwhile
         if target.exists():
             old = temporary.with_suffix(".old")
             os.rename(target, old)

@@ -244,9 +244,25 @@ def _nan(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     next(iter(tensors.values()))[0, 0] = float("nan")
 
 
+def _embedding_key(key: str) -> str:
+    return key.removesuffix(".weight").replace("lora_", "lora_embedding_")
+
+
+def _another_kind(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    for key in [key for key in tensors if ".0." in key]:
+        tensors[_embedding_key(key)] = tensors.pop(key)
+
+
+def _two_kinds(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    tensors |= {_embedding_key(key): 2 * tensor for key, tensor in tensors.items() if ".0." in key}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (_another_kind, r"q_proj is another kind of layer here: \S+lora_A\.weight and \S+lora_B\.weight should be"),
+        (_two_kinds, r"there already: \S+layers\.0\.self_attn\.q_proj\.lora_embedding_A"),
+        (lambda tensors, config: config.update(target_modules="v_proj|x"), "'v_proj\\|x' matches no layer in the file"),
         (_drop_a, "only one of A and B"),
         (_wrong_shape, r"is \(5, 3\), the layer needs"),
         (_foreign, "belong to no adapter"),
