@@ -222,7 +222,10 @@ class ExportPlan:
 
     def report(self) -> MergeReport:
         name = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == self.dtype)
-        return MergeReport(self.base, name, tuple(self.figures))
+        place = {
+            tensor: number for number, tensor in enumerate(self.tensors)
+        }  # shards are filled in an order of theirs
+        return MergeReport(self.base, name, tuple(sorted(self.figures, key=lambda figures: place[figures.name])))
 
 
 def _as_stored(stored: Source, trained: list[WeightRows]) -> list[WeightRows]:
