@@ -225,10 +225,13 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def check_apart(target: Path, *inputs: Path | None) -> None:
-    """Raises CheckpointError if writing the folder `target` would replace one of the inputs."""
+    """Raises CheckpointError if writing the folder `target` would replace one of the inputs, or what it links to."""
     target = Path(os.path.realpath(target))
     for path in inputs:
-        if path is not None and Path(os.path.realpath(path)).is_relative_to(target):
+        if path is None:
+            continue
+        files = [part for part in path.iterdir() if not part.is_dir()] if path.is_dir() else []
+        if any(Path(os.path.realpath(part)).is_relative_to(target) for part in (path, *files)):
             raise CheckpointError(f"the output {target} would replace the input {path}; name another folder")
 
 

@@ -116,6 +116,12 @@ def test_an_output_over_an_input_is_refused(tmp_path: Path) -> None:
     check_apart(tmp_path / "out", tmp_path / "base", None)
     with pytest.raises(CheckpointError, match="would replace the input"):
         check_apart(tmp_path, tmp_path / "base")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "model.safetensors").touch()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "model.safetensors").symlink_to(tmp_path / "store" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="store would replace the input"):
+        check_apart(tmp_path / "store", tmp_path / "linked")
 
 
 def test_damaged_json_gets_one_sentence(tmp_path: Path) -> None:
