@@ -266,8 +266,9 @@ def _left_out(model: nn.Module, pairs: Collection[str], config: dict[str, Any]) 
         except re.error as error:
             return [f"target_modules {targets!r} is not a regular expression: {error}"]
     elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        lost = [target for target in targets if not any(answers_to(name, target) for name in pairs)]
-        if lost:
+        unmet = [t for t in targets if not any(answers_to(n, t) for n in pairs)]
+        # peft keeps targets that other models have, as long as this one has some.
+        if lost := [t for t in unmet if unmet == targets or any(answers_to(n, t) for n, _ in model.named_modules())]:
             return [f"target_modules {lost} answer to no layer in the file"]
         meant = {name for name in layers if any(answers_to(name, target) for target in targets)}
     else:

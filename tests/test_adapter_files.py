@@ -326,6 +326,16 @@ def test_a_lone_layer_cannot_be_saved(tmp_path: Path) -> None:
         save_adapter(LinearWithLoRA(4, 4, 2), tmp_path / "x")
 
 
+def test_targets_that_other_models_have_are_no_loss(tiny_folder: Path, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    config = peft.LoraConfig(target_modules=["q_proj", "c_attn", "query_key_value"])
+    peft.get_peft_model(plain, config).save_pretrained(tmp_path)
+    assert len(load_adapter_(base(tiny_folder), tmp_path)) == 2
+
+
 def test_a_file_that_lost_layers_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     save_adapter(adapted(tiny_folder, ["q_proj", "v_proj"]), tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -337,7 +347,8 @@ def test_a_file_that_lost_layers_is_refused(tiny_folder: Path, tmp_path: Path) -
     config = tmp_path / "adapter" / "adapter_config.json"
     settings = json.loads(config.read_text())
     for targets, message in (
-        (["q_proj", "nothing"], r"target_modules \['nothing'\] answer to no layer"),
+        (["nothing", "nowhere"], r"target_modules \['nothing', 'nowhere'\] answer to no layer"),
+        (["q_proj", "v_proj", "norm"], r"target_modules \['norm'\] answer to no layer"),
         (r".*\.[qkv]_proj", "2 targeted layers have nothing"),
         ("(", "not a regular expression"),
         (7, "a list of names or a regular expression; got 7"),
