@@ -51,7 +51,7 @@ def main() -> None:
             tokens=given.tokens,
         )
         print(render(report))
-        print(json.dumps({"model": str(given.model), **report.to_json()}))
+        print(json.dumps({"model": str(given.model), "phases": report.to_json()["phases"]}))
 
 
 if __name__ == "__main__":

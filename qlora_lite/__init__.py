@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qlora_lite.lora import LoraLayer as LoraLayer
     from qlora_lite.loss import linear_cross_entropy as linear_cross_entropy
     from qlora_lite.memory.measure import MemoryProfiler as MemoryProfiler
+    from qlora_lite.memory.rehearse import rehearse as rehearse
     from qlora_lite.merge import merge_lora_ as merge_lora_
     from qlora_lite.merge import unmerge_lora_ as unmerge_lora_
     from qlora_lite.quantize_base import quantize_base_ as quantize_base_
@@ -46,6 +47,7 @@ _HOME = {
     "load_quantized": "load",
     "merge_lora_": "merge",
     "quantize_base_": "quantize_base",
+    "rehearse": "memory.rehearse",
     "save_adapter": "adapter_files",
     "train": "training",
     "unmerge_lora_": "merge",

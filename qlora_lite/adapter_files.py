@@ -19,7 +19,8 @@ from qlora_lite import hub
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
 from qlora_lite.config import ALL_LINEAR, LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
-from qlora_lite.lora import EmbeddingKind, Kind, LoraLayer, kind_of
+from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
+from qlora_lite.lora import LoraLayer
 from qlora_lite.modules import answers_to, is_transposed_linear, replace_modules_
 from qlora_lite.storage import PlannedTensor, new_folder, planned, read_json, write_json, write_safetensors
 from qlora_lite.tensor_files import read_safetensors
@@ -216,8 +217,7 @@ def _pairs(tensors: dict[str, Tensor], path: Path) -> Pairs:
     if foreign:
         shown = ", ".join(sorted(foreign)[:8])
         raise CheckpointError(f"{path} has keys that belong to no adapter, or to one that is there already: {shown}")
-    single = sorted(name for name, pair in pairs.items() if len(pair) < 2)
-    if single:
+    if single := sorted(name for name, pair in pairs.items() if len(pair) < 2):
         raise CheckpointError(f"{path} has only one of A and B for: {', '.join(single[:8])}")
     if not pairs:
         raise CheckpointError(f"{path} is empty")

@@ -12,7 +12,8 @@ from torch import nn
 from qlora_lite.config import ALL_LINEAR, LoraConfig, Targets
 from qlora_lite.errors import TargetError
 from qlora_lite.experts import stacks
-from qlora_lite.lora import LinearKind, LoraLayer, kind_of
+from qlora_lite.layer_kinds import LinearKind, kind_of
+from qlora_lite.lora import LoraLayer
 from qlora_lite.modules import answers_to, check_all_matched, has_own_forward, replace_modules_
 
 

@@ -23,6 +23,7 @@ from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
 from qlora_lite.load import Checkpoint
+from qlora_lite.memory.host import keep_freed_pages
 from qlora_lite.merge_report import MergeReport
 from qlora_lite.plain_weights import plain_weights
 from qlora_lite.quantize_base import Slot
@@ -55,14 +56,19 @@ def _check_options(base: str, dtype: torch.dtype, max_shard_bytes: int) -> None:
     require(is_count(max_shard_bytes, 1), "max_shard_bytes must be an integer of at least 1", max_shard_bytes)
 
 
-def _originals(model: nn.Module, source: Path | None, base: str) -> Mapping[str, Source]:
-    """The full-precision tensors that a model was packed from, where its folder has them; by the model's names."""
-    packed = source is not None and hub.quantization_of(source) is not None
-    if base == ORIGINAL and packed:
+def _check_has_originals(source: Path, base: str) -> None:
+    if base == ORIGINAL and hub.quantization_of(source) is not None:
         raise CheckpointError(
             f"base='original' merges into full-precision weights and {source} holds packed ones; merge into "
             f"base='dequantized', or into the checkpoint that it was packed from"
         )
+
+
+def _originals(model: nn.Module, source: Path | None, base: str) -> Mapping[str, Source]:
+    """The full-precision tensors that a model was packed from, where its folder has them; by the model's names."""
+    if source is not None:
+        _check_has_originals(source, base)
+    packed = source is not None and hub.quantization_of(source) is not None
     stored = None if packed else TensorFiles.of(source)
     if base == ORIGINAL and stored is None:
         raise CheckpointError("base='original' needs the checkpoint that the model was loaded from; it has none")
@@ -111,7 +117,8 @@ def _write(
         check_examples(examples, model.config, hub.vocabulary(model))
     with new_folder(folder, overwrite) as temporary:
         check_space(folder, sum(tensor.bytes for tensor in plan.tensors.values()))
-        files = write_sharded(temporary, plan.tensors, shard)
+        with plan.packed_ahead():
+            files = write_sharded(temporary, plan.tensors, shard)
         hub.save_companions(model, source, temporary, plan.dtype, untie=plan.untied)
         report = plan.report()
         found = None if examples is None else _verified(temporary, plan, examples)
@@ -173,16 +180,17 @@ def merge_checkpoint(
     `load_quantized`, `load_adapter_` and `export_merged` raise.
     """
     _check_options(base, dtype, max_shard_bytes)
+    keep_freed_pages()
     source = hub.resolve(path_or_id)
     check_apart(Path(folder), source, Path(adapter))
     model: Any = hub.empty_model(hub.read_config(source), load_dtype)
     hub.tie(model)
-    originals = _originals(model, source, base)
+    _check_has_originals(source, base)
     checkpoint = Checkpoint.of(source, model, config)
     slots = checkpoint.slots(model)
     load_adapter_(model, adapter)
     _check_same_base(Path(adapter), model, checkpoint, slots, load_dtype)
     origin = OnDisk(slots, checkpoint, load_dtype, stored_deltas_(model, adapter))
     hub.read_generation_config_(model, source)
-    plan = ExportPlan.of(model, base, dtype, origin, originals)
+    plan = ExportPlan.of(model, base, dtype, origin, checkpoint.originals)
     return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)

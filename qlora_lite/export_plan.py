@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +42,14 @@ from qlora_lite.weight_rows import (
     StoredRows,
     TransposedRows,
     WeightRows,
-    common_step,
+    aligned_slices,
     merged_rows,
+    packed_ahead,
     packed_rows,
-    slice_starts,
 )
 
 # Of fp32 values at once: what stays in the caches while it is summed, cast and measured.
-SLICE_BYTES = 4 << 20
+SLICE_BYTES = 2 << 20
 
 
 class Origin(Protocol):
@@ -200,6 +201,11 @@ class ExportPlan:
         write = _Writing(chosen, other, delta, weight.name, self)
         self.tensors[weight.name] = PlannedTensor(weight.shape, self.dtype, write.slices)
 
+    def packed_ahead(self) -> AbstractContextManager[None]:
+        """Within the block, a weight that is packed again for the sake of its figures or its values is so in time."""
+        weights = [rows for source in self.sources for rows in source.trained if isinstance(rows, RepackedRows)]
+        return packed_ahead(weights) if weights else nullcontext()
+
     def compared(self, written: Mapping[str, Source]) -> Compared:
         """The models that the export is verified against; the written one is read back from the files."""
         rest = {name: tensor.slices for name, tensor in self.tensors.items()}  # integers: the same in all
@@ -258,13 +264,9 @@ class _Writing:
         delta = None if self.delta is None else self.delta()
         if delta is not None:
             figures.update = delta.squared_norm()
-        others: list[Any] = [None] * len(self.chosen) if self.other is None else list(self.other)
-        for chosen, other in zip(self.chosen, others, strict=True):
-            steps = [chosen.step, 1 if other is None else other.step]
-            step = common_step(*steps, 1 if delta is None else Delta.TILE_ROWS)
-            for start, stop in slice_starts(chosen.shape, step, SLICE_BYTES):
-                rows = chosen.rows(start, stop)
-                yield self._written(rows, None if other is None else other.rows(start, stop), start, delta, figures)
+        forms = zip(self.chosen) if self.other is None else zip(self.chosen, self.other, strict=True)
+        for start, (rows, *other) in aligned_slices(forms, delta, SLICE_BYTES):
+            yield self._written(rows, other[0] if other else None, start, delta, figures)
         self.plan.figures.append(figures)
         self.plan.holes.check()
 

@@ -137,6 +137,12 @@ class Checkpoint:
         settings = _as_stored(folder, model, config, packed, bool(rows))
         return cls(folder, settings, fitting(model, folder, plain, known))
 
+    @property
+    def originals(self) -> dict[str, Source]:
+        """The tensors that lie there as a model had them before anything was packed; none of a packed checkpoint."""
+        sources = {name: stored for name, stored in self.tensors.items() if not isinstance(stored, _PACKED)}
+        return sources if len(sources) == len(self.tensors) else {}
+
     def plain(self, name: str) -> Source:
         """A tensor that the model holds as it is."""
         stored = self.tensors[name]

@@ -1,6 +1,6 @@
 """y = W0 x + scaling * B A x: a frozen layer of any kind and format, and a trained low-rank term beside it.
 
-`LoraLayer` holds the equation; a *kind* (linear, embedding) says how A and B are applied to an input.
+`LoraLayer` holds the equation; a *kind* (layer_kinds.py) says how A and B are applied to an input.
 `LinearWithLoRA` and `Embedding` are LoraLayers that make their own base.
 
 The base is never written to. Merging puts W0 + scaling * B A beside it and unmerging drops that again, so that
@@ -11,155 +11,19 @@ unmerged weights are the old ones bit for bit, packed bases can be merged too, a
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_lite.config import check_lora_numbers, is_count, require
 from qlora_lite.delta import Delta
-from qlora_lite.errors import ConfigError, InputError, TargetError
+from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.finite import cast_finite
-from qlora_lite.low_rank import adapted_linear, check_features, dense
-from qlora_lite.modules import has_own_forward, is_transposed_linear
+from qlora_lite.layer_kinds import kind_of
+from qlora_lite.low_rank import dense
 
 INIT_STD = 0.02
-MAX_NORM_EPS = 1e-7  # torch.nn.functional.embedding's own
-
-
-class Kind(Protocol):
-    """How one kind of layer applies a weight and a low-rank term to its input."""
-
-    def features(self, base: Any) -> tuple[int, int]:
-        """(in, out) of the weight update B A, whose shape is (out, in)."""
-
-    def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The layer's output for this weight, with or without the low-rank term."""
-
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
-        """scaling * B A `(out, in)` in the orientation of the stored weight."""
-
-
-class LinearKind:
-    def features(self, base: Any) -> tuple[int, int]:
-        return base.in_features, base.out_features
-
-    def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
-        base: Any = layer.base_layer
-        check_features(x, layer.in_features)
-        lora_A, lora_B = lora or (None, None)
-        return adapted_linear(
-            x,
-            weight,
-            base.bias,
-            lora_A,
-            lora_B,
-            scaling=layer.scaling,
-            dropout=layer.dropout if layer.training else 0.0,
-            compute_dtype=getattr(base, "compute_dtype", None),
-        )
-
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
-        return Delta(lora_B.float(), lora_A.float(), scaling)
-
-
-class TransposedLinearKind(LinearKind):
-    """A linear layer that holds its weight as `(in, out)`, unpacked: GPT-2's Conv1D."""
-
-    def features(self, base: Any) -> tuple[int, int]:
-        return base.weight.shape[0], base.weight.shape[1]
-
-    def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
-        return super().apply(layer, x, weight.T, lora)
-
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
-        return super().delta(lora_A, lora_B, scaling).transposed
-
-
-class _TokenColumns(torch.autograd.Function):
-    """A[:, tokens] as `(*tokens.shape, rank)`, with the gradients that torch.nn.Embedding would give its weight."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, lora_A: Tensor, tokens: Tensor, padding_idx: int | None, scale_by_freq: bool, sparse: bool
-    ) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.width, ctx.options = lora_A.shape[1], (-1 if padding_idx is None else padding_idx, scale_by_freq, sparse)
-        return F.embedding(tokens, lora_A.T)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (tokens,) = ctx.saved_tensors
-        padding_idx, scale_by_freq, sparse = ctx.options
-        # aten's backward of an embedding lookup, for a weight of shape (width, rank).
-        rows = torch.ops.aten.embedding_backward(grad, tokens, ctx.width, padding_idx, scale_by_freq, sparse)
-        if not sparse:
-            return rows.T, None, None, None, None
-        # A is stored the other way round: the same values, with the token as second index.
-        (token_index,), values = rows._indices(), rows._values()
-        rank = values.shape[1]
-        first = torch.arange(rank, device=values.device).repeat(token_index.numel())
-        index = torch.stack((first, token_index.repeat_interleave(rank)))
-        columns = torch.sparse_coo_tensor(index, values.reshape(-1), (rank, ctx.width), check_invariants=False)
-        return columns, None, None, None, None
-
-
-class EmbeddingKind:
-    def features(self, base: Any) -> tuple[int, int]:
-        return base.num_embeddings, base.embedding_dim
-
-    def _check_tokens(self, base: Any, tokens: Tensor) -> None:
-        kind = tokens.dtype if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-        if kind not in (torch.int64, torch.int32):
-            raise InputError(f"an embedding takes tokens of dtype int64 or int32; got {kind}")
-
-    def apply(self, layer: LoraLayer, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
-        base: Any = layer.base_layer
-        self._check_tokens(base, x)
-        try:
-            y = F.embedding(x, weight) if isinstance(weight, Tensor) else weight.rows(x, base.output_dtype)
-        except IndexError as error:
-            bad = x[(x < 0) | (x >= base.num_embeddings)]
-            raise InputError(
-                f"tokens must be in [0, {base.num_embeddings}); got {int(bad[0])}"
-                f"{f' and {bad.numel() - 1} more' if bad.numel() > 1 else ''}"
-            ) from error
-        if lora is not None:
-            lora_A, lora_B = lora
-            frequency, sparse = getattr(base, "scale_grad_by_freq", False), getattr(base, "sparse", False)
-            low = _TokenColumns.apply(lora_A, x, base.padding_idx, frequency, sparse)
-            low = F.dropout(low, layer.dropout, layer.training).to(y.dtype)
-            y = y + (low @ lora_B.to(y.dtype).T) * layer.scaling
-        return self._limit_norm(base, y)
-
-    def _limit_norm(self, base: Any, rows: Tensor) -> Tensor:
-        """Rows longer than `max_norm` are shortened to it: those that are returned, not those that are stored."""
-        if getattr(base, "max_norm", None) is None:
-            return rows
-        norm = rows.norm(base.norm_type, dim=-1, keepdim=True)
-        return torch.where(norm > base.max_norm, rows * (base.max_norm / (norm + MAX_NORM_EPS)), rows)
-
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
-        return Delta(lora_A.float().T.contiguous(), lora_B.float().T.contiguous(), scaling)
-
-
-def kind_of(base: nn.Module) -> Kind | None:
-    """How this layer is adapted, from what it offers; None for a layer that cannot be."""
-    # nn.MultiheadAttention reads the weight of its out_proj itself and never calls it: an adapter there does nothing.
-    if type(base).__name__ == "NonDynamicallyQuantizableLinear" or has_own_forward(base):
-        return None
-    weight = getattr(base, "weight", None)
-    if len(getattr(weight, "shape", ())) != 2:
-        return None
-    packed = not isinstance(weight, Tensor)
-    if isinstance(base, nn.Linear) or (packed and hasattr(base, "in_features")):
-        return LinearKind()
-    if is_transposed_linear(base):
-        return TransposedLinearKind()
-    if isinstance(base, nn.Embedding) or (packed and hasattr(base, "num_embeddings")):
-        return EmbeddingKind()
-    return None
 
 
 class LoraLayer(nn.Module):

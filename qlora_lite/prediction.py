@@ -10,7 +10,7 @@ import torch
 from qlora_lite import hub
 from qlora_lite.adapters import add_lora_
 from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, RehearsalError
 from qlora_lite.load import fill_
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.rehearse import rehearsal, rehearsed_report
@@ -60,3 +60,14 @@ def rehearse_steps(
 def _train(model: Any, profiler: MemoryProfiler, config: TrainConfig, rows: int, tokens: int) -> None:
     ids = torch.zeros(rows, tokens, dtype=torch.int64)
     train(model, [{"input_ids": ids, "labels": ids}], config, profiler=profiler, progress=False)
+
+
+def prediction_or_why_not(
+    path_or_id: str | Path, quant: QuantConfig, lora: LoraConfig, config: TrainConfig, *, rows: int, tokens: int
+) -> tuple[MemoryReport | None, str]:
+    """`rehearse_steps` for the device that training uses here; without a report, a sentence says why there is none."""
+    accelerator = torch.accelerator.is_available()
+    try:
+        return rehearse_steps(path_or_id, quant, lora, config, rows=rows, tokens=tokens, accelerator=accelerator), ""
+    except RehearsalError as error:
+        return None, f"not predicted: {error}"

@@ -45,10 +45,11 @@ def import_bitsandbytes(module: str) -> Any:
 bnb = import_bitsandbytes("bitsandbytes.functional")
 ops = torch.ops.bitsandbytes
 
-# A multiple of every block size; bounds the fp32 temporaries of packing to a few times 4 MiB.
-CHUNK_VALUES = 1 << 20
+# A multiple of every block size; the fp32 temporaries of packing are a few times 1 MiB, and stay in the caches.
+CHUNK_VALUES = 1 << 18
 # So many fp32 values stay in the caches while they are unpacked.
 UNPACKED_AT_ONCE = 1 << 19
+SUMMED_AT_ONCE = 1 << 14  # torch shares out longer sums among its threads
 INT8_STEP = 1 / 127
 # The AVX-512 kernel is inexact from 2048 on and falls back to a compiled one; a block of 2048 with one absmax is
 # two blocks of 1024 with that absmax.
@@ -93,7 +94,8 @@ def _pack_blocks(into: PackedWeight, slices: Slices) -> None:
     if not into.double_quant:
         into.absmax.copy_(absmax)
         return
-    offset_of_all = absmax.mean()
+    # bitsandbytes' mean, but the same however many threads torch has.
+    offset_of_all = torch.stack([part.sum() for part in absmax.split(SUMMED_AT_ONCE)]).sum() / absmax.numel()
     codes, state = bnb.quantize_blockwise(absmax - offset_of_all, blocksize=NESTED_BLOCKSIZE)
     into.absmax.copy_(codes)
     into.nested_absmax.copy_(state.absmax)

@@ -6,8 +6,11 @@ What is written is computed from these alone, so a model in memory and a checkpo
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +26,7 @@ from qlora_lite.quantize import PackedWeight
 from qlora_lite.tensor_views import Source, slices
 
 # Of a tensor on its way to be packed: so much is read at once.
-READ_BYTES = 16 << 20
+READ_BYTES = 4 << 20
 
 
 class WeightRows(Protocol):
@@ -152,14 +155,57 @@ class RepackedRows:
         self.step = 1 if transposed else source.step
         self._source, self._transposed = source, transposed
         self._rows: PackedRows | TransposedRows | None = None
+        self._begun: Future[PackedRows | TransposedRows] | None = None
+        # What begins to pack the weights that come after this one.
+        self.then: Callable[[], None] = _nothing
 
     def rows(self, start: int, stop: int) -> Tensor:
         if self._rows is None:
-            self._rows = packed_rows(self._source.pack(torch.device("cpu")), self._transposed)
+            self._rows = self._packed() if self._begun is None else self._begun.result()
+            self._begun = None
+            self.then()
         part = self._rows.rows(start, stop)
         if stop == self.shape[0]:
             self._rows = None
         return part
+
+    def begin(self, pool: Executor) -> None:
+        """Has it packed in another thread; the first rows wait for that, and raise what went wrong with it."""
+        if self._rows is None and self._begun is None:
+            self._begun = pool.submit(self._packed)
+
+    def forget(self) -> None:
+        """Drops what was begun, and begins nothing any more."""
+        self._begun, self.then = None, _nothing
+
+    def _packed(self) -> PackedRows | TransposedRows:
+        return packed_rows(self._source.pack(torch.device("cpu")), self._transposed)
+
+
+def _nothing() -> None:
+    pass
+
+
+@contextmanager
+def packed_ahead(weights: Sequence[RepackedRows]) -> Iterator[None]:
+    """Within the block each of these is packed in a thread of its own while the one before it gives its rows.
+
+    torch's threads are shared out between the two: much of packing is done by one of them however many there are. At
+    the end, whatever happens, the thread is waited for; what it had begun is dropped.
+    """
+    threads = torch.get_num_threads()
+    share = max(1, threads // 2)
+    pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(share,))
+    for weight, following in itertools.pairwise(weights):
+        weight.then = functools.partial(following.begin, pool)
+    torch.set_num_threads(share)
+    try:
+        yield
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+        for weight in weights:
+            weight.forget()
 
 
 def slice_starts(shape: tuple[int, ...], step: int, largest_bytes: int) -> Iterator[tuple[int, int]]:
@@ -175,6 +221,19 @@ def slice_starts(shape: tuple[int, ...], step: int, largest_bytes: int) -> Itera
 def common_step(*steps: int) -> int:
     """The least number of rows that is a multiple of all."""
     return functools.reduce(math.lcm, steps, 1)
+
+
+def aligned_slices(
+    matrices: Iterable[tuple[WeightRows, ...]], delta: Delta | None, largest_bytes: int
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """(first row, the rows in each form) of a weight's slices, which begin where every form and the update allow it.
+
+    matrices: each as one or several forms of it; one matrix, or those of a stack.
+    """
+    for forms in matrices:
+        step = common_step(*(form.step for form in forms), 1 if delta is None else Delta.TILE_ROWS)
+        for start, stop in slice_starts(forms[0].shape, step, largest_bytes):
+            yield start, [form.rows(start, stop) for form in forms]
 
 
 def merged_rows(rows: Tensor, first: int, delta: Delta | None, dtype: torch.dtype, name: str) -> Tensor:
@@ -213,7 +272,5 @@ class Sources:
         self, pieces: list[WeightRows], make: Callable[[], Delta] | None, dtype: torch.dtype, largest_bytes: int
     ) -> Iterator[Tensor]:
         delta = None if make is None else make()
-        for rows in pieces:
-            step = common_step(rows.step, 1 if delta is None else Delta.TILE_ROWS)
-            for start, stop in slice_starts(rows.shape, step, largest_bytes):
-                yield merged_rows(rows.rows(start, stop), start, delta, dtype, self.name)
+        for start, (rows,) in aligned_slices(zip(pieces), delta, largest_bytes):
+            yield merged_rows(rows, start, delta, dtype, self.name)

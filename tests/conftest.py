@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -62,3 +66,63 @@ def make_tiny_model() -> Callable[..., Path]:
 def tiny_folder(make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of examples/tiny_model.py: two Llama layers, tied embeddings, one token per character."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+# Of whatever family: each config takes what it knows and keeps the rest.
+SMALL_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Callable[..., Any]:
+    """(family's config, sizes) -> a random model of transformers, the same each time."""
+
+    def make(family: str, **sizes: Any) -> Any:
+        import transformers
+
+        torch.manual_seed(0)
+        config = getattr(transformers, family)(**{**SMALL_SIZES, **sizes})
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    return make
+
+
+KILLED = """
+import os, signal, sys
+from qlora_lite import storage
+left = int(sys.argv.pop(1))
+write = storage._Writer.write
+def some(writer, piece):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(writer, piece)
+storage._Writer.write = some
+"""
+
+
+@pytest.fixture(scope="session")
+def killed_while_writing() -> Callable[..., None]:
+    """(pieces, program, its words): runs a program that is killed when it has written so many pieces to files."""
+
+    def run(pieces: int, program: str, *words: object) -> None:
+        command = [sys.executable, "-c", KILLED + program, str(pieces), *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+
+    return run

@@ -47,11 +47,26 @@ FLOORS = (
         "memory.allocator",
         "memory.report",
         "memory.workspaces",
+        "memory.palette",
+        "memory.treemap",
+        "memory.snapshot",
         "merge_report",
     ),
-    ("quantize", "loss", "attention", "hub", "progress", "tensor_files"),
-    ("lora", "optim", "weight_rows", "conversion", "experts", "streamed"),
-    ("adapters", "quantize_base", "plain_weights", "packed_files", "memory.ownership"),
+    (
+        "quantize",
+        "loss",
+        "attention",
+        "hub",
+        "progress",
+        "tensor_files",
+        "layer_kinds",
+        "single_file",
+        "memory.timeline",
+        "memory.comparison",
+        "memory.svg",
+    ),
+    ("lora", "optim", "weight_rows", "conversion", "experts", "streamed", "memory.page_tables", "memory.charts"),
+    ("adapters", "quantize_base", "plain_weights", "packed_files", "memory.ownership", "memory.page"),
     (
         "merge",
         "adapter_files",
@@ -78,6 +93,7 @@ KEEPERS = {
     "transformers": {"hub"},
     "bitsandbytes": {"quantize", "optim"},
     "accelerate": {"training"},
+    "matplotlib": {"memory.charts"},
 }
 PICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 

@@ -62,9 +62,16 @@ def test_train_merge_and_profile(tiny_folder: Path, tmp_path: Path) -> None:
     tokens = torch.arange(8).unsqueeze(0)
     torch.testing.assert_close(merged(tokens).logits, ours.float().eval()(tokens).logits, rtol=1e-4, atol=1e-5)
 
-    done = run("profile", "--model", tiny_folder, "--rank", 2, "--rows", 1, "--tokens", 16, "--json")
+    words = ("profile", "--model", tiny_folder, "--rank", 2, "--rows", 1, "--tokens", 16, "--json")
+    done = run(*words, "--html", tmp_path / "new" / "report.html", "--png", tmp_path / "timeline.png")
     assert done.returncode == 0, done.stderr
-    assert "backward" in done.stdout and "phases" in json.loads(done.stdout.splitlines()[-1])
+    assert "backward" in done.stdout and "phases" in (report := json.loads(done.stdout.splitlines()[-1]))
+    page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+    assert all(f'value="{phase["live_peak"]}"' in page for phase in report["phases"])
+    assert len(report["timeline"]["phases"]) > 100
+    assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    again = run(*words, "--html", tmp_path / "new" / "report.html")
+    assert again.returncode == 1 and "report.html exists; name another file" in again.stderr and not again.stdout
 
 
 def test_quantize_writes_what_the_other_commands_read(tiny_folder: Path, tmp_path: Path) -> None:
@@ -99,6 +106,9 @@ def test_env_says_what_there_is() -> None:
         (("merge", "--model", "{m}", "--adapter", "a", "--output", "{t}/o", "--verify", "no.jsonl"), 1, "no.jsonl"),
         (("train", "--model", "{m}", "--data", "nowhere.jsonl", "--output", "{t}/o"), 1, "nowhere.jsonl"),
         (("profile", "--model", "{m}", "--format", "nf5"), 1, "got 'nf5'"),
+        (("profile", "--model", "{m}", "--html", "{t}/report.txt"), 1, "must be named *.html; got"),
+        (("profile", "--model", "{m}", "--html", "{m}/config.json/a.html"), 1, "no folder that may be written to"),
+        (("profile", "--model", "{m}", "--png", "{t}"), 1, "must be named *.png; got"),
         (("quantize", "--model", "{m}", "--output", "{t}/o", "--format", "none"), 1, "no packed layer"),
         (("profile", "--model", "{m}", "--rows", "0"), 1, "rows must be at least 1"),
         (("train", "--model", "{m}"), 2, "Missing option"),

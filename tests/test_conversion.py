@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +22,23 @@ from qlora_lite.tensor_files import StoredTensor, tensors_in
 from qlora_lite.tensor_views import slices
 
 TOKENS = torch.arange(14).view(2, 7)
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts": 12,
-    "num_local_experts": 12,
-    "num_experts_per_tok": 2,
-}
 EXPERT = "model.layers.1.block_sparse_moe.experts.11.w{}.weight"
 
 
-def saved(family: str, folder: Path, **sizes: Any) -> Any:
+@pytest.fixture(scope="module")
+def saved(small_model: Callable[..., Any]) -> Callable[..., Any]:
     """A random model of transformers, saved under the names that its checkpoints have on the hub."""
-    import transformers
 
-    torch.manual_seed(0)
-    config = getattr(transformers, family)(**{**SIZES, **sizes})
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.save_pretrained(folder)
-    return model
+    def save(family: str, folder: Path) -> Any:
+        model = small_model(family, num_experts=12, num_local_experts=12)
+        model.save_pretrained(folder)
+        return model
+
+    return save
 
 
 @pytest.fixture(scope="module")
-def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixtral(saved: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixtral")
     saved("MixtralConfig", folder)
     return folder
@@ -57,14 +47,14 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "family", ["GPTNeoXConfig", "MixtralConfig", "Qwen3MoeConfig", "GraniteMoeConfig", "NemotronHConfig", "Phi3Config"]
 )
-def test_families_load_as_transformers_loads_them(family: str, tmp_path: Path) -> None:
-    theirs = saved(family, tmp_path, pad_token_id=0)
+def test_families_load_as_transformers_loads_them(family: str, tmp_path: Path, saved: Callable[..., Any]) -> None:
+    theirs = saved(family, tmp_path)
     ours = load_quantized(tmp_path, QuantConfig(format="none"), dtype=torch.float32)
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in theirs.state_dict().items())
     assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)
 
 
-def test_the_checkpoint_of_a_model_without_its_head(tmp_path: Path) -> None:
+def test_the_checkpoint_of_a_model_without_its_head(tmp_path: Path, saved: Callable[..., Any]) -> None:
     theirs = saved("GPT2Config", tmp_path / "whole")
     theirs.transformer.save_pretrained(tmp_path / "body")
     names = load_file(tmp_path / "body" / "model.safetensors").keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +21,14 @@ from qlora_lite.quantize import PackedWeight
 from qlora_lite.tensor_files import TensorFiles
 
 TOKENS = torch.arange(14).view(2, 7)
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
 FAMILIES = ["MixtralConfig", "Qwen3MoeConfig", "Qwen2MoeConfig", "OlmoeConfig", "GptOssConfig"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, request.param)(**SIZES)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+def folder(
+    request: pytest.FixtureRequest, small_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    model = small_model(request.param)
     for name, parameter in model.named_parameters():
         if "proj_bias" in name:
             nn.init.normal_(parameter, std=0.2)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
+import threading
+from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -275,10 +275,27 @@ def test_neither_slices_nor_shards_change_a_bit(
 ) -> None:
     model = trained(tiny_folder)
     save_adapter(model, tmp_path / "adapter")
-    export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "one")
+    one = export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "one")
     monkeypatch.setattr(export_plan, "SLICE_BYTES", 1)
     many = export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "many", max_shard_bytes=30_000)
     assert len(many.files) > 1 and same(tmp_path / "one", tmp_path / "many")
+    for figures, others in zip(one.report.tensors, many.report.tensors, strict=True):
+        for value, again in zip(astuple(figures), astuple(others), strict=True):
+            assert value == again or value == pytest.approx(again, rel=1e-9)
+
+
+def test_a_damaged_tensor_stops_a_merge_that_packs_ahead(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    save_adapter(trained(tiny_folder), tmp_path / "adapter")
+    tensors, name = tensors_of(tiny_folder), "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 2] = torch.nan
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    before = threading.active_count(), torch.get_num_threads()
+    for base in ("dequantized", "original"):
+        with pytest.raises(QuantizationError, match=rf"{name} holds nan at index \(3, 2\)"):
+            export.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", base=base)
+    assert (threading.active_count(), torch.get_num_threads()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_the_report_counts_what_was_packed_and_what_was_added(tiny_folder: Path, tmp_path: Path) -> None:
@@ -319,21 +336,6 @@ def test_what_there_is_no_original_of_cannot_be_merged_into_it(tiny_folder: Path
     assert report.total().quantization is None
 
 
-KILLED = """
-import os, signal, sys
-from qlora_lite import export, storage
-count = int(sys.argv[4])
-write = storage._Writer.write
-def some(writer, piece, left=[count]):
-    left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(writer, piece)
-storage._Writer.write = some
-export.merge_checkpoint(*sys.argv[1:4], max_shard_bytes=30_000)
-"""
-
-
 def test_an_export_has_what_llama_cpps_converter_reads(tiny_folder: Path, tmp_path: Path) -> None:
     """Stands in for the converter itself, which is no package: it takes float tensors by the architecture's names."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -355,17 +357,26 @@ def test_an_export_has_what_llama_cpps_converter_reads(tiny_folder: Path, tmp_pa
     assert {path.stat().st_mode & 0o777 for path in files.values()} == {0o640}
 
 
+MERGE = """
+from qlora_lite import export
+export.merge_checkpoint(*sys.argv[1:4], max_shard_bytes=30_000)
+"""
+
+
 @pytest.mark.parametrize("pieces", [0, 5, 20])
 def test_killed_it_leaves_nothing_under_the_name_and_the_same_command_finishes(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed_while_writing: Callable[..., None],
+    pieces: int,
 ) -> None:
     save_adapter(trained(tiny_folder), tmp_path / "adapter")
-    words = (str(tiny_folder), str(tmp_path / "adapter"), str(tmp_path / "out"), str(pieces))
-    done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    words = (tiny_folder, tmp_path / "adapter", tmp_path / "out")
+    killed_while_writing(pieces, MERGE, *words)
     assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(".out.*"))) == 1
     monkeypatch.setattr(storage, "ABANDONED_AFTER_SECONDS", -1)
-    export.merge_checkpoint(*words[:3])
+    export.merge_checkpoint(*words)
     export.merge_checkpoint(*words[:2], tmp_path / "again")
     assert same(tmp_path / "out", tmp_path / "again") and not list(tmp_path.glob(".out.*"))
 

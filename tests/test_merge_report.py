@@ -37,6 +37,18 @@ def test_norms_shares_and_totals() -> None:
     assert total["unmoved_share"] == 0.75
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_moved_are_values_that_are_not_equal(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    # The smallest numbers beside zero, and zeros of either sign, which are equal.
+    tiny = limits.smallest_normal * limits.eps
+    kinds = torch.tensor([0.0, -0.0, tiny, -tiny, 2 * tiny, limits.max, -limits.max, 1.0], dtype=dtype)
+    one, other = kinds.repeat_interleave(len(kinds)), kinds.repeat(len(kinds))
+    made = TensorFigures("w", one.numel())
+    made.add_written(one.float(), one, other)
+    assert made.moved == int((one != other).sum()) and 0 < made.moved < one.numel()
+
+
 def test_the_table() -> None:
     tensor = TensorFigures("layers.0.weight", 100, 400.0, 4.0, 1.0, 0.01, 80)
     text = render(MergeReport("original", "float16", (tensor, TensorFigures("norm", 4, weight=4.0))))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_lite.nearest_code import code_tables, pack_4bit
+from qlora_lite.nearest_code import UNDECIDED, code_tables, pack_4bit
 
 
 def code_of(format: str) -> tuple[float, ...]:
@@ -39,7 +39,7 @@ def test_codes_are_bitsandbytes(seed: int, blocksize: int, format: str, dtype: t
 def test_codes_are_bitsandbytes_around_every_midpoint_and_border(format: str) -> None:
     tables = code_tables(code_of(format))
     borders = torch.arange(2 * tables.cells + 1, dtype=torch.float64).div_(tables.cells).sub_(1).float()
-    near = torch.cat([tables.midpoint[tables.midpoint < 2], borders])
+    near = torch.cat([tables.midpoint[tables.code >= UNDECIDED], borders])
     steps = [near]
     for direction in (2.0, -2.0):
         step = near

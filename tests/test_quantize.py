@@ -46,6 +46,18 @@ def test_codes_statistics_and_values_are_bitsandbytes(format: str, blocksize: in
             torch.testing.assert_close(packed.dequantize(torch.float32), values, rtol=1e-5, atol=1e-6)
 
 
+def test_the_number_of_threads_changes_no_bit() -> None:
+    weight, threads = torch.randn(1600, 2048), torch.get_num_threads()  # more statistics than torch sums in one thread
+    packed = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            packed.append(PackedWeight.of(weight, QuantConfig()).state_dict())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(value, packed[1][name]) for name, value in packed[0].items())
+
+
 @hypothesis.settings(max_examples=150)
 @given(
     st.tuples(st.integers(1, 130), st.integers(1, 260)),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -243,29 +241,22 @@ def test_folders_are_replaced_on_request_only(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-KILLED = """
-import os, signal, sys
-from qlora_lite import load_quantized, storage
+SAVE = """
+from qlora_lite import load_quantized
 from qlora_lite.quantized_files import save_quantized
-count = int(sys.argv[3])
-write = storage._Writer.write
-def some(writer, piece, left=[count]):
-    left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(writer, piece)
-storage._Writer.write = some
 save_quantized(load_quantized(sys.argv[1]), sys.argv[2])
 """
 
 
 @pytest.mark.parametrize("pieces", [0, 30])
 def test_killed_half_way_it_leaves_nothing_under_the_name(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed_while_writing: Callable[..., None],
+    pieces: int,
 ) -> None:
-    words = (str(tiny_folder), str(tmp_path / "out"), str(pieces))
-    done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed_while_writing(pieces, SAVE, tiny_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(".out.*"))) == 1
     monkeypatch.setattr(storage, "ABANDONED_AFTER_SECONDS", -1)
     save_quantized(load_quantized(tiny_folder), tmp_path / "out")

@@ -45,8 +45,9 @@ SCRIPTS = {
         "unpack_temporaries",
         "unpacked_bytes",
     },
+    "profiling/profiler_cost.py": {"plain_seconds", "phases_ratio", "full_ratio"},
     "profiling/step_growth.py": {"tokens", "layers"},
-    "profiling/step_memory.py": {"model", "phases"},
+    "profiling/step_memory.py": {"model", "rehearsed", "phases", "timeline", "context_bytes"},
     "profiling/streaming_io.py": {
         "load_time_ratio",
         "load_peak_ratio",

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import functools
 import os
 import stat
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from qlora_lite import storage
 from qlora_lite.errors import CheckpointError
 from qlora_lite.storage import (
     INDEX_FILE,
     PlannedTensor,
+    _Writer,
     check_apart,
     locked,
     new_folder,
@@ -51,6 +60,55 @@ def test_a_tensor_that_breaks_its_plan_stops_the_writing(tmp_path: Path) -> None
     plan = {"a": PlannedTensor((2,), torch.float32, lambda: [torch.zeros(3)])}
     with pytest.raises(CheckpointError, match=r"a was planned as \(2,\)"):
         write_safetensors(tmp_path / "x.safetensors", plan)
+
+
+Write = Callable[[int, memoryview], int]
+
+
+def taking_all(write: Write, descriptor: int, block: memoryview) -> int:
+    return write(descriptor, block)
+
+
+def taking_part(write: Write, descriptor: int, block: memoryview) -> int:
+    return write(descriptor, block[: max(1, len(block) // 3)])
+
+
+def refusing_direct(write: Write, descriptor: int, block: memoryview) -> int:
+    """A file system that takes the flag and then cannot do it."""
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+        raise OSError(errno.EINVAL, "Invalid argument")
+    return write(descriptor, block)
+
+
+@pytest.mark.parametrize("system", [taking_all, taking_part, refusing_direct])
+@given(sizes=st.lists(st.integers(0, 20_000), min_size=1, max_size=6))
+def test_every_byte_of_every_piece_is_written_in_order(
+    tmp_path_factory: pytest.TempPathFactory, system: Callable[[Write, int, memoryview], int], sizes: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("pieces") / "x"
+    pieces = [bytes([65 + number]) * size for number, size in enumerate(sizes)]
+    with pytest.MonkeyPatch.context() as patch, open(path, "wb", buffering=0) as file:
+        patch.setattr(_Writer, "BLOCK_BYTES", 8192)
+        patch.setattr(storage.os, "write", functools.partial(system, os.write))
+        with _Writer(file) as writer:
+            for piece in pieces:
+                writer.write(piece)
+    assert path.read_bytes() == b"".join(pieces)
+
+
+def test_what_the_writing_thread_fails_at_is_raised_and_no_thread_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, block: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "write", full)
+    monkeypatch.setattr(_Writer, "BLOCK_BYTES", 4096)
+    before = threading.active_count()
+    plan = {"w": PlannedTensor((8, 1024), torch.float32, lambda: torch.zeros(8, 1024).split(1))}
+    with pytest.raises(CheckpointError, match="cannot be written: No space left"), new_folder(tmp_path / "out") as new:
+        write_safetensors(new / "x.safetensors", plan)
+    assert threading.active_count() == before and list(tmp_path.iterdir()) == []
 
 
 def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ from qlora_lite.weight_rows import (
     Sources,
     StoredRows,
     ToBePacked,
+    aligned_slices,
     common_step,
+    packed_ahead,
     packed_rows,
     slice_starts,
 )
@@ -116,3 +119,74 @@ def test_merged_slices_are_the_sum_of_the_base_that_is_asked_for(rows: int, larg
         torch.testing.assert_close(merged, (base + update).half(), rtol=2e-3, atol=1e-4)
     with pytest.raises(CheckpointError, match="the checkpoint's own w is not at hand"):
         Sources("w", [DenseRows(trained)], None, lambda: delta).merged(True, torch.float16, largest)
+
+
+class Counted:
+    """A source that says in which thread it was packed, and may be damaged."""
+
+    shape, step = (64, 64), 1
+
+    def __init__(self, seed: int, damaged: bool = False) -> None:
+        self._weight = torch.randn(self.shape, generator=torch.Generator().manual_seed(seed))
+        self._damaged, self.threads, self.torch_threads = damaged, list[int](), list[int]()
+
+    def pack(self, device: torch.device) -> PackedWeight:
+        self.threads.append(threading.get_ident())
+        self.torch_threads.append(torch.get_num_threads())
+        if self._damaged:
+            raise QuantizationError("w holds nan")
+        return PackedWeight.of(self._weight.to(device), QuantConfig())
+
+
+def test_packed_ahead_rows_are_the_same_and_packed_once() -> None:
+    sources = [Counted(seed) for seed in range(4)]
+    wanted = [RepackedRows(source).rows(0, 64) for source in sources]
+    before = threading.active_count(), torch.get_num_threads()
+    weights = [RepackedRows(source) for source in sources]
+    with packed_ahead(weights):
+        got = [torch.cat((weight.rows(0, 32), weight.rows(32, 64))) for weight in weights]
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+    assert (threading.active_count(), torch.get_num_threads()) == before
+    here = threading.get_ident()
+    assert [source.threads[1:] == [here] for source in sources] == [True, False, False, False]
+    assert all(len(source.threads) == 2 for source in sources)
+    assert {count for source in sources for count in source.torch_threads[1:]} == {max(1, before[1] // 2)}
+    weights[0].rows(0, 64)  # nothing is begun any more
+    assert len(sources[1].threads) == 2
+
+
+def test_what_packing_ahead_fails_at_is_raised_at_its_turn() -> None:
+    sources = [Counted(0), Counted(1), Counted(2, damaged=True), Counted(3)]
+    weights, seen = [RepackedRows(source) for source in sources], 0
+    before = threading.active_count(), torch.get_num_threads()
+    with pytest.raises(QuantizationError, match="w holds nan"), packed_ahead(weights):
+        for weight in weights:
+            weight.rows(0, 64)
+            seen += 1
+    assert seen == 2 and not sources[3].threads
+    assert (threading.active_count(), torch.get_num_threads()) == before
+
+
+def test_interrupted_it_leaves_no_thread() -> None:
+    weights = [RepackedRows(Counted(seed)) for seed in range(3)]
+    before = threading.active_count(), torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt), packed_ahead(weights):
+        weights[0].rows(0, 64)
+        raise KeyboardInterrupt
+    assert (threading.active_count(), torch.get_num_threads()) == before
+
+
+@given(steps=st.tuples(st.integers(1, 5), st.integers(1, 5)), largest=st.integers(1, 2000), adapted=st.booleans())
+def test_forms_side_by_side_are_cut_where_each_may_be(steps: tuple[int, int], largest: int, adapted: bool) -> None:
+    stack = []
+    for _ in range(2):
+        forms = [DenseRows(torch.randn(600, 3)) for _ in steps]
+        for form, step in zip(forms, steps, strict=True):
+            form.step = step
+        stack.append(tuple(forms))
+    delta = Delta(torch.randn(600, 2), torch.randn(2, 3), 1.0) if adapted else None
+    cut = list(aligned_slices(stack, delta, largest))
+    for number in range(2):
+        whole = torch.cat([forms[number].rows(0, 600) for forms in stack])
+        assert torch.equal(torch.cat([rows[number] for _, rows in cut]), whole)
+    assert all(start % step == 0 for start, _ in cut for step in (*steps, Delta.TILE_ROWS if adapted else 1))

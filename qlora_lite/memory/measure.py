@@ -22,6 +22,7 @@ from torch import nn
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.ownership import Ownership
 from qlora_lite.memory.report import MemoryReport, PhaseMemory
+from qlora_lite.memory.timeline import thinned
 from qlora_lite.memory.trace import StorageTrace
 
 STATUS_FILE = "/proc/self/status"
@@ -58,6 +59,18 @@ def _accelerator() -> Any | None:
     device = torch.accelerator.current_accelerator()
     module = None if device is None else torch.get_device_module(device.type)
     return module if hasattr(module, "max_memory_allocated") else None
+
+
+def context_bytes() -> int | None:
+    """What is taken of the accelerator's memory beside this process's allocator: its context, and other processes.
+
+    None where the device does not say, or nothing has used it yet.
+    """
+    device = _accelerator()
+    if device is None or not hasattr(device, "mem_get_info") or not device.is_initialized():
+        return None
+    free, total = device.mem_get_info()
+    return int(total - free - device.memory_reserved())
 
 
 def _larger(one: int | None, other: int | None) -> int | None:
@@ -222,7 +235,12 @@ class MemoryProfiler:
 
     def report(self) -> MemoryReport:
         """What was measured in the phases that were left so far; of a phase entered often, the largest peaks."""
-        return MemoryReport(tuple(self._phase_memory(name, t) for name, t in self._phases.items() if t.entries))
+        phases = tuple(self._phase_memory(name, totals) for name, totals in self._phases.items() if totals.entries)
+        return MemoryReport(
+            phases,
+            timeline=None if self._trace is None else thinned(self._trace.timeline()),
+            context_bytes=context_bytes() if self._counters else None,
+        )
 
     def _phase_memory(self, name: str, totals: _PhaseTotals) -> PhaseMemory:
         live_peak, breakdown = (None, None) if self._trace is None else self._trace.peak(name)

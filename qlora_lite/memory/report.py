@@ -5,16 +5,29 @@ Bytes become KiB, MiB or GiB here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
 
 NOT_MEASURED = "-"
-UNITS = ((1 << 30, "GiB", 2), (1 << 20, "MiB", 1), (1 << 10, "KiB", 1))
+Unit = tuple[int, str, int]  # bytes, name, decimals
+UNITS: tuple[Unit, ...] = ((1 << 30, "GiB", 2), (1 << 20, "MiB", 1), (1 << 10, "KiB", 1))
 # A table stays in the smaller unit until its largest number would reach five digits.
 UNIT_FROM = 10
+CATEGORY_NAMES = {
+    Category.BASE_WEIGHT: "base weights",
+    Category.QUANT_STATE: "quantization state",
+    Category.ADAPTER: "adapters",
+    Category.GRADIENT: "gradients",
+    Category.OPTIMIZER_STATE: "optimizer state",
+    Category.ACTIVATION: "activations",
+    Category.TEMPORARY: "temporaries",
+    Category.OTHER: "other",
+}
 CATEGORY_HEADINGS = {
     Category.BASE_WEIGHT: "base\nweights",
     Category.QUANT_STATE: "quant.\nstate",
@@ -25,6 +38,11 @@ CATEGORY_HEADINGS = {
     Category.TEMPORARY: "tempo-\nraries",
     Category.OTHER: "other",
 }
+
+
+def difference(one: int | None, other: int | None) -> int | None:
+    """one - other; None if either is unknown."""
+    return None if one is None or other is None else one - other
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,16 @@ class PhaseMemory:
     breakdown: MemoryBreakdown | None = None
     peak_in: str | None = None
 
+    @property
+    def fragmentation(self) -> int | None:
+        """Bytes that the accelerator's allocator holds beyond those that are allocated: reserved - allocated."""
+        return difference(self.reserved_peak, self.allocated_peak)
+
+    @property
+    def beside_tensors(self) -> int | None:
+        """Bytes of the process beside its tensors, peak - peak: the rest of it, where tensors are in main memory."""
+        return difference(self.resident_peak, self.live_peak)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; every field under its own name, unknown ones as None."""
         return {**vars(self), "breakdown": None if self.breakdown is None else self.breakdown.to_json()}
@@ -66,6 +94,16 @@ class Timeline:
 
     def __len__(self) -> int:
         return len(self.phases)
+
+    def totals(self) -> tuple[int, ...]:
+        """Bytes of all categories together at each point."""
+        return tuple(map(sum, zip(*self.sizes.values(), strict=True)))
+
+    def spans(self) -> Iterator[tuple[str | None, int, int]]:
+        """(phase, its first point, the point after its last) for each stretch without a change of phase."""
+        for phase, points in groupby(range(len(self)), key=lambda point: self.phases[point]):
+            within = list(points)
+            yield phase, within[0], within[-1] + 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
@@ -89,6 +127,20 @@ class MemoryReport:
         """The phase of this name, None if it was not entered."""
         return next((phase for phase in self.phases if phase.name == name), None)
 
+    def peak_phase(self) -> PhaseMemory | None:
+        """The phase in which the most tensor bytes were alive; None if no storages were followed.
+
+        Where several have the same peak (an outer phase has that of its inner one), the timeline decides, and without
+        one, the phase that was entered last.
+        """
+        peaks = [phase.live_peak for phase in self.phases if phase.live_peak is not None]
+        highest = [phase for phase in self.phases if peaks and phase.live_peak == max(peaks)]
+        if len(highest) > 1 and self.timeline:
+            totals = self.timeline.totals()
+            there = self.timeline.phases[totals.index(max(totals))]
+            highest = [phase for phase in highest if phase.name == there] or highest
+        return highest[-1] if highest else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
         return {
@@ -100,43 +152,89 @@ class MemoryReport:
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
+    """A column of sizes; its heading as the text table breaks it."""
+
+    name: str
     heading: str
     size: Callable[[PhaseMemory], int | None]
 
 
-def _category_column(category: Category) -> _Column:
+def _category_column(category: Category) -> Column:
     def size(phase: PhaseMemory) -> int | None:
         return None if phase.breakdown is None else phase.breakdown.by_category()[category]
 
-    return _Column(CATEGORY_HEADINGS[category], size)
+    return Column(CATEGORY_NAMES[category], CATEGORY_HEADINGS[category], size)
 
 
-def _columns(report: MemoryReport) -> list[_Column]:
+ALLOCATED = Column("peak allocated", "peak\nallocated", lambda phase: phase.allocated_peak)
+RESERVED = Column("peak reserved", "peak\nreserved", lambda phase: phase.reserved_peak)
+RESIDENT = Column("peak resident", "peak\nresident", lambda phase: phase.resident_peak)
+TENSORS = Column("peak tensors", "peak\ntensors", lambda phase: phase.live_peak)
+CATEGORY_COLUMNS = tuple(map(_category_column, Category))
+
+
+def is_known(column: Column, report: MemoryReport) -> bool:
+    """Whether any phase has a size in this column."""
+    return any(column.size(phase) is not None for phase in report.phases)
+
+
+def table_columns(report: MemoryReport) -> list[Column]:
     """The columns of sizes: an accelerator's, or else the process's; then the tensors' if they were traced."""
-    columns = [
-        _Column("peak\nallocated", lambda phase: phase.allocated_peak),
-        _Column("peak\nreserved", lambda phase: phase.reserved_peak),
-    ]
-    if all(phase.allocated_peak is None for phase in report.phases):
-        columns = [_Column("peak\nresident", lambda phase: phase.resident_peak)]
-    if any(phase.breakdown is not None for phase in report.phases):
-        columns.append(_Column("peak\ntensors", lambda phase: phase.live_peak))
-        columns += [_category_column(category) for category in Category]
-    return columns
+    counters = [ALLOCATED, RESERVED] if is_known(ALLOCATED, report) else [RESIDENT]
+    traced = is_known(CATEGORY_COLUMNS[0], report)
+    return [*counters, *((TENSORS, *CATEGORY_COLUMNS) if traced else ())]
 
 
-def _unit_for(largest: int) -> tuple[int, str, int]:
-    """(bytes, name, decimals) of the unit that a table with this largest number is written in."""
-    return next((unit for unit in UNITS if largest >= UNIT_FROM * unit[0]), UNITS[-1])
+def unit_for(largest: int) -> Unit:
+    """The unit that a table with this largest number is written in."""
+    return next((unit for unit in UNITS if abs(largest) >= UNIT_FROM * unit[0]), UNITS[-1])
 
 
-def _written(size: int | None, unit: tuple[int, str, int]) -> str:
-    return NOT_MEASURED if size is None else f"{size / unit[0]:,.{unit[2]}f}"
+def written(size: int | None, unit: Unit) -> str:
+    """A size without its unit: `1,234.5`; unknown ones as `-`."""
+    # Adding 0 takes the sign from a zero.
+    return NOT_MEASURED if size is None else f"{round(size / unit[0], unit[2]) + 0.0:,.{unit[2]}f}"
+
+
+def readable_bytes(size: int) -> str:
+    """A size in the unit that suits it: `1.50 GiB`."""
+    unit = unit_for(size)
+    return f"{written(size, unit)} {unit[1]}"
+
+
+def axis_ticks(largest: int, most: int = 5) -> list[tuple[int, str]]:
+    """(bytes, label) of the marks of an axis from 0 to `largest` bytes: whole steps of 1, 2 or 5 in a unit's digits."""
+    scale, name, decimals = unit_for(largest)
+    last_digit = 10**decimals  # a unit has so many of the last digit that it is written with
+    steps = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
+    step = next(step for step in steps if step * scale * most >= largest * last_digit)
+    unit = (scale, name, 0 if step % last_digit == 0 else decimals)
+    sizes = (number * step * scale // last_digit for number in range(most + 1))
+    return [(size, f"{written(size, unit)} {name}" if size else "0") for size in sizes if size <= largest]
+
+
+def peak_sentence(report: MemoryReport) -> str | None:
+    """When, where and what the peak of the tensors was; None if no storages were followed."""
+    phase = report.peak_phase()
+    if phase is None or phase.live_peak is None:
+        return None
+    unit = unit_for(phase.live_peak)
+    where = f"in {phase.name}" + (f" of {phase.peak_in}" if phase.peak_in else "")
+    verb = "would be" if report.rehearsed else "were"
+    sentence = f"at the peak, {where}, {readable_bytes(phase.live_peak)} of tensors {verb} alive"
+    if phase.breakdown is None:
+        return sentence
+    sizes = sorted(phase.breakdown.by_category().items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{CATEGORY_NAMES[key]} {written(size, unit)}" for key, size in sizes if size)
+    return f"{sentence}: {parts}"
 
 
 def render(report: MemoryReport, width: int = 120) -> str:
-    """The report as a table, one row for each phase, `width` characters wide at most; the last line names the unit."""
+    """The report as a table, one row for each phase, `width` characters wide at most.
+
+    The unit stands below it, and after that, if storages were followed, what the peak was.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -144,10 +242,10 @@ def render(report: MemoryReport, width: int = 120) -> str:
 
     if not report.phases:
         return "no phase was entered\n"
-    columns = _columns(report)
+    columns = table_columns(report)
     sizes = [[column.size(phase) for column in columns] for phase in report.phases]
     known = [size for row in sizes for size in row if size is not None]
-    unit = _unit_for(max(known, default=0))
+    unit = unit_for(max(known, default=0))
     # The rule under the headings comes with a blank between columns, so cells need no padding of their own.
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     table.add_column("phase", overflow="fold", vertical="bottom")
@@ -155,16 +253,11 @@ def render(report: MemoryReport, width: int = 120) -> str:
         table.add_column(heading, justify="right", overflow="fold", vertical="bottom")
     for phase, row in zip(report.phases, sizes, strict=True):
         seconds = NOT_MEASURED if phase.seconds is None else f"{phase.seconds:,.2f}"
-        cells = (str(phase.entries), seconds, *(_written(size, unit) for size in row))
+        cells = (str(phase.entries), seconds, *(written(size, unit) for size in row))
         table.add_row(Text(phase.name), *cells)
     console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
     with console.capture() as captured:
         console.print(table)
     legend = f"sizes in {unit[1]}" + (f"; {NOT_MEASURED} is not measured" if len(known) < sum(map(len, sizes)) else "")
-    return "".join(line.rstrip() + "\n" for line in (*captured.get().splitlines(), legend))
-
-
-def readable_bytes(size: int) -> str:
-    """A size in the unit that suits it: `1.50 GiB`."""
-    unit = _unit_for(size)
-    return f"{_written(size, unit)} {unit[1]}"
+    sentence = textwrap.wrap(peak_sentence(report) or "", width)
+    return "".join(line.rstrip() + "\n" for line in (*captured.get().splitlines(), legend, *sentence))

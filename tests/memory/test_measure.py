@@ -70,6 +70,25 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def test_a_report_has_the_timeline_of_what_was_followed() -> None:
+    model = Adapted()
+    optimizer = torch.optim.AdamW(trained_parameters(model))
+    with MemoryProfiler(model, optimizer) as profiler:
+        for _ in range(2):
+            one_step(profiler, model, optimizer)
+    report = profiler.report()
+    assert report.timeline is not None
+    totals = report.timeline.totals()
+    for name in ("forward", "backward", "optimizer"):
+        shown = [size for size, where in zip(totals, report.timeline.phases, strict=True) if where == name]
+        assert max(shown) == measured(profiler, name).live_peak
+    highest = report.peak_phase()
+    assert highest is not None and highest.name == report.timeline.phases[totals.index(max(totals))]
+    with MemoryProfiler(model, optimizer, trace=False) as counting:
+        one_step(counting, model, optimizer)
+    assert counting.report().timeline is None and counting.report().peak_phase() is None
+
+
 def test_every_category_of_an_adapted_model_to_the_byte() -> None:
     model = Adapted()
     optimizer = torch.optim.AdamW(trained_parameters(model))
@@ -274,6 +293,26 @@ class Device(SimpleNamespace):
 
     def synchronize(self) -> None:
         assert self.started
+
+    def memory_reserved(self) -> int:
+        return self.allocated + 2
+
+    def mem_get_info(self) -> tuple[int, int]:
+        assert self.started
+        return 600, 1000
+
+
+def test_what_a_pretended_accelerator_holds_beside_the_allocator_is_its_context(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device()
+    monkeypatch.setattr(measure, "_accelerator", lambda: device)
+    with MemoryProfiler(trace=False) as profiler:
+        assert profiler.report().context_bytes is None  # asking would start it
+        device.use(100)
+        assert profiler.report().context_bytes == 1000 - 600 - 2
+    monkeypatch.setattr(measure, "_accelerator", lambda: None)
+    assert profiler.report().context_bytes is None
 
 
 def test_an_accelerators_peaks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
-from qlora_lite.memory.report import MemoryReport, PhaseMemory, render
+from qlora_lite.memory.report import (
+    MemoryReport,
+    PhaseMemory,
+    Timeline,
+    axis_ticks,
+    peak_sentence,
+    readable_bytes,
+    render,
+    unit_for,
+)
 
 MIB = 1 << 20
 SPLIT = MemoryBreakdown(
@@ -31,6 +46,8 @@ phase    times  seconds resident tensors weights  state adapters gradients     s
 load         1     2.25    400.0       -       -      -        -         -         -       -      -     -
 backward   200 1,234.50        - 1,229.6    96.0    1.5      8.0       8.0      16.0 1,000.0  100.0   0.1
 sizes in MiB; - is not measured
+at the peak, in backward, 1,229.6 MiB of tensors were alive: activations 1,000.0, temporaries 100.0, base weights 96.0,
+optimizer state 16.0, adapters 8.0, gradients 8.0, quantization state 1.5, other 0.1
 """
     assert render(MemoryReport((LOAD, BACKWARD))) == expected
 
@@ -78,6 +95,83 @@ def test_what_was_predicted_has_no_seconds() -> None:
 
 def test_no_phase_at_all() -> None:
     assert render(MemoryReport(())) == "no phase was entered\n"
+
+
+def test_the_peak_in_words() -> None:
+    small = MemoryBreakdown({(Category.OTHER, None): 1536})
+    phases = (PhaseMemory("a", 1, live_peak=1536, breakdown=small, peak_in="layers.21.mlp"), PhaseMemory("b", 1))
+    assert peak_sentence(MemoryReport(phases, rehearsed=True)) == (
+        "at the peak, in a of layers.21.mlp, 1.5 KiB of tensors would be alive: other 1.5"
+    )
+    assert peak_sentence(MemoryReport((PhaseMemory("a", 1, live_peak=2048),))) == (
+        "at the peak, in a, 2.0 KiB of tensors were alive"
+    )
+    assert peak_sentence(MemoryReport((LOAD,))) is None and peak_sentence(MemoryReport(())) is None
+
+
+def test_of_equal_peaks_the_timeline_knows_the_first() -> None:
+    outer, inner, later = (replace(BACKWARD, name=name) for name in ("step", "forward", "backward"))
+    lower = PhaseMemory("optimizer", 1, live_peak=BACKWARD.live_peak - 1)
+    timeline = Timeline((None, "step", "forward", "backward"), {Category.OTHER: (1, 2, 3, 3)})
+    report = MemoryReport((outer, inner, later, lower), timeline=timeline)
+    assert report.peak_phase() is inner
+    assert replace(report, timeline=None).peak_phase() is later
+
+
+def test_a_timeline_by_phase() -> None:
+    timeline = Timeline(("a", "a", None, "a"), {Category.OTHER: (1, 2, 3, 4), Category.ADAPTER: (10, 20, 30, 40)})
+    assert timeline.totals() == (11, 22, 33, 44)
+    assert list(timeline.spans()) == [("a", 0, 2), (None, 2, 3), ("a", 3, 4)]
+    assert list(Timeline((), {}).spans()) == [] and Timeline((), {}).totals() == ()
+
+
+def test_what_is_left_of_one_counter_beside_another() -> None:
+    phase = PhaseMemory("step", 1, resident_peak=50, live_peak=30, allocated_peak=7, reserved_peak=10)
+    assert (phase.beside_tensors, phase.fragmentation) == (20, 3)
+    assert replace(phase, resident_peak=None).beside_tensors is None
+    assert replace(phase, allocated_peak=None).fragmentation is None
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0.0 KiB"),
+        (10 * MIB, "10.0 MiB"),
+        (10 * MIB - 1, "10,240.0 KiB"),
+        (20 << 30, "20.00 GiB"),
+        (-20 << 30, "-20.00 GiB"),
+        (-1, "0.0 KiB"),
+    ],
+)
+def test_a_size_in_the_unit_that_suits_it(size: int, text: str) -> None:
+    assert readable_bytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("largest", "labels"),
+    [
+        (229 * MIB, ["0", "50 MiB", "100 MiB", "150 MiB", "200 MiB"]),
+        (11 << 30, ["0", "5 GiB", "10 GiB"]),
+        (5 * MIB, ["0", "2,000 KiB", "4,000 KiB"]),
+        (1536, ["0", "0.5 KiB", "1.0 KiB", "1.5 KiB"]),
+        (0, ["0"]),
+    ],
+)
+def test_marks_of_an_axis(largest: int, labels: list[str]) -> None:
+    assert [label for _, label in axis_ticks(largest)] == labels
+
+
+@given(st.integers(0, 1 << 50), st.integers(3, 9))
+def test_marks_are_even_few_and_say_what_they_are(largest: int, most: int) -> None:
+    sizes = [size for size, _ in axis_ticks(largest, most)]
+    assert sizes[0] == 0 and sizes[-1] <= largest and len(sizes) <= most + 1
+    assert all(abs(after - before - sizes[1]) <= 1 for before, after in pairwise(sizes))
+    if largest >= most * 1024:
+        assert len(sizes) > most / 2.5 and sizes[-1] >= largest - sizes[1]
+    unit = unit_for(largest)
+    for size, label in axis_ticks(largest, most)[1:]:
+        number, name = label.split()
+        assert name == unit[1] and float(number.replace(",", "")) * unit[0] == pytest.approx(size, abs=1)
 
 
 def test_json_holds_every_field_as_it_is() -> None:

@@ -1,0 +1,257 @@
+"""A report as one HTML file that needs nothing else: no script, no network. Light or dark, wide or narrow, as read.
+
+What is not known is shown as that. Every size comes as `<data value="bytes">` with its reading, and every text is
+escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from qlora_lite.memory.breakdown import Category, MemoryBreakdown
+from qlora_lite.memory.page_tables import (
+    breakable,
+    comparison_table,
+    module_table,
+    phase_table,
+    sized,
+)
+from qlora_lite.memory.palette import DARK, LIGHT, ink_on
+from qlora_lite.memory.report import (
+    ALLOCATED,
+    CATEGORY_NAMES,
+    RESERVED,
+    RESIDENT,
+    TENSORS,
+    Column,
+    MemoryReport,
+    difference,
+    is_known,
+    readable_bytes,
+    unit_for,
+)
+from qlora_lite.memory.svg import share_bar, timeline_picture, treemap_picture
+from qlora_lite.single_file import new_file
+
+TITLE = "Memory of a training run"
+# (class, width, height): a picture is drawn for a screen and for a telephone, and the style sheet shows one of them.
+SHAPES = (("wide", 1080, 340), ("narrow", 360, 300))
+COUNTERS = (ALLOCATED, RESERVED, RESIDENT, TENSORS)
+TREEMAP_HEIGHTS = {"wide": 520, "narrow": 460}
+
+
+def write_page(
+    path: str | Path,
+    report: MemoryReport,
+    predicted: MemoryReport | None = None,
+    title: str = TITLE,
+    overwrite: bool = False,
+) -> None:
+    """Writes the report, and beside it what was `predicted` of the same work, as one HTML file.
+
+    Raises CheckpointError if the file exists and is not to be overwritten, or cannot be written.
+    """
+    with new_file(path, overwrite) as file:
+        file.write(page(report, predicted, title).encode())
+
+
+def page(report: MemoryReport, predicted: MemoryReport | None = None, title: str = TITLE) -> str:
+    """The text of that file."""
+    sections = (
+        _over_time(report, predicted),
+        _by_module(report),
+        () if predicted is None else _against(predicted, report),
+        _by_phase(report),
+    )
+    body = "\n".join(text for part in (_head(report, title), *sections, _foot()) for text in part)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+        "</body>\n</html>\n"
+    )
+
+
+def _style() -> str:
+    light, dark = (
+        "".join(f"--{key.value}:{colour};--on-{key.value}:{ink_on(colour)};" for key, colour in colours.items())
+        for colours in (LIGHT, DARK)
+    )
+    fills = "".join(
+        f".{key.value}{{fill:var(--{key.value});background:var(--{key.value})}}.on-{key.value}{{fill:var(--on-{key.value})}}\n"
+        for key in Category
+    )
+    variables = f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
+    return variables + fills + (files("qlora_lite.memory") / "page.css").read_text(encoding="utf-8")
+
+
+def _head(report: MemoryReport, title: str) -> Iterator[str]:
+    kind, text = ("rehearsed", "rehearsed: predicted, not measured") if report.rehearsed else ("measured", "measured")
+    yield f'<header><h1>{escape(title)}</h1><span class="badge {kind}">{text}</span></header>'
+    phase = report.peak_phase()
+    if phase is None or phase.live_peak is None:
+        yield from _counter_headline(report)
+    else:
+        place = f" of <b>{breakable(phase.peak_in)}</b>" if phase.peak_in else ""
+        verb = "would be" if report.rehearsed else "were"
+        yield f'<p class="headline"><strong>{sized(phase.live_peak)}</strong>'
+        yield f"<span>of tensors {verb} alive at the peak, in <b>{escape(phase.name)}</b>{place}</span></p>"
+        if phase.breakdown:
+            yield from _parts(phase.breakdown)
+    yield from _figures(report)
+
+
+def _counter_headline(report: MemoryReport) -> Iterator[str]:
+    """The largest of what was counted, where storages were not followed."""
+    column = next((column for column in (RESERVED, ALLOCATED, RESIDENT) if is_known(column, report)), RESIDENT)
+    highest = _highest(column, report)
+    yield f'<p class="headline"><strong>{sized(None if highest is None else highest[0])}</strong>'
+    place = "" if highest is None else f", in <b>{escape(highest[1])}</b>"
+    yield f"<span>{column.name}{place}; storages were not followed, so what they were is unknown</span></p>"
+
+
+def _parts(breakdown: MemoryBreakdown) -> Iterator[str]:
+    sizes = breakdown.by_category()
+    unit = unit_for(breakdown.total())
+    yield share_bar(sizes, breakdown.total())
+    yield '<ul class="parts" aria-label="At the peak, by category">'
+    for key, size in sizes.items():
+        if size:
+            share = f"{100 * size / breakdown.total():.1f} %"
+            # What would be written as nothing in the unit of the others comes in one of its own.
+            text = sized(size, unit if 20 * size >= unit[0] else None, is_named=True)
+            yield (
+                f'<li><i class="swatch {key.value}"></i><span>{CATEGORY_NAMES[key]}</span>'
+                f"<b>{text}</b><small>{share}</small></li>"
+            )
+    yield "</ul>"
+
+
+def _figures(report: MemoryReport) -> Iterator[str]:
+    """The counters' peaks over the run: an accelerator's, or the process's."""
+    allocated, reserved, resident, tensors = (
+        highest and highest[0] for highest in (_highest(column, report) for column in COUNTERS)
+    )
+    yield '<dl class="figures">'
+    if is_known(ALLOCATED, report) or report.context_bytes is not None:
+        needed = None if reserved is None or report.context_bytes is None else reserved + report.context_bytes
+        yield _figure("the device needs", needed, "reserved and context")
+        yield from (_peak_figure(column, report) for column in (ALLOCATED, RESERVED))
+        yield _figure("fragmentation", difference(reserved, allocated), "peak reserved − peak allocated")
+        yield _figure("context", report.context_bytes, "of the device, beside its allocator")
+    else:
+        yield _peak_figure(RESIDENT, report)
+        yield _figure("rest of the process", difference(resident, tensors), "peak resident − peak tensors")
+    yield "</dl>"
+
+
+def _figure(name: str, size: int | None, note: str) -> str:
+    return f"<div><dt>{name}</dt><dd>{sized(size)}<small>{escape(note)}</small></dd></div>"
+
+
+def _peak_figure(column: Column, report: MemoryReport) -> str:
+    highest = _highest(column, report)
+    return _figure(column.name, *((None, "") if highest is None else (highest[0], f"in {highest[1]}")))
+
+
+def _highest(column: Column, report: MemoryReport) -> tuple[int, str] | None:
+    """The largest size of a column and the first phase that has it: an allocator keeps what it once reserved."""
+    sizes = ((column.size(phase), phase.name) for phase in report.phases)
+    return max(((size, name) for size, name in sizes if size is not None), key=lambda item: item[0], default=None)
+
+
+def _legend(used: Iterable[Category]) -> str:
+    items = (f'<li><i class="swatch {key.value}"></i>{CATEGORY_NAMES[key]}</li>' for key in used)
+    return f'<ul class="legend" aria-hidden="true">{"".join(items)}</ul>'
+
+
+def _kind(report: MemoryReport) -> str:
+    return "predicted" if report.rehearsed else "measured"
+
+
+def _over_time(report: MemoryReport, predicted: MemoryReport | None) -> Iterator[str]:
+    yield "<section><h2>Over time</h2>"
+    timelines = [(_kind(report), report.timeline)]
+    timelines += [] if predicted is None else [("predicted", predicted.timeline)]
+    shown = [(kind, timeline) for kind, timeline in timelines if timeline]
+    if not shown:
+        yield '<p class="note">Storages were not followed over time: unknown.</p></section>'
+        return
+    yield '<p class="note">Live tensor bytes in the order of their changes: not to the scale of seconds.</p>'
+    highest = max(max(timeline.totals()) for _, timeline in shown)
+    for kind, timeline in shown:
+        peak = readable_bytes(max(timeline.totals()))
+        title = f"Live tensor bytes over the run, {kind}, stacked by category; peak {peak}"
+        yield f"<figure><figcaption>{kind}</figcaption>" if len(timelines) > 1 else "<figure>"
+        for shape, width, height in SHAPES:
+            picture = timeline_picture(timeline, highest, width, height, title, tips=shape == "wide")
+            yield f'<div class="{shape}">{picture}</div>'
+        yield "</figure>"
+    missing = [kind for kind, timeline in timelines if not timeline]
+    yield from (f'<p class="note">{kind} over time: unknown.</p>' for kind in missing)
+    yield (
+        _legend(key for key in Category if any(any(timeline.sizes.get(key, ())) for _, timeline in shown))
+        + "</section>"
+    )
+
+
+def _by_module(report: MemoryReport) -> Iterator[str]:
+    phase = report.peak_phase()
+    yield "<section><h2>By module at the peak</h2>"
+    if phase is None or not phase.breakdown:
+        yield '<p class="note">Tensors were not split by module: unknown.</p></section>'
+        return
+    breakdown = phase.breakdown
+    total = readable_bytes(breakdown.total())
+    name = escape(phase.name)
+    yield f'<p class="note">Areas are bytes, {total} in all, in {name}; repeated blocks stand in rows.</p>'
+    for shape, width, _ in SHAPES:
+        title = f"The modules' bytes at the peak of {phase.name} as areas; the largest are in the table below"
+        picture = treemap_picture(breakdown, width, TREEMAP_HEIGHTS[shape], title)
+        yield f'<figure class="{shape}">{picture}</figure>'
+    yield _legend(key for key, size in breakdown.by_category().items() if size)
+    yield from module_table(breakdown)
+    yield "</section>"
+
+
+def _by_phase(report: MemoryReport) -> Iterator[str]:
+    yield "<section><h2>By phase</h2>"
+    yield from phase_table(report) if report.phases else ['<p class="note">No phase was entered.</p>']
+    yield "</section>"
+
+
+def _against(predicted: MemoryReport, measured: MemoryReport) -> Iterator[str]:
+    yield "<section><h2>Predicted against measured</h2>"
+    yield from _pairs(predicted, measured)
+    yield from comparison_table(predicted, measured)
+    yield "</section>"
+
+
+def _pairs(predicted: MemoryReport, measured: MemoryReport) -> Iterator[str]:
+    """The tensors at each phase's peak as two bars, to one scale."""
+    reports = (("predicted", predicted), ("measured", measured))
+    names = dict.fromkeys(phase.name for phase in (*measured.phases, *predicted.phases))
+    pairs = {name: [(kind, report.phase(name)) for kind, report in reports] for name in names}
+    known = [phase.breakdown.total() for pair in pairs.values() for _, phase in pair if phase and phase.breakdown]
+    if not known:
+        yield '<p class="note">Tensors were not followed in either: unknown.</p>'
+        return
+    yield '<p class="note">Tensors at the peak of each phase.</p><div class="pair">'
+    for name, pair in pairs.items():
+        yield f"<h3>{escape(name)}</h3>"
+        for kind, phase in pair:
+            breakdown = None if phase is None else phase.breakdown
+            bar = "" if breakdown is None else share_bar(breakdown.by_category(), max(known))
+            size = sized(None if breakdown is None else breakdown.total())
+            yield f'<div><span>{kind}</span>{bar}<span class="size">{size}</span></div>'
+    yield "</div>"
+
+
+def _foot() -> Iterator[str]:
+    yield "<footer><p>1 MiB is 1,048,576 bytes. A phase that was entered often shows the largest peaks of any time, and"
+    yield "peaks of different counters need not be at the same moment. Temporaries are tensors that do not wait for the"
+    yield "backward pass.</p></footer>"

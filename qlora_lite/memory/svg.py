@@ -1,0 +1,202 @@
+"""Two pictures as SVG text: what was alive over a run, and the modules at its peak. Colours are the page's (page.css).
+
+Lengths are in the picture's own units, which are pixels where it is shown at its width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import accumulate
+
+from qlora_lite.memory.breakdown import Category, MemoryBreakdown
+from qlora_lite.memory.report import CATEGORY_NAMES, Timeline, axis_ticks, readable_bytes
+from qlora_lite.memory.treemap import ITSELF, Rectangle, Tile, tiles
+
+LETTER = 6.2  # the mean width of a letter at the size of labels
+LINE = 15.0
+LEFT, RIGHT, TOP, BOTTOM = 68.0, 8.0, 24.0, 24.0
+BETWEEN_PHASES = "between phases"
+SMALLEST_SIDE = 100.0  # of a group that is still split into its modules
+
+
+def _picture(width: float, height: float, kind: str, title: str, body: Iterator[str]) -> str:
+    return (
+        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(body)}</svg>"
+    )
+
+
+def shortened(text: str, room: float) -> str:
+    """The text, its beginning, or nothing, as it fits into that width."""
+    letters = int(room / LETTER)
+    if len(text) <= letters:
+        return text
+    return f"{text[: letters - 1]}…" if letters >= 4 else ""
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """The place of the stack in its picture: from points and bytes to coordinates."""
+
+    width: float
+    height: float
+    points: int
+    highest: int
+
+    @property
+    def right(self) -> float:
+        return self.width - RIGHT
+
+    @property
+    def bottom(self) -> float:
+        return self.height - BOTTOM
+
+    def x(self, point: float) -> float:
+        return LEFT + (self.right - LEFT) * point / max(1, self.points)
+
+    def y(self, size: float) -> float:
+        return self.bottom - (self.bottom - TOP) * size / self.highest
+
+
+def timeline_picture(timeline: Timeline, highest: int, width: float, height: float, title: str, tips: bool) -> str:
+    """The categories stacked over the points, phases below; `highest` bytes is the top of the axis, at least the peak.
+
+    tips: every point says its sizes where the pointer is.
+    """
+    plot = _Plot(width, height, len(timeline), max(1, highest))
+    parts = (_axis(plot), _stack(timeline, plot), _phases(timeline, plot), _peak(timeline, plot))
+    body = (text for part in (*parts, _tips(timeline, plot) if tips else ()) for text in part)
+    return _picture(width, height, "timeline", title, body)
+
+
+def _axis(plot: _Plot) -> Iterator[str]:
+    for size, label in axis_ticks(plot.highest):
+        y = plot.y(size)
+        yield f'<path class="grid" d="M{LEFT:g} {y:.1f}H{plot.right:g}"/>'
+        yield f'<text x="{LEFT - 8:g}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+
+
+def _stack(timeline: Timeline, plot: _Plot) -> Iterator[str]:
+    edges = list(
+        zip(*(accumulate(point, initial=0) for point in zip(*timeline.sizes.values(), strict=True)), strict=True)
+    )
+    for category, below, above in zip(timeline.sizes, edges, edges[1:], strict=False):
+        if below != above:
+            there, back = _edge(above, plot), _edge(below, plot)
+            yield f'<path class="{category.value}" d="M{" ".join(there)} {" ".join(reversed(back))}Z"/>'
+
+
+def _edge(sizes: Sequence[int], plot: _Plot) -> list[str]:
+    """The corners of a line of steps, one step for each point."""
+    corners: list[str] = []
+    for point, size in enumerate(sizes):
+        if not point or size != sizes[point - 1]:
+            corners += [f"{plot.x(point):.1f},{plot.y(y):.1f}" for y in (sizes[point - 1], size)[not point :]]
+    return [*corners, f"{plot.x(len(sizes)):.1f},{plot.y(sizes[-1]):.1f}"]
+
+
+def _phases(timeline: Timeline, plot: _Plot) -> Iterator[str]:
+    for number, (phase, first, after) in enumerate(timeline.spans()):
+        left, right = plot.x(first), plot.x(after)
+        name = phase or BETWEEN_PHASES
+        label = shortened(phase or "", right - left - 4)
+        shade = "phase odd" if number % 2 else "phase"
+        yield f'<g class="{shade if phase else "no-phase"}"><title>{escape(name)}</title>'
+        yield f'<rect x="{left:.1f}" y="{plot.bottom:g}" width="{right - left:.1f}" height="20"/>'
+        yield f'<path class="border" d="M{left:.1f} {TOP:g}V{plot.bottom:g}"/>' if number else ""
+        middle = f'x="{(left + right) / 2:.1f}" y="{plot.bottom + 14:g}" text-anchor="middle"'
+        yield f"<text {middle}>{escape(label)}</text></g>"
+
+
+def _peak(timeline: Timeline, plot: _Plot) -> Iterator[str]:
+    totals = timeline.totals()
+    if not totals:
+        return
+    point = totals.index(max(totals))
+    x, y = plot.x(point + 0.5), plot.y(totals[point])
+    anchor, shift = ("start", -4) if x < plot.width / 2 else ("end", 4)
+    yield f'<path class="peak" d="M{x:.1f} {TOP - 8:g}V{plot.bottom:g}"/>'
+    yield f'<circle class="peak" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>'
+    label = f"peak {readable_bytes(totals[point])}"
+    yield f'<text class="peak" x="{x + shift:.1f}" y="{TOP - 12:g}" text-anchor="{anchor}">{label}</text>'
+
+
+def _tips(timeline: Timeline, plot: _Plot) -> Iterator[str]:
+    sides = f'y="{TOP:g}" width="{plot.x(1) - plot.x(0):.2f}" height="{plot.bottom - TOP:g}"'
+    for point, phase in enumerate(timeline.phases):
+        sizes = {CATEGORY_NAMES[key]: column[point] for key, column in timeline.sizes.items() if column[point]}
+        parts = "\n".join(f"{name} {readable_bytes(size)}" for name, size in sizes.items())
+        total = readable_bytes(sum(sizes.values()))
+        yield f'<rect class="tip" x="{plot.x(point):.1f}" {sides}>'
+        yield f"<title>{escape(phase or BETWEEN_PHASES)}: {total}\n{parts}</title></rect>"
+
+
+def treemap_picture(breakdown: MemoryBreakdown, width: float, height: float, title: str) -> str:
+    """The bytes of each module at one moment, blocks in their order; colours are categories."""
+    return _picture(width, height, "treemap", title, _treemap(breakdown, Rectangle(0, 0, width, height)))
+
+
+def _treemap(breakdown: MemoryBreakdown, place: Rectangle) -> Iterator[str]:
+    found = list(tiles(breakdown, place, SMALLEST_SIDE))
+    for tile in found:
+        if tile.category is not None:
+            tip = f"{tile.path or ITSELF}\n{CATEGORY_NAMES[tile.category]}: {readable_bytes(tile.size)}"
+            yield f'<rect class="{tile.category.value}" {_sides(tile)}><title>{escape(tip)}</title></rect>'
+    for tile in sorted(found, key=lambda tile: -tile.depth):
+        if tile.category is None and tile.depth:
+            kind = "block" if _is_block(tile) else "group"
+            yield f'<rect class="{kind}" {_sides(tile)}/>'
+    yield from _labels(found)
+
+
+def _sides(tile: Tile) -> str:
+    place = tile.rectangle
+    return f'x="{place.x:.2f}" y="{place.y:.2f}" width="{place.width:.2f}" height="{place.height:.2f}"'
+
+
+def _is_block(tile: Tile) -> bool:
+    return tile.path.rpartition(".")[2].isdecimal()
+
+
+def _labels(found: list[Tile]) -> Iterator[str]:
+    """Names at the upper left of blocks and of what is not split; a block's first module stands a line lower."""
+    ground = {_corner(tile): tile for tile in found if tile.category is not None}
+    lines: dict[tuple[float, float], int] = {}
+    for tile in found:
+        below = ground.get(_corner(tile))
+        if tile.category is not None or below is None or (tile.is_split and not _is_block(tile)):
+            continue
+        line = lines.get(_corner(tile), 0) + 1
+        # The letters are made for the colour of the tile below, so the name stays on it.
+        room = below.rectangle.width - 6
+        name = next((name for name in _names(tile) if len(name) * LETTER <= room), "")
+        if name and below.rectangle.height >= line * LINE - 2:
+            lines[_corner(tile)] = line
+            yield _written_name(tile, below, name, line)
+
+
+def _written_name(tile: Tile, below: Tile, name: str, line: int) -> str:
+    kind = f"name on-{below.category.value}" if below.category else "name"
+    strong = " strong" if _is_block(tile) else ""
+    place = f'x="{tile.rectangle.x + 6:.1f}" y="{tile.rectangle.y + line * LINE:.1f}"'
+    return f'<text class="{kind}{strong}" {place}>{escape(name)}</text>'
+
+
+def _corner(tile: Tile) -> tuple[float, float]:
+    return round(tile.rectangle.x, 3), round(tile.rectangle.y, 3)
+
+
+def _names(tile: Tile) -> tuple[str, ...]:
+    """What a group may be called, the longest first."""
+    parts = tile.path.split(".")
+    return (".".join(parts[-2:]), parts[-1]) if _is_block(tile) else (parts[-1],)
+
+
+def share_bar(sizes: dict[Category, int], whole: int) -> str:
+    """A bar of the categories, as long as their share of `whole` bytes."""
+    parts = (
+        f'<i class="{key.value}" style="width:{100 * size / whole:.3f}%"></i>' for key, size in sizes.items() if size
+    )
+    return f'<span class="bar" aria-hidden="true">{"".join(parts)}</span>'
