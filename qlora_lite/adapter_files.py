@@ -19,17 +19,10 @@ from qlora_lite import hub
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
 from qlora_lite.config import ALL_LINEAR, LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
-from qlora_lite.layer_kinds import EmbeddingKind, kind_of
+from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
 from qlora_lite.lora import LoraLayer
 from qlora_lite.modules import answers_to, is_transposed_linear, replace_modules_
-from qlora_lite.storage import (
-    PlannedTensor,
-    new_folder,
-    planned,
-    read_json,
-    write_json,
-    write_safetensors,
-)
+from qlora_lite.storage import PlannedTensor, new_folder, planned, read_json, write_json, write_safetensors
 from qlora_lite.tensor_files import read_safetensors
 
 TENSOR_FILE = "adapter_model.safetensors"
@@ -43,7 +36,7 @@ SUFFIXES = {
     "lora_embedding_A": "lora_A",
     "lora_embedding_B": "lora_B",
 }
-
+Pairs = dict[str, dict[str, Tensor]]
 # Options of peft that say what the adapter computes, each with the LoraConfig field that means the same.
 NUMBERS = {
     "r": "rank",
@@ -88,9 +81,9 @@ NARROWING_OPTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def peft_key(name: str, layer: LoraLayer, part: str) -> str:
+def peft_key(name: str, kind: Kind, part: str) -> str:
     """peft's key of a layer's matrix; part: A or B."""
-    if isinstance(layer.kind, EmbeddingKind):
+    if isinstance(kind, EmbeddingKind):
         return f"{PREFIX}{name}.lora_embedding_{part}"
     return f"{PREFIX}{name}.lora_{part}.weight"
 
@@ -174,8 +167,8 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
         )
     tensors: dict[str, PlannedTensor] = {}
     for name, layer in layers.items():
-        tensors[peft_key(name, layer, "A")] = planned(layer.lora_A)
-        tensors[peft_key(name, layer, "B")] = planned(layer.lora_B)
+        tensors[peft_key(name, layer.kind, "A")] = planned(layer.lora_A)
+        tensors[peft_key(name, layer.kind, "B")] = planned(layer.lora_B)
     config = _peft_config(model, layers)
     with new_folder(Path(folder), overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)
@@ -208,29 +201,30 @@ def _numbers(config: dict[str, Any], path: Path) -> LoraConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _pairs(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    """{layer: {"lora_A": …, "lora_B": …}}; CheckpointError lists foreign keys and layers without a pair."""
-    pairs: dict[str, dict[str, Tensor]] = {}
+def _pairs(tensors: dict[str, Tensor], path: Path) -> Pairs:
+    """{layer: {"lora_A": …, "lora_B": …}}; CheckpointError lists foreign keys and layers without one pair."""
+    pairs: Pairs = {}
     foreign = []
     for key, tensor in tensors.items():
         if key.startswith(PREFIX) and key.endswith(BASE_COPY):
             continue
         suffix = next((suffix for suffix in SUFFIXES if key.endswith("." + suffix)), None)
-        if suffix is None or not key.startswith(PREFIX):
+        name = "" if suffix is None else key[len(PREFIX) : -len(suffix) - 1]
+        if suffix is None or not key.startswith(PREFIX) or SUFFIXES[suffix] in pairs.get(name, {}):
             foreign.append(key)
             continue
-        pairs.setdefault(key[len(PREFIX) : -len(suffix) - 1], {})[SUFFIXES[suffix]] = tensor
+        pairs.setdefault(name, {})[SUFFIXES[suffix]] = tensor
     if foreign:
-        raise CheckpointError(f"{path} has keys that belong to no adapter: {', '.join(sorted(foreign)[:8])}")
-    single = sorted(name for name, pair in pairs.items() if len(pair) < 2)
-    if single:
+        shown = ", ".join(sorted(foreign)[:8])
+        raise CheckpointError(f"{path} has keys that belong to no adapter, or to one that is there already: {shown}")
+    if single := sorted(name for name, pair in pairs.items() if len(pair) < 2):
         raise CheckpointError(f"{path} has only one of A and B for: {', '.join(single[:8])}")
     if not pairs:
         raise CheckpointError(f"{path} is empty")
     return pairs
 
 
-def _mismatches(model: nn.Module, pairs: dict[str, dict[str, Tensor]], numbers: LoraConfig) -> list[str]:
+def _mismatches(model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Collection[str]) -> list[str]:
     modules = dict(model.named_modules())
     problems = []
     for name, pair in pairs.items():
@@ -239,6 +233,9 @@ def _mismatches(model: nn.Module, pairs: dict[str, dict[str, Tensor]], numbers: 
         kind = kind_of(base) if base is not None else None
         if kind is None:
             problems.append(f"{name} is no layer of this model that can be adapted")
+            continue
+        if lost := [key for part in "AB" if (key := peft_key(name, kind, part)) not in keys]:
+            problems.append(f"{name} is another kind of layer here: {' and '.join(lost)} should be in the file")
             continue
         width, height = kind.features(base)
         rank = numbers.rank_of(name)
@@ -264,11 +261,14 @@ def _left_out(model: nn.Module, pairs: Collection[str], config: dict[str, Any]) 
     if isinstance(targets, str):
         try:
             meant = {name for name in layers if re.fullmatch(targets, name)}
+            if not meant.intersection(pairs):
+                return [f"target_modules {targets!r} matches no layer in the file"]
         except re.error as error:
             return [f"target_modules {targets!r} is not a regular expression: {error}"]
     elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        lost = [target for target in targets if not any(answers_to(name, target) for name in pairs)]
-        if lost:
+        unmet = [t for t in targets if not any(answers_to(n, t) for n in pairs)]
+        # peft keeps targets that other models have, as long as this one has some.
+        if lost := [t for t in unmet if unmet == targets or any(answers_to(n, t) for n, _ in model.named_modules())]:
             return [f"target_modules {lost} answer to no layer in the file"]
         meant = {name for name in layers if any(answers_to(name, target) for target in targets)}
     else:
@@ -296,7 +296,7 @@ def _other_bases(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     return problems
 
 
-def _apart(model: nn.Module, pairs: dict[str, dict[str, Tensor]]) -> list[str]:
+def _apart(model: nn.Module, pairs: Pairs) -> list[str]:
     """Tied layers without a common A and B. peft's ensure_weight_tying has them be one: a head's are B^T and A^T."""
     problems = []
     for alias, source in hub.tied_pairs(model):
@@ -320,7 +320,11 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     numbers = _numbers(config, folder / CONFIG_FILE)
     tensors = read_safetensors(folder / TENSOR_FILE)
     pairs = _pairs(tensors, folder / TENSOR_FILE)
-    problems = [*_mismatches(model, pairs, numbers), *_other_bases(model, tensors), *numbers.idle_patterns(pairs)]
+    problems = [
+        *_mismatches(model, pairs, numbers, tensors.keys()),
+        *_other_bases(model, tensors),
+        *numbers.idle_patterns(pairs),
+    ]
     problems += _left_out(model, pairs, config)
     if config.get("ensure_weight_tying"):
         problems += _apart(model, pairs)
