@@ -147,7 +147,9 @@ def train(
     records = read_jsonl(data)
     tokenizer = load_tokenizer(model)
     tokenized = tokenize_all(records, tokenizer, max_length, completion_only)
-    longest = max_length if packing else max(len(example.input_ids) for example in tokenized.examples)
+    longest = (
+        max_length if packing else max((len(example.input_ids) for example in tokenized.examples), default=max_length)
+    )
     wanted = Wanted(quant, lora, batch_size, longest, optimizer, accumulated=gradient_accumulation > 1)
     dial, predicted = chosen_checkpointing(memory_budget, checkpointing, model, wanted)
     stream = batches(

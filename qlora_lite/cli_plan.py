@@ -27,14 +27,15 @@ def memory_of(size: str, device: str, beside: str | None, option: str = "--memor
     total = byte_count(f"{option} must be", size)
     if device not in ("accelerator", "cpu"):
         raise ConfigError(f"--device must be accelerator or cpu; got {device!r}")
-    if beside is None:
-        measured = None if device == "accelerator" else resident_bytes()
-        if device == "cpu" and measured is None:
-            raise ConfigError("this system does not say how much a process takes; give it with --beside")
-        taken = byte_count("--beside must be", CONTEXT) if measured is None else measured
-    else:
-        taken = byte_count("--beside must be", beside)
-    return Memory(total, taken, device == "accelerator")
+    on_accelerator = device == "accelerator"
+    if beside is not None:
+        return Memory(total, byte_count("--beside must be", beside), on_accelerator)
+    if on_accelerator:
+        return Memory(total, byte_count("--beside must be", CONTEXT), on_accelerator, "assumed")
+    measured = resident_bytes()
+    if measured is None:
+        raise ConfigError("this system does not say how much a process takes; give it with --beside")
+    return Memory(total, measured, on_accelerator, "measured")
 
 
 def chosen_checkpointing(budget: str | None, asked: str | None, model: str, wanted: Any) -> tuple[Any, int | None]:

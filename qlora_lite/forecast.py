@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
+from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.memory.allocator import replay
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.growth import Place, Sizes, continued, highest_levels, layer_named, peaks
@@ -134,16 +135,16 @@ class Forecasts:
             self._asked.append((wanted, self._answers[key]))
         return self._answers[key]
 
-    def guess(self, wanted: Wanted, tokens: int, size: int, needed: Callable[[Forecast], int]) -> int:
+    def guess(self, wanted: Wanted, tokens: int, size: int, needed: Callable[[Forecast], int]) -> int | None:
         """About how many rows of so many tokens need `size`: by a straight line over the tokens of batches that were
-        asked for with the same settings; 1 if that were not two yet."""
+        asked for with the same settings; None if that were not two yet."""
         points = {
             asked.rows * asked.tokens: needed(answer)
             for asked, answer in self._asked
             if asked.changed(rows=wanted.rows, tokens=wanted.tokens) == wanted
         }
         if len(points) < 2:
-            return 1
+            return None
         (short, least), (long, most) = min(points.items()), max(points.items())
         return 1 if most <= least else int((short + (size - least) * (long - short) / (most - least)) // tokens)
 
@@ -152,7 +153,10 @@ class Forecasts:
         if self.whole or isinstance(wanted.checkpointing, int):
             return self._told(self._run(wanted, self._layers), (self._layers,) if self._layers else ())
         assert self._layers is not None
-        few, more = self._run(wanted, FEW), self._run(wanted, FEW + 1)
+        try:
+            few, more = self._run(wanted, FEW), self._run(wanted, FEW + 1)
+        except (ConfigError, TargetError):  # settings that name a layer which only the whole model has
+            return self._told(self._run(wanted, self._layers), (self._layers,))
         if not self._compared:
             self._compared = True
             self.whole = not _same(_continued(few, more, COMPARED - FEW), self._run(wanted, COMPARED))

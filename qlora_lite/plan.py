@@ -34,11 +34,15 @@ ADAMW8BIT_BYTES = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """A device's memory: all of it, what is taken beside tensors, both in bytes, and whether it is an accelerator's."""
+    """A device's memory: all of it, what is taken beside tensors, both in bytes, and whether it is an accelerator's.
+
+    beside_is: where the second is from: `given`, `measured` or `assumed`.
+    """
 
     size: int
     beside: int
     accelerator: bool
+    beside_is: str = "given"
 
     def needed(self, forecast: Forecast) -> int:
         """What the device must have for it: reserved by an accelerator's allocator, or alive, and what is beside."""
@@ -224,7 +228,9 @@ def largest_batch(forecasts: Forecasts, wanted: Wanted, memory: Memory, tokens: 
         return needed[rows] <= memory.size
 
     first = forecasts.guess(wanted, tokens, memory.size, memory.needed)
-    rows = most_that_fits(fits, lambda rows: needed[rows], memory.size, first)
+    if first is None and fits(1):
+        first = forecasts.guess(wanted, tokens, memory.size, memory.needed)
+    rows = most_that_fits(fits, lambda rows: needed[rows], memory.size, first or 1)
     return Largest(tokens, rows, needed.get(rows), rows == MOST_ROWS)
 
 

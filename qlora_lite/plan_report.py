@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from rich import box
@@ -35,7 +36,7 @@ def render_plan(plan: Plan, width: int = 100) -> str:
     where = plan.forecast.module or "no module"
     lines += [f"The peak is in phase {plan.forecast.phase}, in {where}.", _least(plan), ""]
     lines += [_table(["tokens", "largest batch (rows)", "needed"], _largest(plan), width)]
-    lines += [_table(["change", "peak of live tensors"], _gains(plan), width), *_how(plan, plan.forecast)]
+    lines += [_table(["change", "peak of live tensors"], _gains(plan), width), *_how(plan, plan.forecast, width)]
     return "\n".join(line.rstrip() for line in "\n".join(lines).splitlines()) + "\n"
 
 
@@ -47,8 +48,8 @@ def _beside(plan: Plan, forecast: Forecast) -> list[list[str]]:
     rows = []
     if forecast.reserved is not None:
         rows.append(["reserved by the allocator beyond them", readable_bytes(forecast.reserved - forecast.peak)])
-    what = "context of the device (assumed)" if plan.memory.accelerator else "rest of the process (measured)"
-    return [*rows, [what, readable_bytes(plan.memory.beside)]]
+    what = "context of the device" if plan.memory.accelerator else "rest of the process"
+    return [*rows, [f"{what} ({plan.memory.beside_is})", readable_bytes(plan.memory.beside)]]
 
 
 def _least(plan: Plan) -> str:
@@ -84,7 +85,7 @@ def _gains(plan: Plan) -> list[list[str]]:
     return rows
 
 
-def _how(plan: Plan, forecast: Forecast) -> list[str]:
+def _how(plan: Plan, forecast: Forecast, width: int) -> list[str]:
     counts = " and ".join(map(str, forecast.layers))
     if plan.whole or len(forecast.layers) < 2:
         how = f"Rehearsed with all layers of the model{f' ({counts})' if counts else ''}."
@@ -94,8 +95,10 @@ def _how(plan: Plan, forecast: Forecast) -> list[str]:
             f"compared with a rehearsal of {forecast.layers[-1] + 1} layers: equal to the byte."
         )
     if plan.memory.accelerator:
-        how += " What the allocator reserves is an estimate; the context of the device is an assumption (--beside)."
-    return [how]
+        how += " What the allocator reserves is an estimate."
+    if plan.memory.beside_is == "assumed":
+        how += " The context of the device cannot be known without it: --beside sets another size."
+    return textwrap.wrap(how, width)
 
 
 def _counted(plan: Plan, batch: str) -> list[str]:
