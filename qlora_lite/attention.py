@@ -84,8 +84,7 @@ def _pieces(rows: Tensor, seen: int) -> Iterator[slice]:
     count = max(1, SCORE_BYTES // (4 * rows.shape[1] * seen))
     if threads < count < heads:
         count -= count % threads
-    for first in range(0, heads, count):
-        yield slice(first, first + count)
+    return covering(heads, count, rows)
 
 
 def _by_key_head(tensor: Tensor, key_heads: int) -> Tensor:

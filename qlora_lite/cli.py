@@ -65,7 +65,8 @@ def _check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
     check_replaceable(folder, overwrite)
 
 
-def _train_figures(result: Any, tokenized: Any, output: Path) -> dict[str, Any]:
+def _train_figures(result: Any, tokenized: Any, output: Path, predicted: int | None) -> dict[str, Any]:
+    foreseen = {} if predicted is None else {"predicted_peak_bytes": predicted}
     return {
         "examples": len(tokenized.examples),
         "examples_shortened": tokenized.truncated,
@@ -74,6 +75,7 @@ def _train_figures(result: Any, tokenized: Any, output: Path) -> dict[str, Any]:
         "last_loss": result.losses[-1],
         "seconds": round(result.seconds, 1),
         "peak_bytes": result.steps[-1].peak_bytes,
+        **foreseen,
         "own_loss_because": result.own_loss_because,
         "adapter": str(output / "adapter"),
     }
@@ -152,21 +154,14 @@ def train(
     )
     wanted = Wanted(quant, lora, batch_size, longest, optimizer, accumulated=gradient_accumulation > 1)
     dial, predicted = chosen_checkpointing(memory_budget, checkpointing, model, wanted)
-    stream = batches(
-        tokenized.examples,
-        batch_size,
-        seed,
-        pad_token_id=tokenizer.pad_token_id,
-        packing=packing,
-        max_length=max_length,
-    )
+    padding = tokenizer.pad_token_id
+    stream = batches(tokenized.examples, batch_size, seed, pad_token_id=padding, packing=packing, max_length=max_length)
     torch.manual_seed(seed)
     loaded = load_quantized(model, quant)
     add_lora_(loaded, lora)
     config = replace(config, checkpointing=dial)
     result = train_model(loaded, stream, config, output_dir=output, overwrite=overwrite)
-    foreseen = {} if predicted is None else {"predicted_peak_bytes": predicted}
-    _finish({**_train_figures(result, tokenized, output), **foreseen}, json)
+    _finish(_train_figures(result, tokenized, output, predicted), json)
 
 
 def _verification_prompts(path: Path, model: str, max_length: int) -> Any:

@@ -27,7 +27,6 @@ LONGEST = LENGTHS[-1]
 DIAL_MARGIN = 1.03
 # At most so many times the rows that are known to fit are tried next.
 STRIDE = 64
-MIB = 1 << 20
 ADAMW_BYTES = 8  # two fp32 moments for each adapter value; adamw8bit has two bytes at least
 ADAMW8BIT_BYTES = 2
 
@@ -187,7 +186,7 @@ def least_recomputation(forecasts: Forecasts, wanted: Wanted, memory: Memory) ->
         if kind == "none":
             return Recomputation(kind, needed)
         above = forecast.peak - forecast.model_bytes
-        budget = (above + memory.size - needed) // MIB * MIB
+        budget = above + memory.size - needed
         if budget < above * DIAL_MARGIN:
             return Recomputation(kind, needed)
         return Recomputation(budget, needed + budget - above)
