@@ -21,7 +21,7 @@ from qlora_lite.training import check_batch_shape
 
 # Longer searches end here: such a batch is one that nobody trains with.
 MOST_ROWS = 4096
-LENGTHS = (512, 1024, 2048, 4096, 8192)
+LENGTHS = (512, 2048, 8192)
 LONGEST = LENGTHS[-1]
 # What `Dial` adds to the first step's bytes when it decides whether a number of them can be met, rounded up.
 DIAL_MARGIN = 1.03
@@ -128,7 +128,7 @@ class Plan:
 def plan(found: Any, wanted: Wanted, memory: Memory, lengths: Sequence[int] | None = None) -> Plan:
     """What fits into `memory` of training a model of this config (`read_config`).
 
-    lengths: for which the largest batch is looked for; None for 512 and its doubles up to the model's longest.
+    lengths: for which the largest batch is looked for; None for `usual_lengths`.
     A model that cannot be rehearsed has a plan of what is counted alone. Raises ConfigError, TargetError and
     CheckpointError as the real run would.
     """
@@ -150,7 +150,7 @@ def plan(found: Any, wanted: Wanted, memory: Memory, lengths: Sequence[int] | No
 
 
 def usual_lengths(found: Any, tokens: int) -> list[int]:
-    """512 and its doubles up to the model's longest sequence, 8,192 at most, and the wanted number."""
+    """512, 2,048 and 8,192 tokens as far as the model goes, and the wanted number."""
     longest = min(hub.longest_sequence(found) or LONGEST, LONGEST)
     return sorted({tokens, *(length for length in LENGTHS if length <= longest)})
 
@@ -255,6 +255,8 @@ def most_that_fits(fits: Callable[[int], bool], needed: Callable[[int], int], si
             slope = (needed(other) - needed(one)) / max(other - one, 1)
             number = int(one + (size - needed(one)) / slope) if slope > 0 else 2 * number
             number = min(number, STRIDE * max(low, 1))
+            if high not in asked:  # nor is a line to be followed row by row
+                number = max(number, low + 2 ** (len(asked) - 2))
         number = min(max(number, low + 1), high - 1)
     return low
 

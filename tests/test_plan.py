@@ -144,6 +144,6 @@ def test_what_cannot_be_rehearsed_has_counted_bytes_only(tiny_config: Any, monke
 
 def test_usual_lengths_end_where_the_model_does(tiny_config: Any) -> None:
     assert tiny_config.max_position_embeddings == 2048
-    assert usual_lengths(tiny_config, 600) == [512, 600, 1024, 2048]
+    assert usual_lengths(tiny_config, 600) == [512, 600, 2048]
     with pytest.raises(ConfigError, match="at most 2048"):
         plan(tiny_config, WANTED, Memory(MIB, 0, accelerator=False), [4096])
