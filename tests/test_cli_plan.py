@@ -29,6 +29,7 @@ def test_status_says_whether_it_fits(tiny_folder: Path) -> None:
         "size": 530 << 20,
         "beside": 512 << 20,
         "accelerator": True,
+        "beside_is": "assumed",
     }
     assert figures["largest"][0]["rows"] > 1 and figures["least_recomputation"]["checkpointing"] == "none"
     assert "1 x 32 tokens, checkpointing full: fits into 530.0 MiB" in done.stdout and "assumed" in done.stdout
@@ -76,7 +77,7 @@ def test_training_within_a_budget_chooses_the_dial(tiny_folder: Path, tmp_path: 
     done = run(*words, "--memory-budget", "4GiB", "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert "2 x 8 tokens within 4,096.0 MiB: checkpointing none, predicted peak" in done.stdout
+    assert "2 x 9 tokens within 4,096.0 MiB: checkpointing none, predicted peak" in done.stdout
     assert 0 < figures["predicted_peak_bytes"] < 4 << 30 and figures["peak_bytes"] > 0
     refused = run(*words, "--memory-budget", "4GiB", "--checkpointing", "full", "--overwrite")
     assert refused.returncode == 1 and "leave out one of it and --checkpointing" in refused.stderr
