@@ -80,7 +80,7 @@ def resolve(path_or_id: str | Path) -> Path:
 def read_config(folder: Path) -> Any:
     """The transformers config of a checkpoint folder, as if nothing in it were packed. No remote code is run."""
     quantization_of(folder)
-    with _checkpoint_errors(f"{folder / CONFIG_FILE} is no config that transformers knows"):
+    with _checkpoint_errors(f"{folder} has no config that transformers knows"):
         config = _transformers().AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     _forget_quantization(config)
     return config
