@@ -66,9 +66,7 @@ def load_base(folder: Path, format: str) -> Any:
     """A checkpoint with its base packed, as transformers loads it."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization(format), dtype=torch.bfloat16
-    )
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization(format), dtype=torch.bfloat16)
 
 
 def skeleton(config: Any, format: str) -> Any:
@@ -143,9 +141,7 @@ def _prepared(model: Any, work: PeftWork) -> Any:
                 module.to(torch.bfloat16)
     model.config.use_cache = False
     targets = work.targets if isinstance(work.targets, str) else list(work.targets)
-    lora = peft.LoraConfig(
-        r=work.rank, lora_alpha=2 * work.rank, lora_dropout=work.dropout, target_modules=targets
-    )
+    lora = peft.LoraConfig(r=work.rank, lora_alpha=2 * work.rank, lora_dropout=work.dropout, target_modules=targets)
     model = peft.get_peft_model(model, lora)
     if work.autocast:
         from accelerate.utils.operations import convert_outputs_to_fp32
@@ -155,8 +151,11 @@ def _prepared(model: Any, work: PeftWork) -> Any:
     return model.train()
 
 
-def take_steps(model: Any, work: PeftWork, profiler: MemoryProfiler) -> None:
-    """Sets training up on a loaded base and takes steps: phases forward, backward and optimizer."""
+def take_steps(model: Any, work: PeftWork, profiler: MemoryProfiler) -> tuple[Any, ...]:
+    """Sets training up on a loaded base and takes steps: phases forward, backward and optimizer.
+
+    What it returns is what a trainer still holds afterwards: model, optimizer, batch.
+    """
     model = _prepared(model, work)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     profiler.track(model, optimizer)
@@ -172,3 +171,4 @@ def take_steps(model: Any, work: PeftWork, profiler: MemoryProfiler) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         del loss
+    return model, optimizer, batch

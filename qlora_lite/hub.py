@@ -187,13 +187,14 @@ class Conversion:
         return {self.target.replace(patterns[0], pattern) for pattern in patterns}
 
 
-def conversions(model: Any, wanted: Iterable[str], names: Iterable[str]) -> list[Conversion]:
+def conversions(model: Any, wanted: Iterable[str], names: Iterable[str] | None = None) -> list[Conversion]:
     """What transformers makes of a checkpoint's tensors, by name, for a model that wants these (its `state_dict`).
 
-    A tensor that the model has no place for comes as a conversion to a target that is not wanted.
+    names: None for those of the checkpoint that a model on meta would be saved as. A tensor that the model has no
+    place for comes as a conversion to a target that is not wanted.
     """
-    _transformers()
     loading = importlib.import_module("transformers.core_model_loading")
+    names = loading.revert_weight_conversion(model, dict(model.state_dict())) if names is None else names
     rules = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
@@ -255,10 +256,9 @@ def save_companions(
     if getattr(model, "generation_config", None) is not None:
         with _checkpoint_errors("the generation config cannot be saved"):
             model.generation_config.save_pretrained(str(target))
-    for name in TOKENIZER_FILES:
-        if source is not None and (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
     if source is not None:
+        for name in (name for name in TOKENIZER_FILES if (source / name).is_file()):
+            shutil.copyfile(source / name, target / name)
         _copy_templates(source, target)
 
 

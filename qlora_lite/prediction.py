@@ -46,9 +46,11 @@ def rehearse_steps(
     """
     found = read_config(path_or_id)
     check_batch_shape(found, rows, tokens)
+    # What the files hold; a model that is made of the config writes its own dtype into it.
+    stored = getattr(found, "dtype", None) or dtype
     model: Any = hub.empty_model(found, dtype)
     hub.tie(model)
-    checkpoint = UnreadCheckpoint(model, quant, getattr(found, "dtype", None) or dtype)
+    checkpoint = UnreadCheckpoint(model, quant, stored)
     with rehearsal(accelerator) as profiler:
         with profiler.phase("load"):
             fill_(model, checkpoint, dtype, torch.device("cpu"))

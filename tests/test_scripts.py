@@ -45,6 +45,23 @@ SCRIPTS = {
         "unpack_temporaries",
         "unpacked_bytes",
     },
+    "profiling/plan_vs_measured.py": {
+        "cases",
+        "mean_error",
+        "worst_error",
+        "worst_category_error",
+        "peft_worst_error",
+        "peft_worst_category_error",
+        "peft_worst_other",
+        "resident_worst_error",
+        "published_mean_error",
+        "published_worst_error",
+        "published_worst_under",
+        "published_held_aside_worst_error",
+        "today_mean_error",
+        "today_worst_error",
+        "verdicts_right",
+    },
     "profiling/step_growth.py": {"tokens", "layers"},
     "profiling/step_memory.py": {"model", "phases"},
     "profiling/streaming_io.py": {
@@ -64,10 +81,14 @@ NOT_RUN_HERE = {
     "examples/real_model.py",
     "examples/message_records.py",
     "examples/tiny_model.py",
+    "profiling/comparisons.py",
     "profiling/io_worker.py",
     "profiling/machine_floor.py",
     "profiling/model_shapes.py",
+    "profiling/peft_steps.py",
+    "profiling/published_runs.py",
     "profiling/step_worker.py",
+    "profiling/training_cases.py",
 }
 
 

@@ -37,6 +37,8 @@ from qlora_lite.memory.running import RunningModule
 # How a storage came into sight, and what it is as long as nobody labels it.
 MADE, MADE_IN_BACKWARD, WAITING, MET = range(4)
 UNLABELLED = (Category.TEMPORARY, Category.TEMPORARY, Category.ACTIVATION, Category.OTHER)
+Hidden = Callable[[Any, tuple[Any, ...]], int]
+Kept = Callable[[Any], int]
 NO_BACKWARD = -1
 NO_LABEL = -1
 
@@ -113,14 +115,10 @@ class StorageTrace:
     that follow; OTHER, since no tensor shows it.
     """
 
-    def __init__(
-        self,
-        hidden_bytes: Callable[[Any, tuple[Any, ...]], int] | None = None,
-        kept_bytes: Callable[[Any], int] | None = None,
-    ) -> None:
+    def __init__(self, hidden_bytes: Hidden | None = None, kept_bytes: Kept | None = None) -> None:
         self._hidden_bytes = hidden_bytes
         self._kept_bytes = kept_bytes
-        self._keeping: set[bool] = set()  # whether in backward, where it was allocated already
+        self._keeping: set[int] = set()  # MADE and MADE_IN_BACKWARD, once forward and backward have it
         self._log = array("q")  # serial, delta, serial, delta, ...
         self._sizes = array("q")  # by serial: bytes now
         self._origins = array("b")  # by serial: MADE, ...
@@ -276,8 +274,8 @@ class StorageTrace:
             serial = self._added(origin)
             self._note(serial, size)
             self._note(serial, 0)
-        if self._kept_bytes is not None and (task != NO_BACKWARD) not in self._keeping and (kept := self._kept_bytes(func)):
-            self._keeping.add(task != NO_BACKWARD)
+        if self._kept_bytes is not None and origin not in self._keeping and (kept := self._kept_bytes(func)):
+            self._keeping.add(origin)
             self._note(self._added(MET), kept)
         return result
 

@@ -11,8 +11,8 @@ Freed when the operator ends (`hidden_bytes`):
   same.
 Kept (`kept_bytes`):
 - cuBLAS's workspace, from the caching allocator, at the first product of each thread: backward has its own. torch:
-  aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`, `:4096:2:16:8` KiB, unless CUBLAS_WORKSPACE_CONFIG
-  says otherwise. (Hopper and Blackwell get 32 MiB, so two times 23.9 MiB more than what is counted here.)
+  aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`: `:4096:2:16:8` KiB unless
+  CUBLAS_WORKSPACE_CONFIG says otherwise. (On Hopper and Blackwell 32 MiB: twice 23.9 MiB more than counted here.)
 
 Not counted: attention's forward pass when few heads and rows make it split the keys, and what cuDNN, cuBLASLt and
 matrix products take inside of these workspaces.
@@ -20,6 +20,7 @@ matrix products take inside of these workspaces.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -58,7 +59,7 @@ def _gemm_4bit(rows: Tensor, packed: Tensor, shape: list[int], absmax: Tensor, b
     return prod(shape) * rows.element_size() + statistics
 
 
-_INSIDE = {
+_INSIDE: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
     "bitsandbytes::gemm_4bit": _gemm_4bit,
 }

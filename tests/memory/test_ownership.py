@@ -1,0 +1,75 @@
+"""What a trace is told about the tensors of layers, ours and bitsandbytes'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lite.config import QuantConfig
+from qlora_lite.formats import packed_bytes, statistics_bytes
+from qlora_lite.memory.breakdown import Category, MemoryBreakdown
+from qlora_lite.memory.ownership import Ownership
+from qlora_lite.memory.trace import StorageTrace
+from qlora_lite.quantize import PackedWeight, QuantizedLinear, import_bitsandbytes
+
+OUT, IN = 96, 128
+CODE_4BIT, CODE_8BIT = 16 * 4, 256 * 4  # tables of fp32 values that bitsandbytes keeps beside the statistics
+FLOAT = 4
+
+
+def theirs(format: str, double_quant: bool) -> nn.Module:
+    bnb = import_bitsandbytes("bitsandbytes.nn")
+    if format == "int8":
+        layer: Any = bnb.Linear8bitLt(IN, OUT, bias=True, has_fp16_weights=False)
+    else:
+        layer = bnb.Linear4bit(IN, OUT, bias=True, quant_type=format, compress_statistics=double_quant)
+    weight = layer.weight
+    layer.weight = type(weight)(torch.randn(OUT, IN), requires_grad=False, **weight.__dict__).to("cpu")
+    return layer.requires_grad_(False)
+
+
+def labelled(model: nn.Module, *also: Any) -> MemoryBreakdown:
+    ownership, trace = Ownership(), StorageTrace()
+    ownership.track(model, *also)
+    with trace:
+        ownership.label(trace)
+    ownership.let_go()
+    return trace.peak()[1]
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_packed_layers_of_bitsandbytes_are_weights_and_statistics(format: str, double_quant: bool) -> None:
+    held = labelled(nn.ModuleDict({"layer": theirs(format, double_quant)}))
+    assert held[Category.BASE_WEIGHT, "layer"] == packed_bytes((OUT, IN), format) + OUT * FLOAT
+    statistics = statistics_bytes((OUT, IN), format, 64, double_quant)
+    if format != "int8":
+        # Ours packs no tables with a weight but the nested one, which the formula has.
+        statistics += CODE_4BIT
+    assert abs(held[Category.QUANT_STATE, "layer"] - statistics) <= (CODE_8BIT if double_quant else 0)
+    assert set(held) == {(Category.BASE_WEIGHT, "layer"), (Category.QUANT_STATE, "layer")}
+
+
+def test_after_a_step_of_theirs_nothing_of_the_layer_is_unknown() -> None:
+    layer = theirs("int8", False).train()
+    layer(torch.randn(2, IN, requires_grad=True)).sum().backward()
+    held = labelled(layer).by_category()
+    assert held[Category.BASE_WEIGHT] == packed_bytes((OUT, IN), "int8") + OUT * FLOAT
+    assert held[Category.QUANT_STATE] == OUT * FLOAT
+    assert sum(held.values()) == held[Category.BASE_WEIGHT] + held[Category.QUANT_STATE]
+
+
+def test_what_is_trained_has_gradients_and_states_under_its_layer() -> None:
+    base = QuantizedLinear(PackedWeight.of(torch.randn(OUT, IN), QuantConfig()))
+    model = nn.ModuleDict({"base": base, "trained": nn.Linear(IN, 4, bias=False)})
+    optimizer = torch.optim.AdamW(model["trained"].parameters())
+    model["trained"](torch.ones(1, IN)).sum().backward()
+    optimizer.step()
+    held, size = labelled(model, optimizer), 4 * IN * FLOAT
+    assert held[Category.ADAPTER, "trained"] == held[Category.GRADIENT, "trained"] == size
+    assert held[Category.OPTIMIZER_STATE, "trained"] == 2 * size + FLOAT
+    assert held[Category.QUANT_STATE, "base"] == statistics_bytes((OUT, IN), "nf4", 64, True)
+    assert not model["trained"].weight._post_accumulate_grad_hooks
