@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_steps import PeftWork, load_base, skeleton, stand_in_, take_steps
-from published_runs import BLOG, FMS, T4_BYTES, not_known, published_runs, rehearsed, work_of
+from published_runs import BLOG, FMS, T4_BYTES, not_known, published_runs, replayed, steps_peak, work_of
 from rich.console import Console
 from rich.table import Table
 from training_cases import CASES, TINY_CASES, Difference, differences, make_model
@@ -113,12 +113,13 @@ def compare_published(scratch: Path, tiny: bool) -> dict[str, Any]:
             rows.append([*name, f"{run.peak:,}", "", "", "", "", not_known(run)])
             continue
         assert run.peak is not None and run.end is not None
-        found = rehearsed(run, work, TINY_LAYERS if tiny else None)
-        then.append(found.then / run.peak - 1)
-        today.append(found.today / run.peak - 1)
-        ends.append(found.end / run.end - 1)
+        layers = TINY_LAYERS if tiny else None
+        found = replayed(run, work, True, layers)
+        then.append(steps_peak(found) / run.peak - 1)
+        today.append(steps_peak(replayed(run, work, False, layers)) / run.peak - 1)
+        ends.append(found.end.allocated / run.end - 1)
         aside += then[-1:] if run.held_aside else []
-        peaks = [f"{found.then:,}", _share(then[-1]), _share(today[-1]), _share(ends[-1])]
+        peaks = [f"{steps_peak(found):,}", _share(then[-1]), _share(today[-1]), _share(ends[-1])]
         rows.append([*name, f"{run.peak:,}", *peaks, ""])
     headings = ("model", "variant", "rows", "", "published peak", "rehearsed", "error", "today's loss", "resident")
     show("published, 4096 tokens a row, A100", (*headings, "not rehearsed for"), rows)
@@ -126,7 +127,7 @@ def compare_published(scratch: Path, tiny: bool) -> dict[str, Any]:
         "resident_worst_error": max(map(abs, ends)),
         "published_mean_error": statistics.mean(map(abs, then)),
         "published_worst_error": max(map(abs, then)),
-        "published_worst_under": min(0.0, *then, 0.0),
+        "published_worst_under": min(0.0, *then),
         "published_held_aside_worst_error": max(map(abs, aside)) if aside else None,
         "today_mean_error": statistics.mean(map(abs, today)),
         "today_worst_error": max(map(abs, today)),
@@ -142,7 +143,7 @@ def compare_others(scratch: Path, tiny: bool) -> dict[str, Any]:
         published = f"{run.peak:,}" if run.peak else run.verdict or ""
         predicted = error = ""
         if work is not None:
-            peak = rehearsed(run, work).then
+            peak = steps_peak(replayed(run, work, False))
             predicted = f"{peak:,}"
             if run.peak:
                 error = _share(peak / run.peak - 1)

@@ -115,15 +115,6 @@ class Run:
         return FMS in self.source and (self.rows == 8 or self.model == "ibm/PowerLM-3b")
 
 
-@dataclass(frozen=True)
-class Rehearsed:
-    """Bytes allocated: peaks of steps with today's loss and with the recorded one, and what stays at the end."""
-
-    today: int
-    then: int
-    end: int
-
-
 def _note(notes: str, name: str) -> str | None:
     found = re.search(rf"{name}=([^;]+)", notes)
     return None if found is None else found[1]
@@ -157,15 +148,24 @@ def _shifted_loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> 
     return nn.functional.cross_entropy(shifted.view(-1, vocab_size), labels[..., 1:].contiguous().view(-1))
 
 
-def _with_loss_of_(model: Any, transformers: str | None) -> Any:
-    """Gives a model the loss of a recorded version of transformers; the model."""
+def _give_loss_of_(model: Any, transformers: str | None) -> None:
+    """Gives a model the loss of a recorded version of transformers."""
     model.loss_function = _shifted_loss
     if transformers == "4.45":
         model.get_output_embeddings().register_forward_hook(lambda head, given, logits: logits.float())
-    return model
 
 
-def _replayed(model: Any, work: PeftWork) -> Replay:
+def replayed(run: Run, work: PeftWork, recorded_loss: bool, layers: int | None = None) -> Replay:
+    """What the caching allocator does in the rehearsal of a set-up, of the model's number of layers or another."""
+    from transformers import AutoConfig
+
+    settings = SHAPES[run.model] if layers is None else {**SHAPES[run.model], "num_hidden_layers": layers}
+    config = AutoConfig.for_model(**settings)
+    if BLOG in run.source:
+        config._attn_implementation = "eager"  # as transformers had it then
+    model = skeleton(config, work.format)
+    if recorded_loss:
+        _give_loss_of_(model, run.transformers)
     with rehearsal(accelerator=True) as profiler:
         held = take_steps(stand_in_(model), work, profiler)
     del held  # not before the trace was closed: its end is what a trainer still holds
@@ -173,18 +173,9 @@ def _replayed(model: Any, work: PeftWork) -> Replay:
     return replay(profiler.trace.timeline())
 
 
-def rehearsed(run: Run, work: PeftWork, layers: int | None = None) -> Rehearsed:
-    """The rehearsal of a set-up, of the model's number of layers or another; attention shows outputs only."""
-    from transformers import AutoConfig
-
-    settings = SHAPES[run.model] if layers is None else {**SHAPES[run.model], "num_hidden_layers": layers}
-    config = AutoConfig.for_model(**settings)
-    if BLOG in run.source:
-        config._attn_implementation = "eager"  # as transformers had it then
-    today = _replayed(skeleton(config, work.format), work)
-    then = _replayed(_with_loss_of_(skeleton(config, work.format), run.transformers), work)
-    peaks = (max(replayed.by_phase[phase].allocated for phase in STEP_PHASES) for replayed in (today, then))
-    return Rehearsed(*peaks, then.end.allocated)
+def steps_peak(found: Replay) -> int:
+    """The most bytes that were allocated during steps."""
+    return max(found.by_phase[phase].allocated for phase in STEP_PHASES)
 
 
 def work_of(run: Run) -> PeftWork | None:

@@ -16,8 +16,8 @@ from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.quantize import PackedWeight, QuantizedLinear, import_bitsandbytes
 
 OUT, IN = 96, 128
-CODE_4BIT, CODE_8BIT = 16 * 4, 256 * 4  # tables of fp32 values that bitsandbytes keeps beside the statistics
 FLOAT = 4
+CODE_4BIT = 16 * FLOAT  # what codes stand for: bitsandbytes keeps it beside the statistics, and ours needs no table
 
 
 def theirs(format: str, double_quant: bool) -> nn.Module:
@@ -45,11 +45,8 @@ def labelled(model: nn.Module, *also: Any) -> MemoryBreakdown:
 def test_packed_layers_of_bitsandbytes_are_weights_and_statistics(format: str, double_quant: bool) -> None:
     held = labelled(nn.ModuleDict({"layer": theirs(format, double_quant)}))
     assert held[Category.BASE_WEIGHT, "layer"] == packed_bytes((OUT, IN), format) + OUT * FLOAT
-    statistics = statistics_bytes((OUT, IN), format, 64, double_quant)
-    if format != "int8":
-        # Ours packs no tables with a weight but the nested one, which the formula has.
-        statistics += CODE_4BIT
-    assert abs(held[Category.QUANT_STATE, "layer"] - statistics) <= (CODE_8BIT if double_quant else 0)
+    table = 0 if format == "int8" else CODE_4BIT
+    assert held[Category.QUANT_STATE, "layer"] == statistics_bytes((OUT, IN), format, 64, double_quant) + table
     assert set(held) == {(Category.BASE_WEIGHT, "layer"), (Category.QUANT_STATE, "layer")}
 
 
