@@ -64,7 +64,7 @@ class Case:
         )
 
 
-NONE, BYTES = {"checkpointing": "none"}, {"checkpointing": 6 << 20}
+NONE, BYTES = {"checkpointing": "none"}, {"checkpointing": 27 << 20}
 EIGHT_BIT = {"optimizer": "adamw8bit"}
 INT8_EMBEDDING = {"format": "nf4", "embedding_format": "int8"}
 CASES = (
