@@ -14,7 +14,23 @@ from typing import Annotated, Any
 
 import typer
 
+from qlora_lite.cli_options import (
+    Alpha,
+    Blocksize,
+    DoubleQuant,
+    EmbeddingFormat,
+    Format,
+    Int8Activations,
+    Json,
+    MaxShardSize,
+    Model,
+    Output,
+    Overwrite,
+    Rank,
+    RankStabilized,
+)
 from qlora_lite.cli_plan import chosen_checkpointing, plan
+from qlora_lite.cli_profile import profile
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -25,21 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Option("--model", help="Folder of a transformers checkpoint, or a hub id.")]
-Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
-Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
-Format = Annotated[str, typer.Option("--format", help="How the base is stored: nf4, fp4, int8 or none.")]
-EmbeddingFormat = Annotated[str, typer.Option(help="int8 also packs embedding and head; none leaves them.")]
-Blocksize = Annotated[int, typer.Option(help="Values per block of the 4-bit formats.")]
-DoubleQuant = Annotated[bool, typer.Option(help="Pack the statistics of the 4-bit formats too.")]
-Int8Activations = Annotated[bool, typer.Option(help="With int8, multiply in integers too: faster, less exact.")]
-MaxShardSize = Annotated[str, typer.Option(help="Largest size of a tensor file: 5GB, 500MiB, ...")]
-Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]
-Alpha = Annotated[float, typer.Option(help="The adapters' scale is alpha / rank.")]
-RankStabilized = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.")]
-Checkpointing = Annotated[str, typer.Option(help="full recomputes blocks, none keeps all, 300MiB what fits.")]
-
 
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
@@ -47,6 +48,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 
 
 app.command()(plan)
+app.command()(profile)
 
 
 def _finish(figures: dict[str, Any], as_json: bool) -> None:
@@ -246,69 +248,6 @@ def quantize(
     files = save_quantized(load_quantized(model, quant), output, max_shard_bytes=shard, overwrite=overwrite)
     size = sum((output / file).stat().st_size for file in files)
     _finish({"format": format, "bytes": size, "files": files, "output": str(output)}, json)
-
-
-@app.command()
-def profile(
-    model: Model,
-    format: Format = "nf4",
-    embedding_format: EmbeddingFormat = "none",
-    int8_activations: Int8Activations = False,
-    rank: Rank = 16,
-    rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 2,
-    tokens: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
-    checkpointing: Checkpointing = "full",
-    mode: Annotated[str, typer.Option(help="full follows every tensor; phases reads counters only.")] = "full",
-    predict: Annotated[bool, typer.Option(help="In full mode, rehearse the steps too and compare.")] = True,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page with charts: report.html.")] = None,
-    png: Annotated[Path | None, typer.Option("--png", help="Write the memory over time: timeline.png.")] = None,
-    snapshot: Annotated[
-        Path | None, typer.Option("--snapshot", help="Write torch's record of an accelerator: memory.pickle.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of --html and --png.")] = False,
-    json: Json = False,
-) -> None:
-    """Run two training steps on made-up tokens, show where the bytes are in each phase, and what was predicted."""
-    from contextlib import nullcontext
-    from json import dumps
-
-    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, checkpointing_named
-    from qlora_lite.memory.charts import require_matplotlib, write_chart
-    from qlora_lite.memory.comparison import render_comparison
-    from qlora_lite.memory.measure import MemoryProfiler
-    from qlora_lite.memory.page import write_page
-    from qlora_lite.memory.report import render
-    from qlora_lite.memory.snapshot import memory_snapshot
-    from qlora_lite.prediction import prediction_or_why_not
-    from qlora_lite.single_file import check_writable
-    from qlora_lite.training import profile_steps
-
-    if mode not in ("full", "phases"):
-        raise typer.BadParameter(f"must be full or phases; got {mode!r}", param_hint="--mode")
-    if png is not None and mode == "phases":
-        raise typer.BadParameter("needs --mode full, which follows the tensors that it draws", param_hint="--png")
-    quant = QuantConfig(format, embedding_format=embedding_format, int8_activations=int8_activations)
-    lora = LoraConfig(rank, 2 * rank)
-    config = TrainConfig(steps=2, checkpointing=checkpointing_named(checkpointing))
-    if html is not None:
-        check_writable(html, ".html", overwrite)
-    if png is not None:
-        check_writable(png, ".png", overwrite)
-        require_matplotlib()
-    with nullcontext() if snapshot is None else memory_snapshot(snapshot):
-        profiler = MemoryProfiler(trace=mode == "full")
-        report = profile_steps(model, quant, lora, config, rows=rows, tokens=tokens, profiler=profiler)
-    print(render(report))
-    predicted = None
-    if predict and mode == "full":
-        predicted, why_not = prediction_or_why_not(model, quant, lora, config, rows=rows, tokens=tokens)
-        print(why_not if predicted is None else render_comparison(predicted, report))
-    if html is not None:
-        write_page(html, report, predicted, title=f"Two training steps of {model}", overwrite=overwrite)
-    if png is not None:
-        write_chart(png, report, predicted, overwrite=overwrite)
-    if json:
-        print(dumps(report.to_json() | {"predicted": None if predicted is None else predicted.to_json()}))
 
 
 @app.command()

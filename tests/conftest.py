@@ -126,3 +126,15 @@ def killed_while_writing() -> Callable[..., None]:
         assert done.returncode == -signal.SIGKILL, done.stderr
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `qlora-lite` with these words, as a process."""
+    program = "import sys; from qlora_lite.cli import main; main()"
+
+    def start(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    return start

@@ -88,7 +88,8 @@ FLOORS = (
     ("forecast",),
     ("plan",),
     ("plan_report",),
-    ("cli_plan",),
+    ("cli_options",),
+    ("cli_plan", "cli_profile"),
     ("cli",),
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    program = "import sys; from qlora_lite.cli import main; main()"
-    command = [sys.executable, "-c", program, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_help_needs_nothing_heavy() -> None:
+def test_help_needs_nothing_heavy(run: Run) -> None:
     program = (
         "import sys, qlora_lite.cli; print([m for m in ('torch', 'transformers', 'rich.table') if m in sys.modules])"
     )
@@ -27,7 +24,7 @@ def test_help_needs_nothing_heavy() -> None:
         assert run(*command, "--help").returncode == 0
 
 
-def test_train_merge_and_profile(tiny_folder: Path, tmp_path: Path) -> None:
+def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from qlora_lite import QuantConfig, load_adapter_, load_quantized
@@ -62,19 +59,8 @@ def test_train_merge_and_profile(tiny_folder: Path, tmp_path: Path) -> None:
     tokens = torch.arange(8).unsqueeze(0)
     torch.testing.assert_close(merged(tokens).logits, ours.float().eval()(tokens).logits, rtol=1e-4, atol=1e-5)
 
-    words = ("profile", "--model", tiny_folder, "--rank", 2, "--rows", 1, "--tokens", 16, "--json")
-    done = run(*words, "--html", tmp_path / "new" / "report.html", "--png", tmp_path / "timeline.png")
-    assert done.returncode == 0, done.stderr
-    assert "backward" in done.stdout and "phases" in (report := json.loads(done.stdout.splitlines()[-1]))
-    page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
-    assert all(f'value="{phase["live_peak"]}"' in page for phase in report["phases"])
-    assert len(report["timeline"]["phases"]) > 100
-    assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
-    again = run(*words, "--html", tmp_path / "new" / "report.html")
-    assert again.returncode == 1 and "report.html exists; name another file" in again.stderr and not again.stdout
 
-
-def test_quantize_writes_what_the_other_commands_read(tiny_folder: Path, tmp_path: Path) -> None:
+def test_quantize_writes_what_the_other_commands_read(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     from qlora_lite import QuantConfig, load_quantized
 
     words = ("quantize", "--model", tiny_folder, "--output", tmp_path / "q", "--format", "fp4", "--no-double-quant")
@@ -92,7 +78,7 @@ def test_quantize_writes_what_the_other_commands_read(tiny_folder: Path, tmp_pat
     assert again.returncode == 1 and "not empty" in again.stderr
 
 
-def test_env_says_what_there_is() -> None:
+def test_env_says_what_there_is(run: Run) -> None:
     figures = json.loads(run("env", "--json").stdout.splitlines()[-1])
     assert figures["torch"].startswith(torch.__version__.split("+")[0]) and figures["memory_bytes"] > 0
 
@@ -117,7 +103,7 @@ def test_env_says_what_there_is() -> None:
     ],
 )
 def test_bad_input_is_one_sentence(
-    words: tuple[str, ...], status: int, message: str, tiny_folder: Path, tmp_path: Path
+    run: Run, words: tuple[str, ...], status: int, message: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     done = run(*(word.format(m=tiny_folder, t=tmp_path) for word in words))
     assert done.returncode == status, done.stderr
@@ -127,7 +113,7 @@ def test_bad_input_is_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_data_is_never_overwritten(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_data_is_never_overwritten(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "metrics.jsonl"
     data.write_text('{"text": "mine"}\n')
     done = run("train", "--model", tiny_folder, "--data", data, "--output", tmp_path, "--overwrite", "--steps", 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +13,10 @@ from qlora_lite.cli_plan import memory_of
 from qlora_lite.errors import ConfigError
 from qlora_lite.plan import Memory
 
-
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    program = "import sys; from qlora_lite.cli import main; main()"
-    command = [sys.executable, "-c", program, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_status_says_whether_it_fits(tiny_folder: Path) -> None:
+def test_status_says_whether_it_fits(run: Run, tiny_folder: Path) -> None:
     words = ("plan", "--model", tiny_folder / "config.json", "--rank", 4, "--tokens", 32, "--seq", 16, "--json")
     done = run(*words, "--memory", "530MiB")
     assert done.returncode == 0, done.stderr
@@ -40,7 +36,7 @@ def test_status_says_whether_it_fits(tiny_folder: Path) -> None:
     assert "does not fit into 100.0 KiB" in done.stdout and "none does, not even full" in done.stdout
 
 
-def test_a_model_that_nobody_knows_is_one_sentence(tmp_path: Path) -> None:
+def test_a_model_that_nobody_knows_is_one_sentence(run: Run, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text('{"model_type": "quux"}')
     done = run("plan", "--model", config, "--memory", "1GiB")
@@ -57,7 +53,9 @@ def test_a_model_that_nobody_knows_is_one_sentence(tmp_path: Path) -> None:
         ((), 2, "--memory"),
     ],
 )
-def test_bad_input_is_one_sentence(words: tuple[str, ...], status: int, message: str, tiny_folder: Path) -> None:
+def test_bad_input_is_one_sentence(
+    run: Run, words: tuple[str, ...], status: int, message: str, tiny_folder: Path
+) -> None:
     done = run("plan", "--model", tiny_folder, *words)
     assert done.returncode == status and message in done.stderr and "Traceback" not in done.stderr
 
@@ -70,7 +68,7 @@ def test_memory_of_a_process_is_measured_and_of_a_device_assumed() -> None:
         memory_of("1GiB", "cpu", "much")
 
 
-def test_training_within_a_budget_chooses_the_dial(tiny_folder: Path, tmp_path: Path) -> None:
+def test_training_within_a_budget_chooses_the_dial(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": f"number {n}"}) for n in range(8)))
     words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--rank", 2, "--steps", 1)

@@ -1,0 +1,23 @@
+"""Options that several commands have, each said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Option("--model", help="Folder of a transformers checkpoint, or a hub id.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
+Format = Annotated[str, typer.Option("--format", help="How the base is stored: nf4, fp4, int8 or none.")]
+EmbeddingFormat = Annotated[str, typer.Option(help="int8 also packs embedding and head; none leaves them.")]
+Blocksize = Annotated[int, typer.Option(help="Values per block of the 4-bit formats.")]
+DoubleQuant = Annotated[bool, typer.Option(help="Pack the statistics of the 4-bit formats too.")]
+Int8Activations = Annotated[bool, typer.Option(help="With int8, multiply in integers too: faster, less exact.")]
+MaxShardSize = Annotated[str, typer.Option(help="Largest size of a tensor file: 5GB, 500MiB, ...")]
+Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]
+Alpha = Annotated[float, typer.Option(help="The adapters' scale is alpha / rank.")]
+RankStabilized = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.")]
+Checkpointing = Annotated[str, typer.Option(help="full recomputes blocks, none keeps all, 300MiB what fits.")]

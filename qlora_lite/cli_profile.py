@@ -1,0 +1,72 @@
+"""The command `profile`: what two training steps take, beside what was predicted of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_lite.cli_options import Checkpointing, EmbeddingFormat, Format, Int8Activations, Json, Model, Rank
+
+
+def profile(
+    model: Model,
+    format: Format = "nf4",
+    embedding_format: EmbeddingFormat = "none",
+    int8_activations: Int8Activations = False,
+    rank: Rank = 16,
+    rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 2,
+    tokens: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    checkpointing: Checkpointing = "full",
+    mode: Annotated[str, typer.Option(help="full follows every tensor; phases reads counters only.")] = "full",
+    predict: Annotated[bool, typer.Option(help="In full mode, rehearse the steps too and compare.")] = True,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with charts: report.html.")] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Write the memory over time: timeline.png.")] = None,
+    snapshot: Annotated[
+        Path | None, typer.Option("--snapshot", help="Write torch's record of an accelerator: memory.pickle.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of --html and --png.")] = False,
+    json: Json = False,
+) -> None:
+    """Run two training steps on made-up tokens, show where the bytes are in each phase, and what was predicted."""
+    from contextlib import nullcontext
+    from json import dumps
+
+    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, checkpointing_named
+    from qlora_lite.memory.charts import require_matplotlib, write_chart
+    from qlora_lite.memory.comparison import render_comparison
+    from qlora_lite.memory.measure import MemoryProfiler
+    from qlora_lite.memory.page import write_page
+    from qlora_lite.memory.report import render
+    from qlora_lite.memory.snapshot import memory_snapshot
+    from qlora_lite.prediction import prediction_or_why_not
+    from qlora_lite.single_file import check_writable
+    from qlora_lite.training import profile_steps
+
+    if mode not in ("full", "phases"):
+        raise typer.BadParameter(f"must be full or phases; got {mode!r}", param_hint="--mode")
+    if png is not None and mode == "phases":
+        raise typer.BadParameter("needs --mode full, which follows the tensors that it draws", param_hint="--png")
+    quant = QuantConfig(format, embedding_format=embedding_format, int8_activations=int8_activations)
+    lora = LoraConfig(rank, 2 * rank)
+    config = TrainConfig(steps=2, checkpointing=checkpointing_named(checkpointing))
+    if html is not None:
+        check_writable(html, ".html", overwrite)
+    if png is not None:
+        check_writable(png, ".png", overwrite)
+        require_matplotlib()
+    with nullcontext() if snapshot is None else memory_snapshot(snapshot):
+        profiler = MemoryProfiler(trace=mode == "full")
+        report = profile_steps(model, quant, lora, config, rows=rows, tokens=tokens, profiler=profiler)
+    print(render(report))
+    predicted = None
+    if predict and mode == "full":
+        predicted, why_not = prediction_or_why_not(model, quant, lora, config, rows=rows, tokens=tokens)
+        print(why_not if predicted is None else render_comparison(predicted, report))
+    if html is not None:
+        write_page(html, report, predicted, title=f"Two training steps of {model}", overwrite=overwrite)
+    if png is not None:
+        write_chart(png, report, predicted, overwrite=overwrite)
+    if json:
+        print(dumps(report.to_json() | {"predicted": None if predicted is None else predicted.to_json()}))
