@@ -186,14 +186,18 @@ class Conversion:
         return {self.target.replace(patterns[0], pattern) for pattern in patterns}
 
 
-def conversions(model: Any, wanted: Iterable[str], names: Iterable[str] | None = None) -> list[Conversion]:
+def checkpoint_tensors(model: Any) -> dict[str, Tensor]:
+    """The tensors of a model on meta as a checkpoint has them: other names, and pieces, where transformers converts."""
+    loading = importlib.import_module("transformers.core_model_loading")
+    return loading.revert_weight_conversion(model, dict(model.state_dict()))  # type: ignore[no-any-return]
+
+
+def conversions(model: Any, wanted: Iterable[str], names: Iterable[str]) -> list[Conversion]:
     """What transformers makes of a checkpoint's tensors, by name, for a model that wants these (its `state_dict`).
 
-    names: None for those of the checkpoint that a model on meta would be saved as. A tensor that the model has no
-    place for comes as a conversion to a target that is not wanted.
+    A tensor that the model has no place for comes as a conversion to a target that is not wanted.
     """
     loading = importlib.import_module("transformers.core_model_loading")
-    names = loading.revert_weight_conversion(model, dict(model.state_dict())) if names is None else names
     rules = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
@@ -260,14 +264,10 @@ def save_companions(
         for name in sorted({*TOKENIZER_FILES, *(path.name for path in source.glob("*.model"))}):
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
-        _copy_templates(source, target)
-
-
-def _copy_templates(source: Path, target: Path) -> None:
-    """Chat templates that have a name of their own lie in a folder beside the default one."""
-    for template in sorted((source / TEMPLATE_FOLDER).glob("*.jinja")):
-        (target / TEMPLATE_FOLDER).mkdir(exist_ok=True)
-        shutil.copyfile(template, target / TEMPLATE_FOLDER / template.name)
+        # Chat templates that have a name of their own lie in a folder beside the default one.
+        for template in sorted((source / TEMPLATE_FOLDER).glob("*.jinja")):
+            (target / TEMPLATE_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(template, target / TEMPLATE_FOLDER / template.name)
 
 
 def source_folder(model: Any) -> Path | None:

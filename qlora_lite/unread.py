@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qlora_lite import hub
 from qlora_lite.config import QuantConfig
+from qlora_lite.conversion import model_tensors
 from qlora_lite.formats import row_step
 from qlora_lite.load import Checkpoint
 from qlora_lite.quantize import PackedWeight
@@ -65,13 +66,13 @@ class UnreadCheckpoint:
     """Stands for the checkpoint of a model on meta whose tensors are `dtype` on disk; of tied ones it has the first."""
 
     def __init__(self, model: Any, config: QuantConfig, dtype: torch.dtype) -> None:
-        tensors, tied = model.state_dict(keep_vars=True), hub.tied_names(model)
-        # In the order in which those of a real checkpoint are read: what is resident by when decides on the peak.
-        order = [conversion.target for conversion in hub.conversions(model, tensors)]
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tied = hub.tied_names(model)
+        files = {name: _unread(name, tensor, dtype) for name, tensor in hub.checkpoint_tensors(model).items()}
+        # Views as on a real one, and in the order of reading: what is resident by when decides on the peak.
+        made = model_tensors(model, shapes, files).tensors
         self.config = config
-        self.tensors: Mapping[str, UnreadTensor] = {
-            name: _unread(name, tensors[name], dtype) for name in order if name not in tied
-        }
+        self.tensors: Mapping[str, Source] = {name: made[name] for name in made if name not in tied}
         self._whole = Checkpoint(Path(), config, self.tensors)
         self._run: set[int] = set()
 
