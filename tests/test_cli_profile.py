@@ -17,7 +17,7 @@ def test_it_shows_what_was_measured_beside_what_was_predicted(run: Run, tiny_fol
     done = run(*words, "--html", tmp_path / "new" / "report.html", "--png", tmp_path / "timeline.png")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    assert "at the peak, in backward of model.layers." in done.stdout and "predicted - measured" in done.stdout
+    assert "at the peak, in load, " in done.stdout and "predicted - measured" in done.stdout
     page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
     assert all(f'value="{phase["live_peak"]}"' in page for phase in report["phases"])
     assert len(report["timeline"]["phases"]) > 100
