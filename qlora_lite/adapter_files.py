@@ -138,8 +138,8 @@ def _peft_config(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, An
             f"adapters in one file have the same dropout and rslora; got (dropout, rslora) {sorted(shared)}"
         )
     ((dropout, rslora),) = shared
-    rank, rank_pattern = _usual_and_patterns({name: layer.rank for name, layer in layers.items()}, model)
-    alpha, alpha_pattern = _usual_and_patterns({name: layer.alpha for name, layer in layers.items()}, model)
+    rank, rank_pattern = _usual_and_patterns({name: layer.plain_rank for name, layer in layers.items()}, model)
+    alpha, alpha_pattern = _usual_and_patterns({name: layer.plain_alpha for name, layer in layers.items()}, model)
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
     return {
         "peft_type": "LORA",
@@ -162,7 +162,8 @@ def _peft_config(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, An
 def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
     """Writes A, B and their configuration; `peft.PeftModel.from_pretrained(base, folder)` reads them.
 
-    Ranks and alphas may differ between the layers. Raises CheckpointError for a folder with something in it unless
+    Ranks and alphas may differ between the layers. Layers whose update is counted from a start (PiSSA) are written as
+    ordinary ones of twice the rank, for the plain base. Raises CheckpointError for a folder with something in it unless
     `overwrite`, TargetError without adapters, ConfigError if they differ in dropout or rslora.
     """
     layers = lora_layers(model)
@@ -174,8 +175,8 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
         )
     tensors: dict[str, PlannedTensor] = {}
     for name, layer in layers.items():
-        tensors[peft_key(name, layer, "A")] = planned(layer.lora_A)
-        tensors[peft_key(name, layer, "B")] = planned(layer.lora_B)
+        for part, factor in zip("AB", layer.factors, strict=True):
+            tensors[peft_key(name, layer, part)] = planned(factor.detach())
     config = _peft_config(model, layers)
     with new_folder(Path(folder), overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)
@@ -339,6 +340,7 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     replace_modules_(model, make)
     layers = lora_layers(model)
     for name, layer in layers.items():
+        layer.drop_start()
         layer.alpha, layer.dropout, layer.rslora = numbers.alpha_of(name), numbers.dropout, numbers.rslora
         # On meta there is nothing to copy into.
         layer.load_state_dict(pairs[name], strict=False, assign=layer.lora_A.is_meta)

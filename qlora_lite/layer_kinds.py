@@ -43,6 +43,9 @@ class Kind(Protocol):
     def apply(self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
         """The layer's output for this weight, with or without the low-rank term."""
 
+    def upright(self, weight: Tensor) -> Tensor:
+        """The stored weight as `(out, in)`."""
+
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
         """scaling * B A `(out, in)` in the orientation of the stored weight."""
 
@@ -66,6 +69,9 @@ class LinearKind:
             compute_dtype=getattr(base, "compute_dtype", None),
         )
 
+    def upright(self, weight: Tensor) -> Tensor:
+        return weight
+
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
         return Delta(lora_B.float(), lora_A.float(), scaling)
 
@@ -78,6 +84,9 @@ class TransposedLinearKind(LinearKind):
 
     def apply(self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
         return super().apply(layer, x, weight.T, lora)
+
+    def upright(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
         return super().delta(lora_A, lora_B, scaling).transposed
@@ -145,6 +154,9 @@ class EmbeddingKind:
             return rows
         norm = rows.norm(base.norm_type, dim=-1, keepdim=True)
         return torch.where(norm > base.max_norm, rows * (base.max_norm / (norm + MAX_NORM_EPS)), rows)
+
+    def upright(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
         return Delta(lora_A.float().T.contiguous(), lora_B.float().T.contiguous(), scaling)

@@ -36,12 +36,16 @@ class LoraLayer(nn.Module):
     are trainable: the base is frozen here. dropout acts in training, on the input of A (linear) or on the looked-up
     columns of A (embedding).
 
+    start_A, start_B: values of A and B that what is added is counted from, as PiSSA has it (initial.py); or None.
+
     merge_weights: permits the method of that name. Raises ConfigError for rank < 1, alpha that is not finite or
     dropout outside [0, 1), TargetError for a base that is neither linear nor embedding.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    start_A: Tensor | None
+    start_B: Tensor | None
     merged_weight: Tensor | None
 
     def __init__(
@@ -76,6 +80,8 @@ class LoraLayer(nn.Module):
         device = weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=adapter_dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=adapter_dtype, device=device))
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_load_state_dict_post_hook(_merge_again)
         LoraLayer.reset_parameters(self)
@@ -83,6 +89,35 @@ class LoraLayer(nn.Module):
     @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of what is added to W0, of rank 2 r if it is counted from a start: B A - B_0 A_0.
+
+        As (B - B_0) A + B_0 (A - A_0): the differences are formed before anything is rounded, and begin as 0.
+        """
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        lora_A = torch.cat((self.lora_A, self.lora_A - self.start_A))
+        return lora_A, torch.cat((self.lora_B - self.start_B, self.start_B), dim=1)
+
+    @property
+    def plain_rank(self) -> int:
+        """The rank of `factors`."""
+        return self.rank if self.start_A is None else 2 * self.rank
+
+    @property
+    def plain_alpha(self) -> float:
+        """The alpha with which `factors` are an ordinary adapter of the same scaling."""
+        return self.alpha if self.start_A is None else self.alpha * (math.sqrt(2) if self.rslora else 2)
+
+    def keep_start(self) -> None:
+        """Counts what is added from the values that A and B have now: the layer computes what its base does."""
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def drop_start(self) -> None:
+        """Adds B A whole again."""
+        self.start_A = self.start_B = None
 
     @property
     def merged(self) -> bool:
@@ -100,6 +135,7 @@ class LoraLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """A from N(0, 0.02), B zero: the layer computes what its base does. An embedding's padding token has A = 0."""
+        self.drop_start()
         nn.init.normal_(self.lora_A, mean=0, std=INIT_STD)
         nn.init.zeros_(self.lora_B)
         padding_idx = getattr(self.base_layer, "padding_idx", None)
@@ -109,15 +145,15 @@ class LoraLayer(nn.Module):
         _merge_again(self, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        lora = (self.lora_A, self.lora_B)
         if self.merged_weight is not None and self.adapter_enabled:
             return self.kind.apply(self, x, self.merged_weight, None)
-        return self.kind.apply(self, x, self.base_layer.weight, lora if self.adapter_enabled else None)
+        return self.kind.apply(self, x, self.base_layer.weight, self.factors if self.adapter_enabled else None)
 
     @property
     def delta(self) -> Delta:
         """scaling * B A in the orientation of the base weight."""
-        return self.kind.delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+        lora_A, lora_B = self.factors
+        return self.kind.delta(lora_A.detach(), lora_B.detach(), self.scaling)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -35,7 +35,7 @@ def headless_loss(model: nn.Module, batch: Batch) -> Tensor:
     lora = None
     if isinstance(head, LoraLayer):
         if head.adapter_enabled and not head.merged:
-            lora = (head.lora_A, head.lora_B, head.scaling)
+            lora = (*head.factors, head.scaling)
         weight, base = head.weight, head.base_layer
     else:
         weight, base = head.weight, head
