@@ -7,8 +7,7 @@ shapes are ours.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,11 @@ from qlora_lite import hub
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
 from qlora_lite.config import ALL_LINEAR, LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
-from qlora_lite.layer_kinds import EmbeddingKind, kind_of
+from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
 from qlora_lite.lora import LoraLayer
-from qlora_lite.modules import answers_to, is_transposed_linear, replace_modules_
-from qlora_lite.storage import (
-    PlannedTensor,
-    new_folder,
-    planned,
-    read_json,
-    write_json,
-    write_safetensors,
-)
+from qlora_lite.modules import answers_to, replace_modules_
+from qlora_lite.peft_config import adaptable_names, peft_config
+from qlora_lite.storage import PlannedTensor, new_folder, planned, read_json, write_json, write_safetensors
 from qlora_lite.tensor_files import read_safetensors
 
 TENSOR_FILE = "adapter_model.safetensors"
@@ -43,7 +36,7 @@ SUFFIXES = {
     "lora_embedding_A": "lora_A",
     "lora_embedding_B": "lora_B",
 }
-
+Pairs = dict[str, dict[str, Tensor]]
 # Options of peft that say what the adapter computes, each with the LoraConfig field that means the same.
 NUMBERS = {
     "r": "rank",
@@ -88,75 +81,11 @@ NARROWING_OPTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def peft_key(name: str, layer: LoraLayer, part: str) -> str:
+def peft_key(name: str, kind: Kind, part: str) -> str:
     """peft's key of a layer's matrix; part: A or B."""
-    if isinstance(layer.kind, EmbeddingKind):
+    if isinstance(kind, EmbeddingKind):
         return f"{PREFIX}{name}.lora_embedding_{part}"
     return f"{PREFIX}{name}.lora_{part}.weight"
-
-
-def _adaptable_names(model: nn.Module) -> set[str]:
-    """Names of the layers that have an adapter or could get one."""
-    return {
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, LoraLayer) or kind_of(module) is not None) and not name.endswith(".base_layer")
-    }
-
-
-def _common_ends(names: Iterable[str], model: nn.Module) -> list[str] | None:
-    """Last parts of these names if they mean exactly these layers, else None."""
-    names = set(names)
-    ends = sorted({name.rpartition(".")[2] for name in names})
-    meant = {name for name in _adaptable_names(model) if any(answers_to(name, end) for end in ends)}
-    return ends if meant == names else None
-
-
-def _usual_and_patterns(numbers: Mapping[str, float], model: nn.Module) -> tuple[float, dict[str, float]]:
-    """The number of most layers, and patterns for the others.
-
-    No layer answers to two patterns of different numbers: peft sorts them when it saves, and the first one decides.
-    """
-    ((usual, _),) = Counter(numbers.values()).most_common(1)
-    patterns: dict[str, float] = {}
-    for number in sorted(set(numbers.values()) - {usual}):
-        names = [name for name, its in numbers.items() if its == number]
-        ends = _common_ends(names, model)
-        for pattern in [f"^{re.escape(name)}" for name in names] if ends is None else map(re.escape, ends):
-            patterns[pattern] = number
-    return usual, patterns
-
-
-def _is_transposed(layer: LoraLayer) -> bool:
-    return is_transposed_linear(layer.base_layer) or bool(getattr(layer.base_layer, "transposed", False))
-
-
-def _peft_config(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Any]:
-    shared = {(layer.dropout, layer.rslora) for layer in layers.values()}
-    if len(shared) != 1:
-        raise ConfigError(
-            f"adapters in one file have the same dropout and rslora; got (dropout, rslora) {sorted(shared)}"
-        )
-    ((dropout, rslora),) = shared
-    rank, rank_pattern = _usual_and_patterns({name: layer.plain_rank for name, layer in layers.items()}, model)
-    alpha, alpha_pattern = _usual_and_patterns({name: layer.plain_alpha for name, layer in layers.items()}, model)
-    source = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
-        "base_model_name_or_path": source or None,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "use_rslora": rslora,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "target_modules": _common_ends(layers, model) or sorted(layers),
-        "bias": "none",
-        # Says that weights lie as (in, out); which layers that is true of, each layer says itself.
-        "fan_in_fan_out": any(_is_transposed(layer) for layer in layers.values()),
-        "inference_mode": True,
-    }
 
 
 def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
@@ -176,8 +105,8 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
     tensors: dict[str, PlannedTensor] = {}
     for name, layer in layers.items():
         for part, factor in zip("AB", layer.factors, strict=True):
-            tensors[peft_key(name, layer, part)] = planned(factor.detach())
-    config = _peft_config(model, layers)
+            tensors[peft_key(name, layer.kind, part)] = planned(factor.detach())
+    config = peft_config(model, layers)
     with new_folder(Path(folder), overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)
         write_json(temporary / CONFIG_FILE, config)
@@ -209,29 +138,30 @@ def _numbers(config: dict[str, Any], path: Path) -> LoraConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _pairs(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    """{layer: {"lora_A": …, "lora_B": …}}; CheckpointError lists foreign keys and layers without a pair."""
-    pairs: dict[str, dict[str, Tensor]] = {}
+def _pairs(tensors: dict[str, Tensor], path: Path) -> Pairs:
+    """{layer: {"lora_A": …, "lora_B": …}}; CheckpointError lists foreign keys and layers without one pair."""
+    pairs: Pairs = {}
     foreign = []
     for key, tensor in tensors.items():
         if key.startswith(PREFIX) and key.endswith(BASE_COPY):
             continue
         suffix = next((suffix for suffix in SUFFIXES if key.endswith("." + suffix)), None)
-        if suffix is None or not key.startswith(PREFIX):
+        name = "" if suffix is None else key[len(PREFIX) : -len(suffix) - 1]
+        if suffix is None or not key.startswith(PREFIX) or SUFFIXES[suffix] in pairs.get(name, {}):
             foreign.append(key)
             continue
-        pairs.setdefault(key[len(PREFIX) : -len(suffix) - 1], {})[SUFFIXES[suffix]] = tensor
+        pairs.setdefault(name, {})[SUFFIXES[suffix]] = tensor
     if foreign:
-        raise CheckpointError(f"{path} has keys that belong to no adapter: {', '.join(sorted(foreign)[:8])}")
-    single = sorted(name for name, pair in pairs.items() if len(pair) < 2)
-    if single:
+        shown = ", ".join(sorted(foreign)[:8])
+        raise CheckpointError(f"{path} has keys that belong to no adapter, or to one that is there already: {shown}")
+    if single := sorted(name for name, pair in pairs.items() if len(pair) < 2):
         raise CheckpointError(f"{path} has only one of A and B for: {', '.join(single[:8])}")
     if not pairs:
         raise CheckpointError(f"{path} is empty")
     return pairs
 
 
-def _mismatches(model: nn.Module, pairs: dict[str, dict[str, Tensor]], numbers: LoraConfig) -> list[str]:
+def _mismatches(model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Collection[str]) -> list[str]:
     modules = dict(model.named_modules())
     problems = []
     for name, pair in pairs.items():
@@ -240,6 +170,9 @@ def _mismatches(model: nn.Module, pairs: dict[str, dict[str, Tensor]], numbers: 
         kind = kind_of(base) if base is not None else None
         if kind is None:
             problems.append(f"{name} is no layer of this model that can be adapted")
+            continue
+        if lost := [key for part in "AB" if (key := peft_key(name, kind, part)) not in keys]:
+            problems.append(f"{name} is another kind of layer here: {' and '.join(lost)} should be in the file")
             continue
         width, height = kind.features(base)
         rank = numbers.rank_of(name)
@@ -261,15 +194,18 @@ def _left_out(model: nn.Module, pairs: Collection[str], config: dict[str, Any]) 
     targets = config.get("target_modules")
     if targets in (None, ALL_LINEAR) or any(config.get(option) for option in NARROWING_OPTIONS):
         return []
-    layers = _adaptable_names(model)
+    layers = adaptable_names(model)
     if isinstance(targets, str):
         try:
             meant = {name for name in layers if re.fullmatch(targets, name)}
+            if not meant.intersection(pairs):
+                return [f"target_modules {targets!r} matches no layer in the file"]
         except re.error as error:
             return [f"target_modules {targets!r} is not a regular expression: {error}"]
     elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        lost = [target for target in targets if not any(answers_to(name, target) for name in pairs)]
-        if lost:
+        unmet = [t for t in targets if not any(answers_to(n, t) for n in pairs)]
+        # peft keeps targets that other models have, as long as this one has some.
+        if lost := [t for t in unmet if unmet == targets or any(answers_to(n, t) for n, _ in model.named_modules())]:
             return [f"target_modules {lost} answer to no layer in the file"]
         meant = {name for name in layers if any(answers_to(name, target) for target in targets)}
     else:
@@ -297,7 +233,7 @@ def _other_bases(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     return problems
 
 
-def _apart(model: nn.Module, pairs: dict[str, dict[str, Tensor]]) -> list[str]:
+def _apart(model: nn.Module, pairs: Pairs) -> list[str]:
     """Tied layers without a common A and B. peft's ensure_weight_tying has them be one: a head's are B^T and A^T."""
     problems = []
     for alias, source in hub.tied_pairs(model):
@@ -321,7 +257,11 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     numbers = _numbers(config, folder / CONFIG_FILE)
     tensors = read_safetensors(folder / TENSOR_FILE)
     pairs = _pairs(tensors, folder / TENSOR_FILE)
-    problems = [*_mismatches(model, pairs, numbers), *_other_bases(model, tensors), *numbers.idle_patterns(pairs)]
+    problems = [
+        *_mismatches(model, pairs, numbers, tensors.keys()),
+        *_other_bases(model, tensors),
+        *numbers.idle_patterns(pairs),
+    ]
     problems += _left_out(model, pairs, config)
     if config.get("ensure_weight_tying"):
         problems += _apart(model, pairs)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lite.low_rank import product_dtype
+from qlora_lite.slices import covering
 
 # Rows of queries that meet their keys at once, and the bytes of fp32 scores that are held at once.
 BLOCK_ROWS = 128
@@ -68,8 +69,7 @@ def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _batch_parts(key: Tensor) -> Iterator[slice]:
     """Rows of the batch to take together."""
     count = max(1, KEY_BYTES // (4 * key[0].numel()))
-    for start in range(0, key.shape[0], count):
-        yield slice(start, start + count)
+    return covering(key.shape[0], count, key)
 
 
 def _blocks(tokens: int) -> Iterator[slice]:
@@ -84,8 +84,7 @@ def _pieces(rows: Tensor, seen: int) -> Iterator[slice]:
     count = max(1, SCORE_BYTES // (4 * rows.shape[1] * seen))
     if threads < count < heads:
         count -= count % threads
-    for first in range(0, heads, count):
-        yield slice(first, first + count)
+    return covering(heads, count, rows)
 
 
 def _by_key_head(tensor: Tensor, key_heads: int) -> Tensor:

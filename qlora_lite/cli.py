@@ -1,6 +1,7 @@
 """The command line: parses and wires, computes nothing. Heavy imports stand inside the commands, for quick help.
 
-Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted, 143 terminated.
+Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 3 does not fit (plan),
+130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from qlora_lite.cli_plan import chosen_checkpointing, plan
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -43,6 +46,9 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     """Fine-tune a quantized language model in little memory."""
 
 
+app.command()(plan)
+
+
 def _finish(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(figures))
@@ -59,7 +65,8 @@ def _check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
     check_replaceable(folder, overwrite)
 
 
-def _train_figures(result: Any, tokenized: Any, output: Path) -> dict[str, Any]:
+def _train_figures(result: Any, tokenized: Any, output: Path, predicted: int | None) -> dict[str, Any]:
+    foreseen = {} if predicted is None else {"predicted_peak_bytes": predicted}
     return {
         "examples": len(tokenized.examples),
         "examples_shortened": tokenized.truncated,
@@ -68,6 +75,7 @@ def _train_figures(result: Any, tokenized: Any, output: Path) -> dict[str, Any]:
         "last_loss": result.losses[-1],
         "seconds": round(result.seconds, 1),
         "peak_bytes": result.steps[-1].peak_bytes,
+        **foreseen,
         "own_loss_because": result.own_loss_because,
         "adapter": str(output / "adapter"),
     }
@@ -99,17 +107,25 @@ def train(
     packing: Annotated[bool, typer.Option(help="Put several examples into a row.")] = False,
     completion_only: Annotated[bool, typer.Option(help="Learn the answers only, or all tokens.")] = True,
     optimizer: Annotated[str, typer.Option(help="adamw or adamw8bit.")] = "adamw",
-    checkpointing: Checkpointing = "full",
+    checkpointing: Annotated[
+        str | None, typer.Option(help="full (recompute blocks, the default), none (keep all), 300MiB (what fits).")
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Recompute as little as fits into 20GiB, ..., by prediction.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of data order, adapters and dropout.")] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Train adapters on a JSONL file; writes metrics.jsonl and adapter/ into the output folder."""
+    from dataclasses import replace
+
     import torch
 
     from qlora_lite.adapters import add_lora_
-    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, checkpointing_named
+    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
     from qlora_lite.data import batches, tokenize_all
+    from qlora_lite.forecast import Wanted
     from qlora_lite.hub import load_tokenizer
     from qlora_lite.load import load_quantized
     from qlora_lite.records import read_jsonl
@@ -129,7 +145,6 @@ def train(
         lora_plus_ratio=lora_plus_ratio,
         gradient_accumulation=gradient_accumulation,
         optimizer=optimizer,
-        checkpointing=checkpointing_named(checkpointing),
         seed=seed,
     )
     check_apart(output / METRICS_FILE, data)
@@ -137,19 +152,19 @@ def train(
     records = read_jsonl(data)
     tokenizer = load_tokenizer(model)
     tokenized = tokenize_all(records, tokenizer, max_length, completion_only)
-    stream = batches(
-        tokenized.examples,
-        batch_size,
-        seed,
-        pad_token_id=tokenizer.pad_token_id,
-        packing=packing,
-        max_length=max_length,
+    longest = (
+        max_length if packing else max((len(example.input_ids) for example in tokenized.examples), default=max_length)
     )
+    wanted = Wanted(quant, lora, batch_size, longest, optimizer, accumulated=gradient_accumulation > 1)
+    dial, predicted = chosen_checkpointing(memory_budget, checkpointing, model, wanted)
+    padding = tokenizer.pad_token_id
+    stream = batches(tokenized.examples, batch_size, seed, pad_token_id=padding, packing=packing, max_length=max_length)
     torch.manual_seed(seed)
     loaded = load_quantized(model, quant)
     add_lora_(loaded, lora)
+    config = replace(config, checkpointing=dial)
     result = train_model(loaded, stream, config, output_dir=output, overwrite=overwrite)
-    _finish(_train_figures(result, tokenized, output), json)
+    _finish(_train_figures(result, tokenized, output, predicted), json)
 
 
 def _verification_prompts(path: Path, model: str, max_length: int) -> Any:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TypeVar
 
 import torch
@@ -47,7 +48,7 @@ def byte_count(what: str, text: str) -> int:
     size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
     if size is None or size[2].lower() not in BYTE_UNITS:
         raise ConfigError(f"{what} a size such as 300MiB or 5GB; got {text!r}")
-    return int(float(size[1]) * BYTE_UNITS[size[2].lower()])
+    return int(Fraction(size[1]) * BYTE_UNITS[size[2].lower()])
 
 
 def require(condition: bool, what: str, got: object) -> None:
@@ -63,7 +64,12 @@ def is_count(value: object, least: int) -> bool:
 
 def is_finite(value: object) -> bool:
     """Whether value is a real, finite number (no bool)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float reaches
+        return False
 
 
 def check_rank(what: str, rank: object) -> None:

@@ -19,7 +19,7 @@ class Delta:
     right: Tensor
     scaling: float
 
-    TILE_ROWS = 256
+    TILE_ROWS = 64
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,4 +41,5 @@ class Delta:
     def squared_norm(self) -> float:
         """The sum of its squares, from products of rank x rank values: tr(L^T L R R^T)."""
         left, right = self.left.double(), self.right.double()
-        return self.scaling**2 * float(((left.T @ left) * (right @ right.T)).sum())
+        # Where the products cancel, rounding may leave less than nothing.
+        return self.scaling * self.scaling * max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qlora_lite import hub
-from qlora_lite.adapter_files import load_adapter_
+from qlora_lite.adapter_files import BASE_COPY, PREFIX, TENSOR_FILE, load_adapter_
 from qlora_lite.config import FLOAT_DTYPES, QuantConfig, is_count, require
 from qlora_lite.conversion import model_tensors
 from qlora_lite.data import TokenizedExample
@@ -26,10 +26,12 @@ from qlora_lite.load import Checkpoint
 from qlora_lite.memory.host import keep_freed_pages
 from qlora_lite.merge_report import MergeReport
 from qlora_lite.plain_weights import plain_weights
+from qlora_lite.quantize_base import Slot
 from qlora_lite.storage import DEFAULT_SHARD_BYTES, check_apart, check_space, new_folder, write_json, write_sharded
-from qlora_lite.tensor_files import TensorFiles
-from qlora_lite.tensor_views import Source
+from qlora_lite.tensor_files import TensorFiles, tensors_in
+from qlora_lite.tensor_views import Source, slices
 from qlora_lite.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
+from qlora_lite.weight_rows import READ_BYTES
 
 REPORT_FILE = "merge_report.json"
 
@@ -72,6 +74,24 @@ def _originals(model: nn.Module, source: Path | None, base: str) -> Mapping[str,
         raise CheckpointError("base='original' needs the checkpoint that the model was loaded from; it has none")
     shapes = {weight.name: weight.shape for weight in plain_weights(model)}
     return {} if stored is None else model_tensors(model, shapes, stored.stored).tensors
+
+
+def _check_same_base(
+    adapter: Path, model: nn.Module, checkpoint: Checkpoint, slots: list[Slot], dtype: torch.dtype
+) -> None:
+    """CheckpointError for unpacked base weights that came with the adapter and are not those of the checkpoint.
+
+    `load_adapter_` compares them with a model's; on meta there is nothing to compare with.
+    """
+    packed, tied = {name for slot in slots for name in slot.modules}, dict(hub.tied_pairs(model))
+    for key, copy in tensors_in(adapter / TENSOR_FILE).items():
+        name = key.removeprefix(PREFIX).removesuffix(BASE_COPY)
+        if not key.endswith(BASE_COPY) or name in packed:
+            continue
+        stored = checkpoint.plain(tied.get(f"{name}.weight", f"{name}.weight"))
+        for first, rows in slices(stored, READ_BYTES):
+            if not torch.equal(rows.to(dtype), copy.rows(first, first + rows.shape[0]).to(dtype)):
+                raise CheckpointError(f"{adapter}: {name} comes with a base weight that differs from the checkpoint's")
 
 
 def _verified(folder: Path, plan: ExportPlan, examples: Sequence[TokenizedExample]) -> Verification:
@@ -169,6 +189,7 @@ def merge_checkpoint(
     checkpoint = Checkpoint.of(source, model, config)
     slots = checkpoint.slots(model)
     load_adapter_(model, adapter)
+    _check_same_base(Path(adapter), model, checkpoint, slots, load_dtype)
     origin = OnDisk(slots, checkpoint, load_dtype, stored_deltas_(model, adapter))
     hub.read_generation_config_(model, source)
     plan = ExportPlan.of(model, base, dtype, origin, checkpoint.originals)

@@ -129,7 +129,7 @@ def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[
 
     found: dict[str, Callable[[], Delta]] = {}
     for name, layer in lora_layers(model).items():
-        keys = peft_key(name, layer, "A"), peft_key(name, layer, "B")
+        keys = peft_key(name, layer.kind, "A"), peft_key(name, layer.kind, "B")
         found[f"{name}.weight"] = functools.partial(delta, layer, keys)
         layer.to("meta")
     release_freed_pages()
@@ -228,7 +228,10 @@ class ExportPlan:
 
     def report(self) -> MergeReport:
         name = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == self.dtype)
-        return MergeReport(self.base, name, tuple(self.figures))
+        place = {
+            tensor: number for number, tensor in enumerate(self.tensors)
+        }  # shards are filled in an order of theirs
+        return MergeReport(self.base, name, tuple(sorted(self.figures, key=lambda figures: place[figures.name])))
 
 
 def _as_stored(stored: Source, trained: list[WeightRows]) -> list[WeightRows]:

@@ -16,24 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.errors import CheckpointError, ConfigError
+from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError
 from qlora_lite.storage import read_json
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 SDPA = "sdpa"
 TEMPLATE_FOLDER = "additional_chat_templates"
-CHECKPOINT_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+CHECKPOINT_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "spiece.model",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -48,11 +46,14 @@ def _transformers() -> Any:
 
 @contextmanager
 def _checkpoint_errors(what: str) -> Iterator[None]:
-    """transformers reports bad files by many exception types, and in paragraphs: the first line is the fact."""
+    """transformers reports bad files by any exception, in paragraphs: the first line is the fact, or leads to it."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except (QLoRAError, MemoryError):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        first_line = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
         raise CheckpointError(f"{what}: {first_line}") from error
 
 
@@ -79,7 +80,7 @@ def resolve(path_or_id: str | Path) -> Path:
 def read_config(folder: Path) -> Any:
     """The transformers config of a checkpoint folder, as if nothing in it were packed. No remote code is run."""
     quantization_of(folder)
-    with _checkpoint_errors(f"{folder / CONFIG_FILE} is no config that transformers knows"):
+    with _checkpoint_errors(f"{folder} has no config that transformers knows"):
         config = _transformers().AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     _forget_quantization(config)
     return config
@@ -133,9 +134,7 @@ def fill_computed_buffers_(model: Any, device: torch.device) -> None:
         for store, tensors in loaded:
             store.update(tensors)
         module._buffers.update(computed)
-        if lost := [
-            name for name, buffer in computed.items() if buffer.is_floating_point() and not (buffer == buffer).all()
-        ]:
+        if lost := [name for name, made in computed.items() if made.is_floating_point() and not (made == made).all()]:
             raise CheckpointError(f"transformers does not say how to compute {', '.join(lost)} of {path}")
 
 
@@ -255,10 +254,11 @@ def save_companions(
     if getattr(model, "generation_config", None) is not None:
         with _checkpoint_errors("the generation config cannot be saved"):
             model.generation_config.save_pretrained(str(target))
-    for name in TOKENIZER_FILES:
-        if source is not None and (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
     if source is not None:
+        # sentencepiece's models have a name of their own in many a family: spiece, sentencepiece.bpe, spm, …
+        for name in sorted({*TOKENIZER_FILES, *(path.name for path in source.glob("*.model"))}):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
         _copy_templates(source, target)
 
 

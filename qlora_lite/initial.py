@@ -30,7 +30,6 @@ from qlora_lite.layer_kinds import EmbeddingKind, kind_of
 from qlora_lite.load import fitting
 from qlora_lite.lora import LoraLayer
 from qlora_lite.low_rank import dense
-from qlora_lite.modules import is_transposed_linear
 from qlora_lite.tensor_files import TensorFiles
 from qlora_lite.tensor_views import Source
 
@@ -111,11 +110,7 @@ def _loftq(layer: LoraLayer, name: str, originals: Originals) -> None:
     """The same of W - W0, the error of packing (algorithm 1, one iteration)."""
     stored = originals[f"{name}.weight"]
     weight = stored.rows(0, stored.shape[0]).to(layer.lora_A.device, torch.float32)
-    _fill(layer, f"{name}.weight", (weight.T if _lies_turned(layer) else weight) - _base_weight(layer))
-
-
-def _lies_turned(layer: LoraLayer) -> bool:
-    return is_transposed_linear(layer.base_layer) or bool(getattr(layer.base_layer, "transposed", False))
+    _fill(layer, f"{name}.weight", (weight.T if layer.stored_transposed else weight) - _base_weight(layer))
 
 
 STARTS: dict[str, Callable[[LoraLayer, str, Originals], None]] = {

@@ -6,6 +6,7 @@ transformers, or by `save_quantized`): then its bytes are taken as they are.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -77,10 +78,30 @@ def fitting(
         ("hold integers where the model has floats", codes),
     )
     problems = [_listed(what, names) for what, names in kinds if names]
+    problems += _torn_apart(model, tensors)
     problems += found.problems[:SHOWN] + ([f"and {len(found.problems) - SHOWN} more"] if found.problems[SHOWN:] else [])
     if problems:
         raise CheckpointError(f"{folder} does not fit this {type(model).__name__}: {'; '.join(problems)}")
-    return {name: source for name, source in tensors.items() if name in shapes}
+    twins = {alias for alias, source in hub.tied_pairs(model) if source in tensors}
+    return {name: source for name, source in tensors.items() if name in shapes and name not in twins}
+
+
+def _torn_apart(model: nn.Module, tensors: Mapping[str, Source | Stored]) -> list[str]:
+    """Weights that are one by the config and two in the checkpoint: which of them the model has, nothing says."""
+    return [
+        f"{alias} and {source} are tied by the config and differ (with tie_word_embeddings false in it, they are two)"
+        for alias, source in hub.tied_pairs(model)
+        if alias in tensors and source in tensors and not _same(tensors[alias], tensors[source])
+    ]
+
+
+def _same(one: Source | Stored, other: Source | Stored) -> bool:
+    if isinstance(one, _PACKED) or isinstance(other, _PACKED) or one.shape != other.shape:
+        return False
+    stop = one.shape[0] if one.shape else 1
+    step = max(1, READ_BYTES // max(1, math.prod(one.shape[1:]) * one.dtype.itemsize))
+    parts = ((first, min(first + step, stop)) for first in range(0, stop, step))
+    return all(bool((one.rows(*part) == other.rows(*part)).all()) for part in parts)
 
 
 def _plain_shape(model: nn.Module, name: str, source: Source | Stored) -> tuple[int, ...]:
@@ -226,10 +247,7 @@ class _Placement:
         dtype = self.dtype if stored.dtype.is_floating_point else target.dtype
         placed = torch.empty(stored.shape, dtype=dtype, device=self.device)
         for first, rows in slices(stored, READ_BYTES):
-            if not placed.dim():
-                placed.copy_(rows)
-                continue
-            part = placed[first : first + rows.shape[0]]
+            part = placed[first : first + rows.shape[0]] if placed.dim() else placed
             part.copy_(rows)
             check_finite(part, stored.name, first)
         value = nn.Parameter(placed, requires_grad=False) if isinstance(target, nn.Parameter) else placed

@@ -22,6 +22,7 @@ from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.finite import cast_finite
 from qlora_lite.layer_kinds import kind_of
 from qlora_lite.low_rank import dense
+from qlora_lite.modules import is_transposed_linear
 
 INIT_STD = 0.02
 
@@ -128,6 +129,11 @@ class LoraLayer(nn.Module):
     def weight(self) -> Any:
         """W0, or W0 + scaling * B A while merged. A model that reads it instead of calling the layer misses A and B."""
         return self.base_layer.weight if self.merged_weight is None else self.merged_weight
+
+    @property
+    def stored_transposed(self) -> bool:
+        """Whether a plain checkpoint has this weight as `(in, out)`, GPT-2's Conv1D, packed or not."""
+        return is_transposed_linear(self.base_layer) or bool(getattr(self.base_layer, "transposed", False))
 
     @property
     def bias(self) -> Tensor | None:

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_lite.errors import InputError
 from qlora_lite.low_rank import Packed, product_dtype, row_slices
+from qlora_lite.slices import covering
 
 IGNORE_INDEX = -100
 # Bounds the logits of one chunk of tokens: the head is read twice for each, so small chunks are slow.
@@ -102,8 +103,7 @@ def _chunk_loss(logits: Tensor, bias: Tensor | None, labels: Tensor, o: _Options
     """Sum of the losses of a chunk. With sums (of gradients), the logits become their derivative, and bias adds its."""
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     count = max(1, SOFTMAX_BYTES // (4 * logits.shape[1]))
-    for start in range(0, logits.shape[0], count):
-        part = slice(start, start + count)
+    for part in covering(logits.shape[0], count, logits):
         part_loss, slope = _loss_and_slope(logits[part], bias, labels[part], o, sums is not None)
         loss += part_loss
         if sums is not None:
@@ -140,8 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if needs["hidden"] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         count = max(1, CHUNK_BYTES // (dtype.itemsize * weight.shape[0]))
-        for start in range(0, hidden.shape[0], count):
-            chunk = slice(start, start + count)
+        for chunk in covering(hidden.shape[0], count, hidden):
             rows = hidden[chunk].to(dtype)
             low = None if lora_A is None else rows @ lora_A.to(dtype).T
             logits = _logits(rows, weight, low, lora_B, o)

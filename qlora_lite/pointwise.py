@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lite.derived import with_recipe
+from qlora_lite.slices import covering
 
 # Of fp32 temporaries at once: what stays in a core's caches.
 SLICE_BYTES = 1 << 20
@@ -24,8 +25,7 @@ SLICE_BYTES = 1 << 20
 
 def _row_slices(rows: Tensor) -> Iterator[slice]:
     count = max(1, SLICE_BYTES // (4 * rows.shape[-1]))
-    for start in range(0, rows.shape[0], count):
-        yield slice(start, start + count)
+    return covering(rows.shape[0], count, rows)
 
 
 def _widened(rows: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite import hub
 from qlora_lite.adapters import add_lora_
@@ -47,19 +48,32 @@ def rehearse_steps(
     """
     found = read_config(path_or_id)
     check_batch_shape(found, rows, tokens)
-    model: Any = hub.empty_model(found, dtype)
-    hub.tie(model)
-    checkpoint = UnreadCheckpoint(model, quant, getattr(found, "dtype", None) or dtype)
     with rehearsal(accelerator) as profiler:
-        with profiler.phase("load"):
-            fill_(model, checkpoint, dtype, torch.device("cpu"))
-            # loftq reads weights to start A and B, which have the same size whatever they start with
-            add_lora_(model, replace(lora, init="normal") if lora.init == "loftq" else lora)
-        _train(model, profiler, config, rows, tokens)
+        model = unread_model(found, quant, lora, profiler, dtype)
+        rehearsed_training(model, profiler, config, rows, tokens)
     return rehearsed_report(profiler, accelerator)
 
 
-def _train(model: Any, profiler: MemoryProfiler, config: TrainConfig, rows: int, tokens: int) -> None:
+def unread_model(
+    found: Any, quant: QuantConfig, lora: LoraConfig, profiler: MemoryProfiler, dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """A model of this config, packed, with adapters and without values; made in the profiler's phase `load`.
+
+    Only within `fake_tensors`. Raises what `rehearse_steps` does.
+    """
+    with no_dispatch():
+        model: Any = hub.empty_model(found, dtype)
+        hub.tie(model)
+    checkpoint = UnreadCheckpoint(model, quant, getattr(found, "dtype", None) or dtype)
+    with profiler.phase("load"):
+        fill_(model, checkpoint, dtype, torch.device("cpu"))
+        # loftq reads weights to start A and B, which have the same size whatever they start with
+        add_lora_(model, replace(lora, init="normal") if lora.init == "loftq" else lora)
+    return model
+
+
+def rehearsed_training(model: Any, profiler: MemoryProfiler, config: TrainConfig, rows: int, tokens: int) -> None:
+    """Trains an `unread_model` on batches `(rows, tokens)`; the profiler's phases are those of `train`."""
     ids = torch.zeros(rows, tokens, dtype=torch.int64)
     train(model, [{"input_ids": ids, "labels": ids}], config, profiler=profiler, progress=False)
 

@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -198,7 +199,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and numbers of too many digits, too
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} should hold a JSON object; got a {type(value).__name__}")
@@ -257,10 +258,13 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def check_apart(target: Path, *inputs: Path | None) -> None:
-    """Raises CheckpointError if writing the folder `target` would replace one of the inputs."""
+    """Raises CheckpointError if writing the folder `target` would replace one of the inputs, or what it links to."""
     target = Path(os.path.realpath(target))
     for path in inputs:
-        if path is not None and Path(os.path.realpath(path)).is_relative_to(target):
+        if path is None:
+            continue
+        files = [part for part in path.iterdir() if not part.is_dir()] if path.is_dir() else []
+        if any(Path(os.path.realpath(part)).is_relative_to(target) for part in (path, *files)):
             raise CheckpointError(f"the output {target} would replace the input {path}; name another folder")
 
 
@@ -280,11 +284,13 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
     try:
-        # mkdtemp gives 0700; a folder made in the usual way follows the umask.
-        os.chmod(temporary, 0o777 & ~_umask())
+        # mkdtemp gives 0700; a folder made in the usual way follows the umask, and keeps the group of its parent's
+        # files where the parent says so (setgid, which is inherited).
+        os.chmod(temporary, temporary.stat().st_mode & stat.S_ISGID | 0o777 & ~_umask())
         with locked(temporary):
             yield temporary
         _sync(temporary)
+        check_replaceable(target, overwrite)  # again: others may have written there meanwhile
         if target.exists():
             old = temporary.with_suffix(".old")
             os.rename(target, old)

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,17 @@ METADATA = "__metadata__"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: where its bytes begin, and what they are. Reading it leaves nothing open."""
+    """A tensor in a file: where its bytes begin, and what they are. Reading it leaves nothing open.
+
+    state: of the file when that was found out (`_state`); in one that has changed since, other bytes may lie there.
+    """
 
     path: Path
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
+    state: tuple[int, int]
 
     @property
     def row_bytes(self) -> int:
@@ -54,13 +58,15 @@ class StoredTensor:
     def part(self, index: int) -> StoredTensor:
         """What lies at this index of the first dimension."""
         begin = self.begin + index * self.row_bytes
-        return StoredTensor(self.path, f"{self.name}[{index}]", self.dtype, self.shape[1:], begin)
+        return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], begin=begin)
 
     def _read(self, offset: int, shape: tuple[int, ...]) -> Tensor:
         tensor = torch.empty(shape, dtype=self.dtype)
         left = tensor.view(-1).view(torch.uint8).numpy().data
         try:
             with open(self.path, "rb", buffering=0) as file:
+                if _state(os.fstat(file.fileno())) != self.state:
+                    raise CheckpointError(f"{self.path} was changed while it was in use; start again")
                 while left:
                     got = os.preadv(file.fileno(), [left], offset)
                     if got == 0:
@@ -69,6 +75,11 @@ class StoredTensor:
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
         return tensor
+
+
+def _state(file: os.stat_result) -> tuple[int, int]:
+    """What changes when a file is written to or replaced: its size, and when it was written (ns)."""
+    return file.st_size, file.st_mtime_ns
 
 
 @contextmanager
@@ -87,6 +98,7 @@ def tensors_in(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name, in the order of their bytes. CheckpointError for a file that is not sound."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
+    state = _state(path.stat())
     with _opened(path):
         pass
     with open(path, "rb") as file:
@@ -98,7 +110,9 @@ def tensors_in(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} has tensors of {', '.join(unknown)}; known are {', '.join(DTYPE_OF)}")
     start = HEADER_LENGTH_BYTES + length
     found = [
-        StoredTensor(path, name, DTYPE_OF[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        StoredTensor(
+            path, name, DTYPE_OF[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0], state
+        )
         for name, entry in header.items()
     ]
     return {tensor.name: tensor for tensor in sorted(found, key=lambda tensor: tensor.begin)}
@@ -112,16 +126,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 class TensorFiles:
     """The tensors of a checkpoint folder by name, in the order of the files; each is read when asked for.
 
-    Reads `model.safetensors.index.json` and the shards it names, or the single `model.safetensors`. Every file must
-    be a plain `.safetensors` name inside the folder. Raises CheckpointError for anything else, before reading.
+    Reads the single `model.safetensors`, or `model.safetensors.index.json` and the shards it names; the first where
+    both are there, as transformers does. Every file must be a plain `.safetensors` name inside the folder. Raises
+    CheckpointError for anything else, before reading.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if (folder / INDEX_FILE).is_file():
-            self.stored = self._by_index()
-        elif (folder / SINGLE_FILE).is_file():
+        if (folder / SINGLE_FILE).is_file():
             self.stored = tensors_in(folder / SINGLE_FILE)
+        elif (folder / INDEX_FILE).is_file():
+            self.stored = self._by_index()
         else:
             raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
 

@@ -244,9 +244,25 @@ def _nan(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     next(iter(tensors.values()))[0, 0] = float("nan")
 
 
+def _embedding_key(key: str) -> str:
+    return key.removesuffix(".weight").replace("lora_", "lora_embedding_")
+
+
+def _another_kind(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    for key in [key for key in tensors if ".0." in key]:
+        tensors[_embedding_key(key)] = tensors.pop(key)
+
+
+def _two_kinds(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    tensors |= {_embedding_key(key): 2 * tensor for key, tensor in tensors.items() if ".0." in key}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (_another_kind, r"q_proj is another kind of layer here: \S+lora_A\.weight and \S+lora_B\.weight should be"),
+        (_two_kinds, r"there already: \S+layers\.0\.self_attn\.q_proj\.lora_embedding_A"),
+        (lambda tensors, config: config.update(target_modules="v_proj|x"), "'v_proj\\|x' matches no layer in the file"),
         (_drop_a, "only one of A and B"),
         (_wrong_shape, r"is \(5, 3\), the layer needs"),
         (_foreign, "belong to no adapter"),
@@ -310,6 +326,16 @@ def test_a_lone_layer_cannot_be_saved(tmp_path: Path) -> None:
         save_adapter(LinearWithLoRA(4, 4, 2), tmp_path / "x")
 
 
+def test_targets_that_other_models_have_are_no_loss(tiny_folder: Path, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    config = peft.LoraConfig(target_modules=["q_proj", "c_attn", "query_key_value"])
+    peft.get_peft_model(plain, config).save_pretrained(tmp_path)
+    assert len(load_adapter_(base(tiny_folder), tmp_path)) == 2
+
+
 def test_a_file_that_lost_layers_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     save_adapter(adapted(tiny_folder, ["q_proj", "v_proj"]), tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -321,7 +347,8 @@ def test_a_file_that_lost_layers_is_refused(tiny_folder: Path, tmp_path: Path) -
     config = tmp_path / "adapter" / "adapter_config.json"
     settings = json.loads(config.read_text())
     for targets, message in (
-        (["q_proj", "nothing"], r"target_modules \['nothing'\] answer to no layer"),
+        (["nothing", "nowhere"], r"target_modules \['nothing', 'nowhere'\] answer to no layer"),
+        (["q_proj", "v_proj", "norm"], r"target_modules \['norm'\] answer to no layer"),
         (r".*\.[qkv]_proj", "2 targeted layers have nothing"),
         ("(", "not a regular expression"),
         (7, "a list of names or a regular expression; got 7"),

@@ -23,7 +23,7 @@ def test_help_needs_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    for command in ((), ("train",), ("merge",), ("quantize",), ("profile",), ("env",)):
+    for command in ((), ("train",), ("merge",), ("quantize",), ("profile",), ("plan",), ("env",)):
         assert run(*command, "--help").returncode == 0
 
 

@@ -27,6 +27,7 @@ from qlora_lite.errors import ConfigError
         (LoraConfig, "rank", 0),
         (LoraConfig, "rank", True),
         (LoraConfig, "alpha", float("nan")),
+        (LoraConfig, "alpha", 10**400),
         (LoraConfig, "dropout", 1.0),
         (LoraConfig, "target_modules", []),
         (LoraConfig, "adapter_dtype", torch.int8),
@@ -75,7 +76,15 @@ def test_dtype_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"), [("full", "full"), ("none", "none"), ("300MiB", 300 * 2**20), ("1.5 gib", 3 * 2**29), ("7", 7)]
+    ("text", "wanted"),
+    [
+        ("full", "full"),
+        ("none", "none"),
+        ("300MiB", 300 * 2**20),
+        ("1.5 gib", 3 * 2**29),
+        ("7", 7),
+        (400 * "9", 10**400 - 1),
+    ],
 )
 def test_a_dial_is_a_word_or_a_size(text: str, wanted: object) -> None:
     assert checkpointing_named(text) == wanted

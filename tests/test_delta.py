@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -28,6 +30,15 @@ def test_slices_give_the_bits_of_the_whole(rows: int, columns: int, rank: int, t
     assert torch.equal(torch.cat(pieces), whole)
     expected = float((scaling * delta.left.double() @ delta.right.double()).square().sum())
     assert delta.squared_norm() == pytest.approx(expected, rel=1e-9)
+
+
+@given(seed=st.integers(0, 99))
+def test_an_update_that_cancels_has_no_negative_norm(seed: int) -> None:
+    torch.manual_seed(seed)
+    left, right = torch.randn(50, 1), torch.randn(1, 30)
+    delta = Delta(torch.cat((left, left, -2 * left), 1), right.repeat(3, 1), 1.0)
+    assert 0 <= delta.squared_norm() < 1e-9
+    assert Delta(left, right, 1e300).squared_norm() == math.inf
 
 
 def test_transposed_it_updates_the_weight_the_other_way_round() -> None:

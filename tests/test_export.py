@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_lite import (
@@ -68,6 +68,35 @@ def test_every_tensor_is_the_merged_one_whatever_the_shards(tiny_folder: Path, t
     assert all(torch.equal(tensor, many[name]) and tensor.dtype == torch.float16 for name, tensor in one.items())
     for name, layer in lora_layers(model).items():
         assert torch.equal(one[f"{name}.weight"], layer.effective_weight(torch.float16))
+
+
+def test_the_report_is_the_same_whatever_the_shards(tiny_folder: Path, tmp_path: Path) -> None:
+    model = trained(tiny_folder)
+    export_merged(model, tmp_path / "one")
+    export_merged(model, tmp_path / "many", max_shard_bytes=20_000)
+    one, many = ((tmp_path / name / "merge_report.json").read_text() for name in ("one", "many"))
+    assert one == many
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_another_base_is_refused_on_disk_as_in_memory(
+    tiny_folder: Path, tmp_path: Path, target: str
+) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    peft.get_peft_model(theirs, peft.LoraConfig(target_modules=[target])).save_pretrained(tmp_path / "a")
+    export.merge_checkpoint(tiny_folder, tmp_path / "a", tmp_path / "out")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(tensor for key, tensor in tensors.items() if key.endswith(f"{target}.base_layer.weight"))[-1, -1] += 1
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=f"{target} comes with a base weight that differs from the model's"):
+        load_adapter_(load_quantized(tiny_folder), tmp_path / "a")
+    with pytest.raises(CheckpointError, match=f"{target} comes with a base weight that differs from the checkpoint's"):
+        export.merge_checkpoint(tiny_folder, tmp_path / "a", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_overflow_is_named_and_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:

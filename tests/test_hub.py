@@ -42,6 +42,24 @@ def test_wrong_places_get_one_sentence(tmp_path: Path, tiny_folder: Path) -> Non
     assert load_tokenizer(tiny_folder).pad_token_id is not None
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"vocab_size": "x"}, "no config that transformers knows: Validation error for field 'vocab_size': TypeError"),
+        ({"num_attention_heads": 0}, "no config that transformers knows: .*zero"),
+        ({"hidden_size": -4}, "no causal language model can be built for model type 'llama': .*negative"),
+        ({"pad_token_id": 10**9}, "no causal language model can be built for model type 'llama': Padding_idx"),
+    ],
+)
+def test_a_config_that_no_model_has_gets_one_sentence(
+    tiny_folder: Path, tmp_path: Path, wrong: dict[str, object], message: str
+) -> None:
+    config = json.loads((tiny_folder / "config.json").read_text()) | wrong
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        empty_model(read_config(tmp_path), torch.bfloat16)
+
+
 def test_how_a_folder_is_packed_is_read_and_kept_out_of_the_model(tiny_folder: Path, tmp_path: Path) -> None:
     assert quantization_of(tmp_path) is quantization_of(tiny_folder) is None
     said = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -70,3 +88,15 @@ def test_a_written_config_is_untied_on_request_and_the_models_own_is_left(tiny_f
             for part in (written, written.get("text_config", written)):
                 assert part.get("tie_word_embeddings", True) is not untie
         assert given.config.to_dict() == before and given.config.tie_word_embeddings
+
+
+def test_models_of_sentencepiece_are_copied_whatever_their_names(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "from").mkdir()
+    (tmp_path / "to").mkdir()
+    for name in ("spiece.model", "sentencepiece.bpe.model", "tokenizer.json"):
+        (tmp_path / "from" / name).write_text(name)
+    save_companions(
+        empty_model(read_config(tiny_folder), torch.bfloat16), tmp_path / "from", tmp_path / "to", torch.half
+    )
+    for name in ("spiece.model", "sentencepiece.bpe.model", "tokenizer.json"):
+        assert (tmp_path / "to" / name).read_text() == name

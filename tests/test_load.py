@@ -142,6 +142,30 @@ def test_packed_weights_that_fit_no_layer_are_refused(tiny_folder: Path, tmp_pat
         load_quantized(folder)
 
 
+def test_tied_weights_that_the_checkpoint_has_twice(tiny_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(tiny_folder, tmp_path / "twice")
+    tensors = load_file(tiny_folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "twice" / "model.safetensors", {"format": "pt"})
+    held, expected = load_quantized(tmp_path / "twice").state_dict(), load_quantized(tiny_folder).state_dict()
+    assert all(torch.equal(held[name], value) for name, value in expected.items())
+
+    head[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "twice" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight and model\.embed_tokens\.weight are tied by the config"
+    ):
+        load_quantized(tmp_path / "twice")
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (tmp_path / "twice" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "twice", dtype=torch.float32)
+    ours = load_quantized(tmp_path / "twice", QuantConfig("none"), dtype=torch.float32)
+    tokens = torch.arange(6)[None]
+    torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits)
+
+
 def test_codes_without_statistics_do_not_pass_for_a_weight(tiny_folder: Path, tmp_path: Path) -> None:
     folder = packed_folder(tiny_folder, tmp_path / "int8", format="int8")
     tensors = load_file(folder / "model.safetensors")

@@ -37,6 +37,7 @@ SCRIPTS = {
         "export_seconds",
         "export_above_resident",
     },
+    "profiling/largest_batch.py": {"memory", "rows"},
     "profiling/packing.py": {
         "pack_speed_ratio",
         "pack_temporaries",

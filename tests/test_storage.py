@@ -142,6 +142,24 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_holds_is_no
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
+def test_what_another_one_wrote_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    refused = pytest.raises(CheckpointError, match="not empty")
+    with refused, new_folder(tmp_path / "out"), new_folder(tmp_path / "out") as first:
+        (first / "config.json").write_text("first")
+    assert (tmp_path / "out" / "config.json").read_text() == "first"
+    with pytest.raises(CheckpointError, match="would be lost: notes"), new_folder(tmp_path / "out", overwrite=True):
+        (tmp_path / "out" / "notes").write_text("mine")
+    assert (tmp_path / "out" / "notes").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_folder_hands_its_parents_group_on(tmp_path: Path) -> None:
+    tmp_path.chmod(0o2775)
+    with new_folder(tmp_path / "out"):
+        pass
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_behind_a_link_the_folder_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     for link, target in (("link", "real"), ("dangling", "later")):
@@ -156,10 +174,20 @@ def test_an_output_over_an_input_is_refused(tmp_path: Path) -> None:
     check_apart(tmp_path / "out", tmp_path / "base", None)
     with pytest.raises(CheckpointError, match="would replace the input"):
         check_apart(tmp_path, tmp_path / "base")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "model.safetensors").touch()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "model.safetensors").symlink_to(tmp_path / "store" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="store would replace the input"):
+        check_apart(tmp_path / "store", tmp_path / "linked")
 
 
 def test_damaged_json_gets_one_sentence(tmp_path: Path) -> None:
-    for text, message in (("[1]", "JSON object"), ("{", "cannot be read as JSON")):
+    for text, message in (
+        ("[1]", "JSON object"),
+        ("{", "cannot be read as JSON"),
+        ('{"r": ' + 5000 * "9" + "}", "cannot be read as JSON: Exceeds the limit"),
+    ):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
             read_json(tmp_path / "x.json")

@@ -45,16 +45,32 @@ def test_what_was_read_does_not_stay_resident(tmp_path: Path) -> None:
     assert (resident_bytes("VmHWM") or 0) - start < 64 << 20
 
 
-def test_a_file_that_was_cut_short_after_it_was_opened(tmp_path: Path) -> None:
+def test_a_file_that_was_changed_after_it_was_opened(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(100)}, path)
     stored = tensors_in(path)["a"]
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match="ends inside a"):
+    with pytest.raises(CheckpointError, match="was changed while it was in use"):
         stored.read()
+    save_file({"a": torch.zeros(90), "b": torch.ones(10)}, path)  # as many bytes, and other ones behind "a"
+    with pytest.raises(CheckpointError, match="was changed while it was in use"):
+        stored.rows(90, 100)
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         stored.read()
+
+
+def test_beside_an_index_the_single_file_counts_as_it_does_for_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    small = LlamaConfig(vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    model = AutoModelForCausalLM.from_config(small)
+    model.save_pretrained(tmp_path, max_shard_size=100)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3)
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, tmp_path / "model.safetensors")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight
+    assert torch.equal(TensorFiles(tmp_path).stored["model.norm.weight"].read(), theirs.detach())
 
 
 def test_an_index_that_promises_more_than_there_is(tmp_path: Path) -> None:

@@ -53,26 +53,34 @@ class _Answers(TorchDispatchMode):
 
 
 @contextmanager
-def rehearsal(accelerator: bool = False) -> Iterator[MemoryProfiler]:
-    """Within the block new tensors are fake ones, and the profiler that it gives follows them.
+def fake_tensors(accelerator: bool = False) -> Iterator[None]:
+    """Within the block new tensors are fake ones; with `accelerator` they stand for those of a CUDA device.
 
-    accelerator: they stand for those of a CUDA device; what its kernels allocate inside themselves is counted too
-    (workspaces.py). RehearsalError for what cannot be known without values.
+    RehearsalError for what cannot be known without values.
     """
-    profiler = MemoryProfiler(
-        new_trace=lambda: StorageTrace(hidden_bytes if accelerator else None),
-        counters=False,
-    )
     with accelerator_pretended() if accelerator else nullcontext(), hub.values_asked_for():
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), _Answers(), profiler:
-                yield profiler
+            with FakeTensorMode(allow_non_fake_inputs=True), _Answers():
+                yield
         except UNKNOWABLE as error:
             first_line = next(iter(str(error).strip().splitlines()), "")
             raise RehearsalError(
                 f"this step cannot be rehearsed: what it allocates depends on values of tensors, or an operator has no "
                 f"fake kernel ({type(error).__name__}: {first_line})"
             ) from error
+
+
+def fake_profiler(accelerator: bool = False) -> MemoryProfiler:
+    """A profiler that follows fake tensors; for an accelerator also what its kernels allocate inside themselves
+    (workspaces.py)."""
+    return MemoryProfiler(new_trace=lambda: StorageTrace(hidden_bytes if accelerator else None), counters=False)
+
+
+@contextmanager
+def rehearsal(accelerator: bool = False) -> Iterator[MemoryProfiler]:
+    """Within the block new tensors are `fake_tensors`, and the profiler that it gives follows them."""
+    with fake_tensors(accelerator), fake_profiler(accelerator) as profiler:
+        yield profiler
 
 
 def rehearse(step: Callable[..., Any], *, accelerator: bool = False) -> MemoryReport:

@@ -1,0 +1,65 @@
+"""Straight lines over the number of layers, on made-up runs whose peaks are known."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_lite.memory.breakdown import Category
+from qlora_lite.memory.growth import Place, continued, highest_levels, layer_named, peaks
+from qlora_lite.memory.trace import TraceEvent
+
+BASE, TEMPORARY = list(Category).index(Category.BASE_WEIGHT), list(Category).index(Category.TEMPORARY)
+
+
+def a_run(layers: int, weight: int, loss: int, block: int) -> list[TraceEvent]:
+    """Layers of `weight` bytes each; a loss that needs `loss`; a backward pass in which a layer needs `block` and adds
+    a gradient of one byte, the last first."""
+    events: list[TraceEvent] = []
+    live = 0
+
+    def add(phase: str, delta: int, category: Category, module: str | None) -> None:
+        nonlocal live
+        live += delta
+        events.append(TraceEvent(phase, len(events), delta, live, category, module))
+
+    for number in range(layers):
+        add("forward", weight, Category.BASE_WEIGHT, f"model.layers.{number}.mlp")
+    for delta in (loss, -loss):
+        add("forward", delta, Category.TEMPORARY, "lm_head")
+    for number in reversed(range(layers)):
+        for delta in (block, -block):
+            add("backward", delta, Category.TEMPORARY, f"model.layers.{number}.mlp")
+        add("backward", 1, Category.GRADIENT, f"model.layers.{number}.mlp")
+    return events
+
+
+@given(st.integers(0, 50), st.integers(1, 500), st.integers(1, 500), st.integers(5, 40))
+def test_every_phase_of_a_deep_model_follows_from_two_shallow_ones(
+    weight: int, loss: int, block: int, layers: int
+) -> None:
+    few, more, deep = (highest_levels(a_run(n, weight, loss, block), n) for n in (3, 4, layers))
+    found = peaks(continued(few, more, layers - 3))
+    assert {phase: sum(sizes) for phase, (_, sizes) in found.items()} == {
+        phase: sum(sizes) for phase, (_, sizes) in peaks(deep).items()
+    }
+
+
+def test_the_peak_may_move_to_another_place() -> None:
+    # The loss is the peak of a run of four layers, and with forty it is the first block's backward.
+    runs = [highest_levels(a_run(n, 1, 20, 16), n) for n in (3, 4, 40)]
+    assert [max(sum(s) for s in run.values()) for run in runs] == [23, 24, 95]
+    place, sizes = peaks(continued(*runs[:2], 37))["backward"]
+    assert sum(sizes) == 95 and (sizes[BASE], sizes[TEMPORARY]) == (40, 16)
+    assert place == Place("backward", Category.TEMPORARY, "model.layers.0.mlp")
+    assert layer_named("model.layers.-1.mlp", 40) == "model.layers.39.mlp"
+    assert layer_named("model.layers.0.mlp", 40) == "model.layers.0.mlp" and layer_named(None, 40) is None
+
+
+def test_the_beginning_of_a_phase_is_a_place() -> None:
+    events = [
+        TraceEvent("forward", 0, 8, 8, Category.OTHER, None),
+        TraceEvent("backward", 0, -8, 0, Category.OTHER, None),
+    ]
+    found = peaks(highest_levels(events, 3))
+    assert found["backward"][0] == Place("backward", None, None) and sum(found["backward"][1]) == 8

@@ -1,0 +1,77 @@
+"""Plans as whole text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qlora_lite import LoraConfig, QuantConfig
+from qlora_lite.forecast import Forecast, Wanted
+from qlora_lite.memory.breakdown import Category
+from qlora_lite.plan import Gain, Largest, Memory, Plan, Recomputation
+from qlora_lite.plan_report import render_plan
+
+GIB = 1 << 30
+SIZES = dict.fromkeys(Category, 0) | {Category.BASE_WEIGHT: 12 * GIB, Category.ACTIVATION: GIB}
+PLAN = Plan(
+    wanted=Wanted(QuantConfig(), LoraConfig(), 2, 512),
+    memory=Memory(24 * GIB, GIB // 2, True, "assumed"),
+    forecast=Forecast(13 * GIB, "backward", "model.layers.0.mlp", SIZES, 12 * GIB, 14 * GIB, (3, 4)),
+    needed=29 * GIB // 2,
+    least=Recomputation(11 * GIB, 23 * GIB),
+    largest=(Largest(512, 3, 16 * GIB, more=False), Largest(8192, 0, None, more=False)),
+    gains=(Gain("adamw8bit", -GIB), Gain("int8 embedding and head", None, "it has no head")),
+    whole=False,
+)
+TEXT = """\
+2 x 512 tokens, checkpointing full: fits into 24.00 GiB; needed: 14.50 GiB
+
+at the peak                                   bytes
+───────────────────────────────────────────────────
+base weight                               12.00 GiB
+activation                              1,024.0 MiB
+live tensors at the peak                  13.00 GiB
+reserved by the allocator beyond them   1,024.0 MiB
+context of the device (assumed)           512.0 MiB
+
+The peak is in phase backward, in model.layers.0.mlp.
+Least recomputation that fits: checkpointing 11.00 GiB (needs at most 23.00 GiB).
+
+tokens   largest batch (rows)      needed
+─────────────────────────────────────────
+512                         3   16.00 GiB
+8192                        0           -
+
+change                            peak of live tensors
+──────────────────────────────────────────────────────
+adamw8bit                                 -1,024.0 MiB
+int8 embedding and head   not possible: it has no head
+
+Rehearsed with 3 and 4 layers and continued to all of them by straight lines; compared with a
+rehearsal of 5 layers: equal to the byte. What the allocator reserves is an estimate. The context of
+the device cannot be known without it: --beside sets another size.
+"""
+
+
+def test_a_plan_as_text() -> None:
+    assert render_plan(PLAN) == TEXT
+    assert "does not fit into 12.00 GiB" in render_plan(replace(PLAN, memory=Memory(12 * GIB, 0, accelerator=True)))
+
+
+def test_a_cpu_has_no_allocator_and_no_context() -> None:
+    assert PLAN.forecast is not None
+    forecast = replace(PLAN.forecast, reserved=None, layers=(32,), module=None)
+    said = render_plan(replace(PLAN, memory=Memory(24 * GIB, GIB, False, "measured"), forecast=forecast, whole=True))
+    assert "rest of the process (measured)" in said and "reserved" not in said and "context" not in said
+    assert "Rehearsed with all layers of the model (32)." in said and "in no module" in said
+
+
+def test_what_was_not_rehearsed_is_said() -> None:
+    counted = {"model": 6 * GIB, "gradients": GIB, "optimizer_state": 2 * GIB}
+    plan = replace(
+        PLAN, forecast=None, needed=None, least=None, largest=(), gains=(), counted=counted, not_rehearsed="no kernel"
+    )
+    said = render_plan(plan)
+    assert plan.fits is None and said.startswith("not rehearsed: no kernel\nmodel: 6,144.0 MiB\n")
+    assert "at least 9,728.0 MiB needed; whether it fits is not known" in said
+    small = replace(plan, memory=Memory(9 * GIB, 1, accelerator=True))
+    assert small.fits is False and "does not fit into" in render_plan(small)
