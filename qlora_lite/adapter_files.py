@@ -35,6 +35,7 @@ SUFFIXES = {
     "lora_B.weight": "lora_B",
     "lora_embedding_A": "lora_A",
     "lora_embedding_B": "lora_B",
+    "lora_magnitude_vector": "lora_magnitude",
 }
 Pairs = dict[str, dict[str, Tensor]]
 # Options of peft that say what the adapter computes, each with the LoraConfig field that means the same.
@@ -73,6 +74,7 @@ HARMLESS_OPTIONS = frozenset(
         "runtime_config",
         "target_modules",
         "task_type",
+        "use_dora",
     }
 )
 # With one of these, fewer layers are adapted than target_modules says.
@@ -82,14 +84,16 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def peft_key(name: str, kind: Kind, part: str) -> str:
-    """peft's key of a layer's matrix; part: A or B."""
+    """peft's key of a layer's matrix; part: A, B or magnitude."""
+    if part == "magnitude":
+        return f"{PREFIX}{name}.lora_magnitude_vector"
     if isinstance(kind, EmbeddingKind):
         return f"{PREFIX}{name}.lora_embedding_{part}"
     return f"{PREFIX}{name}.lora_{part}.weight"
 
 
 def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
-    """Writes A, B and their configuration; `peft.PeftModel.from_pretrained(base, folder)` reads them.
+    """Writes A, B, magnitudes and their configuration; `peft.PeftModel.from_pretrained(base, folder)` reads them.
 
     Ranks and alphas may differ between the layers. Layers whose update is counted from a start (PiSSA) are written as
     ordinary ones of twice the rank, for the plain base. Raises CheckpointError for a folder with something in it unless
@@ -106,6 +110,8 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
     for name, layer in layers.items():
         for part, factor in zip("AB", layer.factors, strict=True):
             tensors[peft_key(name, layer.kind, part)] = planned(factor.detach())
+        if layer.lora_magnitude is not None:
+            tensors[peft_key(name, layer.kind, "magnitude")] = planned(layer.lora_magnitude)
     config = peft_config(model, layers)
     with new_folder(Path(folder), overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)
@@ -132,6 +138,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _numbers(config: dict[str, Any], path: Path) -> LoraConfig:
     """Rank, alpha and all else that decides what A and B compute; which layers have them, their keys say."""
     given: dict[str, Any] = {field: config.get(option) for option, field in NUMBERS.items()}
+    given["variant"] = "dora" if config.get("use_dora") else "lora"
     try:
         return LoraConfig(**{field: value for field, value in given.items() if value is not None or field in REQUIRED})
     except ConfigError as error:
@@ -154,7 +161,7 @@ def _pairs(tensors: dict[str, Tensor], path: Path) -> Pairs:
     if foreign:
         shown = ", ".join(sorted(foreign)[:8])
         raise CheckpointError(f"{path} has keys that belong to no adapter, or to one that is there already: {shown}")
-    if single := sorted(name for name, pair in pairs.items() if len(pair) < 2):
+    if single := sorted(name for name, pair in pairs.items() if not {"lora_A", "lora_B"} <= pair.keys()):
         raise CheckpointError(f"{path} has only one of A and B for: {', '.join(single[:8])}")
     if not pairs:
         raise CheckpointError(f"{path} is empty")
@@ -174,9 +181,16 @@ def _mismatches(model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Colle
         if lost := [key for part in "AB" if (key := peft_key(name, kind, part)) not in keys]:
             problems.append(f"{name} is another kind of layer here: {' and '.join(lost)} should be in the file")
             continue
+        if ("lora_magnitude" in pair) != (numbers.variant == "dora"):
+            problems.append(f"{name} has {'no ' * (len(pair) < 3)}magnitudes and use_dora says otherwise")
+            continue
+        if isinstance(module, LoraLayer) and module.variant != numbers.variant:
+            problems.append(f"{name} has a {module.variant} adapter, the file a {numbers.variant} one")
+            continue
         width, height = kind.features(base)
         rank = numbers.rank_of(name)
-        shapes = {"lora_A": (rank, width), "lora_B": (height, rank)}
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, width), "lora_B": (height, rank)}
+        shapes["lora_magnitude"] = (height,)
         for part, tensor in pair.items():
             if tuple(tensor.shape) != shapes[part]:
                 problems.append(f"{name}.{part} is {tuple(tensor.shape)}, the layer needs {shapes[part]}")

@@ -24,11 +24,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A and B of every LoraLayer by name."""
+    """A and B of every LoraLayer by name, and DoRA's magnitudes."""
     return {
         f"{name}.{part}" if name else part: getattr(layer, part)
         for name, layer in lora_layers(model).items()
-        for part in ("lora_A", "lora_B")
+        for part in ("lora_A", "lora_B", "lora_magnitude")
+        if getattr(layer, part) is not None
     }
 
 
@@ -113,6 +114,7 @@ def adapted(name: str, layer: nn.Module, config: LoraConfig, dtype: torch.dtype)
         dropout=config.dropout,
         adapter_dtype=dtype,
         rslora=config.rslora,
+        variant=config.variant,
     )
     return wrapped.train(layer.training)
 

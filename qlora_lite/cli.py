@@ -94,6 +94,7 @@ def train(
     rank: Rank = 16,
     alpha: Alpha = 32.0,
     rslora: RankStabilized = False,
+    variant: Annotated[str, typer.Option(help="lora, or dora.")] = "lora",
     init: Annotated[str, typer.Option(help="normal, kaiming, gaussian, orthogonal, pissa or loftq.")] = "normal",
     dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
     targets: Annotated[str, typer.Option(help="all-linear, or layer names with commas.")] = "all-linear",
@@ -137,7 +138,7 @@ def train(
         format, blocksize, double_quant, int8_activations=int8_activations, embedding_format=embedding_format
     )
     names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-    lora = LoraConfig(rank, alpha, dropout, names, rslora=rslora, init=init)
+    lora = LoraConfig(rank, alpha, dropout, names, rslora=rslora, init=init, variant=variant)
     config = TrainConfig(
         steps=steps,
         learning_rate=learning_rate,

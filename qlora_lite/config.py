@@ -18,6 +18,7 @@ from qlora_lite.modules import first_pattern, layer_pattern
 FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 ALL_LINEAR = "all-linear"
+VARIANTS = ("lora", "dora")
 INITS = ("normal", "kaiming", "gaussian", "orthogonal", "pissa", "loftq")
 OPTIMIZERS = ("adamw", "adamw8bit")
 CHECKPOINTING = ("none", "full")
@@ -105,6 +106,11 @@ def check_lora_numbers(rank: object, alpha: object, dropout: object) -> None:
     require(is_finite(dropout) and 0 <= dropout < 1, "dropout must be in [0, 1)", dropout)  # type: ignore[operator]
 
 
+def check_variant(variant: object) -> None:
+    """ConfigError for what is no variant of LoRA that is known here."""
+    require(variant in VARIANTS, f"variant must be one of {', '.join(VARIANTS)}", variant)
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """How a frozen base is stored.
@@ -163,6 +169,7 @@ class LoraConfig:
     init: how A and B start (initial.py): `normal` (A from N(0, 0.02), B zero); `kaiming`, `gaussian`, `orthogonal` as
         peft does; `pissa`, with the principal part of the base; `loftq`, making up for the error of packing, which
         reads the checkpoint that the model was loaded from.
+    variant: `lora`; or `dora`, which also trains the norm of each row of the weight (see LoraLayer).
     """
 
     rank: int = 16
@@ -174,6 +181,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init: str = "normal"
+    variant: str = "lora"
 
     def __post_init__(self) -> None:
         check_lora_numbers(self.rank, self.alpha, self.dropout)
@@ -185,6 +193,7 @@ class LoraConfig:
             named = listed and bool(targets) and all(isinstance(name, str) for name in targets)
             require(named, "target_modules must be a string, a list of names or a function", targets)
         require(isinstance(self.rslora, bool), "rslora must be True or False", self.rslora)
+        check_variant(self.variant)
         require(self.init in INITS, f"init must be one of {', '.join(INITS)}", self.init)
         _check_patterns("rank_pattern", self.rank_pattern, check_rank)
         _check_patterns("alpha_pattern", self.alpha_pattern, check_alpha)

@@ -173,3 +173,4 @@ def originals_of(model: nn.Module, names: Iterable[str], init: str) -> Originals
 def start_(layer: LoraLayer, name: str, init: str, originals: Originals) -> None:
     """Gives A and B of the layer of this name the values that `init` says."""
     STARTS[init](layer, name, originals)
+    layer.reset_magnitude()

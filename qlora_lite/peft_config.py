@@ -49,12 +49,13 @@ def _usual_and_patterns(numbers: Mapping[str, float], model: nn.Module) -> tuple
 
 def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
     """What peft's adapter_config.json says of these layers. ConfigError for layers that one file cannot hold."""
-    shared = {(layer.dropout, layer.rslora) for layer in layers.values()}
+    shared = {(layer.dropout, layer.rslora, layer.variant) for layer in layers.values()}
     if len(shared) != 1:
         raise ConfigError(
-            f"adapters in one file have the same dropout and rslora; got (dropout, rslora) {sorted(shared)}"
+            f"adapters in one file have the same dropout, rslora and variant; got (dropout, rslora, variant) "
+            f"{sorted(shared)}"
         )
-    ((dropout, rslora),) = shared
+    ((dropout, rslora, variant),) = shared
     rank, rank_pattern = _usual_and_patterns({name: layer.plain_rank for name, layer in layers.items()}, model)
     alpha, alpha_pattern = _usual_and_patterns({name: layer.plain_alpha for name, layer in layers.items()}, model)
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -66,6 +67,7 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
         "lora_alpha": alpha,
         "lora_dropout": dropout,
         "use_rslora": rslora,
+        "use_dora": variant == "dora",
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "target_modules": _common_ends(layers, model) or sorted(layers),
