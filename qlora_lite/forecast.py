@@ -90,6 +90,7 @@ class _Loaded:
     levels: Levels
     model_bytes: int
     beside: int  # alive after loading, and not of the model: tables that packing keeps for the next weight
+    checks: Levels  # of what only the first training of a model does, once it was trained
 
 
 def layer_count(found: Any) -> int | None:
@@ -193,6 +194,9 @@ class Forecasts:
         assert profiler.trace is not None
         events = list(profiler.trace.timeline())
         levels = highest_levels(events, layers or 0)
+        if not loaded.checks:
+            loaded.checks.update({place: sizes for place, sizes in levels.items() if place.phase is None})
+        levels = {**loaded.checks, **levels}
         states = max(sizes[STATES] for sizes in levels.values()) if one_step else 0
         reserved = replay(events).peak.reserved + states if self._accelerator else 0
         levels = _with_more(levels, STATES, states, ("forward", "backward"))
@@ -211,7 +215,7 @@ class Forecasts:
             found_levels = highest_levels(profiler.trace.timeline(), layers or 0)
             levels = {place: _met_as_made(sizes) for place, sizes in found_levels.items() if place.phase == LOAD}
             own = own_bytes(model)
-            self._models[key] = _Loaded(model, levels, own, profiler.trace.live_bytes() - own)
+            self._models[key] = _Loaded(model, levels, own, profiler.trace.live_bytes() - own, {})
         return self._models[key]
 
 

@@ -186,13 +186,14 @@ class Conversion:
         return {self.target.replace(patterns[0], pattern) for pattern in patterns}
 
 
-def conversions(model: Any, wanted: Iterable[str], names: Iterable[str]) -> list[Conversion]:
+def conversions(model: Any, wanted: Iterable[str], names: Iterable[str] | None = None) -> list[Conversion]:
     """What transformers makes of a checkpoint's tensors, by name, for a model that wants these (its `state_dict`).
 
-    A tensor that the model has no place for comes as a conversion to a target that is not wanted.
+    names: None for those of the checkpoint that a model on meta would be saved as. A tensor that the model has no
+    place for comes as a conversion to a target that is not wanted.
     """
-    _transformers()
     loading = importlib.import_module("transformers.core_model_loading")
+    names = loading.revert_weight_conversion(model, dict(model.state_dict())) if names is None else names
     rules = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
@@ -325,8 +326,7 @@ def logit_options(model: Any) -> dict[str, float]:
 def values_asked_for() -> Iterator[None]:
     """Within the block transformers leaves masks that say nothing out, though a fake tensor cannot tell it so."""
     masks: Any = importlib.import_module("transformers.masking_utils")
-    own = masks.is_tracing
-    masks.is_tracing = lambda tensor=None: own()
+    own, masks.is_tracing = masks.is_tracing, lambda tensor=None: own()
     try:
         yield
     finally:

@@ -53,7 +53,7 @@ class _Sums(dict[str, Tensor]):
 def _logits(rows: Tensor, weight: Tensor | Packed, low: Tensor | None, lora_B: Any, o: _Options) -> Tensor:
     """The products of some rows with the head, in the dtype of the rows; bias, scale and softcap come later."""
     logits: Tensor | None = None
-    for part, dense in row_slices(weight, rows.dtype):
+    for part, dense in row_slices(weight, rows):
         piece = rows @ dense.T
         if low is not None:
             piece.addmm_(low, lora_B[part].to(rows.dtype).T, alpha=o.lora_scaling)
@@ -179,7 +179,7 @@ def _gradients(
     """Adds a chunk's gradients of weight, A and B to the sums; returns that of its rows in fp32."""
     grad_rows = torch.zeros_like(rows, dtype=torch.float32)
     grad_low = None if low is None else torch.zeros_like(low, dtype=torch.float32)
-    for part, dense in row_slices(weight, rows.dtype):
+    for part, dense in row_slices(weight, rows):
         piece = slope[:, part]
         grad_rows += piece @ dense
         sums.add("weight", part, functools.partial(torch.mm, piece.T, rows))

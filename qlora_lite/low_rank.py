@@ -22,6 +22,7 @@ from torch.utils._mode_utils import no_dispatch
 from qlora_lite.derived import Recipe, recipe_of
 from qlora_lite.devices import on_cpu
 from qlora_lite.errors import InputError
+from qlora_lite.slices import covering
 
 
 class Packed(Protocol):
@@ -51,9 +52,9 @@ def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
 SLICE_BYTES = 24 << 20
 
 
-def row_slices(weight: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in this dtype as slices of rows, (which rows, the rows), each made when its turn comes."""
-    rows, columns = weight.shape
+def row_slices(weight: Tensor | Packed, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in the dtype of `like` as slices of rows, (which rows, the rows), each made when its turn comes."""
+    (rows, columns), dtype = weight.shape, like.dtype
     if isinstance(weight, Tensor) and weight.dtype == dtype:  # nothing is made
         yield slice(0, rows), weight
         return
@@ -62,8 +63,8 @@ def row_slices(weight: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[sl
     if count >= rows:
         yield slice(0, rows), dense(weight, dtype)
         return
-    for start in range(0, rows, count):
-        part = slice(start, min(start + count, rows))
+    for part in covering(rows, count, like):
+        part = slice(part.start, min(part.stop, rows))
         if isinstance(weight, Tensor):
             yield part, weight[part].to(dtype)
         else:
@@ -76,7 +77,7 @@ def _product(rows: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tens
     if own is not None:
         return own if bias is None else own.add_(bias.to(own.dtype))
     out = rows.new_empty(0)
-    for part, piece in row_slices(weight, rows.dtype):
+    for part, piece in row_slices(weight, rows):
         offset = None if bias is None else bias[part].to(rows.dtype)
         if piece.shape[0] == weight.shape[0]:
             return F.linear(rows, piece, offset)
@@ -90,7 +91,7 @@ def _product(rows: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tens
 def _product_back(grad: Tensor, weight: Tensor | Packed) -> Tensor:
     """grad W0, slice by slice of W0."""
     total: Tensor | None = None
-    for part, piece in row_slices(weight, grad.dtype):
+    for part, piece in row_slices(weight, grad):
         if total is None:
             total = grad[:, part] @ piece
         else:

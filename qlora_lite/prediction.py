@@ -61,10 +61,12 @@ def unread_model(
 
     Only within `fake_tensors`. Raises what `rehearse_steps` does.
     """
+    # What the files hold; a model that is made of the config writes its own dtype into it.
+    stored = getattr(found, "dtype", None) or dtype
     with no_dispatch():
         model: Any = hub.empty_model(found, dtype)
         hub.tie(model)
-    checkpoint = UnreadCheckpoint(model, quant, getattr(found, "dtype", None) or dtype)
+    checkpoint = UnreadCheckpoint(model, quant, stored)
     with profiler.phase("load"):
         fill_(model, checkpoint, dtype, torch.device("cpu"))
         # loftq reads weights to start A and B, which have the same size whatever they start with

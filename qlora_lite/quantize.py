@@ -30,6 +30,7 @@ from qlora_lite.finite import check_packable
 from qlora_lite.formats import NESTED_BLOCKSIZE, block_count, format_named, packed_bytes, row_step, storage_bytes
 from qlora_lite.low_rank import adapted_linear, check_features
 from qlora_lite.nearest_code import pack_4bit
+from qlora_lite.slices import covering
 
 
 def import_bitsandbytes(module: str) -> Any:
@@ -84,12 +85,11 @@ def _pack_blocks(into: PackedWeight, slices: Slices) -> None:
     absmax = torch.empty(block_count(values, into.blocksize), dtype=torch.float32, device=into.device)
     for first_row, rows in slices:
         flat, offset = rows.reshape(-1), first_row * into.shape[1]
-        for start in range(0, flat.numel(), CHUNK_VALUES):
-            chunk = flat[start : start + CHUNK_VALUES]
-            codes, chunk_absmax = _pack_chunk(chunk, into.blocksize, into.format)
-            place = (offset + start) // 2
+        for part in covering(flat.numel(), CHUNK_VALUES, flat):
+            codes, chunk_absmax = _pack_chunk(flat[part], into.blocksize, into.format)
+            place = (offset + part.start) // 2
             into.packed[place : place + codes.numel()] = codes.view(-1)
-            first = (offset + start) // into.blocksize
+            first = (offset + part.start) // into.blocksize
             absmax[first : first + chunk_absmax.numel()] = chunk_absmax
     if not into.double_quant:
         into.absmax.copy_(absmax)
@@ -137,14 +137,13 @@ def _pack_rows(into: PackedWeight, slices: Slices) -> None:
     """Fills int8 codes and the absmax of each row; from fp16, as bitsandbytes does it on every device."""
     count = max(1, CHUNK_VALUES // into.shape[1])
     for first_row, rows in slices:
-        for start in range(0, rows.shape[0], count):
-            chunk = rows[start : start + count]
-            codes, absmax, _ = bnb.int8_vectorwise_quant(chunk.to(torch.float16))
+        for part in covering(rows.shape[0], count, rows):
+            codes, absmax, _ = bnb.int8_vectorwise_quant(rows[part].to(torch.float16))
             # A row of zeros has absmax 0 and its codes are 0 / 0.
             codes.masked_fill_((absmax == 0).unsqueeze(1), 0)
-            part = slice(first_row + start, first_row + start + chunk.shape[0])
-            into.packed[part] = codes
-            into.absmax[part] = absmax
+            place = slice(first_row + part.start, first_row + part.start + len(codes))
+            into.packed[place] = codes
+            into.absmax[place] = absmax
 
 
 def _unpack_rows(packed: PackedWeight, dtype: torch.dtype, first: int, last: int) -> Tensor:

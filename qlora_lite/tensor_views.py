@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite.errors import CheckpointError
+from qlora_lite.slices import covering
 
 # What a view that has to pass over all of its source, to give a few rows, reads at once.
 PASS_BYTES = 16 << 20
@@ -47,8 +48,8 @@ def slices(source: Source, largest_bytes: int, step: int = 1) -> Iterator[tuple[
     row_bytes = math.prod(source.shape[1:]) * source.dtype.itemsize
     count = max(step, largest_bytes // max(1, row_bytes) // step * step)
     stop = source.shape[0] if source.shape else 1
-    for start in range(0, stop, count):
-        yield start, source.rows(start, min(start + count, stop))
+    for part in covering(stop, count, torch.empty(0)):  # (fake where fake tensors are made)
+        yield part.start, source.rows(part.start, min(part.stop, stop))
 
 
 def _common_dtype(parts: tuple[Source, ...]) -> torch.dtype:

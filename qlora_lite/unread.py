@@ -67,7 +67,7 @@ class UnreadCheckpoint:
     def __init__(self, model: Any, config: QuantConfig, dtype: torch.dtype) -> None:
         tensors, tied = model.state_dict(keep_vars=True), hub.tied_names(model)
         # In the order in which those of a real checkpoint are read: what is resident by when decides on the peak.
-        order = [conversion.target for conversion in hub.conversions(model, tensors, tensors)]
+        order = [conversion.target for conversion in hub.conversions(model, tensors)]
         self.config = config
         self.tensors: Mapping[str, UnreadTensor] = {
             name: _unread(name, tensors[name], dtype) for name in order if name not in tied

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -31,7 +32,8 @@ from qlora_lite.memory.allocator import replay
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport, PhaseMemory
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.memory.workspaces import hidden_bytes
+from qlora_lite.memory.workspaces import hidden_bytes, kept_bytes
+from qlora_lite.quantize import bnb
 
 WHOLE = "step"
 UNKNOWABLE = (
@@ -52,15 +54,46 @@ class _Answers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """What torch's `Module._apply` does to real tensors, of which parameters stay the same objects.
+
+    Torch exchanges fake ones as wholes, for the sake of their devices, and fails where `change` has nothing to change.
+    """
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    with torch.no_grad():
+        for parameter in module._parameters.values():
+            for tensor in () if parameter is None else (parameter, parameter.grad):
+                if tensor is not None and (changed := change(tensor)) is not tensor:
+                    tensor.data = changed
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else change(buffer)
+    return module
+
+
+@contextmanager
+def _modules_convertible() -> Iterator[None]:
+    """Within the block `Module.to` and its like work on fake tensors."""
+    owner: Any = nn.Module
+    original = owner._apply
+    owner._apply = _apply
+    try:
+        yield
+    finally:
+        owner._apply = original
+
+
 @contextmanager
 def fake_tensors(accelerator: bool = False) -> Iterator[None]:
     """Within the block new tensors are fake ones; with `accelerator` they stand for those of a CUDA device.
 
     RehearsalError for what cannot be known without values.
     """
+    # bitsandbytes makes this table when it first needs it and keeps it: a fake one would be there for good.
+    bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
     with accelerator_pretended() if accelerator else nullcontext(), hub.values_asked_for():
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), _Answers():
+            with FakeTensorMode(allow_non_fake_inputs=True), _Answers(), _modules_convertible():
                 yield
         except UNKNOWABLE as error:
             first_line = next(iter(str(error).strip().splitlines()), "")
@@ -73,7 +106,9 @@ def fake_tensors(accelerator: bool = False) -> Iterator[None]:
 def fake_profiler(accelerator: bool = False) -> MemoryProfiler:
     """A profiler that follows fake tensors; for an accelerator also what its kernels allocate inside themselves
     (workspaces.py)."""
-    return MemoryProfiler(new_trace=lambda: StorageTrace(hidden_bytes if accelerator else None), counters=False)
+    return MemoryProfiler(
+        new_trace=lambda: StorageTrace(hidden_bytes, kept_bytes) if accelerator else StorageTrace(), counters=False
+    )
 
 
 @contextmanager

@@ -37,6 +37,8 @@ from qlora_lite.memory.running import RunningModule
 # How a storage came into sight, and what it is as long as nobody labels it.
 MADE, MADE_IN_BACKWARD, WAITING, MET = range(4)
 UNLABELLED = (Category.TEMPORARY, Category.TEMPORARY, Category.ACTIVATION, Category.OTHER)
+Hidden = Callable[[Any, tuple[Any, ...]], int]
+Kept = Callable[[Any], int]
 NO_BACKWARD = -1
 NO_LABEL = -1
 
@@ -109,10 +111,14 @@ class StorageTrace:
 
     hidden_bytes: what an operator (its overload, its arguments) allocates inside itself and frees again, for a device
     that is not at hand.
+    kept_bytes: what the first operator of forward, and the first of backward, for which it is not 0 allocates for all
+    that follow; OTHER, since no tensor shows it.
     """
 
-    def __init__(self, hidden_bytes: Callable[[Any, tuple[Any, ...]], int] | None = None) -> None:
+    def __init__(self, hidden_bytes: Hidden | None = None, kept_bytes: Kept | None = None) -> None:
         self._hidden_bytes = hidden_bytes
+        self._kept_bytes = kept_bytes
+        self._keeping: set[int] = set()  # MADE and MADE_IN_BACKWARD, once forward and backward have it
         self._log = array("q")  # serial, delta, serial, delta, ...
         self._sizes = array("q")  # by serial: bytes now
         self._origins = array("b")  # by serial: MADE, ...
@@ -268,6 +274,9 @@ class StorageTrace:
             serial = self._added(origin)
             self._note(serial, size)
             self._note(serial, 0)
+        if self._kept_bytes is not None and origin not in self._keeping and (kept := self._kept_bytes(func)):
+            self._keeping.add(origin)
+            self._note(self._added(MET), kept)
         return result
 
     def _hold_for_backward(self) -> None:

@@ -1,78 +1,86 @@
+"""What a trace is told about the tensors of layers, ours and bitsandbytes'."""
+
 from __future__ import annotations
 
-import bitsandbytes
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qlora_lite.memory.breakdown import Category
+from qlora_lite.config import QuantConfig
+from qlora_lite.formats import packed_bytes, statistics_bytes
+from qlora_lite.memory.breakdown import Category, MemoryBreakdown
 from qlora_lite.memory.measure import MemoryProfiler
-from qlora_lite.quantize import bnb
+from qlora_lite.memory.ownership import Ownership
+from qlora_lite.memory.trace import StorageTrace
+from qlora_lite.quantize import PackedWeight, QuantizedLinear, bnb, import_bitsandbytes
 
-WIDTH, HEIGHT = 256, 128
-
-
-def linear_4bit(nested: bool) -> nn.Module:
-    layer = bitsandbytes.nn.Linear4bit(WIDTH, HEIGHT, bias=False, compress_statistics=nested, quant_type="nf4")
-    return layer.to("cpu")
-
-
-class Adapted(nn.Module):
-    """y = W0 x + B A x, as peft has it around a layer of bitsandbytes."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.lora_A, self.lora_B = nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, HEIGHT, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.lora_B(self.lora_A(x))
+OUT, IN = 96, 128
+FLOAT = 4
+CODE_4BIT = 16 * FLOAT  # what codes stand for: bitsandbytes keeps it beside the statistics, and ours needs no table
 
 
-def sizes_after_a_step(model: nn.Module) -> dict[tuple[Category, str | None], int]:
-    """What is alive at the end of a step, of what the profiler says to know."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
-    with MemoryProfiler(model, optimizer) as profiler:
-        with profiler.phase("step"):
-            model(torch.ones(2, WIDTH)).sum().backward()
-            optimizer.step()
-        with profiler.phase("after"):
-            pass
-    found = profiler.report().phase("after")
-    assert found is not None and found.breakdown is not None
-    return dict(found.breakdown)
+def theirs(format: str, double_quant: bool) -> nn.Module:
+    bnb = import_bitsandbytes("bitsandbytes.nn")
+    if format == "int8":
+        layer: Any = bnb.Linear8bitLt(IN, OUT, bias=True, has_fp16_weights=False)
+    else:
+        layer = bnb.Linear4bit(IN, OUT, bias=True, quant_type=format, compress_statistics=double_quant)
+    weight = layer.weight
+    layer.weight = type(weight)(torch.randn(OUT, IN), requires_grad=False, **weight.__dict__).to("cpu")
+    return layer.requires_grad_(False)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_weights_and_statistics_of_a_4bit_layer_of_bitsandbytes(nested: bool) -> None:
-    model = Adapted(linear_4bit(nested))
-    state = model.base.weight.quant_state
-    statistics = state.absmax.nbytes + state.code.nbytes
-    if nested:
-        statistics += state.offset.nbytes + state.state2.absmax.nbytes + state.state2.code.nbytes
-    adapters = {"lora_A": 4 * WIDTH * 4, "lora_B": 4 * HEIGHT * 4}
-    expected = {(Category.BASE_WEIGHT, "base"): WIDTH * HEIGHT // 2, (Category.QUANT_STATE, "base"): statistics}
-    for category in (Category.ADAPTER, Category.GRADIENT, Category.OPTIMIZER_STATE):
-        expected |= {(category, name): size for name, size in adapters.items()}
-    assert sizes_after_a_step(model) == expected
+def labelled(model: nn.Module, *also: Any) -> MemoryBreakdown:
+    ownership, trace = Ownership(), StorageTrace()
+    ownership.track(model, *also)
+    with trace:
+        ownership.label(trace)
+    ownership.let_go()
+    return trace.peak()[1]
 
 
-def test_weights_and_statistics_of_an_8bit_layer_of_bitsandbytes() -> None:
-    layer = bitsandbytes.nn.Linear8bitLt(WIDTH, HEIGHT, bias=False, has_fp16_weights=False).to("cpu")
-    layer(torch.ones(2, WIDTH))  # which moves codes and statistics from the weight to the layer's state
-    found = sizes_after_a_step(Adapted(layer))
-    assert found[Category.BASE_WEIGHT, "base"] == WIDTH * HEIGHT
-    assert found[Category.QUANT_STATE, "base"] == 4 * HEIGHT
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_packed_layers_of_bitsandbytes_are_weights_and_statistics(format: str, double_quant: bool) -> None:
+    held = labelled(nn.ModuleDict({"layer": theirs(format, double_quant)}))
+    assert held[Category.BASE_WEIGHT, "layer"] == packed_bytes((OUT, IN), format) + OUT * FLOAT
+    table = 0 if format == "int8" else CODE_4BIT
+    assert held[Category.QUANT_STATE, "layer"] == statistics_bytes((OUT, IN), format, 64, double_quant) + table
+    assert set(held) == {(Category.BASE_WEIGHT, "layer"), (Category.QUANT_STATE, "layer")}
+
+
+def test_after_a_step_of_theirs_nothing_of_the_layer_is_unknown() -> None:
+    layer = theirs("int8", False).train()
+    layer(torch.randn(2, IN, requires_grad=True)).sum().backward()
+    held = labelled(layer).by_category()
+    assert held[Category.BASE_WEIGHT] == packed_bytes((OUT, IN), "int8") + OUT * FLOAT
+    assert held[Category.QUANT_STATE] == OUT * FLOAT
+    assert sum(held.values()) == held[Category.BASE_WEIGHT] + held[Category.QUANT_STATE]
+
+
+def test_what_is_trained_has_gradients_and_states_under_its_layer() -> None:
+    base = QuantizedLinear(PackedWeight.of(torch.randn(OUT, IN), QuantConfig()))
+    model = nn.ModuleDict({"base": base, "trained": nn.Linear(IN, 4, bias=False)})
+    optimizer = torch.optim.AdamW(model["trained"].parameters())
+    model["trained"](torch.ones(1, IN)).sum().backward()
+    optimizer.step()
+    held, size = labelled(model, optimizer), 4 * IN * FLOAT
+    assert held[Category.ADAPTER, "trained"] == held[Category.GRADIENT, "trained"] == size
+    assert held[Category.OPTIMIZER_STATE, "trained"] == 2 * size + FLOAT
+    assert held[Category.QUANT_STATE, "base"] == statistics_bytes((OUT, IN), "nf4", 64, True)
+    assert not model["trained"].weight._post_accumulate_grad_hooks
 
 
 def test_states_of_an_8bit_optimizer_belong_to_their_layers() -> None:
-    model = nn.Sequential(nn.Linear(WIDTH, HEIGHT, bias=False))
-    optimizer = bitsandbytes.optim.AdamW8bit(model.parameters())
+    model = nn.Sequential(nn.Linear(IN, OUT, bias=False))
+    optimizer = import_bitsandbytes("bitsandbytes.optim").AdamW8bit(model.parameters())
     with MemoryProfiler(model, optimizer) as profiler, profiler.phase("step"):
-        model(torch.ones(2, WIDTH)).sum().backward()
+        model(torch.ones(2, IN)).sum().backward()
         optimizer.step()
     report = profiler.report().phase("step")
     assert report is not None and report.breakdown is not None
-    blocks = WIDTH * HEIGHT // 256
+    blocks = IN * OUT // 256
     tables = 2 * bnb.create_dynamic_map().nbytes  # shared by all parameters, counted where they were met first
-    assert report.breakdown[Category.OPTIMIZER_STATE, "0"] == 2 * (WIDTH * HEIGHT + 4 * blocks) + tables
+    assert report.breakdown[Category.OPTIMIZER_STATE, "0"] == 2 * (IN * OUT + 4 * blocks) + tables

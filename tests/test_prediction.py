@@ -1,0 +1,70 @@
+"""Training rehearsed from a config beside the same training, to the byte."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
+from qlora_lite.errors import CheckpointError, ConfigError, TargetError
+from qlora_lite.memory.breakdown import Category
+from qlora_lite.memory.workspaces import CUBLAS_WORKSPACE
+from qlora_lite.prediction import read_config, rehearse_steps
+from qlora_lite.training import profile_steps
+
+NF4, TWO_STEPS = QuantConfig(), TrainConfig(steps=2)
+CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"format": "nf4", "embedding_format": "int8"}, {"checkpointing": "full"}),
+    ({"format": "int8"}, {"checkpointing": "none", "optimizer": "adamw8bit"}),
+    ({"format": "fp4", "double_quant": False}, {"checkpointing": 400_000, "gradient_accumulation": 2}),
+    ({"format": "none"}, {"checkpointing": "full"}),
+]
+
+
+@pytest.mark.parametrize(("quant", "train"), CASES)
+def test_training_takes_what_was_rehearsed(tiny_folder: Path, quant: dict[str, Any], train: dict[str, Any]) -> None:
+    settings = (QuantConfig(**quant), LoraConfig(rank=4), TrainConfig(steps=2, **train))
+    before = rehearse_steps(tiny_folder, *settings, rows=2, tokens=24)
+    after = profile_steps(tiny_folder, *settings, rows=2, tokens=24)
+    assert [phase.name for phase in before.phases] == ["load", "forward", "backward", "optimizer"]
+    for rehearsed, real in zip(before.phases, after.phases, strict=True):
+        assert rehearsed.live_peak == real.live_peak, rehearsed.name
+        assert rehearsed.peak_in == real.peak_in
+        assert rehearsed.breakdown is not None and real.breakdown is not None
+        assert rehearsed.breakdown.by_category() == real.breakdown.by_category()
+        assert rehearsed.entries == real.entries
+
+
+def test_a_config_is_enough(tiny_folder: Path, tmp_path: Path) -> None:
+    config = shutil.copyfile(tiny_folder / "config.json", tmp_path / "some.json")
+    alone = rehearse_steps(config, NF4, LoraConfig(rank=4), TWO_STEPS, rows=1, tokens=8)
+    assert alone == rehearse_steps(tiny_folder, NF4, LoraConfig(rank=4), TWO_STEPS, rows=1, tokens=8)
+
+
+def test_on_an_accelerator_attention_keeps_its_output_and_libraries_their_workspaces(tiny_folder: Path) -> None:
+    settings = (NF4, LoraConfig(rank=4), TrainConfig(steps=2, checkpointing="none"))
+    phases = [
+        rehearse_steps(tiny_folder, *settings, rows=1, tokens=64, accelerator=accelerator).phase("backward")
+        for accelerator in (False, True)
+    ]
+    on_host, on_device = (phase.breakdown.by_category() for phase in phases if phase and phase.breakdown)
+    # Beside the workspaces there is a table of 256 fp32 values that bitsandbytes keeps.
+    assert on_device[Category.OTHER] == 2 * CUBLAS_WORKSPACE + 256 * 4
+    # No scores of 64 x 64 for each of two layers and four heads, but a log-sum-exp for each row.
+    assert on_device[Category.ACTIVATION] - on_host[Category.ACTIVATION] < 2 * 4 * 64 * 64 * 2
+
+
+def test_what_training_would_refuse_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    shape = {"rows": 1, "tokens": 8}
+    with pytest.raises(TargetError, match="q_porj"):
+        rehearse_steps(tiny_folder, NF4, LoraConfig(target_modules=["q_porj"]), TWO_STEPS, **shape)
+    with pytest.raises(ConfigError, match="tokens must be at most 2048"):
+        rehearse_steps(tiny_folder, NF4, LoraConfig(), TWO_STEPS, rows=1, tokens=4096)
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"weights\.bin is no config; name a config\.json"):
+        read_config(tmp_path / "weights.bin")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_config(tmp_path / "nothing" / "here")

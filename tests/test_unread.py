@@ -1,0 +1,75 @@
+"""A checkpoint of shapes alone, beside the files that such a model is saved as."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_lite import hub
+from qlora_lite.config import QuantConfig
+from qlora_lite.load import Checkpoint
+from qlora_lite.memory.rehearse import rehearsal
+from qlora_lite.quantize import PackedWeight
+from qlora_lite.unread import LaidOut, UnreadCheckpoint, UnreadTensor
+from qlora_lite.weight_rows import ToBePacked
+
+
+def mixtral(folder: Path) -> Path:
+    """A checkpoint whose files have one tensor an expert, where the model has stacks of them."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads), dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["tied", "converted"])
+def test_its_tensors_are_those_of_the_files_in_the_order_of_reading(
+    tiny_folder: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = tiny_folder if kind == "tied" else mixtral(tmp_path)
+    model = hub.empty_model(hub.read_config(folder), torch.bfloat16)
+    hub.tie(model)
+    unread, read = UnreadCheckpoint(model, QuantConfig(), torch.bfloat16), Checkpoint.of(folder, model, QuantConfig())
+    assert list(unread.tensors) == list(read.tensors)
+    for name, tensor in unread.tensors.items():
+        assert tensor.shape == read.tensors[name].shape
+
+
+def test_rows_are_had_of_tensors_that_nobody_wrote() -> None:
+    tensor = UnreadTensor("stack", torch.bfloat16, (3, 4, 5))
+    with rehearsal():
+        assert tensor.rows(1, 3).shape == (2, 4, 5)
+        assert tensor.part(1).rows(0, 2).shape == (2, 5)
+        assert UnreadTensor("scale", torch.float32, ()).rows(0, 1).shape == ()
+    assert tensor.part(1) == UnreadTensor("stack[1]", torch.bfloat16, (4, 5))
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_what_is_laid_out_has_the_buffers_of_what_is_packed(format: str, double_quant: bool) -> None:
+    config = QuantConfig(format=format, double_quant=double_quant)
+    laid_out = LaidOut((48, 96), format, config)
+    made, packed = laid_out.pack(torch.device("cpu")), PackedWeight.of(torch.randn(48, 96), config)
+    assert {name: (buffer.shape, buffer.dtype) for name, buffer in made.named_buffers()} == {
+        name: (buffer.shape, buffer.dtype) for name, buffer in packed.named_buffers()
+    }
+    weight = UnreadTensor("weight", torch.bfloat16, (48, 96))
+    assert laid_out.step == ToBePacked(weight, config, format, torch.bfloat16).step
+
+
+def test_packing_runs_once_for_each_shape_and_format(tiny_folder: Path) -> None:
+    model = hub.empty_model(hub.read_config(tiny_folder), torch.bfloat16)
+    hub.tie(model)
+    checkpoint = UnreadCheckpoint(model, QuantConfig(embedding_format="int8"), torch.float16)
+    run, shapes = Counter(), set()
+    for slot in checkpoint.slots(model):
+        shapes.add((tuple(slot.weight.shape), slot.format))
+        (source,) = checkpoint.sources(slot.name, slot, torch.bfloat16)
+        run[(source.shape, slot.format)] += isinstance(source, ToBePacked)
+    assert set(run) == shapes
+    assert set(run.values()) == {1}
