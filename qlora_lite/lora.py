@@ -164,7 +164,8 @@ class LoraLayer(nn.Module):
 
     def _pieces(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows in fp32) of W0 as it is stored."""
-        for part, rows in row_slices(self.base_layer.weight, torch.float32):  # type: ignore[arg-type]
+        weight: Any = self.base_layer.weight
+        for part, rows in row_slices(weight, torch.empty(0, device=self.lora_A.device)):
             yield part.start, rows.detach()
 
     @torch.no_grad()
