@@ -70,16 +70,16 @@ class Delta:
 
         1 in place of 0, so that a row of zeros stays one.
         """
-        found: list[Tensor] = []
+        found = self.left.new_empty(self.left.shape[0])
         squares = torch.zeros(self.right.shape[1], dtype=torch.float64, device=self.right.device)
         for first, rows in pieces:
-            for _, tile, left in self._tiles(rows, first):
+            for part, tile, left in self._tiles(rows, first):
                 total = torch.addmm(tile, left, self.right, alpha=self.scaling)
                 if self.by_columns:
                     squares += total.square_().sum(0, dtype=torch.float64)
                 else:
-                    found.append(torch.linalg.vector_norm(total, dim=1))
-        return _not_zero(squares.sqrt().float() if self.by_columns else torch.cat(found))
+                    found[part] = torch.linalg.vector_norm(total, dim=1)
+        return _not_zero(squares.sqrt().float() if self.by_columns else found)
 
     def measured(self, pieces: Callable[[], Pieces]) -> Delta:
         """With the norms of the columns, for which all of W0 is read once if they are needed."""

@@ -229,12 +229,12 @@ def test_what_cannot_start_so_is_refused_and_nothing_is_changed(tiny_folder: Pat
         add_lora_(unpacked, LoraConfig(2, target_modules=["q_proj"], init="loftq"))
 
 
-@pytest.mark.parametrize("init", ["pissa", "loftq"])
-def test_memory_is_rehearsed_with_every_start(tiny_folder: Path, init: str) -> None:
+@pytest.mark.parametrize(("init", "variant"), [("pissa", "lora"), ("loftq", "lora"), ("normal", "dora")])
+def test_memory_is_rehearsed_with_every_start(tiny_folder: Path, init: str, variant: str) -> None:
     from qlora_lite.config import TrainConfig
     from qlora_lite.prediction import rehearse_steps
 
     report = rehearse_steps(
-        tiny_folder, QuantConfig(), LoraConfig(2, init=init), TrainConfig(steps=1), rows=1, tokens=8
+        tiny_folder, QuantConfig(), LoraConfig(2, init=init, variant=variant), TrainConfig(steps=1), rows=1, tokens=8
     )
     assert [phase.name for phase in report.phases][:2] == ["load", "forward"]
