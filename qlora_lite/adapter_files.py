@@ -7,8 +7,7 @@ shapes are ours.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from qlora_lite.config import ALL_LINEAR, LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
 from qlora_lite.lora import LoraLayer
-from qlora_lite.modules import answers_to, is_transposed_linear, replace_modules_
+from qlora_lite.modules import answers_to, replace_modules_
+from qlora_lite.peft_config import adaptable_names, peft_config
 from qlora_lite.storage import PlannedTensor, new_folder, planned, read_json, write_json, write_safetensors
 from qlora_lite.tensor_files import read_safetensors
 
@@ -35,6 +35,7 @@ SUFFIXES = {
     "lora_B.weight": "lora_B",
     "lora_embedding_A": "lora_A",
     "lora_embedding_B": "lora_B",
+    "lora_magnitude_vector": "lora_magnitude",
 }
 Pairs = dict[str, dict[str, Tensor]]
 # Options of peft that say what the adapter computes, each with the LoraConfig field that means the same.
@@ -73,6 +74,7 @@ HARMLESS_OPTIONS = frozenset(
         "runtime_config",
         "target_modules",
         "task_type",
+        "use_dora",
     }
 )
 # With one of these, fewer layers are adapted than target_modules says.
@@ -82,80 +84,19 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def peft_key(name: str, kind: Kind, part: str) -> str:
-    """peft's key of a layer's matrix; part: A or B."""
+    """peft's key of a layer's matrix; part: A, B or magnitude."""
+    if part == "magnitude":
+        return f"{PREFIX}{name}.lora_magnitude_vector"
     if isinstance(kind, EmbeddingKind):
         return f"{PREFIX}{name}.lora_embedding_{part}"
     return f"{PREFIX}{name}.lora_{part}.weight"
 
 
-def _adaptable_names(model: nn.Module) -> set[str]:
-    """Names of the layers that have an adapter or could get one."""
-    return {
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, LoraLayer) or kind_of(module) is not None) and not name.endswith(".base_layer")
-    }
-
-
-def _common_ends(names: Iterable[str], model: nn.Module) -> list[str] | None:
-    """Last parts of these names if they mean exactly these layers, else None."""
-    names = set(names)
-    ends = sorted({name.rpartition(".")[2] for name in names})
-    meant = {name for name in _adaptable_names(model) if any(answers_to(name, end) for end in ends)}
-    return ends if meant == names else None
-
-
-def _usual_and_patterns(numbers: Mapping[str, float], model: nn.Module) -> tuple[float, dict[str, float]]:
-    """The number of most layers, and patterns for the others.
-
-    No layer answers to two patterns of different numbers: peft sorts them when it saves, and the first one decides.
-    """
-    ((usual, _),) = Counter(numbers.values()).most_common(1)
-    patterns: dict[str, float] = {}
-    for number in sorted(set(numbers.values()) - {usual}):
-        names = [name for name, its in numbers.items() if its == number]
-        ends = _common_ends(names, model)
-        for pattern in [f"^{re.escape(name)}" for name in names] if ends is None else map(re.escape, ends):
-            patterns[pattern] = number
-    return usual, patterns
-
-
-def _is_transposed(layer: LoraLayer) -> bool:
-    return is_transposed_linear(layer.base_layer) or bool(getattr(layer.base_layer, "transposed", False))
-
-
-def _peft_config(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Any]:
-    shared = {(layer.dropout, layer.rslora) for layer in layers.values()}
-    if len(shared) != 1:
-        raise ConfigError(
-            f"adapters in one file have the same dropout and rslora; got (dropout, rslora) {sorted(shared)}"
-        )
-    ((dropout, rslora),) = shared
-    rank, rank_pattern = _usual_and_patterns({name: layer.rank for name, layer in layers.items()}, model)
-    alpha, alpha_pattern = _usual_and_patterns({name: layer.alpha for name, layer in layers.items()}, model)
-    source = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
-        "base_model_name_or_path": source or None,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "use_rslora": rslora,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "target_modules": _common_ends(layers, model) or sorted(layers),
-        "bias": "none",
-        # Says that weights lie as (in, out); which layers that is true of, each layer says itself.
-        "fan_in_fan_out": any(_is_transposed(layer) for layer in layers.values()),
-        "inference_mode": True,
-    }
-
-
 def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
-    """Writes A, B and their configuration; `peft.PeftModel.from_pretrained(base, folder)` reads them.
+    """Writes A, B, magnitudes and their configuration; `peft.PeftModel.from_pretrained(base, folder)` reads them.
 
-    Ranks and alphas may differ between the layers. Raises CheckpointError for a folder with something in it unless
+    Ranks and alphas may differ between the layers. Layers whose update is counted from a start (PiSSA) are written as
+    ordinary ones of twice the rank, for the plain base. Raises CheckpointError for a folder with something in it unless
     `overwrite`, TargetError without adapters, ConfigError if they differ in dropout or rslora.
     """
     layers = lora_layers(model)
@@ -167,9 +108,11 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
         )
     tensors: dict[str, PlannedTensor] = {}
     for name, layer in layers.items():
-        tensors[peft_key(name, layer.kind, "A")] = planned(layer.lora_A)
-        tensors[peft_key(name, layer.kind, "B")] = planned(layer.lora_B)
-    config = _peft_config(model, layers)
+        for part, factor in zip("AB", layer.factors, strict=True):
+            tensors[peft_key(name, layer.kind, part)] = planned(factor.detach())
+        if layer.lora_magnitude is not None:
+            tensors[peft_key(name, layer.kind, "magnitude")] = planned(layer.lora_magnitude)
+    config = peft_config(model, layers)
     with new_folder(Path(folder), overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)
         write_json(temporary / CONFIG_FILE, config)
@@ -195,6 +138,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _numbers(config: dict[str, Any], path: Path) -> LoraConfig:
     """Rank, alpha and all else that decides what A and B compute; which layers have them, their keys say."""
     given: dict[str, Any] = {field: config.get(option) for option, field in NUMBERS.items()}
+    given["variant"] = "dora" if config.get("use_dora") else "lora"
     try:
         return LoraConfig(**{field: value for field, value in given.items() if value is not None or field in REQUIRED})
     except ConfigError as error:
@@ -217,7 +161,7 @@ def _pairs(tensors: dict[str, Tensor], path: Path) -> Pairs:
     if foreign:
         shown = ", ".join(sorted(foreign)[:8])
         raise CheckpointError(f"{path} has keys that belong to no adapter, or to one that is there already: {shown}")
-    if single := sorted(name for name, pair in pairs.items() if len(pair) < 2):
+    if single := sorted(name for name, pair in pairs.items() if not {"lora_A", "lora_B"} <= pair.keys()):
         raise CheckpointError(f"{path} has only one of A and B for: {', '.join(single[:8])}")
     if not pairs:
         raise CheckpointError(f"{path} is empty")
@@ -237,9 +181,16 @@ def _mismatches(model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Colle
         if lost := [key for part in "AB" if (key := peft_key(name, kind, part)) not in keys]:
             problems.append(f"{name} is another kind of layer here: {' and '.join(lost)} should be in the file")
             continue
+        if ("lora_magnitude" in pair) != (numbers.variant == "dora"):
+            problems.append(f"{name} has {'no ' * (len(pair) < 3)}magnitudes and use_dora says otherwise")
+            continue
+        if isinstance(module, LoraLayer) and module.variant != numbers.variant:
+            problems.append(f"{name} has a {module.variant} adapter, the file a {numbers.variant} one")
+            continue
         width, height = kind.features(base)
         rank = numbers.rank_of(name)
-        shapes = {"lora_A": (rank, width), "lora_B": (height, rank)}
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, width), "lora_B": (height, rank)}
+        shapes["lora_magnitude"] = (height,)
         for part, tensor in pair.items():
             if tuple(tensor.shape) != shapes[part]:
                 problems.append(f"{name}.{part} is {tuple(tensor.shape)}, the layer needs {shapes[part]}")
@@ -257,7 +208,7 @@ def _left_out(model: nn.Module, pairs: Collection[str], config: dict[str, Any]) 
     targets = config.get("target_modules")
     if targets in (None, ALL_LINEAR) or any(config.get(option) for option in NARROWING_OPTIONS):
         return []
-    layers = _adaptable_names(model)
+    layers = adaptable_names(model)
     if isinstance(targets, str):
         try:
             meant = {name for name in layers if re.fullmatch(targets, name)}
@@ -343,6 +294,7 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     replace_modules_(model, make)
     layers = lora_layers(model)
     for name, layer in layers.items():
+        layer.drop_start()
         layer.alpha, layer.dropout, layer.rslora = numbers.alpha_of(name), numbers.dropout, numbers.rslora
         # On meta there is nothing to copy into.
         layer.load_state_dict(pairs[name], strict=False, assign=layer.lora_A.is_meta)

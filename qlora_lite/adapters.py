@@ -12,6 +12,7 @@ from torch import nn
 from qlora_lite.config import ALL_LINEAR, LoraConfig, Targets
 from qlora_lite.errors import TargetError
 from qlora_lite.experts import stacks
+from qlora_lite.initial import check_start, originals_of, start_
 from qlora_lite.layer_kinds import LinearKind, kind_of
 from qlora_lite.lora import LoraLayer
 from qlora_lite.modules import answers_to, check_all_matched, has_own_forward, replace_modules_
@@ -23,11 +24,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A and B of every LoraLayer by name."""
+    """A and B of every LoraLayer by name, and DoRA's magnitudes."""
     return {
         f"{name}.{part}" if name else part: getattr(layer, part)
         for name, layer in lora_layers(model).items()
-        for part in ("lora_A", "lora_B")
+        for part in ("lora_A", "lora_B", "lora_magnitude")
+        if getattr(layer, part) is not None
     }
 
 
@@ -112,6 +114,7 @@ def adapted(name: str, layer: nn.Module, config: LoraConfig, dtype: torch.dtype)
         dropout=config.dropout,
         adapter_dtype=dtype,
         rslora=config.rslora,
+        variant=config.variant,
     )
     return wrapped.train(layer.training)
 
@@ -119,13 +122,17 @@ def adapted(name: str, layer: nn.Module, config: LoraConfig, dtype: torch.dtype)
 def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
     """Puts a LoraLayer around every targeted layer, freezes all else, and returns the names of the adapted layers.
 
-    The model computes what it did before, since B starts at zero. Raises TargetError for targets that match nothing
-    or are adapted already, and for patterns that decide for none of them; the model is then as it was.
+    The model computes what it did before; with init `loftq` what it did before it was packed, more nearly. Raises
+    TargetError for targets that match nothing or are adapted already, and for patterns that decide for none of them;
+    ConfigError, CheckpointError for layers that cannot start as `config.init` says. The model is then as it was.
     """
     chosen = set(select_targets(model, config.target_modules))
     # A layer that has several names is adapted under its first.
-    if idle := config.idle_patterns([name for name, _ in model.named_modules() if name in chosen]):
+    targets = {name: module for name, module in model.named_modules() if name in chosen}
+    if idle := config.idle_patterns(targets):
         raise TargetError("; ".join(idle))
+    check_start(targets, config)
+    originals = originals_of(model, targets, config.init)
 
     def make(name: str, layer: nn.Module) -> nn.Module | None:
         if name not in chosen:
@@ -133,6 +140,8 @@ def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
         return adapted(name, layer, config, config.adapter_dtype)
 
     added = replace_modules_(model, make)
+    for name, layer in lora_layers(model).items():
+        start_(layer, name, config.init, originals)
     freeze_base_(model)
     return added
 

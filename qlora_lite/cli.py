@@ -96,10 +96,13 @@ def train(
     rank: Rank = 16,
     alpha: Alpha = 32.0,
     rslora: RankStabilized = False,
+    variant: Annotated[str, typer.Option(help="lora, or dora.")] = "lora",
+    init: Annotated[str, typer.Option(help="normal, kaiming, gaussian, orthogonal, pissa or loftq.")] = "normal",
     dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
     targets: Annotated[str, typer.Option(help="all-linear, or layer names with commas.")] = "all-linear",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-4,
+    lora_plus_ratio: Annotated[float, typer.Option(help="LoRA+: B learns at so many times A's rate.")] = 1.0,
     warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 2,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
@@ -137,11 +140,12 @@ def train(
         format, blocksize, double_quant, int8_activations=int8_activations, embedding_format=embedding_format
     )
     names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-    lora = LoraConfig(rank, alpha, dropout, names, rslora=rslora)
+    lora = LoraConfig(rank, alpha, dropout, names, rslora=rslora, init=init, variant=variant)
     config = TrainConfig(
         steps=steps,
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,
+        lora_plus_ratio=lora_plus_ratio,
         gradient_accumulation=gradient_accumulation,
         optimizer=optimizer,
         seed=seed,
@@ -253,29 +257,9 @@ def quantize(
 @app.command()
 def env(json: Json = False) -> None:
     """Show versions, the machine, and whether its CPU multiplies bf16."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
+    from qlora_lite.environment import environment
 
-    import psutil
-    import torch
-
-    from qlora_lite.low_rank import cpu_multiplies_bf16
-
-    def version_of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    figures: dict[str, Any] = {"python": platform.python_version()}
-    for package in ("qlora-lite", "torch", "bitsandbytes", "accelerate", "safetensors", "transformers", "peft"):
-        figures[package] = version_of(package)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    figures["cores"] = psutil.cpu_count()
-    figures["memory_bytes"] = psutil.virtual_memory().total
-    figures["accelerator"] = str(accelerator) if accelerator else "none"
-    figures["cpu_multiplies_bf16"] = cpu_multiplies_bf16()
-    _finish(figures, json)
+    _finish(environment(), json)
 
 
 def _terminate(number: int, frame: object) -> None:

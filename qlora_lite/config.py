@@ -18,6 +18,8 @@ from qlora_lite.modules import first_pattern, layer_pattern
 FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 ALL_LINEAR = "all-linear"
+VARIANTS = ("lora", "dora")
+INITS = ("normal", "kaiming", "gaussian", "orthogonal", "pissa", "loftq")
 OPTIMIZERS = ("adamw", "adamw8bit")
 CHECKPOINTING = ("none", "full")
 BYTE_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -104,6 +106,11 @@ def check_lora_numbers(rank: object, alpha: object, dropout: object) -> None:
     require(is_finite(dropout) and 0 <= dropout < 1, "dropout must be in [0, 1)", dropout)  # type: ignore[operator]
 
 
+def check_variant(variant: object) -> None:
+    """ConfigError for what is no variant of LoRA that is known here."""
+    require(variant in VARIANTS, f"variant must be one of {', '.join(VARIANTS)}", variant)
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """How a frozen base is stored.
@@ -159,6 +166,10 @@ class LoraConfig:
     rank_pattern, alpha_pattern: {pattern: number} for layers that get another rank or alpha than the others, as in
         peft: a pattern is a regular expression for a layer's whole name or its last parts, and the first one that
         matches decides. One that decides for no adapted layer is an error (TargetError of `add_lora_`).
+    init: how A and B start (initial.py): `normal` (A from N(0, 0.02), B zero); `kaiming`, `gaussian`, `orthogonal` as
+        peft does; `pissa`, with the principal part of the base; `loftq`, making up for the error of packing, which
+        reads the checkpoint that the model was loaded from.
+    variant: `lora`; or `dora`, which also trains the norm of each row of the weight (see LoraLayer).
     """
 
     rank: int = 16
@@ -169,6 +180,8 @@ class LoraConfig:
     rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    init: str = "normal"
+    variant: str = "lora"
 
     def __post_init__(self) -> None:
         check_lora_numbers(self.rank, self.alpha, self.dropout)
@@ -180,6 +193,8 @@ class LoraConfig:
             named = listed and bool(targets) and all(isinstance(name, str) for name in targets)
             require(named, "target_modules must be a string, a list of names or a function", targets)
         require(isinstance(self.rslora, bool), "rslora must be True or False", self.rslora)
+        check_variant(self.variant)
+        require(self.init in INITS, f"init must be one of {', '.join(INITS)}", self.init)
         _check_patterns("rank_pattern", self.rank_pattern, check_rank)
         _check_patterns("alpha_pattern", self.alpha_pattern, check_alpha)
 
@@ -212,6 +227,8 @@ class TrainConfig:
     steps: optimizer steps; each uses `gradient_accumulation` batches.
     warmup_steps: the learning rate rises linearly to `learning_rate` over them, then falls as a cosine to 0.
     max_grad_norm: the joint 2-norm of all gradients is clipped to it; None clips nothing.
+    lora_plus_ratio: how many times the learning rate of A that of B (and of DoRA's magnitudes) is: LoRA+
+        (arXiv:2402.12354), where 16 is proposed with a smaller `learning_rate`; 1 has all learn at one rate.
     optimizer: `adamw` (fp32 states) or `adamw8bit` (bitsandbytes' blockwise 8-bit states).
     checkpointing: `full` keeps only the inputs of each block for backward, computing the rest again; `none` keeps
         products and attention of all blocks; a number of bytes keeps attention outputs, and then whole blocks, as
@@ -224,6 +241,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     gradient_accumulation: int = 1
     max_grad_norm: float | None = 1.0
+    lora_plus_ratio: float = 1.0
     optimizer: str = "adamw"
     checkpointing: str | int = "full"
     seed: int = 0
@@ -242,6 +260,9 @@ class TrainConfig:
         require(is_count(accumulation, 1), "gradient_accumulation must be an integer of at least 1", accumulation)
         norm = self.max_grad_norm
         require(norm is None or (is_finite(norm) and norm > 0), "max_grad_norm must be None or above 0", norm)
+        ratio = self.lora_plus_ratio
+        require(is_finite(ratio) and ratio >= 1, "lora_plus_ratio must be a finite number of at least 1", ratio)
+        require(rate * ratio <= largest, f"lora_plus_ratio must be at most {largest / rate:g} with this rate", ratio)
         require(self.optimizer in OPTIMIZERS, f"optimizer must be one of {', '.join(OPTIMIZERS)}", self.optimizer)
         kinds = ", ".join(CHECKPOINTING)
         dial = self.checkpointing

@@ -1,15 +1,26 @@
-"""The update of a weight, scaling * B A, as a merge adds it: in tiles, so that slices and wholes come out the same."""
+"""What an adapter makes of a weight, as a merge computes it: in tiles, so that slices and wholes come out the same.
+
+LoRA    W0 + scaling * B A
+DoRA    m * (W0 + scaling * B A) / ||W0 + scaling * B A||      norms of the rows of `(out, in)`, m: magnitudes
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+
+Pieces = Iterable[tuple[int, Tensor]]
 
 
 @dataclass(frozen=True)
 class Delta:
     """scaling * left right, the update of a stored weight: left `(rows, rank)`, right `(rank, columns)`, both fp32.
+
+    magnitude: DoRA's m (arXiv:2402.09353, equation 5), fp32, one for each row of the stored weight, or for each column
+    with `by_columns`, where it lies as `(in, out)`. norms: of the columns, which no slice of rows has: `measured`.
 
     Sums are always computed in the same tiles of rows, so that a weight which is merged a slice at a time is, bit for
     bit, the one that is merged at once.
@@ -18,6 +29,9 @@ class Delta:
     left: Tensor
     right: Tensor
     scaling: float
+    magnitude: Tensor | None = None
+    by_columns: bool = False
+    norms: Tensor | None = None
 
     TILE_ROWS = 64
 
@@ -28,18 +42,57 @@ class Delta:
     @property
     def transposed(self) -> Delta:
         """The update of the weight the other way round."""
-        return Delta(self.right.T.contiguous(), self.left.T.contiguous(), self.scaling)
+        left, right = self.right.T.contiguous(), self.left.T.contiguous()
+        return Delta(left, right, self.scaling, self.magnitude, not self.by_columns)
 
-    def add_to_(self, rows: Tensor, first: int) -> Tensor:
-        """Adds its rows from `first` on, a multiple of TILE_ROWS, to these (fp32), and returns them."""
+    def _tiles(self, rows: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(which rows of the weight, those of `rows`, those of left) of each tile."""
         for start in range(0, rows.shape[0], self.TILE_ROWS):
             tile = rows[start : start + self.TILE_ROWS]
-            left = self.left[first + start : first + start + tile.shape[0]]
+            part = slice(first + start, first + start + tile.shape[0])
+            yield part, tile, self.left[part]
+
+    def add_to_(self, rows: Tensor, first: int) -> Tensor:
+        """Makes what the adapter makes of these rows of W0 (fp32), from `first` on, a multiple of TILE_ROWS."""
+        for part, tile, left in self._tiles(rows, first):
             tile.addmm_(left, self.right, alpha=self.scaling)
+            if self.magnitude is None:
+                continue
+            if self.by_columns:
+                assert self.norms is not None  # measured
+                tile.mul_(self.magnitude / self.norms)
+            else:
+                tile.mul_((self.magnitude[part] / _not_zero(torch.linalg.vector_norm(tile, dim=1)))[:, None])
         return rows
 
+    def norms_of(self, pieces: Pieces) -> Tensor:
+        """Norms of W0 + scaling * B A by rows, or columns; pieces: (first row, rows of W0 in fp32), left as they are.
+
+        1 in place of 0, so that a row of zeros stays one.
+        """
+        found = self.left.new_empty(self.left.shape[0])
+        squares = torch.zeros(self.right.shape[1], dtype=torch.float64, device=self.right.device)
+        for first, rows in pieces:
+            for part, tile, left in self._tiles(rows, first):
+                total = torch.addmm(tile, left, self.right, alpha=self.scaling)
+                if self.by_columns:
+                    squares += total.square_().sum(0, dtype=torch.float64)
+                else:
+                    found[part] = torch.linalg.vector_norm(total, dim=1)
+        return _not_zero(squares.sqrt().float() if self.by_columns else found)
+
+    def measured(self, pieces: Callable[[], Pieces]) -> Delta:
+        """With the norms of the columns, for which all of W0 is read once if they are needed."""
+        if self.magnitude is None or not self.by_columns:
+            return self
+        return replace(self, norms=self.norms_of(pieces()))
+
     def squared_norm(self) -> float:
-        """The sum of its squares, from products of rank x rank values: tr(L^T L R R^T)."""
+        """The sum of squares of scaling * B A, from products of rank x rank values: tr(L^T L R R^T)."""
         left, right = self.left.double(), self.right.double()
         # Where the products cancel, rounding may leave less than nothing.
         return self.scaling * self.scaling * max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
+
+
+def _not_zero(norms: Tensor) -> Tensor:
+    return norms.masked_fill(norms == 0, 1)

@@ -46,6 +46,7 @@ from qlora_lite.weight_rows import (
     merged_rows,
     packed_ahead,
     packed_rows,
+    whole_slices,
 )
 
 # Of fp32 values at once: what stays in the caches while it is summed, cast and measured.
@@ -123,13 +124,14 @@ def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[
     """
     stored = tensors_in(Path(folder) / TENSOR_FILE)
 
-    def delta(layer: LoraLayer, keys: tuple[str, str]) -> Delta:
-        lora_A, lora_B = (stored[key].read() for key in keys)
-        return layer.kind.delta(lora_A, lora_B, layer.scaling)
+    def delta(layer: LoraLayer, keys: list[str]) -> Delta:
+        lora_A, lora_B, *sizes = (stored[key].read() for key in keys)
+        return layer.kind.delta(lora_A, lora_B, layer.scaling, sizes[0].float() if sizes else None)
 
     found: dict[str, Callable[[], Delta]] = {}
     for name, layer in lora_layers(model).items():
-        keys = peft_key(name, layer.kind, "A"), peft_key(name, layer.kind, "B")
+        parts = ("A", "B") if layer.lora_magnitude is None else ("A", "B", "magnitude")
+        keys = [peft_key(name, layer.kind, part) for part in parts]
         found[f"{name}.weight"] = functools.partial(delta, layer, keys)
         layer.to("meta")
     release_freed_pages()
@@ -197,7 +199,8 @@ class ExportPlan:
         if self.base == ORIGINAL and original is not None:
             chosen, other = original, trained if is_packed else None
         delta = None if weight.delta is None else functools.partial(origin.delta, weight)
-        self.sources.append(Sources(weight.name, trained, original, delta))
+        low_rank = weight.delta is None or weight.delta.magnitude is None
+        self.sources.append(Sources(weight.name, trained, original, delta, low_rank))
         write = _Writing(chosen, other, delta, weight.name, self)
         self.tensors[weight.name] = PlannedTensor(weight.shape, self.dtype, write.slices)
 
@@ -210,7 +213,12 @@ class ExportPlan:
         """The models that the export is verified against; the written one is read back from the files."""
         rest = {name: tensor.slices for name, tensor in self.tensors.items()}  # integers: the same in all
         base = Weights(rest | {source.name: functools.partial(source.base, SLICE_BYTES) for source in self.sources})
-        deltas = _Made({source.name: source.delta for source in self.sources if source.delta is not None})
+        apart = {source.name: source.delta for source in self.sources if source.delta is not None and source.low_rank}
+        whole = {
+            source.name: functools.partial(source.merged, False, torch.float32, SLICE_BYTES)
+            for source in self.sources
+            if not source.low_rank
+        }
         merged = {self.base: Weights({name: _read(stored) for name, stored in written.items()})}
         missing: dict[str, str] = {}
         other = ORIGINAL if self.base == DEQUANTIZED else DEQUANTIZED
@@ -224,7 +232,7 @@ class ExportPlan:
                 for source in self.sources
             }
             merged[other] = Weights(rest | made)
-        return Compared(base, Weights(base.tensors, deltas), merged, missing)
+        return Compared(base, Weights({**base.tensors, **whole}, _Made(apart)), merged, missing)
 
     def report(self) -> MergeReport:
         name = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == self.dtype)
@@ -263,7 +271,8 @@ class _Writing:
         figures = TensorFigures(self.name, values=0)
         delta = None if self.delta is None else self.delta()
         if delta is not None:
-            figures.update = delta.squared_norm()
+            delta = delta.measured(lambda: whole_slices(self.chosen, delta, SLICE_BYTES))
+            figures.update = delta.squared_norm() if delta.magnitude is None else 0.0
         forms = zip(self.chosen) if self.other is None else zip(self.chosen, self.other, strict=True)
         for start, (rows, *other) in aligned_slices(forms, delta, SLICE_BYTES):
             yield self._written(rows, other[0] if other else None, start, delta, figures)
@@ -278,6 +287,9 @@ class _Writing:
         if other is not None:
             figures.add_quantization(rows, other)
         without_update = None if delta is None else rows.to(self.plan.dtype, copy=True)
+        before = None if delta is None or delta.magnitude is None else rows.clone()
         written = merged_rows(rows, start, delta, self.plan.dtype, self.name)
+        if before is not None:
+            figures.add_update(before.sub_(rows))
         figures.add_written(rows, written, without_update)
         return written

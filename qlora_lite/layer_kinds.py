@@ -40,34 +40,53 @@ class Kind(Protocol):
     def features(self, base: Any) -> tuple[int, int]:
         """(in, out) of the weight update B A, whose shape is (out, in)."""
 
-    def apply(self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The layer's output for this weight, with or without the low-rank term."""
+    def apply(
+        self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None, gain: Tensor | None = None
+    ) -> Tensor:
+        """The layer's output for this weight, with or without the low-rank term, times 1 + gain `(out,)` if given."""
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
-        """scaling * B A `(out, in)` in the orientation of the stored weight."""
+    def upright(self, weight: Tensor) -> Tensor:
+        """The stored weight as `(out, in)`."""
+
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
+        """scaling * B A `(out, in)`, and DoRA's magnitudes `(out,)`, in the orientation of the stored weight."""
+
+
+def _multiplied(y: Tensor, gain: Tensor) -> Tensor:
+    """y (1 + gain): a sum, since what is near 1 would lose in 16 bits by how much it differs."""
+    return torch.addcmul(y, y, gain.to(y.dtype))
 
 
 class LinearKind:
     def features(self, base: Any) -> tuple[int, int]:
         return base.in_features, base.out_features
 
-    def apply(self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
+    def apply(
+        self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None, gain: Tensor | None = None
+    ) -> Tensor:
         base: Any = layer.base_layer
         check_features(x, layer.in_features)
         lora_A, lora_B = lora or (None, None)
-        return adapted_linear(
+        y = adapted_linear(
             x,
             weight,
-            base.bias,
+            base.bias if gain is None else None,
             lora_A,
             lora_B,
             scaling=layer.scaling,
             dropout=layer.dropout if layer.training else 0.0,
             compute_dtype=getattr(base, "compute_dtype", None),
         )
+        if gain is not None:
+            y = _multiplied(y, gain)
+            y = y if base.bias is None else y.add_(base.bias.to(y.dtype))
+        return y
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
-        return Delta(lora_B.float(), lora_A.float(), scaling)
+    def upright(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
+        return Delta(lora_B.float(), lora_A.float(), scaling, magnitude)
 
 
 class TransposedLinearKind(LinearKind):
@@ -76,11 +95,16 @@ class TransposedLinearKind(LinearKind):
     def features(self, base: Any) -> tuple[int, int]:
         return base.weight.shape[0], base.weight.shape[1]
 
-    def apply(self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
-        return super().apply(layer, x, weight.T, lora)
+    def apply(
+        self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None, gain: Tensor | None = None
+    ) -> Tensor:
+        return super().apply(layer, x, weight.T, lora, gain)
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
-        return super().delta(lora_A, lora_B, scaling).transposed
+    def upright(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
+        return super().delta(lora_A, lora_B, scaling, magnitude).transposed
 
 
 class _TokenColumns(torch.autograd.Function):
@@ -120,7 +144,9 @@ class EmbeddingKind:
         if kind not in (torch.int64, torch.int32):
             raise InputError(f"an embedding takes tokens of dtype int64 or int32; got {kind}")
 
-    def apply(self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None) -> Tensor:
+    def apply(
+        self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None, gain: Tensor | None = None
+    ) -> Tensor:
         base: Any = layer.base_layer
         self._check_tokens(base, x)
         try:
@@ -137,7 +163,7 @@ class EmbeddingKind:
             low = _TokenColumns.apply(lora_A, x, base.padding_idx, frequency, sparse)
             low = F.dropout(low, layer.dropout, layer.training).to(y.dtype)
             y = y + (low @ lora_B.to(y.dtype).T) * layer.scaling
-        return self._limit_norm(base, y)
+        return self._limit_norm(base, y if gain is None else _multiplied(y, gain))
 
     def _limit_norm(self, base: Any, rows: Tensor) -> Tensor:
         """Rows longer than `max_norm` are shortened to it: those that are returned, not those that are stored."""
@@ -146,8 +172,12 @@ class EmbeddingKind:
         norm = rows.norm(base.norm_type, dim=-1, keepdim=True)
         return torch.where(norm > base.max_norm, rows * (base.max_norm / (norm + MAX_NORM_EPS)), rows)
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
-        return Delta(lora_A.float().T.contiguous(), lora_B.float().T.contiguous(), scaling)
+    def upright(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
+        left, right = lora_A.float().T.contiguous(), lora_B.float().T.contiguous()
+        return Delta(left, right, scaling, magnitude, by_columns=True)
 
 
 def kind_of(base: nn.Module) -> Kind | None:

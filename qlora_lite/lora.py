@@ -11,17 +11,19 @@ unmerged weights are the old ones bit for bit, packed bases can be merged too, a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.config import check_lora_numbers, is_count, require
+from qlora_lite.config import check_lora_numbers, check_variant, is_count, require
 from qlora_lite.delta import Delta
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.finite import cast_finite
 from qlora_lite.layer_kinds import kind_of
-from qlora_lite.low_rank import dense
+from qlora_lite.low_rank import dense, row_slices
+from qlora_lite.modules import is_transposed_linear
 
 INIT_STD = 0.02
 
@@ -36,12 +38,21 @@ class LoraLayer(nn.Module):
     are trainable: the base is frozen here. dropout acts in training, on the input of A (linear) or on the looked-up
     columns of A (embedding).
 
+    variant: `lora`, or `dora` (arXiv:2402.09353): y = m * (W0 x + scaling * B A x) / n, n `(out,)` the norms of the
+    rows of W0 + scaling * B A, through which no gradient goes (section 4.3); the magnitudes m, lora_magnitude `(out,)`,
+    are trained too and begin as n. Dropout acts on what is added, as without.
+
+    start_A, start_B: values of A and B that what is added is counted from, as PiSSA has it (initial.py); or None.
+
     merge_weights: permits the method of that name. Raises ConfigError for rank < 1, alpha that is not finite or
     dropout outside [0, 1), TargetError for a base that is neither linear nor embedding.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter | None
+    start_A: Tensor | None
+    start_B: Tensor | None
     merged_weight: Tensor | None
 
     def __init__(
@@ -54,8 +65,10 @@ class LoraLayer(nn.Module):
         *,
         adapter_dtype: torch.dtype = torch.float32,
         rslora: bool = False,
+        variant: str = "lora",
     ) -> None:
         super().__init__()
+        check_variant(variant)
         check_lora_numbers(rank, alpha, dropout)
         require(isinstance(rslora, bool), "rslora must be True or False", rslora)
         if not isinstance(adapter_dtype, torch.dtype) or not adapter_dtype.is_floating_point:
@@ -67,6 +80,7 @@ class LoraLayer(nn.Module):
                 f"a forward of their own (quantize_base_ takes over bitsandbytes' layers)"
             )
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, float(dropout), rslora
+        self.variant = variant
         self.merge_permitted = merge_weights
         self.adapter_enabled = True
         self.kind = kind
@@ -76,6 +90,10 @@ class LoraLayer(nn.Module):
         device = weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=adapter_dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=adapter_dtype, device=device))
+        sizes = torch.empty(self.out_features, dtype=adapter_dtype, device=device)
+        self.register_parameter("lora_magnitude", nn.Parameter(sizes) if variant == "dora" else None)
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_load_state_dict_post_hook(_merge_again)
         LoraLayer.reset_parameters(self)
@@ -83,6 +101,35 @@ class LoraLayer(nn.Module):
     @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of what is added to W0, of rank 2 r if it is counted from a start: B A - B_0 A_0.
+
+        As (B - B_0) A + B_0 (A - A_0): the differences are formed before anything is rounded, and begin as 0.
+        """
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        lora_A = torch.cat((self.lora_A, self.lora_A - self.start_A))
+        return lora_A, torch.cat((self.lora_B - self.start_B, self.start_B), dim=1)
+
+    @property
+    def plain_rank(self) -> int:
+        """The rank of `factors`."""
+        return self.rank if self.start_A is None else 2 * self.rank
+
+    @property
+    def plain_alpha(self) -> float:
+        """The alpha with which `factors` are an ordinary adapter of the same scaling."""
+        return self.alpha if self.start_A is None else self.alpha * (math.sqrt(2) if self.rslora else 2)
+
+    def keep_start(self) -> None:
+        """Counts what is added from the values that A and B have now: the layer computes what its base does."""
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def drop_start(self) -> None:
+        """Adds B A whole again."""
+        self.start_A = self.start_B = None
 
     @property
     def merged(self) -> bool:
@@ -95,42 +142,79 @@ class LoraLayer(nn.Module):
         return self.base_layer.weight if self.merged_weight is None else self.merged_weight
 
     @property
+    def stored_transposed(self) -> bool:
+        """Whether a plain checkpoint has this weight as `(in, out)`, GPT-2's Conv1D, packed or not."""
+        return is_transposed_linear(self.base_layer) or bool(getattr(self.base_layer, "transposed", False))
+
+    @property
     def bias(self) -> Tensor | None:
         return getattr(self.base_layer, "bias", None)
 
     def reset_parameters(self) -> None:
         """A from N(0, 0.02), B zero: the layer computes what its base does. An embedding's padding token has A = 0."""
+        self.drop_start()
         nn.init.normal_(self.lora_A, mean=0, std=INIT_STD)
         nn.init.zeros_(self.lora_B)
         padding_idx = getattr(self.base_layer, "padding_idx", None)
         if padding_idx is not None:
             with torch.no_grad():
                 self.lora_A[:, padding_idx].zero_()
+        self.reset_magnitude()
         _merge_again(self, None)
 
+    def _pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows in fp32) of W0 as it is stored."""
+        weight: Any = self.base_layer.weight
+        for part, rows in row_slices(weight, torch.empty(0, device=self.lora_A.device)):
+            yield part.start, rows.detach()
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """n `(out,)` in fp32: the norms of the rows of W0 + scaling * B A, from slices of W0."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return self.delta.norms_of(self._pieces())
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """m = n with A and B as they are: the layer then computes what it would without m. Nothing for `lora`."""
+        if self.lora_magnitude is not None and not self.lora_magnitude.is_meta:
+            self.lora_magnitude.copy_(self.norms())
+
+    def _gain(self) -> Tensor | None:
+        """m / n - 1 `(out,)` in fp32."""
+        return None if self.lora_magnitude is None else self.lora_magnitude.float() / self.norms() - 1
+
     def forward(self, x: Tensor) -> Tensor:
-        lora = (self.lora_A, self.lora_B)
         if self.merged_weight is not None and self.adapter_enabled:
             return self.kind.apply(self, x, self.merged_weight, None)
-        return self.kind.apply(self, x, self.base_layer.weight, lora if self.adapter_enabled else None)
+        if not self.adapter_enabled:
+            return self.kind.apply(self, x, self.base_layer.weight, None)
+        return self.kind.apply(self, x, self.base_layer.weight, self.factors, self._gain())
 
     @property
     def delta(self) -> Delta:
-        """scaling * B A in the orientation of the base weight."""
-        return self.kind.delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+        """scaling * B A, and m, in the orientation of the base weight."""
+        lora_A, lora_B = self.factors
+        sizes = None if self.lora_magnitude is None else self.lora_magnitude.detach().float()
+        return self.kind.delta(lora_A.detach(), lora_B.detach(), self.scaling, sizes)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """scaling * B A in fp32, in the orientation of the base weight."""
+        """What the adapter adds to W0, scaling * B A but for DoRA, in fp32 and the orientation of the base weight."""
         delta = self.delta
+        if delta.magnitude is not None:
+            return self.effective_weight(torch.float32) - dense(self.base_layer.weight, torch.float32)  # type: ignore[arg-type]
         return delta.add_to_(torch.zeros(delta.shape, device=self.lora_A.device), 0)
 
     @torch.no_grad()
     def effective_weight(self, dtype: torch.dtype, name: str = "the merged weight") -> Tensor:
-        """W0 + scaling * B A, unpacked and summed in fp32, then cast. QuantizationError, naming it, on overflow."""
+        """W0 + scaling * B A (DoRA: times m / n), unpacked and summed in fp32, then cast.
+
+        QuantizationError, naming it, on overflow.
+        """
         base: Any = self.base_layer.weight
         weight = base.detach().to(torch.float32, copy=True) if isinstance(base, Tensor) else dense(base, torch.float32)
-        return cast_finite(self.delta.add_to_(weight, 0), dtype, name)
+        return cast_finite(self.delta.measured(self._pieces).add_to_(weight, 0), dtype, name)
 
     def merge_weights(self, dtype: torch.dtype | None = None, name: str = "the merged weight") -> None:
         """Uses W0 + scaling * B A from now on; does nothing if it does already.
@@ -156,7 +240,7 @@ class LoraLayer(nn.Module):
         return getattr(base, "compute_dtype", None) or getattr(base, "output_dtype", None) or torch.float32
 
     def extra_repr(self) -> str:
-        facts = {name: getattr(self, name) for name in ("rank", "alpha", "rslora", "dropout", "merged")}
+        facts = {name: getattr(self, name) for name in ("rank", "alpha", "rslora", "variant", "dropout", "merged")}
         return ", ".join(f"{name}={value}" for name, value in facts.items())
 
 

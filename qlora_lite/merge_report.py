@@ -31,8 +31,8 @@ class TensorFigures:
     """Sums over the values of one exported tensor; norms are their roots. None: not measured, or nothing to measure.
 
     weight: W0, the base that was written into. quantization: W0 as it was packed, less the checkpoint's; None without
-    a checkpoint. update: scaling B A, None without an adapter. rounding: what was written less what was computed.
-    moved: values that the update changed after the cast.
+    a checkpoint. update: scaling B A (DoRA: what W0 is changed by), None without an adapter. rounding: what was written
+    less what was computed. moved: values that the update changed after the cast.
     """
 
     name: str
@@ -49,6 +49,9 @@ class TensorFigures:
     def add_quantization(self, packed: Tensor, original: Tensor) -> None:
         """Leaves `original` changed."""
         self.quantization = (self.quantization or 0.0) + _squares(original.sub_(packed))
+
+    def add_update(self, update: Tensor) -> None:
+        self.update = (self.update or 0.0) + _squares(update)
 
     def add_written(self, computed: Tensor, written: Tensor, without_update: Tensor | None) -> None:
         """Leaves `computed` changed."""

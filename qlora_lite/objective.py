@@ -37,7 +37,7 @@ def headless_loss(model: nn.Module, batch: Batch) -> Tensor:
     lora = None
     if isinstance(head, LoraLayer):
         if head.adapter_enabled and not head.merged:
-            lora = (head.lora_A, head.lora_B, head.scaling)
+            lora = (*head.factors, head.scaling)
         weight, base = head.weight, head.base_layer
     else:
         weight, base = head.weight, head
@@ -56,6 +56,8 @@ def _why_not_headless(model: nn.Module) -> str | None:
     plain = head.base_layer if isinstance(head, LoraLayer) else head
     if not (hasattr(plain, "in_features") and hasattr(plain, "weight")) or has_own_forward(plain):
         return f"its output head is a {type(head).__name__}"
+    if isinstance(head, LoraLayer) and head.lora_magnitude is not None:
+        return "the adapter of its output head is DoRA's"
     if isinstance(head, LoraLayer) and head.dropout > 0:
         return "the adapter of its output head has dropout"
     return None

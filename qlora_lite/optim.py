@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,9 @@ class AdamW16(torch.optim.Optimizer):
     zero: 0 / 0. Here a parameter loses only what its own format cannot hold, when the sum is rounded to it.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]], lr: float, weight_decay: float
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8})
 
     @torch.no_grad()
@@ -47,23 +49,41 @@ class AdamW16(torch.optim.Optimizer):
         parameter.copy_(new.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1**count)))
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over these parameters, with fp32 states or bitsandbytes' blockwise 8-bit ones.
+def _groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+    """The parameters by their highest learning rate, which `initial_lr` keeps, as torch's schedulers have it.
+
+    LoRA+ (arXiv:2402.12354): A has the rate of the config, what starts beside it `lora_plus_ratio` times that.
+    """
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        ratio = 1.0 if name.rpartition(".")[2] == "lora_A" else config.lora_plus_ratio
+        by_rate.setdefault(config.learning_rate * ratio, []).append(parameter)
+    return [{"params": group, "lr": rate, "initial_lr": rate} for rate, group in by_rate.items()]
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over these parameters by name, with fp32 states or bitsandbytes' blockwise 8-bit ones.
 
     16-bit parameters get `AdamW16` for the former.
 
     The 8-bit states of a parameter under 4096 values stay fp32, as bitsandbytes has it.
     """
-    parameters = list(parameters)
-    if config.optimizer == "adamw" and any(parameter.dtype.itemsize < 4 for parameter in parameters):
-        return AdamW16(parameters, config.learning_rate, config.weight_decay)
+    groups, rate, decay = _groups(parameters, config), config.learning_rate, config.weight_decay
+    if config.optimizer == "adamw" and any(parameter.dtype.itemsize < 4 for parameter in parameters.values()):
+        return AdamW16(groups, rate, decay)
     if config.optimizer == "adamw":
         # foreach=False: the grouped kernels make temporaries of the size of all parameters at once.
-        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False)
+        return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, foreach=False)
     from qlora_lite.quantize import import_bitsandbytes
 
     adamw8bit = import_bitsandbytes("bitsandbytes.optim").AdamW8bit
-    return adamw8bit(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)  # type: ignore[no-any-return]
+    return adamw8bit(groups, lr=rate, weight_decay=decay)  # type: ignore[no-any-return]
+
+
+def set_learning_rates_(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Gives each group of the optimizer `factor` times its own highest learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:

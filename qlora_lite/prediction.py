@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def unread_model(
     checkpoint = UnreadCheckpoint(model, quant, stored)
     with profiler.phase("load"):
         fill_(model, checkpoint, dtype, torch.device("cpu"))
-        add_lora_(model, lora)
+        # loftq reads weights to start A and B, which have the same size whatever they start with
+        add_lora_(model, replace(lora, init="normal") if lora.init == "loftq" else lora)
     return model
 
 

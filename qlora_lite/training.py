@@ -28,7 +28,7 @@ from qlora_lite.memory.host import HoleLimit, keep_freed_pages
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
 from qlora_lite.memory.report import MemoryReport
 from qlora_lite.objective import Batch, check_packing, choose_loss, labelled_tokens
-from qlora_lite.optim import learning_rate_factor, make_optimizer
+from qlora_lite.optim import learning_rate_factor, make_optimizer, set_learning_rates_
 from qlora_lite.progress import training_progress
 from qlora_lite.residency import holes_limited
 from qlora_lite.run_folder import RunFolder, run_folder
@@ -38,7 +38,7 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one optimizer step was: one line of metrics.jsonl."""
+    """What one optimizer step was: one line of metrics.jsonl. learning_rate: that of A, where they differ."""
 
     step: int
     loss: float
@@ -159,7 +159,7 @@ class _Run:
         freeze_base_(model)
         self.vocabulary = hub.vocabulary(model)
         self.close()
-        optimizer = make_optimizer(self.adapters.values(), config)
+        optimizer = make_optimizer(self.adapters, config)
         # `Module.to` cannot exchange fake tensors, and need not be called where there is nothing to move.
         elsewhere = any(tensor.device != self.accelerator.device for tensor in (*model.parameters(), *model.buffers()))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer, device_placement=[elsewhere, True])
@@ -197,9 +197,8 @@ class _Run:
         if self.loss is None:
             check_packing(self.model, group[0])
             self.loss, self.own_loss_because = choose_loss(self.model, group[0])
-        rate = self.config.learning_rate * learning_rate_factor(number - 1, self.config)
-        for options in self.optimizer.param_groups:
-            options["lr"] = rate
+        factor = learning_rate_factor(number - 1, self.config)
+        set_learning_rates_(self.optimizer, factor)
         total = torch.zeros((), device=self.accelerator.device)
         for batch in group:
             with dial.batch(batch["input_ids"].numel(), self.state_bytes()) as phase:
@@ -216,6 +215,7 @@ class _Run:
             norm = self._update(number, float(total), folder)
         tokens = sum(batch["input_ids"].numel() for batch in group)
         speed = tokens / (time.perf_counter() - began)
+        rate = self.config.learning_rate * factor
         return StepMetrics(number, float(total), norm, rate, tokens, speed, peak_bytes(self.accelerator.device))
 
     def _update(self, number: int, loss: float, folder: RunFolder) -> float:

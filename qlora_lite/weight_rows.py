@@ -236,6 +236,14 @@ def aligned_slices(
             yield start, [form.rows(start, stop) for form in forms]
 
 
+def whole_slices(
+    matrices: Iterable[WeightRows], delta: Delta | None, largest_bytes: int
+) -> Iterator[tuple[int, Tensor]]:
+    """`aligned_slices` of one form: (first row, rows)."""
+    for start, (rows,) in aligned_slices(zip(matrices), delta, largest_bytes):
+        yield start, rows
+
+
 def merged_rows(rows: Tensor, first: int, delta: Delta | None, dtype: torch.dtype, name: str) -> Tensor:
     """W0 + scaling * B A of some rows from `first` on, as it is written; `rows` (W0, fp32) become the sum."""
     if delta is not None:
@@ -248,13 +256,14 @@ class Sources:
     """What a tensor can be made of: W0 as trained on, W0 of the checkpoint if it is at hand, the update.
 
     W0 comes in one piece, or as the matrices of a stack, one after the other. The update is made, or read, when it is
-    needed. Slices take at most `largest_bytes` in fp32.
+    needed; low_rank: it is scaling B A, and can be applied apart from W0. Slices take at most `largest_bytes` in fp32.
     """
 
     name: str
     trained: list[WeightRows]
     original: list[WeightRows] | None
     delta: Callable[[], Delta] | None
+    low_rank: bool = True
 
     def base(self, largest_bytes: int) -> Iterator[Tensor]:
         """W0 as trained on, in fp32."""
@@ -272,5 +281,7 @@ class Sources:
         self, pieces: list[WeightRows], make: Callable[[], Delta] | None, dtype: torch.dtype, largest_bytes: int
     ) -> Iterator[Tensor]:
         delta = None if make is None else make()
+        if delta is not None:
+            delta = delta.measured(lambda: whole_slices(pieces, delta, largest_bytes))
         for start, (rows,) in aligned_slices(zip(pieces), delta, largest_bytes):
             yield merged_rows(rows, start, delta, dtype, self.name)

@@ -37,7 +37,7 @@ def pretend_(model: nn.Module) -> None:
 def step(model: nn.Module, checkpointing: str) -> set[str]:
     """Two whole steps, one with each loss; the devices of gradients, loss and optimizer states."""
     adapters = adapter_parameters(model)
-    optimizer = make_optimizer(adapters.values(), TrainConfig())
+    optimizer = make_optimizer(adapters, TrainConfig())
     ids = torch.zeros(2, 12, dtype=torch.int64, device=DEVICE)
     devices = set()
     for loss_of in (headless_loss, own_loss):

@@ -177,7 +177,9 @@ def test_what_one_file_cannot_hold_is_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     add_lora_(model, LoraConfig(rank=2))
     model[1].rslora = True
-    with pytest.raises(ConfigError, match=r"same dropout and rslora; got .*\(0.0, False\), \(0.0, True\)"):
+    with pytest.raises(
+        ConfigError, match=r"same dropout, rslora and variant; got .*\(0.0, False, .lora.\), \(0.0, True, .lora.\)"
+    ):
         save_adapter(model, tmp_path / "a")
 
 
@@ -268,7 +270,7 @@ def _two_kinds(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None
         (_foreign, "belong to no adapter"),
         (_stranger, "x is no layer of this model"),
         (_nan, "NaN or infinity"),
-        (lambda tensors, config: config.update(use_dora=True), "sets use_dora"),
+        (lambda tensors, config: config.update(use_dora=True), "has no magnitudes and use_dora says otherwise"),
         (lambda tensors, config: config.update(use_rslora=1), "rslora must be True or False; got 1"),
         (lambda tensors, config: config.update(rank_pattern={"q": 2}), r"rank_pattern \['q'\] decides for no adapted"),
         (lambda tensors, config: config.update(rank_pattern={"q_proj": 2}), r"is \(3, 64\), the layer needs \(2, 64\)"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from qlora_lite.config import TrainConfig
-from qlora_lite.optim import AdamW16, learning_rate_factor, make_optimizer
+from qlora_lite.errors import ConfigError
+from qlora_lite.optim import AdamW16, learning_rate_factor, make_optimizer, set_learning_rates_
 
 
 def test_warmup_then_cosine_to_zero() -> None:
@@ -22,7 +25,7 @@ def test_eight_bit_states_are_bytes_and_learn_like_fp32() -> None:
     for name in ("adamw", "adamw8bit"):
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(64, 128))
-        optimizer = make_optimizer([weight], TrainConfig(optimizer=name, learning_rate=0.1))
+        optimizer = make_optimizer({"lora_A": weight}, TrainConfig(optimizer=name, learning_rate=0.1))
         for _ in range(20):
             optimizer.zero_grad()
             weight.square().mean().backward()
@@ -50,9 +53,68 @@ def test_adamw16_is_adamw(weight_decay: float) -> None:
 def test_16_bit_parameters_keep_fp32_states_and_survive_small_gradients(dtype: torch.dtype) -> None:
     weight = nn.Parameter(torch.randn(8, 16).to(dtype))
     before = weight.detach().clone()
-    optimizer = make_optimizer([weight], TrainConfig(learning_rate=0.1))
+    optimizer = make_optimizer({"lora_A": weight}, TrainConfig(learning_rate=0.1))
     for _ in range(2):
         weight.grad = torch.full_like(weight, 1e-6)
         optimizer.step()
     assert all(state.dtype == torch.float32 for state in optimizer.state[weight].values())
     torch.testing.assert_close(weight.float(), before.float() - 0.2, rtol=0.01, atol=0.02)
+
+
+def adapter_like() -> dict[str, nn.Parameter]:
+    return {f"model.{n}.lora_{p}": nn.Parameter(torch.randn(64, 128)) for n in (0, 1) for p in "AB"}
+
+
+def rates(groups: list[dict[str, Any]], names: dict[int, str]) -> dict[str, float]:
+    return {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_lora_plus_has_the_groups_of_peft(name: str) -> None:
+    import peft
+    from peft.optimizers import create_loraplus_optimizer
+
+    holder = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    theirs = peft.get_peft_model(holder, peft.LoraConfig(r=2, target_modules=["0", "1"], use_dora=True))
+    reference = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16)
+    named = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    ours = {name.replace(".default.weight", ""): parameter for name, parameter in named.items()}
+    optimizer = make_optimizer(ours, TrainConfig(learning_rate=0.01, lora_plus_ratio=16, optimizer=name))
+    called = {id(parameter): name for name, parameter in named.items()}
+    assert rates(optimizer.param_groups, called) == rates(reference.param_groups, called)
+    assert sorted(set(rates(optimizer.param_groups, called).values())) == [0.01, 0.16]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("adamw", torch.float32), ("adamw8bit", torch.float32), ("adamw", torch.bfloat16)]
+)
+def test_b_moves_at_its_own_rate_as_if_it_were_alone(name: str, dtype: torch.dtype) -> None:
+    start = {key: parameter.detach().to(dtype) for key, parameter in adapter_like().items()}
+    config = TrainConfig(learning_rate=0.01, lora_plus_ratio=8, optimizer=name)
+    together = {key: nn.Parameter(value.clone()) for key, value in start.items()}
+    apart = {key: nn.Parameter(value.clone()) for key, value in start.items()}
+    joint = make_optimizer(together, config)
+    own = {key: TrainConfig(learning_rate=0.08 if key.endswith("B") else 0.01, optimizer=name) for key in apart}
+    single = [make_optimizer({key: parameter}, own[key]) for key, parameter in apart.items()]
+    for step in range(3):
+        factor = 1 / (step + 1)
+        for optimizer in (joint, *single):
+            set_learning_rates_(optimizer, factor)
+        for key in start:
+            for parameter in (together[key], apart[key]):
+                parameter.grad = torch.full_like(parameter, 0.1 * (step + 1))
+        for optimizer in (joint, *single):
+            optimizer.step()
+    assert all(torch.equal(together[key], apart[key]) for key in start)
+    moved = {key: (together[key] - start[key]).abs().mean().item() for key in start}
+    assert moved["model.0.lora_B"] == pytest.approx(8 * moved["model.0.lora_A"], rel=0.05)
+
+
+def test_one_rate_is_one_group() -> None:
+    assert len(make_optimizer(adapter_like(), TrainConfig()).param_groups) == 1
+
+
+@pytest.mark.parametrize("ratio", [0.5, float("nan"), True, 1e42])
+def test_a_ratio_that_is_none_is_refused(ratio: float) -> None:
+    with pytest.raises(ConfigError, match="lora_plus_ratio must be"):
+        TrainConfig(lora_plus_ratio=ratio)

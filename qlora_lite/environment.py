@@ -1,0 +1,36 @@
+"""What a run depends on beside its settings: versions of the libraries, and the machine."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+import torch
+
+from qlora_lite.low_rank import cpu_multiplies_bf16
+
+PACKAGES = ("qlora-lite", "torch", "bitsandbytes", "accelerate", "safetensors", "transformers", "peft")
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions by package (None: not installed), cores, bytes of memory, accelerator, whether bf16 products are fast.
+
+    Bytes are the machine's, in use or not.
+    """
+    figures: dict[str, Any] = {"python": platform.python_version()}
+    figures |= {package: _version_of(package) for package in PACKAGES}
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    figures["cores"] = psutil.cpu_count()
+    figures["memory_bytes"] = psutil.virtual_memory().total
+    figures["accelerator"] = str(accelerator) if accelerator else "none"
+    figures["cpu_multiplies_bf16"] = cpu_multiplies_bf16()
+    return figures

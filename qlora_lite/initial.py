@@ -1,0 +1,176 @@
+"""How A and B start, by name: `LoraConfig.init`.
+
+With one of them zero, or their rows and columns orthogonal, B A = 0 and the layer begins as its base. PiSSA and LoftQ
+begin with parts of weights:
+
+    pissa    B A = the principal rank-r part of W0; what is added is scaling (B A - B_0 A_0), which begins as 0
+    loftq    scaling B A = the principal rank-r part of W - W0, W the checkpoint's weight, W0 its packed form
+
+The base is never written to. PiSSA (arXiv:2404.02948) takes B_0 A_0 out of the base; here the layer keeps B_0 A_0 and
+takes it out of what it adds, which gives the same outputs and gradients, begins as the packed base exactly, and is an
+ordinary adapter of rank 2 r when it is saved. LoftQ (arXiv:2310.08659, algorithm 1) is run for one iteration: a second
+one would pack another base, W - B A, which no other program has. An adapter that begins so means what it means with
+the base packed in this format and blocksize, and with no other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite import hub
+from qlora_lite.config import LoraConfig
+from qlora_lite.errors import CheckpointError, ConfigError, TargetError
+from qlora_lite.finite import check_finite
+from qlora_lite.layer_kinds import EmbeddingKind, kind_of
+from qlora_lite.load import fitting
+from qlora_lite.lora import LoraLayer
+from qlora_lite.low_rank import dense
+from qlora_lite.tensor_files import TensorFiles
+from qlora_lite.tensor_views import Source
+
+# Up to this size of the smaller side, singular vectors are computed exactly; above it by subspace iteration (Halko,
+# arXiv:0909.4061), of which PiSSA's authors use 16 rounds at the most: seconds in place of minutes.
+EXACT_SIDE = 1024
+OVERSAMPLING = 8
+ROUNDS = 16
+
+Originals = Mapping[str, Source]
+
+
+def principal_pair(matrix: Tensor, rank: int, exact_side: int = EXACT_SIDE) -> tuple[Tensor, Tensor]:
+    """(A, B) of B A, the nearest matrix of this rank: A = sqrt(S) V^T `(rank, in)`, B = U sqrt(S) `(out, rank)`."""
+    side = min(matrix.shape)
+    if side <= exact_side:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        left, values, columns = torch.svd_lowrank(matrix, min(rank + OVERSAMPLING, side), ROUNDS)
+        right = columns.T
+    root = values[:rank].sqrt()
+    return root[:, None] * right[:rank], left[:, :rank] * root
+
+
+def _normal(layer: LoraLayer, name: str, originals: Originals) -> None:
+    """A from N(0, 0.02), B zero: as a LoraLayer is made."""
+
+
+def _beside_zero(fill: Callable[[LoraLayer], Any]) -> Callable[[LoraLayer, str, Originals], None]:
+    """A filled so and B zero; of an embedding A zero and B from N(0, 1), whatever the name, as in peft."""
+
+    def start(layer: LoraLayer, name: str, originals: Originals) -> None:
+        if isinstance(layer.kind, EmbeddingKind):
+            nn.init.zeros_(layer.lora_A)
+            nn.init.normal_(layer.lora_B)
+        else:
+            fill(layer)
+            nn.init.zeros_(layer.lora_B)
+
+    return start
+
+
+@torch.no_grad()
+def _orthogonal(layer: LoraLayer, name: str, originals: Originals) -> None:
+    """A = Q_even^T N / 10 and B = M Q_odd / 10, Q an orthogonal matrix's rows, so that B A = 0 and neither is zero.
+
+    N `(rank / 2, in)` and M `(out, rank / 2)` from N(0, 1): peft's `orthogonal`.
+    """
+    rank = layer.rank
+    rows, _ = torch.linalg.qr(torch.randn(rank, rank))
+    layer.lora_A.copy_((torch.randn(layer.in_features, rank // 2) @ rows[0::2]).T / 10)
+    layer.lora_B.copy_(torch.randn(rank // 2, layer.out_features).T @ rows[1::2] / 10)
+
+
+def _base_weight(layer: LoraLayer) -> Tensor:
+    """W0 `(out, in)` in fp32."""
+    return layer.kind.upright(dense(layer.weight, torch.float32).detach())
+
+
+def _fill(layer: LoraLayer, name: str, matrix: Tensor) -> None:
+    """A and B with scaling B A = the principal part of this matrix."""
+    check_finite(matrix, name, 0)
+    lora_A, lora_B = principal_pair(matrix, layer.rank)
+    share = abs(layer.scaling) ** -0.5
+    layer.lora_A.copy_(lora_A * share)
+    layer.lora_B.copy_(lora_B * math.copysign(share, layer.scaling))
+
+
+@torch.no_grad()
+def _pissa(layer: LoraLayer, name: str, originals: Originals) -> None:
+    """A = sqrt(S / scaling) V^T, B = U sqrt(S / scaling) of the r largest singular values S of W0 (equations 2, 3)."""
+    _fill(layer, f"{name}.weight", _base_weight(layer))
+    layer.keep_start()
+
+
+@torch.no_grad()
+def _loftq(layer: LoraLayer, name: str, originals: Originals) -> None:
+    """The same of W - W0, the error of packing (algorithm 1, one iteration)."""
+    stored = originals[f"{name}.weight"]
+    weight = stored.rows(0, stored.shape[0]).to(layer.lora_A.device, torch.float32)
+    _fill(layer, f"{name}.weight", (weight.T if layer.stored_transposed else weight) - _base_weight(layer))
+
+
+STARTS: dict[str, Callable[[LoraLayer, str, Originals], None]] = {
+    "normal": _normal,
+    # peft's default: A uniform in +-1 / sqrt(in).
+    "kaiming": _beside_zero(lambda layer: nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))),
+    # A of standard deviation 1 / rank.
+    "gaussian": _beside_zero(lambda layer: nn.init.normal_(layer.lora_A, std=1 / layer.rank)),
+    "orthogonal": _orthogonal,
+    "pissa": _pissa,
+    "loftq": _loftq,
+}
+# What is defined for linear layers alone.
+LINEAR_ONLY = ("orthogonal", "pissa", "loftq")
+OF_WEIGHTS = ("pissa", "loftq")
+
+
+def check_start(targets: Mapping[str, nn.Module], config: LoraConfig) -> None:
+    """ConfigError or TargetError, listing all of them, for layers that cannot start as `config.init` says."""
+    problems: list[str] = []
+    for name, base in targets.items():
+        kind, rank = kind_of(base), config.rank_of(name)
+        weight: Any = base.weight
+        if isinstance(kind, EmbeddingKind) and config.init in LINEAR_ONLY:
+            raise TargetError(f"init {config.init!r} is for linear layers; {name} is an embedding: leave it out")
+        if config.init == "orthogonal" and rank % 2:
+            problems.append(f"{name} has the odd rank {rank}")
+        if config.init in OF_WEIGHTS and rank > min(weight.shape):
+            problems.append(f"{name} of shape {tuple(weight.shape)} has no {rank} singular values")
+        if config.init in OF_WEIGHTS and config.alpha_of(name) == 0:
+            problems.append(f"{name} has alpha 0")
+        if config.init == "loftq" and isinstance(weight, Tensor):
+            problems.append(f"{name} is not packed and has no error to make up for")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ConfigError(f"init {config.init!r} cannot be used: {shown}")
+
+
+def originals_of(model: nn.Module, names: Iterable[str], init: str) -> Originals:
+    """The weights of these layers in the checkpoint that the model was loaded from, for an init that needs them.
+
+    CheckpointError if there is none, or it is packed.
+    """
+    if init != "loftq":
+        return {}
+    folder = hub.source_folder(model)
+    if folder is None or not (folder / hub.CONFIG_FILE).is_file():
+        raise CheckpointError("init 'loftq' needs the checkpoint that the model was packed from; it has none")
+    if hub.quantization_of(folder) is not None:
+        raise CheckpointError(f"init 'loftq' needs weights as they were before packing; {folder} holds packed ones")
+    empty = hub.empty_model(hub.read_config(folder), torch.float32)
+    hub.tie(empty)
+    stored: Any = fitting(empty, folder, TensorFiles(folder).stored)
+    lost = [name for name in names if f"{name}.weight" not in stored]
+    if lost:
+        raise CheckpointError(f"{folder} has no weight for: {', '.join(lost[:8])}")
+    return {f"{name}.weight": stored[f"{name}.weight"] for name in names}
+
+
+def start_(layer: LoraLayer, name: str, init: str, originals: Originals) -> None:
+    """Gives A and B of the layer of this name the values that `init` says."""
+    STARTS[init](layer, name, originals)
+    layer.reset_magnitude()
