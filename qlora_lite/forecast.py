@@ -28,6 +28,7 @@ STATES = list(Category).index(Category.OPTIMIZER_STATE)
 OTHER = list(Category).index(Category.OTHER)
 TEMPORARY = list(Category).index(Category.TEMPORARY)
 LOAD = "load"
+STEP_PHASES = ("forward", "backward")
 CHECKS = "checks before the first step"
 
 Levels = dict[Place, Sizes]
@@ -116,6 +117,15 @@ def _with_more(levels: Levels, category: int, size: int, phases: tuple[str | Non
     }
 
 
+def _with_all_kept(levels: Levels) -> Levels:
+    """Workspaces that the first step's backward makes, and a device keeps, are there from the second forward on."""
+    kept = max(sizes[OTHER] for sizes in levels.values())
+    return {
+        place: (*sizes[:OTHER], kept, *sizes[OTHER + 1 :]) if place.phase in STEP_PHASES else sizes
+        for place, sizes in levels.items()
+    }
+
+
 class Forecasts:
     """Answers for one config; only within `fake_tensors(accelerator)`. `whole`: whether shortcuts were given up."""
 
@@ -199,7 +209,9 @@ class Forecasts:
         levels = {**loaded.checks, **levels}
         states = max(sizes[STATES] for sizes in levels.values()) if one_step else 0
         reserved = replay(events).peak.reserved + states if self._accelerator else 0
-        levels = _with_more(levels, STATES, states, ("forward", "backward"))
+        levels = _with_more(levels, STATES, states, STEP_PHASES)
+        if one_step and self._accelerator:
+            levels = _with_all_kept(levels)
         levels = _with_more(levels, OTHER, loaded.beside, tuple({place.phase for place in levels}))
         return _Run({**loaded.levels, **levels}, reserved, loaded.model_bytes)
 
