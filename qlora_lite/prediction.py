@@ -12,7 +12,7 @@ from torch.utils._mode_utils import no_dispatch
 from qlora_lite import hub
 from qlora_lite.adapters import add_lora_
 from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
-from qlora_lite.errors import CheckpointError, RehearsalError
+from qlora_lite.errors import CheckpointError, QLoRAError, RehearsalError
 from qlora_lite.load import fill_
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.rehearse import rehearsal, rehearsed_report
@@ -75,9 +75,21 @@ def unread_model(
 
 
 def rehearsed_training(model: Any, profiler: MemoryProfiler, config: TrainConfig, rows: int, tokens: int) -> None:
-    """Trains an `unread_model` on batches `(rows, tokens)`; the profiler's phases are those of `train`."""
+    """Trains an `unread_model` on batches `(rows, tokens)`; the profiler's phases are those of `train`.
+
+    RehearsalError for a model whose code fails on fake tensors, or on a packed base.
+    """
     ids = torch.zeros(rows, tokens, dtype=torch.int64)
-    train(model, [{"input_ids": ids, "labels": ids}], config, profiler=profiler, progress=False)
+    try:
+        train(model, [{"input_ids": ids, "labels": ids}], config, profiler=profiler, progress=False)
+    except QLoRAError:
+        raise
+    except Exception as error:  # any code may stand in a stranger's model
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        raise RehearsalError(
+            f"a {type(model).__name__} cannot be rehearsed: what it allocates depends on values, or its code does not "
+            f"run on fake tensors and a packed base ({type(error).__name__}: {first_line})"
+        ) from error
 
 
 def prediction_or_why_not(

@@ -142,6 +142,16 @@ def test_what_cannot_be_rehearsed_has_counted_bytes_only(tiny_config: Any, monke
     assert plan(tiny_config, WANTED, Memory(least - 1, 0, accelerator=False), [16]).fits is False
 
 
+def test_model_code_that_fails_on_a_packed_base_is_said_to_be_not_rehearsed() -> None:
+    from transformers import MambaConfig
+
+    # It multiplies by the weights of its layers itself.
+    config = MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2)
+    made = plan(config, WANTED, Memory(10 * MIB, 0, accelerator=False), [16])
+    assert made.fits is None and made.counted is not None
+    assert made.not_rehearsed is not None and "a MambaForCausalLM cannot be rehearsed" in made.not_rehearsed
+
+
 def test_usual_lengths_end_where_the_model_does(tiny_config: Any) -> None:
     assert tiny_config.max_position_embeddings == 2048
     assert usual_lengths(tiny_config, 600) == [512, 600, 2048]
