@@ -1,6 +1,6 @@
 """The command line: parses and wires, computes nothing. Heavy imports stand inside the commands, for quick help.
 
-Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 3 does not fit (plan),
+Exit status: 0 done, 1 failed, 2 wrong usage (one line on stderr says what was wrong), 3 does not fit (plan),
 130 interrupted, 143 terminated.
 """
 
@@ -36,7 +36,6 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 app = typer.Typer(
     help="Fine-tune a quantized language model in little memory.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -267,21 +266,35 @@ def _terminate(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
+# typer has no name of its own for the ancestor of all wrong usage, nor a module that holds it in every version.
+UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+
+
+def _refusal(error: Exception) -> tuple[str, int]:
+    """(one line, exit status) for what a command raised."""
+    from qlora_lite.errors import ConfigError, QLoRAError, TargetError
+
+    if isinstance(error, UsageError):
+        where = f"; see {error.ctx.command_path} --help" if getattr(error, "ctx", None) else ""
+        return f"{error.format_message().rstrip('.')}{where}", 2
+    name = "" if isinstance(error, (QLoRAError, OSError)) else f"{type(error).__name__}: "
+    return f"{name}{' '.join(str(error).split())}", 2 if isinstance(error, (ConfigError, TargetError)) else 1
+
+
 def main() -> None:
-    """Runs a command; what this package refuses becomes one line on stderr and exit status 1."""
+    """Runs a command; what it refuses becomes one line on stderr and an exit status."""
     signal.signal(signal.SIGTERM, _terminate)
+    if not sys.argv[1:]:
+        sys.argv.append("--help")
     if "--debug" in sys.argv[1:]:
         app()
     try:
-        app()
+        sys.exit(app(prog_name="qlora-lite", standalone_mode=False))
     except SystemExit as error:
         if error.code in STOPPED:
             print("stopped; what was trained so far is saved, an unfinished export is removed", file=sys.stderr)
         raise
     except Exception as error:
-        from qlora_lite.errors import QLoRAError
-
-        known = isinstance(error, (QLoRAError, OSError))
-        name = "" if known else f"{type(error).__name__}: "
-        print(f"error: {name}{' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        line, status = _refusal(error)
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(status)

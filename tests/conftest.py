@@ -1,4 +1,4 @@
-"""What every test runs under: two threads, no network, quiet libraries, and repeatable examples in CI."""
+"""What every test runs under: few threads, no network, quiet libraries, and repeatable examples in CI."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Two cores: for one process with two threads, or for two processes of pytest-xdist with one each.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+
 # For transformers, which reads them when it is imported, and for the processes that tests start.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -24,12 +27,12 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": str(THREADS),
 }
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(THREADS)
 
 # A model's first call may take seconds, which says nothing about the ones after it: no deadline.
 hypothesis.settings.register_profile("local", deadline=None)
