@@ -25,16 +25,11 @@ SDPA = "sdpa"
 TEMPLATE_FOLDER = "additional_chat_templates"
 CHECKPOINT_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
+# Each is built before anything is compared with the files; the deepest known models have some hundred.
+MOST_LAYERS = 4096
 
 
 def _transformers() -> Any:
@@ -83,6 +78,9 @@ def read_config(folder: Path) -> Any:
     with _checkpoint_errors(f"{folder} has no config that transformers knows"):
         config = _transformers().AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     _forget_quantization(config)
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise CheckpointError(f"{folder} has num_hidden_layers {layers}; at most {MOST_LAYERS} are built")
     return config
 
 

@@ -13,15 +13,20 @@ raises CheckpointError with the file and the line.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import CheckpointError
+from qlora_lite.regular_files import excerpt, open_regular
 
 SHAPES: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",))
 SHAPES_IN_WORDS = "messages | prompt, completion | instruction, input (optional), output | text"
 PROMPT_ALONE = ("prompt",)
+# A record of 32 MiB has some ten million tokens.
+LONGEST_LINE = 32 << 20
 
 Record = dict[str, Any]
 
@@ -33,14 +38,26 @@ def read_jsonl(path: str | Path, prompts_too: bool = False) -> list[Record]:
 
     Raises CheckpointError with file and line for what is not UTF-8, not an object, or of none of the four shapes.
     """
-    try:
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; expected a JSONL file") from error
-    records = [_parse_line(line, f"{path}, line {i}", prompts_too) for i, line in enumerate(lines, 1) if line.strip()]
+    records = [
+        _parse_line(line, f"{path}, line {number}", prompts_too)
+        for number, line in enumerate(_lines(Path(path)), 1)
+        if line.strip()
+    ]
     if not records:
         raise CheckpointError(f"{path} holds no records; expected one JSON object per line")
     return records
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines one by one, without a byte order mark; one that is too long is an error before it is read whole."""
+    with open_regular(path, "a JSONL file") as file:
+        for number in itertools.count(1):
+            line = file.readline(LONGEST_LINE + 1)
+            if not line:
+                return
+            if len(line) > LONGEST_LINE:
+                raise CheckpointError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes; split the record")
+            yield (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).removesuffix(b"\n")
 
 
 def _parse_line(line: bytes, place: str, prompts_too: bool) -> Record:
@@ -56,12 +73,6 @@ def _parse_line(line: bytes, place: str, prompts_too: bool) -> Record:
         raise CheckpointError(f"{place}: {wrong}; write one JSON object per line") from error
     check_record(record, place, prompts_too)
     return record
-
-
-def excerpt(value: object) -> str:
-    """A value as an error shows it: its repr, cut to 60 characters."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def check_record(record: Any, place: str = "record", prompts_too: bool = False) -> None:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite.errors import CheckpointError
+from qlora_lite.regular_files import LARGEST_JSON, open_regular
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -196,10 +197,11 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from disk. CheckpointError when the file is missing, unreadable, or holds something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
+        with open_regular(path, "a JSON file", LARGEST_JSON) as file:
+            value = json.loads(file.read().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and numbers of too many digits, too
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} should hold a JSON object; got a {type(value).__name__}")

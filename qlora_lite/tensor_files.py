@@ -7,9 +7,11 @@ package checks each file first (sizes, overlaps, the header), without touching i
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite.errors import CheckpointError
+from qlora_lite.regular_files import LARGEST_JSON, excerpt, is_regular, open_regular
 from qlora_lite.storage import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, read_json
 
 DTYPE_OF = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
@@ -94,16 +97,28 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
 
 
+def _named_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; readers differ in which of two values of one name they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise CheckpointError(f"{path} has {excerpt(twice)} twice in its header")
+    return found
+
+
 def tensors_in(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name, in the order of their bytes. CheckpointError for a file that is not sound."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
-    state = _state(path.stat())
-    with _opened(path):
-        pass
-    with open(path, "rb") as file:
+    with open_regular(path, "a safetensors file") as file:
+        state = _state(os.fstat(file.fileno()))
         length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
+        if length > LARGEST_JSON:
+            raise CheckpointError(
+                f"{path} is no readable safetensors file: its header is said to have {length:,} bytes, of which at "
+                f"most {LARGEST_JSON:,} are read"
+            )
+        with _opened(path):
+            pass
+        header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=functools.partial(_named_once, path))
     header.pop(METADATA, None)
     unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPE_OF.keys())
     if unknown:
@@ -163,11 +178,11 @@ class TensorFiles:
     def _checked(self, file: str) -> Path:
         if file != os.path.basename(file) or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{self.folder / INDEX_FILE} names {file!r}, which is no plain .safetensors file name"
+                f"{self.folder / INDEX_FILE} names {excerpt(file)}, which is no plain .safetensors file name"
             )
         path = self.folder / file
-        if not path.is_file():
-            raise CheckpointError(f"{path} is named in the index but does not exist")
+        if not is_regular(path):
+            raise CheckpointError(f"{self.folder / INDEX_FILE} names {excerpt(file)}, which is no file in its folder")
         return path
 
     def items(self) -> Iterator[tuple[str, Tensor]]:

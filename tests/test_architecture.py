@@ -29,6 +29,7 @@ FLOORS = (
         "finite",
         "devices",
         "slices",
+        "regular_files",
         "memory.breakdown",
         "memory.host",
         "memory.running",

@@ -75,9 +75,9 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="No such file"):
+    with pytest.raises(CheckpointError, match=r"absent\.jsonl does not exist"):
         read_jsonl(tmp_path / "absent.jsonl")
-    with pytest.raises(CheckpointError, match="directory"):
+    with pytest.raises(CheckpointError, match="is a folder; expected a JSONL file"):
         read_jsonl(tmp_path)
 
 

@@ -1,0 +1,107 @@
+"""Bad files: a sample of the cases of profiling/endure_inputs.py, other ones each time that hypothesis draws others."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_lite import QuantConfig, load_quantized
+from qlora_lite.errors import CheckpointError
+from qlora_lite.records import LONGEST_LINE, read_jsonl
+from qlora_lite.regular_files import LARGEST_JSON
+from qlora_lite.storage import read_json
+from qlora_lite.tensor_files import read_safetensors
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "profiling"
+
+
+@pytest.fixture(scope="module")
+def endure_inputs() -> Any:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module("endure_inputs")
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_files_in_pieces_or_in_lies_are_refused_or_read_right(number: int, endure_inputs: Any) -> None:
+    @settings(max_examples=150)
+    @given(st.integers(0, 2**32))
+    def check(seed: int) -> None:
+        assert endure_inputs.run_case(endure_inputs.FAMILIES[number], seed) is None
+
+    check()
+
+
+def test_checkpoints_in_pieces_or_in_lies_are_refused(endure_inputs: Any) -> None:
+    assert endure_inputs.run_cases(endure_inputs.FAMILIES[4:], range(60)) == []
+
+
+def _opens_pickles(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    if data.startswith(b"cos"):
+        (folder.parent / "canary").mkdir()  # what opening it would do
+
+
+def test_the_check_itself_bites(endure_inputs: Any) -> None:
+    """Readers that do what none may are caught, each for what it does."""
+
+    def damage(folder: Path, chance: random.Random) -> str:
+        (folder / "model.safetensors").write_bytes(endure_inputs.bad_files.canary(folder))
+        return "a pickle"
+
+    def slow(folder: Path) -> None:
+        while True:
+            pass
+
+    def large(folder: Path) -> None:
+        bytearray(b"\1") * (400 << 20)
+
+    def other_error(folder: Path) -> None:
+        raise KeyError("a")
+
+    readers = {_opens_pickles: "wrote", slow: "took more than", large: "bytes for a file of", other_error: "KeyError"}
+    for reader, sentence in readers.items():
+        problem = endure_inputs.run_case(endure_inputs.Family("made up", damage, reader), 0)
+        assert problem is not None and sentence in problem and problem.startswith("made up 0 (a pickle)")
+
+
+def test_too_much_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b" " * (LARGEST_JSON + 1))
+    with pytest.raises(CheckpointError, match="expected a JSON file, of at most"):
+        read_json(tmp_path / "a.json")
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.write(b'{"text": "a"}\n')
+        file.truncate(20 * LONGEST_LINE)  # a line of zeros, of which the disk holds none
+    with pytest.raises(CheckpointError, match=r"line 2: longer than 33,554,432 bytes; split the record"):
+        read_jsonl(tmp_path / "a.jsonl")
+    with open(tmp_path / "a.safetensors", "wb") as file:
+        file.write((90 << 20).to_bytes(8, "little"))
+        file.truncate(91 << 20)
+    with pytest.raises(CheckpointError, match=r"no readable safetensors file: its header is said to have 94,371,840"):
+        read_safetensors(tmp_path / "a.safetensors")
+
+
+def test_a_name_twice_in_a_header_is_refused(tmp_path: Path) -> None:
+    entry = b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+    header = b"{" + entry + b"," + entry + b"}"
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\1")
+    with pytest.raises(CheckpointError, match=r"has 'a' twice in its header"):
+        read_safetensors(tmp_path / "a.safetensors")
+
+
+def test_a_config_of_a_billion_layers_is_refused_at_once(tiny_folder: Path, tmp_path: Path) -> None:
+    text = (
+        (tiny_folder / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 2147483648')
+    )
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="num_hidden_layers 2147483648; at most 4096"):
+        load_quantized(tmp_path, QuantConfig())
