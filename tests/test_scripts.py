@@ -87,6 +87,7 @@ NOT_RUN_HERE = {
     "profiling/bad_files.py",
     "profiling/comparisons.py",
     "profiling/endure_inputs.py",
+    "profiling/endure_soak.py",
     "profiling/io_worker.py",
     "profiling/machine_floor.py",
     "profiling/model_shapes.py",

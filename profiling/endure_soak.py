@@ -1,0 +1,86 @@
+"""A long run on a tiny model: whether memory, file handles and caches stay as they are. Run by endure.py.
+
+Resident bytes are sampled before each step, and a line is fitted to them by least squares from a quarter of the run on
+(before that, malloc and torch's caches fill). The line is flat if its slope is below twice its standard error or below
+a page a step: what a run keeps of each step for its result is some hundred bytes, and the smallest tensor with its
+storage more than that.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+PAGE = 4096
+SETTLED = 1 / 4
+
+
+@dataclass(frozen=True)
+class Soak:
+    """What was seen: slope and its standard error in bytes per step, open files and live tensors at start and end."""
+
+    steps: int
+    slope: float
+    slope_error: float
+    files: tuple[int, int]
+    tensors: tuple[int, int]
+
+    @property
+    def is_flat(self) -> bool:
+        return self.slope <= max(2 * self.slope_error, PAGE) and self.files[0] == self.files[1] and not self.leaked
+
+    @property
+    def leaked(self) -> int:
+        """Tensors that are there at the end and were not when memory had settled."""
+        return max(0, self.tensors[1] - self.tensors[0])
+
+
+def fitted_slope(values: list[int]) -> tuple[float, float]:
+    """Slope of the least-squares line through (0, v_0), (1, v_1), ..., and its standard error."""
+    count = len(values)
+    middle, mean = (count - 1) / 2, sum(values) / count
+    spread = sum((step - middle) ** 2 for step in range(count))
+    slope = sum((step - middle) * (value - mean) for step, value in enumerate(values)) / spread
+    rest = sum((value - mean - slope * (step - middle)) ** 2 for step, value in enumerate(values))
+    return slope, math.sqrt(rest / (count - 2) / spread)
+
+
+def _live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+def soak(folder: Path, steps: int) -> Soak:
+    """Trains a tiny nf4 model for so many steps, with batches of changing lengths, dropout and metrics on disk."""
+    from tiny_model import make_tiny_model
+
+    model = load_quantized(make_tiny_model(folder / "model"), QuantConfig())
+    add_lora_(model, LoraConfig(rank=4, dropout=0.1))
+    process, resident, files, tensors = psutil.Process(), [], [], []
+    settled = int(steps * SETTLED)
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        for step in range(steps):
+            resident.append(process.memory_info().rss)
+            if step in (settled, steps - 1):
+                files.append(process.num_fds())
+                tensors.append(_live_tensors())
+            length = int(torch.randint(8, 48, (), generator=generator))
+            ids = torch.randint(5, 100, (2, length), generator=generator)
+            yield {"input_ids": ids, "labels": ids}
+
+    train(model, batches(), TrainConfig(steps=steps), output_dir=folder / "run", progress=False)
+    slope, error = fitted_slope(resident[settled:])
+    return Soak(steps, slope, error, (files[0], files[1]), (tensors[0], tensors[1]))

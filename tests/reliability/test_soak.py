@@ -1,0 +1,37 @@
+"""A long run in small: no file and no tensor stays behind, and the slope that the long one reports is a slope."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "profiling"
+
+
+@pytest.fixture(scope="module")
+def endure_soak() -> Any:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module("endure_soak")
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def test_a_run_leaves_no_file_and_no_tensor_behind(endure_soak: Any, tmp_path: Path) -> None:
+    seen = endure_soak.soak(tmp_path, 40)
+    assert seen.files[0] == seen.files[1] > 0 and seen.tensors[0] == seen.tensors[1] > 100
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 40
+
+
+def test_a_leak_is_no_noise(endure_soak: Any) -> None:
+    slope, error = endure_soak.fitted_slope([1000 + 5000 * step + 300 * (step % 3) for step in range(100)])
+    assert abs(slope - 5000) < 1 and 0 < error < 2
+    kept, files, tensors = (400.0, 50.0), (5, 5), (200, 200)
+    assert endure_soak.Soak(2000, *kept, files, tensors).is_flat
+    assert not endure_soak.Soak(2000, slope, error, files, tensors).is_flat
+    assert not endure_soak.Soak(2000, *kept, (5, 6), tensors).is_flat
+    assert not endure_soak.Soak(2000, *kept, files, (200, 201)).is_flat
