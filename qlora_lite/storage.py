@@ -75,7 +75,8 @@ def planned(tensor: Tensor) -> PlannedTensor:
     return PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: [tensor])
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has a file, or the names in a folder, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -289,7 +290,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         os.chmod(temporary, temporary.stat().st_mode & stat.S_ISGID | 0o777 & ~_umask())
         with locked(temporary):
             yield temporary
-        _sync(temporary)
+        sync(temporary)
         check_replaceable(target, overwrite)  # again: others may have written there meanwhile
         if target.exists():
             old = temporary.with_suffix(".old")
@@ -298,7 +299,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.rename(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
     finally:
