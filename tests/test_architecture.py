@@ -30,6 +30,7 @@ FLOORS = (
         "devices",
         "slices",
         "stopping",
+        "exchange",
         "memory.breakdown",
         "memory.host",
         "memory.running",
