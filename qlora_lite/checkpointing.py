@@ -65,6 +65,15 @@ class Dial:
         self._noted: dict[int, int] | None = None
         self._attention_bytes = 0
 
+    @property
+    def measured(self) -> list[int] | None:
+        """What blocks cost in the first batch, if that was measured; a dial that is given it decides the same."""
+        return None if self._cost is None else list(self._cost)
+
+    @measured.setter
+    def measured(self, cost: list[int] | None) -> None:
+        self._cost = None if cost is None else _Cost(*cost)
+
     def run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A block's forward, checkpointed or not."""
         recomputed = self.blocks - self.kept

@@ -7,6 +7,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage (one line on stderr says what was w
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -66,6 +67,14 @@ def _check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
     check_replaceable(folder, overwrite)
 
 
+def _check_run(output: Path, replaced: bool, model: str, data: Path) -> None:
+    from qlora_lite.run_state import ADAPTER_FOLDER, METRICS_FILE
+    from qlora_lite.storage import check_apart
+
+    check_apart(output / METRICS_FILE, data)
+    _check_output(output / ADAPTER_FOLDER if replaced else output, replaced, model, data)
+
+
 def _train_figures(result: Any, tokenized: Any, output: Path, predicted: int | None) -> dict[str, Any]:
     foreseen = {} if predicted is None else {"predicted_peak_bytes": predicted}
     return {
@@ -116,6 +125,12 @@ def train(
         str | None, typer.Option(help="Recompute as little as fits into 20GiB, ..., by prediction.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of data order, adapters and dropout.")] = 0,
+    save_steps: Annotated[int | None, typer.Option(help="Write a checkpoint after so many steps.")] = None,
+    keep_last: Annotated[int, typer.Option(help="Newest checkpoints to keep.")] = 2,
+    keep_best: Annotated[int, typer.Option(help="Of the older ones, those of the lowest loss to keep.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the output folder's newest sound checkpoint, if it has one.")
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -131,8 +146,6 @@ def train(
     from qlora_lite.hub import load_tokenizer
     from qlora_lite.load import load_quantized
     from qlora_lite.records import read_jsonl
-    from qlora_lite.run_folder import ADAPTER_FOLDER, METRICS_FILE
-    from qlora_lite.storage import check_apart
     from qlora_lite.training import train as train_model
 
     quant = QuantConfig(
@@ -148,9 +161,11 @@ def train(
         gradient_accumulation=gradient_accumulation,
         optimizer=optimizer,
         seed=seed,
+        save_steps=save_steps,
+        keep_last=keep_last,
+        keep_best=keep_best,
     )
-    check_apart(output / METRICS_FILE, data)
-    _check_output(output / ADAPTER_FOLDER if overwrite else output, overwrite, model, data)
+    _check_run(output, overwrite or resume, model, data)
     records = read_jsonl(data)
     tokenizer = load_tokenizer(model)
     tokenized = tokenize_all(records, tokenizer, max_length, completion_only)
@@ -165,7 +180,7 @@ def train(
     loaded = load_quantized(model, quant)
     add_lora_(loaded, lora)
     config = replace(config, checkpointing=dial)
-    result = train_model(loaded, stream, config, output_dir=output, overwrite=overwrite)
+    result = train_model(loaded, stream, config, output_dir=output, overwrite=overwrite, resume=resume)
     _finish(_train_figures(result, tokenized, output, predicted), json)
 
 
@@ -262,7 +277,7 @@ def env(json: Json = False) -> None:
 
 
 def _terminate(number: int, frame: object) -> None:
-    # As an exception, so that temporary folders are removed and what was trained is saved.
+    # As an exception, so that temporary files are removed. Whoever writes a folder notes signals instead (stopping.py).
     sys.exit(128 + number)
 
 
@@ -281,6 +296,17 @@ def _refusal(error: Exception) -> tuple[str, int]:
     return f"{name}{' '.join(str(error).split())}", 2 if isinstance(error, (ConfigError, TargetError)) else 1
 
 
+def _where_to_go_on(stop: BaseException, words: list[str]) -> str:
+    """What was stopped, and for a run the command that goes on with it."""
+    from qlora_lite.errors import Stopped
+
+    said = str(stop) if isinstance(stop, Stopped) else "stopped; nothing is left half-written"
+    if "train" not in words:
+        return said
+    again = [word for word in words if word not in ("--overwrite", "--resume")]
+    return f"{said}; go on with: {shlex.join(['qlora-lite', *again, '--resume'])}"
+
+
 def main() -> None:
     """Runs a command; what it refuses becomes one line on stderr and an exit status."""
     signal.signal(signal.SIGTERM, _terminate)
@@ -292,7 +318,7 @@ def main() -> None:
         sys.exit(app(prog_name="qlora-lite", standalone_mode=False))
     except SystemExit as error:
         if error.code in STOPPED:
-            print("stopped; what was trained so far is saved, an unfinished export is removed", file=sys.stderr)
+            print(_where_to_go_on(error, sys.argv[1:]), file=sys.stderr)
         raise
     except Exception as error:
         line, status = _refusal(error)

@@ -233,6 +233,9 @@ class TrainConfig:
     checkpointing: `full` keeps only the inputs of each block for backward, computing the rest again; `none` keeps
         products and attention of all blocks; a number of bytes keeps attention outputs, and then whole blocks, as
         many as fit, so that the peak of live tensor bytes above the model's own stays below it.
+    save_steps: after so many steps, and at the end, all that resuming needs is saved in the output folder; None saves
+        it when a signal stops the run. The newest `keep_last` (None: all) of these checkpoints are kept, and of the
+        others the `keep_best` with the lowest mean loss since the one before.
     """
 
     steps: int = 100
@@ -245,6 +248,9 @@ class TrainConfig:
     optimizer: str = "adamw"
     checkpointing: str | int = "full"
     seed: int = 0
+    save_steps: int | None = None
+    keep_last: int | None = 2
+    keep_best: int = 0
 
     def __post_init__(self) -> None:
         require(is_count(self.steps, 1), "steps must be an integer of at least 1", self.steps)
@@ -270,3 +276,7 @@ class TrainConfig:
         require(known, f"checkpointing must be one of {kinds}, or a number of bytes", dial)
         seed = self.seed
         require(is_count(seed, 0) and seed < SEED_LIMIT, f"seed must be an integer in [0, {SEED_LIMIT})", seed)
+        saving, last, best = self.save_steps, self.keep_last, self.keep_best
+        require(saving is None or is_count(saving, 1), "save_steps must be None or an integer of at least 1", saving)
+        require(last is None or is_count(last, 1), "keep_last must be None or an integer of at least 1", last)
+        require(is_count(best, 0), "keep_best must be an integer of at least 0", best)

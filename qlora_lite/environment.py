@@ -34,3 +34,15 @@ def environment() -> dict[str, Any]:
     figures["accelerator"] = str(accelerator) if accelerator else "none"
     figures["cpu_multiplies_bf16"] = cpu_multiplies_bf16()
     return figures
+
+
+def arithmetic(device: torch.device) -> dict[str, Any]:
+    """What decides on the last bits of a result, beside settings and data: versions, threads, processor."""
+    packages = ("qlora-lite", "torch", "bitsandbytes", "transformers")
+    return {
+        **{package: _version_of(package) for package in packages},
+        "threads": torch.get_num_threads(),
+        "device": str(device.type),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu_multiplies_bf16": cpu_multiplies_bf16(),
+    }

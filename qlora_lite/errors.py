@@ -39,3 +39,18 @@ class InputError(QLoRAError, ValueError):
 
 class DeviceMemoryError(QLoRAError, MemoryError):
     """A device does not have the memory that a sequence of allocations needs."""
+
+
+class Stopped(SystemExit):
+    """SIGINT or SIGTERM was obeyed, at a place where nothing is half-done; the text says where to go on from.
+
+    A SystemExit, so that `except Exception` does not keep a process alive that was asked to end; uncaught it ends with
+    the status that shells give such an end, 130 or 143.
+    """
+
+    def __init__(self, number: int, sentence: str) -> None:
+        super().__init__(128 + number)
+        self.number, self.sentence = number, sentence
+
+    def __str__(self) -> str:
+        return self.sentence

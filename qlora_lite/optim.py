@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.config import TrainConfig
+from qlora_lite.errors import CheckpointError
+
+SAME_AS = "same_as"
 
 
 class AdamW16(torch.optim.Optimizer):
@@ -92,3 +95,47 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
         return (step + 1) / config.warmup_steps
     rest = max(1, config.steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / rest)))
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """States by `<parameter>.<state>`: tensors, each once, and what JSON can hold.
+
+    The latter are numbers, and for a tensor that several parameters share (bitsandbytes' tables) the name it has here.
+    """
+    tensors: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    plain: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor):
+                plain[f"{name}.{key}"] = value
+            elif id(value) in first:
+                plain[f"{name}.{key}"] = {SAME_AS: first[id(value)]}
+            else:
+                first[id(value)] = f"{name}.{key}"
+                tensors[f"{name}.{key}"] = value
+    return tensors, plain
+
+
+def load_optimizer_state_(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    plain: Mapping[str, Any],
+) -> None:
+    """Gives an optimizer what `optimizer_state` gave of another. CheckpointError for states of no parameter here."""
+    placed: dict[str, Tensor] = {}
+    states: dict[str, dict[str, Any]] = {}
+    for full, value in (*tensors.items(), *plain.items()):
+        name, _, key = full.rpartition(".")
+        if name not in parameters:
+            raise CheckpointError(f"the optimizer has a state {full}, and the model no parameter {name}")
+        if isinstance(value, Tensor):
+            # torch's AdamW counts its steps on the CPU.
+            placed[full] = value = value if value.dim() == 0 else value.to(parameters[name].device)
+        states.setdefault(name, {})[key] = placed[value[SAME_AS]] if isinstance(value, dict) else value
+    optimizer.state.clear()
+    for name, state in states.items():
+        optimizer.state[parameters[name]] = state

@@ -32,6 +32,14 @@ def described(step: Step) -> str:
     return f"loss {step.loss:.4f}  gradient {step.gradient_norm:.3f}  {step.tokens_per_second:.0f} tokens/s{peak}"
 
 
+def say(text: str, shown: bool) -> None:
+    """A line for the person, on stderr."""
+    from rich.console import Console
+
+    if shown:
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 @contextmanager
 def training_progress(steps: int, shown: bool) -> Iterator[Callable[[Step], None]]:
     """A function to call after each step. On stderr, so that stdout stays what a program printed."""

@@ -1,4 +1,5 @@
-"""The folder of a training run: `metrics.jsonl`, a line a step, and `adapter/`, the last values known to be good.
+"""The folder of a training run: `metrics.jsonl`, a line a step, `adapter/`, the last values known to be good, and
+`checkpoints/`, from which a run goes on.
 
 Values are known to be good when a loss computed with them is finite. They are saved then, before the next update
 (not at every step, if saving takes long), so that a run that diverges leaves the adapter that it had before.
@@ -7,8 +8,9 @@ Values are known to be good when a loss computed with them is finite. They are s
 from __future__ import annotations
 
 import json
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,83 +19,190 @@ from typing import Any
 from torch import nn
 
 from qlora_lite.adapter_files import save_adapter
-from qlora_lite.errors import CheckpointError, NotFiniteError
+from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped
+from qlora_lite.run_checkpoints import (
+    CHECKPOINTS,
+    checkpoint_path,
+    keep_only,
+    newest_sound,
+    remove_folder,
+    remove_unfinished,
+    unfinished,
+    write_checkpoint,
+)
+from qlora_lite.run_lock import LOCK_FILE, only_run
+from qlora_lite.run_state import ADAPTER_FOLDER, METRICS_FILE, RunState
+from qlora_lite.stopping import stoppable, unstopped
 from qlora_lite.storage import check_replaceable
 
-METRICS_FILE = "metrics.jsonl"
-ADAPTER_FOLDER = "adapter"
 # Saving may take this share of a run's time.
 SAVING_SHARE = 0.02
 
 
 class RunFolder:
-    """What a run writes; without a folder, nothing."""
+    """What a run writes; without a folder, nothing.
 
-    def __init__(self, model: nn.Module, folder: Path | None) -> None:
-        self._model, self._folder = model, folder
+    state: what checkpoints are made of; check: raises if the folder is not there any more.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: Path | None,
+        state: RunState | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._model, self._folder, self._state, self._check = model, folder, state, check
         self._mode = "w"
         self._next_save = 0.0
+        self._at: int | None = None  # the step of the last checkpoint
         self.saved = False
+        self.failed = False
+        self.resumed_from: Path | None = None
+        self.skipped: list[str] = []
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Whole, whatever signal comes; what failed once is not tried again when the run ends by it."""
+        self._check()
+        try:
+            with unstopped():
+                yield
+        except (OSError, CheckpointError):
+            self.failed = True
+            raise
 
     def save(self) -> None:
         """Writes the adapter as it is now."""
         if self._folder is not None:
-            save_adapter(self._model, self._folder / ADAPTER_FOLDER, overwrite=True)
+            with self._writing():
+                save_adapter(self._model, self._folder / ADAPTER_FOLDER, overwrite=True)
             self.saved = True
 
     def good(self) -> None:
         """The adapter has just given a finite loss, and is about to be changed."""
         began = time.monotonic()
-        if self._folder is not None and began >= self._next_save:
-            self.save()
-            ended = time.monotonic()
-            self._next_save = ended + (ended - began) / SAVING_SHARE
+        if self._folder is None or began < self._next_save:
+            return
+        if self._mode == "w" and (self._folder / CHECKPOINTS).is_dir():
+            with self._writing():  # another run's, from which this one must not go on
+                remove_folder(self._folder / CHECKPOINTS)
+        self.save()
+        ended = time.monotonic()
+        self._next_save = ended + (ended - began) / SAVING_SHARE
 
-    def note(self, step: Any) -> None:
-        """A line of the metrics; step is a dataclass."""
+    def note(self, step: Any, facts: dict[str, Any] | None = None) -> None:
+        """A step is done: a line of the metrics, and a checkpoint if one is due.
+
+        step: a dataclass; facts: what the loop goes on by (RunState.mark).
+        """
         if self._folder is None:
             return
-        with open(self._folder / METRICS_FILE, self._mode, encoding="utf-8") as metrics:
+        with self._writing(), open(self._folder / METRICS_FILE, self._mode, encoding="utf-8") as metrics:
             metrics.write(json.dumps(asdict(step)) + "\n")
         self._mode = "a"
+        if self._state is None:
+            return
+        self._state.mark(asdict(step), facts or {})
+        done, every = self._state.steps, self._state.config.save_steps
+        if every is not None and (done % every == 0 or done == self._state.config.steps):
+            self.checkpoint(self._state)
+
+    def checkpoint(self, state: RunState) -> Path | None:
+        """The checkpoint of the last step that is done, written unless it is there; None before the first step."""
+        if self._folder is None or state.steps == 0:
+            return None
+        path = checkpoint_path(self._folder, state.steps)
+        if self._at != state.steps:
+            with self._writing():
+                write_checkpoint(path, state.write)
+                self._at = state.steps
+                keep_only(self._folder, self._at, state.config.keep_last, state.config.keep_best)
+        return path
+
+    def resumed(self) -> str:
+        """Puts the run where its newest sound checkpoint left it, and says where that is and what was skipped."""
+        assert self._folder is not None and self._state is not None
+        path, self.skipped = newest_sound(self._folder)
+        if path is None:
+            return f"{self._folder} has no checkpoint; training starts at step 1"
+        self._state.check_same(path)
+        self._state.restore_(path)
+        with self._writing():
+            self._state.write_metrics(self._folder / METRICS_FILE)
+        self.resumed_from, self._at, self._mode, self.saved = path, self._state.steps, "a", True
+        return "; skipped ".join([f"going on after step {self._at} from {path}", *self.skipped])
+
+    def stopped(self, stop: Stopped) -> Stopped:
+        """Saves all that there is, and gives what to raise: a sentence that says so."""
+        name = signal.Signals(stop.number).name
+        path = None if self._state is None else self.checkpoint(self._state)
+        if path is None or self._state is None:
+            return Stopped(stop.number, f"stopped by {name} before the first step was done")
+        self.save()
+        done = f"stopped by {name} after step {self._state.steps} of {self._state.config.steps}"
+        return Stopped(stop.number, f"{done}; {path} is where resuming goes on")
 
 
-def _check_writable(folder: Path, overwrite: bool) -> None:
+def _check_writable(folder: Path, overwrite: bool, resume: bool) -> None:
+    if overwrite and resume:
+        raise ConfigError("overwrite begins a run anew and resume goes on with one; ask for one of them")
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    there = {path.name for path in folder.iterdir()} - {LOCK_FILE} if folder.is_dir() else set()
+    if there and not (overwrite or resume):
         raise CheckpointError(f"{folder} is not empty; name another folder, or ask for overwrite")
-    check_replaceable(folder / ADAPTER_FOLDER, overwrite)
+    there -= {path.name for path in unfinished(folder)}
+    if resume and there and not there & {METRICS_FILE, ADAPTER_FOLDER, CHECKPOINTS}:
+        raise CheckpointError(f"{folder} holds no run to go on with, but {', '.join(sorted(there)[:4])}")
+    check_replaceable(folder / ADAPTER_FOLDER, overwrite or resume)
 
 
 @contextmanager
-def run_folder(model: nn.Module, folder: Path | None, overwrite: bool) -> Iterator[RunFolder]:
+def run_folder(
+    model: nn.Module, folder: Path | None, overwrite: bool, resume: bool = False, state: RunState | None = None
+) -> Iterator[RunFolder]:
     """A run goes inside. When it ends, by an error too, the adapter is saved, unless it is what diverged.
 
     Nothing that was there is touched before the first finite loss; a folder that nothing was written to is removed.
+    No other run writes there meanwhile. On Stopped a checkpoint is written too; a KeyboardInterrupt saves nothing.
     """
     if folder is None:
         yield RunFolder(model, None)
         return
-    _check_writable(folder, overwrite)
+    _check_writable(folder, overwrite, resume)
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        run = RunFolder(model, folder)
-        try:
-            yield run
-        except NotFiniteError as error:
-            if not run.saved:
-                raise
-            where = folder / ADAPTER_FOLDER
-            raise NotFiniteError(f"{error}; {where} holds an adapter that gave a finite loss") from error
-        except BaseException:
-            if run.saved:
-                run.save()
-            raise
-        run.save()
+        with stoppable(), only_run(folder) as check:
+            _check_writable(folder, overwrite, resume)  # again: another run may have ended there just now
+            remove_unfinished(folder)
+            run = RunFolder(model, folder, state, check)
+            with _ending(run, folder):
+                yield run
+            run.save()
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
         if is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+@contextmanager
+def _ending(run: RunFolder, folder: Path) -> Iterator[None]:
+    """What is saved of a run that ends before its end."""
+    try:
+        yield
+    except NotFiniteError as error:
+        if not run.saved:
+            raise
+        where = folder / ADAPTER_FOLDER
+        raise NotFiniteError(f"{error}; {where} holds an adapter that gave a finite loss") from error
+    except Stopped as stop:
+        raise run.stopped(stop) from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        if run.saved and not run.failed:
+            run.save()
+        raise

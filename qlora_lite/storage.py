@@ -29,7 +29,9 @@ import torch
 from torch import Tensor
 
 from qlora_lite.errors import CheckpointError
+from qlora_lite.exchange import exchanged
 from qlora_lite.regular_files import LARGEST_JSON, open_regular
+from qlora_lite.stopping import poll, stoppable
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -76,7 +78,8 @@ def planned(tensor: Tensor) -> PlannedTensor:
     return PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: [tensor])
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has a file, or the names in a folder, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,6 +107,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
         for name, plan in tensors.items():
             written = 0
             for rows in plan.slices():
+                poll()
                 piece = rows.detach().cpu().contiguous()
                 written += piece.nbytes
                 fits = tuple(piece.shape[1:]) == plan.shape[len(plan.shape) - piece.dim() + 1 :]
@@ -289,22 +293,28 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         # mkdtemp gives 0700; a folder made in the usual way follows the umask, and keeps the group of its parent's
         # files where the parent says so (setgid, which is inherited).
         os.chmod(temporary, temporary.stat().st_mode & stat.S_ISGID | 0o777 & ~_umask())
-        with locked(temporary):
-            yield temporary
-        _sync(temporary)
-        check_replaceable(target, overwrite)  # again: others may have written there meanwhile
-        if target.exists():
-            old = temporary.with_suffix(".old")
-            os.rename(target, old)
-            os.rename(temporary, target)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, target)
-        _sync(target.parent)
+        with stoppable():
+            with locked(temporary):
+                yield temporary
+            sync(temporary)
+            check_replaceable(target, overwrite)  # again: others may have written there meanwhile
+            _put(temporary, target)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(temporary: Path, target: Path) -> None:
+    """Gives a finished folder its name; what had it before goes, after that where the file system can exchange two."""
+    if not target.exists():
+        os.rename(temporary, target)
+    elif not exchanged(temporary, target):
+        old = temporary.with_suffix(".old")  # no name of unfinished work: for an instant it is the only one there is
+        os.rename(target, old)
+        os.rename(temporary, target)
+        shutil.rmtree(old)
+    sync(target.parent)
 
 
 def remove_abandoned(folder: Path, pattern: str) -> None:

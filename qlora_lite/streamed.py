@@ -24,6 +24,7 @@ from qlora_lite import hub
 from qlora_lite.delta import Delta
 from qlora_lite.errors import ConfigError
 from qlora_lite.modules import has_own_forward, is_transposed_linear, replaced_forward
+from qlora_lite.stopping import poll
 
 # Two orders of fp32 operations on one number.
 SAME = 1e-5
@@ -44,6 +45,7 @@ class Weights:
         """(first row, rows), floats in fp32."""
         first = 0
         for rows in self.tensors[name]():
+            poll()
             yield first, rows.to("cpu", torch.float32 if rows.is_floating_point() else rows.dtype)
             first += rows.shape[0] if rows.dim() else 1
 

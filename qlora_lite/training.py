@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from qlora_lite import hub
 from qlora_lite.adapters import adapter_parameters, add_lora_, freeze_base_, lora_layers
+from qlora_lite.batch_stream import BatchStream
 from qlora_lite.checkpointing import Dial, checkpointed
 from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
 from qlora_lite.devices import on_cpu
@@ -27,11 +27,14 @@ from qlora_lite.load import load_quantized
 from qlora_lite.memory.host import HoleLimit, keep_freed_pages
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
 from qlora_lite.memory.report import MemoryReport
-from qlora_lite.objective import Batch, check_packing, choose_loss, labelled_tokens
+from qlora_lite.objective import Batch, check_packing, choose_loss, headless_loss, labelled_tokens, own_loss
 from qlora_lite.optim import learning_rate_factor, make_optimizer, set_learning_rates_
-from qlora_lite.progress import training_progress
+from qlora_lite.progress import say, training_progress
+from qlora_lite.random_state import RandomSources, loader_generators
 from qlora_lite.residency import holes_limited
 from qlora_lite.run_folder import RunFolder, run_folder
+from qlora_lite.run_state import RunState
+from qlora_lite.stopping import poll
 
 FP32_BYTES = 4
 
@@ -51,11 +54,16 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its steps, seconds of the whole, and why the model's own loss was used, if it was."""
+    """A finished run: its steps, seconds of this call, and why the model's own loss was used, if it was.
+
+    resumed_from: the checkpoint that it went on from, whose steps are in `steps` too; skipped: newer ones, and why.
+    """
 
     steps: list[StepMetrics]
     seconds: float
     own_loss_because: str | None
+    resumed_from: Path | None = None
+    skipped: tuple[str, ...] = ()
 
     @property
     def losses(self) -> list[float]:
@@ -85,29 +93,6 @@ def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Paramet
     return adapters
 
 
-def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ConfigError("batches is empty")
-
-
-def _micro_batches(batches: Iterable[Batch], config: TrainConfig) -> Iterator[list[Batch]]:
-    """`gradient_accumulation` batches for each step; a sequence or DataLoader starts over when it ends."""
-    again = isinstance(batches, (Sequence, torch.utils.data.DataLoader))
-    stream = _endless(batches) if again else iter(batches)
-    for step in range(config.steps):
-        group = list(itertools.islice(stream, config.gradient_accumulation))
-        if len(group) < config.gradient_accumulation:
-            raise TrainingError(
-                f"the batches ended in step {step + 1} of {config.steps}; give more, or train fewer steps"
-            )
-        yield group
-
-
 def _check_gradients(adapters: dict[str, nn.Parameter]) -> None:
     missing = [name for name, parameter in adapters.items() if parameter.grad is None]
     if missing:
@@ -115,27 +100,6 @@ def _check_gradients(adapters: dict[str, nn.Parameter]) -> None:
         raise TrainingError(
             f"{len(missing)} of {len(adapters)} adapter matrices got no gradient in the first step: {shown}"
         )
-
-
-def _check_batch(batch: Any, vocabulary: int | None) -> None:
-    """ConfigError, saying what is wrong, for what is no batch of token rows with labels that this model knows."""
-    if not isinstance(batch, dict) or not {"input_ids", "labels"} <= batch.keys():
-        got = sorted(batch) if isinstance(batch, dict) else f"a {type(batch).__name__}"
-        raise ConfigError(f"a batch must be a dict with tensors input_ids and labels; got {got}")
-    ids = batch["input_ids"]
-    for name, value in batch.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != len(ids):
-            kind = str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-            raise ConfigError(f"{name} of a batch must be a tensor with a row for each of input_ids; got {kind}")
-        if name in ("input_ids", "labels") and (value.dim() != 2 or value.dtype != torch.int64):
-            raise ConfigError(f"{name} must be int64 of shape (rows, tokens); got {value.dtype} {tuple(value.shape)}")
-    if batch["labels"].shape != ids.shape:
-        raise ConfigError(
-            f"labels must be of the shape of input_ids, {tuple(ids.shape)}; got {tuple(batch['labels'].shape)}"
-        )
-    low, high = (int(value) for value in ids.aminmax()) if ids.numel() else (0, 0)
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise ConfigError(f"tokens must be in [0, {vocabulary}); got {low if low < 0 else high}")
 
 
 class _Run:
@@ -182,11 +146,18 @@ class _Run:
         known = sum(value.nbytes for value in states if isinstance(value, Tensor))
         return known or sum(2 * FP32_BYTES * parameter.numel() for parameter in self.adapters.values())
 
+    def facts(self, dial: Dial) -> dict[str, Any]:
+        """What the steps after the first do as that one showed."""
+        return {"own_loss_because": self.own_loss_because, "dial": dial.measured}
+
+    def go_on(self, facts: dict[str, Any], dial: Dial) -> None:
+        """Does as the first step of the run before showed."""
+        self.own_loss_because, dial.measured = facts["own_loss_because"], facts["dial"]
+        self.loss = headless_loss if self.own_loss_because is None else own_loss
+
     def step(self, number: int, group: list[Batch], dial: Dial, holes: HoleLimit, folder: RunFolder) -> StepMetrics:
         """Forward and backward of each batch, one update. TrainingError before the update if it would spoil it."""
         began = time.perf_counter()
-        for batch in group:
-            _check_batch(batch, self.vocabulary)
         device = self.accelerator.device
         group = [{name: value.to(device) for name, value in batch.items()} for batch in group]
         counts = [int(labelled_tokens(batch)) for batch in group]
@@ -201,6 +172,7 @@ class _Run:
         set_learning_rates_(self.optimizer, factor)
         total = torch.zeros((), device=self.accelerator.device)
         for batch in group:
+            poll()
             with dial.batch(batch["input_ids"].numel(), self.state_bytes()) as phase:
                 holes.phase_ends()
                 with self.phase("forward"), phase("forward"):
@@ -253,6 +225,7 @@ def train(
     *,
     output_dir: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     profiler: MemoryProfiler | None = None,
     progress: bool = True,
 ) -> TrainResult:
@@ -262,31 +235,50 @@ def train(
     The loss is the mean over all labelled tokens of a step, however they are spread over its batches.
     output_dir: gets `metrics.jsonl`, a line a step, and the adapter in `adapter/`, also when training stops early,
         by whatever error; when it diverged, values from before. A folder with something in it is refused unless
-        `overwrite`.
+        `overwrite`. With `config.save_steps` also `checkpoints/`.
+    resume: go on from the newest sound checkpoint in output_dir, with model, adapters, batches and config made as for
+        the run that wrote it; what follows is bit for bit what that run would have done. CheckpointError for whatever
+        is not the same; without a checkpoint, training starts at step 1.
+    SIGINT and SIGTERM are obeyed between two batches, if there is an output_dir: a checkpoint is written, and Stopped
+    raised. A second SIGINT is a KeyboardInterrupt at once, and saves nothing.
     profiler: its phases forward, backward and optimizer are entered.
     Raises NotFiniteError when the loss or the gradients are not finite (before they are applied), or the adapters after
     an update; TrainingError when an adapter gets no gradient in the first step, or the batches end too early;
     ConfigError, TargetError for what cannot be trained. Module modes and forward methods are put back as they were.
     """
+    if output_dir is None and (resume or config.save_steps is not None):
+        raise ConfigError("resume and save_steps need an output_dir, where the checkpoints are")
     torch.manual_seed(config.seed)
     keep_freed_pages()
     run = _Run(model, config, profiler)
-    steps: list[StepMetrics] = []
+    device = run.accelerator.device
+    sources = None if output_dir is None else RandomSources(device, loader_generators(batches))
+    stream = BatchStream(batches, run.vocabulary, sources)
+    state = None if sources is None else RunState(model, run.adapters, run.optimizer, config, stream, sources)
     began = time.perf_counter()
     with (
-        run_folder(model, None if output_dir is None else Path(output_dir), overwrite) as folder,
+        run_folder(model, None if output_dir is None else Path(output_dir), overwrite, resume, state) as folder,
         _in_training(model),
         lean(model),
         checkpointed(model, config.checkpointing) as dial,
-        holes_limited(model, run.accelerator.device, config.checkpointing) as holes,
-        training_progress(config.steps, progress) as show,
+        holes_limited(model, device, config.checkpointing) as holes,
         contextlib.closing(run),
     ):
-        for number, group in enumerate(_micro_batches(batches, config), start=1):
-            steps.append(run.step(number, group, dial, holes, folder))
-            show(steps[-1])
-            folder.note(steps[-1])
-    return TrainResult(steps, time.perf_counter() - began, run.own_loss_because)
+        if resume:
+            say(folder.resumed(), progress)
+        steps = [] if state is None else [StepMetrics(**line) for line in state.metrics]
+        if state is not None and steps:
+            run.go_on(state.facts, dial)
+        with training_progress(config.steps, progress) as show:
+            for number in range(len(steps) + 1, config.steps + 1):
+                poll()
+                group = list(stream.group(config.gradient_accumulation, number, config.steps))
+                steps.append(run.step(number, group, dial, holes, folder))
+                show(steps[-1])
+                folder.note(steps[-1], run.facts(dial))
+    return TrainResult(
+        steps, time.perf_counter() - began, run.own_loss_because, folder.resumed_from, tuple(folder.skipped)
+    )
 
 
 def check_batch_shape(config: Any, rows: int, tokens: int) -> None:

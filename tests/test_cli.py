@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from qlora_lite.cli import main
+from qlora_lite.run_folder import RunFolder
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -58,6 +64,43 @@ def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     load_adapter_(ours, adapter)
     tokens = torch.arange(8).unsqueeze(0)
     torch.testing.assert_close(merged(tokens).logits, ours.float().eval()(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stopped_run_says_the_command_that_goes_on_with_it(
+    tiny_folder: Path, memory_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = memory_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"number {n}"}) for n in range(5)))
+    words = ["train", "--model", tiny_folder, "--data", data, "--steps", 4, "--rank", 2, "--dropout", 0.1, "--output"]
+
+    def command(*given: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["qlora-lite", *map(str, given)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), capsys.readouterr().err
+
+    real, before = RunFolder.note, signal.getsignal(signal.SIGTERM)
+
+    def note(run: RunFolder, step: Any, facts: Any = None) -> None:
+        real(run, step, facts)
+        if step.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    try:
+        monkeypatch.setattr(RunFolder, "note", note)
+        status, said = command(*words, memory_path / "run", "--overwrite")
+        monkeypatch.setattr(RunFolder, "note", real)
+        last = said.splitlines()[-1]
+        assert status == 143 and last.startswith("stopped by SIGTERM after step 2 of 4; ")
+        again = shlex.split(last.partition("; go on with: qlora-lite ")[2])
+        assert again == [*map(str, words), str(memory_path / "run"), "--resume"]
+        status, said = command(*again)
+        assert status == 0 and "going on after step 2 from" in said
+        assert command(*words, memory_path / "whole")[0] == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    ends = [(memory_path / run / "adapter/adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
+    assert ends[0] == ends[1]
 
 
 def test_quantize_writes_what_the_other_commands_read(run: Run, tiny_folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import astuple
@@ -29,7 +30,7 @@ from qlora_lite import (
     storage,
 )
 from qlora_lite.adapters import lora_layers
-from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
+from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, Stopped
 from qlora_lite.quantized_files import save_quantized
 from qlora_lite.tensor_files import TensorFiles
 
@@ -379,6 +380,29 @@ def test_killed_it_leaves_nothing_under_the_name_and_the_same_command_finishes(
     export.merge_checkpoint(*words)
     export.merge_checkpoint(*words[:2], tmp_path / "again")
     assert same(tmp_path / "out", tmp_path / "again") and not list(tmp_path.glob(".out.*"))
+
+
+def test_terminated_it_leaves_what_was_there(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(trained(tiny_folder), tmp_path / "adapter")
+    words = (tiny_folder, tmp_path / "adapter", tmp_path / "out")
+    export.merge_checkpoint(*words)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    write, left = storage._Writer.write, [20]
+
+    def some(writer: Any, piece: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            signal.raise_signal(signal.SIGTERM)
+        assert left[0] > -2  # it is obeyed at the next slice
+        write(writer, piece)
+
+    monkeypatch.setattr(storage._Writer, "write", some)
+    with pytest.raises(Stopped, match="stopped by SIGTERM; nothing is left half-written"):
+        export.merge_checkpoint(*words, dtype=torch.float32, overwrite=True)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "out"}
 
 
 @pytest.mark.parametrize(

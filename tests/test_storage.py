@@ -131,6 +131,17 @@ def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("system", [storage.exchanged, lambda one, other: False])
+def test_what_is_replaced_is_there_until_the_new_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: Callable[[Path, Path], bool]
+) -> None:
+    monkeypatch.setattr(storage, "exchanged", system)
+    for text in ("1", "2"):
+        with new_folder(tmp_path / "out", overwrite=True) as folder:
+            (folder / "x.json").write_text(text)
+    assert (tmp_path / "out" / "x.json").read_text() == "2" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_holds_is_not(tmp_path: Path) -> None:
     for name in (".out.old1.partial", ".out.held1.partial", ".out.new1.partial", ".other.old1.partial"):
         (tmp_path / name).mkdir()

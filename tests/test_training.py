@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,15 @@ from qlora_lite import (
     train,
 )
 from qlora_lite.adapters import adapter_parameters, adapters_disabled, lora_layers
-from qlora_lite.errors import CheckpointError, ConfigError, InputError, NotFiniteError, TargetError, TrainingError
+from qlora_lite.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    NotFiniteError,
+    Stopped,
+    TargetError,
+    TrainingError,
+)
 from qlora_lite.training import profile_steps
 
 
@@ -165,6 +174,47 @@ def test_packing_is_refused_where_examples_would_see_each_other(family: str) -> 
         return
     with pytest.raises(ConfigError, match="lets packed examples see each other"):
         train(model, [packed], TrainConfig(steps=1), progress=False)
+
+
+class Signalled(list[dict[str, torch.Tensor]]):
+    """Batches that come with a signal, each time the one of this index is taken."""
+
+    def __init__(self, index: int, number: int, *given: Any) -> None:
+        super().__init__(*given)
+        self.index, self.number = index, number
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for index in range(len(self)):
+            if index == self.index:
+                signal.raise_signal(self.number)
+            yield self[index]
+
+
+@pytest.mark.parametrize(("number", "status", "index"), [(signal.SIGTERM, 143, 5), (signal.SIGINT, 130, 4)])
+def test_a_signal_saves_the_last_step_that_was_done(
+    tiny_folder: Path, memory_path: Path, number: int, status: int, index: int
+) -> None:
+    config = TrainConfig(steps=4, gradient_accumulation=2, learning_rate=1e-2)
+    batches, run = [batch(seed=n) for n in range(6)], memory_path / "run"
+    model, handlers = adapted(tiny_folder, dropout=0.1), [signal.getsignal(signal.SIGINT), signal.getsignal(number)]
+    said = "after step 2 of 4; .*checkpoints/step-000002 is where resuming goes on"
+    with pytest.raises(Stopped, match=said) as stop:
+        train(model, Signalled(index, number, batches), config, output_dir=run, progress=False)
+    assert stop.value.code == status and handlers == [signal.getsignal(signal.SIGINT), signal.getsignal(number)]
+    # Nothing of the step that was begun is left, and the folder is the same as without it.
+    assert {path.name for path in run.iterdir()} == {"adapter", "checkpoints", "metrics.jsonl"}
+    model = adapted(tiny_folder, dropout=0.1)
+    resumed = train(model, batches, config, output_dir=run, resume=True, progress=False)
+    whole = train(adapted(tiny_folder, dropout=0.1), batches, config, progress=False)
+    assert resumed.losses == whole.losses and resumed.resumed_from == run / "checkpoints" / "step-000002"
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="stopped by SIGTERM before the first step was done"):
+        train(adapted(tiny_folder), Signalled(0, signal.SIGTERM, [batch()]), TrainConfig(), output_dir=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="resume and save_steps need an output_dir"):
+        train(adapted(tiny_folder), [batch()], TrainConfig(save_steps=1))
 
 
 def test_what_cannot_be_trained_is_refused(tiny_folder: Path) -> None:

@@ -1,0 +1,80 @@
+"""The states of all random numbers that a run draws: torch's, the accelerator's, Python's, numpy's, a loader's own."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_lite.devices import on_cpu
+from qlora_lite.errors import CheckpointError, ConfigError
+
+MERSENNE = "MT19937"  # numpy's global generator, unless somebody exchanged it
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """States at one moment. tensors: those of torch's generators by name; plain: what JSON can hold."""
+
+    tensors: Mapping[str, Tensor]
+    plain: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RandomSources:
+    """Where a run's random numbers come from. generators: torch's, besides the default ones."""
+
+    device: torch.device
+    generators: Sequence[torch.Generator] = ()
+
+    def capture(self) -> RandomState:
+        """The states as they are now."""
+        tensors = {"torch": torch.get_rng_state()}
+        if not on_cpu(self.device):
+            tensors["accelerator"] = torch.get_device_module(self.device).get_rng_state()
+        tensors |= {f"generator.{number}": source.get_state() for number, source in enumerate(self.generators)}
+        version, words, gauss = random.getstate()
+        plain: dict[str, Any] = {"python": [version, list(words), gauss]}
+        if (numpy := sys.modules.get("numpy")) is not None:
+            state = numpy.random.get_state(legacy=False)
+            if (kind := state["bit_generator"]) != MERSENNE:
+                raise ConfigError(f"numpy's global generator must be {MERSENNE} for a run to be resumed; got {kind}")
+            inner = state["state"]
+            plain["numpy"] = [inner["key"].tolist(), int(inner["pos"]), int(state["has_gauss"]), float(state["gauss"])]
+        return RandomState(tensors, plain)
+
+    def restore(self, state: RandomState) -> None:
+        """Has all sources give what they gave after `state` was captured. CheckpointError if they are others."""
+        wanted = {"torch", *(f"generator.{number}" for number in range(len(self.generators)))}
+        wanted |= set() if on_cpu(self.device) else {"accelerator"}
+        if wanted != set(state.tensors):
+            raise CheckpointError(
+                f"the random numbers of the run came from {', '.join(sorted(state.tensors))}; here they come from "
+                f"{', '.join(sorted(wanted))}: give the same kind of batches, and the same device"
+            )
+        torch.set_rng_state(state.tensors["torch"])
+        if not on_cpu(self.device):
+            torch.get_device_module(self.device).set_rng_state(state.tensors["accelerator"])
+        for number, source in enumerate(self.generators):
+            source.set_state(state.tensors[f"generator.{number}"])
+        version, words, gauss = state.plain["python"]
+        random.setstate((version, tuple(words), gauss))
+        if "numpy" in state.plain:
+            import numpy
+
+            words, place, has_gauss, gauss = state.plain["numpy"]
+            numpy.random.set_state((MERSENNE, numpy.array(words, dtype=numpy.uint32), place, has_gauss, gauss))
+
+
+def loader_generators(batches: Any) -> list[torch.Generator]:
+    """The generators that a DataLoader and its samplers were given, each once; none of anything else."""
+    if not isinstance(batches, torch.utils.data.DataLoader):
+        return []
+    owners = (batches, batches.sampler, batches.batch_sampler, getattr(batches.batch_sampler, "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(source): source for source in found if isinstance(source, torch.Generator)}.values())

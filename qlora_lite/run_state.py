@@ -1,0 +1,194 @@
+"""What a run is between two steps: all that the steps after it depend on, to and from files (safetensors and JSON).
+
+state.json               settings, base, machine, place in the batches, what JSON can hold of the rest
+trained.safetensors      A, B and whatever else learns, and starts they are counted from, as they are in memory
+optimizer.safetensors    the optimizer's states
+random.safetensors       torch's generators, now and before the first batch of the epoch
+metrics.jsonl            a line for each step so far
+adapter/                 the same adapter as peft reads it
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite.adapter_files import save_adapter
+from qlora_lite.adapters import lora_layers
+from qlora_lite.batch_stream import BatchStream, Position
+from qlora_lite.config import TrainConfig
+from qlora_lite.environment import arithmetic
+from qlora_lite.errors import CheckpointError
+from qlora_lite.fingerprint import base_fingerprint
+from qlora_lite.optim import load_optimizer_state_, optimizer_state
+from qlora_lite.random_state import RandomSources, RandomState
+from qlora_lite.single_file import new_file
+from qlora_lite.storage import planned, read_json, write_json, write_safetensors
+from qlora_lite.tensor_files import read_safetensors
+
+VERSION = 1
+STATE_FILE = "state.json"
+TRAINED_FILE = "trained.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+RANDOM_FILE = "random.safetensors"
+METRICS_FILE = "metrics.jsonl"
+ADAPTER_FOLDER = "adapter"
+NOW, EPOCH = "now.", "epoch."
+# Settings that change what is saved or kept in memory, and no number of the result.
+FREE_SETTINGS = ("save_steps", "keep_last", "keep_best", "checkpointing")
+SHOWN = 6
+
+
+def _as_json(value: Any) -> Any:
+    """What a value is once it was written and read: tuples are lists, keys strings."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _differences(what: str, then: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    keys = sorted({*then, *here})
+    return [
+        f"{what}{key} was {then.get(key)!r} and is {here.get(key)!r}" for key in keys if then.get(key) != here.get(key)
+    ]
+
+
+@dataclass
+class RunState:
+    """The parts of a run that make up its state, and the moment between two steps that was last marked.
+
+    facts: of the loop itself (JSON). metrics: of each step so far.
+    """
+
+    model: nn.Module
+    trained: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    config: TrainConfig
+    stream: BatchStream
+    sources: RandomSources
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    _random: RandomState | None = None
+    _position: Position | None = None
+    _base: dict[str, str] | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many steps are done."""
+        return len(self.metrics)
+
+    def mark(self, metrics: dict[str, Any], facts: dict[str, Any]) -> None:
+        """A step is done. What `write` writes until the next mark is the state now, also in the middle of a step:
+        until its update only random numbers and batches move on."""
+        self.metrics.append(metrics)
+        self.facts = facts
+        self._random, self._position = self.sources.capture(), self.stream.position()
+
+    def mean_loss(self) -> float:
+        """Of the steps since the checkpoint before, which is `save_steps` ago; of the last one without that."""
+        losses = [step["loss"] for step in self.metrics[-(self.config.save_steps or 1) :]]
+        return float(sum(losses) / len(losses))
+
+    def _described(self) -> dict[str, dict[str, Any]]:
+        """What must be the same in a run that goes on from here."""
+        if self._base is None:
+            self._base = base_fingerprint(self.model)
+        settings = {name: value for name, value in asdict(self.config).items() if name not in FREE_SETTINGS}
+        adapters = {
+            name: [layer.rank, layer.alpha, layer.dropout, layer.rslora, layer.variant, layer.lora_A.dtype]
+            for name, layer in lora_layers(self.model).items()
+        }
+        parts = {"settings": settings, "adapters": adapters, "base": self._base}
+        return _as_json(parts | {"machine": arithmetic(self.sources.device)})  # type: ignore[no-any-return]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        starts = {
+            f"{name}.{part}": value
+            for name, layer in lora_layers(self.model).items()
+            for part in ("start_A", "start_B")
+            if (value := getattr(layer, part)) is not None
+        }
+        return {**self.trained, **starts}
+
+    def write(self, folder: Path) -> None:
+        """Writes the state of the last mark into an empty folder, each file synced to disk."""
+        assert self._random is not None and self._position is not None
+        save_adapter(self.model, folder / ADAPTER_FOLDER)
+        write_safetensors(folder / TRAINED_FILE, {n: planned(value) for n, value in self._tensors().items()})
+        tensors, plain = optimizer_state(self.optimizer, self.trained)
+        write_safetensors(folder / OPTIMIZER_FILE, {name: planned(value) for name, value in tensors.items()})
+        start = self._position.start
+        states = {NOW + name: value for name, value in self._random.tensors.items()}
+        states |= {EPOCH + name: value for name, value in start.tensors.items()}
+        write_safetensors(folder / RANDOM_FILE, {name: planned(value) for name, value in states.items()})
+        position = {name: getattr(self._position, name) for name in ("epoch", "taken", "digest", "count")}
+        self.write_metrics(folder / METRICS_FILE)
+        state = {
+            "version": VERSION,
+            "step": self.steps,
+            "mean_loss": self.mean_loss(),
+            **self._described(),
+            "checkpointing": self.config.checkpointing,
+            "batches": position,
+            "random": {"now": self._random.plain, "epoch": start.plain},
+            "optimizer": plain,
+            "facts": self.facts,
+        }
+        write_json(folder / STATE_FILE, state)
+
+    def write_metrics(self, path: Path) -> None:
+        """A line for each step so far, in place of what was there."""
+        with new_file(path, overwrite=True) as file:
+            file.writelines(json.dumps(step).encode() + b"\n" for step in self.metrics)
+
+    def check_same(self, folder: Path) -> None:
+        """CheckpointError, listing what, if this run is not the one that the checkpoint is of."""
+        state = read_json(folder / STATE_FILE)
+        if state.get("version") != VERSION:
+            raise CheckpointError(f"{folder} is of version {state.get('version')!r}; this one reads {VERSION}")
+        here = self._described()
+        problems = _differences("", state["settings"], here["settings"])
+        problems += _differences("the adapter of ", state["adapters"], here["adapters"])
+        problems += [
+            f"the base has other {name}" for name in here["base"] if state["base"].get(name) != here["base"][name]
+        ]
+        problems += _differences("machine: ", state["machine"], here["machine"])
+        if problems:
+            shown = "; ".join(problems[:SHOWN]) + (f" and {len(problems) - SHOWN} more" * (len(problems) > SHOWN))
+            raise CheckpointError(
+                f"{folder} cannot be resumed exactly: {shown}; make it as it was, or begin a new run from "
+                f"{folder / ADAPTER_FOLDER} with load_adapter_"
+            )
+
+    def restore_(self, folder: Path) -> None:
+        """Has model, optimizer, batches and random numbers be as they were. CheckpointError for what does not fit."""
+        state = read_json(folder / STATE_FILE)
+        stored, here = read_safetensors(folder / TRAINED_FILE), self._tensors()
+        kinds = [{n: (value.shape, value.dtype) for n, value in side.items()} for side in (stored, here)]
+        if kinds[0] != kinds[1]:
+            other = sorted(name for name in {*stored, *here} if kinds[0].get(name) != kinds[1].get(name))
+            raise CheckpointError(f"{folder} has other tensors that learn than the model: {', '.join(other[:SHOWN])}")
+        with torch.no_grad():
+            for name, value in here.items():
+                value.copy_(stored[name])
+        tensors = read_safetensors(folder / OPTIMIZER_FILE)
+        load_optimizer_state_(self.optimizer, self.trained, tensors, state["optimizer"])
+        states = read_safetensors(folder / RANDOM_FILE)
+        now, epoch = (
+            RandomState(
+                {name.removeprefix(mark): value for name, value in states.items() if name.startswith(mark)},
+                state["random"][mark.rstrip(".")],
+            )
+            for mark in (NOW, EPOCH)
+        )
+        self.stream.go_to(Position(start=epoch, **state["batches"]))
+        self.sources.restore(now)
+        self.metrics = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+        self.facts = state["facts"]
+        if state["checkpointing"] != self.config.checkpointing:
+            self.facts["dial"] = None
+        self._random, self._position = now, self.stream.position()

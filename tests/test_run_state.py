@@ -1,0 +1,141 @@
+"""A run that goes on from a checkpoint does, bit for bit, what it would have done without one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
+from qlora_lite.errors import CheckpointError
+from qlora_lite.tensor_files import read_safetensors
+
+Files = dict[str, dict[str, torch.Tensor]]
+
+
+def adapted(folder: Path, format: str = "nf4", dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
+    model = load_quantized(folder, QuantConfig(format=format), dtype=dtype)
+    torch.manual_seed(1)
+    add_lora_(model, LoraConfig(**{"rank": 4, "alpha": 8, "dropout": 0.1, **lora}))
+    return model
+
+
+def rows(count: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(100, (1, 8 + n % 3), generator=generator) for n in range(count)]
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def shuffled(count: int) -> Any:
+    generator = torch.Generator().manual_seed(3)
+    return DataLoader(rows(count), batch_size=None, shuffle=True, generator=generator)  # type: ignore[arg-type]
+
+
+BATCHES = {
+    "list": lambda: rows(5),
+    "iterator": lambda: iter(rows(12)),
+    "loader": lambda: shuffled(5),
+    "global": lambda: DataLoader(rows(5), batch_size=None, shuffle=True),  # type: ignore[arg-type]
+}
+
+
+def end_of(run: Path, step: int = 6) -> tuple[Files, list[float], Any]:
+    """Tensors, losses and the rest of the state in the checkpoint of a step."""
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    tensors = {path.name: read_safetensors(path) for path in sorted(folder.rglob("*.safetensors"))}
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return tensors, losses, json.loads((folder / "state.json").read_text())
+
+
+def back_to(run: Path, other: Path, step: int) -> Path:
+    """A copy of a run's folder as it was when its checkpoint of this step was the last."""
+    shutil.copytree(run, other)
+    for path in (other / "checkpoints").iterdir():
+        if path.name > f"step-{step:06d}":
+            shutil.rmtree(path)
+    return other
+
+
+def assert_same(one: tuple[Files, list[float], Any], other: tuple[Files, list[float], Any]) -> None:
+    assert one[1] == other[1] and one[2] == other[2]
+    assert one[0].keys() == other[0].keys() and len(one[0]) == 4
+    for file, tensors in one[0].items():
+        assert tensors.keys() == other[0][file].keys() and tensors
+        assert all(torch.equal(value, other[0][file][name]) for name, value in tensors.items()), file
+
+
+@pytest.mark.parametrize(
+    ("batches", "lora", "settings", "base"),
+    [
+        ("list", {}, {"gradient_accumulation": 2}, {}),
+        ("loader", {"variant": "dora"}, {"checkpointing": "none"}, {"format": "int8"}),
+        ("global", {"rank": 32, "init": "pissa"}, {"optimizer": "adamw8bit", "checkpointing": 1_200_000}, {}),
+        ("iterator", {"adapter_dtype": torch.bfloat16}, {"gradient_accumulation": 2}, {}),
+    ],
+)
+def test_resumed_equals_uninterrupted(
+    tiny_folder: Path,
+    memory_path: Path,
+    batches: str,
+    lora: dict[str, Any],
+    settings: dict[str, Any],
+    base: dict[str, Any],
+) -> None:
+    config = TrainConfig(steps=6, learning_rate=1e-2, save_steps=2, keep_last=None, **settings)
+    whole = memory_path / "whole"
+    result = train(adapted(tiny_folder, **base, **lora), BATCHES[batches](), config, output_dir=whole, progress=False)
+    for step in (2, 4):
+        again = back_to(whole, memory_path / f"from{step}", step)
+        torch.manual_seed(step)  # what happened to random numbers before makes no difference
+        model = adapted(tiny_folder, **base, **lora)
+        resumed = train(model, BATCHES[batches](), config, output_dir=again, resume=True, progress=False)
+        assert resumed.resumed_from == again / "checkpoints" / f"step-{step:06d}" and not resumed.skipped
+        assert resumed.losses == result.losses and [line.step for line in resumed.steps] == [1, 2, 3, 4, 5, 6]
+        assert_same(end_of(whole), end_of(again))
+        lines = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (whole, again)]
+        assert lines[0] == lines[1] == result.losses
+        finals = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, again)]
+        assert finals[0] == finals[1]
+
+
+def test_another_run_is_refused_with_every_difference(tiny_folder: Path, memory_path: Path) -> None:
+    config = TrainConfig(steps=2, save_steps=1)
+    train(adapted(tiny_folder), rows(5), config, output_dir=memory_path / "run", progress=False)
+    before = sorted((path, path.stat().st_mtime_ns) for path in (memory_path / "run").rglob("*") if path.is_file())
+
+    def refused(message: str, model: Any, batches: Any, settings: TrainConfig = config) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            train(model, batches, settings, output_dir=memory_path / "run", resume=True, progress=False)
+
+    other = TrainConfig(steps=2, save_steps=2, keep_best=1, learning_rate=1e-3, seed=1)
+    refused("learning_rate was 0.0002 and is 0.001; seed was 0 and is 1; make it", adapted(tiny_folder), rows(5), other)
+    refused("the adapter of model.layers.0.mlp.down_proj was", adapted(tiny_folder, rank=2), rows(5))
+    refused("the base has other layout; the base has other values", adapted(tiny_folder, "fp4"), rows(5))
+    changed = adapted(tiny_folder)
+    changed.model.layers[0].mlp.up_proj.base_layer.weight.packed[0] ^= 1
+    refused("exactly: the base has other values; make", changed, rows(5))
+    refused("an epoch had 5 batches, and has 4 here", adapted(tiny_folder), rows(4))
+    refused("first 2 batches of epoch 1 are not those", adapted(tiny_folder), rows(5)[::-1])
+    refused(
+        "random numbers of the run came from torch; here they come from generator.0", changed_back(changed), shuffled(5)
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        refused(f"machine: threads was {threads} and is {threads + 1}", adapted(tiny_folder), rows(5))
+    finally:
+        torch.set_num_threads(threads)
+    assert before == sorted(
+        (path, path.stat().st_mtime_ns) for path in (memory_path / "run").rglob("*") if path.is_file()
+    )
+
+
+def changed_back(model: Any) -> Any:
+    model.model.layers[0].mlp.up_proj.base_layer.weight.packed[0] ^= 1
+    return model
