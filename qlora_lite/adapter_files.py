@@ -6,7 +6,6 @@ shapes are ours.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 
 from qlora_lite import hub
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
-from qlora_lite.config import ALL_LINEAR, LoraConfig
+from qlora_lite.config import LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
 from qlora_lite.lora import LoraLayer
-from qlora_lite.modules import answers_to, replace_modules_
-from qlora_lite.peft_config import adaptable_names, peft_config
+from qlora_lite.modules import replace_modules_
+from qlora_lite.peft_config import peft_config
+from qlora_lite.peft_targets import target_problems
 from qlora_lite.storage import PlannedTensor, new_folder, planned, read_json, write_json, write_safetensors
 from qlora_lite.tensor_files import read_safetensors
 
@@ -77,8 +77,6 @@ HARMLESS_OPTIONS = frozenset(
         "use_dora",
     }
 )
-# With one of these, fewer layers are adapted than target_modules says.
-NARROWING_OPTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 # Initializations that also change the base weight, so that A and B alone are not the adapter.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -203,32 +201,6 @@ def _mismatches(model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Colle
     return problems
 
 
-def _left_out(model: nn.Module, pairs: Collection[str], config: dict[str, Any]) -> list[str]:
-    """What the configuration targets and the file has nothing for: part of the adapter is lost."""
-    targets = config.get("target_modules")
-    if targets in (None, ALL_LINEAR) or any(config.get(option) for option in NARROWING_OPTIONS):
-        return []
-    layers = adaptable_names(model)
-    if isinstance(targets, str):
-        try:
-            meant = {name for name in layers if re.fullmatch(targets, name)}
-            if not meant.intersection(pairs):
-                return [f"target_modules {targets!r} matches no layer in the file"]
-        except re.error as error:
-            return [f"target_modules {targets!r} is not a regular expression: {error}"]
-    elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        unmet = [t for t in targets if not any(answers_to(n, t) for n in pairs)]
-        # peft keeps targets that other models have, as long as this one has some.
-        if lost := [t for t in unmet if unmet == targets or any(answers_to(n, t) for n, _ in model.named_modules())]:
-            return [f"target_modules {lost} answer to no layer in the file"]
-        meant = {name for name in layers if any(answers_to(name, target) for target in targets)}
-    else:
-        return [f"target_modules must be a list of names or a regular expression; got {targets!r}"]
-    missing = sorted(meant - set(pairs))
-    shown = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
-    return [f"{len(missing)} targeted layers have nothing in the file: {shown}"] if missing else []
-
-
 def _other_bases(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     """Base weights that came with the adapter and are not this model's: the adapter was trained on something else."""
     modules = dict(model.named_modules())
@@ -276,7 +248,7 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
         *_other_bases(model, tensors),
         *numbers.idle_patterns(pairs),
     ]
-    problems += _left_out(model, pairs, config)
+    problems += target_problems(model, pairs, config)
     if config.get("ensure_weight_tying"):
         problems += _apart(model, pairs)
     present = set(lora_layers(model))

@@ -75,6 +75,17 @@ def _check_run(output: Path, replaced: bool, model: str, data: Path) -> None:
     _check_output(output / ADAPTER_FOLDER if replaced else output, replaced, model, data)
 
 
+def _target_settings(targets: str, exclude: str | None, layers: str | None) -> dict[str, Any]:
+    from qlora_lite.targets import layer_numbers
+
+    named = {"target_modules": targets, "exclude_modules": exclude}
+    listed: dict[str, Any] = {
+        setting: [name.strip() for name in text.split(",")] for setting, text in named.items() if text is not None
+    }
+    every = {"target_modules": targets} if targets == "all-linear" else {}
+    return {**listed, **every, "layers": None if layers is None else layer_numbers(layers)}
+
+
 def _train_figures(result: Any, tokenized: Any, output: Path, predicted: int | None) -> dict[str, Any]:
     foreseen = {} if predicted is None else {"predicted_peak_bytes": predicted}
     return {
@@ -108,6 +119,8 @@ def train(
     init: Annotated[str, typer.Option(help="normal, kaiming, gaussian, orthogonal, pissa or loftq.")] = "normal",
     dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
     targets: Annotated[str, typer.Option(help="all-linear, or layer names with commas.")] = "all-linear",
+    exclude: Annotated[str | None, typer.Option(help="Layer names with commas that get no adapters.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Numbers of the blocks that get adapters: 0-7,12.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-4,
     lora_plus_ratio: Annotated[float, typer.Option(help="LoRA+: B learns at so many times A's rate.")] = 1.0,
@@ -151,8 +164,8 @@ def train(
     quant = QuantConfig(
         format, blocksize, double_quant, int8_activations=int8_activations, embedding_format=embedding_format
     )
-    names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-    lora = LoraConfig(rank, alpha, dropout, names, rslora=rslora, init=init, variant=variant)
+    chosen = _target_settings(targets, exclude, layers)
+    lora = LoraConfig(rank, alpha, dropout, rslora=rslora, init=init, variant=variant, **chosen)
     config = TrainConfig(
         steps=steps,
         learning_rate=learning_rate,

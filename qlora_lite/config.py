@@ -99,6 +99,14 @@ def _number_of(name: str, patterns: Mapping[str, Number], otherwise: Number) -> 
     return otherwise if pattern is None else patterns[pattern]
 
 
+def _check_targets(setting: str, targets: object) -> None:
+    if callable(targets):
+        return
+    listed = isinstance(targets, (str, list, tuple, set, frozenset)) and bool(targets)
+    named = listed and all(isinstance(name, str) for name in targets)  # type: ignore[attr-defined]
+    require(named, f"{setting} must be a string, a list of names or a function", targets)
+
+
 def check_lora_numbers(rank: object, alpha: object, dropout: object) -> None:
     """The bounds that every LoRA layer has: rank >= 1, alpha finite, 0 <= dropout < 1."""
     check_rank("rank", rank)
@@ -161,6 +169,10 @@ class LoraConfig:
     target_modules: `"all-linear"` (every linear layer but the output head); another string is a regular expression
         that must match a layer's whole name; a list names layers by their whole name or its last parts;
         a function `(name, module) -> bool` decides itself.
+    exclude_modules: which of those are left out, said in the same ways but `"all-linear"`.
+    layers: numbers of the repeated blocks that get adapters: the first number in a layer's name, 7 in
+        `model.layers.7.mlp.up_proj`. Layers outside of the blocks then get none. A number or an exclusion that
+        decides nothing is an error (TargetError of `add_lora_`).
     adapter_dtype: what A and B are stored and updated in; activations keep the dtype of the layer's input.
     rslora: scale by alpha / sqrt(rank) in place of alpha / rank, so that a high rank learns as fast as a low one.
     rank_pattern, alpha_pattern: {pattern: number} for layers that get another rank or alpha than the others, as in
@@ -182,16 +194,20 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init: str = "normal"
     variant: str = "lora"
+    exclude_modules: Targets | None = None
+    layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         check_lora_numbers(self.rank, self.alpha, self.dropout)
         dtypes = tuple(FLOAT_DTYPES.values())
         require(self.adapter_dtype in dtypes, "adapter_dtype must be a 16/32-bit float dtype", self.adapter_dtype)
-        targets = self.target_modules
-        if not callable(targets):
-            listed = isinstance(targets, (str, list, tuple, set, frozenset))
-            named = listed and bool(targets) and all(isinstance(name, str) for name in targets)
-            require(named, "target_modules must be a string, a list of names or a function", targets)
+        _check_targets("target_modules", self.target_modules)
+        if self.exclude_modules is not None:
+            _check_targets("exclude_modules", self.exclude_modules)
+            require(self.exclude_modules != ALL_LINEAR, "exclude_modules must leave a layer", ALL_LINEAR)
+        if (numbers := self.layers) is not None:
+            listed = isinstance(numbers, Sequence) and len(numbers) > 0 and all(is_count(n, 0) for n in numbers)
+            require(listed, "layers must be None or a list of numbers of at least 0", numbers)
         require(isinstance(self.rslora, bool), "rslora must be True or False", self.rslora)
         check_variant(self.variant)
         require(self.init in INITS, f"init must be one of {', '.join(INITS)}", self.init)

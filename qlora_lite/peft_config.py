@@ -32,6 +32,19 @@ def _common_ends(names: Iterable[str], model: nn.Module) -> list[str] | None:
     return ends if meant == names else None
 
 
+def _target_modules(names: Iterable[str], model: nn.Module) -> list[str] | str:
+    """What peft calls exactly these layers: their last parts, their names, or a regular expression of their names.
+
+    peft takes a name for every module that ends with it, one that cannot be adapted included.
+    """
+    wanted = set(names)
+    modules = {name for name, _ in model.named_modules() if "base_layer" not in name.split(".")}
+    for listed in (sorted({name.rpartition(".")[2] for name in wanted}), sorted(wanted)):
+        if {name for name in modules if any(answers_to(name, target) for target in listed)} == wanted:
+            return listed
+    return "|".join(map(re.escape, sorted(wanted)))
+
+
 def _usual_and_patterns(numbers: Mapping[str, float], model: nn.Module) -> tuple[float, dict[str, float]]:
     """The number of most layers, and patterns for the others.
 
@@ -70,7 +83,7 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
         "use_dora": variant == "dora",
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": _common_ends(layers, model) or sorted(layers),
+        "target_modules": _target_modules(layers, model),
         "bias": "none",
         # Says that weights lie as (in, out); which layers that is true of, each layer says itself.
         "fan_in_fan_out": any(layer.stored_transposed for layer in layers.values()),

@@ -73,8 +73,8 @@ FLOORS = (
     ),
     ("lora", "optim", "weight_rows", "conversion", "experts", "streamed", "memory.page_tables", "memory.charts"),
     ("quantize_base", "plain_weights", "packed_files", "fingerprint", "run_lock", "memory.ownership", "memory.page"),
-    ("load", "peft_config"),
-    ("initial",),
+    ("load", "peft_config", "targets"),
+    ("initial", "peft_targets"),
     ("adapters",),
     (
         "merge",

@@ -38,7 +38,8 @@ def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": f"number {n}"}) for n in range(8)))
     words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--steps", 6)
-    done = run(*words, "--rank", 2, "--rslora", "--learning-rate", 0.01, "--json")
+    where = ("--layers", "0-1", "--exclude", "k_proj, layers.1.mlp.up_proj")
+    done = run(*words, *where, "--rank", 2, "--rslora", "--learning-rate", 0.01, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["last_loss"] < figures["first_loss"] and figures["examples"] == 8
@@ -51,7 +52,7 @@ def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     done = run(*words, "--dtype", "fp32", "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["layers_merged"] == 14 and figures["embedding_and_head_untied"] is False
+    assert figures["layers_merged"] == 11 and figures["embedding_and_head_untied"] is False
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"text": "number 9"}\n{"prompt": "number"}\n')

@@ -1,0 +1,141 @@
+"""Which layers are adapted: what peft adapts with the same settings, and what decides nothing is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lite import LoraConfig, add_lora_, load_adapter_, save_adapter
+from qlora_lite.adapters import lora_layers
+from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.targets import block_number, layer_numbers, select_targets
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def test_names_patterns_and_predicates(small_model: Callable[..., Any]) -> None:
+    model = small_model("LlamaConfig")
+    names = select_targets(model, LoraConfig())
+    assert len(names) == 14 and "lm_head" not in names
+    for targets, count in (
+        (["q_proj", "v_proj"], 4),
+        (["layers.1.self_attn.q_proj"], 1),
+        (r".*layers\.0\.mlp\..*", 3),
+        (lambda name, module: name.endswith("down_proj"), 2),
+        (["embed_tokens"], 1),
+    ):
+        assert len(select_targets(model, LoraConfig(target_modules=targets))) == count
+    for targets in (["q_porj", "v_proj"], "nothing", "(", lambda name, module: False):
+        with pytest.raises(TargetError, match="target_modules"):
+            select_targets(model, LoraConfig(target_modules=targets))
+
+
+# Of peft's LoraConfig; ours has the same meaning under the names below.
+COMBINATIONS = [
+    ("LlamaConfig", {"target_modules": "all-linear", "exclude_modules": ["o_proj", "layers.1.mlp.up_proj"]}),
+    ("LlamaConfig", {"target_modules": "all-linear", "exclude_modules": r".*\.(1\.mlp|0\.self_attn)\..*"}),
+    ("LlamaConfig", {"target_modules": ["q_proj", "mlp.up_proj", "embed_tokens"], "layers_to_transform": 1}),
+    ("LlamaConfig", {"target_modules": r".*\.[qv]_proj", "exclude_modules": ["v_proj"]}),
+    ("LlamaConfig", {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}),
+    ("GPT2Config", {"target_modules": "all-linear", "exclude_modules": ["attn.c_proj"]}),
+    (
+        "GPT2Config",
+        {"target_modules": ["c_attn", "c_fc", "wte"], "exclude_modules": ["attn.c_attn"], "layers_to_transform": [1]},
+    ),
+]
+
+
+def ours_of(theirs: dict[str, Any]) -> dict[str, Any]:
+    """The same settings as fields of our LoraConfig."""
+    settings = {key: theirs[key] for key in ("target_modules", "exclude_modules") if key in theirs}
+    if (layers := theirs.get("layers_to_transform")) is not None:
+        settings["layers"] = [layers] if isinstance(layers, int) else layers
+    return settings
+
+
+@pytest.mark.parametrize(("family", "settings"), COMBINATIONS)
+def test_layers_are_those_of_peft_in_memory_and_in_files_both_ways(
+    small_model: Callable[..., Any], tmp_path: Path, family: str, settings: dict[str, Any]
+) -> None:
+    import peft
+
+    theirs = peft.get_peft_model(
+        small_model(family), peft.LoraConfig(r=2, fan_in_fan_out=family == "GPT2Config", **settings)
+    )
+    meant = set(theirs.base_model.targeted_module_names)
+    ours = small_model(family)
+    assert set(add_lora_(ours, LoraConfig(2, 8, **ours_of(settings)))) == meant
+    for layer in lora_layers(ours).values():
+        nn.init.normal_(layer.lora_B)
+    save_adapter(ours, tmp_path / "ours")
+    read = peft.PeftModel.from_pretrained(small_model(family), tmp_path / "ours")
+    assert set(read.base_model.targeted_module_names) == meant
+    torch.testing.assert_close(read.eval()(TOKENS).logits, ours.eval()(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert set(load_adapter_(small_model(family), tmp_path / "theirs")) == meant
+
+
+def test_functions_and_numbers_compose_with_all_linear(small_model: Callable[..., Any]) -> None:
+    model = small_model("LlamaConfig", num_hidden_layers=3)
+    config = LoraConfig(layers=range(1, 3), exclude_modules=lambda name, layer: "mlp" in name or ".2." in name)
+    # Number 2 decides nothing beside this function.
+    with pytest.raises(TargetError, match=r"layers \[2\] hold nothing to adapt; .* lies in blocks 0 to 1$"):
+        select_targets(model, config)
+    config = LoraConfig(layers=[1], exclude_modules=config.exclude_modules)
+    assert [name.rpartition(".")[2] for name in select_targets(model, config)] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": [1, 2, 7]}, r"layers \[2, 7\] hold nothing to adapt; what is targeted lies in blocks 0 to 1$"),
+        ({"layers": [0], "target_modules": ["lm_head"]}, r"layers \[0\] hold .* lies in no numbered block"),
+        (
+            {"exclude_modules": ["lm_head", "self_attn", "q_proj"]},
+            r"exclude_modules \['lm_head', 'self_attn'\] excludes no targeted layer; targeted are: down_proj, ",
+        ),
+        ({"exclude_modules": ["layers.1.mlp.up_proj"], "layers": [0]}, r"\['layers.1.mlp.up_proj'\] excludes no"),
+        ({"exclude_modules": "q_proj"}, r"exclude_modules \['q_proj'\] excludes no"),
+        ({"exclude_modules": lambda name, layer: False}, "exclude_modules .*lambda.* excludes no"),
+        ({"exclude_modules": "("}, r"exclude_modules '\(' is not a regular expression"),
+        ({"exclude_modules": ".*"}, "exclude_modules leaves none of the 14 targeted layers"),
+    ],
+)
+def test_what_decides_nothing_is_named(small_model: Callable[..., Any], settings: dict[str, Any], message: str) -> None:
+    model = small_model("LlamaConfig")
+    with pytest.raises(TargetError, match=message):
+        add_lora_(model, LoraConfig(**settings))
+    assert not lora_layers(model)
+
+
+def test_a_layer_with_a_forward_of_its_own_can_be_excluded() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4))
+    with pytest.raises(TargetError, match=r"meets 1 layers .*1 \(Doubled\); leave them out with exclude_modules"):
+        select_targets(model, LoraConfig())
+    assert select_targets(model, LoraConfig(exclude_modules=["1"])) == ["0"]
+
+
+def test_number_of_a_block_is_the_first_in_the_name() -> None:
+    names = ("model.layers.7.mlp.experts.3.up", "layers.2.q", "h.0.1.q", "lm_head", "0.q", "model.layers.4", "m.x2.q")
+    assert [block_number(name) for name in names] == [7, 2, 0, None, None, None, None]
+
+
+def test_numbers_and_ranges_of_a_command_line() -> None:
+    assert layer_numbers("0-3, 12") == [0, 1, 2, 3, 12]
+    for text in ("", "3-1", "1,", "-1", "x", "1--2"):
+        with pytest.raises(ConfigError, match="numbers and ranges such as 0-7,12"):
+            layer_numbers(text)
