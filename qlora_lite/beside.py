@@ -12,9 +12,9 @@ from torch import nn
 from qlora_lite import hub
 from qlora_lite.config import ALL_LINEAR, LoraConfig
 from qlora_lite.errors import TargetError
+from qlora_lite.experts import PackedStack
 from qlora_lite.lora import LoraLayer
 from qlora_lite.modules import answers_to
-from qlora_lite.quantize import PackedWeight
 from qlora_lite.token_rows import TokenRows, WithTokenRows, check_takes_rows, check_tokens, rows_of
 from qlora_lite.trained_whole import TrainedCopy, copied, parameter_names
 
@@ -66,10 +66,9 @@ def units(modules: Mapping[str, nn.Module], chosen: Collection[str]) -> dict[str
     for name, module in modules.items():
         if not (name in chosen or name.startswith(below or ("\n",))):
             continue
-        if isinstance(module, PackedWeight) or not parameter_names(module):
-            inside = name.rpartition(".")[0]
-            if isinstance(module, PackedWeight) and not parameter_names(modules[inside]):
-                problems.append(f"{inside} is a packed stack, whose matrices cannot be trained whole")
+        if isinstance(module, PackedStack):
+            problems.append(f"{name} is a packed stack, whose matrices cannot be trained whole")
+        if not parameter_names(module):
             continue
         if reason := _why_not(name, module):
             problems.append(reason)

@@ -26,7 +26,7 @@ from qlora_lite.beside import (
 )
 from qlora_lite.config import BIASES
 from qlora_lite.delta import Replaced, Rows
-from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora import LoraLayer
 from qlora_lite.modules import replace_modules_
 from qlora_lite.tensor_views import Source
@@ -111,8 +111,11 @@ class StoredBeside:
     def taken(
         cls, model: nn.Module, tensors: dict[str, Tensor], config: Mapping[str, Any], adapted: Collection[str]
     ) -> StoredBeside:
-        """Takes out of `tensors` what is not A and B; adapted: the layers that have those."""
-        modules, problems = plain_modules(model), []
+        """Takes out of `tensors` what is not A and B; adapted: the layers that have those.
+
+        CheckpointError for a configuration that says what this model cannot do, whatever the file holds.
+        """
+        modules, problems = plain_modules(model), list[str]()
         try:
             whole_units = _whole_units(model, modules, config)
         except TargetError as error:
@@ -125,6 +128,8 @@ class StoredBeside:
             problems.append(f"bias={bias!r} is not known here")
         taken = cls({}, {}, frozenset(set(holders) & set(adapted)), {}, problems)
         asked_for = _asked_for(model, config, problems)
+        if problems:
+            raise CheckpointError(f"the adapter's configuration does not fit this model: {'; '.join(problems)}")
         for key in [key for key in tensors if key.startswith(PREFIX)]:
             name, _, part = key.removeprefix(PREFIX).rpartition(".")
             layer = key.removeprefix(PREFIX).removesuffix(ROWS)
