@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qlora_lite import hub
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
+from qlora_lite.beside_files import OPTIONS, PREFIX, StoredBeside, beside_config, beside_keys
 from qlora_lite.config import LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
@@ -24,12 +25,13 @@ from qlora_lite.peft_config import peft_config
 from qlora_lite.peft_targets import target_problems
 from qlora_lite.storage import PlannedTensor, new_folder, planned, read_json, write_json, write_safetensors
 from qlora_lite.tensor_files import read_safetensors
+from qlora_lite.token_rows import WithTokenRows
 
 TENSOR_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-PREFIX = "base_model.model."
 # peft stores an adapted embedding's base weight beside the adapter.
 BASE_COPY = ".base_layer.weight"
+TOKEN_ADAPTER = ".token_adapter"
 SUFFIXES = {
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
@@ -91,7 +93,9 @@ def peft_key(name: str, kind: Kind, part: str) -> str:
 
 
 def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
-    """Writes A, B, magnitudes and their configuration; `peft.PeftModel.from_pretrained(base, folder)` reads them.
+    """Writes A, B, magnitudes, what is trained beside them, and their configuration.
+
+    `peft.PeftModel.from_pretrained(base, folder)` reads them.
 
     Ranks and alphas may differ between the layers. Layers whose update is counted from a start (PiSSA) are written as
     ordinary ones of twice the rank, for the plain base. Raises CheckpointError for a folder with something in it unless
@@ -110,7 +114,8 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
             tensors[peft_key(name, layer.kind, part)] = planned(factor.detach())
         if layer.lora_magnitude is not None:
             tensors[peft_key(name, layer.kind, "magnitude")] = planned(layer.lora_magnitude)
-    config = peft_config(model, layers)
+    tensors |= {key: planned(values.detach()) for key, _, values in beside_keys(model)}
+    config = peft_config(model, layers) | beside_config(model)
     with new_folder(Path(folder), overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)
         write_json(temporary / CONFIG_FILE, config)
@@ -122,7 +127,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} describes a {config.get('peft_type')!r} adapter; only LORA is known")
     set_options = {key for key, value in config.items() if value not in (None, False, "none", "", [], {})}
-    unknown = sorted(set_options - HARMLESS_OPTIONS - NUMBERS.keys())
+    unknown = sorted(set_options - HARMLESS_OPTIONS - OPTIONS - NUMBERS.keys())
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
         unknown.append(f"init_lora_weights={start!r}")
@@ -141,6 +146,12 @@ def _numbers(config: dict[str, Any], path: Path) -> LoraConfig:
         return LoraConfig(**{field: value for field, value in given.items() if value is not None or field in REQUIRED})
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _adapted_names(tensors: Collection[str]) -> set[str]:
+    """The layers that have an A."""
+    ends = [f".{suffix}" for suffix, part in SUFFIXES.items() if part == "lora_A"]
+    return {key[len(PREFIX) : -len(end)] for key in tensors for end in ends if key.endswith(end)}
 
 
 def _pairs(tensors: dict[str, Tensor], path: Path) -> Pairs:
@@ -208,9 +219,9 @@ def _other_bases(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     for key, tensor in tensors.items():
         if not key.endswith(BASE_COPY):
             continue
-        name = key[len(PREFIX) : -len(BASE_COPY)]
+        name = key[len(PREFIX) : -len(BASE_COPY)].removesuffix(TOKEN_ADAPTER)
         module = modules.get(name)
-        base = module.base_layer if isinstance(module, LoraLayer) else module
+        base = module.base_layer if isinstance(module, (LoraLayer, WithTokenRows)) else module
         weight = getattr(base, "weight", None)
         if weight is None or weight.shape != tensor.shape:
             problems.append(f"{name} comes with a base weight {tuple(tensor.shape)} that fits no layer of the model")
@@ -242,8 +253,10 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     config = _read_config(folder / CONFIG_FILE)
     numbers = _numbers(config, folder / CONFIG_FILE)
     tensors = read_safetensors(folder / TENSOR_FILE)
+    beside = StoredBeside.taken(model, tensors, config, _adapted_names(tensors))
     pairs = _pairs(tensors, folder / TENSOR_FILE)
     problems = [
+        *beside.problems,
         *_mismatches(model, pairs, numbers, tensors.keys()),
         *_other_bases(model, tensors),
         *numbers.idle_patterns(pairs),
@@ -254,6 +267,7 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     present = set(lora_layers(model))
     if present and present != set(pairs):
         problems.append(f"the model has adapters on other layers ({len(present)} there, {len(pairs)} in the file)")
+    problems += beside.differences(model) if present and not problems else []
     if problems:
         shown = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{folder} does not fit this model: {shown}")
@@ -270,5 +284,6 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
         layer.alpha, layer.dropout, layer.rslora = numbers.alpha_of(name), numbers.dropout, numbers.rslora
         # On meta there is nothing to copy into.
         layer.load_state_dict(pairs[name], strict=False, assign=layer.lora_A.is_meta)
+    beside.put_(model, bool(present))
     freeze_base_(model)
     return list(layers)

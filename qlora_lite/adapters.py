@@ -8,12 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from qlora_lite.beside import WRAPPERS, Beside, beside_parameters, left_of
 from qlora_lite.config import LoraConfig
 from qlora_lite.errors import TargetError
 from qlora_lite.initial import check_start, originals_of, start_
 from qlora_lite.lora import LoraLayer
 from qlora_lite.modules import replace_modules_
 from qlora_lite.targets import select_targets
+from qlora_lite.token_rows import WithTokenRows
+from qlora_lite.trained_whole import TrainedCopy
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -22,17 +25,18 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A and B of every LoraLayer by name, and DoRA's magnitudes."""
-    return {
+    """All that is trained, by name: A and B of every LoraLayer, DoRA's magnitudes, and what is trained beside them."""
+    adapters = {
         f"{name}.{part}" if name else part: getattr(layer, part)
         for name, layer in lora_layers(model).items()
         for part in ("lora_A", "lora_B", "lora_magnitude")
         if getattr(layer, part) is not None
     }
+    return adapters | beside_parameters(model)
 
 
 def freeze_base_(model: nn.Module) -> None:
-    """Lets gradients go to A and B of the LoraLayers and to nothing else."""
+    """Lets gradients go to what `adapter_parameters` gives and to nothing else."""
     model.requires_grad_(False)
     for parameter in adapter_parameters(model).values():
         parameter.requires_grad_(True)
@@ -55,6 +59,7 @@ def adapted(name: str, layer: nn.Module, config: LoraConfig, dtype: torch.dtype)
 def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
     """Puts a LoraLayer around every targeted layer, freezes all else, and returns the names of the adapted layers.
 
+    What is to be trained beside A and B (train_whole, bias, train_tokens) gets trained copies beside its originals.
     The model computes what it did before; with init `loftq` what it did before it was packed, more nearly. Raises
     TargetError for targets that match nothing or are adapted already, and for exclusions, layer numbers and patterns
     that decide nothing;
@@ -62,20 +67,22 @@ def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
     """
     if there := lora_layers(model):
         raise TargetError(f"{len(there)} layers have adapters already; remove_lora_ drops them")
-    chosen = set(select_targets(model, config))
+    chosen = left_of(set(select_targets(model, config)), model, config)
     # A layer that has several names is adapted under its first.
     targets = {name: module for name, module in model.named_modules() if name in chosen}
     if idle := config.idle_patterns(targets):
         raise TargetError("; ".join(idle))
     check_start(targets, config)
+    beside = Beside.of(model, config, set(targets))
     originals = originals_of(model, targets, config.init)
 
     def make(name: str, layer: nn.Module) -> nn.Module | None:
         if name not in chosen:
-            return None
+            return beside.wrapped(name, layer)
         return adapted(name, layer, config, config.adapter_dtype)
 
-    added = replace_modules_(model, make)
+    added = [name for name in replace_modules_(model, make) if name in chosen]
+    beside.train_biases_(lora_layers(model))
     for name, layer in lora_layers(model).items():
         start_(layer, name, config.init, originals)
     freeze_base_(model)
@@ -83,14 +90,21 @@ def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def remove_lora_(model: nn.Module) -> list[str]:
-    """Puts the base layers back in place of the LoraLayers, A and B are dropped; returns the names of the layers."""
-    return replace_modules_(model, lambda name, layer: layer.base_layer if isinstance(layer, LoraLayer) else None)
+    """Puts the base layers back, and drops all that was trained; returns the names of the layers that had A and B."""
+    layers = lora_layers(model)
+    put_back = replace_modules_(model, lambda name, layer: layer.base_layer if isinstance(layer, WRAPPERS) else None)
+    return [name for name in put_back if name in layers]
+
+
+def switched(model: nn.Module) -> dict[str, LoraLayer | TrainedCopy | WithTokenRows]:
+    """Every module that computes with adapters or without, as its `adapter_enabled` says, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, WRAPPERS)}
 
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the model computes what its base does, merged or not; afterwards each layer is as it was."""
-    before = {layer: layer.adapter_enabled for layer in lora_layers(model).values()}
+    before = {layer: layer.adapter_enabled for layer in switched(model).values()}
     for layer in before:
         layer.adapter_enabled = False
     try:

@@ -19,6 +19,7 @@ FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32":
 DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 ALL_LINEAR = "all-linear"
 VARIANTS = ("lora", "dora")
+BIASES = ("none", "all", "lora_only")
 INITS = ("normal", "kaiming", "gaussian", "orthogonal", "pissa", "loftq")
 OPTIMIZERS = ("adamw", "adamw8bit")
 CHECKPOINTING = ("none", "full")
@@ -182,6 +183,12 @@ class LoraConfig:
         peft does; `pissa`, with the principal part of the base; `loftq`, making up for the error of packing, which
         reads the checkpoint that the model was loaded from.
     variant: `lora`; or `dora`, which also trains the norm of each row of the weight (see LoraLayer).
+    train_whole: names of modules, whole or their last parts, that are trained themselves (peft's modules_to_save):
+        norms (`input_layernorm`, `model.norm`), an output head, a classifier. A trained copy in adapter_dtype lies,
+        unpacked, beside each frozen original. One of two tied modules leaves the other as it is; both get a copy each.
+    bias: trains biases too, copies of them: `lora_only` of the adapted layers, `all` of every module.
+    train_tokens: tokens whose rows of the input embedding are trained, and those of a head that is tied to it (peft's
+        trainable_token_indices): memory for these rows only.
     """
 
     rank: int = 16
@@ -196,6 +203,9 @@ class LoraConfig:
     variant: str = "lora"
     exclude_modules: Targets | None = None
     layers: Sequence[int] | None = None
+    train_whole: Sequence[str] = ()
+    bias: str = "none"
+    train_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         check_lora_numbers(self.rank, self.alpha, self.dropout)
@@ -211,6 +221,14 @@ class LoraConfig:
         require(isinstance(self.rslora, bool), "rslora must be True or False", self.rslora)
         check_variant(self.variant)
         require(self.init in INITS, f"init must be one of {', '.join(INITS)}", self.init)
+        require(self.bias in BIASES, f"bias must be one of {', '.join(BIASES)}", self.bias)
+        whole = self.train_whole
+        names_only = not isinstance(whole, str) and all(isinstance(name, str) and name for name in whole)
+        require(names_only, "train_whole must be a sequence of module names", whole)
+        tokens = list(self.train_tokens)
+        require(all(is_count(token, 0) for token in tokens), "train_tokens must be token numbers from 0", tokens)
+        twice = sorted({token for token in tokens if tokens.count(token) > 1})
+        require(not twice, "train_tokens must name each token once", twice)
         _check_patterns("rank_pattern", self.rank_pattern, check_rank)
         _check_patterns("alpha_pattern", self.alpha_pattern, check_alpha)
 
@@ -242,9 +260,13 @@ class TrainConfig:
 
     steps: optimizer steps; each uses `gradient_accumulation` batches.
     warmup_steps: the learning rate rises linearly to `learning_rate` over them, then falls as a cosine to 0.
+    weight_decay: AdamW's, of all matrices: A, B, modules trained whole, rows of tokens. None of vectors: biases,
+        weights of norms, DoRA's magnitudes. (As transformers' Trainer has it, but for magnitudes, which it decays: they
+        begin as the norms of the base's rows, and towards 0 the base itself would go.)
     max_grad_norm: the joint 2-norm of all gradients is clipped to it; None clips nothing.
-    lora_plus_ratio: how many times the learning rate of A that of B (and of DoRA's magnitudes) is: LoRA+
-        (arXiv:2402.12354), where 16 is proposed with a smaller `learning_rate`; 1 has all learn at one rate.
+    lora_plus_ratio: how many times the learning rate of A that of B is, and of vectors (biases, weights of norms,
+        DoRA's magnitudes): LoRA+ (arXiv:2402.12354), where 16 is proposed with a smaller `learning_rate`; 1 has all
+        learn at one rate. Other matrices, modules trained whole and rows of tokens, learn at that of A, as in peft.
     optimizer: `adamw` (fp32 states) or `adamw8bit` (bitsandbytes' blockwise 8-bit states).
     checkpointing: `full` keeps only the inputs of each block for backward, computing the rest again; `none` keeps
         products and attention of all blocks; a number of bytes keeps attention outputs, and then whole blocks, as

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Rows = Callable[[int, int], Tensor]
 Pieces = Iterable[tuple[int, Tensor]]
 
 
@@ -34,6 +36,11 @@ class Delta:
     norms: Tensor | None = None
 
     TILE_ROWS = 64
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it is added, and can be applied apart from W0."""
+        return self.magnitude is None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,6 +99,38 @@ class Delta:
         left, right = self.left.double(), self.right.double()
         # Where the products cancel, rounding may leave less than nothing.
         return self.scaling * self.scaling * max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A weight that is trained itself, or some rows of it: these values stand in its place, or theirs.
+
+    values: (start, stop) -> rows of what was trained. indices: the rows of the weight that these are; None for all.
+    owner: what holds the values; two tied weights with the same one are still tied.
+    """
+
+    values: Rows
+    owner: Any
+    indices: tuple[int, ...] | None = None
+
+    low_rank = False
+
+    def add_to_(self, rows: Tensor, first: int) -> Tensor:
+        """Puts what was trained into these rows of W0 (fp32), from `first` on."""
+        if self.indices is None:
+            stop = first + rows.shape[0] if rows.dim() else 1
+            return rows.copy_(self.values(first, stop).reshape(rows.shape))
+        for place, index in enumerate(self.indices):
+            if first <= index < first + rows.shape[0]:
+                rows[index - first] = self.values(place, place + 1)[0].to(rows)
+        return rows
+
+    def measured(self, pieces: Callable[[], Pieces]) -> Replaced:
+        """Nothing of W0 needs to be known."""
+        return self
+
+
+Update = Delta | Replaced
 
 
 def _not_zero(norms: Tensor) -> Tensor:

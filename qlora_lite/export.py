@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from qlora_lite import hub
-from qlora_lite.adapter_files import BASE_COPY, PREFIX, TENSOR_FILE, load_adapter_
+from qlora_lite.adapter_files import BASE_COPY, TENSOR_FILE, TOKEN_ADAPTER, load_adapter_
+from qlora_lite.beside_files import PREFIX
 from qlora_lite.config import FLOAT_DTYPES, QuantConfig, is_count, require
 from qlora_lite.conversion import model_tensors
 from qlora_lite.data import TokenizedExample
@@ -85,7 +86,7 @@ def _check_same_base(
     """
     packed, tied = {name for slot in slots for name in slot.modules}, dict(hub.tied_pairs(model))
     for key, copy in tensors_in(adapter / TENSOR_FILE).items():
-        name = key.removeprefix(PREFIX).removesuffix(BASE_COPY)
+        name = key.removeprefix(PREFIX).removesuffix(BASE_COPY).removesuffix(TOKEN_ADAPTER)
         if not key.endswith(BASE_COPY) or name in packed:
             continue
         stored = checkpoint.plain(tied.get(f"{name}.weight", f"{name}.weight"))

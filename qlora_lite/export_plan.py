@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from qlora_lite.adapter_files import TENSOR_FILE, peft_key
 from qlora_lite.adapters import lora_layers
+from qlora_lite.beside_files import stored_replacements_
 from qlora_lite.config import FLOAT_DTYPES
-from qlora_lite.delta import Delta
+from qlora_lite.delta import Delta, Update
 from qlora_lite.errors import CheckpointError
 from qlora_lite.experts import PackedStack
 from qlora_lite.load import Checkpoint
@@ -59,7 +60,7 @@ class Origin(Protocol):
     def trained(self, weight: PlainWeight) -> list[WeightRows]:
         """W0 as it was in training, in the plain checkpoint's orientation; the matrices of a packed stack apart."""
 
-    def delta(self, weight: PlainWeight) -> Delta:
+    def delta(self, weight: PlainWeight) -> Update:
         """The update of a weight that has one."""
 
     def integers(self, weight: PlainWeight) -> Tensor:
@@ -75,7 +76,7 @@ class InMemory:
             return [packed_rows(matrix, held.transposed) for matrix in held]
         return [packed_rows(held, weight.transposed) if isinstance(held, PackedWeight) else DenseRows(held)]
 
-    def delta(self, weight: PlainWeight) -> Delta:
+    def delta(self, weight: PlainWeight) -> Update:
         assert weight.delta is not None
         return weight.delta
 
@@ -92,7 +93,7 @@ class OnDisk:
     """
 
     def __init__(
-        self, slots: list[Slot], checkpoint: Checkpoint, dtype: torch.dtype, deltas: Mapping[str, Callable[[], Delta]]
+        self, slots: list[Slot], checkpoint: Checkpoint, dtype: torch.dtype, deltas: Mapping[str, Callable[[], Update]]
     ) -> None:
         self._checkpoint, self._dtype, self._deltas = checkpoint, dtype, deltas
         self._slots = {id(slot.weight): slot for slot in slots}
@@ -109,7 +110,7 @@ class OnDisk:
         sources = self._checkpoint.sources(name, slot, self._dtype)
         return [RepackedRows(source, slot.transposed) for source in sources]
 
-    def delta(self, weight: PlainWeight) -> Delta:
+    def delta(self, weight: PlainWeight) -> Update:
         return self._deltas[weight.name]()
 
     def integers(self, weight: PlainWeight) -> Tensor:
@@ -117,7 +118,7 @@ class OnDisk:
         return stored.rows(0, stored.shape[0] if stored.shape else 1)
 
 
-def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[], Delta]]:
+def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[], Update]]:
     """The updates that `load_adapter_` gave a model on meta, by the weights' names, each read again when asked for.
 
     The layers let go of their values, so an adapter takes no memory but for the layer at hand.
@@ -128,7 +129,7 @@ def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[
         lora_A, lora_B, *sizes = (stored[key].read() for key in keys)
         return layer.kind.delta(lora_A, lora_B, layer.scaling, sizes[0].float() if sizes else None)
 
-    found: dict[str, Callable[[], Delta]] = {}
+    found: dict[str, Callable[[], Update]] = {**stored_replacements_(model, stored)}
     for name, layer in lora_layers(model).items():
         parts = ("A", "B") if layer.lora_magnitude is None else ("A", "B", "magnitude")
         keys = [peft_key(name, layer.kind, part) for part in parts]
@@ -141,11 +142,13 @@ def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[
 class _Made(Mapping[str, Delta]):
     """Updates by name, each made or read whenever it is asked for."""
 
-    def __init__(self, makers: Mapping[str, Callable[[], Delta]]) -> None:
+    def __init__(self, makers: Mapping[str, Callable[[], Update]]) -> None:
         self._makers = makers
 
     def __getitem__(self, name: str) -> Delta:
-        return self._makers[name]()
+        made = self._makers[name]()
+        assert isinstance(made, Delta)  # what replaces a weight has no low rank, and is never applied apart from it
+        return made
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
@@ -199,7 +202,7 @@ class ExportPlan:
         if self.base == ORIGINAL and original is not None:
             chosen, other = original, trained if is_packed else None
         delta = None if weight.delta is None else functools.partial(origin.delta, weight)
-        low_rank = weight.delta is None or weight.delta.magnitude is None
+        low_rank = weight.delta is None or weight.delta.low_rank
         self.sources.append(Sources(weight.name, trained, original, delta, low_rank))
         write = _Writing(chosen, other, delta, weight.name, self)
         self.tensors[weight.name] = PlannedTensor(weight.shape, self.dtype, write.slices)
@@ -262,7 +265,7 @@ class _Writing:
 
     chosen: list[WeightRows]
     other: list[WeightRows] | None
-    delta: Callable[[], Delta] | None
+    delta: Callable[[], Update] | None
     name: str
     plan: ExportPlan
 
@@ -272,7 +275,7 @@ class _Writing:
         delta = None if self.delta is None else self.delta()
         if delta is not None:
             delta = delta.measured(lambda: whole_slices(self.chosen, delta, SLICE_BYTES))
-            figures.update = delta.squared_norm() if delta.magnitude is None else 0.0
+            figures.update = delta.squared_norm() if isinstance(delta, Delta) and delta.low_rank else 0.0
         forms = zip(self.chosen) if self.other is None else zip(self.chosen, self.other, strict=True)
         for start, (rows, *other) in aligned_slices(forms, delta, SLICE_BYTES):
             yield self._written(rows, other[0] if other else None, start, delta, figures)
@@ -280,14 +283,14 @@ class _Writing:
         self.plan.holes.check()
 
     def _written(
-        self, rows: Tensor, other: Tensor | None, start: int, delta: Delta | None, figures: TensorFigures
+        self, rows: Tensor, other: Tensor | None, start: int, delta: Update | None, figures: TensorFigures
     ) -> Tensor:
         figures.values += rows.numel()
         figures.add_weight(rows)
         if other is not None:
             figures.add_quantization(rows, other)
         without_update = None if delta is None else rows.to(self.plan.dtype, copy=True)
-        before = None if delta is None or delta.magnitude is None else rows.clone()
+        before = None if delta is None or delta.low_rank else rows.clone()
         written = merged_rows(rows, start, delta, self.plan.dtype, self.name)
         if before is not None:
             figures.add_update(before.sub_(rows))

@@ -29,6 +29,9 @@ class Adapted(Protocol):
     @property
     def scaling(self) -> float: ...
 
+    @property
+    def bias(self) -> Tensor | None: ...
+
     in_features: int
     dropout: float
     training: bool
@@ -70,7 +73,7 @@ class LinearKind:
         y = adapted_linear(
             x,
             weight,
-            base.bias if gain is None else None,
+            layer.bias if gain is None else None,
             lora_A,
             lora_B,
             scaling=layer.scaling,
@@ -79,7 +82,7 @@ class LinearKind:
         )
         if gain is not None:
             y = _multiplied(y, gain)
-            y = y if base.bias is None else y.add_(base.bias.to(y.dtype))
+            y = y if layer.bias is None else y.add_(layer.bias.to(y.dtype))
         return y
 
     def upright(self, weight: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class LoraLayer(nn.Module):
     rows of W0 + scaling * B A, through which no gradient goes (section 4.3); the magnitudes m, lora_magnitude `(out,)`,
     are trained too and begin as n. Dropout acts on what is added, as without.
 
+    trained_bias: used in place of the base's bias (`train_bias`), or None.
+
     start_A, start_B: values of A and B that what is added is counted from, as PiSSA has it (initial.py); or None.
 
     merge_weights: permits the method of that name. Raises ConfigError for rank < 1, alpha that is not finite or
@@ -51,6 +53,7 @@ class LoraLayer(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter | None
+    trained_bias: nn.Parameter | None
     start_A: Tensor | None
     start_B: Tensor | None
     merged_weight: Tensor | None
@@ -92,6 +95,7 @@ class LoraLayer(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=adapter_dtype, device=device))
         sizes = torch.empty(self.out_features, dtype=adapter_dtype, device=device)
         self.register_parameter("lora_magnitude", nn.Parameter(sizes) if variant == "dora" else None)
+        self.register_parameter("trained_bias", None)
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
         self.register_buffer("merged_weight", None, persistent=False)
@@ -148,7 +152,14 @@ class LoraLayer(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
+        """What is added to the product: the trained bias, if there is one and adapters are on, else the base's."""
+        if self.trained_bias is not None and self.adapter_enabled:
+            return self.trained_bias
         return getattr(self.base_layer, "bias", None)
+
+    def train_bias(self, values: Tensor) -> None:
+        """Trains a bias that begins as these values, beside the base's own, which it stands for."""
+        self.trained_bias = nn.Parameter(values)
 
     def reset_parameters(self) -> None:
         """A from N(0, 0.02), B zero: the layer computes what its base does. An embedding's padding token has A = 0."""

@@ -34,12 +34,16 @@ SOFTMAX_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class _Options:
-    """z = softcap(scale * (W h + b)), labels smoothed; lora_scaling is that of the head's adapter."""
+    """z = softcap(scale * (W h + b)), labels smoothed; lora_scaling is that of the head's adapter.
+
+    tokens `(n,)`: the rows of W in whose place others stand, or None.
+    """
 
     scale: float
     softcap: float | None
     smoothing: float
     lora_scaling: float
+    tokens: Tensor | None
 
 
 class _Sums(dict[str, Tensor]):
@@ -123,11 +127,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         lora_A: Tensor | None,
         lora_B: Tensor | None,
+        replaced: Tensor | None,
         labels: Tensor,
         o: _Options,
     ) -> Tensor:
-        names = ("hidden", "weight", "bias", "lora_A", "lora_B")
-        tensors = dict(zip(names, (hidden, weight, bias, lora_A, lora_B), strict=True))
+        names = ("hidden", "weight", "bias", "lora_A", "lora_B", "replaced")
+        tensors = dict(zip(names, (hidden, weight, bias, lora_A, lora_B, replaced), strict=True))
         needs = dict(zip(names, ctx.needs_input_grad, strict=False))
         sums = _Sums(
             {
@@ -144,12 +149,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = hidden[chunk].to(dtype)
             low = None if lora_A is None else rows @ lora_A.to(dtype).T
             logits = _logits(rows, weight, low, lora_B, o)
+            if replaced is not None:
+                logits[:, o.tokens] = rows @ replaced.to(dtype).T
             needed = any(needs.values())
             loss += _chunk_loss(logits, bias, labels[chunk], o, sums if needed else None)
             if needed:
+                beside = None if replaced is None else _replaced_gradients(rows, replaced, logits, o, sums)
                 grad_rows = _gradients(rows, weight, low, lora_A, lora_B, logits, o, sums)
                 if gradient is not None:
-                    gradient[chunk] = grad_rows
+                    gradient[chunk] = grad_rows if beside is None else grad_rows.add_(beside)
             del logits
         found = [gradient, *(sums.get(name) for name in names[1:])]
         ctx.save_for_backward(*found)
@@ -164,6 +172,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None)
+
+
+def _replaced_gradients(rows: Tensor, replaced: Tensor, slope: Tensor, o: _Options, sums: _Sums) -> Tensor:
+    """Adds a chunk's gradient of the replaced rows to the sums; returns their part in that of its rows.
+
+    In the slope of the logits their columns become 0: what they stand for has no part in them.
+    """
+    piece = slope[:, o.tokens]
+    sums.add("replaced", slice(None), functools.partial(torch.mm, piece.T, rows))
+    slope[:, o.tokens] = 0
+    return piece @ replaced.to(rows.dtype)
 
 
 def _gradients(
@@ -225,6 +244,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     *,
     lora: tuple[Tensor, Tensor, float] | None = None,
+    replaced: tuple[Tensor, Tensor] | None = None,
     ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
@@ -234,10 +254,11 @@ def linear_cross_entropy(
     """`F.cross_entropy(hidden @ weight.T + bias, labels)` without the logits.
 
     hidden `(..., features)`, weight `(vocabulary, features)` dense or packed, labels `(...)` int64 -> fp32 scalar.
-    lora: (A, B, scaling) of an adapter on the head. logit_scale multiplies the logits, then softcap c makes them
-    c * tanh(logits / c). Products in hidden's dtype (see `product_dtype`), all else in fp32. reduction: `mean` over
-    labelled tokens (NaN without any, as in torch) or `sum`. Gradients: hidden and whatever else of weight, bias, A
-    and B requires one. InputError for shapes and labels that do not match.
+    lora: (A, B, scaling) of an adapter on the head. replaced: (tokens `(n,)`, rows `(n, features)`) that stand in the
+    place of those rows of the weight, whatever it and its adapter have there. logit_scale multiplies the logits, then
+    softcap c makes them c * tanh(logits / c). Products in hidden's dtype (see `product_dtype`), all else in fp32.
+    reduction: `mean` over labelled tokens (NaN without any, as in torch) or `sum`. Gradients: hidden and whatever else
+    of weight, bias, A, B and replaced rows requires one. InputError for shapes and labels that do not match.
     """
     if hidden.shape[:-1] != labels.shape:
         raise InputError(f"labels should have the shape {tuple(hidden.shape[:-1])}; got {tuple(labels.shape)}")
@@ -247,7 +268,8 @@ def linear_cross_entropy(
     _check_labels(flat, kept, weight.shape[0])
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
     lora_A, lora_B, lora_scaling = lora or (None, None, 1.0)
-    options = _Options(logit_scale, softcap, label_smoothing, lora_scaling)
+    tokens, values = replaced or (None, None)
+    options = _Options(logit_scale, softcap, label_smoothing, lora_scaling, tokens)
     chosen = flat.index_select(0, kept)
-    loss: Tensor = _LinearCrossEntropy.apply(rows, weight, bias, lora_A, lora_B, chosen, options)
+    loss: Tensor = _LinearCrossEntropy.apply(rows, weight, bias, lora_A, lora_B, values, chosen, options)
     return loss if reduction == "sum" else loss / kept.numel()

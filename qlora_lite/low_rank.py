@@ -216,7 +216,7 @@ class _AdaptedLinear(torch.autograd.Function):
         need_x, _, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
         x_dtype, grad = grad.dtype, grad.to(ctx.dtype)
         grad_x = _product_back(grad, ctx.weight) if need_x else None
-        grad_bias = grad.sum(0) if need_bias else None
+        grad_bias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)) if need_bias else None
         grad_A = grad_B = None
         if ctx.kept is not None:
             low, lora_A, lora_B, *source = ctx.kept.saved_tensors  # under checkpointing, asking is what recomputes

@@ -18,6 +18,8 @@ from qlora_lite.errors import ConfigError
 from qlora_lite.lora import LoraLayer
 from qlora_lite.loss import IGNORE_INDEX, linear_cross_entropy
 from qlora_lite.modules import has_own_forward
+from qlora_lite.token_rows import WithTokenRows
+from qlora_lite.trained_whole import TrainedCopy
 
 Batch = dict[str, Tensor]
 PROBE_TOKENS = 64
@@ -34,18 +36,28 @@ def headless_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Sum over labelled tokens of the cross-entropy, from the last hidden state and the head's weight."""
     head: Any = hub.head_of(model)
     hidden = hub.hidden_states(model, batch)[:, :-1]
-    lora = None
-    if isinstance(head, LoraLayer):
-        if head.adapter_enabled and not head.merged:
-            lora = (*head.factors, head.scaling)
-        weight, base = head.weight, head.base_layer
-    else:
-        weight, base = head.weight, head
-    hidden = hidden.to(getattr(base, "compute_dtype", None) or hidden.dtype)
+    lora = replaced = None
+    if isinstance(head, LoraLayer) and head.adapter_enabled and not head.merged:
+        lora = (*head.factors, head.scaling)
+    if isinstance(head, WithTokenRows) and head.adapter_enabled:
+        replaced = (head.rows.tokens, head.rows.values)
+    hidden = hidden.to(getattr(_plain(head), "compute_dtype", None) or hidden.dtype)
     options: Any = hub.logit_options(model)
     return linear_cross_entropy(
-        hidden, weight, batch["labels"][:, 1:], head.bias, lora=lora, reduction="sum", **options
+        hidden,
+        head.weight,
+        batch["labels"][:, 1:],
+        head.bias,
+        lora=lora,
+        replaced=replaced,
+        reduction="sum",
+        **options,
     )
+
+
+def _plain(head: nn.Module) -> nn.Module:
+    """The head without what is trained on it."""
+    return head.base_layer if isinstance(head, (LoraLayer, TrainedCopy, WithTokenRows)) else head
 
 
 def _why_not_headless(model: nn.Module) -> str | None:
@@ -53,7 +65,7 @@ def _why_not_headless(model: nn.Module) -> str | None:
     head = hub.head_of(model)
     if head is None or getattr(model, "base_model", model) is model:
         return "the model does not say which module is its output head"
-    plain = head.base_layer if isinstance(head, LoraLayer) else head
+    plain = _plain(head)
     if not (hasattr(plain, "in_features") and hasattr(plain, "weight")) or has_own_forward(plain):
         return f"its output head is a {type(head).__name__}"
     if isinstance(head, LoraLayer) and head.lora_magnitude is not None:

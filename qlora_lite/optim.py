@@ -53,15 +53,20 @@ class AdamW16(torch.optim.Optimizer):
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
-    """The parameters by their highest learning rate, which `initial_lr` keeps, as torch's schedulers have it.
+    """The parameters by weight decay and highest learning rate, which `initial_lr` keeps, as torch's schedulers do.
 
-    LoRA+ (arXiv:2402.12354): A has the rate of the config, what starts beside it `lora_plus_ratio` times that.
+    LoRA+ (arXiv:2402.12354): B and vectors have `lora_plus_ratio` times the rate of the config, other matrices that.
     """
-    by_rate: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        ratio = 1.0 if name.rpartition(".")[2] == "lora_A" else config.lora_plus_ratio
-        by_rate.setdefault(config.learning_rate * ratio, []).append(parameter)
-    return [{"params": group, "lr": rate, "initial_lr": rate} for rate, group in by_rate.items()]
+        is_vector = parameter.dim() < 2
+        fast = is_vector or name.rpartition(".")[2] == "lora_B"
+        rate = config.learning_rate * (config.lora_plus_ratio if fast else 1.0)
+        groups.setdefault((rate, 0.0 if is_vector else config.weight_decay), []).append(parameter)
+    return [
+        {"params": group, "lr": rate, "initial_lr": rate, "weight_decay": decay}
+        for (rate, decay), group in groups.items()
+    ]
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:

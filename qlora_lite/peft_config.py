@@ -84,7 +84,6 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "target_modules": _target_modules(layers, model),
-        "bias": "none",
         # Says that weights lie as (in, out); which layers that is true of, each layer says itself.
         "fan_in_fan_out": any(layer.stored_transposed for layer in layers.values()),
         "inference_mode": True,

@@ -6,13 +6,15 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_lite import hub
-from qlora_lite.delta import Delta
+from qlora_lite.delta import Replaced, Rows, Update
 from qlora_lite.experts import PackedStack
 from qlora_lite.lora import LoraLayer
 from qlora_lite.quantize import PackedWeight
+from qlora_lite.token_rows import WithTokenRows
+from qlora_lite.trained_whole import TrainedCopy
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class PlainWeight:
 
     name: str
     holder: Any
-    delta: Delta | None = None
+    delta: Update | None = None
     transposed: bool = False
     tied_to: tuple[str, ...] = ()
 
@@ -41,15 +43,35 @@ class PlainWeight:
         return next((name for name in (self.name, *self.tied_to) if name in checkpoint), None)
 
 
+def _trained(module: nn.Module) -> dict[str, Replaced]:
+    """What was trained of a module's parameters as wholes, or rows of them; by the parameters' names."""
+
+    def rows_of(values: Tensor) -> Rows:
+        return lambda start, stop: values.detach()[start:stop] if values.dim() else values.detach()
+
+    if isinstance(module, TrainedCopy):
+        return {name: Replaced(rows_of(values), values) for name, values in module.trained.items()}
+    if isinstance(module, WithTokenRows):
+        return {"weight": Replaced(rows_of(module.rows.values), module.rows, module.rows.indices)}
+    assert isinstance(module, LoraLayer)
+    bias = module.trained_bias
+    return {} if bias is None else {"bias": Replaced(rows_of(bias), bias)}
+
+
 def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
     """Every tensor that the model would have without adapters and packing, under the name that it would have."""
 
+    def visit_base(layer: LoraLayer, prefix: str) -> Iterator[PlainWeight]:
+        turned = getattr(layer.base_layer, "transposed", False)
+        delta = layer.delta.transposed if turned else layer.delta
+        yield PlainWeight(f"{prefix}weight", layer.base_layer.weight, delta, turned)
+        yield from (weight for weight in visit(layer.base_layer, prefix) if weight.name != f"{prefix}weight")
+
     def visit(module: nn.Module, prefix: str) -> Iterator[PlainWeight]:
-        if isinstance(module, LoraLayer):
-            turned = getattr(module.base_layer, "transposed", False)
-            delta = module.delta.transposed if turned else module.delta
-            yield PlainWeight(f"{prefix}weight", module.base_layer.weight, delta, turned)
-            yield from (weight for weight in visit(module.base_layer, prefix) if weight.name != f"{prefix}weight")
+        if isinstance(module, (LoraLayer, TrainedCopy, WithTokenRows)):
+            trained = {f"{prefix}{name}": update for name, update in _trained(module).items()}
+            own = visit_base(module, prefix) if isinstance(module, LoraLayer) else visit(module.base_layer, prefix)
+            yield from (replace(weight, delta=trained.get(weight.name, weight.delta)) for weight in own)
             return
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -68,6 +90,13 @@ def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
     return visit(model, "")
 
 
+def _differ(updates: list[Update | None]) -> bool:
+    """Whether tied weights are not the same any more: any has an update, unless they share it."""
+    owners = {id(update.owner) if isinstance(update, Replaced) else id(update) for update in updates}
+    shared = len(owners) == 1 and all(update is None or isinstance(update, Replaced) for update in updates)
+    return not shared
+
+
 def weights_to_write(model: nn.Module) -> tuple[list[PlainWeight], bool]:
     """What the checkpoint holds, and whether it is untied: tied weights are written once, or all if one is adapted.
 
@@ -80,7 +109,7 @@ def weights_to_write(model: nn.Module) -> tuple[list[PlainWeight], bool]:
     # Only what the config ties is found again by who loads the checkpoint; other shared tensors are written twice.
     aliases = hub.tied_names(model)
     tied = [group for group in sharing.values() if len(group) > 1 and aliases & {weight.name for weight in group}]
-    if any(weight.delta is not None for group in tied for weight in group):
+    if any(_differ([weight.delta for weight in group]) for group in tied):
         names = {weight.name: tuple(twin.name for twin in group) for group in tied for weight in group}
         return [replace(weight, tied_to=names.get(weight.name, ())) for weight in weights], True
     spared = {weight.name for group in tied for weight in group[1:] if {weight.name, group[0].name} & aliases}

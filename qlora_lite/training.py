@@ -16,7 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from qlora_lite import hub
-from qlora_lite.adapters import adapter_parameters, add_lora_, freeze_base_, lora_layers
+from qlora_lite.adapters import adapter_parameters, add_lora_, freeze_base_, switched
 from qlora_lite.batch_stream import BatchStream
 from qlora_lite.checkpointing import Dial, checkpointed
 from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
@@ -79,7 +79,7 @@ def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Paramet
         raise ConfigError(
             f"{len(merged)} layers are merged, so their adapters would get no gradient; unmerge_lora_ first"
         )
-    if off := [name for name, layer in lora_layers(model).items() if not layer.adapter_enabled]:
+    if off := [name for name, layer in switched(model).items() if not layer.adapter_enabled]:
         raise ConfigError(f"{len(off)} adapters are switched off (adapters_disabled) and would get no gradient")
     frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
     if on_cpu(device) and any(parameter.dtype == torch.float16 for parameter in frozen):

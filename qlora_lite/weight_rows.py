@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite.config import QuantConfig
-from qlora_lite.delta import Delta
+from qlora_lite.delta import Delta, Update
 from qlora_lite.errors import CheckpointError
 from qlora_lite.finite import cast_finite, check_packable
 from qlora_lite.formats import row_step
@@ -224,7 +224,7 @@ def common_step(*steps: int) -> int:
 
 
 def aligned_slices(
-    matrices: Iterable[tuple[WeightRows, ...]], delta: Delta | None, largest_bytes: int
+    matrices: Iterable[tuple[WeightRows, ...]], delta: Update | None, largest_bytes: int
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """(first row, the rows in each form) of a weight's slices, which begin where every form and the update allow it.
 
@@ -237,14 +237,14 @@ def aligned_slices(
 
 
 def whole_slices(
-    matrices: Iterable[WeightRows], delta: Delta | None, largest_bytes: int
+    matrices: Iterable[WeightRows], delta: Update | None, largest_bytes: int
 ) -> Iterator[tuple[int, Tensor]]:
     """`aligned_slices` of one form: (first row, rows)."""
     for start, (rows,) in aligned_slices(zip(matrices), delta, largest_bytes):
         yield start, rows
 
 
-def merged_rows(rows: Tensor, first: int, delta: Delta | None, dtype: torch.dtype, name: str) -> Tensor:
+def merged_rows(rows: Tensor, first: int, delta: Update | None, dtype: torch.dtype, name: str) -> Tensor:
     """W0 + scaling * B A of some rows from `first` on, as it is written; `rows` (W0, fp32) become the sum."""
     if delta is not None:
         delta.add_to_(rows, first)
@@ -262,7 +262,7 @@ class Sources:
     name: str
     trained: list[WeightRows]
     original: list[WeightRows] | None
-    delta: Callable[[], Delta] | None
+    delta: Callable[[], Update] | None
     low_rank: bool = True
 
     def base(self, largest_bytes: int) -> Iterator[Tensor]:
@@ -278,7 +278,7 @@ class Sources:
 
     @torch.no_grad()
     def _slices(
-        self, pieces: list[WeightRows], make: Callable[[], Delta] | None, dtype: torch.dtype, largest_bytes: int
+        self, pieces: list[WeightRows], make: Callable[[], Update] | None, dtype: torch.dtype, largest_bytes: int
     ) -> Iterator[Tensor]:
         delta = None if make is None else make()
         if delta is not None:

@@ -110,6 +110,43 @@ def test_b_moves_at_its_own_rate_as_if_it_were_alone(name: str, dtype: torch.dty
     assert moved["model.0.lora_B"] == pytest.approx(8 * moved["model.0.lora_A"], rel=0.05)
 
 
+WITH_ALL = {"modules_to_save": ["norm", "lm_head"], "bias": "all", "trainable_token_indices": [3], "r": 2}
+
+
+def test_weight_decay_is_of_the_parameters_that_the_trainer_decays(small_model: Any) -> None:
+    import peft
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import Trainer
+
+    theirs = peft.get_peft_model(small_model("Qwen2Config"), peft.LoraConfig(target_modules=["q_proj"], **WITH_ALL))
+    named = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    called = {id(parameter): name for name, parameter in named.items()}
+    ours = {name.removesuffix(".default.weight"): parameter for name, parameter in named.items()}
+    optimizer = make_optimizer(ours, TrainConfig(learning_rate=0.01, lora_plus_ratio=16, weight_decay=0.1))
+    decays = {called[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    expected = set(Trainer.get_decay_parameter_names(None, theirs))
+    assert decays == {name: 0.1 if name in expected else 0.0 for name in named}
+    assert {name.rpartition("proj.")[2] for name in named if "layers.1" in name and decays[name]} == {
+        "lora_A.default.weight",
+        "lora_B.default.weight",
+    }
+    undecayed = sum(not decay for decay in decays.values())
+    assert undecayed == 2 * (3 + 2) + 1  # of each layer three biases and two norms, and the norm before the head
+    reference = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16)
+    assert rates(optimizer.param_groups, called) == rates(reference.param_groups, called)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_vectors_do_not_decay_and_matrices_do(name: str) -> None:
+    parameters = {"x.lora_A": nn.Parameter(torch.ones(4, 4)), "x.lora_magnitude": nn.Parameter(torch.ones(4))}
+    optimizer = make_optimizer(parameters, TrainConfig(learning_rate=0.1, weight_decay=0.5, optimizer=name))
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert parameters["x.lora_A"].tolist() == [[pytest.approx(0.95)] * 4] * 4
+    assert parameters["x.lora_magnitude"].tolist() == [1.0] * 4
+
+
 def test_one_rate_is_one_group() -> None:
     assert len(make_optimizer(adapter_like(), TrainConfig()).param_groups) == 1
 

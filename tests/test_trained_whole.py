@@ -1,0 +1,114 @@
+"""Trained copies beside frozen originals: what they compute, their gradients, and that the base is there again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qlora_lite.config import QuantConfig
+from qlora_lite.lean import lean
+from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear
+from qlora_lite.quantize_base import quantize_base_
+from qlora_lite.trained_whole import TrainedCopy, copied, parameter_names, plain_shape
+
+
+def whole(module: nn.Module, dtype: torch.dtype = torch.float32) -> TrainedCopy:
+    return TrainedCopy(module, copied(module, parameter_names(module), dtype))
+
+
+def packed_linear(format: str) -> QuantizedLinear:
+    weight = PackedWeight.of(torch.randn(6, 64), QuantConfig(format=format, blocksize=64))
+    return QuantizedLinear(weight, nn.Parameter(torch.randn(6)))
+
+
+def packed_embedding() -> QuantizedEmbedding:
+    return QuantizedEmbedding(PackedWeight.of(torch.randn(20, 8), QuantConfig(format="int8")), torch.float32)
+
+
+FLOATS, TOKENS = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([[1, 19, 3]])
+MODULES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "linear": (lambda: nn.Linear(64, 5), FLOATS),
+    "norm": (lambda: nn.LayerNorm(64), FLOATS),
+    "nf4": (lambda: packed_linear("nf4"), FLOATS),
+    "int8": (lambda: packed_linear("int8"), FLOATS),
+    "embedding": (packed_embedding, TOKENS),
+    "conv1d": (lambda: Conv1D(5, 64), FLOATS),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_it_starts_as_its_base_learns_as_plain_torch_and_gives_the_base_back(kind: str) -> None:
+    make, x = MODULES[kind]
+    module = make()
+    before = module(x).detach().clone()
+    stored = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    copy = whole(module)
+    torch.testing.assert_close(copy(x), before, rtol=1e-5, atol=1e-5)
+    copy(x).square().sum().backward()
+    gradients = {name: value.grad for name, value in copy.trained.items()}
+    assert all(gradient is not None and gradient.any() for gradient in gradients.values())
+    # Along the gradient the loss changes as it says.
+    loss = float(copy(x).double().square().sum())
+    slope = sum(float(gradient.double().square().sum()) for gradient in gradients.values())
+    with torch.no_grad():
+        for value in copy.trained.values():
+            value -= value.grad * (1e-4 * loss / slope)
+    assert float(copy(x).double().square().sum()) == pytest.approx(loss * (1 - 1e-4), rel=3e-6)
+    assert not torch.equal(copy(x), before)
+    copy.adapter_enabled = False
+    assert torch.equal(copy(x), before)
+    assert stored.keys() == module.state_dict().keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_copies_are_unpacked_and_lie_as_the_plain_checkpoint_has_them() -> None:
+    model = nn.Sequential(Conv1D(6, 64))
+    plain = model[0].weight.detach().clone()
+    quantize_base_(model, QuantConfig(format="int8", skip_modules=()))
+    packed: Any = model[0]
+    assert packed.transposed and plain_shape(packed, "weight") == (64, 6) == tuple(plain.shape)
+    copy, x = whole(packed), torch.randn(2, 64)
+    torch.testing.assert_close(copy.trained["weight"], plain, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(copy(x), packed(x), rtol=1e-5, atol=1e-5)
+    assert copy.weight is copy.trained["weight"]
+    copy.adapter_enabled = False
+    assert copy.weight is packed.weight
+
+
+def test_a_copy_in_fp32_computes_in_the_bases_dtype() -> None:
+    norm = nn.LayerNorm(16).bfloat16()
+    copy, x = whole(norm), torch.randn(4, 16).bfloat16()
+    assert copy(x).dtype == torch.bfloat16 and copy.trained["weight"].dtype == torch.float32
+    assert torch.equal(copy(x), norm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_that_run_lean_have_the_gradient_of_plain_torch(small_model: Any, dtype: torch.dtype) -> None:
+    model = small_model("LlamaConfig").to(dtype)
+    before = model.model.norm
+    model.model.norm = whole(before)
+    layer = model.model.layers[0]
+    layer.input_layernorm = whole(layer.input_layernorm)
+    copies = [model.model.norm, layer.input_layernorm]
+    tokens = torch.arange(24).view(2, 12)
+
+    def gradients() -> list[Tensor]:
+        for copy in copies:
+            copy.trained["weight"].grad = None
+        logits = model(tokens).logits.float()
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        return [copy.trained["weight"].grad for copy in copies]
+
+    plain = gradients()
+    with lean(model) as names:
+        assert "model.norm.base_layer" in names and "model.layers.0.input_layernorm.base_layer" in names
+        ours = gradients()
+    for one, other in zip(ours, plain, strict=True):
+        assert other.abs().max() > 0
+        assert (one - other).norm() <= (1e-5 if dtype == torch.float32 else 0.03) * other.norm()
