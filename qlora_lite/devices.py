@@ -29,3 +29,10 @@ def accelerator_pretended() -> Iterator[None]:
         yield
     finally:
         _pretended.reset(token)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: of an accelerator, or of the machine, which torch tells by a plain RuntimeError."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -11,7 +11,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -120,17 +120,20 @@ class RunFolder:
                 keep_only(self._folder, self._at, state.config.keep_last, state.config.keep_best)
         return path
 
-    def resumed(self) -> str:
-        """Puts the run where its newest sound checkpoint left it, and says where that is and what was skipped."""
-        assert self._folder is not None and self._state is not None
-        path, self.skipped = newest_sound(self._folder)
+    def resumed(self, place: Path, state: RunState) -> str:
+        """Puts the run where its newest sound checkpoint left it, and says where that is and what was skipped.
+
+        place: the run's folder, which other processes of a run read and do not write.
+        """
+        path, self.skipped = newest_sound(place)
         if path is None:
-            return f"{self._folder} has no checkpoint; training starts at step 1"
-        self._state.check_same(path)
-        self._state.restore_(path)
-        with self._writing():
-            self._state.write_metrics(self._folder / METRICS_FILE)
-        self.resumed_from, self._at, self._mode, self.saved = path, self._state.steps, "a", True
+            return f"{place} has no checkpoint; training starts at step 1"
+        state.check_same(path)
+        state.restore_(path)
+        if self._folder is not None:
+            with self._writing():
+                state.write_metrics(self._folder / METRICS_FILE)
+        self.resumed_from, self._at, self._mode, self.saved = path, state.steps, "a", True
         return "; skipped ".join([f"going on after step {self._at} from {path}", *self.skipped])
 
     def stopped(self, stop: Stopped) -> Stopped:
@@ -168,7 +171,8 @@ def run_folder(
     No other run writes there meanwhile. On Stopped a checkpoint is written too; a KeyboardInterrupt saves nothing.
     """
     if folder is None:
-        yield RunFolder(model, None)
+        with stoppable() if state is not None else nullcontext():
+            yield RunFolder(model, None)
         return
     _check_writable(folder, overwrite, resume)
     is_new = not folder.exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,45 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_lite import hub
-from qlora_lite.adapters import adapter_parameters, add_lora_, freeze_base_, switched
+from qlora_lite.adapters import add_lora_
 from qlora_lite.batch_stream import BatchStream
-from qlora_lite.checkpointing import Dial, checkpointed
+from qlora_lite.checkpointing import checkpointed
 from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
-from qlora_lite.devices import on_cpu
-from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, TrainingError
+from qlora_lite.errors import ConfigError
 from qlora_lite.lean import lean
 from qlora_lite.load import load_quantized
-from qlora_lite.memory.host import HoleLimit, keep_freed_pages
-from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
+from qlora_lite.memory.host import keep_freed_pages
+from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
-from qlora_lite.objective import Batch, check_packing, choose_loss, headless_loss, labelled_tokens, own_loss
-from qlora_lite.optim import learning_rate_factor, make_optimizer, set_learning_rates_
+from qlora_lite.objective import Batch
 from qlora_lite.progress import say, training_progress
 from qlora_lite.random_state import RandomSources, loader_generators
 from qlora_lite.residency import holes_limited
-from qlora_lite.run_folder import RunFolder, run_folder
+from qlora_lite.run_folder import run_folder
 from qlora_lite.run_state import RunState
-from qlora_lite.stopping import poll
+from qlora_lite.training_step import Run, StepMetrics
 
 FP32_BYTES = 4
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one optimizer step was: one line of metrics.jsonl. learning_rate: that of A, where they differ."""
-
-    step: int
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    tokens: int
-    tokens_per_second: float
-    peak_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +40,7 @@ class TrainResult:
     """A finished run: its steps, seconds of this call, and why the model's own loss was used, if it was.
 
     resumed_from: the checkpoint that it went on from, whose steps are in `steps` too; skipped: newer ones, and why.
+    halved_at: the step in which memory ran out, from which on batches were computed in halves.
     """
 
     steps: list[StepMetrics]
@@ -64,147 +48,11 @@ class TrainResult:
     own_loss_because: str | None
     resumed_from: Path | None = None
     skipped: tuple[str, ...] = ()
+    halved_at: int | None = None
 
     @property
     def losses(self) -> list[float]:
         return [step.loss for step in self.steps]
-
-
-def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
-    adapters = adapter_parameters(model)
-    if not adapters:
-        raise TargetError("the model has no adapters to train; add_lora_ or load_adapter_ puts them in")
-    merged = [name for name, layer in model.named_modules() if getattr(layer, "merged", False)]
-    if merged:
-        raise ConfigError(
-            f"{len(merged)} layers are merged, so their adapters would get no gradient; unmerge_lora_ first"
-        )
-    if off := [name for name, layer in switched(model).items() if not layer.adapter_enabled]:
-        raise ConfigError(f"{len(off)} adapters are switched off (adapters_disabled) and would get no gradient")
-    frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
-    if on_cpu(device) and any(parameter.dtype == torch.float16 for parameter in frozen):
-        raise ConfigError("the model computes in float16, which a CPU does 10 to 100 times slower; load it as bfloat16")
-    halves = [n for n, module in model.named_modules() if getattr(module, "compute_dtype", None) == torch.float16]
-    if on_cpu(device) and halves:
-        raise ConfigError(
-            f"{len(halves)} layers compute in float16, which a CPU does 10 to 100 times slower; "
-            f"pack the base with compute_dtype=torch.bfloat16"
-        )
-    return adapters
-
-
-def _check_gradients(adapters: dict[str, nn.Parameter]) -> None:
-    missing = [name for name, parameter in adapters.items() if parameter.grad is None]
-    if missing:
-        shown = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
-        raise TrainingError(
-            f"{len(missing)} of {len(adapters)} adapter matrices got no gradient in the first step: {shown}"
-        )
-
-
-class _Run:
-    """The parts of a run that every step uses."""
-
-    def __init__(self, model: nn.Module, config: TrainConfig, profiler: MemoryProfiler | None) -> None:
-        try:
-            # The plugin keeps the environment from dividing gradients by an accumulation of its own.
-            self.accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
-        except ValueError as error:
-            raise ConfigError(f"accelerate refused to start: {str(error).splitlines()[0]}") from error
-        if self.accelerator.mixed_precision != "no":
-            raise ConfigError(
-                f"accelerate is set to mixed precision {self.accelerator.mixed_precision!r} in this process; "
-                f"train computes in the model's own dtype: set it to 'no'"
-            )
-        if self.accelerator.num_processes > 1:
-            raise ConfigError(f"train runs in one process; got {self.accelerator.num_processes}")
-        self.config, self.profiler = config, profiler
-        self.adapters = _check_model(model, self.accelerator.device)
-        freeze_base_(model)
-        self.vocabulary = hub.vocabulary(model)
-        self.close()
-        optimizer = make_optimizer(self.adapters, config)
-        # `Module.to` cannot exchange fake tensors, and need not be called where there is nothing to move.
-        elsewhere = any(tensor.device != self.accelerator.device for tensor in (*model.parameters(), *model.buffers()))
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer, device_placement=[elsewhere, True])
-        self.loss: Any = None
-        self.own_loss_because: str | None = None
-        if profiler is not None:
-            profiler.track(self.model, optimizer)
-
-    def close(self) -> None:
-        """Nothing of an earlier or a failed backward pass may be added to, or stay behind."""
-        for parameter in self.adapters.values():
-            parameter.grad = None
-
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.profiler is None else self.profiler.phase(name)
-
-    def state_bytes(self) -> int:
-        """Bytes of the optimizer's states; before the first update, what AdamW's will be at the most."""
-        states = [value for state in self.optimizer.state.values() for value in state.values()]
-        known = sum(value.nbytes for value in states if isinstance(value, Tensor))
-        return known or sum(2 * FP32_BYTES * parameter.numel() for parameter in self.adapters.values())
-
-    def facts(self, dial: Dial) -> dict[str, Any]:
-        """What the steps after the first do as that one showed."""
-        return {"own_loss_because": self.own_loss_because, "dial": dial.measured}
-
-    def go_on(self, facts: dict[str, Any], dial: Dial) -> None:
-        """Does as the first step of the run before showed."""
-        self.own_loss_because, dial.measured = facts["own_loss_because"], facts["dial"]
-        self.loss = headless_loss if self.own_loss_because is None else own_loss
-
-    def step(self, number: int, group: list[Batch], dial: Dial, holes: HoleLimit, folder: RunFolder) -> StepMetrics:
-        """Forward and backward of each batch, one update. TrainingError before the update if it would spoil it."""
-        began = time.perf_counter()
-        device = self.accelerator.device
-        group = [{name: value.to(device) for name, value in batch.items()} for batch in group]
-        counts = [int(labelled_tokens(batch)) for batch in group]
-        group = [batch for batch, count in zip(group, counts, strict=True) if count > 0]
-        labelled = sum(counts)
-        if labelled == 0:
-            raise TrainingError(f"no token of step {number} has a label; check the data's completions and truncation")
-        if self.loss is None:
-            check_packing(self.model, group[0])
-            self.loss, self.own_loss_because = choose_loss(self.model, group[0])
-        factor = learning_rate_factor(number - 1, self.config)
-        set_learning_rates_(self.optimizer, factor)
-        total = torch.zeros((), device=self.accelerator.device)
-        for batch in group:
-            poll()
-            with dial.batch(batch["input_ids"].numel(), self.state_bytes()) as phase:
-                holes.phase_ends()
-                with self.phase("forward"), phase("forward"):
-                    loss = self.loss(self.model, batch) / labelled
-                holes.phase_ends()
-                with self.phase("backward"), phase("backward"):
-                    self.accelerator.backward(loss)
-            total += loss.detach()
-        if number == 1:
-            _check_gradients(self.adapters)
-        with self.phase("optimizer"):
-            norm = self._update(number, float(total), folder)
-        tokens = sum(batch["input_ids"].numel() for batch in group)
-        speed = tokens / (time.perf_counter() - began)
-        rate = self.config.learning_rate * factor
-        return StepMetrics(number, float(total), norm, rate, tokens, speed, peak_bytes(self.accelerator.device))
-
-    def _update(self, number: int, loss: float, folder: RunFolder) -> float:
-        limit = self.config.max_grad_norm
-        clip = self.accelerator.clip_grad_norm_(self.adapters.values(), float("inf") if limit is None else limit)
-        norm = float(clip)
-        advice = f"lower the learning rate ({self.config.learning_rate:g}) or check the data"
-        for what, value in (("loss", loss), ("gradient norm", norm)):
-            if not math.isfinite(value):
-                kept = f"the adapters keep their values of step {number - 1}"
-                raise NotFiniteError(f"the {what} of step {number} is {value}; {kept}; {advice}")
-        folder.good()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if not torch.stack([parameter.isfinite().all() for parameter in self.adapters.values()]).all():
-            raise NotFiniteError(f"the update of step {number} made adapters NaN or infinite; {advice}")
-        return norm
 
 
 @contextlib.contextmanager
@@ -241,6 +89,9 @@ def train(
         is not the same; without a checkpoint, training starts at step 1.
     SIGINT and SIGTERM are obeyed between two batches, if there is an output_dir: a checkpoint is written, and Stopped
     raised. A second SIGINT is a KeyboardInterrupt at once, and saves nothing.
+    In processes started by `accelerate launch` each takes its rows of every batch, the first one writes the files, and
+    an error or a signal in one stops all; give all of them the same model, batches and config.
+    A step that memory runs out in is made again with its batches in halves, and so are those after it; once.
     profiler: its phases forward, backward and optimizer are entered.
     Raises NotFiniteError when the loss or the gradients are not finite (before they are applied), or the adapters after
     an update; TrainingError when an adapter gets no gradient in the first step, or the batches end too early;
@@ -250,35 +101,37 @@ def train(
         raise ConfigError("resume and save_steps need an output_dir, where the checkpoints are")
     torch.manual_seed(config.seed)
     keep_freed_pages()
-    run = _Run(model, config, profiler)
+    run = Run(model, config, profiler, progress)
     device = run.accelerator.device
     sources = None if output_dir is None else RandomSources(device, loader_generators(batches))
     stream = BatchStream(batches, run.vocabulary, sources)
     state = None if sources is None else RunState(model, run.adapters, run.optimizer, config, stream, sources)
+    place = None if output_dir is None else Path(output_dir)
     began = time.perf_counter()
     with (
-        run_folder(model, None if output_dir is None else Path(output_dir), overwrite, resume, state) as folder,
+        run_folder(model, place if run.processes.writes else None, overwrite, resume, state) as folder,
         _in_training(model),
         lean(model),
         checkpointed(model, config.checkpointing) as dial,
         holes_limited(model, device, config.checkpointing) as holes,
         contextlib.closing(run),
     ):
-        if resume:
-            say(folder.resumed(), progress)
+        if resume and state is not None and place is not None:
+            run.processes.wait()  # the first one may still be removing what a killed run left
+            say(folder.resumed(place, state), run.progress)
+            run.processes.wait()
         steps = [] if state is None else [StepMetrics(**line) for line in state.metrics]
         if state is not None and steps:
             run.go_on(state.facts, dial)
-        with training_progress(config.steps, progress) as show:
+        with training_progress(config.steps, run.progress) as show:
             for number in range(len(steps) + 1, config.steps + 1):
-                poll()
-                group = list(stream.group(config.gradient_accumulation, number, config.steps))
+                batches_of_step = stream.group(config.gradient_accumulation, number, config.steps)
+                group = run.processes.together(functools.partial(list[Batch], batches_of_step))
                 steps.append(run.step(number, group, dial, holes, folder))
                 show(steps[-1])
                 folder.note(steps[-1], run.facts(dial))
-    return TrainResult(
-        steps, time.perf_counter() - began, run.own_loss_because, folder.resumed_from, tuple(folder.skipped)
-    )
+    seconds = time.perf_counter() - began
+    return TrainResult(steps, seconds, run.own_loss_because, folder.resumed_from, tuple(folder.skipped), run.halved_at)
 
 
 def check_batch_shape(config: Any, rows: int, tokens: int) -> None:

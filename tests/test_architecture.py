@@ -102,6 +102,7 @@ FLOORS = (
     ("export_plan", "run_state"),
     ("export", "quantized_files", "run_checkpoints"),
     ("run_folder",),
+    ("training_step",),
     ("training",),
     ("prediction",),
     ("forecast",),
@@ -117,7 +118,7 @@ FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in name
 KEEPERS = {
     "transformers": {"hub"},
     "bitsandbytes": {"quantize", "optim"},
-    "accelerate": {"training"},
+    "accelerate": {"training_step"},
     "matplotlib": {"memory.charts"},
 }
 PICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
