@@ -32,7 +32,11 @@ def accelerator_pretended() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: of an accelerator, or of the machine, which torch tells by a plain RuntimeError."""
+    """Whether memory ran out: of an accelerator, or of the machine, which torch tells by a plain RuntimeError.
+
+    oneDNN, which makes torch's products on a CPU, says no more than that it could not create a primitive.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "could not create a primitive")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)

@@ -206,7 +206,7 @@ class Run:
         release_freed_pages()
         if not on_cpu(self.accelerator.device):
             torch.get_device_module(self.accelerator.device).empty_cache()
-        return self._gradients(number, group, labelled, dial, holes)
+        return self._fitting(number, group, labelled, dial, holes)
 
     def _gradients(self, number: int, group: list[Batch], labelled: int, dial: Dial, holes: HoleLimit) -> Tensor:
         """Forward and backward of each of these batches; what they add to the loss."""
