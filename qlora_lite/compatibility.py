@@ -22,7 +22,8 @@ VLLM_SKIPPED_ENDS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.wei
 VLLM_KEY_ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 # embedding_modules of the models in vllm/model_executor/models that have any.
 VLLM_EMBEDDINGS = ("embed_tokens", "lm_head")
-# vllm/lora/peft_helper.py, _validate_features: refused by name. Releases before those rules ignored them.
+# vllm/lora/peft_helper.py, _validate_features and validate_legal: refused by name; older releases ignored those after
+# bias. Of modules_to_save, heads of classifiers (`classifier`, `score`) are let through there, for such models.
 VLLM_REFUSED_OPTIONS = (
     "modules_to_save",
     "use_dora",
@@ -114,7 +115,7 @@ def vllm_verdict(facts: AdapterFacts, max_lora_rank: int = VLLM_DEFAULT_MAX_RANK
     if _set(config, ("rank_pattern", "alpha_pattern")):
         # LoRALayerWeights.from_config took PEFTHelper's r and scaling before get_rank_and_scaling was added.
         notes.append(
-            "rank_pattern, alpha_pattern: read since 2026; earlier releases scale all layers by lora_alpha / r"
+            "rank_pattern, alpha_pattern: older vLLM does not read them, and scales all layers by lora_alpha / r"
         )
     return Verdict(VLLM, tuple(reasons), tuple(notes))
 
