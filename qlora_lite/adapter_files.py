@@ -1,7 +1,6 @@
 """Adapters on disk, as peft writes and reads them: `adapter_model.safetensors` and `adapter_config.json`.
 
-peft's keys: `base_model.model.<layer>.lora_A.weight` for linear layers, `….lora_embedding_A` for embeddings; the
-shapes are ours.
+The shapes in them are ours.
 """
 
 from __future__ import annotations
@@ -15,72 +14,31 @@ from torch import Tensor, nn
 
 from qlora_lite import hub
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
-from qlora_lite.beside_files import OPTIONS, PREFIX, StoredBeside, beside_config, beside_keys
+from qlora_lite.beside_files import StoredBeside, beside_config, beside_keys
 from qlora_lite.config import LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
 from qlora_lite.lora import LoraLayer
 from qlora_lite.modules import replace_modules_
 from qlora_lite.peft_config import peft_config
+from qlora_lite.peft_files import (
+    BASE_COPY,
+    CONFIG_FILE,
+    PREFIX,
+    TENSOR_FILE,
+    TOKEN_ADAPTER,
+    adapter_tensors,
+    layer_and_part,
+    read_peft_config,
+)
+from qlora_lite.peft_options import NUMBERS, refused_options
 from qlora_lite.peft_targets import target_problems
-from qlora_lite.storage import PlannedTensor, new_folder, planned, read_json, write_json, write_safetensors
-from qlora_lite.tensor_files import read_safetensors
+from qlora_lite.storage import PlannedTensor, new_folder, planned, write_json, write_safetensors
 from qlora_lite.token_rows import WithTokenRows
 
-TENSOR_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-# peft stores an adapted embedding's base weight beside the adapter.
-BASE_COPY = ".base_layer.weight"
-TOKEN_ADAPTER = ".token_adapter"
-SUFFIXES = {
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
-    "lora_embedding_A": "lora_A",
-    "lora_embedding_B": "lora_B",
-    "lora_magnitude_vector": "lora_magnitude",
-}
 Pairs = dict[str, dict[str, Tensor]]
-# Options of peft that say what the adapter computes, each with the LoraConfig field that means the same.
-NUMBERS = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "use_rslora": "rslora",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-}
-REQUIRED = ("rank", "alpha")
-# Options that say nothing about it: where it came from, how it was started or trained; or that are read apart.
-HARMLESS_OPTIONS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_bias",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "use_dora",
-    }
-)
-# Initializations that also change the base weight, so that A and B alone are not the adapter.
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What every release of peft takes for a number that is not in the file.
+PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
 
 def peft_key(name: str, kind: Kind, part: str) -> str:
@@ -123,35 +81,27 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
 
 def _read_config(path: Path) -> dict[str, Any]:
     """peft's configuration. CheckpointError names every option that changes what is computed and is not known here."""
-    config = read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path} describes a {config.get('peft_type')!r} adapter; only LORA is known")
-    set_options = {key for key, value in config.items() if value not in (None, False, "none", "", [], {})}
-    unknown = sorted(set_options - HARMLESS_OPTIONS - OPTIONS - NUMBERS.keys())
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
-        unknown.append(f"init_lora_weights={start!r}")
-    if config.get("lora_bias"):
-        unknown.append("lora_bias")
-    if unknown:
-        raise CheckpointError(f"{path} sets {', '.join(unknown)}, which this version cannot honour")
+    config = read_peft_config(path)
+    if refused := refused_options(config):
+        raise CheckpointError(f"{path} sets {', '.join(refused)}, which this version cannot honour")
     return config
 
 
-def _numbers(config: dict[str, Any], path: Path) -> LoraConfig:
+def lora_numbers(config: dict[str, Any], path: Path) -> LoraConfig:
     """Rank, alpha and all else that decides what A and B compute; which layers have them, their keys say."""
+    config = {**PEFT_DEFAULTS, **config}
     given: dict[str, Any] = {field: config.get(option) for option, field in NUMBERS.items()}
     given["variant"] = "dora" if config.get("use_dora") else "lora"
+    required = [NUMBERS[option] for option in PEFT_DEFAULTS]
     try:
-        return LoraConfig(**{field: value for field, value in given.items() if value is not None or field in REQUIRED})
+        return LoraConfig(**{field: value for field, value in given.items() if value is not None or field in required})
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
 def _adapted_names(tensors: Collection[str]) -> set[str]:
     """The layers that have an A."""
-    ends = [f".{suffix}" for suffix, part in SUFFIXES.items() if part == "lora_A"]
-    return {key[len(PREFIX) : -len(end)] for key in tensors for end in ends if key.endswith(end)}
+    return {at[0] for key in tensors if (at := layer_and_part(key)) is not None and at[1] == "lora_A"}
 
 
 def _pairs(tensors: dict[str, Tensor], path: Path) -> Pairs:
@@ -161,12 +111,11 @@ def _pairs(tensors: dict[str, Tensor], path: Path) -> Pairs:
     for key, tensor in tensors.items():
         if key.startswith(PREFIX) and key.endswith(BASE_COPY):
             continue
-        suffix = next((suffix for suffix in SUFFIXES if key.endswith("." + suffix)), None)
-        name = "" if suffix is None else key[len(PREFIX) : -len(suffix) - 1]
-        if suffix is None or not key.startswith(PREFIX) or SUFFIXES[suffix] in pairs.get(name, {}):
+        name, part = layer_and_part(key) or ("", "")
+        if not part or part in pairs.get(name, {}):
             foreign.append(key)
             continue
-        pairs.setdefault(name, {})[SUFFIXES[suffix]] = tensor
+        pairs.setdefault(name, {})[part] = tensor
     if foreign:
         shown = ", ".join(sorted(foreign)[:8])
         raise CheckpointError(f"{path} has keys that belong to no adapter, or to one that is there already: {shown}")
@@ -251,8 +200,8 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG_FILE)
-    numbers = _numbers(config, folder / CONFIG_FILE)
-    tensors = read_safetensors(folder / TENSOR_FILE)
+    numbers = lora_numbers(config, folder / CONFIG_FILE)
+    tensors = {key: stored.read() for key, stored in adapter_tensors(folder).items()}
     beside = StoredBeside.taken(model, tensors, config, _adapted_names(tensors))
     pairs = _pairs(tensors, folder / TENSOR_FILE)
     problems = [

@@ -29,17 +29,16 @@ from qlora_lite.delta import Replaced, Rows
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora import LoraLayer
 from qlora_lite.modules import replace_modules_
+from qlora_lite.peft_files import PREFIX
 from qlora_lite.tensor_views import Source
 from qlora_lite.token_rows import TokenRows, WithTokenRows
 from qlora_lite.trained_whole import TrainedCopy, parameter_names, plain_shape
 
-PREFIX = "base_model.model."
 ROWS = ".token_adapter.trainable_tokens_delta"
 BIAS = ".bias"
 ADAPTED_BIAS = ".base_layer.bias"
 # Written for bias="all" beside the trained values of a module that is whole: the base's own, and the same once more.
 SPARE = (".original_module.bias", ".modules_to_save.bias")
-OPTIONS = frozenset({"modules_to_save", "bias", "trainable_token_indices"})
 
 
 def _means(name: str, wanted: str) -> bool:

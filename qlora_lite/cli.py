@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qlora_lite.cli_inspect import inspect
 from qlora_lite.cli_options import (
     Alpha,
     Blocksize,
@@ -49,6 +50,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 
 app.command()(plan)
 app.command()(profile)
+app.command()(inspect)
 
 
 def _finish(figures: dict[str, Any], as_json: bool) -> None:

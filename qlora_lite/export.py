@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from qlora_lite import hub
-from qlora_lite.adapter_files import BASE_COPY, TENSOR_FILE, TOKEN_ADAPTER, load_adapter_
-from qlora_lite.beside_files import PREFIX
+from qlora_lite.adapter_files import load_adapter_
 from qlora_lite.config import FLOAT_DTYPES, QuantConfig, is_count, require
 from qlora_lite.conversion import model_tensors
 from qlora_lite.data import TokenizedExample
@@ -26,10 +25,11 @@ from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
 from qlora_lite.load import Checkpoint
 from qlora_lite.memory.host import keep_freed_pages
 from qlora_lite.merge_report import MergeReport
+from qlora_lite.peft_files import BASE_COPY, PREFIX, TOKEN_ADAPTER, adapter_tensors
 from qlora_lite.plain_weights import plain_weights
 from qlora_lite.quantize_base import Slot
 from qlora_lite.storage import DEFAULT_SHARD_BYTES, check_apart, check_space, new_folder, write_json, write_sharded
-from qlora_lite.tensor_files import TensorFiles, tensors_in
+from qlora_lite.tensor_files import TensorFiles
 from qlora_lite.tensor_views import Source, slices
 from qlora_lite.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
 from qlora_lite.weight_rows import READ_BYTES
@@ -85,7 +85,7 @@ def _check_same_base(
     `load_adapter_` compares them with a model's; on meta there is nothing to compare with.
     """
     packed, tied = {name for slot in slots for name in slot.modules}, dict(hub.tied_pairs(model))
-    for key, copy in tensors_in(adapter / TENSOR_FILE).items():
+    for key, copy in adapter_tensors(adapter).items():
         name = key.removeprefix(PREFIX).removesuffix(BASE_COPY).removesuffix(TOKEN_ADAPTER)
         if not key.endswith(BASE_COPY) or name in packed:
             continue

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.adapter_files import TENSOR_FILE, peft_key
+from qlora_lite.adapter_files import peft_key
 from qlora_lite.adapters import lora_layers
 from qlora_lite.beside_files import stored_replacements_
 from qlora_lite.config import FLOAT_DTYPES
@@ -27,12 +27,12 @@ from qlora_lite.load import Checkpoint
 from qlora_lite.lora import LoraLayer
 from qlora_lite.memory.host import HoleLimit, release_freed_pages
 from qlora_lite.merge_report import MergeReport, TensorFigures
+from qlora_lite.peft_files import adapter_tensors
 from qlora_lite.plain_weights import PlainWeight, weights_to_write
 from qlora_lite.quantize import PackedWeight
 from qlora_lite.quantize_base import Slot
 from qlora_lite.storage import PlannedTensor
 from qlora_lite.streamed import Weights
-from qlora_lite.tensor_files import tensors_in
 from qlora_lite.tensor_views import Source, slices
 from qlora_lite.verify import DEQUANTIZED, ORIGINAL, Compared
 from qlora_lite.weight_rows import (
@@ -123,7 +123,7 @@ def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[
 
     The layers let go of their values, so an adapter takes no memory but for the layer at hand.
     """
-    stored = tensors_in(Path(folder) / TENSOR_FILE)
+    stored = adapter_tensors(Path(folder))
 
     def delta(layer: LoraLayer, keys: list[str]) -> Delta:
         lora_A, lora_B, *sizes = (stored[key].read() for key in keys)

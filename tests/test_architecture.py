@@ -56,6 +56,7 @@ FLOORS = (
         "memory.treemap",
         "memory.snapshot",
         "merge_report",
+        "peft_options",
     ),
     (
         "quantize",
@@ -80,6 +81,7 @@ FLOORS = (
         "conversion",
         "experts",
         "streamed",
+        "peft_files",
         "memory.page_tables",
         "memory.charts",
     ),
@@ -97,8 +99,8 @@ FLOORS = (
         "data",
         "memory.measure",
     ),
-    ("memory.rehearse", "memory.growth", "unread"),
-    ("verify", "batch_stream"),
+    ("memory.rehearse", "memory.growth", "unread", "adapter_facts"),
+    ("verify", "batch_stream", "compatibility"),
     ("export_plan", "run_state"),
     ("export", "quantized_files", "run_checkpoints"),
     ("run_folder",),
@@ -109,7 +111,7 @@ FLOORS = (
     ("plan",),
     ("plan_report",),
     ("cli_options",),
-    ("cli_plan", "cli_profile"),
+    ("cli_plan", "cli_profile", "cli_inspect"),
     ("cli",),
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

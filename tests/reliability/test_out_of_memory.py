@@ -26,7 +26,8 @@ def run(rows, steps=1):
     model = load_quantized(folder, QuantConfig())
     add_lora_(model, LoraConfig(rank=4))
     ids = torch.randint(5, 90, (rows, 512), generator=torch.Generator().manual_seed(1))
-    result = train(model, [{"input_ids": ids, "labels": ids}], TrainConfig(steps=steps, checkpointing="none"), progress=True)
+    config = TrainConfig(steps=steps, checkpointing="none")
+    result = train(model, [{"input_ids": ids, "labels": ids}], config, progress=True)
     return {"losses": result.losses, "norms": [s.gradient_norm for s in result.steps], "halved_at": result.halved_at}
 
 if spare:

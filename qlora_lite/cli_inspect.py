@@ -1,0 +1,83 @@
+"""The command `inspect`: what an adapter is, and which programs take it.
+
+Exit status: 0 read, 1 not read or not accepted by a program that was required, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json as json_lines
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_lite.cli_options import Json
+
+if TYPE_CHECKING:
+    from qlora_lite.adapter_facts import AdapterFacts
+    from qlora_lite.compatibility import Verdict
+
+NOT_ACCEPTED = 1
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _layers(facts: AdapterFacts) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    from qlora_lite.adapter_facts import group_json, grouped
+    from qlora_lite.memory.report import readable_bytes
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("layers", "kind", "count", "rank", "alpha", "scaling", "parameters", "bytes"):
+        table.add_column(column, justify="left" if column in ("layers", "kind") else "right")
+    for group in grouped(facts.layers):
+        line = group_json(group)
+        numbers = [_numbers(line[column]) for column in ("ranks", "alphas", "scalings")]
+        sizes = f"{line['parameters']:,}", readable_bytes(line["bytes"])
+        table.add_row(line["name"], line["kind"], str(line["layers"]), *numbers, *sizes)
+    for key, size in facts.beside.items():
+        table.add_row(key, "beside", "", "", "", "", "", readable_bytes(size))
+    total = "all", "", str(len(facts.layers)), "", "", "", f"{facts.parameters:,}", readable_bytes(facts.bytes)
+    table.add_row(*total)
+    return table
+
+
+def _said(verdict: Verdict) -> list[str]:
+    said = [f"{verdict.program}: {'accepted' if verdict.accepted else 'not accepted'}"]
+    said += [f"  because of {reason}" for reason in verdict.reasons]
+    return said + [f"  note: {note}" for note in verdict.notes]
+
+
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter saved here or by peft.")],
+    require: Annotated[
+        list[str] | None, typer.Option(help="vllm or llama.cpp: exit status 1 if it is not accepted; repeatable.")
+    ] = None,
+    max_lora_rank: Annotated[int, typer.Option(help="vLLM's setting of that name: 8, 16, 32, 64, ...")] = 16,
+    json: Json = False,
+) -> None:
+    """Show what an adapter is, without a model, and whether vLLM and llama.cpp take it."""
+    from rich.console import Console
+
+    from qlora_lite.adapter_facts import adapter_facts
+    from qlora_lite.compatibility import LLAMA_CPP, VLLM, verdicts
+
+    if unknown := set(require or []) - {VLLM, LLAMA_CPP}:
+        raise typer.BadParameter(f"must be {VLLM} or {LLAMA_CPP}; got {sorted(unknown)[0]!r}", param_hint="--require")
+    facts = adapter_facts(adapter)
+    found = verdicts(facts, max_lora_rank)
+    scaled = "alpha / sqrt(rank)" if facts.rslora else "alpha / rank"
+    print(f"{adapter}: {facts.variant}, scaled by {scaled}, in {', '.join(facts.dtypes)}")
+    print(f"base model: {facts.base or 'unknown'}")
+    Console(width=120, highlight=False, markup=False).print(_layers(facts))
+    for verdict in found.values():
+        print("\n".join(_said(verdict)))
+    if json:
+        named = {name: verdict.to_json() for name, verdict in found.items()}
+        print(json_lines.dumps({**facts.to_json(), "verdicts": named}))
+    if not all(found[name].accepted for name in require or []):
+        raise typer.Exit(NOT_ACCEPTED)

@@ -1,0 +1,89 @@
+"""The two files of an adapter, as any release of peft wrote them, under the keys that today's writes.
+
+`base_model.model.<layer>.lora_A.weight` and `.lora_B.weight` for linear layers, `….lora_embedding_A` and `_B` for
+embeddings, `….lora_magnitude_vector` for DoRA, `….base_layer.weight` for the base weight of an adapted embedding.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from qlora_lite.errors import CheckpointError
+from qlora_lite.storage import read_json
+from qlora_lite.tensor_files import StoredTensor, tensors_in
+
+TENSOR_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
+CONFIG_FILE = "adapter_config.json"
+PREFIX = "base_model.model."
+# peft stores an adapted embedding's base weight beside the adapter.
+BASE_COPY = ".base_layer.weight"
+# What stands between an embedding and that, if rows of it are trained.
+TOKEN_ADAPTER = ".token_adapter"
+SUFFIXES = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
+    "lora_magnitude_vector": "lora_magnitude",
+}
+# Of a model's own state_dict, which some training programs write: peft itself takes its adapter's name out.
+NAMED_ADAPTER = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.default(?=\.|$)")
+MAGNITUDE_MODULE = ".lora_magnitude_vector.weight"
+
+
+def todays_key(key: str) -> str:
+    """The key that today's peft writes for this tensor.
+
+    Without the adapter's name (`lora_A.default.weight`); with the prefix, which transformers' own loading of adapters
+    does without; and DoRA's magnitudes as the parameter that they were in peft 0.9 (a module since 0.11).
+    """
+    key = NAMED_ADAPTER.sub(r"\1", key)
+    if key.endswith(MAGNITUDE_MODULE):
+        key = key.removesuffix(".weight")
+    return key if key.startswith(PREFIX) else PREFIX + key
+
+
+def layer_and_part(key: str) -> tuple[str, str] | None:
+    """(layer, lora_A | lora_B | lora_magnitude) of one of today's keys; None for a key of something else."""
+    suffix = next((suffix for suffix in SUFFIXES if key.endswith("." + suffix)), None)
+    if suffix is None or not key.startswith(PREFIX):
+        return None
+    return key[len(PREFIX) : -len(suffix) - 1], SUFFIXES[suffix]
+
+
+def read_peft_config(path: Path) -> dict[str, Any]:
+    """An adapter's configuration. CheckpointError for one that is not of a LoRA."""
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path} describes a {config.get('peft_type')!r} adapter; only LORA is known")
+    return config
+
+
+def written_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of an adapter under the keys that its file has. CheckpointError for a file that is no safetensors."""
+    path = folder / TENSOR_FILE
+    if not path.is_file() and (folder / PICKLED_FILE).is_file():
+        raise CheckpointError(
+            f"{folder / PICKLED_FILE} is a pickle, which can run any code and is never opened here; if you trust it, "
+            f"let peft write it anew: PeftModel.from_pretrained(base, folder).save_pretrained(folder)"
+        )
+    return tensors_in(path)
+
+
+def adapter_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of an adapter under today's keys. CheckpointError for a file with two that come to the same key."""
+    found: dict[str, StoredTensor] = {}
+    written = written_tensors(folder)
+    adapted = {PREFIX + at[0] for key in written if (at := layer_and_part(todays_key(key))) is not None}
+    for key, tensor in written.items():
+        today = todays_key(key)
+        # peft 0.6 had an adapted embedding be an embedding: its base weight is under the layer's own name.
+        if today.removesuffix(".weight") in adapted:
+            today = today.removesuffix(".weight") + BASE_COPY
+        if today in found:
+            raise CheckpointError(f"{folder / TENSOR_FILE} has {today} twice, as {found[today].name} and as {key}")
+        found[today] = tensor
+    return found
