@@ -296,8 +296,6 @@ def _where_to_go_on(stop: BaseException, words: list[str]) -> str:
 def main() -> None:
     """Runs a command; what this package refuses becomes one line on stderr and exit status 1."""
     signal.signal(signal.SIGTERM, _terminate)
-    if "--debug" in sys.argv[1:]:
-        app()
     try:
         app()
     except SystemExit as error:
@@ -305,6 +303,8 @@ def main() -> None:
             print(_where_to_go_on(error, sys.argv[1:]), file=sys.stderr)
         raise
     except Exception as error:
+        if "--debug" in sys.argv[1:]:
+            raise
         from qlora_lite.errors import QLoRAError
 
         known = isinstance(error, (QLoRAError, OSError))

@@ -267,9 +267,10 @@ def train(
         if resume:
             say(folder.resumed(), progress)
         steps = [] if state is None else [StepMetrics(**line) for line in state.metrics]
-        if state is not None and steps:
-            run.go_on(state.facts, dial)
         with training_progress(config.steps, progress) as show:
+            if state is not None and steps:
+                run.go_on(state.facts, dial)
+                state.restore_random()
             for number in range(len(steps) + 1, config.steps + 1):
                 poll()
                 group = list(stream.group(config.gradient_accumulation, number, config.steps))
