@@ -327,8 +327,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     if not sys.argv[1:]:
         sys.argv.append("--help")
-    if "--debug" in sys.argv[1:]:
-        app()
     try:
         sys.exit(app(prog_name="qlora-lite", standalone_mode=False))
     except SystemExit as error:
@@ -336,6 +334,8 @@ def main() -> None:
             print(_where_to_go_on(error, sys.argv[1:]), file=sys.stderr)
         raise
     except Exception as error:
+        if "--debug" in sys.argv[1:]:
+            raise
         line, status = _refusal(error)
         print(f"error: {line}", file=sys.stderr)
         sys.exit(status)

@@ -64,8 +64,8 @@ class RunFolder:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Whole, whatever signal comes; what failed once is not tried again when the run ends by it."""
-        self._check()
         try:
+            self._check()
             with unstopped():
                 yield
         except (OSError, CheckpointError):
@@ -116,9 +116,20 @@ class RunFolder:
         if self._at != state.steps:
             with self._writing():
                 write_checkpoint(path, state.write)
-                self._at = state.steps
-                keep_only(self._folder, self._at, state.config.keep_last, state.config.keep_best)
+            self._at = state.steps
+            self._let_go(state)
         return path
+
+    def _let_go(self, state: RunState) -> None:
+        if self._folder is not None and self._at is not None:
+            with self._writing():
+                keep_only(self._folder, self._at, state.config.keep_last, state.config.keep_best)
+
+    def finish(self) -> None:
+        """The run came to its end."""
+        self.save()
+        if self._state is not None:
+            self._let_go(self._state)  # again: a killed run may have left more than are to be kept
 
     def resumed(self, place: Path, state: RunState) -> str:
         """Puts the run where its newest sound checkpoint left it, and says where that is and what was skipped.
@@ -184,7 +195,7 @@ def run_folder(
             run = RunFolder(model, folder, state, check)
             with _ending(run, folder):
                 yield run
-            run.save()
+            run.finish()
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:

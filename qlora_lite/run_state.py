@@ -165,7 +165,7 @@ class RunState:
             )
 
     def restore_(self, folder: Path) -> None:
-        """Has model, optimizer, batches and random numbers be as they were. CheckpointError for what does not fit."""
+        """Has model, optimizer and batches be as they were. CheckpointError for what does not fit."""
         state = read_json(folder / STATE_FILE)
         stored, here = read_safetensors(folder / TRAINED_FILE), self._tensors()
         kinds = [{n: (value.shape, value.dtype) for n, value in side.items()} for side in (stored, here)]
@@ -186,9 +186,13 @@ class RunState:
             for mark in (NOW, EPOCH)
         )
         self.stream.go_to(Position(start=epoch, **state["batches"]))
-        self.sources.restore(now)
         self.metrics = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
         self.facts = state["facts"]
         if state["checkpointing"] != self.config.checkpointing:
             self.facts["dial"] = None
         self._random, self._position = now, self.stream.position()
+
+    def restore_random(self) -> None:
+        """Has random numbers be as they were: the last thing before a step, for others draw too (rich, on import)."""
+        if self._random is not None:
+            self.sources.restore(self._random)

@@ -121,9 +121,10 @@ def train(
             say(folder.resumed(place, state), run.progress)
             run.processes.wait()
         steps = [] if state is None else [StepMetrics(**line) for line in state.metrics]
-        if state is not None and steps:
-            run.go_on(state.facts, dial)
         with training_progress(config.steps, run.progress) as show:
+            if state is not None and steps:
+                run.go_on(state.facts, dial)
+                state.restore_random()
             for number in range(len(steps) + 1, config.steps + 1):
                 batches_of_step = stream.group(config.gradient_accumulation, number, config.steps)
                 group = run.processes.together(functools.partial(list[Batch], batches_of_step))

@@ -116,26 +116,21 @@ def small_model() -> Callable[..., Any]:
 
 
 KILLED = """
-import os, signal, sys
-from qlora_lite import storage
-left = int(sys.argv.pop(1))
-write = storage._Writer.write
-def some(writer, piece):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(writer, piece)
-storage._Writer.write = some
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv.pop(1))
+from kill_points import arm
+arm(int(sys.argv.pop(1)), Path(sys.argv.pop(1)))
 """
 
 
 @pytest.fixture(scope="session")
 def killed_while_writing() -> Callable[..., None]:
-    """(pieces, program, its words): runs a program that is killed when it has written so many pieces to files."""
+    """(point, folder, program, its words): runs a program that is killed at its change of the disk of this number."""
 
-    def run(pieces: int, program: str, *words: object) -> None:
-        command = [sys.executable, "-c", KILLED + program, str(pieces), *map(str, words)]
+    def run(point: int, below: Path, program: str, *words: object) -> None:
+        arguments = [str(ROOT / "profiling"), str(point), str(below), *map(str, words)]
+        command = [sys.executable, "-c", KILLED + program, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
 

@@ -37,7 +37,9 @@ def loader(workers: int = 0) -> Any:
     return DataLoader([batch(n) for n in range(5)], batch_size=None, shuffle=True, num_workers=workers)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("make", [lambda: [batch(n) for n in range(5)], loader, lambda: map(batch, range(20))])
+@pytest.mark.parametrize(
+    "make", [lambda: [batch(n) for n in range(5)], loader, lambda: loader(1), lambda: map(batch, range(20))]
+)
 @pytest.mark.parametrize("taken", [3, 5, 13])
 def test_goes_on_where_it_was(make: Any, taken: int) -> None:
     first = stream(make())

@@ -364,17 +364,17 @@ export.merge_checkpoint(*sys.argv[1:4], max_shard_bytes=30_000)
 """
 
 
-@pytest.mark.parametrize("pieces", [0, 5, 20])
+@pytest.mark.parametrize("point", [2, 12, 30])
 def test_killed_it_leaves_nothing_under_the_name_and_the_same_command_finishes(
     tiny_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     killed_while_writing: Callable[..., None],
-    pieces: int,
+    point: int,
 ) -> None:
     save_adapter(trained(tiny_folder), tmp_path / "adapter")
     words = (tiny_folder, tmp_path / "adapter", tmp_path / "out")
-    killed_while_writing(pieces, MERGE, *words)
+    killed_while_writing(point, tmp_path, MERGE, *words)
     assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(".out.*"))) == 1
     monkeypatch.setattr(storage, "ABANDONED_AFTER_SECONDS", -1)
     export.merge_checkpoint(*words)

@@ -9,8 +9,15 @@ import torch
 from torch import nn
 
 from qlora_lite.config import TrainConfig
-from qlora_lite.errors import ConfigError
-from qlora_lite.optim import AdamW16, learning_rate_factor, make_optimizer, set_learning_rates_
+from qlora_lite.errors import CheckpointError, ConfigError
+from qlora_lite.optim import (
+    AdamW16,
+    learning_rate_factor,
+    load_optimizer_state_,
+    make_optimizer,
+    optimizer_state,
+    set_learning_rates_,
+)
 
 
 def test_warmup_then_cosine_to_zero() -> None:
@@ -155,3 +162,36 @@ def test_one_rate_is_one_group() -> None:
 def test_a_ratio_that_is_none_is_refused(ratio: float) -> None:
     with pytest.raises(ConfigError, match="lora_plus_ratio must be"):
         TrainConfig(lora_plus_ratio=ratio)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("adamw", torch.float32), ("adamw", torch.bfloat16), ("adamw8bit", None)])
+def test_states_go_from_one_optimizer_to_another(name: str, dtype: torch.dtype | None) -> None:
+    config = TrainConfig(optimizer=name, learning_rate=0.1)
+    pairs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        weights = {f"{n}.lora_A": nn.Parameter(torch.randn(64, 64).to(dtype)) for n in "ab"}
+        pairs.append((weights, make_optimizer(weights, config)))
+
+    def step(weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, seed: int) -> None:
+        for weight in weights.values():
+            weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed)).to(weight.dtype)
+        optimizer.step()
+
+    (one, first), (other, second) = pairs
+    step(one, first, 1)
+    tensors, plain = optimizer_state(first, one)
+    copies = {key: value.clone() for key, value in tensors.items()}
+    with torch.no_grad():
+        for key, weight in other.items():
+            weight.copy_(one[key])
+    load_optimizer_state_(second, other, copies, plain)
+    for seed in (2, 3):
+        step(one, first, seed)
+        step(other, second, seed)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    if name == "adamw8bit":  # the tables are one for all, before and after
+        assert plain["b.lora_A.qmap1"] == {"same_as": "a.lora_A.qmap1"}
+        assert second.state[other["a.lora_A"]]["qmap1"] is second.state[other["b.lora_A"]]["qmap1"]
+    with pytest.raises(CheckpointError, match="and the model no parameter b"):
+        load_optimizer_state_(second, {"a.lora_A": other["a.lora_A"]}, copies, plain)

@@ -248,15 +248,15 @@ save_quantized(load_quantized(sys.argv[1]), sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("pieces", [0, 30])
+@pytest.mark.parametrize("point", [2, 9])
 def test_killed_half_way_it_leaves_nothing_under_the_name(
     tiny_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     killed_while_writing: Callable[..., None],
-    pieces: int,
+    point: int,
 ) -> None:
-    killed_while_writing(pieces, SAVE, tiny_folder, tmp_path / "out")
+    killed_while_writing(point, tmp_path, SAVE, tiny_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(".out.*"))) == 1
     monkeypatch.setattr(storage, "ABANDONED_AFTER_SECONDS", -1)
     save_quantized(load_quantized(tiny_folder), tmp_path / "out")

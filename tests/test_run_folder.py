@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from qlora_lite import LinearWithLoRA
 from qlora_lite import run_folder as module
-from qlora_lite.errors import CheckpointError, NotFiniteError
+from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped
 from qlora_lite.run_folder import run_folder
 
 
@@ -96,3 +97,27 @@ def test_a_folder_in_use_or_a_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message), run_folder(model(), folder, overwrite=False):
             pass
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_another_run_writes_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with run_folder(model(), folder, overwrite=False) as run:
+        run.good()
+        other = pytest.raises(CheckpointError, match="run is being written by another run")
+        with other, run_folder(model(), folder, overwrite=True):
+            pass
+    assert [path.name for path in folder.iterdir()] == ["adapter"]
+
+
+def test_an_interrupt_at_once_saves_nothing_and_stopping_before_a_step_says_so(tmp_path: Path) -> None:
+    layers = model()
+    with pytest.raises(KeyboardInterrupt), run_folder(layers, tmp_path / "run", overwrite=False) as run:
+        run.good()
+        set_b(layers, 7.0)
+        raise KeyboardInterrupt
+    assert saved_b(tmp_path / "run") == 0.0
+    said = pytest.raises(Stopped, match="stopped by SIGTERM before the first step was done")
+    with said, run_folder(layers, tmp_path / "run", overwrite=True):
+        raise Stopped(signal.SIGTERM, "stopped")
+    with pytest.raises(ConfigError, match="ask for one of them"), run_folder(layers, tmp_path / "run", True, True):
+        pass

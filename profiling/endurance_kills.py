@@ -1,0 +1,117 @@
+"""Does a run that is killed at any instant lose more than the steps since its last checkpoint?
+
+    python profiling/endurance_kills.py            # at every change of the disk
+    python profiling/endurance_kills.py --tiny     # at some of them
+
+A small run with checkpoints is killed (SIGKILL) before each of its writes, syncs, renames and removals, and in the
+middle of writes. After each kill every checkpoint under its name must be sound and the adapter whole; the same call
+with resume=True must finish with the files of a run that was not disturbed. The last line is JSON: at how many instants
+it was killed, and after how many kills something was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from kill_points import arm, ended
+
+from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
+from qlora_lite.adapter_files import load_adapter_
+from qlora_lite.errors import QLoRAError
+from qlora_lite.run_checkpoints import checkpoints, what_is_wrong
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+TINY_STEP = 21
+CONFIG = TrainConfig(steps=3, learning_rate=1e-2, save_steps=1, keep_last=1, gradient_accumulation=2)
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(100, (1, 8), generator=generator) for _ in range(4)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def run(model: Path, folder: Path, resume: bool, point: int | None = None) -> None:
+    """One process's work: all of a run, from loading on."""
+    torch.set_num_threads(1)
+    random.seed(0)  # a forked process has Python's random numbers begin anew
+    loaded = load_quantized(model, QuantConfig(), dtype=torch.float32)
+    torch.manual_seed(0)
+    add_lora_(loaded, LoraConfig(rank=2, dropout=0.1, target_modules=["q_proj", "down_proj"]))
+    if point is not None:
+        arm(point, folder)
+    train(loaded, batches(), CONFIG, output_dir=folder, resume=resume, progress=False)
+
+
+def final_files(folder: Path) -> dict[str, bytes]:
+    """What a finished run must have left, times and speeds aside."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    measured = ("metrics.jsonl", "manifest.json")
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    same = {name: path.read_bytes() for name, path in files.items() if path.name not in measured}
+    return {**same, "names": json.dumps(sorted(files)).encode(), "losses": json.dumps(losses).encode()}
+
+
+def wrong_after_kill(model: Any, folder: Path) -> list[str]:
+    """What is neither as it was before nor as it was to be."""
+    found = [f"{path.name}: {wrong}" for path in checkpoints(folder).values() if (wrong := what_is_wrong(path))]
+    if (folder / "adapter").exists() or (folder / "metrics.jsonl").exists():
+        try:
+            load_adapter_(model, folder / "adapter")
+        except QLoRAError as error:
+            found.append(str(error))
+    return found
+
+
+def killed_and_resumed(model: Path, folder: Path, point: int, wanted: dict[str, bytes]) -> tuple[bool, list[str]]:
+    """Whether the run was killed at this point, and what was wrong afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    status = ended(functools.partial(run, model, folder, False, point))
+    if status == 0:
+        return False, []
+    problems = [] if status == -signal.SIGKILL else [f"it ended with {status}"]
+    problems += wrong_after_kill(load_quantized(model, QuantConfig()), folder)
+    if (status := ended(functools.partial(run, model, folder, True))) != 0:
+        return True, [*problems, f"resuming ended with {status}"]
+    found = final_files(folder)
+    return True, problems + [name for name in wanted | found if wanted.get(name) != found.get(name)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help=f"at every {TINY_STEP}th instant")
+    tiny = parser.parse_args().tiny
+    from tiny_model import make_tiny_model
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        model = make_tiny_model(Path(place) / "model", hidden=32)
+        folder = Path(place) / "run"
+        if ended(functools.partial(run, model, folder, False)) != 0:
+            sys.exit("the undisturbed run failed")
+        wanted = final_files(folder)
+        killed, wrong = 0, 0
+        for point in itertools.count(0, TINY_STEP if tiny else 1):
+            was_killed, problems = killed_and_resumed(model, folder, point, wanted)
+            if not was_killed:
+                break
+            killed += 1
+            wrong += bool(problems)
+            for problem in problems:
+                print(f"killed at {point}: {problem}")
+    print(json.dumps({"killed": killed, "wrong": wrong}))
+
+
+if __name__ == "__main__":
+    main()

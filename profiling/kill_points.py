@@ -1,0 +1,90 @@
+"""Kills a process at a chosen change of the disk: before a write, sync, rename or removal, or in the middle of a write.
+
+A part of endurance_kills.py; tests have programs of theirs begin with `arm`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qlora_lite import storage
+
+# Functions of `os` that change what is on a disk; shutil, tempfile and pathlib call them too.
+CHANGES = ("write", "fsync", "ftruncate", "rename", "replace", "mkdir", "unlink", "remove", "rmdir")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def _place(target: Any, within: int | None) -> str:
+    """The path of an open file, or of a name, in an open folder or not."""
+    if isinstance(target, int):
+        return os.readlink(f"/proc/self/fd/{target}")
+    folder = os.getcwd() if within is None else os.readlink(f"/proc/self/fd/{within}")
+    return os.path.join(folder, os.fsdecode(target))
+
+
+class _Countdown:
+    """Counts changes of the disk below a folder; kills the process at the one of this number (from 0)."""
+
+    def __init__(self, point: int, below: Path) -> None:
+        self._left, self._below, self._lock = point, os.path.realpath(below), threading.Lock()
+
+    def tick(self, target: Any, within: int | None = None) -> None:
+        if not _place(target, within).startswith(self._below):
+            return
+        with self._lock:
+            self._left -= 1
+            if self._left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(point: int, below: Path) -> None:
+    """Has this process kill itself at its change number `point` of what is below a folder, or of the folder itself."""
+    countdown = _Countdown(point, below)
+
+    def counted(change: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(change)
+        def with_count(*given: Any, **named: Any) -> Any:
+            countdown.tick(given[0], named.get("dir_fd"))
+            return change(*given, **named)
+
+        return with_count
+
+    def torn(write: Callable[..., int]) -> Callable[..., int]:
+        def in_halves(descriptor: int, data: Any) -> int:
+            countdown.tick(descriptor)
+            first = write(descriptor, memoryview(data)[: len(data) // 2])
+            countdown.tick(descriptor)
+            return first + write(descriptor, memoryview(data)[first:])
+
+        return in_halves
+
+    def opened(event: str, given: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(given[0], (str, bytes)) and given[2] & WRITING:
+            countdown.tick(given[0])
+
+    for name in CHANGES:
+        change = getattr(os, name)
+        setattr(os, name, torn(change) if name == "write" else counted(change))
+    storage.exchanged = counted(storage.exchanged)
+    sys.addaudithook(opened)
+
+
+def ended(work: Callable[[], None]) -> int:
+    """Runs work in a forked process; its signal as a negative number if it was killed, else its exit status."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

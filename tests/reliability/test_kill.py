@@ -1,0 +1,17 @@
+"""Processes that are killed at their writes, syncs and renames (profiling/endurance_kills.py has all such instants)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "profiling" / "endurance_kills.py"
+
+
+def test_a_killed_run_is_finished_by_the_same_call_to_the_same_files() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--tiny"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["killed"] >= 8 and figures["wrong"] == 0, done.stdout
