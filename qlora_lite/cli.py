@@ -28,6 +28,8 @@ from qlora_lite.cli_options import (
     Overwrite,
     Rank,
     RankStabilized,
+    listed,
+    listed_tokens,
 )
 from qlora_lite.cli_plan import chosen_checkpointing, plan
 from qlora_lite.cli_profile import profile
@@ -100,6 +102,11 @@ def train(
     init: Annotated[str, typer.Option(help="normal, kaiming, gaussian, orthogonal, pissa or loftq.")] = "normal",
     dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
     targets: Annotated[str, typer.Option(help="all-linear, or layer names with commas.")] = "all-linear",
+    train_whole: Annotated[str, typer.Option(help="Modules to train whole, with commas: norm,lm_head.")] = "",
+    bias: Annotated[str, typer.Option(help="Biases to train: none, lora_only (of adapted layers) or all.")] = "none",
+    train_tokens: Annotated[
+        str, typer.Option(help="Tokens whose embedding is trained, with commas: 50001,50002.")
+    ] = "",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-4,
     lora_plus_ratio: Annotated[float, typer.Option(help="LoRA+: B learns at so many times A's rate.")] = 1.0,
@@ -139,8 +146,19 @@ def train(
     quant = QuantConfig(
         format, blocksize, double_quant, int8_activations=int8_activations, embedding_format=embedding_format
     )
-    names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-    lora = LoraConfig(rank, alpha, dropout, names, rslora=rslora, init=init, variant=variant)
+    names = targets if targets == "all-linear" else listed(targets)
+    lora = LoraConfig(
+        rank,
+        alpha,
+        dropout,
+        names,
+        rslora=rslora,
+        init=init,
+        variant=variant,
+        train_whole=listed(train_whole),
+        bias=bias,
+        train_tokens=listed_tokens(train_tokens),
+    )
     config = TrainConfig(
         steps=steps,
         learning_rate=learning_rate,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from qlora_lite import errors
+
 Model = Annotated[str, typer.Option("--model", help="Folder of a transformers checkpoint, or a hub id.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
@@ -21,3 +23,16 @@ Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]
 Alpha = Annotated[float, typer.Option(help="The adapters' scale is alpha / rank.")]
 RankStabilized = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.")]
 Checkpointing = Annotated[str, typer.Option(help="full recomputes blocks, none keeps all, 300MiB what fits.")]
+
+
+def listed(text: str) -> list[str]:
+    """Names between commas; none in an empty text."""
+    return [name.strip() for name in text.split(",")] if text.strip() else []
+
+
+def listed_tokens(text: str) -> list[int]:
+    """Token numbers between commas. ConfigError for what is none."""
+    try:
+        return [int(name) for name in listed(text)]
+    except ValueError as error:
+        raise errors.ConfigError(f"--train-tokens must be token numbers with commas; got {text!r}") from error

@@ -32,7 +32,8 @@ def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": f"number {n}"}) for n in range(8)))
     words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--steps", 6)
-    done = run(*words, "--rank", 2, "--rslora", "--learning-rate", 0.01, "--json")
+    beside = ("--train-whole", "model.norm", "--train-tokens", "5,6")
+    done = run(*words, "--rank", 2, "--rslora", *beside, "--learning-rate", 0.01, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["last_loss"] < figures["first_loss"] and figures["examples"] == 8
@@ -40,7 +41,9 @@ def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     assert again.returncode == 1 and "not empty" in again.stderr and len(again.stderr.splitlines()) == 1
 
     adapter = tmp_path / "run" / "adapter"
-    assert json.loads((adapter / "adapter_config.json").read_text())["use_rslora"] is True
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["use_rslora"] is True and config["modules_to_save"] == ["model.norm"]
+    assert config["trainable_token_indices"] == {"model.embed_tokens": [5, 6]}
     words = ("merge", "--model", tiny_folder, "--adapter", adapter, "--output", tmp_path / "merged")
     done = run(*words, "--dtype", "fp32", "--json")
     assert done.returncode == 0, done.stderr
