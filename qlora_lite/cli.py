@@ -147,18 +147,8 @@ def train(
         format, blocksize, double_quant, int8_activations=int8_activations, embedding_format=embedding_format
     )
     names = targets if targets == "all-linear" else listed(targets)
-    lora = LoraConfig(
-        rank,
-        alpha,
-        dropout,
-        names,
-        rslora=rslora,
-        init=init,
-        variant=variant,
-        train_whole=listed(train_whole),
-        bias=bias,
-        train_tokens=listed_tokens(train_tokens),
-    )
+    beside: Any = {"train_whole": listed(train_whole), "bias": bias, "train_tokens": listed_tokens(train_tokens)}
+    lora = LoraConfig(rank, alpha, dropout, names, rslora=rslora, init=init, variant=variant, **beside)
     config = TrainConfig(
         steps=steps,
         learning_rate=learning_rate,

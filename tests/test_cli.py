@@ -48,7 +48,8 @@ def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     done = run(*words, "--dtype", "fp32", "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["layers_merged"] == 14 and figures["embedding_and_head_untied"] is False
+    # Fourteen layers, a norm and the embedding.
+    assert figures["layers_merged"] == 16 and figures["embedding_and_head_untied"] is False
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"text": "number 9"}\n{"prompt": "number"}\n')
