@@ -229,15 +229,23 @@ class StoredBeside:
             replace_modules_(model, self.wrapped(model))
         for name, copy in trained_copies(model).items() if present else ():
             for part, values in (self.whole.get(name) or {"bias": self.biases[name]}).items():
-                copy.trained[part].copy_(values)
+                copy.trained[part] = _holding(copy.trained[part], values)
         for name, layer in _owners(model).items() if present else ():
-            layer.rows.values.copy_(self.rows[name][1])
+            layer.rows.values = _holding(layer.rows.values, self.rows[name][1])
         for name in self.adapted:
             layer_: Any = model.get_submodule(name)
             if present:
-                layer_.trained_bias.copy_(self.biases[name])
+                layer_.trained_bias = _holding(layer_.trained_bias, self.biases[name])
             else:
                 layer_.train_bias(self.biases[name].to(layer_.lora_A.device))
+
+
+def _holding(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """The parameter, with these values; on meta, where there is nothing to copy into, another one."""
+    if parameter.is_meta:
+        return nn.Parameter(values)
+    parameter.copy_(values)
+    return parameter
 
 
 def _whole_units(model: nn.Module, modules: Mapping[str, nn.Module], config: Mapping[str, Any]) -> dict[str, nn.Module]:

@@ -6,7 +6,6 @@ Exit status: 0 done, 1 failed, 2 wrong usage (one line on stderr says what was w
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 import sys
@@ -17,22 +16,21 @@ import typer
 
 from qlora_lite.cli_inspect import inspect
 from qlora_lite.cli_options import (
-    Alpha,
     Blocksize,
     DoubleQuant,
     EmbeddingFormat,
     Format,
-    Int8Activations,
     Json,
     MaxShardSize,
     Model,
     Output,
     Overwrite,
-    Rank,
-    RankStabilized,
+    check_output,
+    finish,
 )
-from qlora_lite.cli_plan import chosen_checkpointing, plan
+from qlora_lite.cli_plan import plan
 from qlora_lite.cli_profile import profile
+from qlora_lite.cli_train import train
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -48,155 +46,10 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     """Fine-tune a quantized language model in little memory."""
 
 
+app.command()(train)
 app.command()(plan)
 app.command()(profile)
 app.command()(inspect)
-
-
-def _finish(figures: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(figures))
-        return
-    width = max(len(name) for name in figures)
-    for name, value in figures.items():
-        print(f"{name.replace('_', ' '):<{width}}  {'unknown' if value is None else value}")
-
-
-def _check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
-    from qlora_lite.storage import check_apart, check_replaceable
-
-    check_apart(folder, *(Path(path) for path in inputs))
-    check_replaceable(folder, overwrite)
-
-
-def _check_run(output: Path, replaced: bool, model: str, data: Path) -> None:
-    from qlora_lite.run_state import ADAPTER_FOLDER, METRICS_FILE
-    from qlora_lite.storage import check_apart
-
-    check_apart(output / METRICS_FILE, data)
-    _check_output(output / ADAPTER_FOLDER if replaced else output, replaced, model, data)
-
-
-def _target_settings(targets: str, exclude: str | None, layers: str | None) -> dict[str, Any]:
-    from qlora_lite.targets import layer_numbers
-
-    named = {"target_modules": targets, "exclude_modules": exclude}
-    listed: dict[str, Any] = {
-        setting: [name.strip() for name in text.split(",")] for setting, text in named.items() if text is not None
-    }
-    every = {"target_modules": targets} if targets == "all-linear" else {}
-    return {**listed, **every, "layers": None if layers is None else layer_numbers(layers)}
-
-
-def _train_figures(result: Any, tokenized: Any, output: Path, predicted: int | None) -> dict[str, Any]:
-    foreseen = {} if predicted is None else {"predicted_peak_bytes": predicted}
-    return {
-        "examples": len(tokenized.examples),
-        "examples_shortened": tokenized.truncated,
-        "examples_dropped": tokenized.dropped,
-        "first_loss": result.losses[0],
-        "last_loss": result.losses[-1],
-        "seconds": round(result.seconds, 1),
-        "peak_bytes": result.steps[-1].peak_bytes,
-        **foreseen,
-        "own_loss_because": result.own_loss_because,
-        "adapter": str(output / "adapter"),
-    }
-
-
-@app.command()
-def train(
-    model: Model,
-    data: Annotated[Path, typer.Option("--data", help="JSONL with messages, prompt/completion, instruction or text.")],
-    output: Output,
-    format: Format = "nf4",
-    blocksize: Blocksize = 64,
-    double_quant: DoubleQuant = True,
-    embedding_format: EmbeddingFormat = "none",
-    int8_activations: Int8Activations = False,
-    rank: Rank = 16,
-    alpha: Alpha = 32.0,
-    rslora: RankStabilized = False,
-    variant: Annotated[str, typer.Option(help="lora, or dora.")] = "lora",
-    init: Annotated[str, typer.Option(help="normal, kaiming, gaussian, orthogonal, pissa or loftq.")] = "normal",
-    dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
-    targets: Annotated[str, typer.Option(help="all-linear, or layer names with commas.")] = "all-linear",
-    exclude: Annotated[str | None, typer.Option(help="Layer names with commas that get no adapters.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Numbers of the blocks that get adapters: 0-7,12.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-4,
-    lora_plus_ratio: Annotated[float, typer.Option(help="LoRA+: B learns at so many times A's rate.")] = 1.0,
-    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 2,
-    gradient_accumulation: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
-    max_length: Annotated[int, typer.Option(help="Longer examples are cut to it.")] = 512,
-    packing: Annotated[bool, typer.Option(help="Put several examples into a row.")] = False,
-    completion_only: Annotated[bool, typer.Option(help="Learn the answers only, or all tokens.")] = True,
-    optimizer: Annotated[str, typer.Option(help="adamw or adamw8bit.")] = "adamw",
-    checkpointing: Annotated[
-        str | None, typer.Option(help="full (recompute blocks, the default), none (keep all), 300MiB (what fits).")
-    ] = None,
-    memory_budget: Annotated[
-        str | None, typer.Option(help="Recompute as little as fits into 20GiB, ..., by prediction.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of data order, adapters and dropout.")] = 0,
-    save_steps: Annotated[int | None, typer.Option(help="Write a checkpoint after so many steps.")] = None,
-    keep_last: Annotated[int, typer.Option(help="Newest checkpoints to keep.")] = 2,
-    keep_best: Annotated[int, typer.Option(help="Of the older ones, those of the lowest loss to keep.")] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the output folder's newest sound checkpoint, if it has one.")
-    ] = False,
-    overwrite: Overwrite = False,
-    json: Json = False,
-) -> None:
-    """Train adapters on a JSONL file; writes metrics.jsonl and adapter/ into the output folder."""
-    from dataclasses import replace
-
-    import torch
-
-    from qlora_lite.adapters import add_lora_
-    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
-    from qlora_lite.data import batches, tokenize_all
-    from qlora_lite.forecast import Wanted
-    from qlora_lite.hub import load_tokenizer
-    from qlora_lite.load import load_quantized
-    from qlora_lite.records import read_jsonl
-    from qlora_lite.training import train as train_model
-
-    quant = QuantConfig(
-        format, blocksize, double_quant, int8_activations=int8_activations, embedding_format=embedding_format
-    )
-    chosen = _target_settings(targets, exclude, layers)
-    lora = LoraConfig(rank, alpha, dropout, rslora=rslora, init=init, variant=variant, **chosen)
-    config = TrainConfig(
-        steps=steps,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        lora_plus_ratio=lora_plus_ratio,
-        gradient_accumulation=gradient_accumulation,
-        optimizer=optimizer,
-        seed=seed,
-        save_steps=save_steps,
-        keep_last=keep_last,
-        keep_best=keep_best,
-    )
-    _check_run(output, overwrite or resume, model, data)
-    records = read_jsonl(data)
-    tokenizer = load_tokenizer(model)
-    tokenized = tokenize_all(records, tokenizer, max_length, completion_only)
-    longest = (
-        max_length if packing else max((len(example.input_ids) for example in tokenized.examples), default=max_length)
-    )
-    wanted = Wanted(quant, lora, batch_size, longest, optimizer, accumulated=gradient_accumulation > 1)
-    dial, predicted = chosen_checkpointing(memory_budget, checkpointing, model, wanted)
-    padding = tokenizer.pad_token_id
-    stream = batches(tokenized.examples, batch_size, seed, pad_token_id=padding, packing=packing, max_length=max_length)
-    torch.manual_seed(seed)
-    loaded = load_quantized(model, quant)
-    add_lora_(loaded, lora)
-    config = replace(config, checkpointing=dial)
-    result = train_model(loaded, stream, config, output_dir=output, overwrite=overwrite, resume=resume)
-    _finish(_train_figures(result, tokenized, output, predicted), json)
 
 
 def _verification_prompts(path: Path, model: str, max_length: int) -> Any:
@@ -238,7 +91,7 @@ def merge(
     target = dtype_named(dtype)
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
     shard = byte_count("--max-shard-size must be", max_shard_size)
-    _check_output(output, overwrite, model, adapter, *(() if verify is None else (verify,)))
+    check_output(output, overwrite, model, adapter, *(() if verify is None else (verify,)))
     prompts = None if verify is None else _verification_prompts(verify, model, verify_max_length)
     examples = None if prompts is None else prompts.examples
     done = merge_checkpoint(
@@ -253,7 +106,7 @@ def merge(
     if done.verification is not None and prompts is not None:
         print(render_verification(done.verification))
         found = {"verify_shortened": prompts.truncated} | ({"verify": done.verification.to_json()} if json else {})
-    _finish({**figures, "report": str(output / REPORT_FILE), **(total if json else {}), **found}, json)
+    finish({**figures, "report": str(output / REPORT_FILE), **(total if json else {}), **found}, json)
 
 
 @app.command()
@@ -277,10 +130,10 @@ def quantize(
 
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
     shard = byte_count("--max-shard-size must be", max_shard_size)
-    _check_output(output, overwrite, model)
+    check_output(output, overwrite, model)
     files = save_quantized(load_quantized(model, quant), output, max_shard_bytes=shard, overwrite=overwrite)
     size = sum((output / file).stat().st_size for file in files)
-    _finish({"format": format, "bytes": size, "files": files, "output": str(output)}, json)
+    finish({"format": format, "bytes": size, "files": files, "output": str(output)}, json)
 
 
 @app.command()
@@ -288,7 +141,7 @@ def env(json: Json = False) -> None:
     """Show versions, the machine, and whether its CPU multiplies bf16."""
     from qlora_lite.environment import environment
 
-    _finish(environment(), json)
+    finish(environment(), json)
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -1,11 +1,14 @@
-"""Options that several commands have, each said once."""
+"""What several commands have, each said once: options, checks of what is written, the end."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from qlora_lite import errors
 
 Model = Annotated[str, typer.Option("--model", help="Folder of a transformers checkpoint, or a hub id.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
@@ -21,3 +24,34 @@ Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]
 Alpha = Annotated[float, typer.Option(help="The adapters' scale is alpha / rank.")]
 RankStabilized = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.")]
 Checkpointing = Annotated[str, typer.Option(help="full recomputes blocks, none keeps all, 300MiB what fits.")]
+
+
+def listed(text: str) -> list[str]:
+    """Names between commas; none in an empty text."""
+    return [name.strip() for name in text.split(",")] if text.strip() else []
+
+
+def listed_tokens(text: str) -> list[int]:
+    """Token numbers between commas. ConfigError for what is none."""
+    try:
+        return [int(name) for name in listed(text)]
+    except ValueError as error:
+        raise errors.ConfigError(f"--train-tokens must be token numbers with commas; got {text!r}") from error
+
+
+def finish(figures: dict[str, Any], as_json: bool) -> None:
+    """Ends a command: its figures as a JSON line, or for a person."""
+    if as_json:
+        print(json.dumps(figures))
+        return
+    width = max(len(name) for name in figures)
+    for name, value in figures.items():
+        print(f"{name.replace('_', ' '):<{width}}  {'unknown' if value is None else value}")
+
+
+def check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
+    """CheckpointError for a folder that must not be written, before anything is read."""
+    from qlora_lite.storage import check_apart, check_replaceable
+
+    check_apart(folder, *(Path(path) for path in inputs))
+    check_replaceable(folder, overwrite)

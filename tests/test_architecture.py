@@ -103,7 +103,7 @@ FLOORS = (
     ("verify", "batch_stream", "compatibility"),
     ("export_plan", "run_state"),
     ("export", "quantized_files", "run_checkpoints"),
-    ("run_folder",),
+    ("run_folder", "parallel"),
     ("training_step",),
     ("training",),
     ("prediction",),
@@ -112,6 +112,7 @@ FLOORS = (
     ("plan_report",),
     ("cli_options",),
     ("cli_plan", "cli_profile", "cli_inspect"),
+    ("cli_train",),
     ("cli",),
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -24,7 +24,7 @@ PLAIN = QuantConfig(format="none")
 CASES: dict[str, dict[str, Any]] = {
     "head": {"train_whole": ["lm_head"]},
     "embedding": {"train_whole": ["embed_tokens", "input_layernorm"]},
-    "norms": {"train_whole": ["norm"], "bias": "lora_only"},
+    "norms": {"train_whole": ["norm"], "bias": "lora_only", "variant": "dora"},
     "biases": {"bias": "all", "train_whole": ["layers.1.self_attn.v_proj"]},
     "tokens": {"train_tokens": [9, 3], "bias": "all"},
 }

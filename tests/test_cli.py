@@ -39,7 +39,8 @@ def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     data.write_text("\n".join(json.dumps({"text": f"number {n}"}) for n in range(8)))
     words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--steps", 6)
     where = ("--layers", "0-1", "--exclude", "k_proj, layers.1.mlp.up_proj")
-    done = run(*words, *where, "--rank", 2, "--rslora", "--learning-rate", 0.01, "--json")
+    beside = ("--train-whole", "model.norm", "--train-tokens", "5,6")
+    done = run(*words, *where, *beside, "--rank", 2, "--rslora", "--learning-rate", 0.01, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["last_loss"] < figures["first_loss"] and figures["examples"] == 8
@@ -47,12 +48,15 @@ def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     assert again.returncode == 1 and "not empty" in again.stderr and len(again.stderr.splitlines()) == 1
 
     adapter = tmp_path / "run" / "adapter"
-    assert json.loads((adapter / "adapter_config.json").read_text())["use_rslora"] is True
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["use_rslora"] is True and config["modules_to_save"] == ["model.norm"]
+    assert config["trainable_token_indices"] == {"model.embed_tokens": [5, 6]}
     words = ("merge", "--model", tiny_folder, "--adapter", adapter, "--output", tmp_path / "merged")
     done = run(*words, "--dtype", "fp32", "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["layers_merged"] == 11 and figures["embedding_and_head_untied"] is False
+    # Eleven layers, a norm and the embedding.
+    assert figures["layers_merged"] == 13 and figures["embedding_and_head_untied"] is False
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"text": "number 9"}\n{"prompt": "number"}\n')
@@ -156,11 +160,3 @@ def test_bad_input_is_one_sentence(
     assert message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_data_is_never_overwritten(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
-    data = tmp_path / "metrics.jsonl"
-    data.write_text('{"text": "mine"}\n')
-    done = run("train", "--model", tiny_folder, "--data", data, "--output", tmp_path, "--overwrite", "--steps", 1)
-    assert done.returncode == 1 and "would replace the input" in done.stderr
-    assert data.read_text() == '{"text": "mine"}\n'

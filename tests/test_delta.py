@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.delta import Delta
+from qlora_lite.delta import Delta, Replaced
 
 
 @given(
@@ -65,3 +65,15 @@ def test_magnitudes_are_the_norms_of_what_is_merged_in_slices_as_in_one(by_colum
     torch.testing.assert_close(plain.norms_of([(0, weight)]), direction.norm(dim=0 if by_columns else 1))
     turned = plain.transposed.measured(lambda: [(0, weight.T.contiguous())])
     torch.testing.assert_close(turned.add_to_(weight.T.contiguous(), 0).T, merged)
+
+
+def test_what_replaces_a_weight_stands_in_its_place_slice_by_slice() -> None:
+    whole, rows = torch.randn(10, 4), torch.randn(3, 4)
+    all_of_it = Replaced(lambda start, stop: whole[start:stop], whole)
+    some = Replaced(lambda start, stop: rows[start:stop], rows, (7, 0, 9))
+    base = torch.randn(10, 4)
+    expected = base.clone()
+    expected[[7, 0, 9]] = rows
+    for update, wanted in ((all_of_it, whole), (some, expected)):
+        made = torch.cat([update.add_to_(base[first : first + 4].clone(), first) for first in (0, 4, 8)])
+        assert torch.equal(made, wanted) and update.measured(list) is update and not update.low_rank

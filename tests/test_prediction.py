@@ -38,6 +38,24 @@ def test_training_takes_what_was_rehearsed(tiny_folder: Path, quant: dict[str, A
         assert rehearsed.entries == real.entries
 
 
+BESIDE: list[dict[str, Any]] = [
+    {"train_whole": ["lm_head", "norm"]},
+    {"train_tokens": [3, 8], "train_whole": ["up_proj"]},
+]
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_what_is_trained_beside_a_and_b_is_rehearsed_too(tiny_folder: Path, beside: dict[str, Any]) -> None:
+    lora = LoraConfig(rank=4, target_modules=["q_proj"], **beside)
+    settings = (QuantConfig(embedding_format="int8"), lora, TWO_STEPS)
+    before = rehearse_steps(tiny_folder, *settings, rows=2, tokens=24)
+    after = profile_steps(tiny_folder, *settings, rows=2, tokens=24)
+    for rehearsed, real in zip(before.phases, after.phases, strict=True):
+        assert rehearsed.breakdown is not None and real.breakdown is not None
+        assert rehearsed.breakdown.by_category() == real.breakdown.by_category(), rehearsed.name
+    rehearse_steps(tiny_folder, *settings, rows=2, tokens=24, accelerator=True)
+
+
 def test_a_config_is_enough(tiny_folder: Path, tmp_path: Path) -> None:
     config = shutil.copyfile(tiny_folder / "config.json", tmp_path / "some.json")
     alone = rehearse_steps(config, NF4, LoraConfig(rank=4), TWO_STEPS, rows=1, tokens=8)
