@@ -19,8 +19,10 @@ from qlora_lite.adapters import adapted, freeze_base_, lora_layers
 from qlora_lite.config import ALL_LINEAR, LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
-from qlora_lite.lora import LoraLayer
+from qlora_lite.lora import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.modules import answers_to, replace_modules_
+from qlora_lite.named_adapters import active_adapter, adapter_layers, room_for
+from qlora_lite.parked import check_name
 from qlora_lite.peft_config import adaptable_names, peft_config
 from qlora_lite.storage import PlannedTensor, new_folder, planned, read_json, write_json, write_safetensors
 from qlora_lite.tensor_files import read_safetensors
@@ -92,16 +94,21 @@ def peft_key(name: str, kind: Kind, part: str) -> str:
     return f"{PREFIX}{name}.lora_{part}.weight"
 
 
-def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
+def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False, *, name: str | None = None) -> None:
     """Writes A, B, magnitudes and their configuration; `peft.PeftModel.from_pretrained(base, folder)` reads them.
 
     Ranks and alphas may differ between the layers. Layers whose update is counted from a start (PiSSA) are written as
     ordinary ones of twice the rank, for the plain base. Raises CheckpointError for a folder with something in it unless
     `overwrite`, TargetError without adapters, ConfigError if they differ in dropout or rslora.
+    name: of several adapters (named_adapters.py), in use or not; None: the one in use.
     """
-    layers = lora_layers(model)
+    with adapter_layers(model, name) as layers:
+        _save(model, layers, Path(folder), overwrite)
+
+
+def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrite: bool) -> None:
     if not layers:
-        raise TargetError("the model has no adapters to save; add_lora_ puts them in")
+        raise TargetError("the model has no adapters to save, or none in use; add_lora_ puts them in")
     if "" in layers:
         raise TargetError(
             "the model itself is the adapted layer, which peft's files cannot name; put it into a container"
@@ -113,7 +120,7 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
         if layer.lora_magnitude is not None:
             tensors[peft_key(name, layer.kind, "magnitude")] = planned(layer.lora_magnitude)
     config = peft_config(model, layers)
-    with new_folder(Path(folder), overwrite) as temporary:
+    with new_folder(folder, overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)
         write_json(temporary / CONFIG_FILE, config)
 
@@ -259,14 +266,24 @@ def _apart(model: nn.Module, pairs: Pairs) -> list[str]:
     return problems
 
 
-def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
+def load_adapter_(model: nn.Module, folder: str | Path, *, name: str | None = None) -> list[str]:
     """Puts an adapter saved here or by peft onto the model, freezes all else, returns the adapted layers' names.
 
     All or nothing: a key that matches nothing, a missing partner, a wrong shape, NaN, or an option that changes the
     mathematics and is not known raises CheckpointError before the model is touched. Layers that are adapted already
     must be exactly those in the file, of its ranks; their parameters get its values, and stay the same parameters.
+    name: puts it beside the adapters that are there, under a new name, and uses it (named_adapters.py).
     """
-    folder = Path(folder)
+    if name is not None:
+        with room_for(model, name):
+            return _load_(model, Path(folder), name)
+    used = active_adapter(model)
+    if used is None:
+        check_name(model, DEFAULT_ADAPTER)
+    return _load_(model, Path(folder), used or DEFAULT_ADAPTER)
+
+
+def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
     config = _read_config(folder / CONFIG_FILE)
     numbers = _numbers(config, folder / CONFIG_FILE)
     tensors = read_safetensors(folder / TENSOR_FILE)
@@ -295,6 +312,7 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     layers = lora_layers(model)
     for name, layer in layers.items():
         layer.drop_start()
+        layer.adapter_name = adapter
         layer.alpha, layer.dropout, layer.rslora = numbers.alpha_of(name), numbers.dropout, numbers.rslora
         # On meta there is nothing to copy into.
         layer.load_state_dict(pairs[name], strict=False, assign=layer.lora_A.is_meta)

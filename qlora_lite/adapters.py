@@ -14,8 +14,9 @@ from qlora_lite.errors import TargetError
 from qlora_lite.experts import stacks
 from qlora_lite.initial import check_start, originals_of, start_
 from qlora_lite.layer_kinds import LinearKind, kind_of
-from qlora_lite.lora import LoraLayer
+from qlora_lite.lora import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.modules import answers_to, check_all_matched, has_own_forward, replace_modules_
+from qlora_lite.parked import check_name, parked, unpark_
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -119,13 +120,15 @@ def adapted(name: str, layer: nn.Module, config: LoraConfig, dtype: torch.dtype)
     return wrapped.train(layer.training)
 
 
-def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
+def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER) -> list[str]:
     """Puts a LoraLayer around every targeted layer, freezes all else, and returns the names of the adapted layers.
 
     The model computes what it did before; with init `loftq` what it did before it was packed, more nearly. Raises
     TargetError for targets that match nothing or are adapted already, and for patterns that decide for none of them;
     ConfigError, CheckpointError for layers that cannot start as `config.init` says. The model is then as it was.
+    name: what the adapter is called; `named_adapters.add_adapter_` puts a further one beside those that are there.
     """
+    check_name(model, name)
     chosen = set(select_targets(model, config.target_modules))
     # A layer that has several names is adapted under its first.
     targets = {name: module for name, module in model.named_modules() if name in chosen}
@@ -140,14 +143,24 @@ def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
         return adapted(name, layer, config, config.adapter_dtype)
 
     added = replace_modules_(model, make)
-    for name, layer in lora_layers(model).items():
-        start_(layer, name, config.init, originals)
+    for path, layer in lora_layers(model).items():
+        start_(layer, path, config.init, originals)
+        layer.adapter_name = name
     freeze_base_(model)
     return added
 
 
 def remove_lora_(model: nn.Module) -> list[str]:
-    """Puts the base layers back in place of the LoraLayers, A and B are dropped; returns the names of the layers."""
+    """Puts the base layers back in place of the LoraLayers; returns their names. A and B of every adapter are dropped.
+
+    (`named_adapters.delete_adapter_` drops one of several.)
+    """
+    unpark_(model, *parked(model))
+    return bare_(model)
+
+
+def bare_(model: nn.Module) -> list[str]:
+    """Puts the base layers back in place of the LoraLayers; returns their names."""
     return replace_modules_(model, lambda name, layer: layer.base_layer if isinstance(layer, LoraLayer) else None)
 
 

@@ -51,6 +51,7 @@ FLOORS = (
         "memory.palette",
         "memory.treemap",
         "memory.snapshot",
+        "parked",
         "merge_report",
     ),
     (
@@ -72,6 +73,7 @@ FLOORS = (
     ("load", "peft_config"),
     ("initial",),
     ("adapters",),
+    ("named_adapters",),
     (
         "merge",
         "adapter_files",
