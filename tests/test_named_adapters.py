@@ -20,6 +20,7 @@ from qlora_lite import (
     load_adapter_,
     load_quantized,
     merge_lora_,
+    quantize_base_,
     save_adapter,
     train,
     unmerge_lora_,
@@ -259,6 +260,23 @@ def test_within_a_block_and_after_a_failure_it_is_as_before(folder: Path, tmp_pa
     with pytest.raises(TargetError, match=r"'first' fits the model no more; replaced were: .*1\.self_attn\.v_proj"):
         use_adapter_(model, "first")
     assert active_adapter(model) == "second" and len(lora_layers(model)) == 4
+
+
+def test_a_base_may_be_packed_between_switches_and_a_shared_layer_is_one() -> None:
+    shared, x = nn.Linear(64, 64), torch.randn(3, 64)
+    model = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(64, 64))
+    add_adapter_(model, "first", LoraConfig(2, target_modules=["0"]))
+    warm_(model)
+    first = next(iter(lora_layers(model).values()))
+    add_adapter_(model, "second", LoraConfig(2, target_modules=["0", "3"]))
+    quantize_base_(model, QuantConfig(skip_modules=()))
+    packed = model[0].base_layer
+    assert packed is not shared and packed is model[2].base_layer
+    use_adapter_(model, "first")
+    assert model[0] is model[2] is first and first.base_layer is packed and model[3](x).shape == x.shape
+    torch.testing.assert_close(first(x), packed(x) + first.scaling * x @ first.lora_A.T @ first.lora_B.T)
+    use_adapter_(model, None)
+    assert model[0] is model[2] is packed
 
 
 def test_nothing_moves_while_layers_are_merged_or_off(folder: Path) -> None:
