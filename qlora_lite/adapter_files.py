@@ -18,8 +18,10 @@ from qlora_lite.beside_files import StoredBeside, beside_config, beside_keys
 from qlora_lite.config import LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
-from qlora_lite.lora import LoraLayer
+from qlora_lite.lora import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.modules import replace_modules_
+from qlora_lite.named_adapters import active_adapter, adapter_layers, room_for
+from qlora_lite.parked import check_name
 from qlora_lite.peft_config import peft_config
 from qlora_lite.peft_files import (
     BASE_COPY,
@@ -50,7 +52,7 @@ def peft_key(name: str, kind: Kind, part: str) -> str:
     return f"{PREFIX}{name}.lora_{part}.weight"
 
 
-def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
+def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False, *, name: str | None = None) -> None:
     """Writes A, B, magnitudes, what is trained beside them, and their configuration.
 
     `peft.PeftModel.from_pretrained(base, folder)` reads them.
@@ -58,10 +60,15 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
     Ranks and alphas may differ between the layers. Layers whose update is counted from a start (PiSSA) are written as
     ordinary ones of twice the rank, for the plain base. Raises CheckpointError for a folder with something in it unless
     `overwrite`, TargetError without adapters, ConfigError if they differ in dropout or rslora.
+    name: of several adapters (named_adapters.py), in use or not; None: the one in use.
     """
-    layers = lora_layers(model)
+    with adapter_layers(model, name) as layers:
+        _save(model, layers, Path(folder), overwrite)
+
+
+def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrite: bool) -> None:
     if not layers:
-        raise TargetError("the model has no adapters to save; add_lora_ puts them in")
+        raise TargetError("the model has no adapters to save, or none in use; add_lora_ puts them in")
     if "" in layers:
         raise TargetError(
             "the model itself is the adapted layer, which peft's files cannot name; put it into a container"
@@ -74,7 +81,7 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
             tensors[peft_key(name, layer.kind, "magnitude")] = planned(layer.lora_magnitude)
     tensors |= {key: planned(values.detach()) for key, _, values in beside_keys(model)}
     config = peft_config(model, layers) | beside_config(model)
-    with new_folder(Path(folder), overwrite) as temporary:
+    with new_folder(folder, overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)
         write_json(temporary / CONFIG_FILE, config)
 
@@ -191,14 +198,24 @@ def _apart(model: nn.Module, pairs: Pairs) -> list[str]:
     return problems
 
 
-def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
+def load_adapter_(model: nn.Module, folder: str | Path, *, name: str | None = None) -> list[str]:
     """Puts an adapter saved here or by peft onto the model, freezes all else, returns the adapted layers' names.
 
     All or nothing: a key that matches nothing, a missing partner, a wrong shape, NaN, or an option that changes the
     mathematics and is not known raises CheckpointError before the model is touched. Layers that are adapted already
     must be exactly those in the file, of its ranks; their parameters get its values, and stay the same parameters.
+    name: puts it beside the adapters that are there, under a new name, and uses it (named_adapters.py).
     """
-    folder = Path(folder)
+    if name is not None:
+        with room_for(model, name):
+            return _load_(model, Path(folder), name)
+    used = active_adapter(model)
+    if used is None:
+        check_name(model, DEFAULT_ADAPTER)
+    return _load_(model, Path(folder), used or DEFAULT_ADAPTER)
+
+
+def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
     config = _read_config(folder / CONFIG_FILE)
     numbers = lora_numbers(config, folder / CONFIG_FILE)
     tensors = {key: stored.read() for key, stored in adapter_tensors(folder).items()}
@@ -230,6 +247,7 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     layers = lora_layers(model)
     for name, layer in layers.items():
         layer.drop_start()
+        layer.adapter_name = adapter
         layer.alpha, layer.dropout, layer.rslora = numbers.alpha_of(name), numbers.dropout, numbers.rslora
         # On meta there is nothing to copy into.
         layer.load_state_dict(pairs[name], strict=False, assign=layer.lora_A.is_meta)

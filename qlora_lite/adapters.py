@@ -12,8 +12,9 @@ from qlora_lite.beside import WRAPPERS, Beside, beside_parameters, left_of
 from qlora_lite.config import LoraConfig
 from qlora_lite.errors import TargetError
 from qlora_lite.initial import check_start, originals_of, start_
-from qlora_lite.lora import LoraLayer
+from qlora_lite.lora import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.modules import replace_modules_
+from qlora_lite.parked import check_name, parked, unpark_
 from qlora_lite.targets import select_targets
 from qlora_lite.token_rows import WithTokenRows
 from qlora_lite.trained_whole import TrainedCopy
@@ -56,7 +57,7 @@ def adapted(name: str, layer: nn.Module, config: LoraConfig, dtype: torch.dtype)
     return wrapped.train(layer.training)
 
 
-def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
+def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER) -> list[str]:
     """Puts a LoraLayer around every targeted layer, freezes all else, and returns the names of the adapted layers.
 
     What is to be trained beside A and B (train_whole, bias, train_tokens) gets trained copies beside its originals.
@@ -64,7 +65,9 @@ def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
     TargetError for targets that match nothing or are adapted already, and for exclusions, layer numbers and patterns
     that decide nothing;
     ConfigError, CheckpointError for layers that cannot start as `config.init` says. The model is then as it was.
+    name: what the adapter is called; `named_adapters.add_adapter_` puts a further one beside those that are there.
     """
+    check_name(model, name)
     if there := lora_layers(model):
         raise TargetError(f"{len(there)} layers have adapters already; remove_lora_ drops them")
     chosen = left_of(set(select_targets(model, config)), model, config)
@@ -81,16 +84,26 @@ def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
             return beside.wrapped(name, layer)
         return adapted(name, layer, config, config.adapter_dtype)
 
-    added = [name for name in replace_modules_(model, make) if name in chosen]
+    added = [path for path in replace_modules_(model, make) if path in chosen]
     beside.train_biases_(lora_layers(model))
-    for name, layer in lora_layers(model).items():
-        start_(layer, name, config.init, originals)
+    for path, layer in lora_layers(model).items():
+        start_(layer, path, config.init, originals)
+        layer.adapter_name = name
     freeze_base_(model)
     return added
 
 
 def remove_lora_(model: nn.Module) -> list[str]:
-    """Puts the base layers back, and drops all that was trained; returns the names of the layers that had A and B."""
+    """Puts the base layers back, and drops all that was trained; returns the names of the layers that had A and B.
+
+    A and B of every adapter are dropped (`named_adapters.delete_adapter_` drops one of several).
+    """
+    unpark_(model, *parked(model))
+    return bare_(model)
+
+
+def bare_(model: nn.Module) -> list[str]:
+    """Puts the base layers back in place of all that is trained; returns the names of those that had A and B."""
     layers = lora_layers(model)
     put_back = replace_modules_(model, lambda name, layer: layer.base_layer if isinstance(layer, WRAPPERS) else None)
     return [name for name in put_back if name in layers]

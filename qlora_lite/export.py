@@ -25,6 +25,7 @@ from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
 from qlora_lite.load import Checkpoint
 from qlora_lite.memory.host import keep_freed_pages
 from qlora_lite.merge_report import MergeReport
+from qlora_lite.named_adapters import active_adapter, using_adapter
 from qlora_lite.peft_files import BASE_COPY, PREFIX, TOKEN_ADAPTER, adapter_tensors
 from qlora_lite.plain_weights import plain_weights
 from qlora_lite.quantize_base import Slot
@@ -137,6 +138,7 @@ def export_merged(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     verify: Sequence[TokenizedExample] | None = None,
+    name: str | None = None,
 ) -> Exported:
     """Writes W0 + scaling * B A of every layer, summed in fp32 and cast, as safetensors shards.
 
@@ -149,6 +151,7 @@ def export_merged(
     need not be merged.
     verify: held-out examples (`data.tokenize_all`) on which this export, read back from its files, and the merge into
     the other base are compared with the adapter model (verify.py) before the folder gets its name.
+    name: of several adapters (named_adapters.py), the one to merge; None: the one in use, which it is afterwards too.
     Raises QuantizationError, naming the tensor, for values above `dtype`'s range (fp16: 65,504), CheckpointError for
     too little room on the disk, a checkpoint that is not there, or a folder with something in it unless `overwrite`;
     what was there before is then untouched. ConfigError for examples that do not belong to the model.
@@ -157,8 +160,9 @@ def export_merged(
     if getattr(model, "config", None) is None:
         raise ConfigError(f"export needs a transformers model with a config; got a {type(model).__name__}")
     source = hub.source_folder(model)
-    plan = ExportPlan.of(model, base, dtype, InMemory(), _originals(model, source, base))
-    return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)
+    with using_adapter(model, active_adapter(model) if name is None else name):
+        plan = ExportPlan.of(model, base, dtype, InMemory(), _originals(model, source, base))
+        return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)
 
 
 def merge_checkpoint(

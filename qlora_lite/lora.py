@@ -26,6 +26,8 @@ from qlora_lite.low_rank import dense, row_slices
 from qlora_lite.modules import is_transposed_linear
 
 INIT_STD = 0.02
+# What an adapter is called that was added without a name, as in peft.
+DEFAULT_ADAPTER = "default"
 
 
 class LoraLayer(nn.Module):
@@ -86,6 +88,7 @@ class LoraLayer(nn.Module):
         self.variant = variant
         self.merge_permitted = merge_weights
         self.adapter_enabled = True
+        self.adapter_name = DEFAULT_ADAPTER
         self.kind = kind
         self.base_layer = base_layer.requires_grad_(False)
         self.in_features, self.out_features = kind.features(base_layer)

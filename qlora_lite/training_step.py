@@ -54,7 +54,7 @@ class StepMetrics:
 def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
     adapters = adapter_parameters(model)
     if not adapters:
-        raise TargetError("the model has no adapters to train; add_lora_ or load_adapter_ puts them in")
+        raise TargetError("the model has no adapters to train, or none in use; add_lora_ or load_adapter_ puts them in")
     merged = [name for name, layer in model.named_modules() if getattr(layer, "merged", False)]
     if merged:
         raise ConfigError(

@@ -55,6 +55,7 @@ FLOORS = (
         "memory.palette",
         "memory.treemap",
         "memory.snapshot",
+        "parked",
         "merge_report",
         "peft_options",
     ),
@@ -89,6 +90,7 @@ FLOORS = (
     ("load", "peft_config", "targets", "beside"),
     ("initial", "peft_targets", "beside_files"),
     ("adapters",),
+    ("named_adapters",),
     (
         "merge",
         "adapter_files",

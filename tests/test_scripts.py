@@ -20,6 +20,16 @@ SCRIPTS = {
     },
     "examples/finetune_4bit.py": {"first_loss", "last_loss", "adapter", "merged"},
     "examples/seed_layers.py": {"loss_before", "loss_after", "merged_difference", "restored"},
+    "examples/several_adapters.py": {"losses", "base_unchanged"},
+    "examples/from_peft.py": {
+        "peft_first_loss",
+        "peft_last_loss",
+        "first_loss",
+        "last_loss",
+        "difference_without",
+        "difference_here",
+        "difference_back",
+    },
     "profiling/base_formats.py": {
         "bf16",
         "int8 rows",

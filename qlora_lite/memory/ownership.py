@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.trace import StorageTrace
+from qlora_lite.parked import ParkedAdapters
 from qlora_lite.quantize import PackedWeight
 
 # Tensors of bitsandbytes' QuantState; state2 is another one, of the statistics themselves.
@@ -80,6 +81,8 @@ class Ownership:
             trace.follow(model)
             for name, module in model.named_modules():
                 self._label_module(trace, name, module, owners)
+                if isinstance(module, ParkedAdapters):
+                    _label_parked(trace, module)
         if optimizer is not None:
             for parameter, state in optimizer.state.items():
                 for tensor in _tensors_in(state):
@@ -110,6 +113,14 @@ class Ownership:
             _label_gradient(trace, parameter, owner)
             if parameter.requires_grad and parameter not in self._gradient_hooks:
                 self._gradient_hooks[parameter] = _hook_gradient(trace, parameter, owner)
+
+
+def _label_parked(trace: StorageTrace, parked: ParkedAdapters) -> None:
+    """Adapters that are not in use are adapters of their layers all the same."""
+    for layers in parked.adapters.values():
+        for name, layer in layers.items():
+            for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+                trace.label(tensor, Category.ADAPTER, name)
 
 
 def _hook_gradient(trace: StorageTrace, parameter: Tensor, owner: str) -> Any:

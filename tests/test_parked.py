@@ -1,0 +1,72 @@
+"""What is parked beside a model, and what does not see it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lite import LinearWithLoRA
+from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.memory.breakdown import Category
+from qlora_lite.memory.ownership import Ownership
+from qlora_lite.memory.trace import StorageTrace
+from qlora_lite.parked import ATTRIBUTE, check_name, park_, parked, unpark_
+
+
+def with_parked() -> tuple[nn.Module, LinearWithLoRA]:
+    model, layer = nn.Sequential(nn.Linear(4, 4)), LinearWithLoRA(4, 4, 2)
+    layer.start_A = torch.zeros(2, 4)
+    del layer.base_layer
+    park_(model, "one", {"0": layer})
+    return model, layer
+
+
+def test_the_model_neither_trains_counts_nor_saves_it() -> None:
+    plain, (model, layer) = nn.Sequential(nn.Linear(4, 4)), with_parked()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert len(list(model.parameters())) == 2 and not list(model.buffers())
+    assert layer not in list(model.modules())
+    plain.load_state_dict(model.state_dict())
+
+
+def test_it_follows_the_model_and_its_copies_and_stays_the_same_parameter() -> None:
+    model, layer = with_parked()
+    other = copy.deepcopy(model)
+    parameter = layer.lora_A
+    model.to(torch.bfloat16)
+    assert layer.lora_A is parameter and parameter.dtype == layer.start_A.dtype == torch.bfloat16
+    copied = parked(other)["one"]["0"]
+    assert copied is not layer and copied.lora_A.dtype == torch.float32
+
+
+def test_it_is_an_adapter_of_its_layer_in_a_trace() -> None:
+    model, _ = with_parked()
+    model.requires_grad_(False)
+    ownership, trace = Ownership(), StorageTrace()
+    ownership.track(model)
+    with trace:
+        ownership.label(trace)
+    held = trace.peak()[1]
+    assert held[Category.ADAPTER, "0"] == 4 * (2 * 4 + 4 * 2 + 2 * 4)
+    assert held.by_category()[Category.BASE_WEIGHT] == 4 * (4 * 4 + 4)
+
+
+def test_nothing_is_left_when_the_last_one_goes() -> None:
+    model, layer = with_parked()
+    park_(model, "two", {"0": layer})
+    unpark_(model, "one")
+    assert list(parked(model)) == ["two"]
+    unpark_(model, "two")
+    assert not hasattr(model, ATTRIBUTE) and not parked(model)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a b", 3, None])
+def test_names_are_checked(name: str) -> None:
+    model, _ = with_parked()
+    with pytest.raises(ConfigError, match="letters, digits, _ and -; got"):
+        check_name(model, name)
+    with pytest.raises(TargetError, match="keeps an adapter named 'one' already"):
+        check_name(model, "one")
