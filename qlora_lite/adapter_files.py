@@ -63,10 +63,10 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False, 
     name: of several adapters (named_adapters.py), in use or not; None: the one in use.
     """
     with adapter_layers(model, name) as layers:
-        _save(model, layers, Path(folder), overwrite)
+        _save(model, layers, Path(folder), overwrite, in_use=name in (None, active_adapter(model)))
 
 
-def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrite: bool) -> None:
+def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrite: bool, in_use: bool) -> None:
     if not layers:
         raise TargetError("the model has no adapters to save, or none in use; add_lora_ puts them in")
     if "" in layers:
@@ -79,8 +79,10 @@ def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrit
             tensors[peft_key(name, layer.kind, part)] = planned(factor.detach())
         if layer.lora_magnitude is not None:
             tensors[peft_key(name, layer.kind, "magnitude")] = planned(layer.lora_magnitude)
-    tensors |= {key: planned(values.detach()) for key, _, values in beside_keys(model)}
-    config = peft_config(model, layers) | beside_config(model)
+    config = {"bias": "none"} | peft_config(model, layers)
+    if in_use:  # what is trained beside it is its own
+        tensors |= {key: planned(values.detach()) for key, _, values in beside_keys(model)}
+        config |= beside_config(model)
     with new_folder(folder, overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)
         write_json(temporary / CONFIG_FILE, config)
