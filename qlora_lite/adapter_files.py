@@ -1,7 +1,8 @@
 """Adapters on disk, as peft writes and reads them: `adapter_model.safetensors` and `adapter_config.json`.
 
-peft's keys: `base_model.model.<layer>.lora_A.weight` for linear layers, `….lora_embedding_A` for embeddings; the
-shapes are ours.
+peft's keys: `base_model.model.<layer>.lora_A.weight` for linear layers and convolutions, `….lora_embedding_A` for
+embeddings; the shapes are ours, but those of convolutions are kernels'. With groups peft has an A of another meaning
+(conv_kind.py): neither loads the other's, and both say so.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from qlora_lite import hub
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
 from qlora_lite.config import ALL_LINEAR, LoraConfig
+from qlora_lite.conv_kind import read_kernels
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
 from qlora_lite.lora import LoraLayer
@@ -82,6 +84,8 @@ NARROWING_OPTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 # Initializations that also change the base weight, so that A and B alone are not the adapter.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+GROUPED = " (an A that reads the inputs of all groups, as peft's does, is no update of a grouped convolution's kernel)"
+
 
 def peft_key(name: str, kind: Kind, part: str) -> str:
     """peft's key of a layer's matrix; part: A, B or magnitude."""
@@ -108,10 +112,12 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
         )
     tensors: dict[str, PlannedTensor] = {}
     for name, layer in layers.items():
-        for part, factor in zip("AB", layer.factors, strict=True):
-            tensors[peft_key(name, layer.kind, part)] = planned(factor.detach())
-        if layer.lora_magnitude is not None:
-            tensors[peft_key(name, layer.kind, "magnitude")] = planned(layer.lora_magnitude)
+        shapes = layer.kind.file_shapes(layer.base_layer, layer.plain_rank)
+        parts = zip(("A", "B", "magnitude"), (*layer.factors, layer.lora_magnitude), strict=True)
+        for part, tensor in parts:
+            if tensor is not None:
+                shaped = tensor.detach().view(shapes[f"lora_{part}"])
+                tensors[peft_key(name, layer.kind, part)] = planned(shaped)
     config = peft_config(model, layers)
     with new_folder(Path(folder), overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)
@@ -187,16 +193,14 @@ def _mismatches(model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Colle
         if isinstance(module, LoraLayer) and module.variant != numbers.variant:
             problems.append(f"{name} has a {module.variant} adapter, the file a {numbers.variant} one")
             continue
-        width, height = kind.features(base)
-        rank = numbers.rank_of(name)
-        shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, width), "lora_B": (height, rank)}
-        shapes["lora_magnitude"] = (height,)
+        grouped = "" if getattr(base, "groups", 1) == 1 else GROUPED
+        shapes = kind.file_shapes(base, numbers.rank_of(name))
         for part, tensor in pair.items():
             if tuple(tensor.shape) != shapes[part]:
-                problems.append(f"{name}.{part} is {tuple(tensor.shape)}, the layer needs {shapes[part]}")
+                problems.append(f"{name}.{part} is {tuple(tensor.shape)}, the layer needs {shapes[part]}{grouped}")
             elif not tensor.is_floating_point():
                 problems.append(f"{name}.{part} is of {tensor.dtype}, which is no float")
-            elif isinstance(module, LoraLayer) and getattr(module, part).shape != tensor.shape:
+            elif isinstance(module, LoraLayer) and getattr(module, part).numel() != tensor.numel():
                 problems.append(f"{name} has an adapter of rank {module.rank} already; remove_lora_ drops it")
             elif not tensor.isfinite().all():
                 problems.append(f"{name}.{part} holds NaN or infinity")
@@ -271,10 +275,12 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     numbers = _numbers(config, folder / CONFIG_FILE)
     tensors = read_safetensors(folder / TENSOR_FILE)
     pairs = _pairs(tensors, folder / TENSOR_FILE)
+    modules = dict(model.named_modules())
     problems = [
         *_mismatches(model, pairs, numbers, tensors.keys()),
         *_other_bases(model, tensors),
         *numbers.idle_patterns(pairs),
+        *read_kernels(model, [name for name in pairs if name in modules]),
     ]
     problems += _left_out(model, pairs, config)
     if config.get("ensure_weight_tying"):
@@ -297,6 +303,7 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
         layer.drop_start()
         layer.alpha, layer.dropout, layer.rslora = numbers.alpha_of(name), numbers.dropout, numbers.rslora
         # On meta there is nothing to copy into.
-        layer.load_state_dict(pairs[name], strict=False, assign=layer.lora_A.is_meta)
+        values = {part: tensor.view(getattr(layer, part).shape) for part, tensor in pairs[name].items()}
+        layer.load_state_dict(values, strict=False, assign=layer.lora_A.is_meta)
     freeze_base_(model)
     return list(layers)

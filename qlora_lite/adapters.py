@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from qlora_lite.config import ALL_LINEAR, LoraConfig, Targets
+from qlora_lite.conv_kind import read_kernels, why_not
 from qlora_lite.errors import TargetError
 from qlora_lite.experts import stacks
 from qlora_lite.initial import check_start, originals_of, start_
@@ -64,8 +65,17 @@ def _check_no_stack_is_meant(model: nn.Module, targets: Targets) -> None:
         raise TargetError(f"{', '.join(meant[:4])}: stacks of experts cannot be adapted; leave them out")
 
 
+def _check_convolutions_meant(model: nn.Module, meant: Callable[[str], object]) -> None:
+    """Convolutions that are named and cannot be adapted would else be passed over."""
+    reasons = {name: why_not(module) for name, module in model.named_modules() if meant(name)}
+    if problems := [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]:
+        raise TargetError(f"{'; '.join(problems[:4])}; leave them out of target_modules")
+
+
 def _check_called(model: nn.Module, names: list[str]) -> None:
     """An adapter in a layer that its parent does not call would be ignored."""
+    if unseen := read_kernels(model, names):
+        raise TargetError(f"{'; '.join(unseen[:4])}; leave them out of target_modules")
     fast = [n for n in names if isinstance(model.get_submodule(n.rpartition(".")[0]), nn.TransformerEncoderLayer)]
     if fast:
         raise TargetError(
@@ -92,10 +102,12 @@ def select_targets(model: nn.Module, targets: Targets) -> list[str]:
             pattern = re.compile(targets)
         except re.error as error:
             raise TargetError(f"target_modules {targets!r} is not a regular expression: {error}") from error
+        _check_convolutions_meant(model, pattern.fullmatch)
         chosen = [name for name in layers if pattern.fullmatch(name)]
     elif callable(targets):
         chosen = [name for name, layer in layers.items() if targets(name, layer)]
     else:
+        _check_convolutions_meant(model, lambda name: any(answers_to(name, target) for target in targets))
         check_all_matched("target_modules", targets, layers)
         chosen = [name for name in layers if any(answers_to(name, target) for target in targets)]
     _check_called(model, chosen)

@@ -53,6 +53,7 @@ FLOORS = (
         "memory.snapshot",
         "merge_report",
     ),
+    ("conv_kind",),
     (
         "quantize",
         "loss",
