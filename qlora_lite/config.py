@@ -160,7 +160,7 @@ class LoraConfig:
 
     target_modules: `"all-linear"` (every linear layer but the output head); another string is a regular expression
         that must match a layer's whole name; a list names layers by their whole name or its last parts;
-        a function `(name, module) -> bool` decides itself.
+        these may mean convolutions too; a function `(name, module) -> bool` decides itself.
     adapter_dtype: what A and B are stored and updated in; activations keep the dtype of the layer's input.
     rslora: scale by alpha / sqrt(rank) in place of alpha / rank, so that a high rank learns as fast as a low one.
     rank_pattern, alpha_pattern: {pattern: number} for layers that get another rank or alpha than the others, as in

@@ -13,6 +13,7 @@ that reads the inputs of all groups, which is no update of K and cannot be merge
 from __future__ import annotations
 
 import dis
+import inspect
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -29,6 +30,10 @@ from qlora_lite.low_rank import Adapted, multiplied, product_dtype
 from qlora_lite.modules import has_own_forward
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+# What models ask of their convolutions besides their output (Whisper, of the strides).
+OPTIONS = frozenset(
+    {"in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"}
+)
 # What a caller may ask of a kernel that it does not compute with.
 FACTS = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta"})
 
@@ -66,7 +71,7 @@ def _reader(parent: type[nn.Module], child: str) -> str | None:
                 continue
             steps = [
                 step.argval if "ATTR" in step.opname or "METHOD" in step.opname else None
-                for step in _instructions(method.__code__)
+                for step in _instructions(inspect.unwrap(method).__code__)
             ]
             for first, second, third in zip(steps, steps[1:], [*steps[2:], None], strict=False):
                 if (first, second) == (child, "weight") and third not in FACTS:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.config import check_lora_numbers, check_variant, is_count, require
-from qlora_lite.conv_kind import why_not
+from qlora_lite.conv_kind import OPTIONS, why_not
 from qlora_lite.delta import Delta
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.finite import cast_finite
@@ -147,6 +147,9 @@ class LoraLayer(nn.Module):
     def stored_transposed(self) -> bool:
         """Whether a plain checkpoint has this weight as `(in, out)`, GPT-2's Conv1D, packed or not."""
         return is_transposed_linear(self.base_layer) or bool(getattr(self.base_layer, "transposed", False))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base_layer, name) if name in OPTIONS else super().__getattr__(name)
 
     @property
     def bias(self) -> Tensor | None:

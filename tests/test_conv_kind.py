@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qlora_lite import (
@@ -30,7 +31,7 @@ from qlora_lite import (
 from qlora_lite.adapters import adapters_disabled, lora_layers, select_targets
 from qlora_lite.conv_kind import read_kernels, why_not
 from qlora_lite.data import TokenizedExample
-from qlora_lite.errors import CheckpointError, ConfigError, InputError, TargetError
+from qlora_lite.errors import CheckpointError, InputError, TargetError
 from qlora_lite.export import merge_checkpoint
 
 KINDS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -80,7 +81,7 @@ def convolutions(draw: Any) -> tuple[Any, Tensor, dict[str, Any]]:
     return base, torch.randn(*batch, 2 * groups, *(draw(st.integers(5, 7)) for _ in range(places))), adapter
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(convolutions())
 def test_output_and_gradients_are_those_of_a_convolution_with_the_merged_kernel(
     case: tuple[Any, Tensor, dict[str, Any]],
@@ -100,7 +101,7 @@ def test_output_and_gradients_are_those_of_a_convolution_with_the_merged_kernel(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(base.weight + layer.delta_weight(), kernel_of(layer))
     layer.merge_weights()
-    assert layer.weight.shape == base.weight.shape
+    assert layer.weight.shape == base.weight.shape and layer.stride == base.stride
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
     layer.adapter_enabled = False
     assert torch.equal(layer(x), base(x))
@@ -231,7 +232,7 @@ def test_starts(init: str, spread: float) -> None:
     model = nn.Sequential(nn.Conv1d(16, 8, 5))
     add_lora_(model, LoraConfig(rank=2, target_modules=["0"], init=init))
     layer = lora_layers(model)["0"]
-    assert float(layer.lora_A.std()) == pytest.approx(spread, rel=0.25) and not layer.lora_B.any()
+    assert float(layer.lora_A.detach().std()) == pytest.approx(spread, rel=0.25) and not layer.lora_B.any()
     for other in ("orthogonal", "pissa", "loftq"):
         with pytest.raises(TargetError, match=f"{other}' is for linear layers; 0 is a convolution"):
             add_lora_(nn.Sequential(nn.Conv1d(16, 8, 5)), LoraConfig(rank=2, target_modules=["0"], init=other))
@@ -264,7 +265,7 @@ def test_what_cannot_be_adapted_is_refused(module: nn.Module, message: str) -> N
     for targets in (["odd", "even"], "odd|even"):
         with pytest.raises(TargetError, match=f"odd: .*{message}.*; leave them out of target_modules"):
             add_lora_(model, LoraConfig(target_modules=targets))
-    assert add_lora_(model, LoraConfig(target_modules=["even"])) == ["even"]
+    assert select_targets(model, ["even"]) == ["even"]
     assert why_not(nn.Linear(2, 2)) is None
 
 
@@ -284,12 +285,12 @@ class Reader(nn.Module):
 def test_kernels_that_the_parent_reads_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(Reader())
     assert add_lora_(copy.deepcopy(model), LoraConfig(target_modules=["called"])) == ["0.called"]
-    with pytest.raises(TargetError, match="0.read: Reader.forward reads its kernel instead of calling it"):
+    with pytest.raises(TargetError, match=r"0\.read: Reader\.forward reads its kernel instead of calling it"):
         add_lora_(model, LoraConfig(target_modules=["called", "read"]))
     other = nn.Sequential(nn.ModuleDict({"read": nn.Conv1d(2, 2, 2)}))
     add_lora_(other, LoraConfig(target_modules=["read"]))
     save_adapter(other, tmp_path / "a")
-    with pytest.raises(CheckpointError, match="Reader.forward reads its kernel"):
+    with pytest.raises(CheckpointError, match=r"Reader\.forward reads its kernel"):
         load_adapter_(model, tmp_path / "a")
 
 
@@ -300,7 +301,7 @@ def test_mambas_convolution_is_refused() -> None:
     model = MambaForCausalLM(config)
     (name,) = [name for name, module in model.named_modules() if isinstance(module, nn.Conv1d)]
     assert len(read_kernels(model, [name])) == 1
-    with pytest.raises(TargetError, match="MambaMixer.* reads its kernel"):
+    with pytest.raises(TargetError, match=r"MambaMixer\..* reads its kernel"):
         add_lora_(model, LoraConfig(target_modules=["conv1d"]))
 
 
@@ -338,15 +339,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def stored_kernel(folder: Path, name: str) -> Tensor:
+    return load_file(folder / "model.safetensors")[f"{name}.weight"]
+
+
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_a_packed_model_with_an_adapted_convolution_is_exported(folder: Path, tmp_path: Path, variant: str) -> None:
     from transformers import AutoModelForCausalLM
 
     model: Any = load_quantized(folder, QuantConfig(format="nf4"), dtype=torch.float32).eval()
+    kernels = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert torch.equal(model.get_submodule(kernels[0]).weight, stored_kernel(folder, kernels[0]))
     targets = ["patch_embedding", "query"]
     names = add_lora_(model, LoraConfig(rank=2, target_modules=targets, variant=variant))
     warm_(model)
-    assert isinstance(lora_layers(model)[names[0]].base_layer, nn.Conv2d)
+    assert names[0] == kernels[0]
     examples = [TokenizedExample([1, 5, 6, 7], [-100, 5, 6, 7])]
     done = export_merged(model, tmp_path / "memory", torch.float32, verify=examples)
     assert done.verification is not None
@@ -360,7 +367,6 @@ def test_a_packed_model_with_an_adapted_convolution_is_exported(folder: Path, tm
     options: dict[str, Any] = {"dtype": torch.float32, "load_dtype": torch.float32}
     merge_checkpoint(folder, tmp_path / "adapter", tmp_path / "disk", QuantConfig(format="nf4"), **options)
     (file,) = done.files
-    assert (tmp_path / "disk" / file).read_bytes() == (tmp_path / "memory" / file).read_bytes()
-    with pytest.raises(ConfigError, match="layers have adapters already|merged|adapter"):
-        lora_layers(model)[names[0]].merge_permitted = False
-        merge_lora_(model)
+    on_disk, in_memory = (load_file(tmp_path / place / file) for place in ("disk", "memory"))
+    assert on_disk.keys() == in_memory.keys()
+    assert all(torch.equal(tensor, in_memory[name]) for name, tensor in on_disk.items())
