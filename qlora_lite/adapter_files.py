@@ -1,6 +1,7 @@
 """Adapters on disk, as peft writes and reads them: `adapter_model.safetensors` and `adapter_config.json`.
 
-The shapes in them are ours.
+The shapes in them are ours, but those of convolutions are kernels'. With groups peft has an A of another meaning
+(conv_kind.py): neither loads the other's, and both say so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from qlora_lite import hub
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
 from qlora_lite.beside_files import StoredBeside, beside_config, beside_keys
 from qlora_lite.config import LoraConfig
+from qlora_lite.conv_kind import read_kernels
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
 from qlora_lite.lora import DEFAULT_ADAPTER, LoraLayer
@@ -41,6 +43,8 @@ from qlora_lite.token_rows import WithTokenRows
 Pairs = dict[str, dict[str, Tensor]]
 # What every release of peft takes for a number that is not in the file.
 PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
+
+GROUPED = " (an A that reads the inputs of all groups, as peft's does, is no update of a grouped convolution's kernel)"
 
 
 def peft_key(name: str, kind: Kind, part: str) -> str:
@@ -75,10 +79,12 @@ def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrit
         )
     tensors: dict[str, PlannedTensor] = {}
     for name, layer in layers.items():
-        for part, factor in zip("AB", layer.factors, strict=True):
-            tensors[peft_key(name, layer.kind, part)] = planned(factor.detach())
-        if layer.lora_magnitude is not None:
-            tensors[peft_key(name, layer.kind, "magnitude")] = planned(layer.lora_magnitude)
+        shapes = layer.kind.file_shapes(layer.base_layer, layer.plain_rank)
+        parts = zip(("A", "B", "magnitude"), (*layer.factors, layer.lora_magnitude), strict=True)
+        for part, tensor in parts:
+            if tensor is not None:
+                shaped = tensor.detach().view(shapes[f"lora_{part}"])
+                tensors[peft_key(name, layer.kind, part)] = planned(shaped)
     config = {"bias": "none"} | peft_config(model, layers)
     if in_use:  # what is trained beside it is its own
         tensors |= {key: planned(values.detach()) for key, _, values in beside_keys(model)}
@@ -154,16 +160,14 @@ def _mismatches(model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Colle
         if isinstance(module, LoraLayer) and module.variant != numbers.variant:
             problems.append(f"{name} has a {module.variant} adapter, the file a {numbers.variant} one")
             continue
-        width, height = kind.features(base)
-        rank = numbers.rank_of(name)
-        shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, width), "lora_B": (height, rank)}
-        shapes["lora_magnitude"] = (height,)
+        grouped = "" if getattr(base, "groups", 1) == 1 else GROUPED
+        shapes = kind.file_shapes(base, numbers.rank_of(name))
         for part, tensor in pair.items():
             if tuple(tensor.shape) != shapes[part]:
-                problems.append(f"{name}.{part} is {tuple(tensor.shape)}, the layer needs {shapes[part]}")
+                problems.append(f"{name}.{part} is {tuple(tensor.shape)}, the layer needs {shapes[part]}{grouped}")
             elif not tensor.is_floating_point():
                 problems.append(f"{name}.{part} is of {tensor.dtype}, which is no float")
-            elif isinstance(module, LoraLayer) and getattr(module, part).shape != tensor.shape:
+            elif isinstance(module, LoraLayer) and getattr(module, part).numel() != tensor.numel():
                 problems.append(f"{name} has an adapter of rank {module.rank} already; remove_lora_ drops it")
             elif not tensor.isfinite().all():
                 problems.append(f"{name}.{part} holds NaN or infinity")
@@ -223,11 +227,13 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
     tensors = {key: stored.read() for key, stored in adapter_tensors(folder).items()}
     beside = StoredBeside.taken(model, tensors, config, _adapted_names(tensors))
     pairs = _pairs(tensors, folder / TENSOR_FILE)
+    modules = dict(model.named_modules())
     problems = [
         *beside.problems,
         *_mismatches(model, pairs, numbers, tensors.keys()),
         *_other_bases(model, tensors),
         *numbers.idle_patterns(pairs),
+        *read_kernels(model, [name for name in pairs if name in modules]),
     ]
     problems += target_problems(model, pairs, config)
     if config.get("ensure_weight_tying"):
@@ -252,7 +258,8 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
         layer.adapter_name = adapter
         layer.alpha, layer.dropout, layer.rslora = numbers.alpha_of(name), numbers.dropout, numbers.rslora
         # On meta there is nothing to copy into.
-        layer.load_state_dict(pairs[name], strict=False, assign=layer.lora_A.is_meta)
+        values = {part: tensor.view(getattr(layer, part).shape) for part, tensor in pairs[name].items()}
+        layer.load_state_dict(values, strict=False, assign=layer.lora_A.is_meta)
     beside.put_(model, bool(present))
     freeze_base_(model)
     return list(layers)

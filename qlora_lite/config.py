@@ -169,7 +169,7 @@ class LoraConfig:
 
     target_modules: `"all-linear"` (every linear layer but the output head); another string is a regular expression
         that must match a layer's whole name; a list names layers by their whole name or its last parts;
-        a function `(name, module) -> bool` decides itself.
+        these may mean convolutions too; a function `(name, module) -> bool` decides itself.
     exclude_modules: which of those are left out, said in the same ways but `"all-linear"`.
     layers: numbers of the repeated blocks that get adapters: the first number in a layer's name, 7 in
         `model.layers.7.mlp.up_proj`. Layers outside of the blocks then get none. A number or an exclusion that

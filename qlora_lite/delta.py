@@ -55,7 +55,7 @@ class Delta:
     def _tiles(self, rows: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(which rows of the weight, those of `rows`, those of left) of each tile."""
         for start in range(0, rows.shape[0], self.TILE_ROWS):
-            tile = rows[start : start + self.TILE_ROWS]
+            tile = rows[start : start + self.TILE_ROWS].view(-1, self.right.shape[1])  # a kernel as a matrix
             part = slice(first + start, first + start + tile.shape[0])
             yield part, tile, self.left[part]
 

@@ -127,7 +127,8 @@ def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[
 
     def delta(layer: LoraLayer, keys: list[str]) -> Delta:
         lora_A, lora_B, *sizes = (stored[key].read() for key in keys)
-        return layer.kind.delta(lora_A, lora_B, layer.scaling, sizes[0].float() if sizes else None)
+        magnitude = sizes[0].float().flatten() if sizes else None
+        return layer.kind.delta(lora_A.flatten(1), lora_B.flatten(1), layer.scaling, magnitude)
 
     found: dict[str, Callable[[], Update]] = {**stored_replacements_(model, stored)}
     for name, layer in lora_layers(model).items():
@@ -202,7 +203,8 @@ class ExportPlan:
         if self.base == ORIGINAL and original is not None:
             chosen, other = original, trained if is_packed else None
         delta = None if weight.delta is None else functools.partial(origin.delta, weight)
-        low_rank = weight.delta is None or weight.delta.low_rank
+        # A kernel's update is not applied apart.
+        low_rank = weight.delta is None or (weight.delta.low_rank and len(weight.shape) == 2)
         self.sources.append(Sources(weight.name, trained, original, delta, low_rank))
         write = _Writing(chosen, other, delta, weight.name, self)
         self.tensors[weight.name] = PlannedTensor(weight.shape, self.dtype, write.slices)

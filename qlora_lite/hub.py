@@ -113,13 +113,13 @@ def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
 def fill_computed_buffers_(model: Any, device: torch.device) -> None:
     """Computes the buffers that no checkpoint holds (rotary frequencies, scales), which were left on meta.
 
-    transformers computes them where it initializes a module's weights; what was loaded is kept out of its sight.
+    transformers computes them where it initializes a module's weights, or its parts'; it does not see what was loaded.
     """
     for path, module in model.named_modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if not names:
             continue
-        loaded = [(store, dict(store)) for store in (module._parameters, module._buffers)]
+        loaded = [(store, dict(store)) for part in module.modules() for store in (part._parameters, part._buffers)]
         for store, tensors in loaded:
             for name, tensor in tensors.items():
                 if tensor is not None:

@@ -26,7 +26,7 @@ from qlora_lite import hub
 from qlora_lite.config import LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.finite import check_finite
-from qlora_lite.layer_kinds import EmbeddingKind, kind_of
+from qlora_lite.layer_kinds import EmbeddingKind, LinearKind, kind_of
 from qlora_lite.load import fitting
 from qlora_lite.lora import LoraLayer
 from qlora_lite.low_rank import dense
@@ -134,8 +134,9 @@ def check_start(targets: Mapping[str, nn.Module], config: LoraConfig) -> None:
     for name, base in targets.items():
         kind, rank = kind_of(base), config.rank_of(name)
         weight: Any = base.weight
-        if isinstance(kind, EmbeddingKind) and config.init in LINEAR_ONLY:
-            raise TargetError(f"init {config.init!r} is for linear layers; {name} is an embedding: leave it out")
+        if not isinstance(kind, LinearKind) and config.init in LINEAR_ONLY:
+            what = "an embedding" if isinstance(kind, EmbeddingKind) else "a convolution"
+            raise TargetError(f"init {config.init!r} is for linear layers; {name} is {what}: leave it out")
         if config.init == "orthogonal" and rank % 2:
             problems.append(f"{name} has the odd rank {rank}")
         if config.init in OF_WEIGHTS and rank > min(weight.shape):

@@ -1,4 +1,4 @@
-"""How each kind of layer applies A and B: linear, GPT-2's Conv1D, embedding.
+"""How each kind of layer applies A and B: linear, GPT-2's Conv1D, embedding; convolutions stand in conv_kind.py.
 
 The equation itself stands in lora.py; a kind says what shapes A and B have, how a weight and a low-rank term meet an
 input, and how the update lies in the orientation of the stored weight.
@@ -12,29 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_lite.conv_kind import CONVOLUTIONS, ConvKind, why_not
 from qlora_lite.delta import Delta
 from qlora_lite.errors import InputError
-from qlora_lite.low_rank import adapted_linear, check_features
+from qlora_lite.low_rank import Adapted, adapted_linear, check_features, multiplied
 from qlora_lite.modules import has_own_forward, is_transposed_linear
 
 MAX_NORM_EPS = 1e-7  # torch.nn.functional.embedding's own
-
-
-class Adapted(Protocol):
-    """What a kind asks of the layer that it is applied in."""
-
-    @property
-    def base_layer(self) -> nn.Module: ...
-
-    @property
-    def scaling(self) -> float: ...
-
-    @property
-    def bias(self) -> Tensor | None: ...
-
-    in_features: int
-    dropout: float
-    training: bool
 
 
 class Kind(Protocol):
@@ -54,10 +38,13 @@ class Kind(Protocol):
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
         """scaling * B A `(out, in)`, and DoRA's magnitudes `(out,)`, in the orientation of the stored weight."""
 
+    def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of A, B and magnitudes in peft's files, by our names of them."""
 
-def _multiplied(y: Tensor, gain: Tensor) -> Tensor:
-    """y (1 + gain): a sum, since what is near 1 would lose in 16 bits by how much it differs."""
-    return torch.addcmul(y, y, gain.to(y.dtype))
+
+def matrix_shapes(width: int, height: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Those of A, B and magnitudes of a matrix `(height, width)`."""
+    return {"lora_A": (rank, width), "lora_B": (height, rank), "lora_magnitude": (height,)}
 
 
 class LinearKind:
@@ -81,12 +68,15 @@ class LinearKind:
             compute_dtype=getattr(base, "compute_dtype", None),
         )
         if gain is not None:
-            y = _multiplied(y, gain)
+            y = multiplied(y, gain)
             y = y if layer.bias is None else y.add_(layer.bias.to(y.dtype))
         return y
 
     def upright(self, weight: Tensor) -> Tensor:
         return weight
+
+    def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        return matrix_shapes(*self.features(base), rank)
 
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
         return Delta(lora_B.float(), lora_A.float(), scaling, magnitude)
@@ -166,7 +156,7 @@ class EmbeddingKind:
             low = _TokenColumns.apply(lora_A, x, base.padding_idx, frequency, sparse)
             low = F.dropout(low, layer.dropout, layer.training).to(y.dtype)
             y = y + (low @ lora_B.to(y.dtype).T) * layer.scaling
-        return self._limit_norm(base, y if gain is None else _multiplied(y, gain))
+        return self._limit_norm(base, y if gain is None else multiplied(y, gain))
 
     def _limit_norm(self, base: Any, rows: Tensor) -> Tensor:
         """Rows longer than `max_norm` are shortened to it: those that are returned, not those that are stored."""
@@ -178,6 +168,9 @@ class EmbeddingKind:
     def upright(self, weight: Tensor) -> Tensor:
         return weight.T
 
+    def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        return matrix_shapes(*self.features(base), rank)
+
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
         left, right = lora_A.float().T.contiguous(), lora_B.float().T.contiguous()
         return Delta(left, right, scaling, magnitude, by_columns=True)
@@ -188,6 +181,8 @@ def kind_of(base: nn.Module) -> Kind | None:
     # nn.MultiheadAttention reads the weight of its out_proj itself and never calls it: an adapter there does nothing.
     if type(base).__name__ == "NonDynamicallyQuantizableLinear" or has_own_forward(base):
         return None
+    if isinstance(base, tuple(CONVOLUTIONS)):
+        return ConvKind() if why_not(base) is None else None
     weight = getattr(base, "weight", None)
     if len(getattr(weight, "shape", ())) != 2:
         return None

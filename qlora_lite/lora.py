@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.config import check_lora_numbers, check_variant, is_count, require
+from qlora_lite.conv_kind import OPTIONS, why_not
 from qlora_lite.delta import Delta
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.finite import cast_finite
@@ -31,14 +32,14 @@ DEFAULT_ADAPTER = "default"
 
 
 class LoraLayer(nn.Module):
-    """y = W0 x + scaling * B A x around any linear or embedding layer, packed or not.
+    """y = W0 x + scaling * B A x around any linear or embedding layer, packed or not, or a convolution.
 
     scaling = alpha / rank (LoRA: arXiv:2106.09685, section 4.1), or alpha / sqrt(rank) with rslora (rank-stabilized
     LoRA: arXiv:2312.03732), with which what the adapter adds keeps its size as the rank grows.
 
-    lora_A `(rank, in)`, lora_B `(out, rank)`; an embedding has in = vocabulary and looks A up by token. Only A and B
-    are trainable: the base is frozen here. dropout acts in training, on the input of A (linear) or on the looked-up
-    columns of A (embedding).
+    lora_A `(rank, in)`, lora_B `(out, rank)`; an embedding has in = vocabulary and looks A up by token; of a
+    convolution, in is all that its kernel has for one output channel (conv_kind.py). Only A and B are trainable: the
+    base is frozen here. dropout acts in training, on the input of A, or on the looked-up columns of A (embedding).
 
     variant: `lora`, or `dora` (arXiv:2402.09353): y = m * (W0 x + scaling * B A x) / n, n `(out,)` the norms of the
     rows of W0 + scaling * B A, through which no gradient goes (section 4.3); the magnitudes m, lora_magnitude `(out,)`,
@@ -49,7 +50,7 @@ class LoraLayer(nn.Module):
     start_A, start_B: values of A and B that what is added is counted from, as PiSSA has it (initial.py); or None.
 
     merge_weights: permits the method of that name. Raises ConfigError for rank < 1, alpha that is not finite or
-    dropout outside [0, 1), TargetError for a base that is neither linear nor embedding.
+    dropout outside [0, 1), TargetError for a base of another kind.
     """
 
     lora_A: nn.Parameter
@@ -81,8 +82,9 @@ class LoraLayer(nn.Module):
         kind = kind_of(base_layer)
         if kind is None or isinstance(base_layer, LoraLayer):
             raise TargetError(
-                f"a {type(base_layer).__name__} cannot be adapted; LoraLayer takes linear or embedding layers without "
-                f"a forward of their own (quantize_base_ takes over bitsandbytes' layers)"
+                why_not(base_layer)
+                or f"a {type(base_layer).__name__} cannot be adapted; LoraLayer takes linear layers, embeddings and "
+                f"convolutions without a forward of their own (quantize_base_ takes over bitsandbytes' layers)"
             )
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, float(dropout), rslora
         self.variant = variant
@@ -153,6 +155,9 @@ class LoraLayer(nn.Module):
         """Whether a plain checkpoint has this weight as `(in, out)`, GPT-2's Conv1D, packed or not."""
         return is_transposed_linear(self.base_layer) or bool(getattr(self.base_layer, "transposed", False))
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base_layer, name) if name in OPTIONS else super().__getattr__(name)
+
     @property
     def bias(self) -> Tensor | None:
         """What is added to the product: the trained bias, if there is one and adapters are on, else the base's."""
@@ -179,6 +184,7 @@ class LoraLayer(nn.Module):
     def _pieces(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows in fp32) of W0 as it is stored."""
         weight: Any = self.base_layer.weight
+        weight = weight.flatten(1) if isinstance(weight, Tensor) else weight  # a kernel as a matrix
         for part, rows in row_slices(weight, torch.empty(0, device=self.lora_A.device)):
             yield part.start, rows.detach()
 
@@ -218,7 +224,8 @@ class LoraLayer(nn.Module):
         delta = self.delta
         if delta.magnitude is not None:
             return self.effective_weight(torch.float32) - dense(self.base_layer.weight, torch.float32)  # type: ignore[arg-type]
-        return delta.add_to_(torch.zeros(delta.shape, device=self.lora_A.device), 0)
+        weight: Any = self.base_layer.weight
+        return delta.add_to_(torch.zeros(weight.shape, device=self.lora_A.device), 0)
 
     @torch.no_grad()
     def effective_weight(self, dtype: torch.dtype, name: str = "the merged weight") -> Tensor:
@@ -228,6 +235,7 @@ class LoraLayer(nn.Module):
         """
         base: Any = self.base_layer.weight
         weight = base.detach().to(torch.float32, copy=True) if isinstance(base, Tensor) else dense(base, torch.float32)
+        weight = weight.contiguous()  # so that a kernel can be seen as a matrix
         return cast_finite(self.delta.measured(self._pieces).add_to_(weight, 0), dtype, name)
 
     def merge_weights(self, dtype: torch.dtype | None = None, name: str = "the merged weight") -> None:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._mode_utils import no_dispatch
 
@@ -40,6 +40,28 @@ class Packed(Protocol):
 
     def own_product(self, rows: Tensor) -> Tensor | None:
         """rows W0^T computed without unpacking; None where it is to be unpacked."""
+
+
+class Adapted(Protocol):
+    """What a kind asks of the layer that it is applied in."""
+
+    @property
+    def base_layer(self) -> nn.Module: ...
+
+    @property
+    def scaling(self) -> float: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    in_features: int
+    dropout: float
+    training: bool
+
+
+def multiplied(y: Tensor, gain: Tensor) -> Tensor:
+    """y (1 + gain): a sum, since what is near 1 would lose in 16 bits by how much it differs."""
+    return torch.addcmul(y, y, gain.to(y.dtype))
 
 
 def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:

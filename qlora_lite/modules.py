@@ -32,12 +32,12 @@ def first_pattern(patterns: Collection[str], name: str) -> str | None:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether this linear or embedding layer computes something else than nn.Linear or nn.Embedding.
+    """Whether this linear layer, embedding or convolution computes something else than torch's own.
 
     (Scaled embeddings, say.) A layer of ours in its place would lose that.
     """
-    plain = {nn.Linear: nn.Linear.forward, nn.Embedding: nn.Embedding.forward}
-    return any(isinstance(module, kind) and type(module).forward is not forward for kind, forward in plain.items())
+    plain = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return any(isinstance(module, kind) and type(module).forward is not kind.forward for kind in plain)
 
 
 def is_transposed_linear(module: nn.Module) -> bool:

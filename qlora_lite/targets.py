@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from qlora_lite.config import ALL_LINEAR, LoraConfig, Targets
+from qlora_lite.conv_kind import read_kernels, why_not
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.experts import stacks
 from qlora_lite.layer_kinds import LinearKind, kind_of
@@ -62,8 +63,21 @@ def _check_no_stack_is_meant(model: nn.Module, targets: Targets) -> None:
         raise TargetError(f"{', '.join(meant[:4])}: stacks of experts cannot be adapted; leave them out")
 
 
+def _check_convolutions_meant(model: nn.Module, targets: Targets) -> None:
+    """Convolutions that are named and cannot be adapted would else be passed over."""
+    if callable(targets):
+        return
+    reasons = {name: reason for name, module in model.named_modules() if (reason := why_not(module)) is not None}
+    meant = _meant("target_modules", targets, {name: model.get_submodule(name) for name in reasons})
+    if meant:
+        problems = "; ".join(f"{name}: {reasons[name]}" for name in meant[:4])
+        raise TargetError(f"{problems}; leave them out of target_modules")
+
+
 def _check_called(model: nn.Module, names: list[str]) -> None:
     """An adapter in a layer that its parent does not call would be ignored."""
+    if unseen := read_kernels(model, names):
+        raise TargetError(f"{'; '.join(unseen[:4])}; leave them out of target_modules")
     fast = [n for n in names if isinstance(model.get_submodule(n.rpartition(".")[0]), nn.TransformerEncoderLayer)]
     if fast:
         raise TargetError(
@@ -100,6 +114,7 @@ def _targeted(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     if targets == ALL_LINEAR:
         targeted = _all_linear(model, layers)
     else:
+        _check_convolutions_meant(model, targets)
         if not isinstance(targets, str) and not callable(targets):
             check_all_matched("target_modules", targets, layers)
         targeted = {name: layers[name] for name in _meant("target_modules", targets, layers)}

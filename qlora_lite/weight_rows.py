@@ -52,7 +52,8 @@ class DenseRows:
 
     def rows(self, start: int, stop: int) -> Tensor:
         part = self._tensor[start:stop] if self.shape else self._tensor
-        return part.to(torch.float32, copy=True)
+        # A kernel may lie with its channels last; its rows must be ones that can be seen as those of a matrix.
+        return part.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 class PackedRows:

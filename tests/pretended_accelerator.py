@@ -62,6 +62,21 @@ def error_of_a_stray_adapter(model: nn.Module) -> str:
     return "none"
 
 
+def convolution_step() -> set[str]:
+    """A step of an adapted convolution: the devices of output, gradients and optimizer states."""
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, 2, "valid", 1, 2, padding_mode="circular"))
+    add_lora_(model, LoraConfig(rank=2, dropout=0.1, target_modules=["0"], variant="dora"))
+    with FakeTensorMode():
+        pretend_(model)
+        adapters = adapter_parameters(model)
+        y = model(torch.zeros(2, 4, 8, 8, device=DEVICE))
+        y.square().mean().backward()
+        optimizer = make_optimizer(adapters, TrainConfig())
+        optimizer.step()
+        states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+        return {tensor.device.type for tensor in (y, *(parameter.grad for parameter in adapters.values()), *states)}
+
+
 def main(folder: str) -> None:
     _setup_privateuseone_for_python_backend(DEVICE)
     torch.fakegpu.get_amp_supported_dtype = lambda: [torch.bfloat16]  # transformers' rotary embedding asks for it
@@ -71,6 +86,7 @@ def main(folder: str) -> None:
         with FakeTensorMode():
             pretend_(model)
             print(format, *step(model, checkpointing), error_of_a_stray_adapter(model))
+    print("convolution", *convolution_step())
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ FLOORS = (
         "merge_report",
         "peft_options",
     ),
+    ("conv_kind",),
     (
         "quantize",
         "loss",
