@@ -1,13 +1,13 @@
 """Adapters on disk, as peft writes and reads them: `adapter_model.safetensors` and `adapter_config.json`.
 
 peft's keys: `base_model.model.<layer>.lora_A.weight` for linear layers, `….lora_embedding_A` for embeddings; the
-shapes are ours.
+shapes are ours, but for stacks of experts (stack_files.py).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import hub
+from qlora_lite.adapted_experts import adaptable_stacks, check_stack_options, hold_stacks_, open_stacks, stacks_among
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
 from qlora_lite.config import ALL_LINEAR, LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
@@ -22,6 +23,7 @@ from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
 from qlora_lite.lora import LoraLayer
 from qlora_lite.modules import answers_to, replace_modules_
 from qlora_lite.peft_config import adaptable_names, peft_config
+from qlora_lite.stack_files import flat_A, flat_B, places_in_files, stack_pairs, targeted_stacks
 from qlora_lite.storage import PlannedTensor, new_folder, planned, read_json, write_json, write_safetensors
 from qlora_lite.tensor_files import read_safetensors
 
@@ -73,6 +75,7 @@ HARMLESS_OPTIONS = frozenset(
         "revision",
         "runtime_config",
         "target_modules",
+        "target_parameters",
         "task_type",
         "use_dora",
     }
@@ -107,9 +110,11 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
             "the model itself is the adapted layer, which peft's files cannot name; put it into a container"
         )
     tensors: dict[str, PlannedTensor] = {}
+    places = places_in_files(model, stacks_among(layers))
     for name, layer in layers.items():
         for part, factor in zip("AB", layer.factors, strict=True):
-            tensors[peft_key(name, layer.kind, part)] = planned(factor.detach())
+            flat = {"A": flat_A, "B": flat_B}[part](factor) if name in places else factor
+            tensors[peft_key(places.get(name, name), layer.kind, part)] = planned(flat.detach())
         if layer.lora_magnitude is not None:
             tensors[peft_key(name, layer.kind, "magnitude")] = planned(layer.lora_magnitude)
     config = peft_config(model, layers)
@@ -168,8 +173,10 @@ def _pairs(tensors: dict[str, Tensor], path: Path) -> Pairs:
     return pairs
 
 
-def _mismatches(model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Collection[str]) -> list[str]:
-    modules = dict(model.named_modules())
+def _mismatches(
+    model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Collection[str], places: Mapping[str, str]
+) -> list[str]:
+    modules: dict[str, Any] = dict(model.named_modules()) | open_stacks(model)
     problems = []
     for name, pair in pairs.items():
         module = modules.get(name)
@@ -178,7 +185,8 @@ def _mismatches(model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Colle
         if kind is None:
             problems.append(f"{name} is no layer of this model that can be adapted")
             continue
-        if lost := [key for part in "AB" if (key := peft_key(name, kind, part)) not in keys]:
+        place = places.get(name, name)
+        if lost := [key for part in "AB" if (key := peft_key(place, kind, part)) not in keys]:
             problems.append(f"{name} is another kind of layer here: {' and '.join(lost)} should be in the file")
             continue
         if ("lora_magnitude" in pair) != (numbers.variant == "dora"):
@@ -189,7 +197,8 @@ def _mismatches(model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Colle
             continue
         width, height = kind.features(base)
         rank = numbers.rank_of(name)
-        shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, width), "lora_B": (height, rank)}
+        each = tuple(base.weight.shape[:1]) if name in places else ()
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (*each, rank, width), "lora_B": (*each, height, rank)}
         shapes["lora_magnitude"] = (height,)
         for part, tensor in pair.items():
             if tuple(tensor.shape) != shapes[part]:
@@ -208,7 +217,7 @@ def _left_out(model: nn.Module, pairs: Collection[str], config: dict[str, Any]) 
     targets = config.get("target_modules")
     if targets in (None, ALL_LINEAR) or any(config.get(option) for option in NARROWING_OPTIONS):
         return []
-    layers = adaptable_names(model)
+    layers = adaptable_names(model) - adaptable_stacks(model)
     if isinstance(targets, str):
         try:
             meant = {name for name in layers if re.fullmatch(targets, name)}
@@ -270,13 +279,19 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     config = _read_config(folder / CONFIG_FILE)
     numbers = _numbers(config, folder / CONFIG_FILE)
     tensors = read_safetensors(folder / TENSOR_FILE)
-    pairs = _pairs(tensors, folder / TENSOR_FILE)
+    places = places_in_files(model, targeted_stacks(model, config.get("target_parameters"), folder / CONFIG_FILE))
+    pairs = stack_pairs(model, _pairs(tensors, folder / TENSOR_FILE), places)
     problems = [
-        *_mismatches(model, pairs, numbers, tensors.keys()),
+        *_mismatches(model, pairs, numbers, tensors.keys(), places),
         *_other_bases(model, tensors),
         *numbers.idle_patterns(pairs),
     ]
     problems += _left_out(model, pairs, config)
+    problems += [f"{name} is targeted and has nothing in the file" for name in places if name not in pairs]
+    try:
+        check_stack_options(places, numbers.dropout, numbers.variant)
+    except ConfigError as error:
+        problems.append(str(error))
     if config.get("ensure_weight_tying"):
         problems += _apart(model, pairs)
     present = set(lora_layers(model))
@@ -291,6 +306,8 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
             return None
         return adapted(name, base, numbers, pairs[name]["lora_A"].dtype)
 
+    if not present:
+        hold_stacks_(model, places)
     replace_modules_(model, make)
     layers = lora_layers(model)
     for name, layer in layers.items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from qlora_lite.adapted_experts import check_stack_options, hold_stacks_, open_stacks, plain_again_, stacks_among
 from qlora_lite.config import ALL_LINEAR, LoraConfig, Targets
 from qlora_lite.errors import TargetError
 from qlora_lite.experts import stacks
@@ -43,11 +44,12 @@ def freeze_base_(model: nn.Module) -> None:
 def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
     """Layers that could get an adapter, by every name they have."""
     inside = tuple(f"{name}." for name in lora_layers(model))
-    return {
+    found = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if not name.startswith(inside or ("\n",)) and not isinstance(module, LoraLayer) and kind_of(module) is not None
     }
+    return found | open_stacks(model)
 
 
 def _check_no_linear_is_left_out(model: nn.Module, head: nn.Module | None) -> None:
@@ -57,11 +59,14 @@ def _check_no_linear_is_left_out(model: nn.Module, head: nn.Module | None) -> No
         raise TargetError(f"all-linear meets {len(own)} layers with a forward of their own, {shown}; name the others")
 
 
-def _check_no_stack_is_meant(model: nn.Module, targets: Targets) -> None:
+def _check_no_strange_stack_is_meant(model: nn.Module, targets: Targets, layers: Collection[str]) -> None:
     names = [] if isinstance(targets, str) or callable(targets) else list(targets)
-    meant = [name for name in stacks(model) if any(answers_to(name, target) for target in names)]
+    meant = [name for name in stacks(model) if name not in layers and any(answers_to(name, target) for target in names)]
     if meant:
-        raise TargetError(f"{', '.join(meant[:4])}: stacks of experts cannot be adapted; leave them out")
+        raise TargetError(
+            f"{', '.join(meant[:4])}: stacks of matrices in modules that are not known here cannot be adapted; "
+            f"leave them out"
+        )
 
 
 def _check_called(model: nn.Module, names: list[str]) -> None:
@@ -81,7 +86,7 @@ def select_targets(model: nn.Module, targets: Targets) -> list[str]:
     head = ask_head() if callable(ask_head) else None
     if adapted := lora_layers(model):
         raise TargetError(f"{len(adapted)} layers have adapters already; remove_lora_ drops them")
-    _check_no_stack_is_meant(model, targets)
+    _check_no_strange_stack_is_meant(model, targets, layers)
     if targets == ALL_LINEAR:
         _check_no_linear_is_left_out(model, head)
         chosen = [
@@ -128,9 +133,11 @@ def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
     """
     chosen = set(select_targets(model, config.target_modules))
     # A layer that has several names is adapted under its first.
-    targets = {name: module for name, module in model.named_modules() if name in chosen}
+    everything = dict(model.named_modules()) | open_stacks(model)
+    targets = {name: module for name, module in everything.items() if name in chosen}
     if idle := config.idle_patterns(targets):
         raise TargetError("; ".join(idle))
+    check_stack_options(stacks_among(targets), config.dropout, config.variant)
     check_start(targets, config)
     originals = originals_of(model, targets, config.init)
 
@@ -139,6 +146,7 @@ def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
             return None
         return adapted(name, layer, config, config.adapter_dtype)
 
+    hold_stacks_(model, targets)
     added = replace_modules_(model, make)
     for name, layer in lora_layers(model).items():
         start_(layer, name, config.init, originals)
@@ -148,7 +156,9 @@ def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
 
 def remove_lora_(model: nn.Module) -> list[str]:
     """Puts the base layers back in place of the LoraLayers, A and B are dropped; returns the names of the layers."""
-    return replace_modules_(model, lambda name, layer: layer.base_layer if isinstance(layer, LoraLayer) else None)
+    removed = replace_modules_(model, lambda name, layer: layer.base_layer if isinstance(layer, LoraLayer) else None)
+    plain_again_(model)
+    return removed
 
 
 @contextmanager

@@ -16,12 +16,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from qlora_lite.adapted_experts import stacks_among
 from qlora_lite.adapter_files import TENSOR_FILE, peft_key
 from qlora_lite.adapters import lora_layers
 from qlora_lite.config import FLOAT_DTYPES
-from qlora_lite.delta import Delta
+from qlora_lite.delta import Delta, StackDelta, Update
 from qlora_lite.errors import CheckpointError
 from qlora_lite.experts import PackedStack
+from qlora_lite.layer_kinds import StackKind
 from qlora_lite.load import Checkpoint
 from qlora_lite.lora import LoraLayer
 from qlora_lite.memory.host import HoleLimit, release_freed_pages
@@ -29,6 +31,7 @@ from qlora_lite.merge_report import MergeReport, TensorFigures
 from qlora_lite.plain_weights import PlainWeight, weights_to_write
 from qlora_lite.quantize import PackedWeight
 from qlora_lite.quantize_base import Slot
+from qlora_lite.stack_files import matrices_of_A, matrices_of_B, places_in_files
 from qlora_lite.storage import PlannedTensor
 from qlora_lite.streamed import Weights
 from qlora_lite.tensor_files import tensors_in
@@ -57,9 +60,9 @@ class Origin(Protocol):
     """Where the rows of a model's weights come from."""
 
     def trained(self, weight: PlainWeight) -> list[WeightRows]:
-        """W0 as it was in training, in the plain checkpoint's orientation; the matrices of a packed stack apart."""
+        """W0 as it was in training, in the plain checkpoint's orientation; a packed or adapted stack by matrices."""
 
-    def delta(self, weight: PlainWeight) -> Delta:
+    def delta(self, weight: PlainWeight) -> Update:
         """The update of a weight that has one."""
 
     def integers(self, weight: PlainWeight) -> Tensor:
@@ -73,9 +76,11 @@ class InMemory:
         held = weight.holder
         if isinstance(held, PackedStack):
             return [packed_rows(matrix, held.transposed) for matrix in held]
+        if isinstance(weight.delta, StackDelta):
+            return [DenseRows(matrix) for matrix in held]
         return [packed_rows(held, weight.transposed) if isinstance(held, PackedWeight) else DenseRows(held)]
 
-    def delta(self, weight: PlainWeight) -> Delta:
+    def delta(self, weight: PlainWeight) -> Update:
         assert weight.delta is not None
         return weight.delta
 
@@ -92,7 +97,7 @@ class OnDisk:
     """
 
     def __init__(
-        self, slots: list[Slot], checkpoint: Checkpoint, dtype: torch.dtype, deltas: Mapping[str, Callable[[], Delta]]
+        self, slots: list[Slot], checkpoint: Checkpoint, dtype: torch.dtype, deltas: Mapping[str, Callable[[], Update]]
     ) -> None:
         self._checkpoint, self._dtype, self._deltas = checkpoint, dtype, deltas
         self._slots = {id(slot.weight): slot for slot in slots}
@@ -105,11 +110,12 @@ class OnDisk:
     def trained(self, weight: PlainWeight) -> list[WeightRows]:
         name, slot = self._name(weight), self._slots.get(id(weight.holder))
         if slot is None:
-            return [StoredRows(self._checkpoint.plain(name), self._dtype)]
+            stored = self._checkpoint.plain(name)
+            return [StoredRows(piece, self._dtype) for piece in _pieces(stored, isinstance(weight.delta, StackDelta))]
         sources = self._checkpoint.sources(name, slot, self._dtype)
         return [RepackedRows(source, slot.transposed) for source in sources]
 
-    def delta(self, weight: PlainWeight) -> Delta:
+    def delta(self, weight: PlainWeight) -> Update:
         return self._deltas[weight.name]()
 
     def integers(self, weight: PlainWeight) -> Tensor:
@@ -117,35 +123,42 @@ class OnDisk:
         return stored.rows(0, stored.shape[0] if stored.shape else 1)
 
 
-def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[], Delta]]:
+def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[], Update]]:
     """The updates that `load_adapter_` gave a model on meta, by the weights' names, each read again when asked for.
 
     The layers let go of their values, so an adapter takes no memory but for the layer at hand.
     """
     stored = tensors_in(Path(folder) / TENSOR_FILE)
 
-    def delta(layer: LoraLayer, keys: list[str]) -> Delta:
+    def delta(layer: LoraLayer, keys: list[str]) -> Update:
         lora_A, lora_B, *sizes = (stored[key].read() for key in keys)
+        if isinstance(layer.kind, StackKind):
+            experts = layer.lora_A.shape[0]
+            lora_A, lora_B = matrices_of_A(lora_A, experts), matrices_of_B(lora_B, experts)
         return layer.kind.delta(lora_A, lora_B, layer.scaling, sizes[0].float() if sizes else None)
 
-    found: dict[str, Callable[[], Delta]] = {}
-    for name, layer in lora_layers(model).items():
+    found: dict[str, Callable[[], Update]] = {}
+    layers = lora_layers(model)
+    places = places_in_files(model, stacks_among(layers))
+    for name, layer in layers.items():
         parts = ("A", "B") if layer.lora_magnitude is None else ("A", "B", "magnitude")
-        keys = [peft_key(name, layer.kind, part) for part in parts]
-        found[f"{name}.weight"] = functools.partial(delta, layer, keys)
+        keys = [peft_key(places.get(name, name), layer.kind, part) for part in parts]
+        weight = name if isinstance(layer.kind, StackKind) else f"{name}.weight"
+        found[weight] = functools.partial(delta, layer, keys)
         layer.to("meta")
     release_freed_pages()
     return found
 
 
 class _Made(Mapping[str, Delta]):
-    """Updates by name, each made or read whenever it is asked for."""
+    """Updates by name, each made or read whenever it is asked for; of single matrices."""
 
-    def __init__(self, makers: Mapping[str, Callable[[], Delta]]) -> None:
+    def __init__(self, makers: Mapping[str, Callable[[], Update]]) -> None:
         self._makers = makers
 
     def __getitem__(self, name: str) -> Delta:
-        return self._makers[name]()
+        (delta,) = self._makers[name]().matrices
+        return delta
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
@@ -199,7 +212,7 @@ class ExportPlan:
         if self.base == ORIGINAL and original is not None:
             chosen, other = original, trained if is_packed else None
         delta = None if weight.delta is None else functools.partial(origin.delta, weight)
-        low_rank = weight.delta is None or weight.delta.magnitude is None
+        low_rank = weight.delta is None or weight.delta.low_rank
         self.sources.append(Sources(weight.name, trained, original, delta, low_rank))
         write = _Writing(chosen, other, delta, weight.name, self)
         self.tensors[weight.name] = PlannedTensor(weight.shape, self.dtype, write.slices)
@@ -244,9 +257,12 @@ class ExportPlan:
 
 def _as_stored(stored: Source, trained: list[WeightRows]) -> list[WeightRows]:
     """A tensor in the files in the same pieces as what was trained: whole, or the matrices of a stack."""
-    if len(trained[0].shape) == len(stored.shape):
-        return [StoredRows(stored)]
-    return [StoredRows(stored.part(index)) for index in range(stored.shape[0])]
+    return [StoredRows(piece) for piece in _pieces(stored, len(trained[0].shape) < len(stored.shape))]
+
+
+def _pieces(stored: Source, stacked: bool) -> list[Source]:
+    """A tensor whole, or its matrices."""
+    return [stored.part(index) for index in range(stored.shape[0])] if stacked else [stored]
 
 
 def _read(stored: Source) -> Callable[[], Iterator[Tensor]]:
@@ -257,24 +273,24 @@ def _read(stored: Source) -> Callable[[], Iterator[Tensor]]:
 class _Writing:
     """How one tensor is made: the base that is written into, the other one to measure packing by, the update.
 
-    Both bases come as one piece, or as the matrices of a stack, which has no update.
+    Both bases come as one piece, or as the matrices of a stack, of which each has an update or none.
     """
 
     chosen: list[WeightRows]
     other: list[WeightRows] | None
-    delta: Callable[[], Delta] | None
+    delta: Callable[[], Update] | None
     name: str
     plan: ExportPlan
 
     @torch.no_grad()
     def slices(self) -> Iterator[Tensor]:
         figures = TensorFigures(self.name, values=0)
-        delta = None if self.delta is None else self.delta()
-        if delta is not None:
-            delta = delta.measured(lambda: whole_slices(self.chosen, delta, SLICE_BYTES))
-            figures.update = delta.squared_norm() if delta.magnitude is None else 0.0
+        update = None if self.delta is None else self.delta()
+        if update is not None:
+            update = update.measured(lambda: whole_slices(self.chosen, update, SLICE_BYTES))
+            figures.update = update.squared_norm() if update.magnitude is None else 0.0
         forms = zip(self.chosen) if self.other is None else zip(self.chosen, self.other, strict=True)
-        for start, (rows, *other) in aligned_slices(forms, delta, SLICE_BYTES):
+        for start, (rows, *other), delta in aligned_slices(forms, update, SLICE_BYTES):
             yield self._written(rows, other[0] if other else None, start, delta, figures)
         self.plan.figures.append(figures)
         self.plan.holes.check()

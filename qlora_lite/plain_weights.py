@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from qlora_lite import hub
-from qlora_lite.delta import Delta
+from qlora_lite.delta import Delta, Update
 from qlora_lite.experts import PackedStack
 from qlora_lite.lora import LoraLayer
 from qlora_lite.quantize import PackedWeight
@@ -26,7 +26,7 @@ class PlainWeight:
 
     name: str
     holder: Any
-    delta: Delta | None = None
+    delta: Update | None = None
     transposed: bool = False
     tied_to: tuple[str, ...] = ()
 
@@ -46,8 +46,12 @@ def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
 
     def visit(module: nn.Module, prefix: str) -> Iterator[PlainWeight]:
         if isinstance(module, LoraLayer):
+            delta = module.delta
+            if not isinstance(delta, Delta):  # of a stack, which the checkpoint has as a parameter of the module above
+                yield PlainWeight(prefix.removesuffix("."), module.base_layer.weight, delta)
+                return
             turned = getattr(module.base_layer, "transposed", False)
-            delta = module.delta.transposed if turned else module.delta
+            delta = delta.transposed if turned else delta
             yield PlainWeight(f"{prefix}weight", module.base_layer.weight, delta, turned)
             yield from (weight for weight in visit(module.base_layer, prefix) if weight.name != f"{prefix}weight")
             return

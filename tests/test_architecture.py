@@ -68,8 +68,8 @@ FLOORS = (
         "memory.svg",
     ),
     ("lora", "optim", "weight_rows", "conversion", "experts", "streamed", "memory.page_tables", "memory.charts"),
-    ("quantize_base", "plain_weights", "packed_files", "memory.ownership", "memory.page"),
-    ("load", "peft_config"),
+    ("quantize_base", "plain_weights", "packed_files", "adapted_experts", "memory.ownership", "memory.page"),
+    ("load", "peft_config", "stack_files"),
     ("initial",),
     ("adapters",),
     (

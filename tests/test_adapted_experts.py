@@ -1,0 +1,210 @@
+"""Adapters on stacks of experts against autograd through transformers' own modules with merged weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, export_merged, merge_lora_, quantize_base_
+from qlora_lite import save_adapter, train, unmerge_lora_
+from qlora_lite.adapted_experts import open_stacks
+from qlora_lite.adapters import adapter_parameters, adapters_disabled, lora_layers, remove_lora_
+from qlora_lite.data import TokenizedExample
+from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.experts import RoutedExperts
+from qlora_lite.export import merge_checkpoint
+from qlora_lite.load import load_quantized
+from qlora_lite.low_rank import dense
+from qlora_lite.memory.measure import MemoryProfiler
+from qlora_lite.memory.breakdown import Category
+from qlora_lite.plain_weights import plain_weights
+from qlora_lite.prediction import rehearse_steps
+from qlora_lite.tensor_files import TensorFiles
+
+TOKENS = torch.arange(14).view(2, 7)
+FAMILIES = ["MixtralConfig", "Qwen2MoeConfig", "GptOssConfig"]
+STACKS = LoraConfig(rank=3, alpha=7, target_modules=["gate_up_proj", "experts.down_proj"], rank_pattern={"down_proj": 2})
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(
+    request: pytest.FixtureRequest, small_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    model = small_model(request.param, shared_expert_intermediate_size=24)
+    for name, parameter in model.named_parameters():
+        if "experts" in name or "router" in name or "mlp.gate" in name:
+            nn.init.normal_(parameter, std=0.3)
+    target = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(target)
+    return target
+
+
+def plain(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def adapted(folder: Path, format: str, config: LoraConfig = STACKS) -> Any:
+    model: Any = load_quantized(folder, QuantConfig(format=format), dtype=torch.float32)
+    add_lora_(model, config)
+    torch.manual_seed(0)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.2)
+    return model.eval()
+
+
+def reference(model: Any, folder: Path) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """transformers' model of the unpacked base, A and B as leaves, and the merged weights that they make."""
+    theirs = plain(folder)
+    theirs.load_state_dict({weight.name: dense(weight.holder, torch.float32) for weight in plain_weights(model)})
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in adapter_parameters(model).items()}
+    merged = {}
+    for name, layer in lora_layers(model).items():
+        delta = layer.scaling * leaves[f"{name}.lora_B"] @ leaves[f"{name}.lora_A"]
+        weight = theirs.get_parameter(name)
+        merged[name] = weight.detach() + (delta if weight.shape == delta.shape else delta.mT)
+    return theirs, leaves, merged
+
+
+@pytest.mark.parametrize("format", ["none", "nf4", "int8"])
+def test_outputs_and_gradients_are_those_of_autograd_with_merged_weights(folder: Path, format: str) -> None:
+    ours = adapted(folder, format)
+    theirs, leaves, merged = reference(ours, folder)
+    routers = [n for n, p in theirs.named_parameters() if p.shape[0] == 4 and ("gate" in n or "router" in n) and p.dim() == 2]
+    beside = [*routers, "model.embed_tokens.weight"]
+    assert len(routers) == 2
+    for model in (ours, theirs):
+        model.requires_grad_(False)
+        for name in beside:
+            model.get_parameter(name).requires_grad_()
+    for parameter in adapter_parameters(ours).values():
+        parameter.requires_grad_()
+    ours(TOKENS, labels=TOKENS).loss.backward()
+    loss = torch.func.functional_call(theirs, merged, (TOKENS,), {"labels": TOKENS}).loss
+    loss.backward()
+    assert len(leaves) == 8 and leaves.keys() == adapter_parameters(ours).keys()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(adapter_parameters(ours)[name].grad, leaf.grad, rtol=1e-3, atol=1e-6, msg=name)
+    for name in beside:
+        mine, other = ours.get_parameter(name).grad, theirs.get_parameter(name).grad
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-6, msg=name)
+    with torch.no_grad():
+        expected = torch.func.functional_call(theirs, merged, (TOKENS,)).logits
+        assert not torch.allclose(expected, theirs(TOKENS).logits, atol=1e-2)
+        torch.testing.assert_close(ours(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_without_tokens_has_gradient_zero_and_no_update_is_ever_whole(folder: Path) -> None:
+    routed = next(module for module in adapted(folder, "none").modules() if isinstance(module, RoutedExperts))
+    kept: list[Tensor] = []
+    stack = min(layer.weight.numel() for layer in lora_layers(routed).values())
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        chosen = torch.tensor([[0, 1], [3, 0], [1, 3]])
+        routed(torch.randn(3, 32), chosen, torch.rand(3, 2)).sum().backward()
+    assert all(tensor.numel() < stack for tensor in kept)
+    for name, parameter in adapter_parameters(routed).items():
+        assert parameter.grad is not None and [bool(part.any()) for part in parameter.grad] == [True, True, False, True]
+        assert name.rpartition(".")[2] in ("lora_A", "lora_B")
+
+
+@pytest.mark.parametrize("format", ["none", "fp4"])
+def test_every_verb_knows_adapted_stacks(folder: Path, format: str) -> None:
+    base: Any = load_quantized(folder, QuantConfig(format=format), dtype=torch.float32)
+    state, logits = copy.deepcopy(base.state_dict()), base(TOKENS).logits
+    model = adapted(folder, format)
+    layers = lora_layers(model)
+    names = [f"model.layers.{n}.mlp.experts.{stack}" for n in (0, 1) for stack in ("gate_up_proj", "down_proj")]
+    assert sorted(layers) == sorted(names) and [layers[name].rank for name in names] == [3, 2, 3, 2]
+    trained = model(TOKENS).logits
+    assert not torch.allclose(trained, logits, atol=1e-2)
+    with adapters_disabled(model):
+        torch.testing.assert_close(model(TOKENS).logits, logits, rtol=1e-4, atol=1e-5)
+    merge_lora_(model)
+    assert all(layer.merged for layer in layers.values())
+    torch.testing.assert_close(model(TOKENS).logits, trained, rtol=1e-4, atol=1e-5)
+    with adapters_disabled(model):
+        torch.testing.assert_close(model(TOKENS).logits, logits, rtol=1e-4, atol=1e-5)
+    unmerge_lora_(model)
+    assert torch.equal(model(TOKENS).logits, trained)
+    torch.testing.assert_close(copy.deepcopy(model)(TOKENS).logits, trained)
+    assert sorted(remove_lora_(model)) == sorted(names)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert any(isinstance(module, RoutedExperts) for module in model.modules()) == (format == "fp4")
+    torch.testing.assert_close(model(TOKENS).logits, logits)
+
+
+def test_targets_and_what_stacks_cannot_have(small_model: Callable[..., Any]) -> None:
+    model = small_model("Qwen2MoeConfig", shared_expert_intermediate_size=24)
+    before = list(model.state_dict())
+    for wrong, message in (
+        ({"dropout": 0.1}, "neither dropout nor DoRA; got dropout 0.1"),
+        ({"variant": "dora"}, "variant 'dora' for model.layers.0.mlp.experts.down_proj"),
+        ({"init": "pissa"}, "init 'pissa' is for linear layers; .* is a stack"),
+    ):
+        with pytest.raises((ConfigError, TargetError), match=message):
+            add_lora_(model, LoraConfig(target_modules=["experts.down_proj"], **wrong))
+    assert list(model.state_dict()) == before and len(open_stacks(model)) == 4
+    one = "model.layers.1.mlp.experts.gate_up_proj"
+    assert add_lora_(model, LoraConfig(target_modules=r".*\.1\.mlp\.experts\.gate.*", init="kaiming")) == [one]
+    bound = lora_layers(model)[one].lora_A.abs().amax((1, 2))
+    assert ((bound > 0.9 / 32**0.5) & (bound <= 1 / 32**0.5)).all()
+    assert sorted(open_stacks(model)) == sorted(
+        ["model.layers.1.mlp.experts.down_proj"] + [f"model.layers.0.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")]
+    )
+    # The other stack of that module can still be packed.
+    assert "model.layers.1.mlp.experts" in quantize_base_(model, QuantConfig(skip_modules=("base_layer", "lm_head", one)))
+
+
+@pytest.mark.parametrize("format", ["none", "nf4"])
+def test_it_trains_as_it_was_rehearsed(folder: Path, format: str) -> None:
+    config = TrainConfig(steps=3, learning_rate=1e-2, lora_plus_ratio=2.0)
+    model = adapted(folder, format)
+    start = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+    frozen = {n: b.clone() for n, b in model.state_dict().items() if "lora_" not in n}
+    profiler = MemoryProfiler()
+    batch = {"input_ids": TOKENS, "labels": TOKENS}
+    result = train(model, [batch], config, profiler=profiler, progress=False)
+    assert result.losses[-1] < result.losses[0]
+    assert all(not torch.equal(parameter, start[name]) for name, parameter in adapter_parameters(model).items())
+    assert all(torch.equal(value, frozen[name]) for name, value in model.state_dict().items() if name in frozen)
+    size = sum(parameter.numel() * 4 for parameter in start.values())
+    found = rehearse_steps(folder, QuantConfig(format=format), STACKS, config, rows=2, tokens=7, dtype=torch.float32)
+    for report in (profiler.report(), found):
+        assert report.phases["optimizer"].at_peak.by_category()[Category.ADAPTER] == size
+
+
+def written(folder: Path) -> dict[str, Tensor]:
+    return dict(TensorFiles(folder).items())
+
+
+@pytest.mark.parametrize("format", ["none", "nf4"])
+def test_exports_hold_the_merged_stacks(folder: Path, tmp_path: Path, format: str) -> None:
+    config = LoraConfig(rank=3, alpha=7, target_modules=["q_proj", "gate_up_proj", "experts.down_proj"])
+    model = adapted(folder, format, config)
+    examples = [TokenizedExample(list(range(12)), list(range(12)))]
+    live = export_merged(model, tmp_path / "live", torch.float32, verify=examples)
+    save_adapter(model, tmp_path / "adapter")
+    options: dict[str, Any] = {"dtype": torch.float32, "load_dtype": torch.float32, "verify": examples}
+    quant = QuantConfig(format=format)
+    disk = merge_checkpoint(folder, tmp_path / "adapter", tmp_path / "disk", quant, **options)
+    assert live.report.to_json() == disk.report.to_json()
+    one, other = written(tmp_path / "live"), written(tmp_path / "disk")
+    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    for name, layer in lora_layers(model).items():
+        if "experts" in name:
+            assert torch.equal(one[name], layer.effective_weight(torch.float32))
+            figures = next(figures for figures in live.report.tensors if figures.name == name)
+            assert figures.update == pytest.approx(float(layer.delta_weight().square().sum()), rel=1e-4)
+            assert figures.values == one[name].numel()
+    torch.testing.assert_close(plain(tmp_path / "live")(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    for exported in (live, disk):
+        assert exported.verification is not None
+        assert exported.verification.merged["dequantized"].kl_mean < 1e-6
