@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, export_merged, merge_lora_, quantize_base_
-from qlora_lite import save_adapter, train, unmerge_lora_
+from qlora_lite import (
+    LoraConfig,
+    QuantConfig,
+    TrainConfig,
+    add_lora_,
+    export_merged,
+    merge_lora_,
+    quantize_base_,
+    save_adapter,
+    train,
+    unmerge_lora_,
+)
 from qlora_lite.adapted_experts import open_stacks
 from qlora_lite.adapters import adapter_parameters, adapters_disabled, lora_layers, remove_lora_
 from qlora_lite.data import TokenizedExample
@@ -21,28 +32,33 @@ from qlora_lite.experts import RoutedExperts
 from qlora_lite.export import merge_checkpoint
 from qlora_lite.load import load_quantized
 from qlora_lite.low_rank import dense
-from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.breakdown import Category
+from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.plain_weights import plain_weights
 from qlora_lite.prediction import rehearse_steps
 from qlora_lite.tensor_files import TensorFiles
 
 TOKENS = torch.arange(14).view(2, 7)
-FAMILIES = ["MixtralConfig", "Qwen2MoeConfig", "GptOssConfig"]
-STACKS = LoraConfig(rank=3, alpha=7, target_modules=["gate_up_proj", "experts.down_proj"], rank_pattern={"down_proj": 2})
+# Of each kind of stack and of base: with a shared expert beside it, transposed and with biases.
+CASES = [("MixtralConfig", "nf4"), ("Qwen2MoeConfig", "none"), ("GptOssConfig", "none"), ("GptOssConfig", "int8")]
+STACKS = LoraConfig(
+    rank=3, alpha=7, target_modules=["gate_up_proj", "experts.down_proj"], rank_pattern={"down_proj": 2}
+)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def folder(
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(
     request: pytest.FixtureRequest, small_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    model = small_model(request.param, shared_expert_intermediate_size=24)
+) -> tuple[Path, str]:
+    """A checkpoint, and the format that its base is loaded in."""
+    family, format = request.param
+    model = small_model(family, shared_expert_intermediate_size=24)
     for name, parameter in model.named_parameters():
         if "experts" in name or "router" in name or "mlp.gate" in name:
             nn.init.normal_(parameter, std=0.3)
-    target = tmp_path_factory.mktemp(request.param)
+    target = tmp_path_factory.mktemp(family)
     model.save_pretrained(target)
-    return target
+    return target, format
 
 
 def plain(folder: Path) -> Any:
@@ -73,11 +89,11 @@ def reference(model: Any, folder: Path) -> tuple[Any, dict[str, Tensor], dict[st
     return theirs, leaves, merged
 
 
-@pytest.mark.parametrize("format", ["none", "nf4", "int8"])
-def test_outputs_and_gradients_are_those_of_autograd_with_merged_weights(folder: Path, format: str) -> None:
+def test_outputs_and_gradients_are_those_of_autograd_with_merged_weights(case: tuple[Path, str]) -> None:
+    folder, format = case
     ours = adapted(folder, format)
     theirs, leaves, merged = reference(ours, folder)
-    routers = [n for n, p in theirs.named_parameters() if p.shape[0] == 4 and ("gate" in n or "router" in n) and p.dim() == 2]
+    routers = [n for n, p in theirs.named_parameters() if n.endswith(("mlp.gate.weight", "router.weight"))]
     beside = [*routers, "model.embed_tokens.weight"]
     assert len(routers) == 2
     for model in (ours, theirs):
@@ -101,10 +117,10 @@ def test_outputs_and_gradients_are_those_of_autograd_with_merged_weights(folder:
         torch.testing.assert_close(ours(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_expert_without_tokens_has_gradient_zero_and_no_update_is_ever_whole(folder: Path) -> None:
-    routed = next(module for module in adapted(folder, "none").modules() if isinstance(module, RoutedExperts))
+def test_an_expert_without_tokens_has_gradient_zero_and_no_update_is_ever_whole(case: tuple[Path, str]) -> None:
+    routed = next(module for module in adapted(*case).modules() if isinstance(module, RoutedExperts))
     kept: list[Tensor] = []
-    stack = min(layer.weight.numel() for layer in lora_layers(routed).values())
+    stack = min(math.prod(layer.weight.shape) for layer in lora_layers(routed).values())
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         chosen = torch.tensor([[0, 1], [3, 0], [1, 3]])
         routed(torch.randn(3, 32), chosen, torch.rand(3, 2)).sum().backward()
@@ -114,8 +130,8 @@ def test_an_expert_without_tokens_has_gradient_zero_and_no_update_is_ever_whole(
         assert name.rpartition(".")[2] in ("lora_A", "lora_B")
 
 
-@pytest.mark.parametrize("format", ["none", "fp4"])
-def test_every_verb_knows_adapted_stacks(folder: Path, format: str) -> None:
+def test_every_verb_knows_adapted_stacks(case: tuple[Path, str]) -> None:
+    folder, format = case
     base: Any = load_quantized(folder, QuantConfig(format=format), dtype=torch.float32)
     state, logits = copy.deepcopy(base.state_dict()), base(TOKENS).logits
     model = adapted(folder, format)
@@ -137,7 +153,7 @@ def test_every_verb_knows_adapted_stacks(folder: Path, format: str) -> None:
     assert sorted(remove_lora_(model)) == sorted(names)
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert any(isinstance(module, RoutedExperts) for module in model.modules()) == (format == "fp4")
+    assert any(isinstance(module, RoutedExperts) for module in model.modules()) == (format != "none")
     torch.testing.assert_close(model(TOKENS).logits, logits)
 
 
@@ -157,36 +173,45 @@ def test_targets_and_what_stacks_cannot_have(small_model: Callable[..., Any]) ->
     bound = lora_layers(model)[one].lora_A.abs().amax((1, 2))
     assert ((bound > 0.9 / 32**0.5) & (bound <= 1 / 32**0.5)).all()
     assert sorted(open_stacks(model)) == sorted(
-        ["model.layers.1.mlp.experts.down_proj"] + [f"model.layers.0.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")]
+        ["model.layers.1.mlp.experts.down_proj"]
+        + [f"model.layers.0.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")]
     )
     # The other stack of that module can still be packed.
-    assert "model.layers.1.mlp.experts" in quantize_base_(model, QuantConfig(skip_modules=("base_layer", "lm_head", one)))
+    left = ("base_layer", "lm_head")
+    assert "model.layers.1.mlp.experts" in quantize_base_(model, QuantConfig(skip_modules=left))
 
 
-@pytest.mark.parametrize("format", ["none", "nf4"])
-def test_it_trains_as_it_was_rehearsed(folder: Path, format: str) -> None:
+def test_it_trains_as_it_was_rehearsed(case: tuple[Path, str]) -> None:
+    folder, format = case
     config = TrainConfig(steps=3, learning_rate=1e-2, lora_plus_ratio=2.0)
     model = adapted(folder, format)
     start = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
     frozen = {n: b.clone() for n, b in model.state_dict().items() if "lora_" not in n}
     profiler = MemoryProfiler()
     batch = {"input_ids": TOKENS, "labels": TOKENS}
-    result = train(model, [batch], config, profiler=profiler, progress=False)
+    with profiler:
+        result = train(model, [batch], config, profiler=profiler, progress=False)
     assert result.losses[-1] < result.losses[0]
     assert all(not torch.equal(parameter, start[name]) for name, parameter in adapter_parameters(model).items())
     assert all(torch.equal(value, frozen[name]) for name, value in model.state_dict().items() if name in frozen)
     size = sum(parameter.numel() * 4 for parameter in start.values())
     found = rehearse_steps(folder, QuantConfig(format=format), STACKS, config, rows=2, tokens=7, dtype=torch.float32)
+    peaks: list[Any] = []
     for report in (profiler.report(), found):
-        assert report.phases["optimizer"].at_peak.by_category()[Category.ADAPTER] == size
+        phase = report.phase("optimizer")
+        assert phase is not None and phase.breakdown is not None
+        assert sum(held for (kind, _), held in phase.breakdown.items() if kind is Category.ADAPTER) == size
+        peaks.append(report.phase("backward").live_peak)
+    if format != "none":  # where tokens are many, each expert gets another share than in a rehearsal
+        assert peaks[0] == pytest.approx(peaks[1], rel=0.1)
 
 
 def written(folder: Path) -> dict[str, Tensor]:
     return dict(TensorFiles(folder).items())
 
 
-@pytest.mark.parametrize("format", ["none", "nf4"])
-def test_exports_hold_the_merged_stacks(folder: Path, tmp_path: Path, format: str) -> None:
+def test_exports_hold_the_merged_stacks(case: tuple[Path, str], tmp_path: Path) -> None:
+    folder, format = case
     config = LoraConfig(rank=3, alpha=7, target_modules=["q_proj", "gate_up_proj", "experts.down_proj"])
     model = adapted(folder, format, config)
     examples = [TokenizedExample(list(range(12)), list(range(12)))]
@@ -195,16 +220,17 @@ def test_exports_hold_the_merged_stacks(folder: Path, tmp_path: Path, format: st
     options: dict[str, Any] = {"dtype": torch.float32, "load_dtype": torch.float32, "verify": examples}
     quant = QuantConfig(format=format)
     disk = merge_checkpoint(folder, tmp_path / "adapter", tmp_path / "disk", quant, **options)
-    assert live.report.to_json() == disk.report.to_json()
+    figures = [{each.name: each for each in exported.report.tensors} for exported in (live, disk)]
+    assert figures[0] == figures[1]
     one, other = written(tmp_path / "live"), written(tmp_path / "disk")
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     for name, layer in lora_layers(model).items():
         if "experts" in name:
             assert torch.equal(one[name], layer.effective_weight(torch.float32))
-            figures = next(figures for figures in live.report.tensors if figures.name == name)
-            assert figures.update == pytest.approx(float(layer.delta_weight().square().sum()), rel=1e-4)
-            assert figures.values == one[name].numel()
+            assert figures[0][name].update == pytest.approx(float(layer.delta_weight().square().sum()), rel=1e-4)
+            assert figures[0][name].values == one[name].numel()
     torch.testing.assert_close(plain(tmp_path / "live")(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-5)
     for exported in (live, disk):
         assert exported.verification is not None
-        assert exported.verification.merged["dequantized"].kl_mean < 1e-6
+        agreement = exported.verification.merged["dequantized"]
+        assert agreement is not None and agreement.mean_kl < 1e-6
