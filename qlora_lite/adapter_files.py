@@ -176,11 +176,11 @@ def _pairs(tensors: dict[str, Tensor], path: Path) -> Pairs:
 def _mismatches(
     model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Collection[str], places: Mapping[str, str]
 ) -> list[str]:
-    modules: dict[str, Any] = dict(model.named_modules()) | open_stacks(model)
+    modules = dict(model.named_modules()) | open_stacks(model)
     problems = []
     for name, pair in pairs.items():
         module = modules.get(name)
-        base = module.base_layer if isinstance(module, LoraLayer) else module
+        base: Any = module.base_layer if isinstance(module, LoraLayer) else module
         kind = kind_of(base) if base is not None else None
         if kind is None:
             problems.append(f"{name} is no layer of this model that can be adapted")

@@ -158,9 +158,11 @@ class QuantConfig:
 class LoraConfig:
     """Which layers get an adapter, and of what size and scale (see LoraLayer).
 
-    target_modules: `"all-linear"` (every linear layer but the output head); another string is a regular expression
+    target_modules: `"all-linear"` (every linear layer but the output head, and no stack of experts; peft takes the
+        stacks and the router in with some families, under another rank); another string is a regular expression
         that must match a layer's whole name; a list names layers by their whole name or its last parts;
-        a function `(name, module) -> bool` decides itself.
+        a function `(name, module) -> bool` decides itself. A stack of experts' matrices is a layer of its own name,
+        `model.layers.0.mlp.experts.gate_up_proj`: peft's target_parameters. It has neither dropout nor DoRA.
     adapter_dtype: what A and B are stored and updated in; activations keep the dtype of the layer's input.
     rslora: scale by alpha / sqrt(rank) in place of alpha / rank, so that a high rank learns as fast as a low one.
     rank_pattern, alpha_pattern: {pattern: number} for layers that get another rank or alpha than the others, as in

@@ -181,6 +181,10 @@ def test_targets_and_what_stacks_cannot_have(small_model: Callable[..., Any]) ->
     assert "model.layers.1.mlp.experts" in quantize_base_(model, QuantConfig(skip_modules=left))
 
 
+def held(phase: Any, category: Category) -> int:
+    return sum(bytes_there for (kind, _), bytes_there in phase.breakdown.items() if kind is category)
+
+
 def test_it_trains_as_it_was_rehearsed(case: tuple[Path, str]) -> None:
     folder, format = case
     config = TrainConfig(steps=3, learning_rate=1e-2, lora_plus_ratio=2.0)
@@ -200,10 +204,12 @@ def test_it_trains_as_it_was_rehearsed(case: tuple[Path, str]) -> None:
     for report in (profiler.report(), found):
         phase = report.phase("optimizer")
         assert phase is not None and phase.breakdown is not None
-        assert sum(held for (kind, _), held in phase.breakdown.items() if kind is Category.ADAPTER) == size
-        peaks.append(report.phase("backward").live_peak)
-    if format != "none":  # where tokens are many, each expert gets another share than in a rehearsal
-        assert peaks[0] == pytest.approx(peaks[1], rel=0.1)
+        assert held(phase, Category.ADAPTER) == size
+        backward = report.phase("backward")
+        # Beside the model's, the rehearsal has the tables that packing makes once.
+        peaks.append(backward.live_peak - held(backward, Category.OTHER))
+    # In a rehearsal each expert gets the same share of the tokens.
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.05)
 
 
 def written(folder: Path) -> dict[str, Tensor]:
