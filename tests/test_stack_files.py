@@ -38,8 +38,11 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("targets", TARGETS, ids=["both", "uneven"])
-@pytest.mark.parametrize("family", ["MixtralConfig", "Qwen2MoeConfig", "GptOssConfig"])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("Qwen3MoeConfig", TARGETS[0]), ("Qwen2MoeConfig", TARGETS[0]), ("GptOssConfig", TARGETS[1])],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_peft_reads_what_is_written_here_and_the_other_way_round(
     small_model: Callable[..., Any], tmp_path: Path, family: str, targets: dict[str, Any]
 ) -> None:
@@ -75,12 +78,9 @@ def test_peft_reads_what_is_written_here_and_the_other_way_round(
     assert relative(packed(TOKENS).logits, again(TOKENS).logits) < 0.05
 
 
-def test_peft_initializes_and_trains_one_that_is_read_here(small_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_one_that_peft_made_is_read_here(small_model: Callable[..., Any], tmp_path: Path) -> None:
     import peft
 
-    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    theirs = peft.get_peft_model(make(small_model, "GptOssConfig"), config)
-    assert theirs.peft_config["default"].target_parameters is None
     config = peft.LoraConfig(
         r=2, target_modules=[], target_parameters=["experts.down_proj"], init_lora_weights=False, use_rslora=True
     )
