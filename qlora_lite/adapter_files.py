@@ -1,12 +1,12 @@
 """Adapters on disk, as peft writes and reads them: `adapter_model.safetensors` and `adapter_config.json`.
 
-The shapes in them are ours, but those of convolutions are kernels'. With groups peft has an A of another meaning
-(conv_kind.py): neither loads the other's, and both say so.
+The shapes in them are ours, but those of convolutions are kernels' and those of stacks are flat (stack_files.py). With
+groups peft has an A of another meaning (conv_kind.py): neither loads the other's, and both say so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import hub
+from qlora_lite.adapted_experts import check_stack_options, hold_stacks_, open_stacks, stacks_among
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
 from qlora_lite.beside_files import StoredBeside, beside_config, beside_keys
 from qlora_lite.config import LoraConfig
@@ -37,6 +38,7 @@ from qlora_lite.peft_files import (
 )
 from qlora_lite.peft_options import NUMBERS, refused_options
 from qlora_lite.peft_targets import target_problems
+from qlora_lite.stack_files import flat_A, flat_B, places_in_files, stack_pairs, targeted_stacks
 from qlora_lite.storage import PlannedTensor, new_folder, planned, write_json, write_safetensors
 from qlora_lite.token_rows import WithTokenRows
 
@@ -78,13 +80,15 @@ def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrit
             "the model itself is the adapted layer, which peft's files cannot name; put it into a container"
         )
     tensors: dict[str, PlannedTensor] = {}
+    places = places_in_files(model, stacks_among(layers))
     for name, layer in layers.items():
         shapes = layer.kind.file_shapes(layer.base_layer, layer.plain_rank)
         parts = zip(("A", "B", "magnitude"), (*layer.factors, layer.lora_magnitude), strict=True)
         for part, tensor in parts:
             if tensor is not None:
-                shaped = tensor.detach().view(shapes[f"lora_{part}"])
-                tensors[peft_key(name, layer.kind, part)] = planned(shaped)
+                flat = {"A": flat_A, "B": flat_B}[part] if name in places else None
+                shaped = tensor.detach().view(shapes[f"lora_{part}"]) if flat is None else flat(tensor.detach())
+                tensors[peft_key(places.get(name, name), layer.kind, part)] = planned(shaped)
     config = {"bias": "none"} | peft_config(model, layers)
     if in_use:  # what is trained beside it is its own
         tensors |= {key: planned(values.detach()) for key, _, values in beside_keys(model)}
@@ -141,17 +145,20 @@ def _pairs(tensors: dict[str, Tensor], path: Path) -> Pairs:
     return pairs
 
 
-def _mismatches(model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Collection[str]) -> list[str]:
-    modules = dict(model.named_modules())
+def _mismatches(
+    model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Collection[str], places: Mapping[str, str]
+) -> list[str]:
+    modules = dict(model.named_modules()) | open_stacks(model)
     problems = []
     for name, pair in pairs.items():
         module = modules.get(name)
-        base = module.base_layer if isinstance(module, LoraLayer) else module
+        base: Any = module.base_layer if isinstance(module, LoraLayer) else module
         kind = kind_of(base) if base is not None else None
         if kind is None:
             problems.append(f"{name} is no layer of this model that can be adapted")
             continue
-        if lost := [key for part in "AB" if (key := peft_key(name, kind, part)) not in keys]:
+        place = places.get(name, name)
+        if lost := [key for part in "AB" if (key := peft_key(place, kind, part)) not in keys]:
             problems.append(f"{name} is another kind of layer here: {' and '.join(lost)} should be in the file")
             continue
         if ("lora_magnitude" in pair) != (numbers.variant == "dora"):
@@ -226,16 +233,22 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
     numbers = lora_numbers(config, folder / CONFIG_FILE)
     tensors = {key: stored.read() for key, stored in adapter_tensors(folder).items()}
     beside = StoredBeside.taken(model, tensors, config, _adapted_names(tensors))
-    pairs = _pairs(tensors, folder / TENSOR_FILE)
+    places = places_in_files(model, targeted_stacks(model, config.get("target_parameters"), folder / CONFIG_FILE))
+    pairs = stack_pairs(model, _pairs(tensors, folder / TENSOR_FILE), places)
     modules = dict(model.named_modules())
     problems = [
         *beside.problems,
-        *_mismatches(model, pairs, numbers, tensors.keys()),
+        *_mismatches(model, pairs, numbers, tensors.keys(), places),
         *_other_bases(model, tensors),
         *numbers.idle_patterns(pairs),
         *read_kernels(model, [name for name in pairs if name in modules]),
     ]
-    problems += target_problems(model, pairs, config)
+    problems += target_problems(model, pairs.keys() - places.keys(), config)
+    problems += [f"{name} is targeted and has nothing in the file" for name in places if name not in pairs]
+    try:
+        check_stack_options(places, numbers.dropout, numbers.variant)
+    except ConfigError as error:
+        problems.append(str(error))
     if config.get("ensure_weight_tying"):
         problems += _apart(model, pairs)
     present = set(lora_layers(model))
@@ -251,6 +264,8 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
             return None
         return adapted(name, base, numbers, pairs[name]["lora_A"].dtype)
 
+    if not present:
+        hold_stacks_(model, places)
     replace_modules_(model, make)
     layers = lora_layers(model)
     for name, layer in layers.items():

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from qlora_lite.adapted_experts import check_stack_options, hold_stacks_, open_stacks, plain_again_, stacks_among
 from qlora_lite.beside import WRAPPERS, Beside, beside_parameters, left_of
 from qlora_lite.config import LoraConfig
 from qlora_lite.errors import TargetError
@@ -72,9 +73,11 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
         raise TargetError(f"{len(there)} layers have adapters already; remove_lora_ drops them")
     chosen = left_of(set(select_targets(model, config)), model, config)
     # A layer that has several names is adapted under its first.
-    targets = {name: module for name, module in model.named_modules() if name in chosen}
+    everything = dict(model.named_modules()) | open_stacks(model)
+    targets = {name: module for name, module in everything.items() if name in chosen}
     if idle := config.idle_patterns(targets):
         raise TargetError("; ".join(idle))
+    check_stack_options(stacks_among(targets), config.dropout, config.variant)
     check_start(targets, config)
     beside = Beside.of(model, config, set(targets))
     originals = originals_of(model, targets, config.init)
@@ -84,6 +87,7 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
             return beside.wrapped(name, layer)
         return adapted(name, layer, config, config.adapter_dtype)
 
+    hold_stacks_(model, targets)
     added = [path for path in replace_modules_(model, make) if path in chosen]
     beside.train_biases_(lora_layers(model))
     for path, layer in lora_layers(model).items():
@@ -99,7 +103,9 @@ def remove_lora_(model: nn.Module) -> list[str]:
     A and B of every adapter are dropped (`named_adapters.delete_adapter_` drops one of several).
     """
     unpark_(model, *parked(model))
-    return bare_(model)
+    removed = bare_(model)
+    plain_again_(model)
+    return removed
 
 
 def bare_(model: nn.Module) -> list[str]:

@@ -167,9 +167,12 @@ class QuantConfig:
 class LoraConfig:
     """Which layers get an adapter, and of what size and scale (see LoraLayer).
 
-    target_modules: `"all-linear"` (every linear layer but the output head); another string is a regular expression
+    target_modules: `"all-linear"` (every linear layer but the output head, and no stack of experts; peft takes the
+        stacks and the router in with some families, under another rank); another string is a regular expression
         that must match a layer's whole name; a list names layers by their whole name or its last parts;
-        these may mean convolutions too; a function `(name, module) -> bool` decides itself.
+        these may mean convolutions too; a function `(name, module) -> bool` decides itself. A stack of experts'
+        matrices is a layer of its own name, `model.layers.0.mlp.experts.gate_up_proj`: peft's target_parameters. It
+        has neither dropout nor DoRA.
     exclude_modules: which of those are left out, said in the same ways but `"all-linear"`.
     layers: numbers of the repeated blocks that get adapters: the first number in a layer's name, 7 in
         `model.layers.7.mlp.up_proj`. Layers outside of the blocks then get none. A number or an exclusion that

@@ -85,10 +85,10 @@ def read_kernels(model: nn.Module, names: Iterable[str]) -> list[str]:
     What an adapter adds would be missing there. Told from the code of the parent's class, where it says
     `self.<name>.weight`.
     """
-    problems = []
+    problems, modules = [], dict(model.named_modules(remove_duplicate=False))
     for name in names:
         above, _, child = name.rpartition(".")
-        if not isinstance(model.get_submodule(name), _ConvNd):
+        if not isinstance(modules.get(name), _ConvNd):
             continue
         parent = type(model.get_submodule(above))
         if (method := _reader(parent, child)) is not None:

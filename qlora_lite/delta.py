@@ -2,6 +2,8 @@
 
 LoRA    W0 + scaling * B A
 DoRA    m * (W0 + scaling * B A) / ||W0 + scaling * B A||      norms of the rows of `(out, in)`, m: magnitudes
+
+A stack of matrices has an update for each of them.
 """
 
 from __future__ import annotations
@@ -38,13 +40,18 @@ class Delta:
     TILE_ROWS = 64
 
     @property
-    def low_rank(self) -> bool:
-        """Whether it is added, and can be applied apart from W0."""
-        return self.magnitude is None
+    def shape(self) -> tuple[int, ...]:
+        return self.left.shape[0], self.right.shape[1]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.left.shape[0], self.right.shape[1]
+    def matrices(self) -> tuple[Delta, ...]:
+        """The update of each matrix of the weight, which is one."""
+        return (self,)
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it can be applied to an input apart from the weight, as a product with left and right."""
+        return self.magnitude is None
 
     @property
     def transposed(self) -> Delta:
@@ -115,6 +122,11 @@ class Replaced:
 
     low_rank = False
 
+    @property
+    def matrices(self) -> tuple[Replaced, ...]:
+        """Itself, for a weight that is one matrix, or taken as one."""
+        return (self,)
+
     def add_to_(self, rows: Tensor, first: int) -> Tensor:
         """Puts what was trained into these rows of W0 (fp32), from `first` on."""
         if self.indices is None:
@@ -130,7 +142,37 @@ class Replaced:
         return self
 
 
-Update = Delta | Replaced
+@dataclass(frozen=True)
+class StackDelta:
+    """The updates of the matrices of a stack, `(matrices, rows, columns)`; none of them has magnitudes."""
+
+    matrices: tuple[Delta, ...]
+
+    magnitude = None
+    low_rank = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.matrices), *self.matrices[0].shape)
+
+    def add_to_(self, stack: Tensor, first: int) -> Tensor:
+        """Adds them to the matrices (fp32) from `first` on."""
+        for matrix, delta in zip(stack, self.matrices[first : first + len(stack)], strict=True):
+            delta.add_to_(matrix, 0)
+        return stack
+
+    def measured(self, pieces: Callable[[], Pieces]) -> StackDelta:
+        """Itself: without magnitudes nothing is measured."""
+        return self
+
+    def squared_norm(self) -> float:
+        """The sum of squares of all updates."""
+        return sum(delta.squared_norm() for delta in self.matrices)
+
+
+# What A and B make of a weight, and all that can become of one.
+Added = Delta | StackDelta
+Update = Added | Replaced
 
 
 def _not_zero(norms: Tensor) -> Tensor:

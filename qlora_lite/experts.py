@@ -1,20 +1,22 @@
-"""Mixture of experts with packed experts: transformers' stacks of matrices (experts, out, in), each matrix by itself.
+"""Mixture of experts, expert by expert: transformers' stacks of matrices (experts, out, in), each matrix by itself.
 
-An experts module of transformers holds the matrices of all experts in two 3-D parameters. Here each matrix is packed
-by itself, to the codes that it has as a layer of its own, and the forward pass goes from expert to expert: it unpacks
-the matrices of one, multiplies the tokens that were sent to it, and lets them go; backward does the same again.
+An experts module of transformers holds the matrices of all experts in two 3-D parameters. Here each matrix may be
+packed by itself, to the codes that it has as a layer of its own, or have a low-rank term of its own; the forward pass
+goes from expert to expert: it unpacks the matrices of one, multiplies the tokens that were sent to it, and lets them
+go; backward does the same again. Neither the plain stack nor the updates of all experts are ever made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qlora_lite.low_rank import adapted_linear
+from qlora_lite.low_rank import Packed, adapted_linear
 from qlora_lite.quantize import PackedWeight
 
 DOWN = "down_proj"
@@ -30,6 +32,17 @@ class PackedStack(nn.Module):
         super().__init__()
         self.matrices = nn.ModuleList(matrices)
         self.transposed = transposed
+        # What the module that holds it unpacks it to; None: what its input says.
+        self.compute_dtype: torch.dtype | None = None
+
+    @property
+    def weight(self) -> PackedStack:
+        """Itself: what a layer around it finds as the weight of its base."""
+        return self
+
+    @property
+    def experts(self) -> int:
+        return len(self.matrices)
 
     def __getitem__(self, expert: int) -> PackedWeight:
         matrix = self.matrices[expert]
@@ -63,12 +76,52 @@ class PackedStack(nn.Module):
         return plain.transpose(1, 2).contiguous() if self.transposed else plain
 
 
-class QuantizedExperts(nn.Module):
-    """y_t = sum over the experts e of token t of p_te * down_e(gate(up_e(x_t))), the matrices packed and frozen.
+class DenseStack(nn.Module):
+    """A frozen stack of plain matrices, as a module that an adapter can be put around.
+
+    weight: `(experts, out, in)`, or `(experts, in, out)` if `transposed`.
+    """
+
+    def __init__(self, weight: nn.Parameter, transposed: bool = False) -> None:
+        super().__init__()
+        self.weight = weight
+        self.transposed = transposed
+
+    @property
+    def experts(self) -> int:
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class ExpertMap:
+    """What one expert's matrix computes now: y = W x + bias + scaling * B A x, the low-rank term if there is one."""
+
+    weight: Tensor | Packed
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    scaling: float
+    compute_dtype: torch.dtype | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return adapted_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            scaling=self.scaling,
+            compute_dtype=self.compute_dtype,
+        )
+
+
+class RoutedExperts(nn.Module):
+    """y_t = sum over the experts e of token t of p_te * down_e(gate(up_e(x_t))), the matrices frozen.
 
     x `(tokens, hidden)`, experts of each token `(tokens, k)`, their weights p `(tokens, k)` -> y `(tokens, hidden)`.
-    Made of an experts module of transformers, whose parameters and gate it takes over; `hold_` gives it its packed
-    stacks. An expert number that there is none for (a token sent nowhere) adds nothing. Gradients flow to x and p.
+    Made of an experts module of transformers, whose parameters and gate it takes over; `hold_` gives it stacks that are
+    packed, or have adapters around them. An expert number that there is none for (a token sent nowhere) adds nothing.
+    Gradients flow to x and p, and to A and B of adapted stacks: zero for an expert without tokens.
     """
 
     def __init__(self, experts: Any, compute_dtype: torch.dtype | None = None) -> None:
@@ -85,29 +138,64 @@ class QuantizedExperts(nn.Module):
         self._plain = (experts,)
         self.train(experts.training)
 
-    def hold_(self, name: str, stack: PackedStack) -> None:
-        """Puts a packed stack in the place of the parameter of that name."""
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the stacks lie as `(experts, in, out)`."""
+        return bool(self._plain[0].is_transposed)
+
+    @property
+    def stack_names(self) -> tuple[str, ...]:
+        """Its stacks in the order in which transformers' module declares them."""
+        return tuple(name for name in self._plain[0]._parameters if name in (self.up, DOWN))
+
+    def hold_(self, name: str, stack: PackedStack | DenseStack) -> None:
+        """Puts a stack in the place of the parameter of that name."""
         delattr(self, name)
         self._plain[0]._parameters[name] = None
         self.add_module(name, stack)
+        if isinstance(stack, PackedStack):
+            stack.compute_dtype = self.compute_dtype
+
+    def plain_again(self) -> nn.Module | None:
+        """transformers' module with the parameters that are here by now; None if a stack is packed or adapted."""
+        held = {name: getattr(self, name) for name in self.stack_names}
+        if not all(isinstance(stack, (DenseStack, nn.Parameter)) for stack in held.values()):
+            return None
+        plain: nn.Module = self._plain[0]
+        found = {name: stack.weight if isinstance(stack, DenseStack) else stack for name, stack in held.items()}
+        plain._parameters.update({**self._parameters, **found})
+        plain._buffers.update(self._buffers)
+        plain._modules.update({name: module for name, module in self._modules.items() if name not in found})
+        return plain.train(self.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        stack = getattr(self, self.up)
+        up, down = self._maps(self.up), self._maps(DOWN)
         total = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for expert, token, place in _routed(top_k_index, len(stack.matrices)):
-            y = self._expert(hidden_states[token], expert) * top_k_weights[token, place, None]
+        for expert, token, place in _routed(top_k_index, len(up)):
+            y = self._expert(hidden_states[token], up[expert], down[expert]) * top_k_weights[token, place, None]
             total.index_add_(0, token, y.float())
         return total.to(hidden_states.dtype)
 
-    def _expert(self, x: Tensor, expert: int) -> Tensor:
+    def _expert(self, x: Tensor, up: ExpertMap, down: ExpertMap) -> Tensor:
         plain = self._plain[0]
-        raised = self._linear(x, self.up, expert)
-        y = self._linear(plain._apply_gate(raised) if plain.has_gate else plain.act_fn(raised), DOWN, expert)
+        raised = up(x)
+        y = down(plain._apply_gate(raised) if plain.has_gate else plain.act_fn(raised))
         return plain.post_expert_norm(y) if plain.has_post_expert_norm else y
 
-    def _linear(self, x: Tensor, name: str, expert: int) -> Tensor:
-        bias = getattr(self, f"{name}_bias")[expert] if self._plain[0].has_bias else None
-        return adapted_linear(x, getattr(self, name)[expert], bias, compute_dtype=self.compute_dtype)
+    def _maps(self, name: str) -> list[ExpertMap]:
+        """What the matrices of this stack compute now, expert by expert."""
+        held: Any = getattr(self, name)
+        # An adapter around the stack says what it computes with: what was merged, or the base and A and B apart.
+        weight, lora = held.in_use() if hasattr(held, "in_use") else (held, None)
+        count, scaling = weight.shape[0], held.scaling if lora else 1.0
+        # Once for all experts: the gradient of one expert's part would be as large as that of all.
+        all_A, all_B = (part.unbind(0) for part in lora) if lora else ([None] * count, [None] * count)
+        bias = getattr(self, f"{name}_bias") if self._plain[0].has_bias else [None] * count
+        turned = self.is_transposed and isinstance(weight, Tensor)
+        return [
+            ExpertMap(weight[e].T if turned else weight[e], bias[e], all_A[e], all_B[e], scaling, self.compute_dtype)
+            for e in range(count)
+        ]
 
 
 def _routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -135,10 +223,14 @@ def up_name(experts: Any) -> str:
 
 
 def packable_stacks(module: Any) -> tuple[str, ...]:
-    """Names of the 3-D parameters of an experts module that are packed; none for any other module."""
-    if not all(hasattr(module, mark) for mark in MARKS):
+    """Names of the 3-D parameters of an experts module that can be packed or adapted; none for any other module."""
+    if isinstance(module, RoutedExperts):
+        names: tuple[str, ...] = module.stack_names
+    elif all(hasattr(module, mark) for mark in MARKS):
+        names = (up_name(module), DOWN)
+    else:
         return ()
-    return tuple(name for name in (up_name(module), DOWN) if is_stack(getattr(module, name, None)))
+    return tuple(name for name in names if is_stack(module._parameters.get(name)))
 
 
 def is_stack(weight: object) -> bool:
@@ -148,10 +240,10 @@ def is_stack(weight: object) -> bool:
 
 
 def stacks(model: nn.Module) -> dict[str, Any]:
-    """Every stack of matrices in the model by name, packed or not; kernels of convolutions are none."""
+    """Every stack of matrices in the model by name, packed or not; kernels of convolutions and A and B are none."""
     found = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if isinstance(module, nn.modules.conv._ConvNd) or hasattr(module, "lora_A"):
             continue
         for name, weight in {**module._parameters, **module._modules}.items():
             if is_stack(weight):

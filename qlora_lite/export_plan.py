@@ -16,13 +16,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from qlora_lite.adapted_experts import stacks_among
 from qlora_lite.adapter_files import peft_key
 from qlora_lite.adapters import lora_layers
 from qlora_lite.beside_files import stored_replacements_
 from qlora_lite.config import FLOAT_DTYPES
-from qlora_lite.delta import Delta, Update
+from qlora_lite.delta import Delta, Replaced, StackDelta, Update
 from qlora_lite.errors import CheckpointError
 from qlora_lite.experts import PackedStack
+from qlora_lite.layer_kinds import StackKind
 from qlora_lite.load import Checkpoint
 from qlora_lite.lora import LoraLayer
 from qlora_lite.memory.host import HoleLimit, release_freed_pages
@@ -31,6 +33,7 @@ from qlora_lite.peft_files import adapter_tensors
 from qlora_lite.plain_weights import PlainWeight, weights_to_write
 from qlora_lite.quantize import PackedWeight
 from qlora_lite.quantize_base import Slot
+from qlora_lite.stack_files import matrices_of_A, matrices_of_B, places_in_files
 from qlora_lite.storage import PlannedTensor
 from qlora_lite.streamed import Weights
 from qlora_lite.tensor_views import Source, slices
@@ -58,7 +61,7 @@ class Origin(Protocol):
     """Where the rows of a model's weights come from."""
 
     def trained(self, weight: PlainWeight) -> list[WeightRows]:
-        """W0 as it was in training, in the plain checkpoint's orientation; the matrices of a packed stack apart."""
+        """W0 as it was in training, in the plain checkpoint's orientation; a packed or adapted stack by matrices."""
 
     def delta(self, weight: PlainWeight) -> Update:
         """The update of a weight that has one."""
@@ -74,6 +77,8 @@ class InMemory:
         held = weight.holder
         if isinstance(held, PackedStack):
             return [packed_rows(matrix, held.transposed) for matrix in held]
+        if isinstance(weight.delta, StackDelta):
+            return [DenseRows(matrix) for matrix in held]
         return [packed_rows(held, weight.transposed) if isinstance(held, PackedWeight) else DenseRows(held)]
 
     def delta(self, weight: PlainWeight) -> Update:
@@ -106,7 +111,8 @@ class OnDisk:
     def trained(self, weight: PlainWeight) -> list[WeightRows]:
         name, slot = self._name(weight), self._slots.get(id(weight.holder))
         if slot is None:
-            return [StoredRows(self._checkpoint.plain(name), self._dtype)]
+            stored = self._checkpoint.plain(name)
+            return [StoredRows(piece, self._dtype) for piece in _pieces(stored, isinstance(weight.delta, StackDelta))]
         sources = self._checkpoint.sources(name, slot, self._dtype)
         return [RepackedRows(source, slot.transposed) for source in sources]
 
@@ -125,23 +131,29 @@ def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[
     """
     stored = adapter_tensors(Path(folder))
 
-    def delta(layer: LoraLayer, keys: list[str]) -> Delta:
+    def delta(layer: LoraLayer, keys: list[str]) -> Update:
         lora_A, lora_B, *sizes = (stored[key].read() for key in keys)
+        if isinstance(layer.kind, StackKind):
+            experts = layer.lora_A.shape[0]
+            return layer.kind.delta(matrices_of_A(lora_A, experts), matrices_of_B(lora_B, experts), layer.scaling)
         magnitude = sizes[0].float().flatten() if sizes else None
         return layer.kind.delta(lora_A.flatten(1), lora_B.flatten(1), layer.scaling, magnitude)
 
     found: dict[str, Callable[[], Update]] = {**stored_replacements_(model, stored)}
-    for name, layer in lora_layers(model).items():
+    layers = lora_layers(model)
+    places = places_in_files(model, stacks_among(layers))
+    for name, layer in layers.items():
         parts = ("A", "B") if layer.lora_magnitude is None else ("A", "B", "magnitude")
-        keys = [peft_key(name, layer.kind, part) for part in parts]
-        found[f"{name}.weight"] = functools.partial(delta, layer, keys)
+        keys = [peft_key(places.get(name, name), layer.kind, part) for part in parts]
+        weight = name if isinstance(layer.kind, StackKind) else f"{name}.weight"
+        found[weight] = functools.partial(delta, layer, keys)
         layer.to("meta")
     release_freed_pages()
     return found
 
 
 class _Made(Mapping[str, Delta]):
-    """Updates by name, each made or read whenever it is asked for."""
+    """Updates by name, each made or read whenever it is asked for; of single matrices."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Update]]) -> None:
         self._makers = makers
@@ -249,9 +261,12 @@ class ExportPlan:
 
 def _as_stored(stored: Source, trained: list[WeightRows]) -> list[WeightRows]:
     """A tensor in the files in the same pieces as what was trained: whole, or the matrices of a stack."""
-    if len(trained[0].shape) == len(stored.shape):
-        return [StoredRows(stored)]
-    return [StoredRows(stored.part(index)) for index in range(stored.shape[0])]
+    return [StoredRows(piece) for piece in _pieces(stored, len(trained[0].shape) < len(stored.shape))]
+
+
+def _pieces(stored: Source, stacked: bool) -> list[Source]:
+    """A tensor whole, or its matrices."""
+    return [stored.part(index) for index in range(stored.shape[0])] if stacked else [stored]
 
 
 def _read(stored: Source) -> Callable[[], Iterator[Tensor]]:
@@ -262,7 +277,7 @@ def _read(stored: Source) -> Callable[[], Iterator[Tensor]]:
 class _Writing:
     """How one tensor is made: the base that is written into, the other one to measure packing by, the update.
 
-    Both bases come as one piece, or as the matrices of a stack, which has no update.
+    Both bases come as one piece, or as the matrices of a stack, of which each has an update or none.
     """
 
     chosen: list[WeightRows]
@@ -274,12 +289,15 @@ class _Writing:
     @torch.no_grad()
     def slices(self) -> Iterator[Tensor]:
         figures = TensorFigures(self.name, values=0)
-        delta = None if self.delta is None else self.delta()
-        if delta is not None:
-            delta = delta.measured(lambda: whole_slices(self.chosen, delta, SLICE_BYTES))
-            figures.update = delta.squared_norm() if isinstance(delta, Delta) and delta.low_rank else 0.0
+        update = None if self.delta is None else self.delta()
+        if update is not None:
+            update = update.measured(lambda: whole_slices(self.chosen, update, SLICE_BYTES))
+            if not isinstance(update, Replaced) and update.magnitude is None:
+                figures.update = update.squared_norm()
+            else:
+                figures.update = 0.0  # summed up slice by slice
         forms = zip(self.chosen) if self.other is None else zip(self.chosen, self.other, strict=True)
-        for start, (rows, *other) in aligned_slices(forms, delta, SLICE_BYTES):
+        for start, (rows, *other), delta in aligned_slices(forms, update, SLICE_BYTES):
             yield self._written(rows, other[0] if other else None, start, delta, figures)
         self.plan.figures.append(figures)
         self.plan.holes.check()

@@ -26,7 +26,7 @@ from qlora_lite import hub
 from qlora_lite.config import LoraConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.finite import check_finite
-from qlora_lite.layer_kinds import EmbeddingKind, LinearKind, kind_of
+from qlora_lite.layer_kinds import EmbeddingKind, LinearKind, StackKind, kind_of
 from qlora_lite.load import fitting
 from qlora_lite.lora import LoraLayer
 from qlora_lite.low_rank import dense
@@ -73,6 +73,13 @@ def _beside_zero(fill: Callable[[LoraLayer], Any]) -> Callable[[LoraLayer, str, 
 
 
 @torch.no_grad()
+def _kaiming(layer: LoraLayer) -> None:
+    """A, or each matrix of it, uniform in +-1 / sqrt(in)."""
+    for matrix in layer.lora_A if isinstance(layer.kind, StackKind) else (layer.lora_A,):
+        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+
+
+@torch.no_grad()
 def _orthogonal(layer: LoraLayer, name: str, originals: Originals) -> None:
     """A = Q_even^T N / 10 and B = M Q_odd / 10, Q an orthogonal matrix's rows, so that B A = 0 and neither is zero.
 
@@ -115,8 +122,8 @@ def _loftq(layer: LoraLayer, name: str, originals: Originals) -> None:
 
 STARTS: dict[str, Callable[[LoraLayer, str, Originals], None]] = {
     "normal": _normal,
-    # peft's default: A uniform in +-1 / sqrt(in).
-    "kaiming": _beside_zero(lambda layer: nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))),
+    # peft's default.
+    "kaiming": _beside_zero(_kaiming),
     # A of standard deviation 1 / rank.
     "gaussian": _beside_zero(lambda layer: nn.init.normal_(layer.lora_A, std=1 / layer.rank)),
     "orthogonal": _orthogonal,
@@ -135,7 +142,8 @@ def check_start(targets: Mapping[str, nn.Module], config: LoraConfig) -> None:
         kind, rank = kind_of(base), config.rank_of(name)
         weight: Any = base.weight
         if not isinstance(kind, LinearKind) and config.init in LINEAR_ONLY:
-            what = "an embedding" if isinstance(kind, EmbeddingKind) else "a convolution"
+            others = {EmbeddingKind: "an embedding", StackKind: "a stack of experts"}
+            what = others.get(type(kind), "a convolution")
             raise TargetError(f"init {config.init!r} is for linear layers; {name} is {what}: leave it out")
         if config.init == "orthogonal" and rank % 2:
             problems.append(f"{name} has the odd rank {rank}")

@@ -1,4 +1,7 @@
-"""How each kind of layer applies A and B: linear, GPT-2's Conv1D, embedding; convolutions stand in conv_kind.py.
+"""How each kind of layer applies A and B: linear, GPT-2's Conv1D, embedding, stacks of experts' matrices.
+
+(Convolutions: conv_kind.py.)
+
 
 The equation itself stands in lora.py; a kind says what shapes A and B have, how a weight and a low-rank term meet an
 input, and how the update lies in the orientation of the stored weight.
@@ -6,6 +9,7 @@ input, and how the update lies in the orientation of the stored weight.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_lite.conv_kind import CONVOLUTIONS, ConvKind, why_not
-from qlora_lite.delta import Delta
+from qlora_lite.delta import Added, Delta, StackDelta
 from qlora_lite.errors import InputError
 from qlora_lite.low_rank import Adapted, adapted_linear, check_features, multiplied
 from qlora_lite.modules import has_own_forward, is_transposed_linear
@@ -35,7 +39,7 @@ class Kind(Protocol):
     def upright(self, weight: Tensor) -> Tensor:
         """The stored weight as `(out, in)`."""
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Added:
         """scaling * B A `(out, in)`, and DoRA's magnitudes `(out,)`, in the orientation of the stored weight."""
 
     def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
@@ -176,6 +180,39 @@ class EmbeddingKind:
         return Delta(left, right, scaling, magnitude, by_columns=True)
 
 
+@dataclass(frozen=True)
+class StackKind:
+    """A stack of matrices `(experts, out, in)`, or `(experts, in, out)` if transposed, each with its own A and B.
+
+    A `(experts, rank, in)`, B `(experts, out, rank)`. The module that routes tokens to experts holds the stack, and
+    computes matrix by matrix with what `LoraLayer.in_use` gives it (experts.py).
+    """
+
+    transposed: bool
+
+    def features(self, base: Any) -> tuple[int, int]:
+        _, rows, columns = base.weight.shape
+        return (rows, columns) if self.transposed else (columns, rows)
+
+    def apply(
+        self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None, gain: Tensor | None = None
+    ) -> Tensor:
+        raise InputError("a stack of experts is not called by itself; call the module that routes tokens to them")
+
+    def upright(self, weight: Tensor) -> Tensor:
+        return weight.mT if self.transposed else weight
+
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> StackDelta:
+        pairs = zip(lora_A.float(), lora_B.float(), strict=True)
+        matrices = (Delta(matrix_B, matrix_A, scaling) for matrix_A, matrix_B in pairs)
+        return StackDelta(tuple(matrix.transposed if self.transposed else matrix for matrix in matrices))
+
+    def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        """By experts; in the files they lie flat (stack_files.py)."""
+        experts, (width, height) = base.weight.shape[0], self.features(base)
+        return {"lora_A": (experts, rank, width), "lora_B": (experts, height, rank)}
+
+
 def kind_of(base: nn.Module) -> Kind | None:
     """How this layer is adapted, from what it offers; None for a layer that cannot be."""
     # nn.MultiheadAttention reads the weight of its out_proj itself and never calls it: an adapter there does nothing.
@@ -184,6 +221,8 @@ def kind_of(base: nn.Module) -> Kind | None:
     if isinstance(base, tuple(CONVOLUTIONS)):
         return ConvKind() if why_not(base) is None else None
     weight = getattr(base, "weight", None)
+    if len(getattr(weight, "shape", ())) == 3 and hasattr(base, "experts"):
+        return StackKind(bool(base.transposed))
     if len(getattr(weight, "shape", ())) != 2:
         return None
     packed = not isinstance(weight, Tensor)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from qlora_lite.config import check_lora_numbers, check_variant, is_count, require
 from qlora_lite.conv_kind import OPTIONS, why_not
-from qlora_lite.delta import Delta
+from qlora_lite.delta import Added, Delta
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.finite import cast_finite
-from qlora_lite.layer_kinds import kind_of
+from qlora_lite.layer_kinds import StackKind, kind_of
 from qlora_lite.low_rank import dense, row_slices
 from qlora_lite.modules import is_transposed_linear
 
@@ -44,6 +44,9 @@ class LoraLayer(nn.Module):
     variant: `lora`, or `dora` (arXiv:2402.09353): y = m * (W0 x + scaling * B A x) / n, n `(out,)` the norms of the
     rows of W0 + scaling * B A, through which no gradient goes (section 4.3); the magnitudes m, lora_magnitude `(out,)`,
     are trained too and begin as n. Dropout acts on what is added, as without.
+
+    In a stack of experts' matrices each has its own A and B, lora_A `(experts, rank, in)`, lora_B
+    `(experts, out, rank)`, without dropout and DoRA, as peft's files have it. Who routes tokens asks for `in_use`.
 
     trained_bias: used in place of the base's bias (`train_bias`), or None.
 
@@ -86,6 +89,9 @@ class LoraLayer(nn.Module):
                 or f"a {type(base_layer).__name__} cannot be adapted; LoraLayer takes linear layers, embeddings and "
                 f"convolutions without a forward of their own (quantize_base_ takes over bitsandbytes' layers)"
             )
+        stacked = isinstance(kind, StackKind)
+        require(not stacked or dropout == 0, "dropout must be 0 for a stack of experts", dropout)
+        require(not stacked or variant == "lora", "variant must be lora for a stack of experts", variant)
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, float(dropout), rslora
         self.variant = variant
         self.merge_permitted = merge_weights
@@ -95,9 +101,9 @@ class LoraLayer(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.in_features, self.out_features = kind.features(base_layer)
         weight: Any = base_layer.weight
-        device = weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=adapter_dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=adapter_dtype, device=device))
+        device, each = weight.device, weight.shape[:1] if stacked else ()
+        self.lora_A = nn.Parameter(torch.empty(*each, rank, self.in_features, dtype=adapter_dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(*each, self.out_features, rank, dtype=adapter_dtype, device=device))
         sizes = torch.empty(self.out_features, dtype=adapter_dtype, device=device)
         self.register_parameter("lora_magnitude", nn.Parameter(sizes) if variant == "dora" else None)
         self.register_parameter("trained_bias", None)
@@ -192,7 +198,9 @@ class LoraLayer(nn.Module):
     def norms(self) -> Tensor:
         """n `(out,)` in fp32: the norms of the rows of W0 + scaling * B A, from slices of W0."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            return self.delta.norms_of(self._pieces())
+            delta = self.delta
+            assert isinstance(delta, Delta)  # a stack has no magnitudes to begin as norms
+            return delta.norms_of(self._pieces())
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
@@ -204,15 +212,18 @@ class LoraLayer(nn.Module):
         """m / n - 1 `(out,)` in fp32."""
         return None if self.lora_magnitude is None else self.lora_magnitude.float() / self.norms() - 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def in_use(self) -> tuple[Any, tuple[Tensor, Tensor] | None]:
+        """The weight, and A and B beside it or None, that a call computes with now."""
         if self.merged_weight is not None and self.adapter_enabled:
-            return self.kind.apply(self, x, self.merged_weight, None)
-        if not self.adapter_enabled:
-            return self.kind.apply(self, x, self.base_layer.weight, None)
-        return self.kind.apply(self, x, self.base_layer.weight, self.factors, self._gain())
+            return self.merged_weight, None
+        return self.base_layer.weight, self.factors if self.adapter_enabled else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, lora = self.in_use()
+        return self.kind.apply(self, x, weight, lora, self._gain() if lora else None)
 
     @property
-    def delta(self) -> Delta:
+    def delta(self) -> Added:
         """scaling * B A, and m, in the orientation of the base weight."""
         lora_A, lora_B = self.factors
         sizes = None if self.lora_magnitude is None else self.lora_magnitude.detach().float()

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from qlora_lite.adapted_experts import adaptable_stacks, stacks_among
 from qlora_lite.errors import ConfigError
 from qlora_lite.layer_kinds import kind_of
 from qlora_lite.lora import LoraLayer
@@ -21,7 +22,7 @@ def adaptable_names(model: nn.Module) -> set[str]:
         name
         for name, module in model.named_modules()
         if (isinstance(module, LoraLayer) or kind_of(module) is not None) and not name.endswith(".base_layer")
-    }
+    } | adaptable_stacks(model)
 
 
 def _common_ends(names: Iterable[str], model: nn.Module) -> list[str] | None:
@@ -71,6 +72,8 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
     ((dropout, rslora, variant),) = shared
     rank, rank_pattern = _usual_and_patterns({name: layer.plain_rank for name, layer in layers.items()}, model)
     alpha, alpha_pattern = _usual_and_patterns({name: layer.plain_alpha for name, layer in layers.items()}, model)
+    stacks = stacks_among(layers)
+    linear = [name for name in layers if name not in stacks]
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
     return {
         "peft_type": "LORA",
@@ -83,8 +86,9 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
         "use_dora": variant == "dora",
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": _target_modules(layers, model),
+        "target_modules": _target_modules({name: layers[name] for name in linear}, model),
+        "target_parameters": (_common_ends(stacks, model) or sorted(stacks)) if stacks else None,
         # Says that weights lie as (in, out); which layers that is true of, each layer says itself.
-        "fan_in_fan_out": any(layer.stored_transposed for layer in layers.values()),
+        "fan_in_fan_out": any(layers[name].stored_transposed for name in linear),
         "inference_mode": True,
     }

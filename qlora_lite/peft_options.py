@@ -43,6 +43,7 @@ HARMLESS_OPTIONS = frozenset(
         "revision",
         "runtime_config",
         "target_modules",
+        "target_parameters",
         "task_type",
         "trainable_token_indices",
         "use_dora",
@@ -59,7 +60,6 @@ REFUSED_OPTIONS = frozenset(
         "layer_replication",
         "lora_bias",
         "monteclora_config",
-        "target_parameters",
         "use_bdlora",
         "use_qalora",
     }

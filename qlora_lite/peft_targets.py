@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from qlora_lite.adapted_experts import adaptable_stacks
 from qlora_lite.config import ALL_LINEAR
 from qlora_lite.modules import answers_to
 from qlora_lite.peft_config import adaptable_names
@@ -71,7 +72,7 @@ def target_problems(model: nn.Module, in_file: Collection[str], config: dict[str
     targets = config.get("target_modules")
     if problems := _unreadable(config):
         return problems
-    if targets in (None, ALL_LINEAR):
+    if targets in (None, [], ALL_LINEAR):
         return []
     answering = _answering(in_file, targets)
     if not answering and isinstance(targets, str):
@@ -82,7 +83,7 @@ def target_problems(model: nn.Module, in_file: Collection[str], config: dict[str
         wanted = peft_meaning(config, (name for name, _ in model.named_modules()))
         if lost := [t for t in unmet if unmet == targets or any(answers_to(n, t) for n in wanted)]:
             return [f"target_modules {lost} answer to no layer in the file"]
-    meant = peft_meaning(config, adaptable_names(model))
+    meant = peft_meaning(config, adaptable_names(model) - adaptable_stacks(model))
     problems = [_told(meant - set(in_file), "targeted layers have nothing in the file")]
     # Only of those that target_modules names: what else there is, files with tied weights have beside them.
     problems.append(

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlora_lite import hub
-from qlora_lite.delta import Replaced, Rows, Update
-from qlora_lite.experts import PackedStack
+from qlora_lite.delta import Delta, Replaced, Rows, Update
+from qlora_lite.experts import DenseStack, PackedStack
 from qlora_lite.lora import LoraLayer
 from qlora_lite.quantize import PackedWeight
 from qlora_lite.token_rows import WithTokenRows
@@ -58,12 +58,26 @@ def _trained(module: nn.Module) -> dict[str, Replaced]:
     return {} if bias is None else {"bias": Replaced(rows_of(bias), bias)}
 
 
+def _own(module: nn.Module, prefix: str) -> Iterator[PlainWeight]:
+    """The tensors that a module holds itself."""
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            yield PlainWeight(f"{prefix}{key}", parameter)
+    for key, buffer in module._buffers.items():
+        if buffer is not None and key not in module._non_persistent_buffers_set:
+            yield PlainWeight(f"{prefix}{key}", buffer)
+
+
 def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
     """Every tensor that the model would have without adapters and packing, under the name that it would have."""
 
     def visit_base(layer: LoraLayer, prefix: str) -> Iterator[PlainWeight]:
+        delta = layer.delta
+        if not isinstance(delta, Delta):  # of a stack, which the checkpoint has as a parameter of the module above
+            yield PlainWeight(prefix.removesuffix("."), layer.base_layer.weight, delta)
+            return
         turned = getattr(layer.base_layer, "transposed", False)
-        delta = layer.delta.transposed if turned else layer.delta
+        delta = delta.transposed if turned else delta
         yield PlainWeight(f"{prefix}weight", layer.base_layer.weight, delta, turned)
         yield from (weight for weight in visit(layer.base_layer, prefix) if weight.name != f"{prefix}weight")
 
@@ -73,15 +87,10 @@ def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
             own = visit_base(module, prefix) if isinstance(module, LoraLayer) else visit(module.base_layer, prefix)
             yield from (replace(weight, delta=trained.get(weight.name, weight.delta)) for weight in own)
             return
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                yield PlainWeight(f"{prefix}{key}", parameter)
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield PlainWeight(f"{prefix}{key}", buffer)
+        yield from _own(module, prefix)
         for key, child in module._modules.items():
-            if isinstance(child, PackedStack):
-                yield PlainWeight(f"{prefix}{key}", child)
+            if isinstance(child, (PackedStack, DenseStack)):
+                yield PlainWeight(f"{prefix}{key}", child if isinstance(child, PackedStack) else child.weight)
             elif isinstance(child, PackedWeight):
                 yield PlainWeight(f"{prefix}{key}", child, transposed=getattr(module, "transposed", False))
             elif child is not None:

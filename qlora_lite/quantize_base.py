@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import ConfigError, QuantizationError, TargetError
-from qlora_lite.experts import PackedStack, QuantizedExperts, packable_stacks, stacks
+from qlora_lite.experts import PackedStack, RoutedExperts, packable_stacks, stacks
 from qlora_lite.finite import check_packable
 from qlora_lite.formats import UNPACKED
 from qlora_lite.modules import (
@@ -207,13 +207,13 @@ class Slot:
         return is_transposed_linear(module) or (self.stack is not None and bool(module.is_transposed))
 
     def fill_stack_(self, model: nn.Module, matrices: Iterable[PackedWeight], config: QuantConfig) -> None:
-        """Puts packed matrices in the place of the stack, and a QuantizedExperts in that of the module that has it."""
+        """Puts packed matrices in the place of the stack, and a RoutedExperts in that of the module that has it."""
         packed = PackedStack(matrices, self.transposed)
         assert self.stack is not None
         for name, module in self.modules.items():
             now = model.get_submodule(name)
-            if not isinstance(now, QuantizedExperts):
-                now = QuantizedExperts(module, config.compute_dtype)
+            if not isinstance(now, RoutedExperts):
+                now = RoutedExperts(module, config.compute_dtype)
                 exchange_modules_(model, {id(module): now})
             now.hold_(self.stack, packed)
 

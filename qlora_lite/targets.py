@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
+from qlora_lite.adapted_experts import open_stacks
 from qlora_lite.config import ALL_LINEAR, LoraConfig, Targets
 from qlora_lite.conv_kind import read_kernels, why_not
 from qlora_lite.errors import ConfigError, TargetError
@@ -43,7 +44,7 @@ def layer_numbers(text: str) -> list[int]:
 def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
     """Layers that could get an adapter, by every name they have."""
     modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if kind_of(module) is not None}
+    return {name: module for name, module in modules if kind_of(module) is not None} | open_stacks(model)
 
 
 def _check_no_linear_is_left_out(chosen: Mapping[str, nn.Module]) -> None:
@@ -56,11 +57,14 @@ def _check_no_linear_is_left_out(chosen: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _check_no_stack_is_meant(model: nn.Module, targets: Targets) -> None:
+def _check_no_strange_stack_is_meant(model: nn.Module, targets: Targets, layers: Collection[str]) -> None:
     names = [] if isinstance(targets, str) or callable(targets) else list(targets)
-    meant = [name for name in stacks(model) if any(answers_to(name, target) for target in names)]
+    meant = [name for name in stacks(model) if name not in layers and any(answers_to(name, target) for target in names)]
     if meant:
-        raise TargetError(f"{', '.join(meant[:4])}: stacks of experts cannot be adapted; leave them out")
+        raise TargetError(
+            f"{', '.join(meant[:4])}: stacks of matrices in modules that are not known here cannot be adapted; "
+            f"leave them out"
+        )
 
 
 def _check_convolutions_meant(model: nn.Module, targets: Targets) -> None:
@@ -110,7 +114,7 @@ def _all_linear(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
 
 def _targeted(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     layers = _adaptable(model)
-    _check_no_stack_is_meant(model, targets)
+    _check_no_strange_stack_is_meant(model, targets, layers)
     if targets == ALL_LINEAR:
         targeted = _all_linear(model, layers)
     else:

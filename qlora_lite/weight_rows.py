@@ -225,23 +225,26 @@ def common_step(*steps: int) -> int:
 
 
 def aligned_slices(
-    matrices: Iterable[tuple[WeightRows, ...]], delta: Update | None, largest_bytes: int
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """(first row, the rows in each form) of a weight's slices, which begin where every form and the update allow it.
+    matrices: Iterable[tuple[WeightRows, ...]], update: Update | None, largest_bytes: int
+) -> Iterator[tuple[int, list[Tensor], Update | None]]:
+    """(first row of its matrix, the rows in each form, the matrix's update) of a weight's slices.
 
-    matrices: each as one or several forms of it; one matrix, or those of a stack.
+    They begin where every form and the update allow it. matrices: each as one or several forms of it; one matrix, or
+    those of a stack.
     """
-    for forms in matrices:
+    pieces = list(matrices)
+    deltas = [None] * len(pieces) if update is None else update.matrices
+    for forms, delta in zip(pieces, deltas, strict=True):
         step = common_step(*(form.step for form in forms), 1 if delta is None else Delta.TILE_ROWS)
         for start, stop in slice_starts(forms[0].shape, step, largest_bytes):
-            yield start, [form.rows(start, stop) for form in forms]
+            yield start, [form.rows(start, stop) for form in forms], delta
 
 
 def whole_slices(
-    matrices: Iterable[WeightRows], delta: Update | None, largest_bytes: int
+    matrices: Iterable[WeightRows], update: Update | None, largest_bytes: int
 ) -> Iterator[tuple[int, Tensor]]:
     """`aligned_slices` of one form: (first row, rows)."""
-    for start, (rows,) in aligned_slices(zip(matrices), delta, largest_bytes):
+    for start, (rows,), _ in aligned_slices(zip(matrices), update, largest_bytes):
         yield start, rows
 
 
@@ -257,7 +260,7 @@ class Sources:
     """What a tensor can be made of: W0 as trained on, W0 of the checkpoint if it is at hand, the update.
 
     W0 comes in one piece, or as the matrices of a stack, one after the other. The update is made, or read, when it is
-    needed; low_rank: it is scaling B A, and can be applied apart from W0. Slices take at most `largest_bytes` in fp32.
+    needed; low_rank: it can be applied apart from W0. Slices take at most `largest_bytes` in fp32.
     """
 
     name: str
@@ -281,8 +284,8 @@ class Sources:
     def _slices(
         self, pieces: list[WeightRows], make: Callable[[], Update] | None, dtype: torch.dtype, largest_bytes: int
     ) -> Iterator[Tensor]:
-        delta = None if make is None else make()
-        if delta is not None:
-            delta = delta.measured(lambda: whole_slices(pieces, delta, largest_bytes))
-        for start, (rows,) in aligned_slices(zip(pieces), delta, largest_bytes):
+        update = None if make is None else make()
+        if update is not None:
+            update = update.measured(lambda: whole_slices(pieces, update, largest_bytes))
+        for start, (rows,), delta in aligned_slices(zip(pieces), update, largest_bytes):
             yield merged_rows(rows, start, delta, dtype, self.name)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_quantized, quantize_base_, save_adapter
 from qlora_lite.adapters import lora_layers
 from qlora_lite.errors import QuantizationError, TargetError
-from qlora_lite.experts import PackedStack, QuantizedExperts, packable_stacks, stacks
+from qlora_lite.experts import PackedStack, RoutedExperts, packable_stacks, stacks
 from qlora_lite.export import merge_checkpoint
 from qlora_lite.quantize import PackedWeight
 from qlora_lite.tensor_files import TensorFiles
@@ -73,7 +73,7 @@ def unpacked_alike(folder: Path, config: QuantConfig) -> Any:
 def test_it_computes_what_transformers_computes_with_the_unpacked_weights(folder: Path, format: str) -> None:
     config = QuantConfig(format=format)
     ours, theirs = loaded(folder, format=format), unpacked_alike(folder, config)
-    assert sum(isinstance(module, QuantizedExperts) for module in ours.modules()) == 2
+    assert sum(isinstance(module, RoutedExperts) for module in ours.modules()) == 2
     torch.testing.assert_close(ours(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-4, atol=1e-5)
     assert all(isinstance(weight, PackedStack) for weight in stacks(ours).values()) and len(stacks(ours)) == 4
     assert not any(parameter.dim() == 3 for parameter in ours.parameters())
@@ -99,7 +99,7 @@ def test_the_codes_are_those_of_each_matrix_alone_and_a_model_in_memory_gets_the
 
 def test_gradients_are_those_of_autograd_with_the_unpacked_weights(folder: Path) -> None:
     ours, theirs = loaded(folder), unpacked_alike(folder, QuantConfig())
-    packed = next(module for module in ours.modules() if isinstance(module, QuantizedExperts))
+    packed = next(module for module in ours.modules() if isinstance(module, RoutedExperts))
     dense = next(module for module in theirs.modules() if packable_stacks(module)).requires_grad_(False)
     x, chosen = torch.randn(9, 32), torch.stack([torch.randperm(4)[:2] for _ in range(9)])
     chances, grad = torch.rand(9, 2), torch.randn(9, 32)
@@ -112,7 +112,7 @@ def test_gradients_are_those_of_autograd_with_the_unpacked_weights(folder: Path)
 
 
 def test_nothing_unpacked_is_kept_for_backward(folder: Path) -> None:
-    experts = next(module for module in loaded(folder).modules() if isinstance(module, QuantizedExperts))
+    experts = next(module for module in loaded(folder).modules() if isinstance(module, RoutedExperts))
     kept: list[Tensor] = []
     sizes = {math.prod(weight.shape[1:]) for weight in stacks(experts).values()}
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -148,13 +148,9 @@ def test_both_exports_are_read_by_transformers(folder: Path, tmp_path: Path, qua
     assert stacks(again).keys() == stacks(model).keys()
 
 
-def test_experts_are_not_adapted_and_a_model_of_them_trains(folder: Path) -> None:
+def test_all_linear_leaves_the_experts_and_a_model_of_them_trains(folder: Path) -> None:
     model = loaded(folder)
-    with pytest.raises(
-        TargetError, match=r"experts\.down_proj: stacks of experts cannot be adapted|experts\.down_proj, "
-    ):
-        add_lora_(model, LoraConfig(target_modules=["experts.down_proj"]))
-    add_lora_(model, LoraConfig(rank=2))
+    assert not any("experts." in name for name in add_lora_(model, LoraConfig(rank=2)))
     model.train()(TOKENS, labels=TOKENS).loss.backward()
     gradients = [layer.lora_B.grad for layer in lora_layers(model).values()]
     assert gradients and all(grad is not None and grad.isfinite().all() and grad.any() for grad in gradients)
@@ -162,14 +158,14 @@ def test_experts_are_not_adapted_and_a_model_of_them_trains(folder: Path) -> Non
 
 def test_skipping_bad_values_and_strangers(folder: Path) -> None:
     kept = loaded(folder, skip_modules=("experts", "lm_head"))
-    assert not any(isinstance(module, QuantizedExperts) for module in kept.modules()) and len(stacks(kept)) == 4
+    assert not any(isinstance(module, RoutedExperts) for module in kept.modules()) and len(stacks(kept)) == 4
     model = plain(folder)
     name, weight = next(iter(stacks(model).items()))
     with torch.no_grad():
         weight[2, 1, 3] = float("nan")
     with pytest.raises(QuantizationError, match=rf"{name}\[2\] holds nan at index \(1, 3\)"):
         quantize_base_(model, QuantConfig())
-    assert not any(isinstance(module, QuantizedExperts) for module in model.modules())
+    assert not any(isinstance(module, RoutedExperts) for module in model.modules())
 
 
 class Stranger(nn.Module):

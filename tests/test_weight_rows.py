@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qlora_lite import QuantConfig, weight_rows
-from qlora_lite.delta import Delta
+from qlora_lite.delta import Delta, StackDelta
 from qlora_lite.errors import CheckpointError, QuantizationError
 from qlora_lite.quantize import PackedWeight
 from qlora_lite.tensor_files import StoredTensor, tensors_in
@@ -184,9 +184,9 @@ def test_forms_side_by_side_are_cut_where_each_may_be(steps: tuple[int, int], la
         for form, step in zip(forms, steps, strict=True):
             form.step = step
         stack.append(tuple(forms))
-    delta = Delta(torch.randn(600, 2), torch.randn(2, 3), 1.0) if adapted else None
-    cut = list(aligned_slices(stack, delta, largest))
+    deltas = tuple(Delta(torch.randn(600, 2), torch.randn(2, 3), 1.0) for _ in stack)
+    cut = list(aligned_slices(stack, StackDelta(deltas) if adapted else None, largest))
     for number in range(2):
         whole = torch.cat([forms[number].rows(0, 600) for forms in stack])
-        assert torch.equal(torch.cat([rows[number] for _, rows in cut]), whole)
-    assert all(start % step == 0 for start, _ in cut for step in (*steps, Delta.TILE_ROWS if adapted else 1))
+        assert torch.equal(torch.cat([rows[number] for _, rows, _ in cut]), whole)
+    assert all(start % step == 0 for start, _, _ in cut for step in (*steps, Delta.TILE_ROWS if adapted else 1))

@@ -1,0 +1,75 @@
+"""Stacks of experts' matrices as layers that can be adapted: found, put under a module of their own, and put back.
+
+A packed stack is a module already. An unpacked one is a parameter of transformers' experts module, which reads it
+whole: an adapter cannot stand around it, and what it adds would have to be made for all experts in every step. So where
+a stack is adapted, `RoutedExperts` takes the place of that module (experts.py), and each expert's matrix is multiplied
+beside its own A and B; when the adapter is removed, transformers' module comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import nn
+
+from qlora_lite.errors import ConfigError
+from qlora_lite.experts import DenseStack, RoutedExperts, packable_stacks
+from qlora_lite.layer_kinds import StackKind, kind_of
+from qlora_lite.lora import LoraLayer
+from qlora_lite.modules import exchange_modules_
+
+
+def open_stacks(model: nn.Module) -> dict[str, DenseStack]:
+    """Every unpacked stack without an adapter, by every name it has, as the module that it would become."""
+    return {
+        f"{path}.{name}" if path else name: DenseStack(module._parameters[name], bool(module.is_transposed))
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in packable_stacks(module)
+    }
+
+
+def is_stack_layer(module: nn.Module) -> bool:
+    """Whether this is a stack of experts' matrices, be it with an adapter or without."""
+    return isinstance(module.kind if isinstance(module, LoraLayer) else kind_of(module), StackKind)
+
+
+def adaptable_stacks(model: nn.Module) -> set[str]:
+    """Names of the stacks that have an adapter or could get one."""
+    held = {name for name, module in model.named_modules() if is_stack_layer(module)}
+    return {name for name in held if not name.endswith(".base_layer")} | open_stacks(model).keys()
+
+
+def hold_stacks_(model: nn.Module, names: Collection[str]) -> None:
+    """Makes modules of those of these unpacked stacks that are parameters; the model computes what it did."""
+    for path, module in list(model.named_modules()):
+        meant = [name for name in packable_stacks(module) if (f"{path}.{name}" if path else name) in names]
+        if not meant:
+            continue
+        routed = module if isinstance(module, RoutedExperts) else RoutedExperts(module)
+        if routed is not module:
+            exchange_modules_(model, {id(module): routed})
+        for name in meant:
+            routed.hold_(name, DenseStack(getattr(routed, name), routed.is_transposed))
+
+
+def plain_again_(model: nn.Module) -> None:
+    """Puts transformers' experts modules back where nothing in them is packed or adapted any more."""
+    for module in list(model.modules()):
+        plain = module.plain_again() if isinstance(module, RoutedExperts) else None
+        if plain is not None:
+            exchange_modules_(model, {id(module): plain})
+
+
+def stacks_among(layers: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the stacks among these layers, adapted or not."""
+    return [name for name, layer in layers.items() if is_stack_layer(layer)]
+
+
+def check_stack_options(stacks: Iterable[str], dropout: float, variant: str) -> None:
+    """ConfigError for options that adapters on stacks cannot have; peft has them neither."""
+    names = list(stacks)
+    if names and (dropout > 0 or variant != "lora"):
+        raise ConfigError(
+            f"adapters on stacks of experts have neither dropout nor DoRA; got dropout {dropout} and variant "
+            f"{variant!r} for {', '.join(names[:4])}; set dropout=0 and variant='lora', or leave the stacks out"
+        )
