@@ -32,7 +32,7 @@ from qlora_lite.errors import QLoRAError
 from qlora_lite.run_checkpoints import checkpoints, what_is_wrong
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-TINY_STEP = 21
+TINY_STEP = 34
 CONFIG = TrainConfig(steps=3, learning_rate=1e-2, save_steps=1, keep_last=1, gradient_accumulation=2)
 
 
