@@ -205,7 +205,12 @@ class Refusal:
 OWN_FORWARD = r"with a forward of (its|their) own|no layer of this model that can be adapted|Gemma\w*Embedding"
 CONVERTED = tuple(name for name, variant in VARIANTS.items() if variant.converted)
 KNOWN_REFUSALS = (
-    Refusal("stacks are not built yet", r"stacks of experts cannot be adapted|target_parameters", ("stacks",)),
+    # peft's all-linear has the stacks of a Mixtral with it.
+    Refusal(
+        "stacks are not built yet",
+        r"stacks of experts cannot be adapted|target_parameters",
+        ("stacks", "all_linear", "patterns", "exclude"),
+    ),
     Refusal("a layer with a forward of its own", OWN_FORWARD, ("embedding",)),
     Refusal("a start for linear layers alone", r"^init '\w+' is for linear layers", ("embedding",)),
     Refusal("layers that peft lost when it converted", r"answer to no layer in the file", ("embedding",), CONVERTED),

@@ -115,8 +115,8 @@ class Workshop:
         return copy.deepcopy(self._made[key])
 
 
-def peft_trained(workshop: Workshop, subject: Subject, folder: Path) -> tuple[Any, Tensor]:
-    """A model that peft adapted and trained, and its logits; saved in `folder` for the plain base.
+def peft_trained(workshop: Workshop, subject: Subject, folder: Path) -> Tensor:
+    """Logits of a model that peft adapted and trained; saved in `folder` for the plain base.
 
     What peft trained on a base that it changed first is converted, where the variant says so, as its documentation has
     it: with the adapter that it began with.
@@ -134,7 +134,7 @@ def peft_trained(workshop: Workshop, subject: Subject, folder: Path) -> tuple[An
     found = logits(model)
     options = {"path_initial_model_for_weight_conversion": str(begun)} if converted else {}
     model.save_pretrained(folder, **options)
-    return model, found
+    return found
 
 
 def peft_loaded(
