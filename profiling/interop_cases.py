@@ -38,7 +38,8 @@ class Family:
     stacks: tuple[str, ...] = ()
 
 
-COMMON = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.15}
+# No padding token: its row is zeros, on which peft's DoRA of a tied head is 0 / 0.
+COMMON = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": None, "initializer_range": 0.15}
 LLAMA = {
     **COMMON,
     "hidden_size": 64,  # rows of whole blocks: bitsandbytes unpacks others wrongly on CPUs with AVX-512
@@ -199,10 +200,19 @@ class Refusal:
     sentence: str
     targets: tuple[str, ...] | None = None
     variants: tuple[str, ...] | None = None
+    families: tuple[str, ...] | None = None
+
+    def is_for(self, subject: Subject) -> bool:
+        asked = (
+            (self.targets, subject.targets),
+            (self.variants, subject.variant),
+            (self.families, subject.family),
+        )
+        return all(names is None or name in names for names, name in asked)
 
 
 # What this library refuses, by its sentences: any other refusal is a failure.
-OWN_FORWARD = r"with a forward of (its|their) own|no layer of this model that can be adapted|Gemma\w*Embedding"
+OWN_FORWARD = r"a forward of (its|their) own|no layer of this model that can be adapted|\['embed_tokens'\] matched no"
 CONVERTED = tuple(name for name, variant in VARIANTS.items() if variant.converted)
 KNOWN_REFUSALS = (
     # peft's all-linear has the stacks of a Mixtral with it.
@@ -210,8 +220,9 @@ KNOWN_REFUSALS = (
         "stacks are not built yet",
         r"stacks of experts cannot be adapted|target_parameters",
         ("stacks", "all_linear", "patterns", "exclude"),
+        families=("mixtral",),
     ),
-    Refusal("a layer with a forward of its own", OWN_FORWARD, ("embedding",)),
+    Refusal("Gemma's scaled embedding", OWN_FORWARD, ("embedding",), families=("gemma",)),
     Refusal("a start for linear layers alone", r"^init '\w+' is for linear layers", ("embedding",)),
     Refusal("layers that peft lost when it converted", r"answer to no layer in the file", ("embedding",), CONVERTED),
     Refusal("LoftQ without a packed layer", r"is not packed and has no error", variants=("loftq",)),
@@ -225,7 +236,6 @@ def known_refusal(subject: Subject, sentence: str) -> str | None:
     if subject.not_built() and (sentence == subject.not_built() or "cannot honour" in sentence):
         return "not built yet"
     for known in KNOWN_REFUSALS:
-        meant = subject.targets in (known.targets or (subject.targets,))
-        if meant and subject.variant in (known.variants or (subject.variant,)) and re.search(known.sentence, sentence):
+        if known.is_for(subject) and re.search(known.sentence, sentence):
             return known.kind
     return None

@@ -85,8 +85,9 @@ def run(chosen: list[Subject], disturb: str | None, jobs: int) -> Iterator[Resul
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn) as pool:
         waiting = [pool.submit(run_some, part, disturb) for part in parts(chosen)]
-        for part in waiting:
+        for number, part in enumerate(waiting, 1):
             yield from part.result()
+            print(f"{number} of {len(waiting)} parts", file=sys.stderr)
 
 
 def matrix(found: list[Result], base: str) -> Table:

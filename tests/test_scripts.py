@@ -37,6 +37,7 @@ SCRIPTS = {
         "export_seconds",
         "export_above_resident",
     },
+    "profiling/interop_matrix.py": {"cases", "passed", "refused_by_peft", "refused_by_us", "failed"},
     "profiling/largest_batch.py": {"memory", "rows"},
     "profiling/packing.py": {
         "pack_speed_ratio",
@@ -84,6 +85,9 @@ NOT_RUN_HERE = {
     "examples/message_records.py",
     "examples/tiny_model.py",
     "profiling/comparisons.py",
+    "profiling/interop_cases.py",
+    "profiling/interop_checks.py",
+    "profiling/interop_sides.py",
     "profiling/io_worker.py",
     "profiling/machine_floor.py",
     "profiling/model_shapes.py",
@@ -112,5 +116,7 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
     assert set(figures) == SCRIPTS[script]
     if "exports_agree" in figures:
         assert figures["exports_agree"] >= 0.5
+    if "failed" in figures:
+        assert figures["failed"] == 0 and 2 * figures["passed"] > figures["cases"]
     if "restored" in figures:
         assert figures["restored"] is True and figures["loss_after"] < figures["loss_before"]
