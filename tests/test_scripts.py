@@ -47,6 +47,7 @@ SCRIPTS = {
         "export_seconds",
         "export_above_resident",
     },
+    "profiling/interop_matrix.py": {"cases", "passed", "refused_by_peft", "refused_by_us", "failed"},
     "profiling/largest_batch.py": {"memory", "rows"},
     "profiling/packing.py": {
         "pack_speed_ratio",
@@ -99,6 +100,9 @@ NOT_RUN_HERE = {
     "profiling/endure_inputs.py",
     "profiling/endure_soak.py",
     "profiling/endurance_kills.py",
+    "profiling/interop_cases.py",
+    "profiling/interop_checks.py",
+    "profiling/interop_sides.py",
     "profiling/io_worker.py",
     "profiling/kill_points.py",
     "profiling/machine_floor.py",
@@ -128,5 +132,7 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
     assert set(figures) == SCRIPTS[script]
     if "exports_agree" in figures:
         assert figures["exports_agree"] >= 0.5
+    if "failed" in figures:
+        assert figures["failed"] == 0 and 2 * figures["passed"] > figures["cases"]
     if "restored" in figures:
         assert figures["restored"] is True and figures["loss_after"] < figures["loss_before"]
