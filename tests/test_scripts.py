@@ -38,6 +38,17 @@ SCRIPTS = {
         "export_above_resident",
     },
     "profiling/largest_batch.py": {"memory", "rows"},
+    "profiling/learn_like_peft.py": {
+        "base_perplexity",
+        "ours_perplexity",
+        "peft_perplexity",
+        "perplexity_ratio",
+        "in_peft",
+        "largest_loss_difference",
+        "rounding_yardstick",
+        "differences",
+        "variants",
+    },
     "profiling/packing.py": {
         "pack_speed_ratio",
         "pack_temporaries",
@@ -77,7 +88,10 @@ SCRIPTS = {
     },
     "profiling/versus_peft.py": {"nf4_full", "floor"},
 }
-ARGUMENTS = {"profiling/versus_peft.py": ["nf4_full", "floor"]}  # every case would take a minute of starting processes
+ARGUMENTS = {
+    "profiling/learn_like_peft.py": ["--variants", "pissa"],
+    "profiling/versus_peft.py": ["nf4_full", "floor"],  # every case would take a minute of starting processes
+}
 # Looked at by tests of their own, or no programs.
 NOT_RUN_HERE = {
     "examples/real_model.py",
@@ -85,6 +99,7 @@ NOT_RUN_HERE = {
     "examples/tiny_model.py",
     "profiling/comparisons.py",
     "profiling/io_worker.py",
+    "profiling/learning_worker.py",
     "profiling/machine_floor.py",
     "profiling/model_shapes.py",
     "profiling/peft_steps.py",
@@ -114,3 +129,7 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
         assert figures["exports_agree"] >= 0.5
     if "restored" in figures:
         assert figures["restored"] is True and figures["loss_after"] < figures["loss_before"]
+    if "perplexity_ratio" in figures:  # three steps of one program's adapter are those of the other's
+        assert abs(figures["perplexity_ratio"] - 1) < 1e-3
+        assert figures["differences"]["both in fp32"]["largest"] < 1e-4
+        assert figures["ours_perplexity"] < figures["base_perplexity"]
