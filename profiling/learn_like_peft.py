@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora_plus": {"lora_plus_ratio": 4.0},
     "pissa": {"settings": {"init": "pissa"}},
     "loftq": {"settings": {"init": "loftq"}},
+    "loftq_5": {"settings": {"init": "loftq:5"}},
     "int8": {"format": "int8"},
 }
 PAIRS = {

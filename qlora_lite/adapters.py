@@ -122,7 +122,9 @@ def adapted(name: str, layer: nn.Module, config: LoraConfig, dtype: torch.dtype)
 def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
     """Puts a LoraLayer around every targeted layer, freezes all else, and returns the names of the adapted layers.
 
-    The model computes what it did before; with init `loftq` what it did before it was packed, more nearly. Raises
+    The model computes what it did before; with init `loftq` what it did before it was packed, more nearly. `loftq:N`
+    also puts newly packed weights in the place of the targeted layers' own, one layer at a time, before its adapter
+    stands on it: the one case in which a base is exchanged. `save_quantized` after `remove_lora_` keeps it. Raises
     TargetError for targets that match nothing or are adapted already, and for patterns that decide for none of them;
     ConfigError, CheckpointError for layers that cannot start as `config.init` says. The model is then as it was.
     """
@@ -131,7 +133,7 @@ def add_lora_(model: nn.Module, config: LoraConfig) -> list[str]:
     targets = {name: module for name, module in model.named_modules() if name in chosen}
     if idle := config.idle_patterns(targets):
         raise TargetError("; ".join(idle))
-    check_start(targets, config)
+    check_start(model, targets, config)
     originals = originals_of(model, targets, config.init)
 
     def make(name: str, layer: nn.Module) -> nn.Module | None:

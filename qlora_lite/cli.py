@@ -126,8 +126,9 @@ def train(
     import torch
 
     from qlora_lite.adapters import add_lora_
-    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
+    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, init_parts
     from qlora_lite.data import batches, tokenize_all
+    from qlora_lite.errors import ConfigError
     from qlora_lite.forecast import Wanted
     from qlora_lite.hub import load_tokenizer
     from qlora_lite.load import load_quantized
@@ -141,6 +142,8 @@ def train(
     )
     names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
     lora = LoraConfig(rank, alpha, dropout, names, rslora=rslora, init=init, variant=variant)
+    if init_parts(init)[1] > 1:
+        raise ConfigError(f"init {init!r} packs the base anew, and this command writes no base; use it from Python")
     config = TrainConfig(
         steps=steps,
         learning_rate=learning_rate,
