@@ -1,6 +1,6 @@
 """Does ours learn as well as transformers + peft + bitsandbytes, and what do the variants of LoRA bring?
 
-    python profiling/learn_like_peft.py                     # 100 steps of 1 x 256 tokens; about 18 minutes on two cores
+    python profiling/learn_like_peft.py                     # 100 steps of 1 x 192 tokens; about 20 minutes on two cores
     python profiling/learn_like_peft.py --variants          # the comparison alone
     python profiling/learn_like_peft.py --tiny              # random weights, in seconds: shows that the script works
 
@@ -190,7 +190,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=1, help="rows of a batch")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--tokens", type=int, default=192, help="tokens of a row")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="without one, none")
     parser.add_argument("--plot", type=Path, default=Path("out/learn_like_peft.png"), help="file of the drawing")
     parser.add_argument("--tiny", action="store_true", help="a random model of two small layers, all in one process")
