@@ -25,6 +25,7 @@ bench: $(INSTALLED)
 	$(RUN) profiling/step_growth.py
 	$(RUN) profiling/streaming_io.py
 	$(RUN) profiling/versus_peft.py
+	$(RUN) profiling/learn_like_peft.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

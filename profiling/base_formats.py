@@ -57,14 +57,21 @@ def base_bytes(model: Any) -> int:
     return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
 
 
+def perplexity(model: Any, windows: torch.Tensor) -> float:
+    """exp of the mean loss over the tokens of `(windows, tokens)`, of each window all but the first."""
+    total = 0.0
+    with torch.no_grad(), lean(model):
+        for window in windows.split(2):
+            total += float(headless_loss(model, {"input_ids": window, "labels": window}))
+    return math.exp(total / (windows.numel() - len(windows)))
+
+
 def measure(folder: Path, config: QuantConfig, windows: torch.Tensor) -> dict[str, float]:
     model = load_quantized(folder, config)
     size = base_bytes(model)
     keep_freed_pages()
-    total, began = 0.0, time.perf_counter()
-    with torch.no_grad(), lean(model):
-        for window in windows.split(2):
-            total += float(headless_loss(model, {"input_ids": window, "labels": window}))
+    began = time.perf_counter()
+    found = perplexity(model, windows)
     seconds = time.perf_counter() - began
     add_lora_(model, LoraConfig())
     steps: list[float] = []
@@ -77,7 +84,7 @@ def measure(folder: Path, config: QuantConfig, windows: torch.Tensor) -> dict[st
 
     train(model, batches(), TrainConfig(steps=4), progress=False)
     return {
-        "perplexity": math.exp(total / (windows.numel() - len(windows))),
+        "perplexity": found,
         "base_bytes": size,
         "forward_seconds": seconds,
         "step_seconds": statistics.median(steps[1:]),

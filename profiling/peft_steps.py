@@ -46,8 +46,8 @@ class PeftWork:
     casting: str = "prepare"
 
 
-def quantization(format: str) -> Any:
-    """BitsAndBytesConfig of a format; None for `none`."""
+def quantization(format: str, compute: torch.dtype = torch.bfloat16) -> Any:
+    """BitsAndBytesConfig of a format; None for `none`. compute: what 4-bit weights are multiplied in."""
     from transformers import BitsAndBytesConfig
 
     if format == "none":
@@ -58,15 +58,16 @@ def quantization(format: str) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type=format,
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=compute,
     )
 
 
-def load_base(folder: Path, format: str) -> Any:
+def load_base(folder: Path, format: str, compute: torch.dtype = torch.bfloat16) -> Any:
     """A checkpoint with its base packed, as transformers loads it."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization(format), dtype=torch.bfloat16)
+    packing = quantization(format, compute)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=packing, dtype=torch.bfloat16)
 
 
 def skeleton(config: Any, format: str) -> Any:

@@ -65,6 +65,15 @@ def optimizer_states() -> list[torch.Tensor]:
     return list({id(value): value for value in states if isinstance(value, torch.Tensor)}.values())
 
 
+def settled_bytes() -> int:
+    """Resident bytes when only what is needed is still held; the process's peak (VmHWM) begins anew from there."""
+    gc.collect()
+    release_freed_pages()
+    resident = resident_bytes() or 0
+    reset_resident_peak()
+    return resident
+
+
 class Watch:
     """Times each step between two orders, and follows the storages of the last one."""
 
@@ -73,11 +82,8 @@ class Watch:
         self.start_resident = 0
 
     def set_up_done(self) -> None:
-        """The line from which memory is counted: only what the model needs is still held."""
-        gc.collect()
-        release_freed_pages()
-        self.start_resident = resident_bytes() or 0
-        reset_resident_peak()
+        """The line from which memory is counted."""
+        self.start_resident = settled_bytes()
         say(ready=True, resident=self.start_resident)
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -117,6 +123,16 @@ def ours(work: Work, watch: Watch) -> list[float]:
     return losses
 
 
+def peer_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> float:
+    """One step of training as a user of transformers and peft writes it; the loss."""
+    loss = model(**batch).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
 def peer(work: Work, watch: Watch) -> list[float]:
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -140,16 +156,7 @@ def peer(work: Work, watch: Watch) -> list[float]:
     model.train()
     watch.set_up_done()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
-    losses = []
-    for batch in watch.batches():
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
-        del loss
-    return losses
+    return [peer_step(model, optimizer, batch) for batch in watch.batches()]
 
 
 def floor(work: Work, watch: Watch) -> list[None]:

@@ -24,6 +24,7 @@ from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
 from qlora_lite.lora import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.modules import replace_modules_
 from qlora_lite.named_adapters import active_adapter, adapter_layers, room_for
+from qlora_lite.own_base import DIGEST_KEY, HOW_TO, digest_of, is_base_of, own_weights
 from qlora_lite.parked import check_name
 from qlora_lite.peft_config import peft_config
 from qlora_lite.peft_files import (
@@ -64,8 +65,10 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False, 
     `peft.PeftModel.from_pretrained(base, folder)` reads them.
 
     Ranks and alphas may differ between the layers. Layers whose update is counted from a start (PiSSA) are written as
-    ordinary ones of twice the rank, for the plain base. Raises CheckpointError for a folder with something in it unless
-    `overwrite`, TargetError without adapters, ConfigError if they differ in dropout or rslora.
+    ordinary ones of twice the rank, for the plain base. An adapter on a base that LoftQ packed anew names no base and
+    carries its SHA-256, by which `load_adapter_` and merges know it again; peft does not look at it. Raises
+    CheckpointError for a folder with something in it unless `overwrite`, TargetError without adapters, ConfigError if
+    they differ in dropout or rslora.
     name: of several adapters (named_adapters.py), in use or not; None: the one in use.
     """
     with adapter_layers(model, name) as layers:
@@ -93,6 +96,10 @@ def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrit
     if in_use:  # what is trained beside it is its own
         tensors |= {key: planned(values.detach()) for key, _, values in beside_keys(model)}
         config |= beside_config(model)
+    if own_weights(model):
+        # The checkpoint that the model came from is not what this adapter belongs to.
+        config["base_model_name_or_path"] = None
+        config[DIGEST_KEY] = digest_of(sorted(_base_weights(model, layers).items()))
     with new_folder(folder, overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)
         write_json(temporary / CONFIG_FILE, config)
@@ -199,6 +206,12 @@ def _other_bases(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     return problems
 
 
+def _base_weights(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
+    """The bases' weights of layers, adapted or not yet, by their names."""
+    modules = {name: model.get_submodule(name) for name in names}
+    return {n: (m.base_layer if isinstance(m, LoraLayer) else m).weight for n, m in modules.items()}
+
+
 def _apart(model: nn.Module, pairs: Pairs) -> list[str]:
     """Tied layers without a common A and B. peft's ensure_weight_tying has them be one: a head's are B^T and A^T."""
     problems = []
@@ -209,6 +222,20 @@ def _apart(model: nn.Module, pairs: Pairs) -> list[str]:
         if head.keys() != known.keys() or any(not torch.equal(head[part].float(), known[part]) for part in known):
             problems.append(f"ensure_weight_tying is set, and {alias} and {source} have not the same adapter")
     return problems
+
+
+def _check_own_base_(model: nn.Module, names: Collection[str], config: dict[str, Any], folder: Path) -> None:
+    """CheckpointError if LoftQ packed the adapter's base anew and the model has another; else notes that on its base.
+
+    On meta there are no bytes to compare: merge_checkpoint does it with those on disk.
+    """
+    weights = {} if DIGEST_KEY not in config else _base_weights(model, names)
+    if any(weight.device.type == "meta" for weight in weights.values()):
+        return
+    if weights and not is_base_of(config[DIGEST_KEY], weights):
+        raise CheckpointError(f"{folder} belongs to a base that LoftQ packed anew, and the model has another; {HOW_TO}")
+    for weight in weights.values():
+        weight.of_checkpoint = False
 
 
 def load_adapter_(model: nn.Module, folder: str | Path, *, name: str | None = None) -> list[str]:
@@ -258,6 +285,7 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
     if problems:
         shown = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{folder} does not fit this model: {shown}")
+    _check_own_base_(model, pairs, config, folder)
 
     def make(name: str, base: nn.Module) -> nn.Module | None:
         if name not in pairs or present:

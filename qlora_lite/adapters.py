@@ -62,7 +62,9 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
     """Puts a LoraLayer around every targeted layer, freezes all else, and returns the names of the adapted layers.
 
     What is to be trained beside A and B (train_whole, bias, train_tokens) gets trained copies beside its originals.
-    The model computes what it did before; with init `loftq` what it did before it was packed, more nearly. Raises
+    The model computes what it did before; with init `loftq` what it did before it was packed, more nearly. `loftq:N`
+    also puts newly packed weights in the place of the targeted layers' own, one layer at a time, before its adapter
+    stands on it: the one case in which a base is exchanged. `save_quantized` after `remove_lora_` keeps it. Raises
     TargetError for targets that match nothing or are adapted already, and for exclusions, layer numbers and patterns
     that decide nothing;
     ConfigError, CheckpointError for layers that cannot start as `config.init` says. The model is then as it was.
@@ -78,7 +80,7 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
     if idle := config.idle_patterns(targets):
         raise TargetError("; ".join(idle))
     check_stack_options(stacks_among(targets), config.dropout, config.variant)
-    check_start(targets, config)
+    check_start(model, targets, config)
     beside = Beside.of(model, config, set(targets))
     originals = originals_of(model, targets, config.init)
 

@@ -116,8 +116,9 @@ def train(
     import torch
 
     from qlora_lite.adapters import add_lora_
-    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
+    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, init_parts
     from qlora_lite.data import batches, tokenize_all
+    from qlora_lite.errors import ConfigError
     from qlora_lite.forecast import Wanted
     from qlora_lite.hub import load_tokenizer
     from qlora_lite.load import load_quantized
@@ -130,6 +131,8 @@ def train(
     chosen = _target_settings(targets, exclude, layers)
     beside: Any = {"train_whole": listed(train_whole), "bias": bias, "train_tokens": listed_tokens(train_tokens)}
     lora = LoraConfig(rank, alpha, dropout, rslora=rslora, init=init, variant=variant, **chosen, **beside)
+    if init_parts(init)[1] > 1:
+        raise ConfigError(f"init {init!r} packs the base anew, and this command writes no base; use it from Python")
     config = TrainConfig(
         steps=steps,
         learning_rate=learning_rate,

@@ -21,6 +21,7 @@ ALL_LINEAR = "all-linear"
 VARIANTS = ("lora", "dora")
 BIASES = ("none", "all", "lora_only")
 INITS = ("normal", "kaiming", "gaussian", "orthogonal", "pissa", "loftq")
+LOFTQ_ROUNDS = re.compile(r"loftq:([1-9][0-9]{0,3})")
 OPTIMIZERS = ("adamw", "adamw8bit")
 CHECKPOINTING = ("none", "full")
 BYTE_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -115,6 +116,12 @@ def check_lora_numbers(rank: object, alpha: object, dropout: object) -> None:
     require(is_finite(dropout) and 0 <= dropout < 1, "dropout must be in [0, 1)", dropout)  # type: ignore[operator]
 
 
+def init_parts(init: str) -> tuple[str, int]:
+    """(`loftq`, 5) of `loftq:5`: the start's name and how many iterations it takes; one where it does not say."""
+    rounds = LOFTQ_ROUNDS.fullmatch(init) if isinstance(init, str) else None
+    return (init, 1) if rounds is None else ("loftq", int(rounds[1]))
+
+
 def check_variant(variant: object) -> None:
     """ConfigError for what is no variant of LoRA that is known here."""
     require(variant in VARIANTS, f"variant must be one of {', '.join(VARIANTS)}", variant)
@@ -184,7 +191,8 @@ class LoraConfig:
         matches decides. One that decides for no adapted layer is an error (TargetError of `add_lora_`).
     init: how A and B start (initial.py): `normal` (A from N(0, 0.02), B zero); `kaiming`, `gaussian`, `orthogonal` as
         peft does; `pissa`, with the principal part of the base; `loftq`, making up for the error of packing, which
-        reads the checkpoint that the model was loaded from.
+        reads the checkpoint that the model was loaded from; `loftq:5`, that in five iterations, which packs the base
+        anew: the adapter then belongs to that base and to no other (own_base.py).
     variant: `lora`; or `dora`, which also trains the norm of each row of the weight (see LoraLayer).
     train_whole: names of modules, whole or their last parts, that are trained themselves (peft's modules_to_save):
         norms (`input_layernorm`, `model.norm`), an output head, a classifier. A trained copy in adapter_dtype lies,
@@ -223,7 +231,8 @@ class LoraConfig:
             require(listed, "layers must be None or a list of numbers of at least 0", numbers)
         require(isinstance(self.rslora, bool), "rslora must be True or False", self.rslora)
         check_variant(self.variant)
-        require(self.init in INITS, f"init must be one of {', '.join(INITS)}", self.init)
+        start = init_parts(self.init)[0]
+        require(start in INITS, f"init must be one of {', '.join(INITS)}, or loftq:N", self.init)
         require(self.bias in BIASES, f"bias must be one of {', '.join(BIASES)}", self.bias)
         whole = self.train_whole
         names_only = not isinstance(whole, str) and all(isinstance(name, str) and name for name in whole)

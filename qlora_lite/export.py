@@ -26,10 +26,19 @@ from qlora_lite.load import Checkpoint
 from qlora_lite.memory.host import keep_freed_pages
 from qlora_lite.merge_report import MergeReport
 from qlora_lite.named_adapters import active_adapter, using_adapter
-from qlora_lite.peft_files import BASE_COPY, PREFIX, TOKEN_ADAPTER, adapter_tensors
+from qlora_lite.own_base import DIGEST_KEY, HOW_TO, digest_of, own_weights
+from qlora_lite.peft_files import BASE_COPY, CONFIG_FILE, PREFIX, TOKEN_ADAPTER, adapter_tensors
 from qlora_lite.plain_weights import plain_weights
 from qlora_lite.quantize_base import Slot
-from qlora_lite.storage import DEFAULT_SHARD_BYTES, check_apart, check_space, new_folder, write_json, write_sharded
+from qlora_lite.storage import (
+    DEFAULT_SHARD_BYTES,
+    check_apart,
+    check_space,
+    new_folder,
+    read_json,
+    write_json,
+    write_sharded,
+)
 from qlora_lite.tensor_files import TensorFiles
 from qlora_lite.tensor_views import Source, slices
 from qlora_lite.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
@@ -71,7 +80,11 @@ def _originals(model: nn.Module, source: Path | None, base: str) -> Mapping[str,
     if source is not None:
         _check_has_originals(source, base)
     packed = source is not None and hub.quantization_of(source) is not None
-    stored = None if packed else TensorFiles.of(source)
+    # What LoftQ packed is not the checkpoint's weight with an error, and its adapter belongs to that alone.
+    own = bool(own_weights(model))
+    if own and base == ORIGINAL:
+        raise CheckpointError("base='original' has no meaning for an adapter on a base that LoftQ packed anew")
+    stored = None if packed or own else TensorFiles.of(source)
     if base == ORIGINAL and stored is None:
         raise CheckpointError("base='original' needs the checkpoint that the model was loaded from; it has none")
     shapes = {weight.name: weight.shape for weight in plain_weights(model)}
@@ -94,6 +107,22 @@ def _check_same_base(
         for first, rows in slices(stored, READ_BYTES):
             if not torch.equal(rows.to(dtype), copy.rows(first, first + rows.shape[0]).to(dtype)):
                 raise CheckpointError(f"{adapter}: {name} comes with a base weight that differs from the checkpoint's")
+
+
+def _check_own_base(
+    adapter: Path, names: list[str], checkpoint: Checkpoint, slots: list[Slot], dtype: torch.dtype
+) -> None:
+    """CheckpointError for an adapter on a base that LoftQ packed anew, unless that base is the checkpoint."""
+    digest = read_json(adapter / CONFIG_FILE).get(DIGEST_KEY)
+    if digest is None:
+        return
+    slot_of = {name: slot for slot in slots for name in slot.modules}
+    ordered, there = sorted(names), not checkpoint.originals and slot_of.keys() >= set(names)
+    sources = ((name, checkpoint.sources(f"{name}.weight", slot_of[name], dtype)[0]) for name in ordered)
+    if not there or digest_of((name, source.pack(torch.device("cpu"))) for name, source in sources) != digest:
+        raise CheckpointError(
+            f"{adapter} belongs to a base that LoftQ packed anew, which {checkpoint.folder} is not; {HOW_TO}"
+        )
 
 
 def _verified(folder: Path, plan: ExportPlan, examples: Sequence[TokenizedExample]) -> Verification:
@@ -193,7 +222,8 @@ def merge_checkpoint(
     _check_has_originals(source, base)
     checkpoint = Checkpoint.of(source, model, config)
     slots = checkpoint.slots(model)
-    load_adapter_(model, adapter)
+    adapted = load_adapter_(model, adapter)
+    _check_own_base(Path(adapter), adapted, checkpoint, slots, load_dtype)
     _check_same_base(Path(adapter), model, checkpoint, slots, load_dtype)
     origin = OnDisk(slots, checkpoint, load_dtype, stored_deltas_(model, adapter))
     hub.read_generation_config_(model, source)

@@ -8,9 +8,10 @@ begin with parts of weights:
 
 The base is never written to. PiSSA (arXiv:2404.02948) takes B_0 A_0 out of the base; here the layer keeps B_0 A_0 and
 takes it out of what it adds, which gives the same outputs and gradients, begins as the packed base exactly, and is an
-ordinary adapter of rank 2 r when it is saved. LoftQ (arXiv:2310.08659, algorithm 1) is run for one iteration: a second
-one would pack another base, W - B A, which no other program has. An adapter that begins so means what it means with
-the base packed in this format and blocksize, and with no other.
+ordinary adapter of rank 2 r when it is saved. LoftQ (arXiv:2310.08659, algorithm 1) alternates Q = q(W - scaling B A)
+and scaling B A = the principal part of W - Q, from B A = 0 on. `loftq` is its first iteration, in which Q is the base
+as it is: such an adapter means what it means with the base packed in this format and blocksize, and with no other.
+`loftq:5` takes five, and puts the last Q in the place of the base (own_base.py).
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import hub
-from qlora_lite.config import LoraConfig
+from qlora_lite.config import LoraConfig, init_parts
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.finite import check_finite
 from qlora_lite.layer_kinds import EmbeddingKind, LinearKind, StackKind, kind_of
 from qlora_lite.load import fitting
 from qlora_lite.lora import LoraLayer
 from qlora_lite.low_rank import dense
+from qlora_lite.own_base import holders, packed_anew
 from qlora_lite.tensor_files import TensorFiles
 from qlora_lite.tensor_views import Source
 
@@ -105,6 +107,13 @@ def _fill(layer: LoraLayer, name: str, matrix: Tensor) -> None:
     layer.lora_B.copy_(lora_B * math.copysign(share, layer.scaling))
 
 
+def _original_weight(layer: LoraLayer, name: str, originals: Originals) -> Tensor:
+    """W `(out, in)` in fp32, from the checkpoint."""
+    stored = originals[f"{name}.weight"]
+    weight = stored.rows(0, stored.shape[0]).to(layer.lora_A.device, torch.float32)
+    return weight.T if layer.stored_transposed else weight
+
+
 @torch.no_grad()
 def _pissa(layer: LoraLayer, name: str, originals: Originals) -> None:
     """A = sqrt(S / scaling) V^T, B = U sqrt(S / scaling) of the r largest singular values S of W0 (equations 2, 3)."""
@@ -114,10 +123,15 @@ def _pissa(layer: LoraLayer, name: str, originals: Originals) -> None:
 
 @torch.no_grad()
 def _loftq(layer: LoraLayer, name: str, originals: Originals) -> None:
-    """The same of W - W0, the error of packing (algorithm 1, one iteration)."""
-    stored = originals[f"{name}.weight"]
-    weight = stored.rows(0, stored.shape[0]).to(layer.lora_A.device, torch.float32)
-    _fill(layer, f"{name}.weight", (weight.T if layer.stored_transposed else weight) - _base_weight(layer))
+    """The same of W - W0, the error of packing (algorithm 1, an iteration without its packing)."""
+    _fill(layer, f"{name}.weight", _original_weight(layer, name, originals) - _base_weight(layer))
+
+
+@torch.no_grad()
+def _pack_beside_(layer: LoraLayer, name: str, originals: Originals) -> None:
+    """The base becomes W - scaling B A, packed as the old one, which is let go (algorithm 1, the packing)."""
+    rest = _original_weight(layer, name, originals).addmm(layer.lora_B, layer.lora_A, alpha=-layer.scaling)
+    layer.base_layer.weight = packed_anew(layer.base_layer.weight, rest, f"{name}.weight")  # type: ignore[arg-type]
 
 
 STARTS: dict[str, Callable[[LoraLayer, str, Originals], None]] = {
@@ -135,24 +149,27 @@ LINEAR_ONLY = ("orthogonal", "pissa", "loftq")
 OF_WEIGHTS = ("pissa", "loftq")
 
 
-def check_start(targets: Mapping[str, nn.Module], config: LoraConfig) -> None:
+def check_start(model: nn.Module, targets: Mapping[str, nn.Module], config: LoraConfig) -> None:
     """ConfigError or TargetError, listing all of them, for layers that cannot start as `config.init` says."""
     problems: list[str] = []
+    init, rounds = init_parts(config.init)
     for name, base in targets.items():
         kind, rank = kind_of(base), config.rank_of(name)
         weight: Any = base.weight
-        if not isinstance(kind, LinearKind) and config.init in LINEAR_ONLY:
+        if not isinstance(kind, LinearKind) and init in LINEAR_ONLY:
             others = {EmbeddingKind: "an embedding", StackKind: "a stack of experts"}
             what = others.get(type(kind), "a convolution")
             raise TargetError(f"init {config.init!r} is for linear layers; {name} is {what}: leave it out")
         if config.init == "orthogonal" and rank % 2:
             problems.append(f"{name} has the odd rank {rank}")
-        if config.init in OF_WEIGHTS and rank > min(weight.shape):
+        if init in OF_WEIGHTS and rank > min(weight.shape):
             problems.append(f"{name} of shape {tuple(weight.shape)} has no {rank} singular values")
-        if config.init in OF_WEIGHTS and config.alpha_of(name) == 0:
+        if init in OF_WEIGHTS and config.alpha_of(name) == 0:
             problems.append(f"{name} has alpha 0")
-        if config.init == "loftq" and isinstance(weight, Tensor):
+        if init == "loftq" and isinstance(weight, Tensor):
             problems.append(f"{name} is not packed and has no error to make up for")
+        elif rounds > 1 and holders(model, weight) > 1:
+            problems.append(f"{name} shares its packed weight with another module, which would be changed with it")
     if problems:
         shown = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ConfigError(f"init {config.init!r} cannot be used: {shown}")
@@ -163,7 +180,7 @@ def originals_of(model: nn.Module, names: Iterable[str], init: str) -> Originals
 
     CheckpointError if there is none, or it is packed.
     """
-    if init != "loftq":
+    if init_parts(init)[0] != "loftq":
         return {}
     folder = hub.source_folder(model)
     if folder is None or not (folder / hub.CONFIG_FILE).is_file():
@@ -180,6 +197,10 @@ def originals_of(model: nn.Module, names: Iterable[str], init: str) -> Originals
 
 
 def start_(layer: LoraLayer, name: str, init: str, originals: Originals) -> None:
-    """Gives A and B of the layer of this name the values that `init` says."""
-    STARTS[init](layer, name, originals)
+    """Gives A and B of the layer of this name the values that `init` says; `loftq:N` gives it another base, too."""
+    start, rounds = init_parts(init)
+    STARTS[start](layer, name, originals)
+    for _ in range(rounds - 1):
+        _pack_beside_(layer, name, originals)
+        STARTS[start](layer, name, originals)
     layer.reset_magnitude()

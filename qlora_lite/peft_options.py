@@ -37,6 +37,7 @@ HARMLESS_OPTIONS = frozenset(
         "megatron_core",
         "modules_to_save",
         "merge_weights",  # peft 0.2: whether eval() merged
+        "packed_base_sha256",  # ours (own_base.py)
         "peft_type",
         "peft_version",
         "qalora_group_size",

@@ -11,7 +11,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite import hub
 from qlora_lite.adapters import add_lora_
-from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
+from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, init_parts
 from qlora_lite.errors import CheckpointError, QLoRAError, RehearsalError
 from qlora_lite.load import fill_
 from qlora_lite.memory.measure import MemoryProfiler
@@ -70,7 +70,7 @@ def unread_model(
     with profiler.phase("load"):
         fill_(model, checkpoint, dtype, torch.device("cpu"))
         # loftq reads weights to start A and B, which have the same size whatever they start with
-        add_lora_(model, replace(lora, init="normal") if lora.init == "loftq" else lora)
+        add_lora_(model, replace(lora, init="normal") if init_parts(lora.init)[0] == "loftq" else lora)
     return model
 
 

@@ -78,6 +78,7 @@ FLOORS = (
         "lora",
         "trained_whole",
         "token_rows",
+        "own_base",
         "optim",
         "weight_rows",
         "conversion",

@@ -229,7 +229,7 @@ def test_what_cannot_start_so_is_refused_and_nothing_is_changed(tiny_folder: Pat
         add_lora_(unpacked, LoraConfig(2, target_modules=["q_proj"], init="loftq"))
 
 
-@pytest.mark.parametrize(("init", "variant"), [("pissa", "lora"), ("loftq", "lora"), ("normal", "dora")])
+@pytest.mark.parametrize(("init", "variant"), [("pissa", "lora"), ("loftq:2", "lora"), ("normal", "dora")])
 def test_memory_is_rehearsed_with_every_start(tiny_folder: Path, init: str, variant: str) -> None:
     from qlora_lite.config import TrainConfig
     from qlora_lite.prediction import rehearse_steps

@@ -49,6 +49,17 @@ SCRIPTS = {
     },
     "profiling/interop_matrix.py": {"cases", "passed", "refused_by_peft", "refused_by_us", "failed"},
     "profiling/largest_batch.py": {"memory", "rows"},
+    "profiling/learn_like_peft.py": {
+        "base_perplexity",
+        "ours_perplexity",
+        "peft_perplexity",
+        "perplexity_ratio",
+        "in_peft",
+        "largest_loss_difference",
+        "rounding_yardstick",
+        "differences",
+        "variants",
+    },
     "profiling/packing.py": {
         "pack_speed_ratio",
         "pack_temporaries",
@@ -88,7 +99,10 @@ SCRIPTS = {
     },
     "profiling/versus_peft.py": {"nf4_full", "floor"},
 }
-ARGUMENTS = {"profiling/versus_peft.py": ["nf4_full", "floor"]}  # every case would take a minute of starting processes
+ARGUMENTS = {
+    "profiling/learn_like_peft.py": ["--variants", "pissa"],
+    "profiling/versus_peft.py": ["nf4_full", "floor"],  # every case would take a minute of starting processes
+}
 # Looked at by tests of their own, or no programs.
 NOT_RUN_HERE = {
     "examples/real_model.py",
@@ -105,6 +119,7 @@ NOT_RUN_HERE = {
     "profiling/interop_sides.py",
     "profiling/io_worker.py",
     "profiling/kill_points.py",
+    "profiling/learning_worker.py",
     "profiling/machine_floor.py",
     "profiling/model_shapes.py",
     "profiling/peft_steps.py",
@@ -136,3 +151,7 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
         assert figures["failed"] == 0 and 2 * figures["passed"] > figures["cases"]
     if "restored" in figures:
         assert figures["restored"] is True and figures["loss_after"] < figures["loss_before"]
+    if "perplexity_ratio" in figures:  # three steps of one program's adapter are those of the other's
+        assert abs(figures["perplexity_ratio"] - 1) < 1e-3
+        assert figures["differences"]["both in fp32"]["largest"] < 1e-4
+        assert figures["ours_perplexity"] < figures["base_perplexity"]
