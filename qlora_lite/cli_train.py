@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,10 +29,25 @@ from qlora_lite.cli_options import (
 from qlora_lite.cli_plan import chosen_checkpointing
 
 
+def _is_first_process() -> bool:
+    """Whether this is the one of a run's processes that writes and says (torchrun and accelerate launch set RANK)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _check_init(init: str) -> None:
+    from qlora_lite.config import init_parts
+    from qlora_lite.errors import ConfigError
+
+    if init_parts(init)[1] > 1:
+        raise ConfigError(f"init {init!r} packs the base anew, and this command writes no base; use it from Python")
+
+
 def _check_run(output: Path, replaced: bool, model: str, data: Path) -> None:
     from qlora_lite.run_state import ADAPTER_FOLDER, METRICS_FILE
     from qlora_lite.storage import check_apart
 
+    if not _is_first_process():  # the first one may have begun to write
+        return
     check_apart(output / METRICS_FILE, data)
     check_output(output / ADAPTER_FOLDER if replaced else output, replaced, model, data)
 
@@ -57,6 +73,7 @@ def _train_figures(result: Any, tokenized: Any, output: Path, predicted: int | N
         "peak_bytes": result.steps[-1].peak_bytes,
         **foreseen,
         "own_loss_because": result.own_loss_because,
+        "batches_halved_from_step": result.halved_at,
         "adapter": str(output / "adapter"),
     }
 
@@ -116,9 +133,8 @@ def train(
     import torch
 
     from qlora_lite.adapters import add_lora_
-    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, init_parts
+    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
     from qlora_lite.data import batches, tokenize_all
-    from qlora_lite.errors import ConfigError
     from qlora_lite.forecast import Wanted
     from qlora_lite.hub import load_tokenizer
     from qlora_lite.load import load_quantized
@@ -131,8 +147,7 @@ def train(
     chosen = _target_settings(targets, exclude, layers)
     beside: Any = {"train_whole": listed(train_whole), "bias": bias, "train_tokens": listed_tokens(train_tokens)}
     lora = LoraConfig(rank, alpha, dropout, rslora=rslora, init=init, variant=variant, **chosen, **beside)
-    if init_parts(init)[1] > 1:
-        raise ConfigError(f"init {init!r} packs the base anew, and this command writes no base; use it from Python")
+    _check_init(init)
     config = TrainConfig(
         steps=steps,
         learning_rate=learning_rate,
@@ -161,4 +176,5 @@ def train(
     add_lora_(loaded, lora)
     config = replace(config, checkpointing=dial)
     result = train_model(loaded, stream, config, output_dir=output, overwrite=overwrite, resume=resume)
-    finish(_train_figures(result, tokenized, output, predicted), json)
+    if _is_first_process():
+        finish(_train_figures(result, tokenized, output, predicted), json)

@@ -37,7 +37,6 @@ HARMLESS_OPTIONS = frozenset(
         "megatron_core",
         "modules_to_save",
         "merge_weights",  # peft 0.2: whether eval() merged
-        "packed_base_sha256",  # ours (own_base.py)
         "peft_type",
         "peft_version",
         "qalora_group_size",
@@ -51,6 +50,8 @@ HARMLESS_OPTIONS = frozenset(
         "velora_config",  # another backward pass, the same forward
     }
 )
+# Ours, which peft passes over: what the adapter stands on (own_base.py).
+OWN_OPTIONS = frozenset({"packed_base_sha256"})
 # Options that change what is computed, or that come with tensors of their own.
 REFUSED_OPTIONS = frozenset(
     {
@@ -78,7 +79,7 @@ def base_changing_init(config: dict[str, Any]) -> str | None:
 
 def refused_options(config: dict[str, Any]) -> list[str]:
     """Names of the options that are set and not known to be harmless, unknown ones included."""
-    known = HARMLESS_OPTIONS | NUMBERS.keys()
+    known = HARMLESS_OPTIONS | OWN_OPTIONS | NUMBERS.keys()
     refused = sorted(key for key, value in config.items() if value not in NOT_SET and key not in known)
     start = base_changing_init(config)
     return refused if start is None else [*refused, f"init_lora_weights={start!r}"]
