@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,18 @@ def killed_and_resumed(model: Path, folder: Path, point: int, wanted: dict[str, 
     return True, problems + [name for name in wanted | found if wanted.get(name) != found.get(name)]
 
 
+def kills_of_a_run(model: Path, folder: Path, every: int) -> Iterator[tuple[int, list[str]]]:
+    """(point, what was wrong) for a kill of the run at each `every`th change of the disk."""
+    if ended(functools.partial(run, model, folder, False)) != 0:
+        sys.exit("the undisturbed run failed")
+    wanted = final_files(folder)
+    for point in itertools.count(0, every):
+        was_killed, problems = killed_and_resumed(model, folder, point, wanted)
+        if not was_killed:
+            return
+        yield point, problems
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help=f"at every {TINY_STEP}th instant")
@@ -97,15 +110,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         model = make_tiny_model(Path(place) / "model", hidden=32)
-        folder = Path(place) / "run"
-        if ended(functools.partial(run, model, folder, False)) != 0:
-            sys.exit("the undisturbed run failed")
-        wanted = final_files(folder)
         killed, wrong = 0, 0
-        for point in itertools.count(0, TINY_STEP if tiny else 1):
-            was_killed, problems = killed_and_resumed(model, folder, point, wanted)
-            if not was_killed:
-                break
+        for point, problems in kills_of_a_run(model, Path(place) / "run", TINY_STEP if tiny else 1):
             killed += 1
             wrong += bool(problems)
             for problem in problems:

@@ -47,6 +47,16 @@ SCRIPTS = {
         "export_seconds",
         "export_above_resident",
     },
+    "profiling/endure.py": {
+        "kills",
+        "kills_lost",
+        "bad_inputs",
+        "bad_inputs_wrong",
+        "resume_cases",
+        "resume_unequal",
+        "soak_steps",
+        "soak_slope_bytes_per_step",
+    },
     "profiling/interop_matrix.py": {"cases", "passed", "refused_by_peft", "refused_by_us", "failed"},
     "profiling/largest_batch.py": {"memory", "rows"},
     "profiling/learn_like_peft.py": {
@@ -112,6 +122,8 @@ NOT_RUN_HERE = {
     "profiling/bad_files.py",
     "profiling/comparisons.py",
     "profiling/endure_inputs.py",
+    "profiling/endure_resume.py",
+    "profiling/endure_saves.py",
     "profiling/endure_soak.py",
     "profiling/endurance_kills.py",
     "profiling/interop_cases.py",
@@ -149,6 +161,9 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
         assert figures["exports_agree"] >= 0.5
     if "failed" in figures:
         assert figures["failed"] == 0 and 2 * figures["passed"] > figures["cases"]
+    if "kills" in figures:
+        assert figures["kills"] > 2 and figures["bad_inputs"] > 100 and figures["resume_cases"] > 1
+        assert figures["kills_lost"] == figures["bad_inputs_wrong"] == figures["resume_unequal"] == 0
     if "restored" in figures:
         assert figures["restored"] is True and figures["loss_after"] < figures["loss_before"]
     if "perplexity_ratio" in figures:  # three steps of one program's adapter are those of the other's

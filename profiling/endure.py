@@ -1,0 +1,117 @@
+"""What is lost to kills and bad files, is resuming exact, and does a long run stay as it is?
+
+    python profiling/endure.py            # all of it: about half an hour on two cores
+    python profiling/endure.py --tiny     # a sample, in a minute or two
+
+kills         processes killed (SIGKILL) at every change that a run, an export, a packed checkpoint makes on the disk,
+              and in the middle of writes; kills_lost: after how many something was neither old nor new, or did not
+              finish
+bad_inputs    damaged and lying files of five kinds; bad_inputs_wrong: with how many a reader did what none may
+              (endure_inputs.py)
+resume_cases  kinds of runs that were interrupted and resumed; resume_unequal: how many differed in a bit
+soak_steps    steps of a long run; soak_slope_bytes_per_step: how resident memory grew over the last three quarters
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from endurance_kills import kills_of_a_run
+from endure_inputs import FAMILIES, run_cases
+from endure_resume import cases, unequal
+from endure_saves import SAVES, killed_saves
+from endure_soak import soak
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+# Seeds of each family: safetensors, index, adapter, records; whole checkpoints take longer.
+INPUTS, CHECKPOINT_INPUTS, SOAK_STEPS = 5000, 1500, 2000
+TINY_INPUTS, TINY_CHECKPOINT_INPUTS, TINY_SOAK_STEPS = 60, 15, 40
+TINY_EVERY = 60
+
+
+def _kills(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
+    from tiny_model import make_tiny_model
+
+    model = make_tiny_model(place / "model", hidden=32)
+    killed, lost = 0, 0
+    tries = [
+        ("run", point, problems) for point, problems in kills_of_a_run(model, place / "run", TINY_EVERY if tiny else 1)
+    ]
+    for save in SAVES[:1] if tiny else SAVES:
+        (place / "saves" / "there").mkdir(parents=True, exist_ok=True)
+        found = killed_saves(model, place / "saves" / "there", save, 20 if tiny else 1)
+        tries += [(save.name, point, problems) for point, problems in found]
+    for name, point, problems in tries:
+        killed += 1
+        lost += bool(problems)
+        for problem in problems:
+            console.print(f"{name}, killed at change {point}: {problem}")
+    return killed, lost
+
+
+def _inputs(tiny: bool, console: Console) -> tuple[int, int]:
+    counts = (TINY_INPUTS, TINY_CHECKPOINT_INPUTS) if tiny else (INPUTS, CHECKPOINT_INPUTS)
+    wrong = run_cases(FAMILIES[:4], range(counts[0])) + run_cases(FAMILIES[4:], range(counts[1]))
+    for problem in wrong[:20]:
+        console.print(problem, markup=False)
+    return 4 * counts[0] + counts[1], len(wrong)
+
+
+def _resumes(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
+    from tiny_model import make_tiny_model
+
+    model, tried, wrong = make_tiny_model(place / "resumed"), 0, 0
+    for case in cases(tiny):
+        with tempfile.TemporaryDirectory() as folder:
+            found = unequal(model, Path(folder), case)
+        tried += 1
+        wrong += bool(found)
+        for problem in found:
+            console.print(f"{case}: {problem}", markup=False)
+    return tried, wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a sample of each")
+    tiny = parser.parse_args().tiny
+    torch.set_num_threads(1)
+    console, began = Console(), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        kills, kills_lost = _kills(place, tiny, console)
+        bad_inputs, bad_inputs_wrong = _inputs(tiny, console)
+        resume_cases, resume_unequal = _resumes(place, tiny, console)
+        seen = soak(place / "soak", TINY_SOAK_STEPS if tiny else SOAK_STEPS)
+    table = Table("what", "tried", "went wrong")
+    table.add_row("kills", f"{kills}", f"{kills_lost}")
+    table.add_row("bad inputs", f"{bad_inputs}", f"{bad_inputs_wrong}")
+    table.add_row("resumed runs", f"{resume_cases}", f"{resume_unequal}")
+    grown = f"{seen.slope:.0f} ± {seen.slope_error:.0f} bytes a step, {seen.leaked} tensors, files {seen.files}"
+    table.add_row("steps of a long run", f"{seen.steps}", grown)
+    console.print(table)
+    console.print(f"{time.monotonic() - began:.0f} s")
+    figures = {
+        "kills": kills,
+        "kills_lost": kills_lost,
+        "bad_inputs": bad_inputs,
+        "bad_inputs_wrong": bad_inputs_wrong,
+        "resume_cases": resume_cases,
+        "resume_unequal": resume_unequal,
+        "soak_steps": seen.steps,
+        "soak_slope_bytes_per_step": round(seen.slope, 1),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
