@@ -212,18 +212,17 @@ class Refusal:
 
 
 # What this library refuses, by its sentences: any other refusal is a failure.
-OWN_FORWARD = r"a forward of (its|their) own|no layer of this model that can be adapted|\['embed_tokens'\] matched no"
 CONVERTED = tuple(name for name, variant in VARIANTS.items() if variant.converted)
 KNOWN_REFUSALS = (
-    # peft's all-linear has the stacks of a Mixtral with it.
+    # peft's all-linear has the router of a Mixtral with it.
     Refusal(
-        "stacks are not built yet",
-        r"stacks of experts cannot be adapted|target_parameters",
-        ("stacks", "all_linear", "patterns", "exclude"),
+        "peft's adapted router",
+        r"target_parameters \['gate.weight'\]",
+        ("all_linear", "patterns", "exclude"),
         families=("mixtral",),
     ),
-    Refusal("Gemma's scaled embedding", OWN_FORWARD, ("embedding",), families=("gemma",)),
-    Refusal("a start for linear layers alone", r"^init '\w+' is for linear layers", ("embedding",)),
+    Refusal("what peft's stacks have neither", r"have neither dropout nor DoRA", ("stacks",), variants=("dora",)),
+    Refusal("a start for linear layers alone", r"^init '\w+' is for linear layers", ("embedding", "stacks")),
     Refusal("layers that peft lost when it converted", r"answer to no layer in the file", ("embedding",), CONVERTED),
     Refusal("LoftQ without a packed layer", r"is not packed and has no error", variants=("loftq",)),
     Refusal("a base that was changed", r"init_lora_weights=.*cannot honour", variants=("pissa_as_trained",)),

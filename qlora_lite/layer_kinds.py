@@ -132,6 +132,16 @@ class _TokenColumns(torch.autograd.Function):
         return columns, None, None, None, None
 
 
+def is_scaled_embedding(module: nn.Module) -> bool:
+    """Whether this is an embedding of transformers whose rows are multiplied by a constant (Gemma's, BART's)."""
+    named = isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding")
+    return named and isinstance(getattr(module, "embed_scale", None), (Tensor, float, int))
+
+
+def _scale_of(base: Any) -> Tensor:
+    return torch.as_tensor(base.embed_scale, device=base.weight.device)
+
+
 class EmbeddingKind:
     def features(self, base: Any) -> tuple[int, int]:
         return base.num_embeddings, base.embedding_dim
@@ -160,7 +170,8 @@ class EmbeddingKind:
             low = _TokenColumns.apply(lora_A, x, base.padding_idx, frequency, sparse)
             low = F.dropout(low, layer.dropout, layer.training).to(y.dtype)
             y = y + (low @ lora_B.to(y.dtype).T) * layer.scaling
-        return self._limit_norm(base, y if gain is None else multiplied(y, gain))
+        y = self._limit_norm(base, y if gain is None else multiplied(y, gain))
+        return y * _scale_of(base).to(y.dtype) if is_scaled_embedding(base) else y
 
     def _limit_norm(self, base: Any, rows: Tensor) -> Tensor:
         """Rows longer than `max_norm` are shortened to it: those that are returned, not those that are stored."""
@@ -216,7 +227,9 @@ class StackKind:
 def kind_of(base: nn.Module) -> Kind | None:
     """How this layer is adapted, from what it offers; None for a layer that cannot be."""
     # nn.MultiheadAttention reads the weight of its out_proj itself and never calls it: an adapter there does nothing.
-    if type(base).__name__ == "NonDynamicallyQuantizableLinear" or has_own_forward(base):
+    if type(base).__name__ == "NonDynamicallyQuantizableLinear":
+        return None
+    if has_own_forward(base) and not is_scaled_embedding(base):
         return None
     if isinstance(base, tuple(CONVOLUTIONS)):
         return ConvKind() if why_not(base) is None else None

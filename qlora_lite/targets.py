@@ -48,7 +48,7 @@ def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_no_linear_is_left_out(chosen: Mapping[str, nn.Module]) -> None:
-    own = {name: layer for name, layer in chosen.items() if has_own_forward(layer)}
+    own = {name: layer for name, layer in chosen.items() if has_own_forward(layer) and kind_of(layer) is None}
     if own:
         shown = ", ".join(f"{name} ({type(layer).__name__})" for name, layer in list(own.items())[:4])
         raise TargetError(

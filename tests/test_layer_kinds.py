@@ -61,3 +61,20 @@ def test_padding_row_never_moves() -> None:
         (layer(TOKENS) - 1).square().sum().backward()
         optimizer.step()
     assert not layer.effective_weight(torch.float32)[1].any() and not layer(torch.tensor([1])).any()
+
+
+def test_a_scaled_embedding_is_scaled_with_its_adapter() -> None:
+    from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbedding
+
+    base = GemmaTextScaledWordEmbedding(9, 6, 0, embed_scale=6**0.5)
+    tokens, expected = torch.arange(9), None
+    with torch.no_grad():
+        expected = base(tokens)
+    layer = LoraLayer(rank=2, alpha=4, base_layer=base, dropout=0.0)
+    torch.testing.assert_close(layer(tokens), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        merged = (base.weight + layer.delta_weight()) * 6**0.5
+    torch.testing.assert_close(layer(tokens), merged, rtol=1e-5, atol=1e-6)
+    layer.merge_weights()
+    torch.testing.assert_close(layer(tokens), merged, rtol=1e-5, atol=1e-6)
