@@ -214,16 +214,14 @@ class Refusal:
 # What this library refuses, by its sentences: any other refusal is a failure.
 OWN_FORWARD = r"a forward of (its|their) own|no layer of this model that can be adapted|\['embed_tokens'\] matched no"
 CONVERTED = tuple(name for name, variant in VARIANTS.items() if variant.converted)
+STACKED = ("stacks", "all_linear", "patterns", "exclude")
 KNOWN_REFUSALS = (
-    # peft's all-linear has the stacks of a Mixtral with it.
-    Refusal(
-        "stacks are not built yet",
-        r"stacks of experts cannot be adapted|target_parameters",
-        ("stacks", "all_linear", "patterns", "exclude"),
-        families=("mixtral",),
-    ),
+    Refusal("stacks are not built yet", r"stacks of experts cannot be adapted|sets target_parameters", STACKED),
+    # peft's all-linear adapts the router of a Mixtral too, by target_parameters.
+    Refusal("a router", r"target_parameters \['gate.weight'\] mean no stack", STACKED, families=("mixtral",)),
+    Refusal("DoRA of a stack", r"stacks of experts have neither dropout nor DoRA", ("stacks",), ("dora", "rsdora")),
     Refusal("Gemma's scaled embedding", OWN_FORWARD, ("embedding",), families=("gemma",)),
-    Refusal("a start for linear layers alone", r"^init '\w+' is for linear layers", ("embedding",)),
+    Refusal("a start for linear layers alone", r"^init '\w+' is for linear layers", ("embedding", "stacks")),
     Refusal("layers that peft lost when it converted", r"answer to no layer in the file", ("embedding",), CONVERTED),
     Refusal("LoftQ without a packed layer", r"is not packed and has no error", variants=("loftq",)),
     Refusal("a base that was changed", r"init_lora_weights=.*cannot honour", variants=("pissa_as_trained",)),
