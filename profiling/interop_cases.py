@@ -221,7 +221,9 @@ KNOWN_REFUSALS = (
         ("all_linear", "patterns", "exclude"),
         families=("mixtral",),
     ),
-    Refusal("what peft's stacks have neither", r"have neither dropout nor DoRA", ("stacks",), variants=("dora",)),
+    Refusal(
+        "what peft's stacks have neither", r"have neither dropout nor DoRA", ("stacks",), variants=("dora", "rsdora")
+    ),
     Refusal("a start for linear layers alone", r"^init '\w+' is for linear layers", ("embedding", "stacks")),
     Refusal("layers that peft lost when it converted", r"answer to no layer in the file", ("embedding",), CONVERTED),
     Refusal("LoftQ without a packed layer", r"is not packed and has no error", variants=("loftq",)),

@@ -170,8 +170,9 @@ def disturb_(folder: Path, what: str) -> None:
         (folder / CONFIG_FILE).write_text(json.dumps(config))
         return
     tensors = load_file(folder / TENSOR_FILE)
-    key = next(key for key in sorted(tensors) if ".lora_" in key and "_B" in key)
-    tensors[key].view(-1)[0] += 1
+    # Of a linear layer's A: every subject has one, and every output of the layer takes part in it.
+    key = next(key for key in sorted(tensors) if key.endswith(".lora_A.weight"))
+    tensors[key].view(-1)[0] += 5
     save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
 
 

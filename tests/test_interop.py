@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ PROFILING = Path(__file__).resolve().parent.parent / "profiling"
 
 
 @pytest.fixture
-def interop(monkeypatch: pytest.MonkeyPatch) -> Any:
+def interop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(PROFILING))
     import interop_matrix
 
-    return interop_matrix
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the script: two wait for each other longer than they compute on models this small
+    yield interop_matrix
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("disturb", [None, "value", "alpha"])
