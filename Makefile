@@ -13,7 +13,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 install: $(INSTALLED)
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -q --numprocesses 2 --dist loadfile
+	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(RUN) -m pytest -q --numprocesses 2 --dist loadfile
 
 demo: $(INSTALLED)
 	$(RUN) examples/quickstart.py

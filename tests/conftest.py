@@ -29,6 +29,9 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
     "OMP_NUM_THREADS": str(THREADS),
+    # Threads that wait for work let others have the core: on a shared machine spinning costs many times the work.
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "0",
 }
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
