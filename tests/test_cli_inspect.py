@@ -52,6 +52,6 @@ def test_what_it_is_and_who_takes_it(inspect: Inspect, small_model: Callable[...
 
 def test_bad_input_is_one_sentence(inspect: Inspect, tmp_path: Path) -> None:
     status, _, said = inspect(tmp_path)
-    assert (status, said) == (1, f"error: {tmp_path / 'adapter_config.json'} does not exist\n")
+    assert (status, said) == (1, f"error: {tmp_path / 'adapter_config.json'} does not exist; expected a JSON file\n")
     status, _, said = inspect(tmp_path, "--require", "ollama")
     assert status == 2 and "must be vllm or llama.cpp; got 'ollama'" in said

@@ -171,7 +171,9 @@ def test_a_pickle_is_not_opened(small_model: Callable[..., Any], tmp_path: Path)
     assert not lora_layers(model)
 
 
-@pytest.mark.parametrize("option", [{"enable_lora": [True, False, True]}, {"bias": "all"}, {"lora_bias": True}])
+@pytest.mark.parametrize(
+    "option", [{"enable_lora": [True, False, True]}, {"layer_replication": [[0, 2]]}, {"lora_bias": True}]
+)
 def test_options_that_are_not_honoured_are_named(
     small_model: Callable[..., Any], tmp_path: Path, option: dict[str, Any]
 ) -> None:

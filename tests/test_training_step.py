@@ -16,16 +16,16 @@ from qlora_lite.errors import ConfigError, TrainingError
 IDS = torch.arange(5, 65).view(5, 12)
 
 
-def trained(folder: Path, config: TrainConfig) -> tuple[Any, Any]:
+def trained(folder: Path, config: TrainConfig, rows: int = 5) -> tuple[Any, Any]:
     torch.manual_seed(0)
     model = load_quantized(folder, QuantConfig(), dtype=torch.float32)
     add_lora_(model, LoraConfig(rank=2))
-    result = train(model, [{"input_ids": IDS, "labels": IDS}], config, progress=False)
+    result = train(model, [{"input_ids": IDS[:rows], "labels": IDS[:rows]}], config, progress=False)
     return model, result
 
 
 def test_pretended_lack_of_memory_halves_the_batches_once(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory does not really run out here: tests/reliability/test_out_of_memory.py has it do so."""
+    """Memory does not really run out here: a limit of the process would leave to chance at which allocation it does."""
     config = TrainConfig(steps=2)
     _, whole = trained(tiny_folder, config)
     choose, rows = module.choose_loss, []
@@ -51,6 +51,9 @@ def test_pretended_lack_of_memory_halves_the_batches_once(tiny_folder: Path, mon
     limit = 2
     with pytest.raises(TrainingError, match="memory ran out in step 1 again, with halved batches; train on shorter"):
         trained(tiny_folder, config)
+    limit = 0
+    with pytest.raises(TrainingError, match="memory ran out in step 1 with one row; train on shorter rows"):
+        trained(tiny_folder, config, rows=1)
 
 
 def test_pretended_sharding_is_refused_with_the_reason(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
