@@ -37,7 +37,7 @@ def _unreadable(config: dict[str, Any]) -> list[str]:
     problems = []
     for option in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(option)
-        listed = value if isinstance(value, list) else [value or ""]
+        listed = value if isinstance(value, list) else ["" if value is None else value]
         if not all(isinstance(name, str) for name in listed):
             problems.append(f"{option} must be a list of names or a regular expression; got {value!r}")
         patterns = listed if option == "layers_pattern" or isinstance(value, str) else []
@@ -47,7 +47,9 @@ def _unreadable(config: dict[str, Any]) -> list[str]:
         except re.error as error:
             problems.append(f"{option} {value!r} is not a regular expression: {error}")
     numbers = config.get("layers_to_transform")
-    if not all(isinstance(n, int) for n in (numbers if isinstance(numbers, list) else [numbers or 0])):
+    if not all(
+        isinstance(n, int) for n in (numbers if isinstance(numbers, list) else [0 if numbers is None else numbers])
+    ):
         problems.append(f"layers_to_transform must be a number or a list of numbers; got {numbers!r}")
     return problems
 

@@ -115,3 +115,18 @@ def test_a_narrowed_file_that_lost_layers_is_refused(small_model: Callable[..., 
         "3 targeted layers have nothing in the file: model.layers.0.mlp.up_proj, model.layers.0.self_attn.q_proj, "
         "model.layers.1.mlp.up_proj"
     ]
+
+
+@pytest.mark.parametrize("value", [0, False, {}, 0.0])
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_what_is_no_name_and_counts_as_false_is_named_too(option: str, value: object) -> None:
+    model = nn.ModuleDict({"first": nn.Linear(2, 2)})
+    config = {"target_modules": ["first"], option: value}
+    (problem,) = target_problems(model, ["first"], config)
+    assert problem == f"{option} must be a list of names or a regular expression; got {value!r}"
+
+
+def test_a_number_of_blocks_that_is_empty_text_is_named() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(2, 2)})
+    (problem,) = target_problems(model, ["first"], {"target_modules": ["first"], "layers_to_transform": ""})
+    assert problem == "layers_to_transform must be a number or a list of numbers; got ''"
