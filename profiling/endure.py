@@ -96,7 +96,9 @@ def main() -> None:
     table.add_row("kills", f"{kills}", f"{kills_lost}")
     table.add_row("bad inputs", f"{bad_inputs}", f"{bad_inputs_wrong}")
     table.add_row("resumed runs", f"{resume_cases}", f"{resume_unequal}")
-    grown = f"{seen.slope:.0f} ± {seen.slope_error:.0f} bytes a step, {seen.leaked} tensors, files {seen.files}"
+    verdict = "flat" if seen.is_flat else "it grows"
+    slope = f"{seen.slope:.0f} ± {seen.slope_error:.0f} bytes a step"
+    grown = f"{verdict}: {slope}, {seen.leaked} tensors, files {seen.files}"
     table.add_row("steps of a long run", f"{seen.steps}", grown)
     console.print(table)
     console.print(f"{time.monotonic() - began:.0f} s")

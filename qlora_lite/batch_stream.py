@@ -14,6 +14,7 @@ from torch import Tensor
 from qlora_lite.errors import CheckpointError, ConfigError, TrainingError
 from qlora_lite.objective import Batch
 from qlora_lite.random_state import RandomSources, RandomState
+from qlora_lite.storage import raw_bytes
 
 END = object()
 
@@ -44,7 +45,7 @@ def _digest(before: str, batch: Mapping[str, Tensor]) -> str:
     sum_ = hashlib.sha256(before.encode())
     for name, value in batch.items():
         sum_.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        sum_.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        sum_.update(raw_bytes(value))
     return sum_.hexdigest()
 
 

@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qlora_lite.lora import LoraLayer
+from qlora_lite.storage import raw_bytes
 
 # Rows of a tensor that are copied at a time where its bytes do not lie one after the other, or elsewhere.
 SLICE_BYTES = 8 << 20
@@ -40,7 +40,7 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
     else:
         parts = whole.split(max(1, SLICE_BYTES // max(1, whole[:1].nbytes)))
     for part in parts:
-        yield part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        yield raw_bytes(part)
 
 
 def _sum(value: object) -> str:

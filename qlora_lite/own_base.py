@@ -11,11 +11,11 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qlora_lite.config import QuantConfig
 from qlora_lite.quantize import PackedWeight
+from qlora_lite.storage import raw_bytes
 
 # In adapter_config.json, where peft passes over what it does not know.
 DIGEST_KEY = "packed_base_sha256"
@@ -46,7 +46,7 @@ def digest_of(weights: Iterable[tuple[str, PackedWeight]]) -> str:
     for name, weight in weights:
         digest.update(f"{name} {weight.format} {weight.blocksize} {tuple(weight.shape)}\n".encode())
         for _, buffer in sorted(weight.state_dict().items()):
-            digest.update(buffer.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(raw_bytes(buffer))
     return digest.hexdigest()
 
 

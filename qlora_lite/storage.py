@@ -78,6 +78,11 @@ def planned(tensor: Tensor) -> PlannedTensor:
     return PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: [tensor])
 
 
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values, row by row; of one in this process's memory, and whole, without a copy."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def sync(path: Path) -> None:
     """Has a file, or the names in a folder, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -114,7 +119,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
                 if piece.dtype != plan.dtype or not fits or written > plan.bytes:
                     got = f"{tuple(piece.shape)} of {piece.dtype}"
                     raise CheckpointError(f"{name} was planned as {plan.shape} of {plan.dtype}; got {got}")
-                writer.write(piece.view(-1).view(torch.uint8).numpy().data)
+                writer.write(raw_bytes(piece))
             if written != plan.bytes:
                 raise CheckpointError(f"{name} was planned as {plan.bytes} bytes; got {written}")
 

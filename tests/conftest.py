@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import signal
@@ -150,3 +151,18 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def profiling_script() -> Callable[[str], Any]:
+    """Imports a script of profiling/ by its name, which finds those beside it as it does when it is run."""
+
+    def imported(name: str) -> Any:
+        folder = str(ROOT / "profiling")
+        sys.path.insert(0, folder)
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.remove(folder)  # and not what the script itself put there, which it imports from later
+
+    return imported

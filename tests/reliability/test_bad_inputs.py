@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import random
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,10 @@ from qlora_lite.regular_files import LARGEST_JSON
 from qlora_lite.storage import read_json
 from qlora_lite.tensor_files import read_safetensors
 
-FOLDER = Path(__file__).resolve().parent.parent.parent / "profiling"
-
 
 @pytest.fixture(scope="module")
-def endure_inputs() -> Any:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module("endure_inputs")
-    finally:
-        sys.path.remove(str(FOLDER))
+def endure_inputs(profiling_script: Callable[[str], Any]) -> Any:
+    return profiling_script("endure_inputs")
 
 
 @pytest.mark.parametrize("number", range(4))

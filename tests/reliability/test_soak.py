@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parent.parent.parent / "profiling"
-
 
 @pytest.fixture(scope="module")
-def endure_soak() -> Any:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module("endure_soak")
-    finally:
-        sys.path.remove(str(FOLDER))
+def endure_soak(profiling_script: Callable[[str], Any]) -> Any:
+    return profiling_script("endure_soak")
 
 
 def test_a_run_leaves_no_file_and_no_tensor_behind(endure_soak: Any, tmp_path: Path) -> None:
