@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,15 +57,17 @@ def fitted_slope(values: list[int]) -> tuple[float, float]:
     return slope, math.sqrt(rest / (count - 2) / spread)
 
 
-def _live_tensors() -> int:
+def _live_tensors() -> list[torch.Tensor]:
     gc.collect()
-    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
 
 def soak(folder: Path, steps: int) -> Soak:
     """Trains a tiny nf4 model for so many steps, with batches of changing lengths, dropout and metrics on disk."""
     from tiny_model import make_tiny_model
 
+    # Tensors of whoever else lives in this process may go at any time, which would hide as many that stay.
+    others = {id(tensor): weakref.ref(tensor) for tensor in _live_tensors()}
     model = load_quantized(make_tiny_model(folder / "model"), QuantConfig())
     add_lora_(model, LoraConfig(rank=4, dropout=0.1))
     process, resident, files, tensors = psutil.Process(), [], [], []
@@ -76,7 +79,7 @@ def soak(folder: Path, steps: int) -> Soak:
             resident.append(process.memory_info().rss)
             if step in (settled, steps - 1):
                 files.append(process.num_fds())
-                tensors.append(_live_tensors())
+                tensors.append(sum(not (id(tensor) in others and others[id(tensor)]() is tensor) for tensor in _live_tensors()))
             length = int(torch.randint(8, 48, (), generator=generator))
             ids = torch.randint(5, 100, (2, length), generator=generator)
             yield {"input_ids": ids, "labels": ids}
