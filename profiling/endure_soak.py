@@ -79,7 +79,9 @@ def soak(folder: Path, steps: int) -> Soak:
             resident.append(process.memory_info().rss)
             if step in (settled, steps - 1):
                 files.append(process.num_fds())
-                tensors.append(sum(not (id(tensor) in others and others[id(tensor)]() is tensor) for tensor in _live_tensors()))
+                tensors.append(
+                    sum(not (id(tensor) in others and others[id(tensor)]() is tensor) for tensor in _live_tensors())
+                )
             length = int(torch.randint(8, 48, (), generator=generator))
             ids = torch.randint(5, 100, (2, length), generator=generator)
             yield {"input_ids": ids, "labels": ids}

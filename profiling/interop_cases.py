@@ -145,6 +145,8 @@ def target_options(family: Family) -> dict[str, tuple[dict[str, Any], dict[str, 
         found["own_biases"] = ({**some, "bias": "lora_only"},) * 2
     if family.stacks:
         parameters = [f"experts.{name}" for name in family.stacks]
+        router = {**some, "target_parameters": ["gate.weight"]}, {"target_modules": [*attention, "gate"]}
+        found["router"] = router
         found["stacks"] = ({**some, "target_parameters": parameters}, {"target_modules": [*attention, *family.stacks]})
     return found
 
@@ -214,17 +216,13 @@ class Refusal:
 # What this library refuses, by its sentences: any other refusal is a failure.
 CONVERTED = tuple(name for name, variant in VARIANTS.items() if variant.converted)
 KNOWN_REFUSALS = (
-    # peft's all-linear has the router of a Mixtral with it.
     Refusal(
-        "peft's adapted router",
-        r"target_parameters \['gate.weight'\]",
-        ("all_linear", "patterns", "exclude"),
-        families=("mixtral",),
+        "what peft's stacks have neither",
+        r"have neither dropout nor DoRA",
+        ("stacks", "router"),
+        variants=("dora", "rsdora"),
     ),
-    Refusal(
-        "what peft's stacks have neither", r"have neither dropout nor DoRA", ("stacks",), variants=("dora", "rsdora")
-    ),
-    Refusal("a start for linear layers alone", r"^init '\w+' is for linear layers", ("embedding", "stacks")),
+    Refusal("a start for linear layers alone", r"^init '\w+' is for linear layers", ("embedding", "stacks", "router")),
     Refusal("layers that peft lost when it converted", r"answer to no layer in the file", ("embedding",), CONVERTED),
     Refusal("LoftQ without a packed layer", r"is not packed and has no error", variants=("loftq",)),
     Refusal("a base that was changed", r"init_lora_weights=.*cannot honour", variants=("pissa_as_trained",)),

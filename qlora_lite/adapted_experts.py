@@ -8,15 +8,14 @@ beside its own A and B; when the adapter is removed, transformers' module comes 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from qlora_lite.errors import ConfigError
 from qlora_lite.experts import DenseStack, RoutedExperts, packable_stacks
 from qlora_lite.layer_kinds import StackKind, kind_of
 from qlora_lite.lora import LoraLayer
-from qlora_lite.modules import exchange_modules_
+from qlora_lite.modules import exchange_modules_, is_router
 
 
 def open_stacks(model: nn.Module) -> dict[str, DenseStack]:
@@ -65,11 +64,24 @@ def stacks_among(layers: Mapping[str, nn.Module]) -> list[str]:
     return [name for name, layer in layers.items() if is_stack_layer(layer)]
 
 
-def check_stack_options(stacks: Iterable[str], dropout: float, variant: str) -> None:
-    """ConfigError for options that adapters on stacks cannot have; peft has them neither."""
-    names = list(stacks)
-    if names and (dropout > 0 or variant != "lora"):
-        raise ConfigError(
-            f"adapters on stacks of experts have neither dropout nor DoRA; got dropout {dropout} and variant "
-            f"{variant!r} for {', '.join(names[:4])}; set dropout=0 and variant='lora', or leave the stacks out"
-        )
+def routers_among(layers: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the routers among these layers, adapted or not."""
+    return [
+        name for name, layer in layers.items() if is_router(layer.base_layer if isinstance(layer, LoraLayer) else layer)
+    ]
+
+
+def patterned_name(name: str, layer: nn.Module) -> str:
+    """What peft's rank_pattern, alpha_pattern and target_parameters call this layer: a router by its weight."""
+    return f"{name}.weight" if routers_among({name: layer}) else name
+
+
+def option_problems(layers: Mapping[str, nn.Module], dropout: float, variant: str) -> list[str]:
+    """A sentence for options that adapters on stacks and routers cannot have; peft has them neither."""
+    names = [*stacks_among(layers), *routers_among(layers)]
+    if not names or (dropout == 0 and variant == "lora"):
+        return []
+    return [
+        f"adapters on stacks of experts and on routers have neither dropout nor DoRA; got dropout {dropout} and "
+        f"variant {variant!r} for {', '.join(names[:4])}; set dropout=0 and variant='lora', or leave these out"
+    ]

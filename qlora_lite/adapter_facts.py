@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,29 @@ from typing import Any
 from qlora_lite.adapter_files import lora_numbers
 from qlora_lite.config import LoraConfig
 from qlora_lite.errors import CheckpointError
+from qlora_lite.modules import answers_to
 from qlora_lite.peft_files import (
     CONFIG_FILE,
     TENSOR_FILE,
     adapter_tensors,
     layer_and_part,
+    parameter_targets,
     read_peft_config,
     written_tensors,
 )
 from qlora_lite.tensor_files import StoredTensor
 
 # peft's names for the adapters on stacks of experts (target_parameters), which hold A of all experts in one matrix.
+# Of what else target_parameters names, a router's weight, patterns mean the weight and not the module.
 STACK_ENDS = (".experts", ".experts.base_layer")
 
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One layer's A and B. kind: `linear`, `embedding`, `convolution` or `experts`; bytes with the magnitudes."""
+    """One layer's A and B; bytes with the magnitudes.
+
+    kind: `linear`, `router`, `embedding`, `convolution` or `experts`.
+    """
 
     name: str
     kind: str
@@ -116,18 +122,24 @@ def _bytes(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _kind(name: str, lora_A: StoredTensor) -> str:
+def _kind(name: str, lora_A: StoredTensor, by_parameter: Collection[str]) -> str:
     if name.endswith(STACK_ENDS):
         return "experts"
+    if any(answers_to(f"{name}.weight", target) for target in by_parameter):
+        return "router"
     if "lora_embedding_A" in lora_A.name:
         return "embedding"
     return "linear" if len(lora_A.shape) == 2 else "convolution"
 
 
-def _layer(name: str, parts: dict[str, StoredTensor], numbers: LoraConfig, path: Path) -> AdaptedLayer:
+def _layer(
+    name: str, parts: dict[str, StoredTensor], numbers: LoraConfig, by_parameter: Collection[str], path: Path
+) -> AdaptedLayer:
     if lost := [part for part in ("lora_A", "lora_B") if not len(getattr(parts.get(part), "shape", ())) > 1]:
         raise CheckpointError(f"{path} has no matrix {' and '.join(lost)} for {name}")
-    kind, rank, alpha = _kind(name, parts["lora_A"]), numbers.rank_of(name), numbers.alpha_of(name)
+    kind = _kind(name, parts["lora_A"], by_parameter)
+    called = f"{name}.weight" if kind == "router" else name
+    rank, alpha = numbers.rank_of(called), numbers.alpha_of(called)
     held = parts["lora_A"].shape[0], parts["lora_B"].shape[1]
     if kind != "experts" and held != (rank, rank):
         raise CheckpointError(f"{path} has A and B of ranks {held} for {name}, and {CONFIG_FILE} says {rank}")
@@ -148,6 +160,7 @@ def adapter_facts(folder: str | Path) -> AdapterFacts:
     folder = Path(folder)
     config = read_peft_config(folder / CONFIG_FILE)
     numbers = lora_numbers(config, folder / CONFIG_FILE)
+    by_parameter = parameter_targets(config, folder / CONFIG_FILE)
     tensors = adapter_tensors(folder)
     parts: dict[str, dict[str, StoredTensor]] = {}
     beside: dict[str, int] = {}
@@ -162,7 +175,7 @@ def adapter_facts(folder: str | Path) -> AdapterFacts:
     return AdapterFacts(
         folder,
         config,
-        tuple(_layer(name, parts[name], numbers, folder / TENSOR_FILE) for name in sorted(parts)),
+        tuple(_layer(name, parts[name], numbers, by_parameter, folder / TENSOR_FILE) for name in sorted(parts)),
         tuple(sorted(written_tensors(folder))),
         beside,
         sum(math.prod(tensor.shape) for tensor in tensors.values()),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import hub
-from qlora_lite.adapted_experts import check_stack_options, hold_stacks_, open_stacks, stacks_among
+from qlora_lite.adapted_experts import hold_stacks_, open_stacks, option_problems, patterned_name, stacks_among
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
 from qlora_lite.beside_files import StoredBeside, beside_config, beside_keys
 from qlora_lite.config import LoraConfig
@@ -39,7 +39,7 @@ from qlora_lite.peft_files import (
 )
 from qlora_lite.peft_options import NUMBERS, refused_options
 from qlora_lite.peft_targets import target_problems
-from qlora_lite.stack_files import flat_A, flat_B, places_in_files, stack_pairs, targeted_stacks
+from qlora_lite.stack_files import flat_A, flat_B, places_in_files, stack_pairs, targeted_parameters
 from qlora_lite.storage import PlannedTensor, new_folder, planned, write_json, write_safetensors
 from qlora_lite.token_rows import WithTokenRows
 
@@ -175,7 +175,7 @@ def _mismatches(
             problems.append(f"{name} has a {module.variant} adapter, the file a {numbers.variant} one")
             continue
         grouped = "" if getattr(base, "groups", 1) == 1 else GROUPED
-        shapes = kind.file_shapes(base, numbers.rank_of(name))
+        shapes = kind.file_shapes(base, numbers.rank_of(patterned_name(name, base)))
         for part, tensor in pair.items():
             if tuple(tensor.shape) != shapes[part]:
                 problems.append(f"{name}.{part} is {tuple(tensor.shape)}, the layer needs {shapes[part]}{grouped}")
@@ -260,22 +260,22 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
     numbers = lora_numbers(config, folder / CONFIG_FILE)
     tensors = {key: stored.read() for key, stored in adapter_tensors(folder).items()}
     beside = StoredBeside.taken(model, tensors, config, _adapted_names(tensors))
-    places = places_in_files(model, targeted_stacks(model, config.get("target_parameters"), folder / CONFIG_FILE))
+    by_parameter = targeted_parameters(model, config, folder / CONFIG_FILE)
+    modules = dict(model.named_modules()) | open_stacks(model)
+    meant = {name: modules[name] for name in by_parameter}
+    places = places_in_files(model, stacks_among(meant))
     pairs = stack_pairs(model, _pairs(tensors, folder / TENSOR_FILE), places)
-    modules = dict(model.named_modules())
+    called = {name: patterned_name(name, modules[name]) if name in modules else name for name in pairs}
     problems = [
         *beside.problems,
         *_mismatches(model, pairs, numbers, tensors.keys(), places),
         *_other_bases(model, tensors),
-        *numbers.idle_patterns(pairs),
-        *read_kernels(model, [name for name in pairs if name in modules]),
+        *numbers.idle_patterns(called.values()),
+        *read_kernels(model, [name for name in pairs if name not in places]),
     ]
-    problems += target_problems(model, pairs.keys() - places.keys(), config)
-    problems += [f"{name} is targeted and has nothing in the file" for name in places if name not in pairs]
-    try:
-        check_stack_options(places, numbers.dropout, numbers.variant)
-    except ConfigError as error:
-        problems.append(str(error))
+    problems += target_problems(model, pairs.keys() - meant.keys(), config)
+    problems += [f"{name} is targeted and has nothing in the file" for name in meant if name not in pairs]
+    problems += option_problems(meant, numbers.dropout, numbers.variant)
     if config.get("ensure_weight_tying"):
         problems += _apart(model, pairs)
     present = set(lora_layers(model))
@@ -290,7 +290,7 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
     def make(name: str, base: nn.Module) -> nn.Module | None:
         if name not in pairs or present:
             return None
-        return adapted(name, base, numbers, pairs[name]["lora_A"].dtype)
+        return adapted(called[name], base, numbers, pairs[name]["lora_A"].dtype)
 
     if not present:
         hold_stacks_(model, places)
@@ -299,7 +299,7 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
     for name, layer in layers.items():
         layer.drop_start()
         layer.adapter_name = adapter
-        layer.alpha, layer.dropout, layer.rslora = numbers.alpha_of(name), numbers.dropout, numbers.rslora
+        layer.alpha, layer.dropout, layer.rslora = numbers.alpha_of(called[name]), numbers.dropout, numbers.rslora
         # On meta there is nothing to copy into.
         values = {part: tensor.view(getattr(layer, part).shape) for part, tensor in pairs[name].items()}
         layer.load_state_dict(values, strict=False, assign=layer.lora_A.is_meta)

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from qlora_lite.adapted_experts import check_stack_options, hold_stacks_, open_stacks, plain_again_, stacks_among
+from qlora_lite.adapted_experts import hold_stacks_, open_stacks, option_problems, plain_again_
 from qlora_lite.beside import WRAPPERS, Beside, beside_parameters, left_of
 from qlora_lite.config import LoraConfig
-from qlora_lite.errors import TargetError
+from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.initial import check_start, originals_of, start_
 from qlora_lite.lora import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.modules import replace_modules_
@@ -79,7 +79,8 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
     targets = {name: module for name, module in everything.items() if name in chosen}
     if idle := config.idle_patterns(targets):
         raise TargetError("; ".join(idle))
-    check_stack_options(stacks_among(targets), config.dropout, config.variant)
+    if problems := option_problems(targets, config.dropout, config.variant):
+        raise ConfigError(problems[0])
     check_start(model, targets, config)
     beside = Beside.of(model, config, set(targets))
     originals = originals_of(model, targets, config.init)

@@ -27,7 +27,7 @@ from torch.nn.parameter import is_lazy
 from qlora_lite.delta import Delta
 from qlora_lite.errors import InputError
 from qlora_lite.low_rank import Adapted, multiplied, product_dtype
-from qlora_lite.modules import has_own_forward
+from qlora_lite.modules import has_own_forward, is_router
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 # What models ask of their convolutions besides their output (Whisper, of the strides).
@@ -80,20 +80,21 @@ def _reader(parent: type[nn.Module], child: str) -> str | None:
 
 
 def read_kernels(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """A sentence for each of these convolutions whose parent reads its kernel instead of calling it, as Mamba does.
+    """A sentence for each of these convolutions and routers whose parent reads the weight instead of calling it.
 
-    What an adapter adds would be missing there. Told from the code of the parent's class, where it says
-    `self.<name>.weight`.
+    (As Mamba does.) What an adapter adds would be missing there. Told from the code of the parent's class, where it
+    says `self.<name>.weight`.
     """
     problems, modules = [], dict(model.named_modules(remove_duplicate=False))
     for name in names:
         above, _, child = name.rpartition(".")
-        if not isinstance(modules.get(name), _ConvNd):
+        module = modules.get(name)
+        if module is None or not (isinstance(module, _ConvNd) or is_router(module)):
             continue
         parent = type(model.get_submodule(above))
         if (method := _reader(parent, child)) is not None:
             problems.append(
-                f"{name}: {parent.__name__}.{method} reads its kernel instead of calling it, which would leave an "
+                f"{name}: {parent.__name__}.{method} reads its weight instead of calling it, which would leave an "
                 f"adapter out"
             )
     return problems

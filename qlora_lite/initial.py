@@ -32,6 +32,7 @@ from qlora_lite.load import fitting
 from qlora_lite.lora import LoraLayer
 from qlora_lite.low_rank import dense
 from qlora_lite.own_base import holders, packed_anew
+from qlora_lite.router_kind import RouterKind
 from qlora_lite.tensor_files import TensorFiles
 from qlora_lite.tensor_views import Source
 
@@ -157,7 +158,7 @@ def check_start(model: nn.Module, targets: Mapping[str, nn.Module], config: Lora
         kind, rank = kind_of(base), config.rank_of(name)
         weight: Any = base.weight
         if not isinstance(kind, LinearKind) and init in LINEAR_ONLY:
-            others = {EmbeddingKind: "an embedding", StackKind: "a stack of experts"}
+            others = {EmbeddingKind: "an embedding", StackKind: "a stack of experts", RouterKind: "a router"}
             what = others.get(type(kind), "a convolution")
             raise TargetError(f"init {config.init!r} is for linear layers; {name} is {what}: leave it out")
         if config.init == "orthogonal" and rank % 2:

@@ -1,7 +1,6 @@
 """How each kind of layer applies A and B: linear, GPT-2's Conv1D, embedding, stacks of experts' matrices.
 
-(Convolutions: conv_kind.py.)
-
+(Convolutions: conv_kind.py. Routers of experts: router_kind.py.)
 
 The equation itself stands in lora.py; a kind says what shapes A and B have, how a weight and a low-rank term meet an
 input, and how the update lies in the orientation of the stored weight.
@@ -20,7 +19,8 @@ from qlora_lite.conv_kind import CONVOLUTIONS, ConvKind, why_not
 from qlora_lite.delta import Added, Delta, StackDelta
 from qlora_lite.errors import InputError
 from qlora_lite.low_rank import Adapted, adapted_linear, check_features, multiplied
-from qlora_lite.modules import has_own_forward, is_transposed_linear
+from qlora_lite.modules import has_own_forward, is_router, is_transposed_linear
+from qlora_lite.router_kind import RouterKind
 
 MAX_NORM_EPS = 1e-7  # torch.nn.functional.embedding's own
 
@@ -238,6 +238,8 @@ def kind_of(base: nn.Module) -> Kind | None:
         return StackKind(bool(base.transposed))
     if len(getattr(weight, "shape", ())) != 2:
         return None
+    if is_router(base):
+        return RouterKind()
     packed = not isinstance(weight, Tensor)
     if isinstance(base, nn.Linear) or (packed and hasattr(base, "in_features")):
         return LinearKind()

@@ -25,6 +25,7 @@ from qlora_lite.finite import cast_finite
 from qlora_lite.layer_kinds import StackKind, kind_of
 from qlora_lite.low_rank import dense, row_slices
 from qlora_lite.modules import is_transposed_linear
+from qlora_lite.router_kind import RouterKind
 
 INIT_STD = 0.02
 # What an adapter is called that was added without a name, as in peft.
@@ -47,6 +48,7 @@ class LoraLayer(nn.Module):
 
     In a stack of experts' matrices each has its own A and B, lora_A `(experts, rank, in)`, lora_B
     `(experts, out, rank)`, without dropout and DoRA, as peft's files have it. Who routes tokens asks for `in_use`.
+    A router (router_kind.py) has neither, and returns what it returns.
 
     trained_bias: used in place of the base's bias (`train_bias`), or None.
 
@@ -90,8 +92,9 @@ class LoraLayer(nn.Module):
                 f"convolutions without a forward of their own (quantize_base_ takes over bitsandbytes' layers)"
             )
         stacked = isinstance(kind, StackKind)
-        require(not stacked or dropout == 0, "dropout must be 0 for a stack of experts", dropout)
-        require(not stacked or variant == "lora", "variant must be lora for a stack of experts", variant)
+        plain = stacked or isinstance(kind, RouterKind)
+        require(not plain or dropout == 0, "dropout must be 0 for a stack of experts or a router", dropout)
+        require(not plain or variant == "lora", "variant must be lora for a stack of experts or a router", variant)
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, float(dropout), rslora
         self.variant = variant
         self.merge_permitted = merge_weights
@@ -162,7 +165,13 @@ class LoraLayer(nn.Module):
         return is_transposed_linear(self.base_layer) or bool(getattr(self.base_layer, "transposed", False))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.base_layer, name) if name in OPTIONS else super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            handed_on = name in OPTIONS or isinstance(self.__dict__.get("kind"), RouterKind)
+            if name == "base_layer" or not handed_on:
+                raise
+        return getattr(self.base_layer, name)  # what models ask of a convolution or a router
 
     @property
     def bias(self) -> Tensor | None:

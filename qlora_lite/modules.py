@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,15 @@ def has_own_forward(module: nn.Module) -> bool:
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D, GPT-2's linear layer: y = x W + b with W `(in, out)`."""
     return f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D"
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether this sends tokens to experts by a matrix `(experts, in)` of its own: a router of transformers'."""
+    weight = module._parameters.get("weight")
+    if not type(module).__name__.endswith("Router") or weight is None or weight.dim() != 2:
+        return False
+    takes = list(inspect.signature(type(module).forward).parameters)
+    return weight.is_floating_point() and len(takes) == 2  # itself and the tokens
 
 
 def check_all_matched(setting: str, wanted: Iterable[str], names: Iterable[str]) -> None:

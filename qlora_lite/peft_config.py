@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from qlora_lite.adapted_experts import adaptable_stacks, stacks_among
+from qlora_lite.adapted_experts import adaptable_stacks, patterned_name, routers_among, stacks_among
 from qlora_lite.errors import ConfigError
 from qlora_lite.layer_kinds import kind_of
 from qlora_lite.lora import LoraLayer
@@ -46,6 +46,14 @@ def _target_modules(names: Iterable[str], model: nn.Module) -> list[str] | str:
     return "|".join(map(re.escape, sorted(wanted)))
 
 
+def _router_weights(names: Collection[str], model: nn.Module) -> list[str]:
+    """Names of these routers' weights in target_parameters: their common ends, if no other weight answers to them."""
+    ends = sorted({f"{name.rpartition('.')[2]}.weight" for name in names})
+    weights = [f"{name}.weight" for name, _ in model.named_modules() if not name.endswith(".base_layer")]
+    meant = [weight for weight in weights if any(answers_to(weight, end) for end in ends)]
+    return ends if len(meant) == len(names) else sorted(f"{name}.weight" for name in names)
+
+
 def _usual_and_patterns(numbers: Mapping[str, float], model: nn.Module) -> tuple[float, dict[str, float]]:
     """The number of most layers, and patterns for the others.
 
@@ -70,10 +78,12 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
             f"{sorted(shared)}"
         )
     ((dropout, rslora, variant),) = shared
-    rank, rank_pattern = _usual_and_patterns({name: layer.plain_rank for name, layer in layers.items()}, model)
-    alpha, alpha_pattern = _usual_and_patterns({name: layer.plain_alpha for name, layer in layers.items()}, model)
-    stacks = stacks_among(layers)
-    linear = [name for name in layers if name not in stacks]
+    called = {name: patterned_name(name, layer) for name, layer in layers.items()}
+    rank, rank_pattern = _usual_and_patterns({called[n]: layer.plain_rank for n, layer in layers.items()}, model)
+    alpha, alpha_pattern = _usual_and_patterns({called[n]: layer.plain_alpha for n, layer in layers.items()}, model)
+    stacks, routers = stacks_among(layers), routers_among(layers)
+    linear = [name for name in layers if name not in stacks and name not in routers]
+    parameters = [*(_common_ends(stacks, model) or sorted(stacks)), *_router_weights(routers, model)]
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
     return {
         "peft_type": "LORA",
@@ -87,7 +97,7 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "target_modules": _target_modules({name: layers[name] for name in linear}, model),
-        "target_parameters": (_common_ends(stacks, model) or sorted(stacks)) if stacks else None,
+        "target_parameters": parameters or None,
         # Says that weights lie as (in, out); which layers that is true of, each layer says itself.
         "fan_in_fan_out": any(layers[name].stored_transposed for name in linear),
         "inference_mode": True,

@@ -62,6 +62,14 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def parameter_targets(config: dict[str, Any], path: Path) -> list[str]:
+    """The names in target_parameters. CheckpointError for anything that is no list of names."""
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise CheckpointError(f"{path}: target_parameters must be a list of names; got {targets!r}")
+    return targets
+
+
 def written_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of an adapter under the keys that its file has. CheckpointError for a file that is no safetensors."""
     path = folder / TENSOR_FILE

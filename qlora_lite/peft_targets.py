@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from qlora_lite.adapted_experts import adaptable_stacks
+from qlora_lite.adapted_experts import adaptable_stacks, routers_among
 from qlora_lite.config import ALL_LINEAR
 from qlora_lite.modules import answers_to
 from qlora_lite.peft_config import adaptable_names
@@ -76,16 +76,19 @@ def target_problems(model: nn.Module, in_file: Collection[str], config: dict[str
         return problems
     if targets in (None, [], ALL_LINEAR):
         return []
+    modules = dict(model.named_modules())
     answering = _answering(in_file, targets)
     if not answering and isinstance(targets, str):
         return [f"target_modules {targets!r} matches no layer in the file"]
     if isinstance(targets, list):
         unmet = [t for t in targets if not any(answers_to(n, t) for n in in_file)]
         # peft keeps targets that other models have, as long as this one has some.
-        wanted = peft_meaning(config, (name for name, _ in model.named_modules()))
+        wanted = peft_meaning(config, modules)
         if lost := [t for t in unmet if unmet == targets or any(answers_to(n, t) for n in wanted)]:
             return [f"target_modules {lost} answer to no layer in the file"]
-    meant = peft_meaning(config, adaptable_names(model) - adaptable_stacks(model))
+    # Stacks and routers are what target_parameters means; a router was a linear layer in older releases' models.
+    others = adaptable_stacks(model).union(routers_among(modules)).difference(in_file)
+    meant = peft_meaning(config, adaptable_names(model) - others)
     problems = [_told(meant - set(in_file), "targeted layers have nothing in the file")]
     # Only of those that target_modules names: what else there is, files with tied weights have beside them.
     problems.append(

@@ -11,14 +11,16 @@ which stack it is; that follows from the stacks that the configuration targets.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from qlora_lite.adapted_experts import adaptable_stacks, open_stacks
+from qlora_lite.adapted_experts import adaptable_stacks, open_stacks, patterned_name, routers_among
 from qlora_lite.errors import CheckpointError
 from qlora_lite.experts import RoutedExperts
 from qlora_lite.modules import answers_to
+from qlora_lite.peft_files import parameter_targets
 
 WRAPPED = ".base_layer"
 
@@ -41,16 +43,15 @@ def places_in_files(model: nn.Module, stacks: Iterable[str]) -> dict[str, str]:
     return places
 
 
-def targeted_stacks(model: nn.Module, targets: Any, path: object) -> list[str]:
-    """The stacks that a configuration's target_parameters mean. CheckpointError for one that means none."""
-    if targets in (None, []):
-        return []
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise CheckpointError(f"{path}: target_parameters must be a list of names; got {targets!r}")
-    known = adaptable_stacks(model)
+def targeted_parameters(model: nn.Module, config: dict[str, Any], path: Path) -> list[str]:
+    """The stacks and routers that a configuration's target_parameters mean. CheckpointError for one that means none."""
+    targets = parameter_targets(config, path)
+    modules = {name: module for name, module in model.named_modules() if not name.endswith(WRAPPED)}
+    routers = {patterned_name(name, modules[name]): name for name in routers_among(modules)}
+    known = routers | {name: name for name in adaptable_stacks(model)}
     if lost := [target for target in targets if not any(answers_to(name, target) for name in known)]:
-        raise CheckpointError(f"{path}: target_parameters {lost} mean no stack of experts of this model")
-    return sorted(name for name in known if any(answers_to(name, target) for target in targets))
+        raise CheckpointError(f"{path}: target_parameters {lost} mean no stack of experts and no router of this model")
+    return sorted(name for key, name in known.items() if any(answers_to(key, target) for target in targets))
 
 
 def matrices_of_A(flat: Tensor, experts: int) -> Tensor:

@@ -300,12 +300,12 @@ class Reader(nn.Module):
 def test_kernels_that_the_parent_reads_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(Reader())
     assert add_lora_(copy.deepcopy(model), LoraConfig(target_modules=["called"])) == ["0.called"]
-    with pytest.raises(TargetError, match=r"0\.read: Reader\.forward reads its kernel instead of calling it"):
+    with pytest.raises(TargetError, match=r"0\.read: Reader\.forward reads its weight instead of calling it"):
         add_lora_(model, LoraConfig(target_modules=["called", "read"]))
     other = nn.Sequential(nn.ModuleDict({"read": nn.Conv1d(2, 2, 2)}))
     add_lora_(other, LoraConfig(target_modules=["read"]))
     save_adapter(other, tmp_path / "a")
-    with pytest.raises(CheckpointError, match=r"Reader\.forward reads its kernel"):
+    with pytest.raises(CheckpointError, match=r"Reader\.forward reads its weight"):
         load_adapter_(model, tmp_path / "a")
 
 
@@ -316,7 +316,7 @@ def test_mambas_convolution_is_refused() -> None:
     model = MambaForCausalLM(config)
     (name,) = [name for name, module in model.named_modules() if isinstance(module, nn.Conv1d)]
     assert len(read_kernels(model, [name])) == 1
-    with pytest.raises(TargetError, match=r"MambaMixer\..* reads its kernel"):
+    with pytest.raises(TargetError, match=r"MambaMixer\..* reads its weight"):
         add_lora_(model, LoraConfig(target_modules=["conv1d"]))
 
 

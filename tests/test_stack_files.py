@@ -115,7 +115,12 @@ def test_what_does_not_fit_is_named(small_model: Callable[..., Any], tmp_path: P
     less = {key: tensor for key, tensor in tensors.items() if "layers.1.mlp.experts.lora" not in key}
     refused("layers.1.mlp.experts.down_proj is targeted and has nothing in the file", less)
     refused("experts.base_layer is no layer of this model", tensors, target_parameters=["down_proj"])
-    refused("target_parameters \\['gate.weight'\\] mean no stack", tensors, target_parameters=["gate.weight"])
+    refused("target_parameters \\['gate.bias'\\] mean no stack", tensors, target_parameters=["gate.bias"])
+    refused(
+        "0.mlp.gate is targeted and has nothing",
+        tensors,
+        target_parameters=["gate.weight", "down_proj", "gate_up_proj"],
+    )
     refused("neither dropout nor DoRA", tensors, lora_dropout=0.1)
 
 

@@ -1,0 +1,115 @@
+"""Adapters on routers of experts: the equation, beside peft's `target_parameters`, through files and merges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lite import LoraConfig, add_lora_, export_merged, load_adapter_, merge_lora_, save_adapter
+from qlora_lite.adapter_facts import adapter_facts
+from qlora_lite.adapters import lora_layers, remove_lora_
+from qlora_lite.errors import ConfigError, TargetError
+
+TOKENS = torch.arange(14).view(2, 7)
+CONFIG = LoraConfig(rank=3, alpha=7, target_modules=["q_proj", "gate"], dropout=0, rank_pattern={"gate": 2})
+
+
+def make(small_model: Callable[..., Any], family: str = "MixtralConfig") -> Any:
+    model = small_model(family, shared_expert_intermediate_size=24)
+    for name, parameter in model.named_parameters():
+        if "experts" in name or "gate" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def adapted(small_model: Callable[..., Any], family: str = "MixtralConfig") -> Any:
+    model = make(small_model, family)
+    add_lora_(model, CONFIG)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.5)
+    return model
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def test_it_routes_and_learns_as_with_the_sum_for_a_weight(small_model: Callable[..., Any]) -> None:
+    model, plain = adapted(small_model), make(small_model)
+    router: Any = model.model.layers[0].mlp.gate
+    assert router.top_k == plain.model.layers[0].mlp.gate.top_k
+    for name, layer in lora_layers(model).items():
+        weight = plain.get_submodule(name).weight
+        weight.data += layer.scaling * layer.lora_B.data @ layer.lora_A.data
+        weight.requires_grad_(True)
+    assert relative(model(TOKENS).logits, plain(TOKENS).logits) < 1e-5
+    assert relative(model(TOKENS).logits, make(small_model)(TOKENS).logits) > 1e-2
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    plain(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    grad = plain.model.layers[0].mlp.gate.weight.grad
+    # Of W = W0 + s B A: dB = s dW A^T, dA = s B^T dW.
+    assert relative(router.lora_B.grad, router.scaling * grad @ router.lora_A.data.T) < 1e-4
+    assert relative(router.lora_A.grad, router.scaling * router.lora_B.data.T @ grad) < 1e-4
+    assert router.base_layer.weight.grad is None
+
+
+@pytest.mark.parametrize("family", ["MixtralConfig", "Qwen3MoeConfig"])
+def test_peft_reads_what_is_written_here_and_the_other_way_round(
+    small_model: Callable[..., Any], tmp_path: Path, family: str
+) -> None:
+    import peft
+
+    ours = adapted(small_model, family)
+    save_adapter(ours, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert config["target_parameters"] == ["gate.weight"] and config["target_modules"] == ["q_proj"]
+    theirs = peft.PeftModel.from_pretrained(make(small_model, family), str(tmp_path / "ours")).eval()
+    assert relative(ours(TOKENS).logits, theirs(TOKENS).logits) < 1e-5
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = make(small_model, family)
+    assert set(load_adapter_(again, tmp_path / "theirs")) == lora_layers(ours).keys()
+    assert torch.equal(ours(TOKENS).logits, again(TOKENS).logits)
+    kinds = {layer.last: (layer.kind, layer.rank) for layer in adapter_facts(tmp_path / "theirs").layers}
+    assert kinds == {"q_proj": ("linear", 3), "gate": ("router", 2)}
+
+
+def test_what_pefts_all_linear_makes_of_a_mixtral_is_loaded(small_model: Callable[..., Any], tmp_path: Path) -> None:
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.get_peft_model(make(small_model), config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = make(small_model)
+    names = load_adapter_(ours, tmp_path)
+    assert sum(name.endswith(".gate") for name in names) == 2
+    assert relative(ours(TOKENS).logits, theirs(TOKENS).logits) < 1e-5
+
+
+def test_it_is_merged_exported_and_taken_off(small_model: Callable[..., Any], tmp_path: Path) -> None:
+    import transformers
+
+    model, plain = adapted(small_model), make(small_model)
+    found = model(TOKENS).logits
+    merge_lora_(model)
+    assert relative(model(TOKENS).logits, found) < 1e-5
+    export_merged(model, tmp_path / "merged", torch.float32)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert relative(exported(TOKENS).logits, found) < 1e-5
+    remove_lora_(model)
+    assert torch.equal(model(TOKENS).logits, plain(TOKENS).logits)
+
+
+def test_a_router_has_neither_dropout_nor_dora_and_is_no_linear_layer(small_model: Callable[..., Any]) -> None:
+    for wrong in ({"dropout": 0.1}, {"variant": "dora"}):
+        with pytest.raises(ConfigError, match="routers have neither dropout nor DoRA"):
+            add_lora_(make(small_model), LoraConfig(**{"target_modules": ["gate"], "dropout": 0.0, **wrong}))  # type: ignore[arg-type]
+    model = make(small_model)
+    assert not [name for name in add_lora_(model, LoraConfig(dropout=0)) if name.endswith("gate")]
+    with pytest.raises(TargetError, match="is a router"):
+        add_lora_(make(small_model), LoraConfig(target_modules=["gate"], dropout=0, init="pissa"))
