@@ -17,6 +17,7 @@ import torch
 
 TENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_BASE = "qlora_lite_base.json"
 RECORDS = "data.jsonl"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -261,10 +262,21 @@ OPTIONS = (
 )
 
 
+def _strange_base(chance: random.Random) -> bytes:
+    """What an adapter was trained on, with one thing wrong in it."""
+    sums: dict[str, Any] = {"layout": "0" * 64, "sample": "f" * 64, "packed": False}
+    base: dict[str, Any] = {"version": 1, "model": {"model_type": "llama", "hidden_size": 6}, "weights": sums}
+    if chance.random() < 0.5:
+        return damaged_text(json.dumps(base).encode(), chance)
+    place = chance.choice([base, base["model"], sums])
+    place[chance.choice([*place, "more"])] = chance.choice([*STRANGE, nested(60)])
+    return json.dumps(base).encode()
+
+
 def damage_adapter(folder: Path, chance: random.Random) -> str:
     config, tensors = _good_adapter()
     data = safetensors.torch.save(tensors)
-    kind = chance.randrange(6)
+    kind = chance.randrange(7)
     text: bytes | None = None
     if kind in (0, 1):
         option, value = chance.choice(OPTIONS), chance.choice([*STRANGE, nested(60)])
@@ -280,6 +292,9 @@ def damage_adapter(folder: Path, chance: random.Random) -> str:
         renamed = chance.choice([key + "x", "x" + key, key.replace("lora", "lora_embedding"), "", "first", key.upper()])
         tensors[renamed] = bad
         what, data = f"{key} as {renamed}", safetensors.torch.save(tensors)
+    elif kind == 5:
+        what = "the base's file"
+        (folder / ADAPTER_BASE).write_bytes(_strange_base(chance))
     else:
         key = chance.choice(sorted(tensors))
         values = (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.adapter_files import lora_numbers
+from qlora_lite.base_file import KnownBase, read_base
 from qlora_lite.config import LoraConfig
 from qlora_lite.errors import CheckpointError
 from qlora_lite.modules import answers_to
@@ -55,7 +56,7 @@ class AdapterFacts:
 
     layers: in the order of their names. keys: as the file has them. beside: {key: bytes} of tensors that are neither
     A, B nor magnitudes: modules that were trained whole, biases, copies of base weights. parameters and bytes are of
-    all tensors. base: where the model came from, None if that is not said.
+    all tensors. base: where the model came from, None if that is not said; trained_on: what it was (base_file.py).
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class AdapterFacts:
     parameters: int
     bytes: int
     dtypes: tuple[str, ...]
+    trained_on: KnownBase | None
 
     @property
     def base(self) -> str | None:
@@ -85,6 +87,7 @@ class AdapterFacts:
         return {
             "adapter": str(self.folder),
             "base_model": self.base,
+            "trained_on": None if self.trained_on is None else self.trained_on.to_json(),
             "variant": self.variant,
             "rslora": self.rslora,
             "layers": len(self.layers),
@@ -181,4 +184,5 @@ def adapter_facts(folder: str | Path) -> AdapterFacts:
         sum(math.prod(tensor.shape) for tensor in tensors.values()),
         sum(map(_bytes, tensors.values())),
         tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
+        read_base(folder),
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qlora_lite import hub
 from qlora_lite.adapted_experts import hold_stacks_, open_stacks, option_problems, patterned_name, stacks_among
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
+from qlora_lite.base_file import check_model_base, write_base
 from qlora_lite.beside_files import StoredBeside, beside_config, beside_keys
 from qlora_lite.config import LoraConfig
 from qlora_lite.conv_kind import read_kernels
@@ -62,7 +63,7 @@ def peft_key(name: str, kind: Kind, part: str) -> str:
 def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False, *, name: str | None = None) -> None:
     """Writes A, B, magnitudes, what is trained beside them, and their configuration.
 
-    `peft.PeftModel.from_pretrained(base, folder)` reads them.
+    `peft.PeftModel.from_pretrained(base, folder)` reads them. Beside them lies what their base is (base_file.py).
 
     Ranks and alphas may differ between the layers. Layers whose update is counted from a start (PiSSA) are written as
     ordinary ones of twice the rank, for the plain base. An adapter on a base that LoftQ packed anew names no base and
@@ -103,6 +104,7 @@ def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrit
     with new_folder(folder, overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)
         write_json(temporary / CONFIG_FILE, config)
+        write_base(temporary, model)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -238,14 +240,20 @@ def _check_own_base_(model: nn.Module, names: Collection[str], config: dict[str,
         weight.of_checkpoint = False
 
 
-def load_adapter_(model: nn.Module, folder: str | Path, *, name: str | None = None) -> list[str]:
+def load_adapter_(
+    model: nn.Module, folder: str | Path, *, name: str | None = None, any_base: bool = False
+) -> list[str]:
     """Puts an adapter saved here or by peft onto the model, freezes all else, returns the adapted layers' names.
 
     All or nothing: a key that matches nothing, a missing partner, a wrong shape, NaN, or an option that changes the
     mathematics and is not known raises CheckpointError before the model is touched. Layers that are adapted already
     must be exactly those in the file, of its ranks; their parameters get its values, and stay the same parameters.
     name: puts it beside the adapters that are there, under a new name, and uses it (named_adapters.py).
+    any_base: whether its base may be another one than it was trained on, by what lies beside it (base_file.py; peft's
+    adapters have nothing there). Shapes are held against the model's all the same.
     """
+    if not any_base:
+        check_model_base(Path(folder), model)
     if name is not None:
         with room_for(model, name):
             return _load_(model, Path(folder), name)

@@ -16,6 +16,7 @@ import typer
 
 from qlora_lite.cli_inspect import inspect
 from qlora_lite.cli_options import (
+    AnyBase,
     Blocksize,
     DoubleQuant,
     EmbeddingFormat,
@@ -79,6 +80,7 @@ def merge(
         Path | None, typer.Option("--verify", help="JSONL as for train, or prompts alone: compare the logits on it.")
     ] = None,
     verify_max_length: Annotated[int, typer.Option(help="Longer records of --verify are cut to it.")] = 512,
+    any_base: AnyBase = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -94,9 +96,8 @@ def merge(
     check_output(output, overwrite, model, adapter, *(() if verify is None else (verify,)))
     prompts = None if verify is None else _verification_prompts(verify, model, verify_max_length)
     examples = None if prompts is None else prompts.examples
-    done = merge_checkpoint(
-        model, adapter, output, quant, target, base=base, max_shard_bytes=shard, overwrite=overwrite, verify=examples
-    )
+    options: Any = {"max_shard_bytes": shard, "overwrite": overwrite, "verify": examples, "any_base": any_base}
+    done = merge_checkpoint(model, adapter, output, quant, target, base=base, **options)
     print(render(done.report))
     total = done.report.to_json()["total"]
     layers = sum(figures.update is not None for figures in done.report.tensors)

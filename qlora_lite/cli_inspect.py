@@ -52,12 +52,22 @@ def _said(verdict: Verdict) -> list[str]:
     return said + [f"  note: {note}" for note in verdict.notes]
 
 
+def _compared(adapter: Path, model: str) -> list[str]:
+    from qlora_lite.base_file import check_checkpoint_base
+    from qlora_lite.hub import resolve
+
+    return check_checkpoint_base(adapter, resolve(model))
+
+
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter saved here or by peft.")],
     require: Annotated[
         list[str] | None, typer.Option(help="vllm or llama.cpp: exit status 1 if it is not accepted; repeatable.")
     ] = None,
     max_lora_rank: Annotated[int, typer.Option(help="vLLM's setting of that name: 8, 16, 32, 64, ...")] = 16,
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint: exit status 1 if the adapter was trained on another one.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show what an adapter is, without a model, and whether vLLM and llama.cpp take it."""
@@ -69,15 +79,19 @@ def inspect(
     if unknown := set(require or []) - {VLLM, LLAMA_CPP}:
         raise typer.BadParameter(f"must be {VLLM} or {LLAMA_CPP}; got {sorted(unknown)[0]!r}", param_hint="--require")
     facts = adapter_facts(adapter)
+    compared = None if model is None else _compared(adapter, model)
     found = verdicts(facts, max_lora_rank)
     scaled = "alpha / sqrt(rank)" if facts.rslora else "alpha / rank"
     print(f"{adapter}: {facts.variant}, scaled by {scaled}, in {', '.join(facts.dtypes)}")
     print(f"base model: {facts.base or 'unknown'}")
+    print(f"trained on: {'unknown' if facts.trained_on is None else facts.trained_on.described()}")
+    if compared is not None:
+        print(f"{model}: {'the same ' + ' and '.join(compared) if compared else 'nothing says whether it is the base'}")
     Console(width=120, highlight=False, markup=False).print(_layers(facts))
     for verdict in found.values():
         print("\n".join(_said(verdict)))
     if json:
         named = {name: verdict.to_json() for name, verdict in found.items()}
-        print(json_lines.dumps({**facts.to_json(), "verdicts": named}))
+        print(json_lines.dumps({**facts.to_json(), "same_as_model": compared, "verdicts": named}))
     if not all(found[name].accepted for name in require or []):
         raise typer.Exit(NOT_ACCEPTED)

@@ -13,6 +13,7 @@ from qlora_lite import errors
 Model = Annotated[str, typer.Option("--model", help="Folder of a transformers checkpoint, or a hub id.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
+AnyBase = Annotated[bool, typer.Option("--any-base", help="Take a base that the adapter was not trained on.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
 Format = Annotated[str, typer.Option("--format", help="How the base is stored: nf4, fp4, int8 or none.")]
 EmbeddingFormat = Annotated[str, typer.Option(help="int8 also packs embedding and head; none leaves them.")]

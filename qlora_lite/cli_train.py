@@ -10,6 +10,7 @@ import typer
 
 from qlora_lite.cli_options import (
     Alpha,
+    AnyBase,
     Blocksize,
     DoubleQuant,
     EmbeddingFormat,
@@ -42,10 +43,15 @@ def _check_init(init: str) -> None:
         raise ConfigError(f"init {init!r} packs the base anew, and this command writes no base; use it from Python")
 
 
-def _check_run(output: Path, replaced: bool, model: str, data: Path) -> None:
+def _check_run(output: Path, replaced: bool, model: str, data: Path, same_base: bool) -> None:
+    """same_base: whether a run there must have been on this base; all bytes of that are compared once it is loaded."""
+    from qlora_lite.base_file import check_checkpoint_base
+    from qlora_lite.hub import resolve
     from qlora_lite.run_state import ADAPTER_FOLDER, METRICS_FILE
     from qlora_lite.storage import check_apart
 
+    if same_base:
+        check_checkpoint_base(output / ADAPTER_FOLDER, resolve(model))
     if not _is_first_process():  # the first one may have begun to write
         return
     check_apart(output / METRICS_FILE, data)
@@ -124,6 +130,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the output folder's newest sound checkpoint, if it has one.")
     ] = False,
+    any_base: AnyBase = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -160,7 +167,7 @@ def train(
         keep_last=keep_last,
         keep_best=keep_best,
     )
-    _check_run(output, overwrite or resume, model, data)
+    _check_run(output, overwrite or resume, model, data, same_base=resume and not any_base)
     records = read_jsonl(data)
     tokenizer = load_tokenizer(model)
     tokenized = tokenize_all(records, tokenizer, max_length, completion_only)

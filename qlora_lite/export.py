@@ -17,6 +17,7 @@ from torch import nn
 
 from qlora_lite import hub
 from qlora_lite.adapter_files import load_adapter_
+from qlora_lite.base_file import check_checkpoint_base
 from qlora_lite.config import FLOAT_DTYPES, QuantConfig, is_count, require
 from qlora_lite.conversion import model_tensors
 from qlora_lite.data import TokenizedExample
@@ -206,23 +207,27 @@ def merge_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     verify: Sequence[TokenizedExample] | None = None,
+    any_base: bool = False,
 ) -> Exported:
     """What `export_merged` writes of a model loaded with `config` and the adapter, bit for bit, without loading it.
 
     Rows are read, packed and unpacked again as training had them (load_dtype: the dtype that it was loaded in; only
     `base='original'` leaves that out), merged and written, so memory does not grow with the model. Raises what
-    `load_quantized`, `load_adapter_` and `export_merged` raise.
+    `load_quantized`, `load_adapter_` (any_base: as there) and `export_merged` raise; another base than the adapter's is
+    told from the files before anything else.
     """
     _check_options(base, dtype, max_shard_bytes)
     keep_freed_pages()
     source = hub.resolve(path_or_id)
     check_apart(Path(folder), source, Path(adapter))
+    if not any_base:
+        check_checkpoint_base(Path(adapter), source)
     model: Any = hub.empty_model(hub.read_config(source), load_dtype)
     hub.tie(model)
     _check_has_originals(source, base)
     checkpoint = Checkpoint.of(source, model, config)
     slots = checkpoint.slots(model)
-    adapted = load_adapter_(model, adapter)
+    adapted = load_adapter_(model, adapter, any_base=True)  # which was asked above
     _check_own_base(Path(adapter), adapted, checkpoint, slots, load_dtype)
     _check_same_base(Path(adapter), model, checkpoint, slots, load_dtype)
     origin = OnDisk(slots, checkpoint, load_dtype, stored_deltas_(model, adapter))

@@ -43,7 +43,8 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
         yield raw_bytes(part)
 
 
-def _sum(value: object) -> str:
+def sum_of_json(value: object) -> str:
+    """SHA-256, in hex, of plain data as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -62,4 +63,4 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
         layout.append([name, type(module).__name__, {fact: getattr(module, fact, None) for fact in FACTS}])
     describe = getattr(getattr(model, "config", None), "to_dict", None)
     config = {} if describe is None else {key: value for key, value in describe().items() if key not in ORIGINS}
-    return {"layout": _sum(layout), "values": values.hexdigest(), "config": _sum(config)}
+    return {"layout": sum_of_json(layout), "values": values.hexdigest(), "config": sum_of_json(config)}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import hub
+from qlora_lite.base_file import base_of, remember_base_
 from qlora_lite.config import QuantConfig
 from qlora_lite.conversion import model_tensors
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
@@ -277,9 +278,11 @@ def load_quantized(
     """
     keep_freed_pages()
     folder = hub.resolve(path_or_id)
-    model: Any = hub.empty_model(hub.read_config(folder), dtype)
+    described = hub.read_config(folder)
+    model: Any = hub.empty_model(described, dtype)
     hub.tie(model)
     fill_(model, Checkpoint.of(folder, model, config), dtype, torch.device(device))
+    remember_base_(model, base_of(folder, described))  # (what was just read need not be fetched again)
     hub.read_generation_config_(model, folder)
     model.config._name_or_path = str(folder.absolute())
     release_freed_pages()

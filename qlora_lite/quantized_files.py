@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import hub
+from qlora_lite.base_file import write_origin
 from qlora_lite.config import is_count, require
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
 from qlora_lite.experts import PackedStack
@@ -148,7 +149,8 @@ def save_quantized(
     """Writes a packed transformers model as it is, and returns the names of the tensor files.
 
     Layers keep their packed bytes under bitsandbytes' names: `AutoModelForCausalLM.from_pretrained` loads them as
-    pre-quantized, `load_quantized` as they were. The folder also gets config, generation config and tokenizer.
+    pre-quantized, `load_quantized` as they were. The folder also gets config, generation config and tokenizer,
+    and what it was packed from (base_file.py).
 
     An embedding packed as int8 rows (and a head that shares them, or is int8 above 4-bit layers) has no such names: it
     is written unpacked in the model's dtype, with the absmax of its rows in a file of its own.
@@ -185,4 +187,5 @@ def save_quantized(
             write_safetensors(temporary / ROWS_FILE, plan.absmax)
             files.append(ROWS_FILE)
         hub.save_companions(model, source, temporary, dtype, quantization)
+        write_origin(temporary, model)
     return files

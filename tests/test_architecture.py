@@ -98,6 +98,7 @@ FLOORS = (
         "memory.ownership",
         "memory.page",
     ),
+    ("base_file",),
     ("load", "peft_config", "targets", "beside", "stack_files"),
     ("initial", "peft_targets", "beside_files"),
     ("adapters",),

@@ -1,0 +1,263 @@
+"""What an adapter was trained on: the same for copies of a base, told before anything is loaded for another one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, load_quantized, quantize_base_, save_adapter
+from qlora_lite import base_file as module
+from qlora_lite.adapters import lora_layers, remove_lora_
+from qlora_lite.base_file import BASE_FILE, check_checkpoint_base, known_base, read_base
+from qlora_lite.cli import main
+from qlora_lite.errors import CheckpointError
+from qlora_lite.export import merge_checkpoint
+from qlora_lite.quantized_files import save_quantized
+from qlora_lite.tensor_files import StoredTensor
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained (as far as files tell) on the tiny model in NF4."""
+    model = load_quantized(tiny_folder)
+    add_lora_(model, LoraConfig(2, 4, target_modules=TARGETS))
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.fixture
+def changed(tiny_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """(what to do with the tensors) -> a copy of the tiny model."""
+
+    def make(change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+        folder = tmp_path / "changed"
+        shutil.copytree(tiny_folder, folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+def test_copies_formats_and_shards_are_the_same_base(tiny_folder: Path, adapter: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    plain.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    plain.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    save_quantized(load_quantized(tiny_folder, QuantConfig("int8")), tmp_path / "int8")
+    save_quantized(load_quantized(tmp_path / "int8"), tmp_path / "again")
+    for folder in (tiny_folder, *(tmp_path / name for name in ("shards", "bf16", "int8", "again"))):
+        assert check_checkpoint_base(adapter, folder) == ["sizes", "weights"], folder
+    for folder, format in ((tiny_folder, "none"), (tmp_path / "shards", "nf4"), (tmp_path / "int8", "int8")):
+        load_adapter_(load_quantized(folder, QuantConfig(format)), adapter)
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    quantize_base_(theirs, QuantConfig())
+    load_adapter_(theirs, adapter)
+    save_adapter(theirs, tmp_path / "theirs")
+    assert (tmp_path / "theirs" / BASE_FILE).read_text() == (adapter / BASE_FILE).read_text()
+
+
+def moved_a_bit(tensors: dict[str, torch.Tensor]) -> None:
+    for tensor in tensors.values():
+        tensor.mul_(1.001)
+
+
+def one_tensor(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"].normal_(std=0.02)
+
+
+@pytest.mark.parametrize("change", [moved_a_bit, one_tensor])
+def test_another_revision_is_told_before_weights_are_read(
+    change: Callable[..., None],
+    changed: Callable[..., Path],
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = changed(change)
+    model = load_quantized(folder, QuantConfig("none"))
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredTensor, "rows", lambda *_: pytest.fail("a tensor was read"))
+        with pytest.raises(CheckpointError, match=r"on other weights of the same shapes \(another revision.*any-base"):
+            load_adapter_(model, adapter)
+    assert not lora_layers(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_lite.hub.empty_model", lambda *_: pytest.fail("a model was built"))
+        with pytest.raises(CheckpointError, match=f"other weights of the same shapes.*than {folder}; name the base"):
+            merge_checkpoint(folder, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+    load_adapter_(model, adapter, any_base=True)
+    save_adapter(model, tmp_path / "moved")
+    assert check_checkpoint_base(tmp_path / "moved", folder) == ["sizes", "weights"]
+    assert merge_checkpoint(folder, adapter, tmp_path / "merged", any_base=True).files
+
+
+def test_other_sizes_and_kinds_have_their_sentences(
+    make_tiny_model: Callable[..., Path], small_model: Callable[..., Any], adapter: Path, tmp_path: Path
+) -> None:
+    wider = make_tiny_model(tmp_path / "wider", layers=3)
+    with pytest.raises(CheckpointError, match=r"of another size \(num_hidden_layers 2 there and 3 here\) than .*wider"):
+        check_checkpoint_base(adapter, wider)
+    with pytest.raises(CheckpointError, match=r"another size .* than this model's base"):
+        load_adapter_(load_quantized(wider), adapter)
+    in_memory = small_model("Qwen2Config")
+    with pytest.raises(CheckpointError, match=r"on another model \(model_type 'llama' there and 'qwen2' here, hidden"):
+        load_adapter_(in_memory, adapter)
+    renamed = json.loads((adapter / BASE_FILE).read_text())
+    renamed["weights"]["layout"] = "0" * 64
+    other = shutil.copytree(adapter, tmp_path / "other")
+    (other / BASE_FILE).write_text(json.dumps(renamed))
+    with pytest.raises(CheckpointError, match="a checkpoint with tensors of other names or shapes than"):
+        check_checkpoint_base(other, make_tiny_model(tmp_path / "same"))
+
+
+def test_what_nothing_is_known_of_is_not_refused(
+    small_model: Callable[..., Any], tiny_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), adapter)
+    theirs.save_pretrained(tmp_path / "pefts")
+    assert not (tmp_path / "pefts" / BASE_FILE).exists()
+    assert len(load_adapter_(load_quantized(tiny_folder), tmp_path / "pefts")) == 4
+    in_memory = small_model("LlamaConfig")
+    add_lora_(in_memory, LoraConfig(2, 4, target_modules=TARGETS))
+    save_adapter(in_memory, tmp_path / "ours")
+    said = read_base(tmp_path / "ours")
+    assert said is not None and said.weights is None and said.model["hidden_size"] == 32
+    layers = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})
+    add_lora_(layers, LoraConfig(2, 4, target_modules=["q_proj"]))
+    save_adapter(layers, tmp_path / "layers")
+    assert known_base(layers) is None and not (tmp_path / "layers" / BASE_FILE).exists()
+    gone = shutil.copytree(tiny_folder, tmp_path / "gone")
+    model = AutoModelForCausalLM.from_pretrained(gone)
+    shutil.rmtree(gone)
+    load_adapter_(model, adapter)
+
+
+def test_weights_packed_anew_are_not_the_checkpoints(tiny_folder: Path, adapter: Path, tmp_path: Path) -> None:
+    model = load_quantized(tiny_folder)
+    add_lora_(model, LoraConfig(2, 4, target_modules=TARGETS, init="loftq:2"))
+    save_adapter(model, tmp_path / "own")
+    said = read_base(tmp_path / "own")
+    assert said is not None and said.weights is None and said.model["model_type"] == "llama"
+    remove_lora_(model)
+    save_quantized(model, tmp_path / "base")
+    assert not (tmp_path / "base" / BASE_FILE).exists()
+    with pytest.raises(CheckpointError, match="LoftQ packed this model's anew"):
+        load_adapter_(model, adapter)
+    load_adapter_(load_quantized(tmp_path / "base"), tmp_path / "own")
+
+
+def test_a_packed_checkpoint_is_believed_beside_its_own_tensors_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    for format in ("nf4", "fp4"):
+        save_quantized(load_quantized(tiny_folder, QuantConfig(format)), tmp_path / format)
+    shutil.copy(tmp_path / "nf4" / BASE_FILE, tmp_path / "fp4" / BASE_FILE)
+    with pytest.raises(CheckpointError, match="was written for other tensors than lie beside it"):
+        load_quantized(tmp_path / "fp4")
+    (tmp_path / "fp4" / BASE_FILE).unlink()
+    base = known_base(load_quantized(tmp_path / "fp4"))
+    assert base is not None and base.weights is not None and base.weights.packed
+
+
+def test_a_base_is_summed_once(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: list[Any] = []
+    real = module.weight_sums
+    monkeypatch.setattr(module, "weight_sums", lambda *given: sums.append(given) or real(*given))
+    model = load_quantized(tiny_folder)
+    add_lora_(model, LoraConfig(2, 4, target_modules=TARGETS))
+    for name in ("a", "b"):
+        save_adapter(model, tmp_path / name)
+    load_adapter_(model, tmp_path / "a")
+    assert len(sums) == 1
+
+
+STRANGE: tuple[tuple[Any, str], ...] = (
+    ([], "should hold a JSON object"),
+    ({"version": True}, "is of version True; this one reads 1"),
+    ({"version": 1, "also": 1}, "says 'also', which is not known"),
+    ({"version": 1, "model": {"hidden_size": "64"}}, "hidden_size should be an integer; got '64'"),
+    ({"version": 1, "model": {"model_type": {}}}, "model_type should be a string; got {}"),
+    ({"version": 1, "model": [["x" * 999]]}, r"model should be an object of model_type, .*; got \[\['xxx.*\.\.\.$"),
+    (
+        {"version": 1, "model": {}, "weights": {"layout": ""}},
+        "weights should be an object of layout, sample",
+    ),
+    (
+        {"version": 1, "model": {}, "weights": {"layout": "0" * 64, "sample": "G" * 64, "packed": False}},
+        "sample of weights should be a SHA-256 in hex; got 'GGG",
+    ),
+)
+
+
+@pytest.mark.parametrize(("said", "sentence"), STRANGE)
+def test_a_file_that_says_something_else_is_refused(said: Any, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / BASE_FILE).write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=sentence):
+        read_base(tmp_path)
+
+
+def test_a_file_that_is_none_is_refused(adapter: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(adapter, tmp_path / "other")
+    model = load_quantized(tiny_folder)
+    for text in ('{"version": ', "[" * 100_000, '{"version": ' + "9" * 5000 + "}"):
+        (other / BASE_FILE).write_text(text)
+        with pytest.raises(CheckpointError, match=BASE_FILE):
+            load_adapter_(model, other)
+    (other / BASE_FILE).unlink()
+    (other / BASE_FILE).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="a pipe, socket or device"):
+        load_adapter_(model, other)
+    assert load_adapter_(model, other, any_base=True)
+
+
+def test_the_commands_say_it(
+    adapter: Path,
+    tiny_folder: Path,
+    changed: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = changed(one_tensor)
+    monkeypatch.setattr("qlora_lite.hub.empty_model", lambda *_: pytest.fail("a model was built"))
+
+    def command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qlora-lite", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (int(ended.value.code or 0), *capsys.readouterr())
+
+    status, out, _ = command("inspect", adapter, "--model", tiny_folder, "--json")
+    assert status == 0 and f"{tiny_folder}: the same sizes and weights" in out
+    assert "trained on: model_type llama, hidden_size 64, num_hidden_layers 2" in out
+    said = json.loads(out.splitlines()[-1])
+    assert said["same_as_model"] == ["sizes", "weights"]
+    assert said["trained_on"] == json.loads((adapter / BASE_FILE).read_text())
+
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text('{"text": "a"}')
+    shutil.copytree(adapter, run / "adapter")
+    for words in (
+        ("inspect", adapter, "--model", folder),
+        ("merge", "--adapter", adapter, "--model", folder, "--output", tmp_path / "merged"),
+        ("train", "--model", folder, "--data", data, "--output", run, "--resume"),
+    ):
+        status, _, said = command(*words)
+        assert status == 1 and "was trained on other weights of the same shapes" in said and len(said.splitlines()) == 1
