@@ -136,6 +136,7 @@ NOT_RUN_HERE = {
     "profiling/model_shapes.py",
     "profiling/peft_steps.py",
     "profiling/published_runs.py",
+    "profiling/sharded_base.py",
     "profiling/step_worker.py",
     "profiling/training_cases.py",
 }
