@@ -43,8 +43,8 @@ def _check_init(init: str) -> None:
 
 
 def _check_run(output: Path, replaced: bool, model: str, data: Path) -> None:
-    from qlora_lite.run_state import ADAPTER_FOLDER, METRICS_FILE
     from qlora_lite.storage import check_apart
+    from qlora_lite.stored_state import ADAPTER_FOLDER, METRICS_FILE
 
     if not _is_first_process():  # the first one may have begun to write
         return

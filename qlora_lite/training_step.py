@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from qlora_lite.adapters import adapter_parameters, freeze_base_, switched
 from qlora_lite.checkpointing import Dial
 from qlora_lite.config import TrainConfig
 from qlora_lite.devices import is_out_of_memory, on_cpu
-from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, TrainingError
+from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, TargetError, TrainingError
 from qlora_lite.memory.host import HoleLimit, release_freed_pages
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
 from qlora_lite.objective import Batch, check_packing, choose_loss, headless_loss, labelled_tokens, own_loss
@@ -55,6 +55,15 @@ class StepMetrics:
     tokens: int
     tokens_per_second: float
     peak_bytes: int | None
+
+    @classmethod
+    def read(cls, line: dict[str, Any]) -> StepMetrics:
+        """One that was written as such a line. CheckpointError for a line of something else."""
+        if other := line.keys() ^ {field.name for field in fields(cls)}:
+            raise CheckpointError(
+                f"a line of the run's metrics is no step: {', '.join(sorted(other))} should not differ"
+            )
+        return cls(**line)
 
 
 def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
