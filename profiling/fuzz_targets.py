@@ -35,6 +35,7 @@ from qlora_lite.stored_state import METRICS_FILE, OPTIMIZER_FILE, RANDOM_FILE, S
 Reader = Callable[[bytes], None]
 SEEDS = 60
 LENGTH_BYTES = 4
+SOURCES = RandomSources(torch.device("cpu"))
 # Of a run's checkpoint, by the first byte of the input.
 RUN_FILES = (MANIFEST_FILE, STATE_FILE, METRICS_FILE, TRAINED_FILE, OPTIMIZER_FILE, RANDOM_FILE)
 
@@ -106,14 +107,17 @@ def _record_seeds() -> list[bytes]:
     return [good, *_damaged(bad_files.damage_records, bad_files.RECORDS)]
 
 
+def _stream() -> BatchStream:
+    batches = [{"input_ids": torch.full((1, 3), n), "labels": torch.full((1, 3), n)} for n in range(3)]
+    return BatchStream(batches, 9, SOURCES)
+
+
 def fresh_state() -> RunState:
     """A run of a small model that has done nothing yet."""
     model = adaptable()
     add_lora_(model, LoraConfig(rank=2, dropout=0.0, target_modules=["first", "second"]))
     trained, config = adapter_parameters(model), TrainConfig(steps=4, save_steps=1)
-    sources = RandomSources(torch.device("cpu"))
-    batches = [{"input_ids": torch.full((1, 3), n), "labels": torch.full((1, 3), n)} for n in range(3)]
-    return RunState(model, trained, make_optimizer(trained, config), config, BatchStream(batches, 9, sources), sources)
+    return RunState(model, trained, make_optimizer(trained, config), config, _stream(), SOURCES)
 
 
 def _step(state: RunState) -> None:
@@ -155,7 +159,7 @@ def _run_reader(place: Path) -> Reader:
             path, _ = newest_sound(place)
             if path is not None:
                 state.check_same(path)
-                state.stream = fresh_state().stream
+                state.stream = _stream()
                 state.restore_(path)
                 state.restore_random()
         except QLoRAError:
