@@ -178,13 +178,17 @@ FOREIGN_NAMES = (
 )
 
 
-def damage_index(folder: Path, chance: random.Random) -> str:
+def put_shards(folder: Path) -> dict[str, Any]:
+    """Writes the good tensors into two files, and gives the index's map of them."""
     tensors = good_tensors()
     parts = (dict(list(tensors.items())[:3]), dict(list(tensors.items())[3:]))
-    weight_map: dict[str, Any] = {}
     for shard, part in zip(SHARDS, parts, strict=True):
         safetensors.torch.save_file(part, folder / shard)
-        weight_map |= dict.fromkeys(part, shard)
+    return {name: shard for shard, part in zip(SHARDS, parts, strict=True) for name in part}
+
+
+def damage_index(folder: Path, chance: random.Random) -> str:
+    weight_map = put_shards(folder)
     os.mkfifo(folder / "pipe.safetensors")
     (folder / "folder.safetensors").mkdir()
     (folder / "link.safetensors").symlink_to("/dev/zero")
@@ -193,7 +197,7 @@ def damage_index(folder: Path, chance: random.Random) -> str:
     name = chance.choice(sorted(weight_map))
     changes: dict[str, Callable[[], Any]] = {
         "name": lambda: weight_map.update({name: chance.choice(FOREIGN_NAMES)}),
-        "other shard": lambda: weight_map.update({name: SHARDS[name in parts[0]]}),
+        "other shard": lambda: weight_map.update({name: SHARDS[weight_map[name] == SHARDS[0]]}),
         "extra tensor": lambda: weight_map.update(extra=SHARDS[0]),
         "no map": lambda: index.update(weight_map=chance.choice([None, [], {}, 1, "x", [SHARDS[0]]])),
         "lost shard": lambda: (folder / chance.choice(SHARDS)).unlink(),
@@ -237,7 +241,7 @@ def nested(depth: int) -> Any:
     return value
 
 
-def _good_adapter() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def good_adapter() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     shapes = {"first": (6, 5), "second": (5, 4)}
     tensors: dict[str, torch.Tensor] = {}
     for name, (width, height) in shapes.items():
@@ -274,7 +278,7 @@ def _strange_base(chance: random.Random) -> bytes:
 
 
 def damage_adapter(folder: Path, chance: random.Random) -> str:
-    config, tensors = _good_adapter()
+    config, tensors = good_adapter()
     data = safetensors.torch.save(tensors)
     kind = chance.randrange(7)
     text: bytes | None = None

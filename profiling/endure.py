@@ -8,6 +8,9 @@ kills         processes killed (SIGKILL) at every change that a run, an export, 
               finish
 bad_inputs    damaged and lying files of five kinds; bad_inputs_wrong: with how many a reader did what none may
               (endure_inputs.py)
+full_disks    exports, packed checkpoints, runs and metrics that were written onto disks too full for them, or
+              read-only (endure_disks.py); full_disks_wrong: how often something was lost, left behind, or did not
+              finish; null where mounting is not permitted
 resume_cases  kinds of runs that were interrupted and resumed; resume_unequal: how many differed in a bit
 soak_steps    steps of a long run; soak_slope_bytes_per_step: how resident memory grew over the last three quarters
 """
@@ -23,6 +26,7 @@ from pathlib import Path
 
 import torch
 from endurance_kills import kills_of_a_run
+from endure_disks import full_disks
 from endure_inputs import FAMILIES, run_cases
 from endure_resume import cases, unequal
 from endure_saves import SAVES, killed_saves
@@ -80,6 +84,15 @@ def _resumes(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
     return tried, wrong
 
 
+def _disks(place: Path, tiny: bool, console: Console) -> tuple[int | None, int | None]:
+    from tiny_model import make_tiny_model
+
+    tried, wrong = full_disks(make_tiny_model(place / "on_disks", hidden=32), place / "disks", tiny)
+    for problem in wrong[:20]:
+        console.print(problem, markup=False)
+    return tried, None if tried is None else len(wrong)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a sample of each")
@@ -89,11 +102,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         kills, kills_lost = _kills(place, tiny, console)
+        disks, disks_wrong = _disks(place, tiny, console)
         bad_inputs, bad_inputs_wrong = _inputs(tiny, console)
         resume_cases, resume_unequal = _resumes(place, tiny, console)
         seen = soak(place / "soak", TINY_SOAK_STEPS if tiny else SOAK_STEPS)
     table = Table("what", "tried", "went wrong")
     table.add_row("kills", f"{kills}", f"{kills_lost}")
+    table.add_row("full disks", *("not permitted" if value is None else f"{value}" for value in (disks, disks_wrong)))
     table.add_row("bad inputs", f"{bad_inputs}", f"{bad_inputs_wrong}")
     table.add_row("resumed runs", f"{resume_cases}", f"{resume_unequal}")
     verdict = "flat" if seen.is_flat else "it grows"
@@ -105,6 +120,8 @@ def main() -> None:
     figures = {
         "kills": kills,
         "kills_lost": kills_lost,
+        "full_disks": disks,
+        "full_disks_wrong": disks_wrong,
         "bad_inputs": bad_inputs,
         "bad_inputs_wrong": bad_inputs_wrong,
         "resume_cases": resume_cases,

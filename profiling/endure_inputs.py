@@ -73,13 +73,14 @@ def _read_index(folder: Path) -> None:
         raise Wrong(f"read {sorted(found)} where the index lists {sorted(listed)}")
 
 
-def _adaptable() -> nn.Module:
+def adaptable() -> nn.Module:
+    """A small model with layers that adapters go to."""
     torch.manual_seed(0)
     return nn.ModuleDict({"first": nn.Linear(6, 5), "second": nn.Linear(5, 4), "words": nn.Embedding(9, 6)})
 
 
 def _read_adapter(folder: Path) -> None:
-    model = _adaptable()
+    model = adaptable()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
         load_adapter_(model, folder)

@@ -51,7 +51,7 @@ SAVES = tuple(
 )
 
 
-def _files(folder: Path) -> dict[str, bytes]:
+def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
 
 
@@ -71,11 +71,11 @@ def killed_saves(model: Path, place: Path, save: Save, every: int) -> Iterator[t
         _work(
             next(other for other in SAVES if other.write is not save.write and not other.replaces), model, place, None
         )
-        old = _files(place / "out")
+        old = files_of(place / "out")
         shutil.copytree(place / "out", place.parent / "old")
     if ended(functools.partial(_work, save, model, place, None)) != 0:
         raise SystemExit(f"an undisturbed {save.name} failed")
-    wanted = _files(place / "out")
+    wanted = files_of(place / "out")
     for point in itertools.count(0, every):
         shutil.rmtree(place)
         place.mkdir()
@@ -84,14 +84,14 @@ def killed_saves(model: Path, place: Path, save: Save, every: int) -> Iterator[t
         status = ended(functools.partial(_work, save, model, place, point))
         if status == 0:
             break
-        found = _files(place / "out")
+        found = files_of(place / "out")
         problems = [] if status == -signal.SIGKILL else [f"it ended with {status}"]
         if found not in (old, wanted):
             problems.append("half of it stands under the name")
         finishing = Save(save.name, save.write, replaces=bool(found))
         if ended(functools.partial(_work, finishing, model, place, None)) != 0:
             problems.append("the same call does not finish")
-        elif _files(place / "out") != wanted or len(list(place.iterdir())) != 1:
+        elif files_of(place / "out") != wanted or len(list(place.iterdir())) != 1:
             problems.append("it finishes with other files")
         yield point, problems
     shutil.rmtree(place.parent / "old", ignore_errors=True)

@@ -47,8 +47,8 @@ def _check_run(output: Path, replaced: bool, model: str, data: Path, same_base: 
     """same_base: whether a run there must have been on this base; all bytes of that are compared once it is loaded."""
     from qlora_lite.base_file import check_checkpoint_base
     from qlora_lite.hub import resolve
-    from qlora_lite.run_state import ADAPTER_FOLDER, METRICS_FILE
     from qlora_lite.storage import check_apart
+    from qlora_lite.stored_state import ADAPTER_FOLDER, METRICS_FILE
 
     if same_base:
         check_checkpoint_base(output / ADAPTER_FOLDER, resolve(model))

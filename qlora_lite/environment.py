@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,6 +15,7 @@ from qlora_lite.low_rank import cpu_multiplies_bf16
 PACKAGES = ("qlora-lite", "torch", "bitsandbytes", "accelerate", "safetensors", "transformers", "peft")
 
 
+@functools.cache
 def _version_of(package: str) -> str | None:
     try:
         return version(package)

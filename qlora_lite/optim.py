@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from qlora_lite.config import TrainConfig
 from qlora_lite.errors import CheckpointError
+from qlora_lite.regular_files import excerpt
 
 SAME_AS = "same_as"
+# States of torch's AdamW, and of bitsandbytes', with a value for each of their parameter's.
+LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "state1", "state2")
 
 
 class AdamW16(torch.optim.Optimizer):
@@ -138,9 +141,16 @@ def load_optimizer_state_(
         if name not in parameters:
             raise CheckpointError(f"the optimizer has a state {full}, and the model no parameter {name}")
         if isinstance(value, Tensor):
+            if key in LIKE_PARAMETER and value.shape != parameters[name].shape:
+                shapes = f"{tuple(value.shape)}, and {name} is {tuple(parameters[name].shape)}"
+                raise CheckpointError(f"the optimizer's state {full} is of shape {shapes}")
             # torch's AdamW counts its steps on the CPU.
             placed[full] = value = value if value.dim() == 0 else value.to(parameters[name].device)
-        states.setdefault(name, {})[key] = placed[value[SAME_AS]] if isinstance(value, dict) else value
+        elif isinstance(value, dict):
+            if not isinstance(same := value.get(SAME_AS), str) or same not in placed:
+                raise CheckpointError(f"the optimizer's state {full} is that of {excerpt(same)}, which is not there")
+            value = placed[same]
+        states.setdefault(name, {})[key] = value
     optimizer.state.clear()
     for name, state in states.items():
         optimizer.state[parameters[name]] = state

@@ -57,6 +57,15 @@ class RandomSources:
                 f"the random numbers of the run came from {', '.join(sorted(state.tensors))}; here they come from "
                 f"{', '.join(sorted(wanted))}: give the same kind of batches, and the same device"
             )
+        try:
+            self._set(state)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            why = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"the states of the run's random numbers are none of these generators: {why}"
+            ) from error
+
+    def _set(self, state: RandomState) -> None:
         torch.set_rng_state(state.tensors["torch"])
         if not on_cpu(self.device):
             torch.get_device_module(self.device).set_rng_state(state.tensors["accelerator"])

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import CheckpointError
-from qlora_lite.run_state import ADAPTER_FOLDER, METRICS_FILE, STATE_FILE
 from qlora_lite.storage import UNFINISHED, new_folder, read_json, sync, write_json
+from qlora_lite.stored_state import ADAPTER_FOLDER, METRICS_FILE, STATE_FILE
 
 CHECKPOINTS = "checkpoints"
 MANIFEST_FILE = "manifest.json"
@@ -74,7 +74,7 @@ def what_is_wrong(folder: Path) -> str | None:
         if name not in listed:
             return f"{name} does not belong to it"
         for key, what in (("bytes", "another size"), ("sha256", "another SHA-256")):
-            if found[name][key] != listed[name].get(key):
+            if not isinstance(listed[name], dict) or found[name][key] != listed[name].get(key):
                 return f"{name} has {what}"
     return None
 

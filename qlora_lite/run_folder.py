@@ -8,6 +8,7 @@ Values are known to be good when a loss computed with them is finite. They are s
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -31,9 +32,10 @@ from qlora_lite.run_checkpoints import (
     write_checkpoint,
 )
 from qlora_lite.run_lock import LOCK_FILE, only_run
-from qlora_lite.run_state import ADAPTER_FOLDER, METRICS_FILE, RunState
+from qlora_lite.run_state import RunState
 from qlora_lite.stopping import stoppable, unstopped
 from qlora_lite.storage import check_replaceable
+from qlora_lite.stored_state import ADAPTER_FOLDER, METRICS_FILE
 
 # Saving may take this share of a run's time.
 SAVING_SHARE = 0.02
@@ -98,8 +100,8 @@ class RunFolder:
         """
         if self._folder is None:
             return
-        with self._writing(), open(self._folder / METRICS_FILE, self._mode, encoding="utf-8") as metrics:
-            metrics.write(json.dumps(asdict(step)) + "\n")
+        with self._writing():
+            self._append(self._folder / METRICS_FILE, json.dumps(asdict(step)) + "\n")
         self._mode = "a"
         if self._state is None:
             return
@@ -107,6 +109,17 @@ class RunFolder:
         done, every = self._state.steps, self._state.config.save_steps
         if every is not None and (done % every == 0 or done == self._state.config.steps):
             self.checkpoint(self._state)
+
+    def _append(self, path: Path, line: str) -> None:
+        """Of a line that a full disk takes half of, nothing stays."""
+        with open(path, f"{self._mode}b", buffering=0) as metrics:
+            before, left = metrics.seek(0, os.SEEK_END), memoryview(line.encode())
+            try:
+                while left:
+                    left = left[metrics.write(left) :]
+            except OSError:
+                metrics.truncate(before)
+                raise
 
     def checkpoint(self, state: RunState) -> Path | None:
         """The checkpoint of the last step that is done, written unless it is there; None before the first step."""

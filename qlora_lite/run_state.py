@@ -29,17 +29,21 @@ from qlora_lite.fingerprint import base_fingerprint
 from qlora_lite.optim import load_optimizer_state_, optimizer_state
 from qlora_lite.random_state import RandomSources, RandomState
 from qlora_lite.single_file import new_file
-from qlora_lite.storage import planned, read_json, write_json, write_safetensors
-from qlora_lite.tensor_files import read_safetensors
+from qlora_lite.storage import planned, write_json, write_safetensors
+from qlora_lite.stored_state import (
+    ADAPTER_FOLDER,
+    EPOCH,
+    METRICS_FILE,
+    NOW,
+    OPTIMIZER_FILE,
+    RANDOM_FILE,
+    STATE_FILE,
+    TRAINED_FILE,
+    VERSION,
+    StoredState,
+    read_state_file,
+)
 
-VERSION = 1
-STATE_FILE = "state.json"
-TRAINED_FILE = "trained.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
-RANDOM_FILE = "random.safetensors"
-METRICS_FILE = "metrics.jsonl"
-ADAPTER_FOLDER = "adapter"
-NOW, EPOCH = "now.", "epoch."
 # Settings that change what is saved or kept in memory, and no number of the result.
 FREE_SETTINGS = ("save_steps", "keep_last", "keep_best", "checkpointing")
 SHOWN = 6
@@ -147,9 +151,7 @@ class RunState:
 
     def check_same(self, folder: Path) -> None:
         """CheckpointError, listing what, if this run is not the one that the checkpoint is of."""
-        state = read_json(folder / STATE_FILE)
-        if state.get("version") != VERSION:
-            raise CheckpointError(f"{folder} is of version {state.get('version')!r}; this one reads {VERSION}")
+        state = read_state_file(folder)
         here = self._described()
         problems = _differences("", state["settings"], here["settings"])
         problems += _differences("the adapter of ", state["adapters"], here["adapters"])
@@ -166,31 +168,20 @@ class RunState:
 
     def restore_(self, folder: Path) -> None:
         """Has model, optimizer and batches be as they were. CheckpointError for what does not fit."""
-        state = read_json(folder / STATE_FILE)
-        stored, here = read_safetensors(folder / TRAINED_FILE), self._tensors()
-        kinds = [{n: (value.shape, value.dtype) for n, value in side.items()} for side in (stored, here)]
+        found, here = StoredState.read(folder), self._tensors()
+        kinds = [{n: (value.shape, value.dtype) for n, value in side.items()} for side in (found.trained, here)]
         if kinds[0] != kinds[1]:
-            other = sorted(name for name in {*stored, *here} if kinds[0].get(name) != kinds[1].get(name))
+            other = sorted(name for name in {*found.trained, *here} if kinds[0].get(name) != kinds[1].get(name))
             raise CheckpointError(f"{folder} has other tensors that learn than the model: {', '.join(other[:SHOWN])}")
         with torch.no_grad():
             for name, value in here.items():
-                value.copy_(stored[name])
-        tensors = read_safetensors(folder / OPTIMIZER_FILE)
-        load_optimizer_state_(self.optimizer, self.trained, tensors, state["optimizer"])
-        states = read_safetensors(folder / RANDOM_FILE)
-        now, epoch = (
-            RandomState(
-                {name.removeprefix(mark): value for name, value in states.items() if name.startswith(mark)},
-                state["random"][mark.rstrip(".")],
-            )
-            for mark in (NOW, EPOCH)
-        )
-        self.stream.go_to(Position(start=epoch, **state["batches"]))
-        self.metrics = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-        self.facts = state["facts"]
-        if state["checkpointing"] != self.config.checkpointing:
+                value.copy_(found.trained[name])
+        load_optimizer_state_(self.optimizer, self.trained, found.optimizer, found.plain["optimizer"])
+        self.stream.go_to(found.position)
+        self.metrics, self.facts = found.metrics, found.plain["facts"]
+        if found.plain["checkpointing"] != self.config.checkpointing:
             self.facts["dial"] = None
-        self._random, self._position = now, self.stream.position()
+        self._random, self._position = found.now, self.stream.position()
 
     def restore_random(self) -> None:
         """Has random numbers be as they were: the last thing before a step, for others draw too (rich, on import)."""

@@ -120,7 +120,7 @@ def train(
             run.processes.wait()  # the first one may still be removing what a killed run left
             say(folder.resumed(place, state), run.progress)
             run.processes.wait()
-        steps = [] if state is None else [StepMetrics(**line) for line in state.metrics]
+        steps = [] if state is None else [StepMetrics.read(line) for line in state.metrics]
         with training_progress(config.steps, run.progress) as show:
             if state is not None and steps:
                 run.go_on(state.facts, dial)

@@ -10,12 +10,12 @@ import contextlib
 import itertools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
 from torch import Tensor, nn
 
 from qlora_lite import hub
@@ -23,7 +23,7 @@ from qlora_lite.adapters import adapter_parameters, freeze_base_, switched
 from qlora_lite.checkpointing import Dial
 from qlora_lite.config import TrainConfig
 from qlora_lite.devices import is_out_of_memory, on_cpu
-from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, TrainingError
+from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, TargetError, TrainingError
 from qlora_lite.memory.host import HoleLimit, release_freed_pages
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
 from qlora_lite.objective import Batch, check_packing, choose_loss, headless_loss, labelled_tokens, own_loss
@@ -36,6 +36,12 @@ from qlora_lite.stopping import poll
 
 FP32_BYTES = 4
 ALONE_OR_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
+# What a launch is asked for in the environment. On a CPU accelerate passes over it, and would run copies.
+ASKED_BY = {
+    "ACCELERATE_USE_FSDP": DistributedType.FSDP,
+    "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
+    "ACCELERATE_USE_MEGATRON_LM": DistributedType.MEGATRON_LM,
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,15 @@ class StepMetrics:
     tokens: int
     tokens_per_second: float
     peak_bytes: int | None
+
+    @classmethod
+    def read(cls, line: dict[str, Any]) -> StepMetrics:
+        """One that was written as such a line. CheckpointError for a line of something else."""
+        if other := line.keys() ^ {field.name for field in fields(cls)}:
+            raise CheckpointError(
+                f"a line of the run's metrics is no step: {', '.join(sorted(other))} should not differ"
+            )
+        return cls(**line)
 
 
 def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
@@ -83,12 +98,24 @@ def _check_gradients(adapters: dict[str, nn.Parameter]) -> None:
         )
 
 
+def _check_not_sharded(kind: DistributedType) -> None:
+    """ConfigError for what cuts a model to pieces (profiling/sharded_base.py shows what becomes of a packed one)."""
+    if kind not in ALONE_OR_COPIES:
+        raise ConfigError(
+            f"accelerate is set to {kind.value}, which is not for a packed base: its bytes are buffers, which sharding "
+            f"leaves whole in each process; set it to data parallel"
+        )
+
+
 class Run:
     """The parts of a run that every step uses."""
 
     def __init__(
         self, model: nn.Module, config: TrainConfig, profiler: MemoryProfiler | None, progress: bool = False
     ) -> None:
+        for variable, kind in ASKED_BY.items():
+            if parse_flag_from_env(variable):
+                _check_not_sharded(kind)
         try:
             # The plugin keeps the environment from dividing gradients by an accumulation of its own.
             self.accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
@@ -99,11 +126,7 @@ class Run:
                 f"accelerate is set to mixed precision {self.accelerator.mixed_precision!r} in this process; "
                 f"train computes in the model's own dtype: set it to 'no'"
             )
-        if self.accelerator.distributed_type not in ALONE_OR_COPIES:
-            raise ConfigError(
-                f"accelerate is set to {self.accelerator.distributed_type.value}, which is not for a packed base: its "
-                f"bytes are buffers, which sharding leaves whole on each device; set it to data parallel"
-            )
+        _check_not_sharded(self.accelerator.distributed_type)
         self.config, self.profiler = config, profiler
         self.adapters = _check_model(model, self.accelerator.device)
         freeze_base_(model)

@@ -50,6 +50,8 @@ SCRIPTS = {
     "profiling/endure.py": {
         "kills",
         "kills_lost",
+        "full_disks",
+        "full_disks_wrong",
         "bad_inputs",
         "bad_inputs_wrong",
         "resume_cases",
@@ -121,11 +123,14 @@ NOT_RUN_HERE = {
     "profiling/bad_checkpoints.py",
     "profiling/bad_files.py",
     "profiling/comparisons.py",
+    "profiling/endure_disks.py",
     "profiling/endure_inputs.py",
     "profiling/endure_resume.py",
     "profiling/endure_saves.py",
     "profiling/endure_soak.py",
     "profiling/endurance_kills.py",
+    "profiling/fuzz_files.py",
+    "profiling/fuzz_targets.py",
     "profiling/interop_cases.py",
     "profiling/interop_checks.py",
     "profiling/interop_sides.py",
@@ -136,6 +141,7 @@ NOT_RUN_HERE = {
     "profiling/model_shapes.py",
     "profiling/peft_steps.py",
     "profiling/published_runs.py",
+    "profiling/sharded_base.py",
     "profiling/step_worker.py",
     "profiling/training_cases.py",
 }
@@ -164,6 +170,7 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
     if "kills" in figures:
         assert figures["kills"] > 2 and figures["bad_inputs"] > 100 and figures["resume_cases"] > 1
         assert figures["kills_lost"] == figures["bad_inputs_wrong"] == figures["resume_unequal"] == 0
+        assert not figures["full_disks_wrong"] and figures["full_disks"] != 0
     if "restored" in figures:
         assert figures["restored"] is True and figures["loss_after"] < figures["loss_before"]
     if "perplexity_ratio" in figures:  # three steps of one program's adapter are those of the other's

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite import training_step as module
@@ -61,3 +64,35 @@ def test_pretended_sharding_is_refused_with_the_reason(tiny_folder: Path, monkey
     monkeypatch.setattr(module.Accelerator, "distributed_type", sharded)
     with pytest.raises(ConfigError, match="FSDP, which is not for a packed base: its bytes are buffers"):
         trained(tiny_folder, TrainConfig(steps=1))
+
+
+@pytest.mark.parametrize("words", [["--use_fsdp", "--fsdp_version", "2"], ["--use_fsdp"], ["--use_megatron_lm"]])
+def test_what_a_launch_asks_for_is_refused_where_accelerate_passes_over_it(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variables are those that `accelerate launch` of these words gives its processes; nothing is launched."""
+    arguments = launch_command_parser().parse_args([*words, "--num_processes", "2", "program.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    for name, value in prepare_multi_gpu_env(arguments).items():
+        monkeypatch.setenv(name, value)
+    kind = "MEGATRON_LM" if "--use_megatron_lm" in words else "FSDP"
+    with pytest.raises(ConfigError, match=f"accelerate is set to {kind}, which is not for a packed base"):
+        train(torch.nn.Linear(2, 2), [], TrainConfig(steps=1))
+
+
+@pytest.mark.parametrize(("name", "kept"), [("ours nf4, as it is", 1.0), ("ours nf4, bytes as parameters", 0.5)])
+def test_torch_leaves_a_packed_base_whole_and_would_hold_it_as_parameters(
+    name: str, kept: float, tiny_folder: Path, profiling_script: Callable[[str], Any]
+) -> None:
+    """Why FSDP is refused: the first of two processes, with a second one that is pretended; then one that is real."""
+    script = profiling_script("sharded_base")
+    case = next(case for case in script.CASES if case.name == name)
+    seen = {}
+    for backend, count in (("fake", 2), ("gloo", 1)):
+        torch.distributed.init_process_group(backend, rank=0, world_size=count, store=torch.distributed.HashStore())
+        try:
+            seen[backend] = script.seen(case, tiny_folder)
+        finally:
+            torch.distributed.destroy_process_group()
+    assert seen["fake"]["kept"] == pytest.approx(kept, abs=0.01)
+    assert seen["gloo"]["bits"] and seen["gloo"]["gradients"][0] <= 1e-6 < seen["gloo"]["gradients"][1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from qlora_lite import LoraConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.adapters import adapter_parameters
 from qlora_lite.errors import CheckpointError
 from qlora_lite.run_checkpoints import checkpoint_path, newest_sound
+from qlora_lite.run_folder import RunFolder
 
 CONFIG = TrainConfig(steps=4, save_steps=1, learning_rate=1e-2)
 
@@ -67,6 +70,23 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tiny_folder: Pa
     assert resumed.losses == whole.losses
     ours, theirs = adapter_parameters(model), adapter_parameters(other)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_of_a_line_that_a_full_disk_takes_half_of_nothing_stays(memory_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Line:
+        step: int
+        words: str = "a few more bytes than the disk has"
+
+    folder = RunFolder(torch.nn.Linear(1, 1), memory_path)
+    folder.note(Line(1))
+    first = (memory_path / "metrics.jsonl").read_bytes()
+    with files_no_longer_than(len(first) + 20) as fill, pytest.raises(OSError, match="File too large"):
+        fill()
+        folder.note(Line(2))
+    assert (memory_path / "metrics.jsonl").read_bytes() == first
+    folder.note(Line(2))
+    assert [json.loads(line)["step"] for line in (memory_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
 def test_a_folder_that_vanishes_is_not_made_again(tiny_folder: Path, memory_path: Path) -> None:

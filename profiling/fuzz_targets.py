@@ -1,0 +1,191 @@
+"""What fuzz_files.py feeds: for each kind of file a reader of bytes, and files to begin with.
+
+A reader returns, or raises what is a finding. It begins with the bytes of one file; where a reader reads several, the
+others are sound ones, or two files come as one: the length of the first (4 bytes, little endian), and both.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bad_files
+import safetensors.torch
+import torch
+from endure_inputs import FAMILIES, adaptable
+
+from qlora_lite import LoraConfig, TrainConfig, add_lora_
+from qlora_lite.adapters import adapter_parameters
+from qlora_lite.batch_stream import BatchStream
+from qlora_lite.errors import QLoRAError
+from qlora_lite.optim import make_optimizer
+from qlora_lite.random_state import RandomSources
+from qlora_lite.run_checkpoints import MANIFEST_FILE, checkpoint_path, newest_sound, write_checkpoint
+from qlora_lite.run_state import RunState
+from qlora_lite.stored_state import METRICS_FILE, OPTIMIZER_FILE, RANDOM_FILE, STATE_FILE, TRAINED_FILE
+
+Reader = Callable[[bytes], None]
+SEEDS = 60
+LENGTH_BYTES = 4
+SOURCES = RandomSources(torch.device("cpu"))
+# Of a run's checkpoint, by the first byte of the input.
+RUN_FILES = (MANIFEST_FILE, STATE_FILE, METRICS_FILE, TRAINED_FILE, OPTIMIZER_FILE, RANDOM_FILE)
+
+
+@dataclass(frozen=True)
+class Target:
+    """reader: of files in an empty folder, which it may fill; seeds: the corpus to begin with, sound ones first."""
+
+    reader: Callable[[Path], Reader]
+    seeds: Callable[[], list[bytes]]
+
+
+def _joined(first: bytes, second: bytes) -> bytes:
+    return len(first).to_bytes(LENGTH_BYTES, "little") + first + second
+
+
+def _parted(data: bytes) -> tuple[bytes, bytes]:
+    length = int.from_bytes(data[:LENGTH_BYTES], "little")
+    return data[LENGTH_BYTES : LENGTH_BYTES + length], data[LENGTH_BYTES + length :]
+
+
+def _of_family(number: int, *files: str) -> Callable[[Path], Reader]:
+    """The reader of one of endure_inputs' families, of one file or of two joined ones."""
+
+    def make(folder: Path) -> Reader:
+        if files == (bad_files.INDEX,):
+            bad_files.put_shards(folder)
+
+        def read(data: bytes) -> None:
+            parts = (data,) if len(files) == 1 else _parted(data)
+            for file, part in zip(files, parts, strict=True):
+                (folder / file).write_bytes(part)
+            FAMILIES[number].read(folder)
+
+        return read
+
+    return make
+
+
+def _damaged(damage: Callable[[Path, random.Random], str], *files: str) -> Iterator[bytes]:
+    """Files of bad_files.py."""
+    for seed in range(SEEDS):
+        with tempfile.TemporaryDirectory() as place:
+            damage(Path(place), random.Random(seed))
+            if all((Path(place) / file).is_file() for file in files):
+                parts = [(Path(place) / file).read_bytes() for file in files]
+                yield parts[0] if len(parts) == 1 else _joined(*parts)
+
+
+def _header_seeds() -> list[bytes]:
+    good = safetensors.torch.save(bad_files.good_tensors())
+    return [good, *_damaged(bad_files.damage_safetensors, bad_files.TENSORS)]
+
+
+def _index_seeds() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as place:
+        good = json.dumps({"metadata": {}, "weight_map": bad_files.put_shards(Path(place))}).encode()
+    return [good, *_damaged(bad_files.damage_index, bad_files.INDEX)]
+
+
+def _adapter_seeds() -> list[bytes]:
+    config, tensors = bad_files.good_adapter()
+    good = _joined(json.dumps(config).encode(), safetensors.torch.save(tensors))
+    return [good, *_damaged(bad_files.damage_adapter, bad_files.ADAPTER_CONFIG, bad_files.ADAPTER_TENSORS)]
+
+
+def _record_seeds() -> list[bytes]:
+    good = "\n".join(json.dumps(record) for record in bad_files.GOOD_RECORDS).encode()
+    return [good, *_damaged(bad_files.damage_records, bad_files.RECORDS)]
+
+
+def _stream() -> BatchStream:
+    batches = [{"input_ids": torch.full((1, 3), n), "labels": torch.full((1, 3), n)} for n in range(3)]
+    return BatchStream(batches, 9, SOURCES)
+
+
+def fresh_state() -> RunState:
+    """A run of a small model that has done nothing yet."""
+    model = adaptable()
+    add_lora_(model, LoraConfig(rank=2, dropout=0.0, target_modules=["first", "second"]))
+    trained, config = adapter_parameters(model), TrainConfig(steps=4, save_steps=1)
+    return RunState(model, trained, make_optimizer(trained, config), config, _stream(), SOURCES)
+
+
+def _step(state: RunState) -> None:
+    """As a step does: batches, an update and a mark."""
+    list(state.stream.group(1, 1, 4))
+    for parameter in state.trained.values():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    state.mark({"step": state.steps + 1, "loss": 1.0}, {"own_loss_because": None, "dial": None, "halved_at": None})
+
+
+@functools.cache
+def sound_run() -> dict[str, bytes]:
+    """The files of a checkpoint by their paths in it."""
+    state = fresh_state()
+    _step(state)
+    with tempfile.TemporaryDirectory() as place:
+        folder = checkpoint_path(Path(place), 1)
+        write_checkpoint(folder, state.write)
+        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def _run_reader(place: Path) -> Reader:
+    """Goes on with a run from a checkpoint of which one file is another; whose manifest has its sum, but for itself."""
+    folder, good, state = checkpoint_path(place, 1), sound_run(), fresh_state()
+    shutil.rmtree(place / "checkpoints", ignore_errors=True)
+    for name, data in good.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    listed = json.loads(good[MANIFEST_FILE])["files"]
+
+    def read(data: bytes) -> None:
+        name = RUN_FILES[data[0] % len(RUN_FILES)] if data else MANIFEST_FILE
+        (folder / name).write_bytes(data[1:])
+        if name != MANIFEST_FILE:
+            sums = {"bytes": len(data) - 1, "sha256": hashlib.sha256(data[1:]).hexdigest()}
+            (folder / MANIFEST_FILE).write_text(json.dumps({"files": {**listed, name: sums}}))
+        try:
+            path, _ = newest_sound(place)
+            if path is not None:
+                state.check_same(path)
+                state.stream = _stream()
+                state.restore_(path)
+                state.restore_random()
+        except QLoRAError:
+            pass
+        finally:
+            for changed in {name, MANIFEST_FILE}:
+                (folder / changed).write_bytes(good[changed])
+
+    return read
+
+
+def _run_seeds() -> list[bytes]:
+    chance, good = random.Random(0), sound_run()
+    seeds = [bytes([number]) + good[name] for number, name in enumerate(RUN_FILES)]
+    for number, name in enumerate(RUN_FILES):
+        damaged = (bad_files.damaged_text(good[name], chance) for _ in range(SEEDS // len(RUN_FILES)))
+        seeds += [bytes([number]) + data for data in damaged]
+    state: dict[str, Any] = json.loads(good[STATE_FILE])
+    strange = ({**state, key: value} for key in state for value in (None, [], 1))
+    return seeds + [bytes([RUN_FILES.index(STATE_FILE)]) + json.dumps(value).encode() for value in strange]
+
+
+TARGETS = {
+    "header": Target(_of_family(0, bad_files.TENSORS), _header_seeds),
+    "index": Target(_of_family(1, bad_files.INDEX), _index_seeds),
+    "adapter": Target(_of_family(2, bad_files.ADAPTER_CONFIG, bad_files.ADAPTER_TENSORS), _adapter_seeds),
+    "records": Target(_of_family(3, bad_files.RECORDS), _record_seeds),
+    "run": Target(_run_reader, _run_seeds),
+}

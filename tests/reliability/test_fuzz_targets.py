@@ -1,0 +1,51 @@
+"""The readers that profiling/fuzz_files.py feeds, without atheris: sound files, those to begin with, and a few more."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def fuzz_targets(profiling_script: Callable[[str], Any]) -> Any:
+    return profiling_script("fuzz_targets")
+
+
+@pytest.mark.parametrize("name", ["header", "index", "adapter", "records", "run"])
+def test_no_file_ends_a_reader_by_an_error_of_others(name: str, fuzz_targets: Any, memory_path: Path) -> None:
+    target, chance = fuzz_targets.TARGETS[name], random.Random(0)
+    read, seeds = target.reader(memory_path), target.seeds()
+    assert len(seeds) > 40
+    for seed in seeds:
+        read(seed)
+    for _ in range(60):
+        read(fuzz_targets.bad_files.damaged_text(chance.choice(seeds), chance))
+
+
+@pytest.mark.parametrize("name", ["header", "adapter", "run"])
+def test_what_is_wrong_reaches_who_feeds(
+    name: str, fuzz_targets: Any, memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = fuzz_targets.TARGETS[name]
+    read, seeds = target.reader(memory_path), target.seeds()
+
+    def broken(*given: Any) -> None:
+        raise KeyError("a")
+
+    monkeypatch.setattr(f"qlora_lite.{'stored_state.read_json' if name == 'run' else 'tensor_files._state'}", broken)
+    with pytest.raises(KeyError):
+        read(seeds[1 if name == "run" else 0])
+
+
+def test_without_atheris_it_says_how_to_get_it(
+    profiling_script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = profiling_script("fuzz_files")
+    monkeypatch.setitem(sys.modules, "atheris", None)
+    with pytest.raises(SystemExit, match="atheris is not installed here: python -m pip install atheris"):
+        script.main()
