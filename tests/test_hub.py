@@ -18,6 +18,7 @@ from qlora_lite.hub import (
     read_config,
     resolve,
     save_companions,
+    source_folder,
     tied_names,
     tied_pairs,
 )
@@ -27,6 +28,21 @@ def test_a_model_is_built_without_bytes(tiny_folder: Path) -> None:
     model = empty_model(read_config(tiny_folder), torch.bfloat16)
     assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     assert head_of(model) is model.lm_head
+
+
+def test_a_model_of_the_hub_leads_to_its_own_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    held = tmp_path / "models--some--model"
+    for revision in ("1" * 40, "2" * 40):
+        (held / "snapshots" / revision).mkdir(parents=True)
+    (held / "refs").mkdir()
+    (held / "refs" / "main").write_text("2" * 40)
+    for commit, found in (("1" * 40, "1" * 40), (None, "2" * 40)):
+        model = SimpleNamespace(config=SimpleNamespace(_name_or_path="some/model", _commit_hash=commit))
+        folder = source_folder(model)
+        assert folder is not None and folder.name == found
 
 
 def test_wrong_places_get_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
