@@ -275,7 +275,7 @@ def source_folder(model: Any) -> Path | None:
         return Path(name) if name else None
     from huggingface_hub import snapshot_download
 
-    at = {"revision": getattr(model.config, "_commit_hash", None), "allow_patterns": CHECKPOINT_PATTERNS}
+    at: Any = {"revision": getattr(model.config, "_commit_hash", None), "allow_patterns": CHECKPOINT_PATTERNS}
     try:
         return Path(snapshot_download(name, local_files_only=True, **at))
     except Exception as error:  # the hub client raises its own and ValueError
