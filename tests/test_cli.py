@@ -84,7 +84,7 @@ def test_a_stopped_run_says_the_command_that_goes_on_with_it(
             main()
         return int(ended.value.code or 0), capsys.readouterr().err
 
-    real, before = RunFolder.note, signal.getsignal(signal.SIGTERM)
+    real, before = RunFolder.note, signal.getsignal(signal.SIGINT)
 
     def note(run: RunFolder, step: Any, facts: Any = None) -> None:
         real(run, step, facts)
@@ -103,7 +103,7 @@ def test_a_stopped_run_says_the_command_that_goes_on_with_it(
         assert status == 0 and "going on after step 2 from" in said
         assert command(*words, memory_path / "whole")[0] == 0
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before)
     ends = [(memory_path / run / "adapter/adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
     assert ends[0] == ends[1]
 
@@ -143,7 +143,7 @@ def test_env_says_what_there_is(run: Run) -> None:
         (("profile", "--model", "{m}", "--html", "{t}/report.txt"), 2, "must be named *.html; got"),
         (("profile", "--model", "{m}", "--html", "{m}/config.json/a.html"), 1, "no folder that may be written to"),
         (("profile", "--model", "{m}", "--png", "{t}"), 2, "must be named *.png; got"),
-        (("quantize", "--model", "{m}", "--output", "{t}/o", "--format", "none"), 2, "no packed layer"),
+        (("quantize", "--model", "{m}", "--output", "{t}/o", "--format", "none"), 2, "must be one of nf4, fp4, int8; got 'none'"),
         (("profile", "--model", "{m}", "--rows", "0"), 2, "rows must be at least 1"),
         (("train", "--model", "{m}"), 2, "Missing option"),
         (("train", "--steps", "many"), 2, "Invalid value for '--steps'"),
