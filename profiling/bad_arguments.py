@@ -44,8 +44,14 @@ NEEDED = {
 }
 IN_FOLDER, IN_FILE, OUT_FOLDER, OUT_FILE, NOT_HERE = "in folder", "in file", "out folder", "out file", "not here"
 PATHS = {
-    **{"model": IN_FOLDER, "adapter": IN_FOLDER, "data": IN_FILE, "verify": IN_FILE},
-    **{"output": OUT_FOLDER, "html": OUT_FILE, "png": OUT_FILE, "snapshot": NOT_HERE},
+    "model": IN_FOLDER,
+    "adapter": IN_FOLDER,
+    "data": IN_FILE,
+    "verify": IN_FILE,
+    "output": OUT_FOLDER,
+    "html": OUT_FILE,
+    "png": OUT_FILE,
+    "snapshot": NOT_HERE,
 }
 NOT_EMPTY, THERE = "not empty", "there"
 SIZES = ("lots", "-1", "nan", "5 apples", "1e3", "9" * 5000)
@@ -102,7 +108,7 @@ class Place:
         for name in ("circle", "circle.html", "circle.png"):
             (root / name).symlink_to(root / name)
         for name in ("dangling", "dangling.html", "dangling.png"):
-            (root / name).symlink_to(root / "nowhere" / name)
+            (root / name).symlink_to(root / "file" / name)
         for name in ("empty", "folder.html", "folder.png"):
             (root / name).mkdir()
         for name in ("there.html", "there.png", "there.jsonl", "file"):
@@ -125,7 +131,7 @@ class Place:
         return {
             "through a file": self.root / "file" / f"new{suffix}",
             "a circle of links": self.root / f"circle{suffix}",
-            "a link to nothing": self.root / f"dangling{suffix}",
+            "a link to where nothing can be": self.root / f"dangling{suffix}",
             "too long a name": self.root / f"{'x' * 300}{suffix}",
             "too long a path": self.root / "/".join(["x" * 200] * 30) / f"new{suffix}",
             "a pipe": self.root / f"pipe{suffix}",
@@ -141,7 +147,13 @@ class Place:
         }
         if kind == IN_FOLDER:
             folders = {name: self.root / name for name in ("empty", "unreadable", "pipes", "folders")}
-            found = {**missing, **self._nowhere(), **folders, "a file": self.root / "file", "a device": Path("/dev/zero")}
+            found = {
+                **missing,
+                **self._nowhere(),
+                **folders,
+                "a file": self.root / "file",
+                "a device": Path("/dev/zero"),
+            }
         elif kind == IN_FILE:
             files = {"a folder": self.root / "empty", "a device": Path("/dev/zero")}
             files["unreadable"] = Path("/proc/self/mem")
@@ -244,8 +256,7 @@ def cases(place: Place) -> list[Case]:
                 if param.name == "require":
                     status = USAGE
                 found.append(Case(command, (*rest, *extra, *words), status, f"{param.name}: {what}"))
-        for word in NEWS:
-            found.append(Case(command, (*needed, word), USAGE, f"unknown word {word!r}"))
+        found += [Case(command, (*needed, word), USAGE, f"unknown word {word!r}") for word in NEWS]
     return [*found, Case("destroy", (), USAGE, "no command"), Case("--x", (), USAGE, "no option")]
 
 

@@ -180,9 +180,8 @@ def _where_to_go_on(said: str, words: list[str]) -> str:
     return f"{said}; go on with: {shlex.join(['qlora-lite', *again, '--resume'])}"
 
 
-def _stopped(said: str, words: list[str]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # one more while the interpreter ends is no traceback
-    print(_where_to_go_on(said, words), file=sys.stderr, flush=True)
+def _leave(number: int, frame: object) -> None:
+    os._exit(128 + number)
 
 
 def main() -> None:
@@ -192,15 +191,14 @@ def main() -> None:
         sys.argv.append("--help")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may have bytes that are no text
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _leave)  # what comes while the interpreter ends is no traceback
     try:
-        with ended_by_signals():
+        with ended_by_signals(_where_to_go_on("stopped at once; nothing was saved", words)):
             status = app(prog_name="qlora-lite", standalone_mode=False)
     except Stopped as stop:
-        _stopped(str(stop), words)
+        print(_where_to_go_on(str(stop), words), file=sys.stderr)
         sys.exit(stop.code)
-    except KeyboardInterrupt:  # the second one: whatever threads still do, and libraries want to do in the end
-        _stopped("stopped at once; what was unfinished is removed by the next run", words)
-        os._exit(128 + signal.SIGINT)
     except Exception as error:
         if "--debug" in itertools.takewhile(lambda word: word.startswith("-"), words):
             traceback.print_exc()

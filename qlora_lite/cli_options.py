@@ -37,11 +37,11 @@ class StrictCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for param in order:
-            name = param.opts[0]
-            several = getattr(param, "multiple", False)
+            name, several = param.opts[0], getattr(param, "multiple", False)
             if order.count(param) > 1 and not several:
                 ctx.fail(f"{name} is given {order.count(param)} times; give it once")
-            if param.name in given and "" in (given[param.name] if several else [given[param.name]]) and param.default != "":
+            values = given[param.name] if several else [given[param.name]]
+            if "" in values and param.default != "":
                 ctx.fail(f"{name} must not be empty; leave it out, or give a value")
         return super().parse_args(ctx, args)
 

@@ -165,9 +165,7 @@ def train(
     records = read_jsonl(data)
     tokenizer = load_tokenizer(model)
     tokenized = tokenize_all(records, tokenizer, max_length, completion_only)
-    longest = (
-        max_length if packing else max((len(example.input_ids) for example in tokenized.examples), default=max_length)
-    )
+    longest = max_length if packing else max(len(example.input_ids) for example in tokenized.examples)
     wanted = Wanted(quant, lora, batch_size, longest, optimizer, accumulated=gradient_accumulation > 1)
     padding = tokenizer.pad_token_id
     stream = batches(tokenized.examples, batch_size, seed, pad_token_id=padding, packing=packing, max_length=max_length)

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.places import check_place
 from qlora_lite.regular_files import is_regular
-from qlora_lite.stopping import stoppable
+from qlora_lite.stopping import stoppable, unfinished
 from qlora_lite.storage import UNFINISHED
 
 
@@ -45,15 +45,12 @@ def new_file(path: str | Path, overwrite: bool = False) -> Iterator[BinaryIO]:
     path = Path(os.path.realpath(path))  # behind a link stands the file that is meant
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
-        with stoppable():
+        with stoppable(), unfinished(temporary):
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(temporary, "xb") as file:
-                    yield file
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -8,11 +8,15 @@ now and then, with `poll`, whether there was one. A command does both: it ends a
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import Stopped
@@ -25,7 +29,6 @@ class _Noted:
     """The signal that came, if any; how many blocks want to be asked, and how many not to be stopped in."""
 
     number: int | None = None
-    again: bool = False  # a SIGINT came after it
     waiting: int = 0
     kept_off: int = 0
 
@@ -35,14 +38,9 @@ class _Noted:
             name = signal.Signals(self.number).name
             raise Stopped(self.number, f"stopped by {name}; nothing is left half-written")
 
-    def end(self) -> None:
-        """Raises what a signal should have ended by, if there was one."""
-        if self.again:
-            raise KeyboardInterrupt
-        self.stop()
-
 
 _noted: _Noted | None = None
+_unfinished: set[Path] = set()
 
 
 def _in_main_thread() -> bool:
@@ -56,15 +54,17 @@ def poll() -> None:
 
 
 @contextmanager
-def _noting(waiting: int) -> Iterator[_Noted]:
-    """Has SIGINT and SIGTERM noted within the block; the handlers that were there are put back."""
+def _noting(waiting: int, leave: Callable[[], None]) -> Iterator[_Noted]:
+    """Has SIGINT and SIGTERM noted within the block; the handlers that were there are put back.
+
+    leave: called when a SIGINT follows on another signal.
+    """
     global _noted
     noted = _Noted(waiting=waiting)
 
     def note(number: int, frame: Any) -> None:
         if number == signal.SIGINT and noted.number is not None:
-            noted.again = True
-            raise KeyboardInterrupt
+            leave()
         noted.number = number
         if not noted.waiting:
             noted.stop()
@@ -83,21 +83,69 @@ def _noting(waiting: int) -> Iterator[_Noted]:
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
+def unfinished(path: Path) -> Iterator[None]:
+    """Removes a file or folder at the end of the block, if it is still there; also if a command is left at once."""
+    _unfinished.add(path)
+    try:
+        yield
+    finally:
+        _remove(path)
+        _unfinished.discard(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _quiet_finalizers() -> Iterator[None]:
+    """Within the block Python prints no traceback of what a signal raised in a finalizer, where it ends."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, Stopped):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+@contextmanager
+def ended_by_signals(last_words: str) -> Iterator[None]:
     """Within the block SIGINT and SIGTERM raise Stopped at once, except in `stoppable`, where they wait for a poll.
 
-    Stopped comes out of the block, whatever swallowed it inside or went wrong after it; a second SIGINT is a
-    KeyboardInterrupt at once, which comes out instead. For a command, in the main thread; ignored signals stay ignored.
+    Stopped comes out of the block, whatever swallowed it inside or went wrong after it. A second SIGINT ends the
+    process then and there, with `last_words` on stderr, once what is `unfinished` was removed: an exception may come in
+    the midst of torch's own code, which cannot hand it on, and what catches or waits may keep it. For a command, in the
+    main thread; ignored signals stay ignored.
     """
-    with _noting(0) as noted:
+
+    def leave() -> None:
+        for path in list(_unfinished):
+            with suppress(OSError):  # others may be writing there
+                _remove(path)
+        os.write(2, f"{last_words}\n".encode(errors="backslashreplace"))  # sys.stderr may be in the midst of a line
+        os._exit(128 + signal.SIGINT)
+
+    with _noting(0, leave) as noted, _quiet_finalizers():
         try:
             yield
         except (Stopped, KeyboardInterrupt):
             raise
         except BaseException:
-            noted.end()
+            noted.stop()
             raise
-        noted.end()
+        noted.stop()
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -112,7 +160,7 @@ def stoppable() -> Iterator[None]:
     elif _noted is None:
         unobeyed = None
         try:
-            with _noting(1) as noted:
+            with _noting(1, _interrupt) as noted:
                 try:
                     yield
                 except (Stopped, KeyboardInterrupt):

@@ -31,7 +31,7 @@ from torch import Tensor
 from qlora_lite.errors import CheckpointError
 from qlora_lite.exchange import exchanged
 from qlora_lite.regular_files import LARGEST_JSON, open_regular
-from qlora_lite.stopping import poll, stoppable
+from qlora_lite.stopping import poll, stoppable, unfinished
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -292,7 +292,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(target.parent, f".{glob.escape(target.name)}.*{UNFINISHED}")
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent))
-        try:
+        with unfinished(temporary):
             # mkdtemp gives 0700; a folder made in the usual way follows the umask, and keeps the group of its parent's
             # files where the parent says so (setgid, which is inherited).
             os.chmod(temporary, temporary.stat().st_mode & stat.S_ISGID | 0o777 & ~_umask())
@@ -301,8 +301,6 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             sync(temporary)
             check_replaceable(target, overwrite)  # again: others may have written there meanwhile
             _put(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
