@@ -3,11 +3,13 @@
     python profiling/endure.py            # all of it: about half an hour on two cores
     python profiling/endure.py --tiny     # a sample, in a minute or two
 
+stops         commands that got SIGTERM, Ctrl-C or two of them in a chosen function; stops_wrong: after how many
+              the exit status, what was said or what was left was another than promised (endure_stops.py)
 kills         processes killed (SIGKILL) at every change that a run, an export, a packed checkpoint makes on the disk,
               and in the middle of writes; kills_lost: after how many something was neither old nor new, or did not
               finish
-bad_inputs    damaged and lying files of five kinds; bad_inputs_wrong: with how many a reader did what none may
-              (endure_inputs.py)
+bad_inputs    damaged and lying files of five kinds, and wrong arguments of every command; bad_inputs_wrong: with how
+              many a reader or a command did what none may (endure_inputs.py, bad_arguments.py)
 full_disks    exports, packed checkpoints, runs and metrics that were written onto disks too full for them, or
               read-only (endure_disks.py); full_disks_wrong: how often something was lost, left behind, or did not
               finish; null where mounting is not permitted
@@ -18,6 +20,7 @@ soak_steps    steps of a long run; soak_slope_bytes_per_step: how resident memor
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -25,12 +28,14 @@ import time
 from pathlib import Path
 
 import torch
+from bad_arguments import bad_arguments
 from endurance_kills import kills_of_a_run
 from endure_disks import full_disks
 from endure_inputs import FAMILIES, run_cases
 from endure_resume import cases, unequal
 from endure_saves import SAVES, killed_saves
 from endure_soak import soak
+from endure_stops import all_stops
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 INPUTS, CHECKPOINT_INPUTS, SOAK_STEPS = 5000, 1500, 2000
 TINY_INPUTS, TINY_CHECKPOINT_INPUTS, TINY_SOAK_STEPS = 60, 15, 40
 TINY_EVERY = 60
+TINY_ARGUMENTS_EVERY = 40
 
 
 def _kills(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
@@ -62,12 +68,26 @@ def _kills(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
     return killed, lost
 
 
-def _inputs(tiny: bool, console: Console) -> tuple[int, int]:
+def _inputs(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
+    from tiny_model import make_tiny_model
+
+    small = functools.partial(make_tiny_model, hidden=32)
+    arguments, refused_wrong = bad_arguments(place, small, TINY_ARGUMENTS_EVERY if tiny else 1)
     counts = (TINY_INPUTS, TINY_CHECKPOINT_INPUTS) if tiny else (INPUTS, CHECKPOINT_INPUTS)
-    wrong = run_cases(FAMILIES[:4], range(counts[0])) + run_cases(FAMILIES[4:], range(counts[1]))
+    wrong = refused_wrong + run_cases(FAMILIES[:4], range(counts[0])) + run_cases(FAMILIES[4:], range(counts[1]))
     for problem in wrong[:20]:
         console.print(problem, markup=False)
-    return 4 * counts[0] + counts[1], len(wrong)
+    return arguments + 4 * counts[0] + counts[1], len(wrong)
+
+
+def _stops(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
+    from tiny_model import make_tiny_model
+
+    found = all_stops(place, functools.partial(make_tiny_model, hidden=32), tiny)
+    for name, problems in found:
+        for problem in problems:
+            console.print(f"{name}: {problem}", markup=False)
+    return len(found), sum(bool(problems) for _, problems in found)
 
 
 def _resumes(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
@@ -103,12 +123,15 @@ def main() -> None:
         place = Path(folder)
         kills, kills_lost = _kills(place, tiny, console)
         disks, disks_wrong = _disks(place, tiny, console)
-        bad_inputs, bad_inputs_wrong = _inputs(tiny, console)
+        (place / "stops").mkdir()
+        stops, stops_wrong = _stops(place / "stops", tiny, console)
+        bad_inputs, bad_inputs_wrong = _inputs(place / "arguments", tiny, console)
         resume_cases, resume_unequal = _resumes(place, tiny, console)
         seen = soak(place / "soak", TINY_SOAK_STEPS if tiny else SOAK_STEPS)
     table = Table("what", "tried", "went wrong")
     table.add_row("kills", f"{kills}", f"{kills_lost}")
     table.add_row("full disks", *("not permitted" if value is None else f"{value}" for value in (disks, disks_wrong)))
+    table.add_row("signals", f"{stops}", f"{stops_wrong}")
     table.add_row("bad inputs", f"{bad_inputs}", f"{bad_inputs_wrong}")
     table.add_row("resumed runs", f"{resume_cases}", f"{resume_unequal}")
     verdict = "flat" if seen.is_flat else "it grows"
@@ -122,6 +145,8 @@ def main() -> None:
         "kills_lost": kills_lost,
         "full_disks": disks,
         "full_disks_wrong": disks_wrong,
+        "stops": stops,
+        "stops_wrong": stops_wrong,
         "bad_inputs": bad_inputs,
         "bad_inputs_wrong": bad_inputs_wrong,
         "resume_cases": resume_cases,

@@ -138,7 +138,7 @@ FAMILIES = (
 
 
 @contextmanager
-def _limited(seconds: float) -> Iterator[None]:
+def limited(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise _TooLong
 
@@ -166,7 +166,7 @@ def _restart_peak() -> int:
     return _peak()
 
 
-def _listing(folder: Path) -> dict[str, tuple[int, int]]:
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
     found = {path: path.lstat() for path in folder.rglob("*")}
     return {str(path): (state.st_size, state.st_mtime_ns) for path, state in found.items()}
 
@@ -177,15 +177,15 @@ def run_case(family: Family, seed: int) -> str | None:
         folder = Path(place) / "input"
         folder.mkdir()
         what = family.damage(folder, random.Random(f"{family.name} {seed}"))
-        before = _listing(Path(place))
+        before = listing(Path(place))
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and not path.is_symlink())
         resident = _restart_peak()
         try:
-            with _limited(SECONDS):
+            with limited(SECONDS):
                 family.read(folder)
             if (taken := _peak() - resident) > 2 * size + SPARE_BYTES:
                 raise Wrong(f"took {taken:,} bytes for a file of {size:,}")
-            if _listing(Path(place)) != before:
+            if listing(Path(place)) != before:
                 raise Wrong("wrote something")
         except Exception as error:
             return f"{family.name} {seed} ({what}): {type(error).__name__}: {error}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from qlora_lite.errors import CheckpointError, ConfigError, TrainingError
 from qlora_lite.objective import Batch
 from qlora_lite.random_state import RandomSources, RandomState
+from qlora_lite.stopping import poll
 from qlora_lite.storage import raw_bytes
 
 END = object()
@@ -87,6 +88,7 @@ class BatchStream:
 
     def _next(self) -> Any:
         """The next batch of this epoch; END behind the last."""
+        poll()
         if self._iterator is None:
             self._start = None if self._sources is None else self._sources.capture()
             self._iterator = iter(self._batches)

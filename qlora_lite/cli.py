@@ -6,9 +6,13 @@ Exit status: 0 done, 1 failed, 2 wrong usage (one line on stderr says what was w
 
 from __future__ import annotations
 
+import io
+import itertools
+import os
 import shlex
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,14 +30,16 @@ from qlora_lite.cli_options import (
     Model,
     Output,
     Overwrite,
+    StrictCommand,
     check_output,
     finish,
+    shard_bytes,
 )
 from qlora_lite.cli_plan import plan
 from qlora_lite.cli_profile import profile
 from qlora_lite.cli_train import train
-
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+from qlora_lite.errors import Stopped
+from qlora_lite.stopping import ended_by_signals
 
 app = typer.Typer(
     help="Fine-tune a quantized language model in little memory.",
@@ -47,10 +53,8 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     """Fine-tune a quantized language model in little memory."""
 
 
-app.command()(train)
-app.command()(plan)
-app.command()(profile)
-app.command()(inspect)
+for command in (train, plan, profile, inspect):
+    app.command(cls=StrictCommand)(command)
 
 
 def _verification_prompts(path: Path, model: str, max_length: int) -> Any:
@@ -62,7 +66,7 @@ def _verification_prompts(path: Path, model: str, max_length: int) -> Any:
     return tokenize_all(records, load_tokenizer(model), max_length, prompts_too=True)
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def merge(
     model: Model,
     adapter: Annotated[Path, typer.Option("--adapter", help="Folder saved by train, or by peft.")],
@@ -85,19 +89,22 @@ def merge(
     json: Json = False,
 ) -> None:
     """Merge an adapter into a checkpoint, from disk to disk; say the --format that it was trained on."""
-    from qlora_lite.config import QuantConfig, byte_count, dtype_named
+    from qlora_lite.config import QuantConfig, dtype_named, is_count, require
     from qlora_lite.export import REPORT_FILE, merge_checkpoint
     from qlora_lite.merge_report import render
+    from qlora_lite.stopping import stoppable
     from qlora_lite.verify import render as render_verification
 
     target = dtype_named(dtype)
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
-    shard = byte_count("--max-shard-size must be", max_shard_size)
+    shard = shard_bytes(max_shard_size)
+    require(is_count(verify_max_length, 2), "--verify-max-length must be at least 2", verify_max_length)
     check_output(output, overwrite, model, adapter, *(() if verify is None else (verify,)))
     prompts = None if verify is None else _verification_prompts(verify, model, verify_max_length)
     examples = None if prompts is None else prompts.examples
-    options: Any = {"max_shard_bytes": shard, "overwrite": overwrite, "verify": examples, "any_base": any_base}
-    done = merge_checkpoint(model, adapter, output, quant, target, base=base, **options)
+    options: Any = {"base": base, "max_shard_bytes": shard, "overwrite": overwrite, "verify": examples}
+    with stoppable():
+        done = merge_checkpoint(model, adapter, output, quant, target, any_base=any_base, **options)
     print(render(done.report))
     total = done.report.to_json()["total"]
     layers = sum(figures.update is not None for figures in done.report.tensors)
@@ -110,7 +117,7 @@ def merge(
     finish({**figures, "report": str(output / REPORT_FILE), **(total if json else {}), **found}, json)
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def quantize(
     model: Model,
     output: Output,
@@ -125,29 +132,28 @@ def quantize(
     json: Json = False,
 ) -> None:
     """Write a packed checkpoint that transformers loads as pre-quantized, and the other commands as --model."""
-    from qlora_lite.config import QuantConfig, byte_count
+    from qlora_lite.config import QuantConfig
+    from qlora_lite.formats import format_named
     from qlora_lite.load import load_quantized
     from qlora_lite.quantized_files import save_quantized
+    from qlora_lite.stopping import stoppable
 
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
-    shard = byte_count("--max-shard-size must be", max_shard_size)
+    format_named(format)  # "none" packs nothing
+    shard = shard_bytes(max_shard_size)
     check_output(output, overwrite, model)
-    files = save_quantized(load_quantized(model, quant), output, max_shard_bytes=shard, overwrite=overwrite)
+    with stoppable():
+        files = save_quantized(load_quantized(model, quant), output, max_shard_bytes=shard, overwrite=overwrite)
     size = sum((output / file).stat().st_size for file in files)
     finish({"format": format, "bytes": size, "files": files, "output": str(output)}, json)
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def env(json: Json = False) -> None:
     """Show versions, the machine, and whether its CPU multiplies bf16."""
     from qlora_lite.environment import environment
 
     finish(environment(), json)
-
-
-def _terminate(number: int, frame: object) -> None:
-    # As an exception, so that temporary files are removed. Whoever writes a folder notes signals instead (stopping.py).
-    sys.exit(128 + number)
 
 
 # typer has no name of its own for the ancestor of all wrong usage, nor a module that holds it in every version.
@@ -160,36 +166,44 @@ def _refusal(error: Exception) -> tuple[str, int]:
 
     if isinstance(error, UsageError):
         where = f"; see {error.ctx.command_path} --help" if getattr(error, "ctx", None) else ""
-        return f"{error.format_message().rstrip('.')}{where}", 2
-    name = "" if isinstance(error, (QLoRAError, OSError)) else f"{type(error).__name__}: "
-    return f"{name}{' '.join(str(error).split())}", 2 if isinstance(error, (ConfigError, TargetError)) else 1
+        said, status = f"{error.format_message().rstrip('.')}{where}", 2
+    else:
+        name = "" if isinstance(error, (QLoRAError, OSError)) else f"{type(error).__name__}: "
+        said, status = f"{name}{error}", 2 if isinstance(error, (ConfigError, TargetError)) else 1
+    return " ".join(said.split()), status
 
 
-def _where_to_go_on(stop: BaseException, words: list[str]) -> str:
+def _where_to_go_on(said: str, words: list[str]) -> str:
     """What was stopped, and for a run the command that goes on with it."""
-    from qlora_lite.errors import Stopped
-
-    said = str(stop) if isinstance(stop, Stopped) else "stopped; nothing is left half-written"
-    if "train" not in words:
+    command = next((word for word in words if not word.startswith("-")), None)
+    if command != "train":
         return said
     again = [word for word in words if word not in ("--overwrite", "--resume")]
     return f"{said}; go on with: {shlex.join(['qlora-lite', *again, '--resume'])}"
 
 
+def _leave(number: int, frame: object) -> None:
+    os._exit(128 + number)
+
+
 def main() -> None:
     """Runs a command; what it refuses becomes one line on stderr and an exit status."""
-    signal.signal(signal.SIGTERM, _terminate)
-    if not sys.argv[1:]:
+    words = sys.argv[1:]
+    if not words:
         sys.argv.append("--help")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have bytes that are no text
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _leave)  # what comes while the interpreter ends is no traceback
     try:
-        sys.exit(app(prog_name="qlora-lite", standalone_mode=False))
-    except SystemExit as error:
-        if error.code in STOPPED:
-            print(_where_to_go_on(error, sys.argv[1:]), file=sys.stderr)
-        raise
+        with ended_by_signals(_where_to_go_on("stopped at once; nothing was saved", words)):
+            status = app(prog_name="qlora-lite", standalone_mode=False)
+    except Stopped as stop:
+        print(_where_to_go_on(str(stop), words), file=sys.stderr)
+        sys.exit(stop.code)
     except Exception as error:
-        if "--debug" in sys.argv[1:]:
-            raise
+        if "--debug" in itertools.takewhile(lambda word: word.startswith("-"), words):
+            traceback.print_exc()
         line, status = _refusal(error)
         print(f"error: {line}", file=sys.stderr)
-        sys.exit(status)
+    sys.exit(status)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from qlora_lite import errors
 
@@ -25,6 +27,24 @@ Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]
 Alpha = Annotated[float, typer.Option(help="The adapters' scale is alpha / rank.")]
 RankStabilized = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.")]
 Checkpointing = Annotated[str, typer.Option(help="full recomputes blocks, none keeps all, 300MiB what fits.")]
+
+
+class StrictCommand(TyperCommand):
+    """A command that refuses what would silently mean something else than it says.
+
+    An option that is given twice, of which one would be left out; an empty text, which as a path is this folder.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for param in order:
+            name, several = param.opts[0], getattr(param, "multiple", False)
+            if order.count(param) > 1 and not several:
+                ctx.fail(f"{name} is given {order.count(param)} times; give it once")
+            values = given[param.name] if several else [given[param.name]]
+            if "" in values and param.default != "":
+                ctx.fail(f"{name} must not be empty; leave it out, or give a value")
+        return super().parse_args(ctx, args)
 
 
 def listed(text: str) -> list[str]:
@@ -51,8 +71,22 @@ def finish(figures: dict[str, Any], as_json: bool) -> None:
 
 
 def check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
-    """CheckpointError for a folder that must not be written, before anything is read."""
+    """CheckpointError for a folder that must not, or cannot, be written, before anything is read."""
+    from qlora_lite.places import check_place
     from qlora_lite.storage import check_apart, check_replaceable
 
+    check_place(folder)
     check_apart(folder, *(Path(path) for path in inputs))
+    for path in inputs:
+        if Path(path).is_dir() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path)):
+            raise errors.CheckpointError(f"the output {folder} lies inside the input {path}; name another folder")
     check_replaceable(folder, overwrite)
+
+
+def shard_bytes(size: str) -> int:
+    """Bytes of `--max-shard-size`. ConfigError for what is no size, or nothing."""
+    from qlora_lite.config import byte_count, require
+
+    found = byte_count("--max-shard-size must be", size)
+    require(found > 0, "--max-shard-size must be above 0", size)
+    return found

@@ -95,12 +95,14 @@ def plan(
     from qlora_lite.plan import plan as make_plan
     from qlora_lite.plan_report import render_plan
     from qlora_lite.prediction import read_config
+    from qlora_lite.stopping import stoppable
 
     quant = QuantConfig(format, double_quant=double_quant, embedding_format=embedding_format)
     dial = checkpointing_named(checkpointing)
     TrainConfig(optimizer=optimizer, checkpointing=dial)
     wanted = Wanted(quant, LoraConfig(rank, 2 * rank), rows, tokens, optimizer, dial)
-    made = make_plan(read_config(model), wanted, memory_of(memory, device, beside), seq or None)
+    with stoppable():
+        made = make_plan(read_config(model), wanted, memory_of(memory, device, beside), seq or None)
     print(render_plan(made), end="")
     if json:
         print(json_lines.dumps(made.to_json()))

@@ -42,6 +42,7 @@ def profile(
     from qlora_lite.memory.snapshot import memory_snapshot
     from qlora_lite.prediction import prediction_or_why_not
     from qlora_lite.single_file import check_writable
+    from qlora_lite.stopping import stoppable
     from qlora_lite.training import profile_steps
 
     if mode not in ("full", "phases"):
@@ -56,13 +57,14 @@ def profile(
     if png is not None:
         check_writable(png, ".png", overwrite)
         require_matplotlib()
-    with nullcontext() if snapshot is None else memory_snapshot(snapshot):
+    with stoppable(), nullcontext() if snapshot is None else memory_snapshot(snapshot):
         profiler = MemoryProfiler(trace=mode == "full")
         report = profile_steps(model, quant, lora, config, rows=rows, tokens=tokens, profiler=profiler)
     print(render(report))
     predicted = None
     if predict and mode == "full":
-        predicted, why_not = prediction_or_why_not(model, quant, lora, config, rows=rows, tokens=tokens)
+        with stoppable():
+            predicted, why_not = prediction_or_why_not(model, quant, lora, config, rows=rows, tokens=tokens)
         print(why_not if predicted is None else render_comparison(predicted, report))
     if html is not None:
         write_page(html, report, predicted, title=f"Two training steps of {model}", overwrite=overwrite)

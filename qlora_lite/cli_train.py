@@ -146,6 +146,7 @@ def train(
     from qlora_lite.hub import load_tokenizer
     from qlora_lite.load import load_quantized
     from qlora_lite.records import read_jsonl
+    from qlora_lite.stopping import stoppable
     from qlora_lite.training import train as train_model
 
     quant = QuantConfig(
@@ -171,17 +172,16 @@ def train(
     records = read_jsonl(data)
     tokenizer = load_tokenizer(model)
     tokenized = tokenize_all(records, tokenizer, max_length, completion_only)
-    longest = (
-        max_length if packing else max((len(example.input_ids) for example in tokenized.examples), default=max_length)
-    )
+    longest = max_length if packing else max(len(example.input_ids) for example in tokenized.examples)
     wanted = Wanted(quant, lora, batch_size, longest, optimizer, accumulated=gradient_accumulation > 1)
-    dial, predicted = chosen_checkpointing(memory_budget, checkpointing, model, wanted)
     padding = tokenizer.pad_token_id
     stream = batches(tokenized.examples, batch_size, seed, pad_token_id=padding, packing=packing, max_length=max_length)
-    torch.manual_seed(seed)
-    loaded = load_quantized(model, quant)
-    add_lora_(loaded, lora)
-    config = replace(config, checkpointing=dial)
-    result = train_model(loaded, stream, config, output_dir=output, overwrite=overwrite, resume=resume)
+    with stoppable():
+        dial, predicted = chosen_checkpointing(memory_budget, checkpointing, model, wanted)
+        torch.manual_seed(seed)
+        loaded = load_quantized(model, quant)
+        add_lora_(loaded, lora)
+        config = replace(config, checkpointing=dial)
+        result = train_model(loaded, stream, config, output_dir=output, overwrite=overwrite, resume=resume)
     if _is_first_process():
         finish(_train_figures(result, tokenized, output, predicted), json)

@@ -26,6 +26,9 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 CHECKPOINTING = ("none", "full")
 BYTE_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 SEED_LIMIT = 2**63  # torch's generators take no larger one
+COUNT_LIMIT = 2**63  # nor do its shapes, or files
+# A is (rank, in): beyond the widest layers there are, a rank only takes memory.
+MOST_RANK = 2**16
 
 Number = TypeVar("Number", int, float)
 Targets = str | Sequence[str] | Callable[[str, torch.nn.Module], bool]
@@ -48,7 +51,7 @@ def checkpointing_named(text: str) -> str | int:
 
 def byte_count(what: str, text: str) -> int:
     """Bytes of a size such as `300MiB` or `5GB`. ConfigError that begins with `what` for anything else."""
-    size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    size = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", text.strip())
     if size is None or size[2].lower() not in BYTE_UNITS:
         raise ConfigError(f"{what} a size such as 300MiB or 5GB; got {text!r}")
     return int(Fraction(size[1]) * BYTE_UNITS[size[2].lower()])
@@ -57,12 +60,13 @@ def byte_count(what: str, text: str) -> int:
 def require(condition: bool, what: str, got: object) -> None:
     """Raises ConfigError `<what>; got <got>` unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{what}; got {got!r}")
+        limit = " and below 2**63" if isinstance(got, int) and got >= COUNT_LIMIT else ""
+        raise ConfigError(f"{what}{limit}; got {got!r}")
 
 
 def is_count(value: object, least: int) -> bool:
-    """Whether value is an int (no bool) of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Whether value is an int (no bool) of at least `least`, and below 2**63."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < COUNT_LIMIT
 
 
 def is_finite(value: object) -> bool:
@@ -76,8 +80,9 @@ def is_finite(value: object) -> bool:
 
 
 def check_rank(what: str, rank: object) -> None:
-    """ConfigError that begins with `what` for a rank that is no integer of at least 1."""
+    """ConfigError that begins with `what` for a rank that is no integer of at least 1, or a hopelessly large one."""
     require(is_count(rank, 1), f"{what} must be an integer of at least 1", rank)
+    require(is_count(rank, 1) and rank <= MOST_RANK, f"{what} must be at most {MOST_RANK}", rank)  # type: ignore[operator]
 
 
 def check_alpha(what: str, alpha: object) -> None:

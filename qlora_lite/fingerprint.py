@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlora_lite.lora import LoraLayer
+from qlora_lite.stopping import poll
 from qlora_lite.storage import raw_bytes
 
 # Rows of a tensor that are copied at a time where its bytes do not lie one after the other, or elsewhere.
@@ -58,6 +59,7 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
     for name, tensor in _frozen(model):
         layout.append([name, list(tensor.shape), str(tensor.dtype)])
         for piece in _pieces(tensor):
+            poll()
             values.update(piece)
     for name, module in model.named_modules():
         layout.append([name, type(module).__name__, {fact: getattr(module, fact, None) for fact in FACTS}])

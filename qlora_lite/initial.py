@@ -33,6 +33,7 @@ from qlora_lite.lora import LoraLayer
 from qlora_lite.low_rank import dense
 from qlora_lite.own_base import holders, packed_anew
 from qlora_lite.router_kind import RouterKind
+from qlora_lite.stopping import poll
 from qlora_lite.tensor_files import TensorFiles
 from qlora_lite.tensor_views import Source
 
@@ -200,8 +201,10 @@ def originals_of(model: nn.Module, names: Iterable[str], init: str) -> Originals
 def start_(layer: LoraLayer, name: str, init: str, originals: Originals) -> None:
     """Gives A and B of the layer of this name the values that `init` says; `loftq:N` gives it another base, too."""
     start, rounds = init_parts(init)
+    poll()
     STARTS[start](layer, name, originals)
     for _ in range(rounds - 1):
+        poll()
         _pack_beside_(layer, name, originals)
         STARTS[start](layer, name, originals)
     layer.reset_magnitude()

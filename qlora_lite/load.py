@@ -26,6 +26,7 @@ from qlora_lite.memory.host import keep_freed_pages, release_freed_pages
 from qlora_lite.modules import answers_to, is_transposed_linear
 from qlora_lite.packed_files import ROWS_FILE, StoredInt8Rows, StoredPacked, int8_rows, packed_weights
 from qlora_lite.quantize_base import Slot, slots
+from qlora_lite.stopping import poll
 from qlora_lite.tensor_files import TensorFiles, tensors_in
 from qlora_lite.tensor_views import Source, Transposed, slices
 from qlora_lite.weight_rows import READ_BYTES, PackSource, ToBePacked
@@ -295,6 +296,7 @@ def fill_(model: Any, checkpoint: Filling, dtype: torch.dtype, device: torch.dev
     placement = _Placement(model, checkpoint, dtype, device)
     bad: list[str] = []
     for name in checkpoint.tensors:
+        poll()
         target = targets.pop(name)  # whose place is taken, and which nothing else needs then
         try:
             placement.place(name, target)

@@ -18,6 +18,7 @@ from qlora_lite.errors import ConfigError
 from qlora_lite.lora import LoraLayer
 from qlora_lite.loss import IGNORE_INDEX, linear_cross_entropy
 from qlora_lite.modules import has_own_forward
+from qlora_lite.stopping import poll
 from qlora_lite.token_rows import WithTokenRows
 from qlora_lite.trained_whole import TrainedCopy
 
@@ -98,7 +99,10 @@ def _probe(model: nn.Module, batch: Batch) -> str | None:
         logits = getattr(model(**row, use_cache=False), "logits", None)
         if isinstance(logits, Tensor) and logits.shape[:2] == row["labels"].shape:
             row["labels"][:, 1:] = logits[:, :-1].argmax(-1)
-        theirs, ours = float(own_loss(model, row)), float(headless_loss(model, row))
+        poll()
+        theirs = float(own_loss(model, row))
+        poll()
+        ours = float(headless_loss(model, row))
     finally:
         model.train(training)
     if abs(theirs - ours) <= PROBE_TOLERANCE * abs(theirs):

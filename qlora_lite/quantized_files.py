@@ -25,6 +25,7 @@ from qlora_lite.lora import LoraLayer
 from qlora_lite.packed_files import ROWS_FILE, rows_survive, serialized
 from qlora_lite.plain_weights import weights_to_write
 from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear
+from qlora_lite.stopping import poll
 from qlora_lite.storage import (
     DEFAULT_SHARD_BYTES,
     PlannedTensor,
@@ -178,6 +179,7 @@ def save_quantized(
     plan = _Plan()
     weights, _ = weights_to_write(model)  # nothing is adapted, so what is tied stays so
     for weight in weights:
+        poll()
         plan.add(weight.name, weight.holder, layers, dtype, compute)
     with new_folder(Path(folder), overwrite) as temporary:
         check_space(Path(folder), plan.bytes())

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import CheckpointError
-from qlora_lite.regular_files import excerpt, open_regular
+from qlora_lite.regular_files import excerpt, open_regular, reason
 
 SHAPES: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",))
 SHAPES_IN_WORDS = "messages | prompt, completion | instruction, input (optional), output | text"
@@ -52,7 +52,10 @@ def _lines(path: Path) -> Iterator[bytes]:
     """The lines one by one, without a byte order mark; one that is too long is an error before it is read whole."""
     with open_regular(path, "a JSONL file") as file:
         for number in itertools.count(1):
-            line = file.readline(LONGEST_LINE + 1)
+            try:
+                line = file.readline(LONGEST_LINE + 1)
+            except OSError as error:
+                raise CheckpointError(f"{path}, line {number}: cannot be read: {reason(error)}") from error
             if not line:
                 return
             if len(line) > LONGEST_LINE:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import CheckpointError
+from qlora_lite.stopping import poll
 from qlora_lite.storage import UNFINISHED, new_folder, read_json, sync, write_json
 from qlora_lite.stored_state import ADAPTER_FOLDER, METRICS_FILE, STATE_FILE
 
@@ -43,6 +44,7 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
         digest = hashlib.sha256()
         with open(path, "rb") as file:
             while piece := file.read(READ_BYTES):
+                poll()
                 digest.update(piece)
         sums[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
     return sums

@@ -199,9 +199,10 @@ def run_folder(
             yield RunFolder(model, None)
         return
     _check_writable(folder, overwrite, resume)
-    is_new = not folder.exists()
+    behind = Path(os.path.realpath(folder))  # of a link
+    is_new = not behind.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        behind.mkdir(parents=True, exist_ok=True)
         with stoppable(), only_run(folder) as check:
             _check_writable(folder, overwrite, resume)  # again: another run may have ended there just now
             remove_unfinished(folder)
@@ -212,8 +213,8 @@ def run_folder(
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
-        if is_new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        if is_new and behind.is_dir() and not any(behind.iterdir()):
+            behind.rmdir()
 
 
 @contextmanager

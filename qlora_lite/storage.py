@@ -31,7 +31,7 @@ from torch import Tensor
 from qlora_lite.errors import CheckpointError
 from qlora_lite.exchange import exchanged
 from qlora_lite.regular_files import LARGEST_JSON, open_regular
-from qlora_lite.stopping import poll, stoppable
+from qlora_lite.stopping import poll, stoppable, unfinished
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -288,26 +288,27 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(target))  # behind a link stands the folder that is meant
     check_replaceable(target, overwrite)
-    try:
+    with stoppable(), _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(target.parent, f".{glob.escape(target.name)}.*{UNFINISHED}")
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
-    try:
-        # mkdtemp gives 0700; a folder made in the usual way follows the umask, and keeps the group of its parent's
-        # files where the parent says so (setgid, which is inherited).
-        os.chmod(temporary, temporary.stat().st_mode & stat.S_ISGID | 0o777 & ~_umask())
-        with stoppable():
+        with unfinished(temporary):
+            # mkdtemp gives 0700; a folder made in the usual way follows the umask, and keeps the group of its parent's
+            # files where the parent says so (setgid, which is inherited).
+            os.chmod(temporary, temporary.stat().st_mode & stat.S_ISGID | 0o777 & ~_umask())
             with locked(temporary):
                 yield temporary
             sync(temporary)
             check_replaceable(target, overwrite)  # again: others may have written there meanwhile
             _put(temporary, target)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _put(temporary: Path, target: Path) -> None:

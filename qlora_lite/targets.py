@@ -16,7 +16,8 @@ from qlora_lite.layer_kinds import LinearKind, kind_of
 from qlora_lite.modules import answers_to, check_all_matched, has_own_forward
 
 BLOCK = re.compile(r"(?:^|.*?\.)[^.]+\.(?P<number>\d+)\.")
-LAYER_RANGE = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
+# Five digits: no model has more blocks, and a range is written out.
+LAYER_RANGE = re.compile(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?")
 
 
 def block_number(name: str) -> int | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qlora_lite.errors import CheckpointError
 from qlora_lite.regular_files import LARGEST_JSON, excerpt, is_regular, open_regular
+from qlora_lite.stopping import poll
 from qlora_lite.storage import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, read_json
 
 DTYPE_OF = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
@@ -64,6 +65,7 @@ class StoredTensor:
         return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], begin=begin)
 
     def _read(self, offset: int, shape: tuple[int, ...]) -> Tensor:
+        poll()
         tensor = torch.empty(shape, dtype=self.dtype)
         left = tensor.view(-1).view(torch.uint8).numpy().data
         try:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qlora_lite.errors import CheckpointError
 from qlora_lite.slices import covering
+from qlora_lite.stopping import poll
 
 # What a view that has to pass over all of its source, to give a few rows, reads at once.
 PASS_BYTES = 16 << 20
@@ -49,6 +50,7 @@ def slices(source: Source, largest_bytes: int, step: int = 1) -> Iterator[tuple[
     count = max(step, largest_bytes // max(1, row_bytes) // step * step)
     stop = source.shape[0] if source.shape else 1
     for part in covering(stop, count, torch.empty(0)):  # (fake where fake tensors are made)
+        poll()
         yield part.start, source.rows(part.start, min(part.stop, stop))
 
 

@@ -32,7 +32,8 @@ from qlora_lite.run_folder import run_folder
 from qlora_lite.run_state import RunState
 from qlora_lite.training_step import Run, StepMetrics
 
-FP32_BYTES = 4
+# Rows or tokens of a made-up batch: no device holds more, and products of sizes stay within 64 bits.
+LARGEST_SIDE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def train(
 def check_batch_shape(config: Any, rows: int, tokens: int) -> None:
     """ConfigError for a made-up batch that a model of this config cannot take."""
     for name, value, least in (("rows", rows, 1), ("tokens", tokens, 2)):
-        if value < least:
-            raise ConfigError(f"{name} must be at least {least}; got {value}")
+        if not least <= value <= LARGEST_SIDE:
+            raise ConfigError(f"{name} must be at least {least} and at most {LARGEST_SIDE:,}; got {value}")
     longest = hub.longest_sequence(config)
     if longest is not None and tokens > longest:
         raise ConfigError(f"tokens must be at most {longest}, the model's longest sequence; got {tokens}")

@@ -7,6 +7,7 @@ the gradient is the same.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -182,8 +183,7 @@ class Run:
         if labelled == 0:
             raise TrainingError(f"no token of step {number} has a label; check the data's completions and truncation")
         if self.loss is None:
-            check_packing(self.model, group[0])
-            self.loss, self.own_loss_because = choose_loss(self.model, group[0])
+            self.loss, self.own_loss_because = self.processes.together(functools.partial(self._chosen_loss, group[0]))
         factor = learning_rate_factor(number - 1, self.config)
         set_learning_rates_(self.optimizer, factor)
         total = self._summed(number, group, labelled, dial, holes)
@@ -193,6 +193,12 @@ class Run:
         speed = tokens / (time.perf_counter() - began)
         rate = self.config.learning_rate * factor
         return StepMetrics(number, float(total), norm, rate, tokens, speed, peak_bytes(self.accelerator.device))
+
+    def _chosen_loss(self, batch: Batch) -> Any:
+        """The loss for batches such as this first one, tried on it, and why it is the model's own."""
+        check_packing(self.model, batch)
+        poll()
+        return choose_loss(self.model, batch)
 
     def _summed(self, number: int, group: list[Batch], labelled: int, dial: Dial, holes: HoleLimit) -> Tensor:
         """The loss of a step, and its gradients, over all processes. What goes wrong in one stops all of them."""
@@ -242,6 +248,7 @@ class Run:
                 with self.phase("forward"), phase("forward"):
                     loss = self.loss(self.model, batch) / labelled
                 holes.phase_ends()
+                poll()
                 with self.phase("backward"), phase("backward"):
                     self.accelerator.backward(loss)
             total += loss.detach()

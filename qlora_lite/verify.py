@@ -24,6 +24,7 @@ from qlora_lite.config import require
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import ConfigError, QuantizationError
 from qlora_lite.loss import IGNORE_INDEX
+from qlora_lite.stopping import poll
 from qlora_lite.streamed import StreamedModel, Weights
 
 BASE, ADAPTER = "base", "adapter"
@@ -276,6 +277,7 @@ def compare(
         models[BASE] = compared.base
     sums = {name: _Sums() for name in models}
     for group in _groups(examples):
+        poll()
         _compare_group(model, models, _Group.of(group), sums)
     tokens = sum(len(example.input_ids) for example in examples)
 

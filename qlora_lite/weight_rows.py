@@ -23,6 +23,7 @@ from qlora_lite.errors import CheckpointError
 from qlora_lite.finite import cast_finite, check_packable
 from qlora_lite.formats import row_step
 from qlora_lite.quantize import PackedWeight
+from qlora_lite.stopping import poll
 from qlora_lite.tensor_views import Source, slices
 
 # Of a tensor on its way to be packed: so much is read at once.
@@ -216,6 +217,7 @@ def slice_starts(shape: tuple[int, ...], step: int, largest_bytes: int) -> Itera
         return
     count = max(step, largest_bytes // max(1, 4 * math.prod(shape[1:])) // step * step)
     for start in range(0, shape[0], count):
+        poll()
         yield start, min(start + count, shape[0])
 
 

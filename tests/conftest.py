@@ -60,6 +60,14 @@ def _same_numbers_each_time() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _same_signal_handlers() -> Iterator[None]:
+    """The command line, called as a function, leaves one behind for the end of its process."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def memory_path(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory, where there are such, for tests that sync many files: a busy disk takes a second for each."""

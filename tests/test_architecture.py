@@ -59,7 +59,7 @@ FLOORS = (
         "merge_report",
         "peft_options",
     ),
-    ("conv_kind", "router_kind"),
+    ("conv_kind", "places", "router_kind"),
     (
         "quantize",
         "loss",

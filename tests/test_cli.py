@@ -84,26 +84,23 @@ def test_a_stopped_run_says_the_command_that_goes_on_with_it(
             main()
         return int(ended.value.code or 0), capsys.readouterr().err
 
-    real, before = RunFolder.note, signal.getsignal(signal.SIGTERM)
+    real = RunFolder.note
 
     def note(run: RunFolder, step: Any, facts: Any = None) -> None:
         real(run, step, facts)
         if step.step == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    try:
-        monkeypatch.setattr(RunFolder, "note", note)
-        status, said = command(*words, memory_path / "run", "--overwrite")
-        monkeypatch.setattr(RunFolder, "note", real)
-        last = said.splitlines()[-1]
-        assert status == 143 and last.startswith("stopped by SIGTERM after step 2 of 4; ")
-        again = shlex.split(last.partition("; go on with: qlora-lite ")[2])
-        assert again == [*map(str, words), str(memory_path / "run"), "--resume"]
-        status, said = command(*again)
-        assert status == 0 and "going on after step 2 from" in said
-        assert command(*words, memory_path / "whole")[0] == 0
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    monkeypatch.setattr(RunFolder, "note", note)
+    status, said = command(*words, memory_path / "run", "--overwrite")
+    monkeypatch.setattr(RunFolder, "note", real)
+    last = said.splitlines()[-1]
+    assert status == 143 and last.startswith("stopped by SIGTERM after step 2 of 4; ")
+    again = shlex.split(last.partition("; go on with: qlora-lite ")[2])
+    assert again == [*map(str, words), str(memory_path / "run"), "--resume"]
+    status, said = command(*again)
+    assert status == 0 and "going on after step 2 from" in said
+    assert command(*words, memory_path / "whole")[0] == 0
     ends = [(memory_path / run / "adapter/adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
     assert ends[0] == ends[1]
 
@@ -143,7 +140,11 @@ def test_env_says_what_there_is(run: Run) -> None:
         (("profile", "--model", "{m}", "--html", "{t}/report.txt"), 2, "must be named *.html; got"),
         (("profile", "--model", "{m}", "--html", "{m}/config.json/a.html"), 1, "no folder that may be written to"),
         (("profile", "--model", "{m}", "--png", "{t}"), 2, "must be named *.png; got"),
-        (("quantize", "--model", "{m}", "--output", "{t}/o", "--format", "none"), 2, "no packed layer"),
+        (
+            ("quantize", "--model", "{m}", "--output", "{t}/o", "--format", "none"),
+            2,
+            "must be one of nf4, fp4, int8; got 'none'",
+        ),
         (("profile", "--model", "{m}", "--rows", "0"), 2, "rows must be at least 1"),
         (("train", "--model", "{m}"), 2, "Missing option"),
         (("train", "--steps", "many"), 2, "Invalid value for '--steps'"),

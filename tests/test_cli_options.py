@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import typing
+from typing import Annotated
 
 import pytest
+import typer
 
 from qlora_lite import cli_options
 from qlora_lite.errors import ConfigError
@@ -16,10 +18,36 @@ def test_names_and_numbers_stand_between_commas() -> None:
 
 
 def test_every_option_says_what_it_is_for() -> None:
-    options = {name: value for name, value in vars(cli_options).items() if name[0].isupper() and name != "Path"}
+    options = {name: value for name, value in vars(cli_options).items() if name[0].isupper()}
     assert len(options) > 10
     for name, value in options.items():
-        if name not in ("Annotated", "Any"):
+        if name not in ("Annotated", "Any") and not isinstance(value, type):
             (said,) = value.__metadata__
             assert (said.help and said.help.endswith(".")) or ":" in said.help, name
             assert typing.get_args(value)[0] is not None
+
+
+Many = Annotated[list[str] | None, typer.Option()]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--name", "a", "--name", "b"], "--name is given 2 times; give it once"),
+        (["--many", "a", "--many", ""], "--many must not be empty"),
+        ([""], "place must not be empty"),
+    ],
+)
+def test_what_would_mean_something_else_than_it_says_is_refused(words: list[str], sentence: str) -> None:
+    app = typer.Typer()
+    seen: list[object] = []
+
+    @app.command(cls=cli_options.StrictCommand)
+    def command(place: str = typer.Argument("here"), name: str = "", many: Many = None) -> None:
+        seen.append((place, name, many))
+
+    app(["there", "--many", "a", "--many", "b", "--name", "c"], standalone_mode=False)
+    assert seen == [("there", "c", ["a", "b"])]
+    with pytest.raises(Exception, match=sentence):
+        app(words, standalone_mode=False)
+    assert len(seen) == 1

@@ -41,6 +41,17 @@ def set_b(layers: nn.Sequential, value: float) -> None:
         layers[0].lora_B.fill_(value)
 
 
+def test_behind_a_link_stands_the_folder_that_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    with run_folder(model(), tmp_path / "link", overwrite=False):
+        pass
+    assert (tmp_path / "new" / "adapter").is_dir() and (tmp_path / "link").is_symlink()
+    (tmp_path / "other").symlink_to(tmp_path / "unused")
+    with pytest.raises(Failed), run_folder(model(), tmp_path / "other", overwrite=False):
+        raise Failed
+    assert not (tmp_path / "unused").exists()
+
+
 def test_a_run_that_ends_well_leaves_its_metrics_and_its_last_values(tmp_path: Path) -> None:
     layers = model()
     with run_folder(layers, tmp_path / "run", overwrite=False) as run:

@@ -72,3 +72,9 @@ def test_a_folder_without_permission_is_told(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(CheckpointError, match=r"is no folder that may be written to"):
         check_writable(tmp_path / "page.html", ".html", overwrite=False)
+
+
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.html")
+    with pytest.raises(CheckpointError, match="is a pipe, socket or device, which would be replaced"):
+        check_writable(tmp_path / "a.html", ".html", overwrite=True)

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from qlora_lite import LinearWithLoRA
+from qlora_lite.batch_stream import BatchStream
 from qlora_lite.errors import Stopped
-from qlora_lite.stopping import poll, stoppable, unstopped
+from qlora_lite.fingerprint import base_fingerprint
+from qlora_lite.initial import start_
+from qlora_lite.memory.trace import StorageTrace
+from qlora_lite.run_checkpoints import MANIFEST_FILE, what_is_wrong
+from qlora_lite.run_state import STATE_FILE
+from qlora_lite.stopping import ended_by_signals, poll, stoppable, unfinished, unstopped
+from qlora_lite.storage import planned, write_safetensors
+from qlora_lite.tensor_files import read_safetensors
+from qlora_lite.tensor_views import slices
+from qlora_lite.weight_rows import slice_starts
 
 
 class Came(Exception):
@@ -69,3 +88,106 @@ def test_ignored_signals_and_other_threads_change_nothing() -> None:
         thread.join()
         poll()
     assert said == ["done"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_ends_at_once_but_waits_where_it_is_asked(number: int) -> None:
+    handler, hook = signal.getsignal(number), sys.unraisablehook
+    done: list[str] = []
+    with pytest.raises(Stopped) as stop, ended_by_signals(""):
+        signal.raise_signal(number)
+        done.append("went on")
+    assert stop.value.code == 128 + number
+    with pytest.raises(Stopped), ended_by_signals(""):
+        with stoppable():
+            with stoppable():
+                signal.raise_signal(number)
+            done.append("waited")
+        done.append("went on")
+    with pytest.raises(Stopped), ended_by_signals(""), stoppable():
+        signal.raise_signal(number)
+        raise ValueError  # what went wrong after a signal is not why it ended
+    assert done == ["waited"] and signal.getsignal(number) is handler and sys.unraisablehook is hook
+
+
+def test_a_signal_that_was_swallowed_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    class Finalized:
+        def __init__(self, *numbers: int) -> None:
+            self.numbers = numbers
+
+        def __del__(self) -> None:
+            for number in self.numbers:
+                signal.raise_signal(number)
+
+    def dropped(*numbers: int) -> None:
+        Finalized(*numbers)
+        said.append("went on")
+
+    said: list[str] = []
+    with pytest.raises(Stopped), ended_by_signals(""):
+        dropped(signal.SIGTERM)
+        poll()
+    with pytest.raises(Stopped), ended_by_signals(""):
+        dropped(signal.SIGINT)
+    assert said == ["went on"] * 2 and capsys.readouterr().err == ""
+
+
+def test_a_second_interrupt_leaves_a_command_then_and_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "kept").touch()
+
+    def leave() -> None:
+        with ended_by_signals("the last words"), stoppable(), unfinished(tmp_path / "folder"), unstopped():
+            (tmp_path / "folder" / "file").touch()
+            with unfinished(tmp_path / "file"), suppress(BaseException):
+                (tmp_path / "file").touch()
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGINT)
+
+    child = os.fork()
+    if child == 0:
+        leave()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert os.listdir(tmp_path) == ["kept"] and capfd.readouterr().err == "the last words\n"
+
+
+@dataclass(frozen=True)
+class _Rows:
+    name, dtype, shape = "rows", torch.float32, (4, 4)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return torch.zeros(stop - start, 4)
+
+
+def _traced() -> None:
+    with StorageTrace():
+        torch.zeros(2).add(1)
+
+
+def _read(folder: Path) -> Any:
+    with unstopped():
+        write_safetensors(folder / "a.safetensors", {"a": planned(torch.zeros(2))})
+    return read_safetensors(folder / "a.safetensors")
+
+
+LONG_WORK: dict[str, Callable[[Path], Any]] = {
+    "reading files": _read,
+    "rows of files": lambda folder: list(slices(_Rows(), 16)),
+    "rows of weights": lambda folder: list(slice_starts((4, 4), 1, 16)),
+    "sums of a base": lambda folder: base_fingerprint(nn.Linear(2, 2).requires_grad_(False)),
+    "sums of a checkpoint": lambda folder: what_is_wrong(folder),
+    "batches": lambda folder: next(BatchStream([{}], None, None).group(1, 1, 1)),
+    "operators that are followed": lambda folder: _traced(),
+    "starts of adapters": lambda folder: start_(LinearWithLoRA(2, 2, 1), "name", "normal", {}),
+}
+
+
+@pytest.mark.parametrize("what", LONG_WORK)
+def test_long_work_asks(what: str, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps({"files": {STATE_FILE: {}}}))
+    (tmp_path / STATE_FILE).write_text("{}")
+    with pytest.raises(Stopped), stoppable():
+        signal.raise_signal(signal.SIGTERM)
+        LONG_WORK[what](tmp_path)
+        pytest.fail("it did not ask")

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category, Key, MemoryBreakdown
 from qlora_lite.memory.running import RunningModule
+from qlora_lite.stopping import poll
 
 # How a storage came into sight, and what it is as long as nobody labels it.
 MADE, MADE_IN_BACKWARD, WAITING, MET = range(4)
@@ -78,6 +79,7 @@ class _Observing(TorchDispatchMode):
         self._observe = observe
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        poll()
         return self._observe(func, args, kwargs or {})
 
 

@@ -1,0 +1,308 @@
+"""Bad arguments of the command line: each option of each command empty, twice, without a value, of the wrong kind, or
+leading to what cannot be read or written. Run by endure.py and by the tests.
+
+The commands and their options are those that the command line itself has; an option of which no kind stands in the
+tables here is an error. A case goes wrong unless the command says one line on stderr and no traceback, ends with 2 for
+wrong usage and with 1 for a failure, within a few seconds, and leaves every file and folder as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer.main
+from endure_inputs import Wrong, limited, listing
+
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, save_adapter
+from qlora_lite.cli import app, main
+
+USAGE, FAILURE = 2, 1
+# Of processor time; a pipe that is waited for takes none, so that is limited apart.
+SECONDS, HANGING_SECONDS = 2.0, 20.0
+HUGE = str(10**30)
+
+# What each command needs; {name}: a path of `Place`.
+NEEDED = {
+    "train": ["--model", "{model}", "--data", "{data}", "--output", "{new}", "--rank", "2", "--steps", "1"],
+    "plan": ["--model", "{model}", "--memory", "1GiB"],
+    "profile": ["--model", "{model}", "--rank", "2", "--rows", "1", "--tokens", "4", "--no-predict"],
+    "inspect": ["{adapter}"],
+    "merge": ["--model", "{model}", "--adapter", "{adapter}", "--output", "{new}"],
+    "quantize": ["--model", "{model}", "--output", "{new}"],
+    "env": [],
+}
+IN_FOLDER, IN_FILE, OUT_FOLDER, OUT_FILE, NOT_HERE = "in folder", "in file", "out folder", "out file", "not here"
+PATHS = {
+    "model": IN_FOLDER,
+    "adapter": IN_FOLDER,
+    "data": IN_FILE,
+    "verify": IN_FILE,
+    "output": OUT_FOLDER,
+    "html": OUT_FILE,
+    "png": OUT_FILE,
+    "snapshot": NOT_HERE,
+}
+NOT_EMPTY, THERE = "not empty", "there"
+SIZES = ("lots", "-1", "nan", "5 apples", "1e3", "9" * 5000)
+# Values of other options that are wrong.
+VALUES = {
+    **dict.fromkeys(("format", "embedding_format", "variant", "bias", "optimizer", "mode", "device"), ("quux", "NF4")),
+    **dict.fromkeys(("base", "dtype", "require"), ("quux", "fp 16")),
+    **dict.fromkeys(("memory", "memory_budget", "max_shard_size", "beside"), SIZES),
+    "checkpointing": ("most", "0", "-1"),
+    "init": ("quux", "loftq:0", "loftq:5", "loftq:x"),
+    **dict.fromkeys(("targets", "exclude", "train_whole"), ("quux", ",", "q_proj;k_proj", "q_proj\nk_proj")),
+    "layers": ("a", "3-1", "-1", "1.5", "7", "0-99999999999", "9" * 5000),
+    "train_tokens": ("a", "-1", "1.5", "1,1", "107", HUGE, "9" * 5000),
+}
+WHOLE_NUMBERS = ("many", "1.5", "1e3", "nan", "inf", "0x10", "-1", "0", HUGE)
+NUMBERS = ("many", "1,5", "nan", "inf", "-inf", "-1", "0", HUGE)
+# Those that are right for some.
+RIGHT = {
+    **dict.fromkeys(("seed", "warmup_steps", "keep_best"), ("0",)),
+    "alpha": ("-1", "0", HUGE),
+    "dropout": ("0",),
+    **dict.fromkeys(("learning_rate", "lora_plus_ratio"), (HUGE,)),
+}
+NEWS = ("a\nb", "\u2028", "--no-such-option", "-z")
+
+
+@dataclass(frozen=True)
+class Case:
+    command: str
+    words: tuple[str, ...]
+    status: int
+    what: str
+
+
+class Place:
+    """What the cases lead to, below one folder: good inputs, and all that is none."""
+
+    def __init__(self, root: Path, make_model: Callable[[Path], Path]) -> None:
+        self.root = root
+        self.paths = {"new": root / "new"}
+        self.here = root / "here"
+        self.here.mkdir(parents=True)
+        self.paths["model"] = make_model(root / "model")
+        self.paths["adapter"] = root / "adapter"
+        model = load_quantized(self.paths["model"], QuantConfig())
+        add_lora_(model, LoraConfig(2, target_modules=["q_proj"]))
+        save_adapter(model, self.paths["adapter"])
+        self.paths["data"] = root / "data.jsonl"
+        self.paths["data"].write_text('{"text": "one"}\n{"text": "two"}\n')
+        for name in ("pipe", "pipe.html", "pipe.png"):
+            os.mkfifo(root / name)
+        for name in ("link", "link.html", "link.png"):
+            (root / name).symlink_to(root / "pipe")
+        for name in ("circle", "circle.html", "circle.png"):
+            (root / name).symlink_to(root / name)
+        for name in ("dangling", "dangling.html", "dangling.png"):
+            (root / name).symlink_to(root / "file" / name)
+        for name in ("empty", "folder.html", "folder.png"):
+            (root / name).mkdir()
+        for name in ("there.html", "there.png", "there.jsonl", "file"):
+            (root / name).touch()
+        self._strange_folder("unreadable", lambda path: path.symlink_to("/proc/self/mem"))
+        self._strange_folder("pipes", os.mkfifo)
+        self._strange_folder("folders", Path.mkdir)
+        self.foreign = root / "foreign"
+        self.foreign.mkdir()
+        (self.foreign / "letter.txt").write_text("dear")
+
+    def _strange_folder(self, name: str, make: Callable[[Path], Any]) -> None:
+        (self.root / name).mkdir()
+        for source in (self.paths["model"], self.paths["adapter"]):
+            for path in source.iterdir():
+                if not os.path.lexists(self.root / name / path.name):
+                    make(self.root / name / path.name)
+
+    def _nowhere(self, suffix: str = "") -> dict[str, Path]:
+        return {
+            "through a file": self.root / "file" / f"new{suffix}",
+            "a circle of links": self.root / f"circle{suffix}",
+            "a link to where nothing can be": self.root / f"dangling{suffix}",
+            "too long a name": self.root / f"{'x' * 300}{suffix}",
+            "too long a path": self.root / "/".join(["x" * 200] * 30) / f"new{suffix}",
+            "a pipe": self.root / f"pipe{suffix}",
+            "a link to a pipe": self.root / f"link{suffix}",
+        }
+
+    def bad(self, kind: str, option: str, command: str) -> dict[str, tuple[str, ...]]:
+        """{what it is: the words after the option's name} for values of a path option."""
+        missing = {
+            "missing": self.root / "missing",
+            "no text": Path(os.fsdecode(os.fsencode(self.root) + b"/\xff\xfe")),
+            "two lines": self.root / "a\nb",
+        }
+        if kind == IN_FOLDER:
+            folders = {name: self.root / name for name in ("empty", "unreadable", "pipes", "folders")}
+            found = {
+                **missing,
+                **self._nowhere(),
+                **folders,
+                "a file": self.root / "file",
+                "a device": Path("/dev/zero"),
+            }
+        elif kind == IN_FILE:
+            files = {"a folder": self.root / "empty", "a device": Path("/dev/zero")}
+            files["unreadable"] = Path("/proc/self/mem")
+            found = {**missing, **self._nowhere(), **files, "an empty file": self.root / "there.jsonl"}
+        elif kind == OUT_FOLDER:
+            own = {"a file": self.root / "file", NOT_EMPTY: self.foreign}
+            if command != "train":  # which stands in its folder beside what else is there
+                own |= {"above the inputs": self.root, "too long a name beside it": self.root / ("x" * 250)}
+            for name in ("model", "adapter"):
+                if f"{{{name}}}" in NEEDED[command]:
+                    own |= {f"the {name}": self.paths[name], f"inside the {name}": self.paths[name] / "new"}
+            found = {**self._nowhere(), **own}
+        else:
+            suffix = f".{option}"
+            names = {"a folder": f"folder{suffix}", THERE: f"there{suffix}"}
+            found = {**self._nowhere(suffix), **{what: self.root / name for what, name in names.items()}}
+        return {what: (str(path),) for what, path in found.items()}
+
+
+def _kind_of(hint: Any) -> Any:
+    """int, float, bool, str or Path of an annotation such as `list[int] | None`."""
+    inner = [part for part in typing.get_args(hint) if part is not types.NoneType]
+    return _kind_of(inner[0]) if inner else hint
+
+
+def parameters() -> dict[str, list[tuple[Any, Any]]]:
+    """{command: (option as typer has it, its kind)} of the whole command line, --help aside."""
+    commands: Any = typer.main.get_command(app)
+    found = {}
+    for registered in app.registered_commands:
+        function = registered.callback
+        assert function is not None
+        hints = typing.get_type_hints(function)
+        params = commands.commands[function.__name__].params
+        found[function.__name__] = [(param, _kind_of(hints[param.name])) for param in params if param.name in hints]
+    return found
+
+
+def _bad_values(place: Place, command: str, param: Any, kind: Any) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """(what, words after the option's name, status) of one option."""
+    name = param.name
+    if kind is bool:
+        return
+    if name in PATHS:
+        for what, words in place.bad(PATHS[name], name, command).items() if PATHS[name] != NOT_HERE else ():
+            yield what, words, FAILURE
+            # What may be replaced, if that is asked for; a run leaves foreign files where they are.
+            may = what == THERE or (what == NOT_EMPTY and command == "train")
+            if PATHS[name] in (OUT_FOLDER, OUT_FILE) and not may:
+                yield f"{what}, --overwrite", (*words, "--overwrite"), FAILURE
+        if PATHS[name] in (OUT_FILE, NOT_HERE):
+            yield "another suffix, or no device", (str(place.root / "new.txt"),), USAGE
+    elif kind in (int, float):
+        for value in WHOLE_NUMBERS if kind is int else NUMBERS:
+            if value not in RIGHT.get(name, ()):
+                yield value, (value,), USAGE
+    else:
+        for value in VALUES[name]:
+            yield value[:20], (value,), USAGE
+
+
+def _of_one(place: Place, command: str, param: Any, kind: Any) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """(what, words beside what the command needs, status): an option with each wrong value, empty, twice, alone."""
+    option = () if param.param_type_name == "argument" else (param.opts[0],)
+    for what, words, status in _bad_values(place, command, param, kind):
+        yield what, (*option, *words), status
+    if kind is bool:
+        yield "with a value", (f"{option[0]}=yes",), USAGE
+        yield "twice", (option[0], option[0]), USAGE
+        return
+    if param.default != "":
+        yield "empty", (*option, ""), USAGE
+    if option:
+        yield "without a value", option, USAGE
+    if not param.multiple:
+        yield "twice", (*option, "7", *option, "7"), USAGE
+
+
+def _without(needed: list[str], param: Any) -> list[str]:
+    """The needed words, but not those of this option."""
+    if param.param_type_name == "argument":
+        return [word for word in needed if word.startswith("-")]
+    if param.opts[0] not in needed:
+        return needed
+    at = needed.index(param.opts[0])
+    return needed[:at] + needed[at + (1 if param.is_flag else 2) :]
+
+
+def cases(place: Place) -> list[Case]:
+    """All of them. KeyError for a command or an option of which nothing is known here."""
+    found = []
+    for command, options in parameters().items():
+        needed = [word.format(**place.paths) for word in NEEDED[command]]
+        for param, kind in options:
+            rest = _without(needed, param)
+            if param.required:
+                found.append(Case(command, tuple(rest), USAGE, f"{param.name}: missing"))
+            for what, words, status in _of_one(place, command, param, kind):
+                extra = ("--verify", str(place.paths["data"])) if param.name == "verify_max_length" else ()
+                if param.name == "require":
+                    status = USAGE
+                found.append(Case(command, (*rest, *extra, *words), status, f"{param.name}: {what}"))
+        found += [Case(command, (*needed, word), USAGE, f"unknown word {word!r}") for word in NEWS]
+    return [*found, Case("destroy", (), USAGE, "no command"), Case("--x", (), USAGE, "no option")]
+
+
+def said_by_main(words: tuple[str, ...] | list[str]) -> tuple[int, str]:
+    """(exit status, what was said on stderr) of the command line with these words, in this process."""
+    before, errors, status = sys.argv, io.StringIO(), 0
+    sys.argv = ["qlora-lite", *words]
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            main()
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    finally:
+        sys.argv = before
+    return status, errors.getvalue()
+
+
+def _checked(place: Place, case: Case) -> None:
+    before, began = listing(place.root), time.process_time()
+    with limited(HANGING_SECONDS):
+        status, said = said_by_main([case.command, *case.words])
+    taken = time.process_time() - began
+    if len(said.splitlines()) != 1 or not said.startswith("error: ") or "Traceback" in said:
+        raise Wrong(f"said {said[-400:]!r} with status {status}")
+    if status != case.status:
+        raise Wrong(f"ended with {status} and not with {case.status}: {said}")
+    if listing(place.root) != before:
+        raise Wrong("wrote something")
+    if taken > SECONDS:
+        raise Wrong(f"took {taken:.1f} s")
+
+
+def run_argument_case(place: Place, case: Case) -> str | None:
+    """None if all is well, else what went wrong."""
+    shutil.rmtree(place.paths["new"], ignore_errors=True)
+    try:
+        with contextlib.chdir(place.here) if sys.version_info >= (3, 11) else contextlib.nullcontext():
+            _checked(place, case)
+    except Exception as error:
+        return f"{case.command}, {case.what}: {type(error).__name__}: {error}"
+    return None
+
+
+def bad_arguments(place: Path, make_model: Callable[[Path], Path], every: int = 1) -> tuple[int, list[str]]:
+    """How many cases were tried, each `every`th of them, and what went wrong in them."""
+    made = Place(place, make_model)
+    chosen = cases(made)[::every]
+    found = (run_argument_case(made, case) for case in chosen)
+    return len(chosen), [problem for problem in found if problem is not None]

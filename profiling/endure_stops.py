@@ -1,0 +1,231 @@
+"""What does a signal leave, at each place that a command can be in?
+
+    python profiling/endure_stops.py            # SIGTERM, SIGINT and two SIGINT at all of them
+    python profiling/endure_stops.py --tiny     # some of them
+
+Each command runs in a process of its own that gets the signal while it is in a chosen function: reading, training,
+saving, packing in another thread, verifying, rehearsing, in a finalizer. It has to end with 143 or 130, with one last
+line on stderr and no traceback; nothing unfinished may be left, the output be whole or not there, and a run's state be
+saved. A second SIGINT ends it at once. The last line is JSON: how many were stopped, and how many were wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, save_adapter
+from qlora_lite.cli import main as command_line
+from qlora_lite.run_checkpoints import newest_sound
+from qlora_lite.storage import UNFINISHED
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+SECONDS = 30.0
+ONCE, TWICE = 1, 2
+TRAIN = "train --model {model} --data {data} --output {out} --rank 2 --steps 3 --gradient-accumulation 2 --dropout 0.1"
+MERGE = "merge --model {model} --adapter {adapter} --output {out} --verify {data}"
+QUANTIZE = "quantize --model {model} --output {out}"
+PLAN = "plan --model {model} --memory 1GiB --tokens 16 --seq 16"
+PROFILE = "profile --model {model} --rank 2 --rows 1 --tokens 8 --html {out}/page.html"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The call of this number of a function (`module:owner.name`); a run has done so many steps by then."""
+
+    words: str
+    function: str
+    call: int = 1
+    steps: int | None = None
+
+
+MOMENTS = (
+    Moment(TRAIN, "objective:linear_cross_entropy", 4, steps=1),
+    Moment(MERGE, "storage:_Writer.write", 5),
+    Moment(PLAN, "memory.trace:StorageTrace._gone", 300),
+    Moment(QUANTIZE, "load:_Placement.place", 3),
+    Moment(MERGE, "streamed:StreamedModel.head_inputs"),
+    Moment(TRAIN, "load:_Placement.place", 3),
+    Moment(TRAIN, "data:tokenize_all"),
+    Moment(TRAIN, "initial:start_", 2),
+    Moment(TRAIN, "objective:linear_cross_entropy", 1, steps=0),
+    Moment(TRAIN, "objective:linear_cross_entropy", 7, steps=2),
+    Moment(TRAIN, "training_step:Run._update", 1, steps=1),
+    Moment(TRAIN, "run_folder:RunFolder.good", 2, steps=2),
+    Moment(f"{TRAIN} --save-steps 1", "run_state:RunState.write", 2, steps=2),
+    Moment(f"{TRAIN} --save-steps 1", "fingerprint:base_fingerprint", 1, steps=1),
+    Moment(f"{TRAIN} --save-steps 1", "run_folder:RunFolder.finish", 1, steps=3),
+    Moment(f"{TRAIN} --memory-budget 2GiB", "prediction:rehearsed_training"),
+    Moment(MERGE, "hub:_transformers"),
+    Moment(MERGE, "export:load_adapter_"),
+    Moment(MERGE, "weight_rows:RepackedRows._packed", 2),
+    Moment(MERGE, "hub:save_companions"),
+    Moment(MERGE, "storage:_put"),
+    Moment(QUANTIZE, "storage:_Writer.write", 5),
+    Moment(PLAN, "prediction:rehearsed_training", 2),
+    Moment(PROFILE, "memory.trace:StorageTrace._gone", 100),
+    Moment(PROFILE, "training_step:Run._update", 2),
+    Moment(f"{PROFILE} --mode phases", "training_step:Run._update", 1),
+    Moment(PROFILE, "prediction:rehearsed_training"),
+    Moment(PROFILE, "single_file:check_writable", 2),
+    Moment("inspect {adapter}", "adapter_facts:adapter_facts"),
+    Moment("env", "environment:environment"),
+)
+
+
+def _owner(function: str) -> tuple[Any, str]:
+    module, _, path = function.partition(":")
+    *above, name = path.split(".")
+    return functools.reduce(getattr, above, importlib.import_module(f"qlora_lite.{module}")), name
+
+
+def _arm(moment: Moment, number: int, times: int) -> None:
+    """Has this process get the signal in that call; twice: the second one while it sleeps there."""
+    owner, name = _owner(moment.function)
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    @functools.wraps(function)
+    def signalled(*given: Any, **named: Any) -> Any:
+        if next(calls) == moment.call:
+            if times == TWICE:
+                threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+            os.kill(os.getpid(), number)
+            if times == TWICE:
+                time.sleep(SECONDS)
+        return function(*given, **named)
+
+    setattr(owner, name, signalled)
+    for module in list(sys.modules.values()):  # those that have it by its name
+        if getattr(module, "__name__", "").startswith("qlora_lite") and getattr(module, name, None) is function:
+            setattr(module, name, signalled)
+
+
+def _ended(words: list[str], said: Path, arm: Callable[[], None]) -> int | None:
+    """The exit status of the command line in a forked process; None if it does not end."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            errors, nothing = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(errors, 2)
+            os.dup2(nothing, 1)
+            sys.argv = ["qlora-lite", *words]
+            arm()
+            command_line()
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    until = time.monotonic() + SECONDS / 2
+    while time.monotonic() < until:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def _wrong_files(out: Path, moment: Moment, times: int) -> list[str]:
+    found = [f"{path.name} is left" for path in out.parent.rglob(f".*{UNFINISHED}")]
+    found += [f"{path} is left" for path in out.parent.rglob(".run.lock")]
+    if not moment.words.startswith("train"):
+        whole = (out / "config.json").is_file() or (out / "page.html").is_file()
+        return found + (["half of the output is there"] if out.is_dir() and any(out.iterdir()) and not whole else [])
+    if moment.steps is None:
+        return found + (["a run's folder is there"] if out.exists() else [])
+    if times == ONCE:
+        path, skipped = newest_sound(out)
+        steps = 0 if path is None else int(path.name.removeprefix("step-"))
+        found += [f"the state of step {steps} is saved and not of step {moment.steps}"] * (steps != moment.steps)
+        found += skipped
+    return found
+
+
+def wrong_after(place: Path, moment: Moment, number: int, times: int) -> list[str]:
+    """What was wrong with a command that got this signal in that moment."""
+    out, said = place / "work" / "out", place / "said"
+    shutil.rmtree(out.parent, ignore_errors=True)
+    out.parent.mkdir()
+    paths = {"out": out, **{name: place / name for name in ("model", "adapter", "data")}}
+    words = moment.words.format(**paths).split()
+    status = _ended(words, said, functools.partial(_arm, moment, number, times))
+    lines = said.read_text().splitlines()
+    found = [] if status == 128 + number else [f"it ended with {status}"]
+    steps = [line for line in lines if line.startswith("step ")]
+    last = lines[-1] if lines else ""
+    if len(lines) != len(steps) + 1 or not last.startswith("stopped"):
+        found.append(f"it said {lines[-3:]}")
+    if (words[0] == "train") != ("; go on with: qlora-lite train" in last):
+        found.append(f"its last word was {last!r}")
+    found += _wrong_files(out, moment, times)
+    if words[0] == "train" and not found:
+        again = [*words, "--resume"]
+        status = _ended(again, said, lambda: None)
+        found += [] if status == 0 else [f"going on ended with {status}: {said.read_text()[-300:]}"]
+    return found
+
+
+def make_inputs(place: Path, make_model: Callable[[Path], Path]) -> None:
+    """A model, an adapter and records in a folder."""
+    model = load_quantized(make_model(place / "model"), QuantConfig())
+    add_lora_(model, LoraConfig(2, target_modules=["q_proj", "down_proj"]))
+    save_adapter(model, place / "adapter")
+    (place / "data").write_text("".join(json.dumps({"text": f"number {n}"}) + "\n" for n in range(5)))
+
+
+def stops(
+    place: Path, moments: tuple[Moment, ...], kinds: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[str, list[str]]]:
+    """(what was stopped where, what was wrong); kinds: (signal, how often)."""
+    for moment, (number, times) in itertools.product(moments, kinds):
+        name = f"{moment.words.split()[0]}, {moment.function} {moment.call}, {times} {signal.Signals(number).name}"
+        yield name, wrong_after(place, moment, number, times)
+
+
+KINDS = ((signal.SIGTERM, ONCE), (signal.SIGINT, ONCE), (signal.SIGINT, TWICE))
+
+
+def all_stops(place: Path, make_model: Callable[[Path], Path], tiny: bool) -> list[tuple[str, list[str]]]:
+    """Of every moment each kind; tiny: of the first moments one kind each."""
+    make_inputs(place, make_model)
+    if not tiny:
+        return list(stops(place, MOMENTS, KINDS))
+    return [found for at, moment in enumerate(MOMENTS[:4]) for found in stops(place, (moment,), (KINDS[at % 3],))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="some of them")
+    tiny = parser.parse_args().tiny
+    from tiny_model import make_tiny_model
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = all_stops(Path(folder), functools.partial(make_tiny_model, hidden=32), tiny)
+    for name, problems in found:
+        for problem in problems:
+            print(f"{name}: {problem}")
+    print(json.dumps({"stopped": len(found), "wrong": sum(bool(problems) for _, problems in found)}))
+
+
+if __name__ == "__main__":
+    main()

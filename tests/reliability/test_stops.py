@@ -1,0 +1,44 @@
+"""Commands that get a signal in the middle of their work (profiling/endure_stops.py has all such places)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "profiling" / "endure_stops.py"
+
+
+def test_stopped_commands_say_one_line_and_leave_nothing_half_done() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--tiny"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"stopped": 4, "wrong": 0}, done.stdout
+
+
+SLEEPING = """
+import sys, time
+from qlora_lite import environment
+from qlora_lite.cli import main
+
+def asleep():
+    print("here", flush=True)
+    time.sleep(60)
+
+environment.environment = asleep
+sys.argv = ["qlora-lite", "env"]
+main()
+"""
+
+
+def test_a_whole_process_ends_by_a_signal_from_outside() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([sys.executable, "-c", SLEEPING], **pipes)
+        assert process.stdout is not None and process.stdout.readline() == "here\n"
+        os.kill(process.pid, number)
+        _, said = process.communicate(timeout=30)
+        name = signal.Signals(number).name
+        assert (process.returncode, said) == (128 + number, f"stopped by {name}; nothing is left half-written\n")
