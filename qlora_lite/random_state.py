@@ -15,6 +15,7 @@ from qlora_lite.devices import on_cpu
 from qlora_lite.errors import CheckpointError, ConfigError
 
 MERSENNE = "MT19937"  # numpy's global generator, unless somebody exchanged it
+MERSENNE_WORDS = 624
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class RandomSources:
             import numpy
 
             words, place, has_gauss, gauss = state.plain["numpy"]
+            if len(words) != MERSENNE_WORDS or not 0 <= place <= MERSENNE_WORDS:  # numpy itself reads beyond its words
+                raise ValueError(f"numpy's has {len(words)} words and is at {place}; {MERSENNE_WORDS} are expected")
             numpy.random.set_state((MERSENNE, numpy.array(words, dtype=numpy.uint32), place, has_gauss, gauss))
 
 

@@ -80,7 +80,12 @@ def test_what_is_another_run_is_refused_where_it_is_used(fuzz_targets: Any, fold
             "none of these generators: state vector is the wrong size",
         ),
     }
-    for key, (value, sentence) in changes.items():
+    long = plain["random"]["now"]["python"]
+    for number, numpy in enumerate(([[1] * 380, 5, 0, 0.0], [[1] * 624, 2**20, 0, 0.0], [[1] * 624, -1, 0, 0.0], [5])):
+        value = {**plain["random"], "now": {"python": long, "numpy": numpy}}
+        changes[f"random {number}"] = (value, "none of these generators: (numpy's has|not enough values)")
+    for name, (value, sentence) in changes.items():
+        key = name.split()[0]
         (folder / "state.json").write_text(json.dumps({**plain, key: value}))
         with pytest.raises(CheckpointError, match=sentence):
             state.restore_(folder)
