@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import typing
+from typing import Annotated
 
 import pytest
 import typer
@@ -39,7 +40,11 @@ def test_what_would_mean_something_else_than_it_says_is_refused(words: list[str]
     seen: list[object] = []
 
     @app.command(cls=cli_options.StrictCommand)
-    def command(place: str = typer.Argument("here"), name: str = "", many: list[str] = typer.Option([])) -> None:
+    def command(
+        place: Annotated[str, typer.Argument()] = "here",
+        name: str = "",
+        many: Annotated[list[str] | None, typer.Option()] = None,
+    ) -> None:
         seen.append((place, name, many))
 
     app(["there", "--many", "a", "--many", "b", "--name", "c"], standalone_mode=False)
