@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 INPUTS, CHECKPOINT_INPUTS, SOAK_STEPS = 5000, 1500, 2000
 TINY_INPUTS, TINY_CHECKPOINT_INPUTS, TINY_SOAK_STEPS = 60, 15, 40
 TINY_EVERY = 60
-TINY_ARGUMENTS_EVERY = 40
+TINY_ARGUMENTS_EVERY, TINY_STOPS = 40, 2
 
 
 def _kills(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
@@ -83,7 +83,7 @@ def _inputs(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
 def _stops(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
     from tiny_model import make_tiny_model
 
-    found = all_stops(place, functools.partial(make_tiny_model, hidden=32), tiny)
+    found = all_stops(place, functools.partial(make_tiny_model, hidden=32), TINY_STOPS if tiny else None)
     for name, problems in found:
         for problem in problems:
             console.print(f"{name}: {problem}", markup=False)

@@ -38,6 +38,7 @@ from qlora_lite.storage import UNFINISHED
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 SECONDS = 30.0
 ONCE, TWICE = 1, 2
+TINY_MOMENTS = 4
 TRAIN = "train --model {model} --data {data} --output {out} --rank 2 --steps 3 --gradient-accumulation 2 --dropout 0.1"
 MERGE = "merge --model {model} --adapter {adapter} --output {out} --verify {data}"
 QUANTIZE = "quantize --model {model} --output {out}"
@@ -146,7 +147,8 @@ def _ended(words: list[str], said: Path, arm: Callable[[], None]) -> int | None:
 
 def _wrong_files(out: Path, moment: Moment, times: int) -> list[str]:
     found = [f"{path.name} is left" for path in out.parent.rglob(f".*{UNFINISHED}")]
-    found += [f"{path} is left" for path in out.parent.rglob(".run.lock")]
+    if times == ONCE:  # else it stays, as after a kill, and nobody holds it
+        found += [f"{path} is left" for path in out.parent.rglob(".run.lock")]
     if not moment.words.startswith("train"):
         whole = (out / "config.json").is_file() or (out / "page.html").is_file()
         return found + (["half of the output is there"] if out.is_dir() and any(out.iterdir()) and not whole else [])
@@ -204,12 +206,12 @@ def stops(
 KINDS = ((signal.SIGTERM, ONCE), (signal.SIGINT, ONCE), (signal.SIGINT, TWICE))
 
 
-def all_stops(place: Path, make_model: Callable[[Path], Path], tiny: bool) -> list[tuple[str, list[str]]]:
-    """Of every moment each kind; tiny: of the first moments one kind each."""
+def all_stops(place: Path, make_model: Callable[[Path], Path], first: int | None = None) -> list[tuple[str, list[str]]]:
+    """At every moment each kind of stop; of the `first` moments one kind each, if that is given."""
     make_inputs(place, make_model)
-    if not tiny:
+    if first is None:
         return list(stops(place, MOMENTS, KINDS))
-    return [found for at, moment in enumerate(MOMENTS[:4]) for found in stops(place, (moment,), (KINDS[at % 3],))]
+    return [found for at, moment in enumerate(MOMENTS[:first]) for found in stops(place, (moment,), (KINDS[at % 3],))]
 
 
 def main() -> None:
@@ -220,7 +222,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = all_stops(Path(folder), functools.partial(make_tiny_model, hidden=32), tiny)
+        found = all_stops(Path(folder), functools.partial(make_tiny_model, hidden=32), TINY_MOMENTS if tiny else None)
     for name, problems in found:
         for problem in problems:
             print(f"{name}: {problem}")

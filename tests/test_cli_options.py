@@ -27,9 +27,6 @@ def test_every_option_says_what_it_is_for() -> None:
             assert typing.get_args(value)[0] is not None
 
 
-Many = Annotated[list[str] | None, typer.Option()]
-
-
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -43,7 +40,11 @@ def test_what_would_mean_something_else_than_it_says_is_refused(words: list[str]
     seen: list[object] = []
 
     @app.command(cls=cli_options.StrictCommand)
-    def command(place: str = typer.Argument("here"), name: str = "", many: Many = None) -> None:
+    def command(
+        place: Annotated[str, typer.Argument()] = "here",
+        name: str = "",
+        many: Annotated[list[str] | None, typer.Option()] = None,
+    ) -> None:
         seen.append((place, name, many))
 
     app(["there", "--many", "a", "--many", "b", "--name", "c"], standalone_mode=False)
