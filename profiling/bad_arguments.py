@@ -29,7 +29,7 @@ from qlora_lite.cli import app, main
 
 USAGE, FAILURE = 2, 1
 # Of processor time; a pipe that is waited for takes none, so that is limited apart.
-SECONDS, HANGING_SECONDS = 2.0, 20.0
+SECONDS, HANGING_SECONDS = 4.0, 60.0
 HUGE = str(10**30)
 
 # What each command needs; {name}: a path of `Place`.

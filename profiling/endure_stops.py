@@ -36,7 +36,7 @@ from qlora_lite.run_checkpoints import newest_sound
 from qlora_lite.storage import UNFINISHED
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-SECONDS = 30.0
+SECONDS = 120.0
 ONCE, TWICE = 1, 2
 TINY_MOMENTS = 4
 TRAIN = "train --model {model} --data {data} --output {out} --rank 2 --steps 3 --gradient-accumulation 2 --dropout 0.1"

@@ -38,5 +38,5 @@ def test_a_whole_process_ends_by_a_signal_from_outside() -> None:
     process = subprocess.Popen([sys.executable, "-c", SLEEPING], **pipes)
     assert process.stdout is not None and process.stdout.readline() == "here\n"
     os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=120)
     assert (process.returncode, said) == (130, "stopped by SIGINT; nothing is left half-written\n")
