@@ -143,7 +143,8 @@ def known_base(model: Any) -> KnownBase | None:
     """What the checkpoint is that a model came from; None for a model without a config.
 
     A model that load_quantized made knows it. Of another one the folder that it names is summed when this is first
-    asked, if it is there; without one only the config is known. Nothing is said of weights that LoftQ packed anew.
+    asked, if it is there and can be read here; without one only the config is known. Nothing is said of weights that
+    LoftQ packed anew.
     """
     base: KnownBase | None = getattr(model, KNOWN, None)
     if base is None:
@@ -152,8 +153,13 @@ def known_base(model: Any) -> KnownBase | None:
         folder = _folder_there(model)
         if folder is None:
             return KnownBase(_facts(model.config), None)
-        base = base_of(folder, hub.read_config(folder))
+        try:
+            base = base_of(folder, hub.read_config(folder))
+        except CheckpointError:  # code of its own, or tensors in fp8, say: its adapter is to be saved all the same
+            base = KnownBase(_facts(model.config), None)
         remember_base_(model, base)
+    if (config := getattr(model, "config", None)) is not None and _facts(config) != base.model:
+        return KnownBase(_facts(config), None)  # it was changed since: tokens were added, say
     return replace(base, weights=None) if own_weights(model) else base
 
 

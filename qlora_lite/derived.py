@@ -36,17 +36,21 @@ class Again:
 class Recipe:
     """How a tensor is made again, bit for bit: `make(*parents)`."""
 
-    def __init__(self, make: Callable[..., Tensor], *parents: Tensor) -> None:
-        self.again, self.parents = Again(make), parents
+    def __init__(self, make: Callable[..., Tensor], *parents: Tensor, version: int = 0) -> None:
+        self.again, self.parents, self.version = Again(make), parents, version
 
 
 def with_recipe(tensor: Tensor, make: Callable[..., Tensor], *parents: Tensor) -> Tensor:
     """Gives the tensor its recipe, where somebody may need it: while gradients are recorded."""
     if torch.is_grad_enabled():
-        tensor.recipe = Recipe(make, *parents)  # type: ignore[attr-defined]
+        tensor.recipe = Recipe(make, *parents, version=tensor._version)  # type: ignore[attr-defined]
     return tensor
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
-    """The recipe that came with this very tensor; None for one without, views and copies included."""
-    return getattr(tensor, "recipe", None)
+    """The recipe that came with this very tensor; None for one without, views and copies included.
+
+    None too for a tensor that was changed in place since: it would be made as it was before.
+    """
+    recipe: Recipe | None = getattr(tensor, "recipe", None)
+    return None if recipe is None or recipe.version != tensor._version else recipe

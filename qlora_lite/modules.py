@@ -47,9 +47,14 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether this sends tokens to experts by a matrix `(experts, in)` of its own: a router of transformers'."""
+    """Whether this sends tokens to experts by a matrix `(experts, in)` of its own: a router of transformers'.
+
+    (One that is a linear layer is none: with torch's forward it is adapted as that, with its own not at all.)
+    """
     weight = module._parameters.get("weight")
-    if not type(module).__name__.endswith("Router") or weight is None or weight.dim() != 2:
+    if not type(module).__name__.endswith("Router") or isinstance(module, (nn.Linear, nn.Embedding)):
+        return False
+    if weight is None or weight.dim() != 2:
         return False
     takes = list(inspect.signature(type(module).forward).parameters)
     return weight.is_floating_point() and len(takes) == 2  # itself and the tokens

@@ -40,11 +40,11 @@ def _reciprocal_rms(rows: Tensor, eps: float) -> Tensor:
 def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * (x / sqrt(mean(x^2) + eps)), the quotient in fp32 and then cast to x's dtype. (arXiv:1910.07467)"""
     flat = x.reshape(-1, x.shape[-1])
-    out = torch.empty_like(flat)
+    out = x.new_empty(x.shape)  # no view of another tensor: routers with jitter change what they get in place
     for part in _row_slices(flat):
         rows = _widened(flat[part])
-        out[part] = rows.mul_(_reciprocal_rms(rows, eps))
-    return out.mul_(weight).view(x.shape)
+        out.view(flat.shape)[part] = rows.mul_(_reciprocal_rms(rows, eps))
+    return out.mul_(weight)
 
 
 class _RMSNorm(torch.autograd.Function):

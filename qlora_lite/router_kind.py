@@ -25,14 +25,19 @@ class RouterKind:
     def apply(
         self, layer: Adapted, x: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None, gain: Tensor | None = None
     ) -> Any:
-        """What the router returns, be it a tensor or several. The sum is formed in fp32."""
+        """What the router returns, be it a tensor or several. The sum is formed in fp32, and is of the router's dtypes.
+
+        (So is what was merged or trained in others: the router multiplies as it is, with tokens of the model's.)
+        """
         base: Any = layer.base_layer
         if lora is not None:
             lora_A, lora_B = lora
             with torch.autocast(x.device.type, enabled=False):
                 added = layer.scaling * (lora_B.float() @ lora_A.float())
-                weight = (weight.float() + added).to(weight.dtype)
-        held = {"weight": weight} if layer.bias is None else {"weight": weight, "bias": layer.bias}
+                weight = weight.float() + added
+        held = {"weight": weight.to(base.weight.dtype)}
+        if layer.bias is not None:
+            held["bias"] = layer.bias.to(base.bias.dtype)
         return functional_call(base, held, (x,))
 
     def upright(self, weight: Tensor) -> Tensor:

@@ -261,3 +261,46 @@ def test_the_commands_say_it(
     ):
         status, _, said = command(*words)
         assert status == 1 and "was trained on other weights of the same shapes" in said and len(said.splitlines()) == 1
+
+
+def _code_of_its_own(folder: Path) -> None:
+    said = json.loads((folder / "config.json").read_text())
+    said |= {"model_type": "its_own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.LM"}}
+    (folder / "config.json").write_text(json.dumps(said))
+
+
+def _tensors_in_fp8(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}, folder / "new")
+    (folder / "new").replace(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("change", [_code_of_its_own, _tensors_in_fp8])
+def test_of_a_checkpoint_that_only_transformers_reads_the_config_is_known(
+    tiny_folder: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    change(folder)
+    add_lora_(model, LoraConfig(2, 4, target_modules=TARGETS))
+    save_adapter(model, tmp_path / "adapter")
+    said = read_base(tmp_path / "adapter")
+    assert said is not None and said.weights is None and said.model["hidden_size"] == model.config.hidden_size
+    remove_lora_(model)
+    assert load_adapter_(model, tmp_path / "adapter")
+
+
+def test_a_model_that_got_further_tokens_is_no_more_what_it_was_read_from(tiny_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.resize_token_embeddings(128)
+    model.save_pretrained(tmp_path / "more")
+    add_lora_(model, LoraConfig(2, 4, target_modules=TARGETS))
+    save_adapter(model, tmp_path / "adapter")
+    assert check_checkpoint_base(tmp_path / "adapter", tmp_path / "more") == ["sizes"]
+    with pytest.raises(CheckpointError, match="vocab_size 128 there"):
+        check_checkpoint_base(tmp_path / "adapter", tiny_folder)

@@ -34,6 +34,13 @@ def test_a_view_or_a_copy_has_no_recipe() -> None:
     assert recipe_of(y.view(3, 2)) is None and recipe_of(y.double()) is None and recipe_of(x) is None
 
 
+def test_what_was_changed_in_place_is_not_made_as_it_was() -> None:
+    x = torch.randn(2, 3)
+    y = with_recipe(x + 1, lambda x: x + 1, x)
+    y *= 2
+    assert recipe_of(y) is None
+
+
 def layers(x: Tensor, a: Tensor, b: Tensor, recipe: bool) -> Tensor:
     """Two adapted layers over tanh(x), which is kept or made again."""
     weight = torch.eye(4)

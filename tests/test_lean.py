@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,23 @@ def test_gradients_are_those_of_the_model_itself(family: str, kind: str) -> None
         assert lean_loss == pytest.approx(loss, rel=1e-5)
         for mine, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_norms_output_may_be_changed_in_place() -> None:
+    """As blocks of experts with jitter do."""
+    model: Any = build("Mixtral", router_jitter_noise=0.3).train()
+    add_lora_(model, LoraConfig(rank=2, target_modules=["q_proj", "gate"], dropout=0))
+    for name, parameter in adapter_parameters(model).items():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.1)
+    batch, found = batch_of("plain"), []
+    for exchanged in (False, True):
+        torch.manual_seed(1)
+        with lean(model) if exchanged else nullcontext():
+            found.append(gradients(model, batch))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    for mine, theirs in zip(found[1][1], found[0][1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_what_is_recognized() -> None:

@@ -113,3 +113,32 @@ def test_a_router_has_neither_dropout_nor_dora_and_is_no_linear_layer(small_mode
     assert not [name for name in add_lora_(model, LoraConfig(dropout=0)) if name.endswith("gate")]
     with pytest.raises(TargetError, match="is a router"):
         add_lora_(make(small_model), LoraConfig(target_modules=["gate"], dropout=0, init="pissa"))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_it_computes_in_its_own_dtype_whatever_it_is_merged_into(
+    small_model: Callable[..., Any], dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    model = adapted(small_model).to(dtypes[0])
+    found = model(TOKENS).logits
+    merge_lora_(model, dtypes[1])
+    assert model(TOKENS).logits.dtype == found.dtype and relative(model(TOKENS).logits, found) < 2e-2
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_a_bias_trained_in_fp32_serves_a_router_in_bf16(small_model: Callable[..., Any], bias: str) -> None:
+    model = make(small_model, "GptOssConfig").to(torch.bfloat16)
+    before = model(TOKENS).logits
+    add_lora_(model, LoraConfig(rank=2, alpha=4, target_modules=["router"], dropout=0, bias=bias))
+    router: Any = model.model.layers[0].mlp.router
+    assert torch.equal(model(TOKENS).logits, before) and router.trained_bias.dtype == torch.float32
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert router.trained_bias.grad.any() and router.lora_B.grad.any()
+
+
+def test_a_linear_layer_that_is_called_a_router_is_a_linear_layer() -> None:
+    class TheirRouter(nn.Linear):
+        pass
+
+    model = nn.Sequential(TheirRouter(8, 4), nn.Linear(4, 4))
+    assert add_lora_(model, LoraConfig(rank=2, variant="dora", dropout=0.1)) == ["0", "1"]
