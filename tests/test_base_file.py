@@ -122,8 +122,8 @@ def test_other_sizes_and_kinds_have_their_sentences(
     renamed["weights"]["layout"] = "0" * 64
     other = shutil.copytree(adapter, tmp_path / "other")
     (other / BASE_FILE).write_text(json.dumps(renamed))
-    with pytest.raises(CheckpointError, match="a checkpoint with tensors of other names or shapes than"):
-        check_checkpoint_base(other, make_tiny_model(tmp_path / "same"))
+    # The same model, saved under other names: nothing is proved of its weights.
+    assert check_checkpoint_base(other, make_tiny_model(tmp_path / "same")) == ["sizes"]
 
 
 def test_what_nothing_is_known_of_is_not_refused(
