@@ -16,7 +16,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,23 @@ def base_of(folder: Path, config: Any) -> KnownBase:
     return replace(said, written=None)
 
 
+def what_is_known(folder: Path, config: Any) -> Callable[[], KnownBase]:
+    """`base_of`, read now, before there are weights whose peak it would add to; its error, if any, when this is called.
+
+    Who reads all of the tensors in between says better what is wrong with them.
+    """
+    try:
+        base = base_of(folder, config)
+    except CheckpointError as error:
+        wrong = error
+
+        def refuse() -> KnownBase:
+            raise wrong
+
+        return refuse
+    return lambda: base
+
+
 def remember_base_(model: nn.Module, base: KnownBase) -> None:
     """Notes on a model what its weights were read from."""
     setattr(model, KNOWN, base)
@@ -180,9 +197,11 @@ def write_base(folder: Path, model: nn.Module) -> None:
 
 def write_origin(folder: Path, model: nn.Module) -> None:
     """Writes what a model came from beside its packed tensors, if that is known of its weights."""
-    base, files = known_base(model), TensorFiles(folder)
-    if base is not None and base.weights is not None:
-        written = weight_sums(files.stored, packed=True)
+    base = known_base(model)
+    # safetensors writes below a path that is no text, and reads from none.
+    readable = os.fsencode(folder).decode(errors="replace") == str(folder)
+    if base is not None and base.weights is not None and readable:
+        written = weight_sums(TensorFiles(folder).stored, packed=True)
         write_json(folder / BASE_FILE, replace(base, written=written).to_json())
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import hub
-from qlora_lite.base_file import base_of, remember_base_
+from qlora_lite.base_file import remember_base_, what_is_known
 from qlora_lite.config import QuantConfig
 from qlora_lite.conversion import model_tensors
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
@@ -282,8 +282,9 @@ def load_quantized(
     described = hub.read_config(folder)
     model: Any = hub.empty_model(described, dtype)
     hub.tie(model)
-    fill_(model, Checkpoint.of(folder, model, config), dtype, torch.device(device))
-    remember_base_(model, base_of(folder, described))  # (what was just read need not be fetched again)
+    checkpoint, known = Checkpoint.of(folder, model, config), what_is_known(folder, described)
+    fill_(model, checkpoint, dtype, torch.device(device))
+    remember_base_(model, known())
     hub.read_generation_config_(model, folder)
     model.config._name_or_path = str(folder.absolute())
     release_freed_pages()
