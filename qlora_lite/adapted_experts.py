@@ -13,9 +13,10 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from qlora_lite.experts import DenseStack, RoutedExperts, packable_stacks
-from qlora_lite.layer_kinds import StackKind, kind_of
+from qlora_lite.layer_kinds import Kind, StackKind, kind_of
 from qlora_lite.lora import LoraLayer
-from qlora_lite.modules import exchange_modules_, is_router
+from qlora_lite.modules import exchange_modules_
+from qlora_lite.router_kind import RouterKind
 
 
 def open_stacks(model: nn.Module) -> dict[str, DenseStack]:
@@ -27,9 +28,18 @@ def open_stacks(model: nn.Module) -> dict[str, DenseStack]:
     }
 
 
+def _kind(module: nn.Module) -> Kind | None:
+    return module.kind if isinstance(module, LoraLayer) else kind_of(module)
+
+
 def is_stack_layer(module: nn.Module) -> bool:
     """Whether this is a stack of experts' matrices, be it with an adapter or without."""
-    return isinstance(module.kind if isinstance(module, LoraLayer) else kind_of(module), StackKind)
+    return isinstance(_kind(module), StackKind)
+
+
+def is_router_layer(module: nn.Module) -> bool:
+    """Whether this is a router of experts, be it with an adapter or without."""
+    return isinstance(_kind(module), RouterKind)
 
 
 def adaptable_stacks(model: nn.Module) -> set[str]:
@@ -66,14 +76,12 @@ def stacks_among(layers: Mapping[str, nn.Module]) -> list[str]:
 
 def routers_among(layers: Mapping[str, nn.Module]) -> list[str]:
     """Names of the routers among these layers, adapted or not."""
-    return [
-        name for name, layer in layers.items() if is_router(layer.base_layer if isinstance(layer, LoraLayer) else layer)
-    ]
+    return [name for name, layer in layers.items() if is_router_layer(layer)]
 
 
 def patterned_name(name: str, layer: nn.Module) -> str:
     """What peft's rank_pattern, alpha_pattern and target_parameters call this layer: a router by its weight."""
-    return f"{name}.weight" if routers_among({name: layer}) else name
+    return f"{name}.weight" if is_router_layer(layer) else name
 
 
 def option_problems(layers: Mapping[str, nn.Module], dropout: float, variant: str) -> list[str]:

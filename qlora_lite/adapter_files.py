@@ -155,9 +155,12 @@ def _pairs(tensors: dict[str, Tensor], path: Path) -> Pairs:
 
 
 def _mismatches(
-    model: nn.Module, pairs: Pairs, numbers: LoraConfig, keys: Collection[str], places: Mapping[str, str]
+    modules: Mapping[str, nn.Module],
+    pairs: Pairs,
+    numbers: LoraConfig,
+    keys: Collection[str],
+    places: Mapping[str, str],
 ) -> list[str]:
-    modules = dict(model.named_modules()) | open_stacks(model)
     problems = []
     for name, pair in pairs.items():
         module = modules.get(name)
@@ -272,11 +275,11 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
     modules = dict(model.named_modules()) | open_stacks(model)
     meant = {name: modules[name] for name in by_parameter}
     places = places_in_files(model, stacks_among(meant))
-    pairs = stack_pairs(model, _pairs(tensors, folder / TENSOR_FILE), places)
+    pairs = stack_pairs(modules, _pairs(tensors, folder / TENSOR_FILE), places)
     called = {name: patterned_name(name, modules[name]) if name in modules else name for name in pairs}
     problems = [
         *beside.problems,
-        *_mismatches(model, pairs, numbers, tensors.keys(), places),
+        *_mismatches(modules, pairs, numbers, tensors.keys(), places),
         *_other_bases(model, tensors),
         *numbers.idle_patterns(called.values()),
         *read_kernels(model, [name for name in pairs if name not in places]),

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlora_lite.adapted_experts import adaptable_stacks, open_stacks, patterned_name, routers_among
+from qlora_lite.adapted_experts import adaptable_stacks, patterned_name, routers_among
 from qlora_lite.errors import CheckpointError
 from qlora_lite.experts import RoutedExperts
 from qlora_lite.modules import answers_to
@@ -69,10 +69,9 @@ def matrices_of_B(flat: Tensor, experts: int) -> Tensor:
 
 
 def stack_pairs(
-    model: nn.Module, pairs: Mapping[str, Mapping[str, Tensor]], places: Mapping[str, str]
+    layers: Mapping[str, Any], pairs: Mapping[str, Mapping[str, Tensor]], places: Mapping[str, str]
 ) -> dict[str, dict[str, Tensor]]:
     """A and B as read, by the modules of peft's keys, with those of stacks under the stacks' names and by experts."""
-    layers: dict[str, Any] = dict(model.named_modules()) | open_stacks(model)
     stacks = {place: name for name, place in places.items()}
     found = {}
     for place, pair in pairs.items():
