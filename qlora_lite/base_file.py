@@ -164,20 +164,23 @@ def known_base(model: Any) -> KnownBase | None:
     LoftQ packed anew.
     """
     base: KnownBase | None = getattr(model, KNOWN, None)
-    if base is None:
-        if getattr(model, "config", None) is None:
-            return None
-        folder = _folder_there(model)
-        if folder is None:
-            return KnownBase(_facts(model.config), None)
-        try:
-            base = base_of(folder, hub.read_config(folder))
-        except CheckpointError:  # code of its own, or tensors in fp8, say: its adapter is to be saved all the same
-            base = KnownBase(_facts(model.config), None)
-        remember_base_(model, base)
-    if (config := getattr(model, "config", None)) is not None and _facts(config) != base.model:
-        return KnownBase(_facts(config), None)  # it was changed since: tokens were added, say
-    return replace(base, weights=None) if own_weights(model) else base
+    if (config := getattr(model, "config", None)) is not None:
+        base = base or _summed(model)
+        if base is None or _facts(config) != base.model:  # it was changed since: tokens were added, say
+            return KnownBase(_facts(config), None)
+    return replace(base, weights=None) if base is not None and own_weights(model) else base
+
+
+def _summed(model: Any) -> KnownBase | None:
+    """What lies in the folder that a model names, which is remembered; None if that is gone or cannot be read here."""
+    if (folder := _folder_there(model)) is None:
+        return None
+    try:
+        base = base_of(folder, hub.read_config(folder))
+    except CheckpointError:  # code of its own, or tensors in fp8, say: its adapter is to be saved all the same
+        return None
+    remember_base_(model, base)
+    return base
 
 
 def _folder_there(model: Any) -> Path | None:
