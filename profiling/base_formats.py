@@ -28,7 +28,7 @@ from rich.table import Table
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.hub import load_tokenizer
 from qlora_lite.lean import lean
-from qlora_lite.memory.host import keep_freed_pages
+from qlora_lite.memory.host import set_host_limits
 from qlora_lite.objective import headless_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -69,7 +69,7 @@ def perplexity(model: Any, windows: torch.Tensor) -> float:
 def measure(folder: Path, config: QuantConfig, windows: torch.Tensor) -> dict[str, float]:
     model = load_quantized(folder, config)
     size = base_bytes(model)
-    keep_freed_pages()
+    set_host_limits()
     began = time.perf_counter()
     found = perplexity(model, windows)
     seconds = time.perf_counter() - began

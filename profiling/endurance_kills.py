@@ -3,29 +3,30 @@
     python profiling/endurance_kills.py            # at every change of the disk
     python profiling/endurance_kills.py --tiny     # at some of them
 
-A small run with checkpoints is killed (SIGKILL) before each of its writes, syncs, renames and removals, and in the
-middle of writes. After each kill every checkpoint under its name must be sound and the adapter whole; the same call
-with resume=True must finish with the files of a run that was not disturbed. The last line is JSON: at how many instants
-it was killed, and after how many kills something was wrong.
+A small run with checkpoints is killed (SIGKILL) before each of its writes, syncs, renames and removals, in the middle
+of writes, and at random times; so is the call that resumes one that was killed half-way. After each kill every
+checkpoint under its name must be sound and the adapter whole; the same call with resume=True must finish with the files
+of a run that was not disturbed. The last line is JSON: how often which of the two was killed, and after how many kills
+something was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import random
 import shutil
-import signal
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from kill_points import arm, ended
+from kill_points import Kill, all_kills, ended
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.adapter_files import load_adapter_
@@ -33,7 +34,8 @@ from qlora_lite.errors import QLoRAError
 from qlora_lite.run_checkpoints import checkpoints, what_is_wrong
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-TINY_STEP = 34
+TINY_STEP, TINY_MOMENTS = 34, 2
+MOMENTS = 40
 CONFIG = TrainConfig(steps=3, learning_rate=1e-2, save_steps=1, keep_last=1, gradient_accumulation=2)
 
 
@@ -43,15 +45,13 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def run(model: Path, folder: Path, resume: bool, point: int | None = None) -> None:
+def run(model: Path, folder: Path, resume: bool) -> None:
     """One process's work: all of a run, from loading on."""
     torch.set_num_threads(1)
     random.seed(0)  # a forked process has Python's random numbers begin anew
     loaded = load_quantized(model, QuantConfig(), dtype=torch.float32)
     torch.manual_seed(0)
     add_lora_(loaded, LoraConfig(rank=2, dropout=0.1, target_modules=["q_proj", "down_proj"]))
-    if point is not None:
-        arm(point, folder)
     train(loaded, batches(), CONFIG, output_dir=folder, resume=resume, progress=False)
 
 
@@ -75,30 +75,38 @@ def wrong_after_kill(model: Any, folder: Path) -> list[str]:
     return found
 
 
-def killed_and_resumed(model: Path, folder: Path, point: int, wanted: dict[str, bytes]) -> tuple[bool, list[str]]:
-    """Whether the run was killed at this point, and what was wrong afterwards."""
+def killed_and_resumed(
+    model: Path, folder: Path, wanted: dict[str, bytes], begun: Path | None, kill: Kill
+) -> tuple[int, list[str]]:
+    """How a run ended that was to be killed, and what was wrong then. begun: the folder that it resumes, if one."""
     shutil.rmtree(folder, ignore_errors=True)
-    status = ended(functools.partial(run, model, folder, False, point))
-    if status == 0:
-        return False, []
-    problems = [] if status == -signal.SIGKILL else [f"it ended with {status}"]
-    problems += wrong_after_kill(load_quantized(model, QuantConfig()), folder)
-    if (status := ended(functools.partial(run, model, folder, True))) != 0:
-        return True, [*problems, f"resuming ended with {status}"]
+    if begun is not None:
+        shutil.copytree(begun, folder)
+    status = ended(functools.partial(run, model, folder, begun is not None), kill)
+    problems = wrong_after_kill(load_quantized(model, QuantConfig()), folder)
+    if (resumed := ended(functools.partial(run, model, folder, True))) != 0:
+        return status, [*problems, f"resuming ended with {resumed}"]
     found = final_files(folder)
-    return True, problems + [name for name in wanted | found if wanted.get(name) != found.get(name)]
+    return status, problems + [name for name in wanted | found if wanted.get(name) != found.get(name)]
 
 
-def kills_of_a_run(model: Path, folder: Path, every: int) -> Iterator[tuple[int, list[str]]]:
-    """(point, what was wrong) for a kill of the run at each `every`th change of the disk."""
+def kills_of_a_run(model: Path, folder: Path, every: int, moments: int) -> Iterator[tuple[str, Kill, list[str]]]:
+    """(what was killed, when, what was wrong) for a run, and for the resuming of one that was killed half-way."""
+    began = time.monotonic()
     if ended(functools.partial(run, model, folder, False)) != 0:
         sys.exit("the undisturbed run failed")
-    wanted = final_files(folder)
-    for point in itertools.count(0, every):
-        was_killed, problems = killed_and_resumed(model, folder, point, wanted)
-        if not was_killed:
-            return
-        yield point, problems
+    seconds, wanted, count = time.monotonic() - began, final_files(folder), 0
+    fresh = functools.partial(killed_and_resumed, model, folder, wanted, None)
+    for kill, problems in all_kills(fresh, folder, every, moments, seconds):
+        count += kill.point is not None
+        yield "run", kill, problems
+    shutil.rmtree(folder)
+    ended(functools.partial(run, model, folder, False), Kill(folder, count * every // 2))
+    begun = folder.with_name("begun")
+    shutil.copytree(folder, begun)
+    again = functools.partial(killed_and_resumed, model, folder, wanted, begun)
+    for kill, problems in all_kills(again, folder, every, moments, seconds):
+        yield "resumed run", kill, problems
 
 
 def main() -> None:
@@ -110,12 +118,13 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         model = make_tiny_model(Path(place) / "model", hidden=32)
-        killed, wrong = 0, 0
-        for point, problems in kills_of_a_run(model, Path(place) / "run", TINY_STEP if tiny else 1):
-            killed += 1
+        killed, wrong = Counter[str](), 0
+        often = (TINY_STEP, TINY_MOMENTS) if tiny else (1, MOMENTS)
+        for what, kill, problems in kills_of_a_run(model, Path(place) / "run", *often):
+            killed[what] += 1
             wrong += bool(problems)
             for problem in problems:
-                print(f"killed at {point}: {problem}")
+                print(f"{what}, killed {kill}: {problem}")
     print(json.dumps({"killed": killed, "wrong": wrong}))
 
 

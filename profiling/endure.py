@@ -5,9 +5,9 @@
 
 stops         commands that got SIGTERM, Ctrl-C or two of them in a chosen function; stops_wrong: after how many
               the exit status, what was said or what was left was another than promised (endure_stops.py)
-kills         processes killed (SIGKILL) at every change that a run, an export, a packed checkpoint makes on the disk,
-              and in the middle of writes; kills_lost: after how many something was neither old nor new, or did not
-              finish
+kills         processes killed (SIGKILL) at every change that a run, a resumed run, an export, a merge, a packed
+              checkpoint makes on the disk, in the middle of writes, and at random times; kills_lost: after how many
+              something was neither old nor new, or did not finish
 bad_inputs    damaged and lying files of five kinds, and wrong arguments of every command; bad_inputs_wrong: with how
               many a reader or a command did what none may (endure_inputs.py, bad_arguments.py)
 full_disks    exports, packed checkpoints, runs and metrics that were written onto disks too full for them, or
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from bad_arguments import bad_arguments
-from endurance_kills import kills_of_a_run
+from endurance_kills import MOMENTS, kills_of_a_run
 from endure_disks import full_disks
 from endure_inputs import FAMILIES, run_cases
 from endure_resume import cases, unequal
@@ -45,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 INPUTS, CHECKPOINT_INPUTS, SOAK_STEPS = 5000, 1500, 2000
 TINY_INPUTS, TINY_CHECKPOINT_INPUTS, TINY_SOAK_STEPS = 60, 15, 40
 TINY_EVERY = 60
+SAVE_MOMENTS, TINY_MOMENTS = 10, 1
 TINY_ARGUMENTS_EVERY, TINY_STOPS = 40, 2
 
 
@@ -53,18 +54,17 @@ def _kills(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
 
     model = make_tiny_model(place / "model", hidden=32)
     killed, lost = 0, 0
-    tries = [
-        ("run", point, problems) for point, problems in kills_of_a_run(model, place / "run", TINY_EVERY if tiny else 1)
-    ]
+    every, moments, save_moments = (TINY_EVERY, TINY_MOMENTS, TINY_MOMENTS) if tiny else (1, MOMENTS, SAVE_MOMENTS)
+    tries = list(kills_of_a_run(model, place / "run", every, moments))
     for save in SAVES[:1] if tiny else SAVES:
         (place / "saves" / "there").mkdir(parents=True, exist_ok=True)
-        found = killed_saves(model, place / "saves" / "there", save, 20 if tiny else 1)
-        tries += [(save.name, point, problems) for point, problems in found]
-    for name, point, problems in tries:
+        found = killed_saves(model, place / "saves" / "there", save, 20 if tiny else 1, save_moments)
+        tries += [(save.name, kill, problems) for kill, problems in found]
+    for name, kill, problems in tries:
         killed += 1
         lost += bool(problems)
         for problem in problems:
-            console.print(f"{name}, killed at change {point}: {problem}")
+            console.print(f"{name}, killed {kill}: {problem}")
     return killed, lost
 
 

@@ -1,24 +1,24 @@
-"""Exports and packed checkpoints that are killed while they are written. Run by endure.py.
+"""Exports, merges and packed checkpoints that are killed while they are written. Run by endure.py.
 
-At each write, sync, rename and removal, and in the middle of writes, onto a folder that was not there and onto one that
-is replaced: afterwards the folder is the old one whole, the new one whole, or not there, and the same call finishes
-with the files of a call that was not disturbed.
+At each write, sync, rename and removal, in the middle of writes, and at random times, onto a folder that was not there
+and onto one that is replaced: afterwards the folder is the old one whole, the new one whole, or not there, and the same
+call finishes with the files of a call that was not disturbed.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import shutil
-import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from kill_points import arm, ended
+from kill_points import Kill, all_kills, ended
 
-from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_quantized, storage
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_quantized, save_adapter, storage
+from qlora_lite.export import merge_checkpoint
 from qlora_lite.quantized_files import save_quantized
 
 SHARD_BYTES = 40_000  # several files
@@ -33,11 +33,22 @@ class Save:
     replaces: bool
 
 
-def _export(model: Path, folder: Path, overwrite: bool) -> None:
+def _adapted(model: Path) -> torch.nn.Module:
     loaded = load_quantized(model, QuantConfig())
     torch.manual_seed(0)
     add_lora_(loaded, LoraConfig(rank=2, init="gaussian"))
-    export_merged(loaded, folder, max_shard_bytes=SHARD_BYTES, overwrite=overwrite)
+    return loaded
+
+
+def _export(model: Path, folder: Path, overwrite: bool) -> None:
+    export_merged(_adapted(model), folder, max_shard_bytes=SHARD_BYTES, overwrite=overwrite)
+
+
+def _merge(model: Path, folder: Path, overwrite: bool) -> None:
+    adapter = model.with_name(f"{model.name}_adapter")
+    if not adapter.exists():
+        save_adapter(_adapted(model), adapter)
+    merge_checkpoint(model, adapter, folder, QuantConfig(), max_shard_bytes=SHARD_BYTES, overwrite=overwrite)
 
 
 def _quantized(model: Path, folder: Path, overwrite: bool) -> None:
@@ -46,7 +57,7 @@ def _quantized(model: Path, folder: Path, overwrite: bool) -> None:
 
 SAVES = tuple(
     Save(f"{name}{' over another' if replaces else ''}", write, replaces)
-    for name, write in (("export", _export), ("packed checkpoint", _quantized))
+    for name, write in (("export", _export), ("merge", _merge), ("packed checkpoint", _quantized))
     for replaces in (False, True)
 )
 
@@ -55,43 +66,47 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
 
 
-def _work(save: Save, model: Path, place: Path, point: int | None) -> None:
+def _work(save: Save, model: Path, place: Path, abandoned: bool) -> None:
     torch.set_num_threads(1)
-    if point is not None:
-        arm(point, place)
-    else:
-        storage.ABANDONED_AFTER_SECONDS = -1  # what the killed one left is old enough
+    if abandoned:
+        storage.ABANDONED_AFTER_SECONDS = -1  # what a killed one left is old enough
     save.write(model, place / "out", save.replaces)
 
 
-def killed_saves(model: Path, place: Path, save: Save, every: int) -> Iterator[tuple[int, list[str]]]:
-    """(point, what was wrong) for a kill at each `every`th change of the disk."""
-    old: dict[str, bytes] = {}
-    if save.replaces:
-        _work(
-            next(other for other in SAVES if other.write is not save.write and not other.replaces), model, place, None
-        )
-        old = files_of(place / "out")
-        shutil.copytree(place / "out", place.parent / "old")
-    if ended(functools.partial(_work, save, model, place, None)) != 0:
+def _killed_and_done_again(
+    save: Save, model: Path, place: Path, old: Path | None, wanted: dict[str, bytes], kill: Kill
+) -> tuple[int, list[str]]:
+    """How a save ended that was to be killed, and what was wrong then. old: the folder that it replaces."""
+    shutil.rmtree(place)
+    place.mkdir()
+    if old is not None:
+        shutil.copytree(old, place / "out")
+    status = ended(functools.partial(_work, save, model, place, False), kill)
+    found, problems = files_of(place / "out"), []
+    if found not in ({} if old is None else files_of(old), wanted):
+        problems.append("half of it stands under the name")
+    finishing = Save(save.name, save.write, replaces=bool(found))
+    if ended(functools.partial(_work, finishing, model, place, True)) != 0:
+        problems.append("the same call does not finish")
+    elif files_of(place / "out") != wanted or len(list(place.iterdir())) != 1:
+        problems.append("it finishes with other files")
+    return status, problems
+
+
+def killed_saves(model: Path, place: Path, save: Save, every: int, moments: int) -> Iterator[tuple[Kill, list[str]]]:
+    """(kill, what was wrong) at each `every`th change of the disk, and at random moments."""
+    old = place.with_name("old") if save.replaces else None
+    if old is not None:
+        other = next(other for other in SAVES if other.write is not save.write and not other.replaces)
+        _work(other, model, place, True)
+        (place / "out").rename(old)
+        shutil.copytree(old, place / "out")
+    began = time.monotonic()
+    if ended(functools.partial(_work, save, model, place, True)) != 0:
         raise SystemExit(f"an undisturbed {save.name} failed")
-    wanted = files_of(place / "out")
-    for point in itertools.count(0, every):
-        shutil.rmtree(place)
-        place.mkdir()
-        if save.replaces:
-            shutil.copytree(place.parent / "old", place / "out")
-        status = ended(functools.partial(_work, save, model, place, point))
-        if status == 0:
-            break
-        found = files_of(place / "out")
-        problems = [] if status == -signal.SIGKILL else [f"it ended with {status}"]
-        if found not in (old, wanted):
-            problems.append("half of it stands under the name")
-        finishing = Save(save.name, save.write, replaces=bool(found))
-        if ended(functools.partial(_work, finishing, model, place, None)) != 0:
-            problems.append("the same call does not finish")
-        elif files_of(place / "out") != wanted or len(list(place.iterdir())) != 1:
-            problems.append("it finishes with other files")
-        yield point, problems
-    shutil.rmtree(place.parent / "old", ignore_errors=True)
+    seconds, wanted = time.monotonic() - began, files_of(place / "out")
+    tried = functools.partial(_killed_and_done_again, save, model, place, old, wanted)
+    yield from all_kills(tried, place, every, moments, seconds)
+    shutil.rmtree(place)
+    if old is not None:
+        shutil.rmtree(old)

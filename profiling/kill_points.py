@@ -1,16 +1,20 @@
 """Kills a process at a chosen change of the disk: before a write, sync, rename or removal, or in the middle of a write.
 
-A part of endurance_kills.py; tests have programs of theirs begin with `arm`.
+Or at a chosen time. A part of endurance_kills.py; tests have programs of theirs begin with `arm`.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+import random
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +80,53 @@ def arm(point: int, below: Path) -> None:
     sys.addaudithook(opened)
 
 
-def ended(work: Callable[[], None]) -> int:
+@dataclass(frozen=True)
+class Kill:
+    """At change number `point` of what is below a folder, or, without one, `after` so many seconds."""
+
+    below: Path
+    point: int | None = None
+    after: float = 0.0
+
+    def __str__(self) -> str:
+        return f"after {self.after:.3f} s" if self.point is None else f"at change {self.point}"
+
+
+def ended(work: Callable[[], None], kill: Kill | None = None) -> int:
     """Runs work in a forked process; its signal as a negative number if it was killed, else its exit status."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
+            if kill is not None and kill.point is not None:
+                arm(kill.point, kill.below)
             work()
             status = 0
         finally:
             sys.stderr.flush()
             os._exit(status)
+    if kill is not None and kill.point is None:
+        time.sleep(kill.after)
+        os.kill(child, signal.SIGKILL)  # one that has ended keeps its number until it is waited for
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def all_kills(
+    tried: Callable[[Kill], tuple[int, list[str]]], below: Path, every: int, moments: int, seconds: float
+) -> Iterator[tuple[Kill, list[str]]]:
+    """(kill, what was wrong) at each `every`th change of the disk, then at random moments within so many seconds.
+
+    tried: how the process ended, and what was wrong then. A process that was not killed any more is not counted.
+    """
+    for point in itertools.count(0, every):
+        kill = Kill(below, point)
+        status, problems = tried(kill)
+        if status == 0:
+            break
+        yield kill, problems if status == -signal.SIGKILL else [f"it ended with {status}", *problems]
+    drawn = random.Random(0)
+    for _ in range(moments):
+        kill = Kill(below, after=drawn.uniform(0, seconds))
+        status, problems = tried(kill)
+        if status != 0 or problems:
+            yield kill, problems if status <= 0 else [f"it ended with {status}", *problems]

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from qlora_lite import QuantConfig
 from qlora_lite.low_rank import adapted_linear
-from qlora_lite.memory.host import keep_freed_pages
+from qlora_lite.memory.host import set_host_limits
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.quantize import PackedWeight, bnb
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small weight")
     shape = TINY_SHAPE if parser.parse_args().tiny else SHAPE
     torch.manual_seed(0)
-    keep_freed_pages()
+    set_host_limits()
     config = QuantConfig(format="nf4", double_quant=False)
     weight, x = torch.randn(shape).mul_(0.02).bfloat16(), torch.randn(ROWS, shape[1]).bfloat16()
     ours = PackedWeight.of(weight, config)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.host import keep_freed_pages, release_freed_pages
+from qlora_lite.memory.host import set_host_limits, release_freed_pages
 from qlora_lite.memory.measure import reset_resident_peak, resident_bytes
 from qlora_lite.memory.trace import StorageTrace
 
@@ -33,7 +33,10 @@ TOKEN_IDS = 100  # every tokenizer has as many
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker does: the side, the checkpoint, how the base is stored, and the batch."""
+    """What a worker does: the side, the checkpoint, how the base is stored, and the batch.
+
+    varied: each batch is of another length, from a quarter of `tokens` to all of them.
+    """
 
     side: str
     model: str
@@ -45,6 +48,7 @@ class Work:
     rows: int = 2
     tokens: int = 512
     steps: int = 6
+    varied: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -93,8 +97,11 @@ class Watch:
         batch = {"input_ids": ids, "labels": ids.clone()}
         for _ in range(self.work.steps):
             wait_for_order()
+            length = self.work.tokens
+            if self.work.varied:
+                length = int(torch.randint(length // 4, length + 1, (), generator=generator))
             began = time.perf_counter()
-            yield batch
+            yield {name: rows[:, :length].contiguous() for name, rows in batch.items()}
             say(seconds=time.perf_counter() - began, peak=(resident_bytes("VmHWM") or 0) - self.start_resident)
         wait_for_order()
         trace = StorageTrace()
@@ -163,7 +170,7 @@ def floor(work: Work, watch: Watch) -> list[None]:
     from machine_floor import Floor
 
     machine = Floor(work.model, work.rows, work.tokens, RANK)
-    keep_freed_pages()
+    set_host_limits()
     watch.set_up_done()
     for _ in watch.batches():
         machine.step()

@@ -24,7 +24,7 @@ from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
 from qlora_lite.load import Checkpoint
-from qlora_lite.memory.host import keep_freed_pages
+from qlora_lite.memory.host import set_host_limits
 from qlora_lite.merge_report import MergeReport
 from qlora_lite.named_adapters import active_adapter, using_adapter
 from qlora_lite.own_base import DIGEST_KEY, HOW_TO, digest_of, own_weights
@@ -217,7 +217,7 @@ def merge_checkpoint(
     told from the files before anything else.
     """
     _check_options(base, dtype, max_shard_bytes)
-    keep_freed_pages()
+    set_host_limits()
     source = hub.resolve(path_or_id)
     check_apart(Path(folder), source, Path(adapter))
     if not any_base:

@@ -21,7 +21,7 @@ from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
 from qlora_lite.errors import ConfigError
 from qlora_lite.lean import lean
 from qlora_lite.load import load_quantized
-from qlora_lite.memory.host import keep_freed_pages
+from qlora_lite.memory.host import set_host_limits
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
 from qlora_lite.objective import Batch
@@ -101,7 +101,7 @@ def train(
     if output_dir is None and (resume or config.save_steps is not None):
         raise ConfigError("resume and save_steps need an output_dir, where the checkpoints are")
     torch.manual_seed(config.seed)
-    keep_freed_pages()
+    set_host_limits()
     run = Run(model, config, profiler, progress)
     device = run.accelerator.device
     sources = None if output_dir is None else RandomSources(device, loader_generators(batches))

@@ -111,6 +111,7 @@ SCRIPTS = {
         "merge_peak_bytes",
         "merge_peak_growth",
     },
+    "profiling/varied_lengths.py": {"ours", "ours_with_all_programs", "peft", "peak_ratio", "time_ratio"},
     "profiling/versus_peft.py": {"nf4_full", "floor"},
 }
 ARGUMENTS = {

@@ -9,12 +9,17 @@ after forward, batches of other lengths would touch ever more of the heap, up to
 of all holes go back whenever the process has grown by a part of itself (`HoleLimit`), and, where memory counts more
 than time, between forward and backward (malloc_trim(3)). A page that is wanted again costs a page fault: with the
 small part some 2 % of a step that recomputes, and 9 % of one that keeps all.
+
+oneDNN, which multiplies matrices of 16 bits for torch on a CPU, makes a program for each shape of a product, of some
+650 KiB, and keeps the last 1,024: with batches of many lengths they grow to twice what training needs. A model's step
+has some thirty shapes; what is made again when a length comes back takes a millisecond each.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from typing import Any
 
 import psutil
@@ -29,11 +34,21 @@ KEPT_BYTES = 256 << 20
 # 1/16 trims between any two blocks of a large model (a fifth of the time), 1/4 saves less.
 TIGHT, LOOSE = 1 / 7, 1.0
 LEAST_GROWTH = 48 << 20
+# oneDNN's own cache of programs (its documentation, "Primitive Cache"), and that of torch's layer above it (ideep),
+# each of which holds on to what the other lets go. Fewer than a step needs would all be made again in each layer.
+PROGRAM_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+KEPT_PROGRAMS = 96
 
 
 @functools.cache
-def keep_freed_pages() -> bool:
-    """Sets malloc's limits for this process, once; whether it could be done (glibc only)."""
+def set_host_limits() -> bool:
+    """Sets oneDNN's and malloc's limits for this process, once; whether malloc's could be set (glibc only).
+
+    oneDNN's are variables of the environment that are read at a process's first product, and count if this comes
+    before that; what a user has set stays.
+    """
+    for name in PROGRAM_CACHES:
+        os.environ.setdefault(name, str(KEPT_PROGRAMS))
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):

@@ -1,30 +1,32 @@
-"""The limits of malloc."""
+"""The limits of malloc and of oneDNN's programs."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 
+from qlora_lite.low_rank import cpu_multiplies_bf16
 from qlora_lite.memory import host
-from qlora_lite.memory.host import LOOSE, TIGHT, HoleLimit, keep_freed_pages
+from qlora_lite.memory.host import LOOSE, PROGRAM_CACHES, TIGHT, HoleLimit, set_host_limits
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 
 
 def test_can_be_set_with_glibc_and_says_whether_it_could() -> None:
-    assert keep_freed_pages() is GLIBC
+    assert set_host_limits() is GLIBC
 
 
 @pytest.mark.skipif(not GLIBC, reason="another malloc")
 def test_freed_pages_are_kept_until_they_are_released() -> None:
     program = """
-from qlora_lite.memory.host import keep_freed_pages, release_freed_pages
+from qlora_lite.memory.host import set_host_limits, release_freed_pages
 from qlora_lite.memory.measure import resident_bytes
 import torch
-keep_freed_pages()
+set_host_limits()
 start = resident_bytes()
 kept = [torch.ones(1 << 20) for _ in range(40)]
 above = torch.ones(1 << 20)
@@ -42,10 +44,10 @@ print(held >> 20, (resident_bytes() - start) >> 20)
 @pytest.mark.parametrize("part", [TIGHT, LOOSE])
 def test_a_limit_hands_back_when_the_process_has_grown_and_not_before(part: float) -> None:
     program = f"""
-from qlora_lite.memory.host import LEAST_GROWTH, HoleLimit, keep_freed_pages
+from qlora_lite.memory.host import LEAST_GROWTH, HoleLimit, set_host_limits
 from qlora_lite.memory.measure import resident_bytes
 import torch
-keep_freed_pages()
+set_host_limits()
 limit = HoleLimit({part})
 start = resident_bytes()
 room = max(LEAST_GROWTH, int(start * {part}))
@@ -70,3 +72,28 @@ def test_only_a_tight_limit_hands_back_between_phases(
     monkeypatch.setattr(host, "release_freed_pages", lambda: bool(calls.append(1)))
     HoleLimit(part).phase_ends()
     assert len(calls) == released
+
+
+SHAPES = """
+import torch
+from qlora_lite.memory.host import set_host_limits
+from qlora_lite.memory.measure import resident_bytes
+set_host_limits()
+weight = torch.randn(64, 64, dtype=torch.bfloat16)
+weight[:8] @ weight
+start = resident_bytes()
+for rows in range(9, 400):
+    torch.ones(rows, 64, dtype=torch.bfloat16) @ weight
+print((resident_bytes() - start) >> 20)
+"""
+
+
+@pytest.mark.skipif(not cpu_multiplies_bf16(), reason="oneDNN multiplies nothing of 16 bits here")
+def test_products_of_many_shapes_leave_few_programs_behind_and_the_users_own_limit_stays() -> None:
+    def grown(**named: str) -> int:
+        given = {name: value for name, value in os.environ.items() if name not in PROGRAM_CACHES}
+        command = [sys.executable, "-c", SHAPES]
+        return int(subprocess.run(command, env=given | named, capture_output=True, text=True, check=True).stdout)
+
+    assert grown() < 110  # 96 programs of some 650 KiB; 391 of them would be 250 MiB
+    assert grown(**dict.fromkeys(PROGRAM_CACHES, "1024")) > 180

@@ -14,4 +14,5 @@ def test_a_killed_run_is_finished_by_the_same_call_to_the_same_files() -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--tiny"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["killed"] >= 5 and figures["wrong"] == 0, done.stdout
+    assert figures["killed"]["run"] >= 6 and figures["killed"]["resumed run"] >= 3, done.stdout
+    assert figures["wrong"] == 0, done.stdout

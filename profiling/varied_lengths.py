@@ -1,0 +1,106 @@
+"""What do batches of many lengths cost, beside transformers + peft + bitsandbytes?
+
+    python profiling/varied_lengths.py            # 60 steps of 1 x 64 to 256 tokens; some five minutes on two cores
+    python profiling/varied_lengths.py --tiny
+
+SmolLM2-135M in NF4 on a CPU, no block recomputed. oneDNN keeps a program of some 650 KiB for each shape of a product,
+up to 1,024 of them; ours keeps fewer (qlora_lite/memory/host.py). Three processes take a step each in turn, with the
+same lengths: ours, ours with as many programs as oneDNN keeps by itself, and the peer.
+
+Prints a table, and ends with one JSON line: for each `seconds` (the median step) and `peaks`, the process's peak in
+bytes above what was resident after set-up, after each step; `peak_ratio` and `time_ratio`, ours to the peer's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from step_worker import Work
+from versus_peft import MIB, Worker
+
+from qlora_lite.memory.host import PROGRAM_CACHES
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+STEPS, TINY_STEPS = 60, 4
+TOKENS, TINY_TOKENS = 256, 32
+ALL_PROGRAMS = 1024  # oneDNN's own limit
+SHOWN = 6  # columns of the table
+
+
+@contextmanager
+def as_many_programs_as_usual() -> Iterator[None]:
+    """What is started within the block keeps as many programs as without us."""
+    os.environ.update(dict.fromkeys(PROGRAM_CACHES, str(ALL_PROGRAMS)))
+    try:
+        yield
+    finally:
+        for name in PROGRAM_CACHES:
+            del os.environ[name]
+
+
+def measured(works: dict[str, Work]) -> dict[str, dict[str, Any]]:
+    workers = {}
+    for name, work in works.items():
+        if name == "ours":
+            workers[name] = Worker(work)
+            continue
+        with as_many_programs_as_usual():
+            workers[name] = Worker(work)
+    for _ in range(works["ours"].steps):
+        for worker in workers.values():
+            worker.step()
+    found = {}
+    for name, worker in workers.items():
+        seconds = worker.finish()["seconds"]
+        found[name] = {"seconds": seconds, "peaks": [line["peak"] for line in worker.figures if "peak" in line]}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="a random model of two small layers")
+    tiny = parser.parse_args().tiny
+    for name in PROGRAM_CACHES:
+        os.environ.pop(name, None)  # the caller's own would count for all
+    with tempfile.TemporaryDirectory() as scratch:
+        if tiny:
+            from tiny_model import make_tiny_model
+
+            model = make_tiny_model(Path(scratch) / "model")
+        else:
+            from real_model import fetch
+
+            model = fetch()
+        steps, tokens = (TINY_STEPS, TINY_TOKENS) if tiny else (STEPS, TOKENS)
+        ours = Work("ours", str(model), checkpointing="none", rows=1, tokens=tokens, steps=steps, varied=True)
+        found = measured({"ours": ours, "ours_with_all_programs": ours, "peft": replace(ours, side="peer")})
+    shown = sorted({round(place * (steps - 1) / (SHOWN - 1)) for place in range(SHOWN)})
+    table = Table("", "s of a step", *(f"step {step + 1}" for step in shown), title="peak so far, MiB above resident")
+    for name, row in found.items():
+        peaks = (f"{row['peaks'][step] / MIB:,.0f}" for step in shown)
+        table.add_row(name.replace("_", " "), f"{row['seconds']:.2f}", *peaks)
+    console = Console()
+    console.width = max(100, console.width)
+    console.print(table)
+    ours_found, peer = found["ours"], found["peft"]
+    ratios = {
+        "peak_ratio": ours_found["peaks"][-1] / peer["peaks"][-1],
+        "time_ratio": ours_found["seconds"] / peer["seconds"],
+    }
+    print(json.dumps({**found, **ratios}))
+
+
+if __name__ == "__main__":
+    main()
