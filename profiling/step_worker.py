@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.host import set_host_limits, release_freed_pages
+from qlora_lite.memory.host import release_freed_pages, set_host_limits
 from qlora_lite.memory.measure import reset_resident_peak, resident_bytes
 from qlora_lite.memory.trace import StorageTrace
 

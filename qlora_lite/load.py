@@ -22,7 +22,7 @@ from qlora_lite.config import QuantConfig
 from qlora_lite.conversion import model_tensors
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
 from qlora_lite.finite import check_finite
-from qlora_lite.memory.host import set_host_limits, release_freed_pages
+from qlora_lite.memory.host import release_freed_pages, set_host_limits
 from qlora_lite.modules import answers_to, is_transposed_linear
 from qlora_lite.packed_files import ROWS_FILE, StoredInt8Rows, StoredPacked, int8_rows, packed_weights
 from qlora_lite.quantize_base import Slot, slots
