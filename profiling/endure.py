@@ -118,28 +118,30 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a sample of each")
     tiny = parser.parse_args().tiny
     torch.set_num_threads(1)
-    console, began = Console(), time.monotonic()
+    console, began, table = Console(), time.monotonic(), Table("what", "tried", "went wrong")
+
+    def done(*row: object) -> None:
+        table.add_row(*map(str, row))
+        console.print(f"{time.monotonic() - began:.0f} s: {row[0]}", highlight=False)
+
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         kills, kills_lost = _kills(place, tiny, console)
+        done("kills", kills, kills_lost)
         disks, disks_wrong = _disks(place, tiny, console)
+        done("full disks", *("not permitted" if value is None else value for value in (disks, disks_wrong)))
         (place / "stops").mkdir()
         stops, stops_wrong = _stops(place / "stops", tiny, console)
+        done("signals", stops, stops_wrong)
         bad_inputs, bad_inputs_wrong = _inputs(place / "arguments", tiny, console)
+        done("bad inputs", bad_inputs, bad_inputs_wrong)
         resume_cases, resume_unequal = _resumes(place, tiny, console)
+        done("resumed runs", resume_cases, resume_unequal)
         seen = soak(place / "soak", TINY_SOAK_STEPS if tiny else SOAK_STEPS)
-    table = Table("what", "tried", "went wrong")
-    table.add_row("kills", f"{kills}", f"{kills_lost}")
-    table.add_row("full disks", *("not permitted" if value is None else f"{value}" for value in (disks, disks_wrong)))
-    table.add_row("signals", f"{stops}", f"{stops_wrong}")
-    table.add_row("bad inputs", f"{bad_inputs}", f"{bad_inputs_wrong}")
-    table.add_row("resumed runs", f"{resume_cases}", f"{resume_unequal}")
-    verdict = "flat" if seen.is_flat else "it grows"
-    slope = f"{seen.slope:.0f} ± {seen.slope_error:.0f} bytes a step"
-    grown = f"{verdict}: {slope}, {seen.leaked} tensors, files {seen.files}"
-    table.add_row("steps of a long run", f"{seen.steps}", grown)
+        verdict = "flat" if seen.is_flat else "it grows"
+        slope = f"{seen.slope:.0f} ± {seen.slope_error:.0f} bytes a step"
+        done("steps of a long run", seen.steps, f"{verdict}: {slope}, {seen.leaked} tensors, files {seen.files}")
     console.print(table)
-    console.print(f"{time.monotonic() - began:.0f} s")
     figures = {
         "kills": kills,
         "kills_lost": kills_lost,

@@ -126,6 +126,8 @@ def _ended(words: list[str], said: Path, arm: Callable[[], None]) -> int | None:
             errors, nothing = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), os.open(os.devnull, os.O_WRONLY)
             os.dup2(errors, 2)
             os.dup2(nothing, 1)
+            # A shell's job in the background inherits that SIGINT is ignored, which a command keeps to.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.argv = ["qlora-lite", *words]
             arm()
             command_line()
