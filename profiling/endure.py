@@ -1,6 +1,6 @@
 """What is lost to kills and bad files, is resuming exact, and does a long run stay as it is?
 
-    python profiling/endure.py            # all of it: about half an hour on two cores
+    python profiling/endure.py            # all of it: about ten minutes on two cores
     python profiling/endure.py --tiny     # a sample, in a minute or two
 
 stops         commands that got SIGTERM, Ctrl-C or two of them in a chosen function; stops_wrong: after how many
