@@ -5,9 +5,9 @@
 
 A small run with checkpoints is killed (SIGKILL) before each of its writes, syncs, renames and removals, in the middle
 of writes, and at random times; so is the call that resumes one that was killed half-way. After each kill every
-checkpoint under its name must be sound and the adapter whole; the same call with resume=True must finish with the files
-of a run that was not disturbed. The last line is JSON: how often which of the two was killed, and after how many kills
-something was wrong.
+checkpoint under its name must be sound and the adapter whole, and the newest one of the last step in the metrics or the
+step before it; the same call with resume=True must finish with the files of a run that was not disturbed. The last line
+is JSON: how often which of the two was killed, and after how many kills something was wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kill_points import Kill, all_kills, ended
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.adapter_files import load_adapter_
 from qlora_lite.errors import QLoRAError
-from qlora_lite.run_checkpoints import checkpoints, what_is_wrong
+from qlora_lite.run_checkpoints import checkpoints, newest_sound, what_is_wrong
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 TINY_STEP, TINY_MOMENTS = 34, 2
@@ -75,6 +75,18 @@ def wrong_after_kill(model: Any, folder: Path) -> list[str]:
     return found
 
 
+def steps_kept(folder: Path) -> int:
+    """The step of the newest sound checkpoint, 0 without one."""
+    path, _ = newest_sound(folder)
+    return 0 if path is None else int(path.name.removeprefix("step-"))
+
+
+def steps_done(folder: Path) -> int:
+    """The lines of the metrics."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
 def killed_and_resumed(
     model: Path, folder: Path, wanted: dict[str, bytes], begun: Path | None, kill: Kill
 ) -> tuple[int, list[str]]:
@@ -82,8 +94,11 @@ def killed_and_resumed(
     shutil.rmtree(folder, ignore_errors=True)
     if begun is not None:
         shutil.copytree(begun, folder)
+    had = steps_kept(folder) if begun is not None else 0
     status = ended(functools.partial(run, model, folder, begun is not None), kill)
     problems = wrong_after_kill(load_quantized(model, QuantConfig()), folder)
+    if (kept := steps_kept(folder)) < max(had, steps_done(folder) - 1):
+        problems.append(f"{steps_done(folder)} steps were done, and {kept} are kept")
     if (resumed := ended(functools.partial(run, model, folder, True))) != 0:
         return status, [*problems, f"resuming ended with {resumed}"]
     found = final_files(folder)
@@ -101,7 +116,9 @@ def kills_of_a_run(model: Path, folder: Path, every: int, moments: int) -> Itera
         count += kill.point is not None
         yield "run", kill, problems
     shutil.rmtree(folder)
-    ended(functools.partial(run, model, folder, False), Kill(folder, count * every // 2))
+    status = ended(functools.partial(run, model, folder, False), Kill(folder, count * every // 2))
+    if status == 0 or not 0 < steps_kept(folder) < CONFIG.steps:
+        sys.exit(f"a run that should be killed half-way ended with {status} and kept {steps_kept(folder)} steps")
     begun = folder.with_name("begun")
     shutil.copytree(folder, begun)
     again = functools.partial(killed_and_resumed, model, folder, wanted, begun)

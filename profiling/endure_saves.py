@@ -18,6 +18,7 @@ import torch
 from kill_points import Kill, all_kills, ended
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_quantized, save_adapter, storage
+from qlora_lite.adapters import lora_layers
 from qlora_lite.export import merge_checkpoint
 from qlora_lite.quantized_files import save_quantized
 
@@ -36,7 +37,9 @@ class Save:
 def _adapted(model: Path) -> torch.nn.Module:
     loaded = load_quantized(model, QuantConfig())
     torch.manual_seed(0)
-    add_lora_(loaded, LoraConfig(rank=2, init="gaussian"))
+    add_lora_(loaded, LoraConfig(rank=2))
+    for layer in lora_layers(loaded).values():
+        torch.nn.init.normal_(layer.lora_B)
     return loaded
 
 
@@ -97,14 +100,17 @@ def killed_saves(model: Path, place: Path, save: Save, every: int, moments: int)
     """(kill, what was wrong) at each `every`th change of the disk, and at random moments."""
     old = place.with_name("old") if save.replaces else None
     if old is not None:
-        other = next(other for other in SAVES if other.write is not save.write and not other.replaces)
-        _work(other, model, place, True)
+        other = Save("another", _export if save.write is _quantized else _quantized, replaces=False)
+        if ended(functools.partial(_work, other, model, place, True)) != 0:
+            raise SystemExit(f"what a {save.name} was to replace could not be written")
         (place / "out").rename(old)
         shutil.copytree(old, place / "out")
     began = time.monotonic()
     if ended(functools.partial(_work, save, model, place, True)) != 0:
         raise SystemExit(f"an undisturbed {save.name} failed")
     seconds, wanted = time.monotonic() - began, files_of(place / "out")
+    if old is not None and files_of(old).items() & wanted.items() == wanted.items():
+        raise SystemExit(f"{save.name}: the old folder is the new one, and shows nothing")
     tried = functools.partial(_killed_and_done_again, save, model, place, old, wanted)
     yield from all_kills(tried, place, every, moments, seconds)
     shutil.rmtree(place)

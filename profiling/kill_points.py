@@ -120,13 +120,22 @@ def all_kills(
     """
     for point in itertools.count(0, every):
         kill = Kill(below, point)
-        status, problems = tried(kill)
-        if status == 0:
+        status, problems = _tried(tried, kill)
+        if status != 0 or problems:
+            yield kill, problems
+        if status != -signal.SIGKILL:
             break
-        yield kill, problems if status == -signal.SIGKILL else [f"it ended with {status}", *problems]
+    if point == 0:
+        raise SystemExit(f"nothing was killed: no change was seen below {below}")
     drawn = random.Random(0)
     for _ in range(moments):
         kill = Kill(below, after=drawn.uniform(0, seconds))
-        status, problems = tried(kill)
+        status, problems = _tried(tried, kill)
         if status != 0 or problems:
-            yield kill, problems if status <= 0 else [f"it ended with {status}", *problems]
+            yield kill, problems
+
+
+def _tried(tried: Callable[[Kill], tuple[int, list[str]]], kill: Kill) -> tuple[int, list[str]]:
+    """The same, where an end that is neither a kill nor a success is wrong too."""
+    status, problems = tried(kill)
+    return status, problems if status in (0, -signal.SIGKILL) else [f"it ended with {status}", *problems]

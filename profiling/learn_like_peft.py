@@ -16,7 +16,8 @@ between runs of one program that differ in rounding alone.
 
 Prints tables, draws the losses (--plot), and ends with one JSON line: `ours_perplexity`, `peft_perplexity` and their
 ratio, `largest_loss_difference`, `rounding_yardstick`, `differences` {pair: first, mean, largest}, `variants` {name:
-perplexity, step_seconds, peak}. Peaks are the process's, above what is resident before the first step.
+before (perplexity of what training began with), perplexity, step_seconds, peak}. Peaks are the process's, above what is
+resident before the first step.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def verdict(found: dict[str, dict[str, Any]], variants: list[str]) -> dict[str, 
     }
     rows = {"lora": found["ours"], **{name: found[name] for name in variants}}
     ours, theirs = found["ours"]["perplexity"], found["judged_by_ours"]["peft"]
-    rows["peft"] = {**found["peft"], "perplexity": theirs}
+    rows["peft"] = {**found["peft"], "before": found["base"]["perplexity"], "perplexity": theirs}
     return {
         "base_perplexity": found["base"]["perplexity"],
         "ours_perplexity": ours,
@@ -141,7 +142,8 @@ def verdict(found: dict[str, dict[str, Any]], variants: list[str]) -> dict[str, 
         "rounding_yardstick": max(differences[pair]["largest"] for pair in YARDSTICKS),
         "differences": differences,
         "variants": {
-            name: {key: row[key] for key in ("perplexity", "step_seconds", "peak")} for name, row in rows.items()
+            name: {key: row[key] for key in ("before", "perplexity", "step_seconds", "peak")}
+            for name, row in rows.items()
         },
     }
 
@@ -155,10 +157,11 @@ def tables(figures: dict[str, Any], steps: int) -> list[Table]:
     learned.add_row("none", f"{figures['base_perplexity']:.3f}", "-")
     for name in ("ours", "peft"):
         learned.add_row(name, f"{figures[f'{name}_perplexity']:.3f}", f"{figures['in_peft'][name]:.3f}")
-    compared = Table("variant", "perplexity", "s of a step", "peak MiB", title=f"at {steps} steps")
+    compared = Table("variant", "before", "perplexity", "s of a step", "peak MiB", title=f"at {steps} steps")
     for name, row in figures["variants"].items():
         sizes = f"{row['peak'] / MIB:,.0f}"
-        compared.add_row(name, f"{row['perplexity']:.3f}", f"{row['step_seconds']:.2f}", sizes)
+        learned_to = (f"{row[key]:.3f}" for key in ("before", "perplexity"))
+        compared.add_row(name, *learned_to, f"{row['step_seconds']:.2f}", sizes)
     return [apart, learned, compared]
 
 

@@ -126,13 +126,15 @@ def ours(work: Work) -> dict[str, Any]:
         model.float()
     if work.moved:
         move_start_(model)
+    held_out = windows_of(work, "held_out")
+    before = perplexity(model, held_out)
     seconds: list[float] = []
     resident = settled_bytes()
     losses = train_ours(model, batches(work, seconds), training(work), progress=False).losses
     figures = _figures(losses, seconds, resident)
     if not work.settings:
         save_adapter(model, work.path(work.name))
-    return {**figures, "perplexity": perplexity(model, windows_of(work, "held_out"))}
+    return {**figures, "before": before, "perplexity": perplexity(model, held_out)}
 
 
 def peer(work: Work) -> dict[str, Any]:

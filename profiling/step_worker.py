@@ -35,7 +35,7 @@ TOKEN_IDS = 100  # every tokenizer has as many
 class Work:
     """What a worker does: the side, the checkpoint, how the base is stored, and the batch.
 
-    varied: each batch is of another length, from a quarter of `tokens` to all of them.
+    lengths: of so many, from a quarter of `tokens` to all of them, each batch has one by chance; with 1, all of them.
     """
 
     side: str
@@ -48,7 +48,7 @@ class Work:
     rows: int = 2
     tokens: int = 512
     steps: int = 6
-    varied: bool = False
+    lengths: int = 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -97,9 +97,9 @@ class Watch:
         batch = {"input_ids": ids, "labels": ids.clone()}
         for _ in range(self.work.steps):
             wait_for_order()
-            length = self.work.tokens
-            if self.work.varied:
-                length = int(torch.randint(length // 4, length + 1, (), generator=generator))
+            number = int(torch.randint(self.work.lengths, (), generator=generator)) + 1
+            shortest = self.work.tokens // 4
+            length = shortest + (self.work.tokens - shortest) * number // self.work.lengths
             began = time.perf_counter()
             yield {name: rows[:, :length].contiguous() for name, rows in batch.items()}
             say(seconds=time.perf_counter() - began, peak=(resident_bytes("VmHWM") or 0) - self.start_resident)

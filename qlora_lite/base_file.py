@@ -172,13 +172,13 @@ def known_base(model: Any) -> KnownBase | None:
 
 
 def _summed(model: Any) -> KnownBase | None:
-    """What lies in the folder that a model names, which is remembered; None if that is gone or cannot be read here."""
+    """What lies in the folder that a model names, as far as it can be read, which is remembered; None if it is gone."""
     if (folder := _folder_there(model)) is None:
         return None
     try:
         base = base_of(folder, hub.read_config(folder))
     except CheckpointError:  # code of its own, or tensors in fp8, say: its adapter is to be saved all the same
-        return None
+        base = KnownBase(_facts(model.config), None)
     remember_base_(model, base)
     return base
 

@@ -67,7 +67,7 @@ def finish(figures: dict[str, Any], as_json: bool) -> None:
         return
     width = max(len(name) for name in figures)
     for name, value in figures.items():
-        print(f"{name.replace('_', ' '):<{width}}  {'none' if value is None else value}")
+        print(f"{name.replace('_', ' '):<{width}}  {'-' if value is None else value}")
 
 
 def check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:

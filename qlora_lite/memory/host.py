@@ -48,7 +48,8 @@ def set_host_limits() -> bool:
     before that; what a user has set stays.
     """
     for name in PROGRAM_CACHES:
-        os.environ.setdefault(name, str(KEPT_PROGRAMS))
+        if name.replace("ONEDNN", "DNNL") not in os.environ:  # the older name, which oneDNN reads too
+            os.environ.setdefault(name, str(KEPT_PROGRAMS))
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
