@@ -67,7 +67,8 @@ def finish(figures: dict[str, Any], as_json: bool) -> None:
         return
     width = max(len(name) for name in figures)
     for name, value in figures.items():
-        print(f"{name.replace('_', ' '):<{width}}  {'-' if value is None else value}")
+        said = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        print(f"{name.replace('_', ' '):<{width}}  {'-' if said is None else said}")
 
 
 def check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import typing
 from typing import Annotated
 
@@ -15,6 +16,14 @@ def test_names_and_numbers_stand_between_commas() -> None:
     assert cli_options.listed_tokens("7,12") == [7, 12]
     with pytest.raises(ConfigError, match="--train-tokens must be token numbers with commas; got '7,x'"):
         cli_options.listed_tokens("7,x")
+
+
+def test_figures_are_for_a_person_or_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"files_written": ["a", "b"], "halved": None, "steps": 0}
+    cli_options.finish(figures, as_json=False)
+    assert capsys.readouterr().out == "files written  a, b\nhalved         -\nsteps          0\n"
+    cli_options.finish(figures, as_json=True)
+    assert json.loads(capsys.readouterr().out) == figures
 
 
 def test_every_option_says_what_it_is_for() -> None:
