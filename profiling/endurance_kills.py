@@ -31,7 +31,7 @@ from kill_points import Kill, all_kills, ended
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.adapter_files import load_adapter_
 from qlora_lite.errors import QLoRAError
-from qlora_lite.run_checkpoints import checkpoints, newest_sound, what_is_wrong
+from qlora_lite.run_checkpoints import checkpoints, what_is_wrong
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 TINY_STEP, TINY_MOMENTS = 34, 2
@@ -77,8 +77,7 @@ def wrong_after_kill(model: Any, folder: Path) -> list[str]:
 
 def steps_kept(folder: Path) -> int:
     """The step of the newest sound checkpoint, 0 without one."""
-    path, _ = newest_sound(folder)
-    return 0 if path is None else int(path.name.removeprefix("step-"))
+    return next((step for step, path in checkpoints(folder).items() if what_is_wrong(path) is None), 0)
 
 
 def steps_done(folder: Path) -> int:
@@ -94,7 +93,7 @@ def killed_and_resumed(
     shutil.rmtree(folder, ignore_errors=True)
     if begun is not None:
         shutil.copytree(begun, folder)
-    had = steps_kept(folder) if begun is not None else 0
+    had = steps_kept(folder)
     status = ended(functools.partial(run, model, folder, begun is not None), kill)
     problems = wrong_after_kill(load_quantized(model, QuantConfig()), folder)
     if (kept := steps_kept(folder)) < max(had, steps_done(folder) - 1):

@@ -109,7 +109,7 @@ def killed_saves(model: Path, place: Path, save: Save, every: int, moments: int)
     if ended(functools.partial(_work, save, model, place, True)) != 0:
         raise SystemExit(f"an undisturbed {save.name} failed")
     seconds, wanted = time.monotonic() - began, files_of(place / "out")
-    if old is not None and files_of(old).items() & wanted.items() == wanted.items():
+    if old is not None and wanted.items() <= files_of(old).items():
         raise SystemExit(f"{save.name}: the old folder is the new one, and shows nothing")
     tried = functools.partial(_killed_and_done_again, save, model, place, old, wanted)
     yield from all_kills(tried, place, every, moments, seconds)

@@ -15,6 +15,7 @@ bytes above what was resident after set-up, after each step; `peak_ratio` and `t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -38,18 +39,18 @@ STEPS, TINY_STEPS = 60, 4
 TOKENS, TINY_TOKENS = 256, 32
 LENGTHS = 192
 ALL_PROGRAMS = 1024  # oneDNN's own limit
-OLDER_NAME = "DNNL_PRIMITIVE_CACHE_CAPACITY"
 SHOWN = 6  # columns of the table
 
 
 @contextmanager
 def as_many_programs_as_usual() -> Iterator[None]:
     """What is started within the block keeps as many programs as without us."""
-    os.environ.update(dict.fromkeys(PROGRAM_CACHES, str(ALL_PROGRAMS)))
+    usual = {names[0]: str(ALL_PROGRAMS) for names in PROGRAM_CACHES}
+    os.environ.update(usual)
     try:
         yield
     finally:
-        for name in PROGRAM_CACHES:
+        for name in usual:
             del os.environ[name]
 
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, default=LENGTHS, help="how many different lengths there are")
     given = parser.parse_args()
     tiny = given.tiny
-    for name in (*PROGRAM_CACHES, OLDER_NAME):
+    for name in itertools.chain(*PROGRAM_CACHES):
         os.environ.pop(name, None)  # the caller's own would count for all
     with tempfile.TemporaryDirectory() as scratch:
         if tiny:

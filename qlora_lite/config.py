@@ -82,7 +82,7 @@ def is_finite(value: object) -> bool:
 def check_rank(what: str, rank: object) -> None:
     """ConfigError that begins with `what` for a rank that is no integer of at least 1, or a hopelessly large one."""
     require(is_count(rank, 1), f"{what} must be an integer of at least 1", rank)
-    require(is_count(rank, 1) and rank <= MOST_RANK, f"{what} must be at most {MOST_RANK}", rank)  # type: ignore[operator]
+    require(rank <= MOST_RANK, f"{what} must be at most {MOST_RANK}", rank)  # type: ignore[operator]
 
 
 def check_alpha(what: str, alpha: object) -> None:

@@ -35,8 +35,9 @@ KEPT_BYTES = 256 << 20
 TIGHT, LOOSE = 1 / 7, 1.0
 LEAST_GROWTH = 48 << 20
 # oneDNN's own cache of programs (its documentation, "Primitive Cache"), and that of torch's layer above it (ideep),
-# each of which holds on to what the other lets go. Fewer than a step needs would all be made again in each layer.
-PROGRAM_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+# each of which holds on to what the other lets go: the names that the limit of each goes by, the older ones last.
+PROGRAM_CACHES = (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"), ("LRU_CACHE_CAPACITY",))
+# Fewer than a step needs would all be made again in each layer.
 KEPT_PROGRAMS = 96
 
 
@@ -47,9 +48,9 @@ def set_host_limits() -> bool:
     oneDNN's are variables of the environment that are read at a process's first product, and count if this comes
     before that; what a user has set stays.
     """
-    for name in PROGRAM_CACHES:
-        if name.replace("ONEDNN", "DNNL") not in os.environ:  # the older name, which oneDNN reads too
-            os.environ.setdefault(name, str(KEPT_PROGRAMS))
+    for names in PROGRAM_CACHES:
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = str(KEPT_PROGRAMS)
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
