@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a random model of two small layers")
     parser.add_argument("--lengths", type=int, default=LENGTHS, help="how many different lengths there are")
     given = parser.parse_args()
+    if given.lengths < 1:
+        parser.error(f"--lengths must be at least 1; got {given.lengths}")
     tiny = given.tiny
     for name in itertools.chain(*PROGRAM_CACHES):
         os.environ.pop(name, None)  # the caller's own would count for all
