@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_lite import LoraConfig, QuantConfig
-from qlora_lite.config import byte_count
+from qlora_lite.checks import byte_count
 from qlora_lite.forecast import Forecasts, Wanted
 from qlora_lite.memory.rehearse import fake_tensors
 from qlora_lite.plan import Memory, largest_batch

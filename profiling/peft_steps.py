@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import hub
+from qlora_lite import architecture, hub
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.quantize import import_bitsandbytes
 
@@ -81,7 +81,7 @@ def skeleton(config: Any, format: str) -> Any:
         setattr(model, "is_loaded_in_8bit" if format == "int8" else "is_loaded_in_4bit", True)
         model.quantization_method = quantization(format).quantization_method()
         model.config.quantization_config = quantization(format)
-    hub.tie(model)
+    architecture.tie(model)
     return model
 
 

@@ -42,8 +42,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
-from qlora_lite.modules import repeated_blocks
 from qlora_lite.quantize import PackedWeight
+from qlora_lite.surgery import repeated_blocks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

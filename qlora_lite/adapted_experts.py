@@ -15,8 +15,8 @@ from torch import nn
 from qlora_lite.experts import DenseStack, RoutedExperts, packable_stacks
 from qlora_lite.layer_kinds import Kind, StackKind, kind_of
 from qlora_lite.lora import LoraLayer
-from qlora_lite.modules import exchange_modules_
 from qlora_lite.router_kind import RouterKind
+from qlora_lite.surgery import exchange_modules_
 
 
 def open_stacks(model: nn.Module) -> dict[str, DenseStack]:

@@ -12,7 +12,6 @@ from qlora_lite.adapter_files import lora_numbers
 from qlora_lite.base_file import KnownBase, read_base
 from qlora_lite.config import LoraConfig
 from qlora_lite.errors import CheckpointError
-from qlora_lite.modules import answers_to
 from qlora_lite.peft_files import (
     CONFIG_FILE,
     TENSOR_FILE,
@@ -22,6 +21,7 @@ from qlora_lite.peft_files import (
     read_peft_config,
     written_tensors,
 )
+from qlora_lite.surgery import answers_to
 from qlora_lite.tensor_files import StoredTensor
 
 # peft's names for the adapters on stacks of experts (target_parameters), which hold A of all experts in one matrix.

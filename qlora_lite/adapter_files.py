@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import hub
+from qlora_lite import architecture
 from qlora_lite.adapted_experts import hold_stacks_, open_stacks, option_problems, patterned_name, stacks_among
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
 from qlora_lite.base_file import check_model_base, write_base
@@ -23,7 +23,6 @@ from qlora_lite.conv_kind import read_kernels
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
 from qlora_lite.lora import DEFAULT_ADAPTER, LoraLayer
-from qlora_lite.modules import replace_modules_
 from qlora_lite.named_adapters import active_adapter, adapter_layers, room_for
 from qlora_lite.own_base import DIGEST_KEY, HOW_TO, digest_of, is_base_of, own_weights
 from qlora_lite.parked import check_name
@@ -42,6 +41,7 @@ from qlora_lite.peft_options import NUMBERS, refused_options
 from qlora_lite.peft_targets import target_problems
 from qlora_lite.stack_files import flat_A, flat_B, places_in_files, stack_pairs, targeted_parameters
 from qlora_lite.storage import PlannedTensor, new_folder, planned, write_json, write_safetensors
+from qlora_lite.surgery import replace_modules_
 from qlora_lite.token_rows import WithTokenRows
 
 Pairs = dict[str, dict[str, Tensor]]
@@ -220,7 +220,7 @@ def _base_weights(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
 def _apart(model: nn.Module, pairs: Pairs) -> list[str]:
     """Tied layers without a common A and B. peft's ensure_weight_tying has them be one: a head's are B^T and A^T."""
     problems = []
-    for alias, source in hub.tied_pairs(model):
+    for alias, source in architecture.tied_pairs(model):
         head, embedding = pairs.get(alias.removesuffix(".weight"), {}), pairs.get(source.removesuffix(".weight"), {})
         turned = {"lora_A": embedding.get("lora_B"), "lora_B": embedding.get("lora_A")}
         known = {part: tensor.T.float() for part, tensor in turned.items() if tensor is not None}

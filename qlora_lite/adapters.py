@@ -14,8 +14,8 @@ from qlora_lite.config import LoraConfig
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.initial import check_start, originals_of, start_
 from qlora_lite.lora import DEFAULT_ADAPTER, LoraLayer
-from qlora_lite.modules import replace_modules_
 from qlora_lite.parked import check_name, parked, unpark_
+from qlora_lite.surgery import replace_modules_
 from qlora_lite.targets import select_targets
 from qlora_lite.token_rows import WithTokenRows
 from qlora_lite.trained_whole import TrainedCopy

@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_lite.errors import CheckpointError, ConfigError, TrainingError
 from qlora_lite.objective import Batch
 from qlora_lite.random_state import RandomSources, RandomState
-from qlora_lite.stopping import poll
+from qlora_lite.signals import poll
 from qlora_lite.storage import raw_bytes
 
 END = object()

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_lite import hub
+from qlora_lite import architecture
 from qlora_lite.config import ALL_LINEAR, LoraConfig
 from qlora_lite.errors import TargetError
 from qlora_lite.experts import PackedStack
 from qlora_lite.lora import LoraLayer
-from qlora_lite.modules import answers_to
+from qlora_lite.surgery import answers_to
 from qlora_lite.token_rows import TokenRows, WithTokenRows, check_takes_rows, check_tokens, rows_of
 from qlora_lite.trained_whole import TrainedCopy, copied, parameter_names
 
@@ -107,7 +107,10 @@ def token_layers(model: Any) -> list[str]:
         embedding = embedding.base_layer
     modules = plain_modules(model)
     name = next(name for name, module in modules.items() if module is embedding)
-    pairs = [(alias.removesuffix(".weight"), source.removesuffix(".weight")) for alias, source in hub.tied_pairs(model)]
+    pairs = [
+        (alias.removesuffix(".weight"), source.removesuffix(".weight"))
+        for alias, source in architecture.tied_pairs(model)
+    ]
     group = {name, *(one for pair in pairs if name in pair for one in pair)}
     group |= {alias for alias, source in pairs if source in group}
     weight: Any = embedding.weight

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import hub
+from qlora_lite import architecture
 from qlora_lite.beside import (
     biased,
     plain_modules,
@@ -28,8 +28,8 @@ from qlora_lite.config import BIASES
 from qlora_lite.delta import Replaced, Rows
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora import LoraLayer
-from qlora_lite.modules import replace_modules_
 from qlora_lite.peft_files import PREFIX
+from qlora_lite.surgery import replace_modules_
 from qlora_lite.tensor_views import Source
 from qlora_lite.token_rows import TokenRows, WithTokenRows
 from qlora_lite.trained_whole import TrainedCopy, parameter_names, plain_shape
@@ -180,7 +180,7 @@ class StoredBeside:
 
     def _check_tied(self, model: nn.Module) -> None:
         """ensure_weight_tying has tied modules that are whole be one; here they are two of the same values."""
-        for pair in hub.tied_pairs(model):
+        for pair in architecture.tied_pairs(model):
             one, other = (self.whole.get(weight.removesuffix(".weight"), {}).get("weight") for weight in pair)
             if (one is None) != (other is None) or (one is not None and not torch.equal(one, other)):  # type: ignore[arg-type]
                 self.problems.append(f"ensure_weight_tying is set, and {' and '.join(pair)} are not the same")
@@ -256,7 +256,7 @@ def _whole_units(model: nn.Module, modules: Mapping[str, nn.Module], config: Map
     chosen = [name for name in modules if name and any(_means(name, want) for want in wanted)]
     found = units(modules, chosen)
     if config.get("ensure_weight_tying"):  # then peft names the embedding alone, and trains what is tied to it as well
-        pairs = [[weight.removesuffix(".weight") for weight in pair] for pair in hub.tied_pairs(model)]
+        pairs = [[weight.removesuffix(".weight") for weight in pair] for pair in architecture.tied_pairs(model)]
         found |= units(modules, [alias for alias, source in pairs if source in found])
     return found
 

@@ -23,7 +23,7 @@ from qlora_lite.attention import OutputStash
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.trace import StorageTrace, storages_of
-from qlora_lite.modules import repeated_blocks, replaced_forward
+from qlora_lite.surgery import repeated_blocks, replaced_forward
 
 # Allocations that differ from batch to batch (other lengths, other numbers of labels) at the same number of tokens.
 MARGIN = 0.03

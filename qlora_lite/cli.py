@@ -39,7 +39,7 @@ from qlora_lite.cli_plan import plan
 from qlora_lite.cli_profile import profile
 from qlora_lite.cli_train import train
 from qlora_lite.errors import Stopped
-from qlora_lite.stopping import ended_by_signals
+from qlora_lite.signals import ended_by_signals
 
 app = typer.Typer(
     help="Fine-tune a quantized language model in little memory.",
@@ -89,10 +89,11 @@ def merge(
     json: Json = False,
 ) -> None:
     """Merge an adapter into a checkpoint, from disk to disk; say the --format that it was trained on."""
-    from qlora_lite.config import QuantConfig, dtype_named, is_count, require
+    from qlora_lite.checks import dtype_named, is_count, require
+    from qlora_lite.config import QuantConfig
     from qlora_lite.export import REPORT_FILE, merge_checkpoint
     from qlora_lite.merge_report import render
-    from qlora_lite.stopping import stoppable
+    from qlora_lite.signals import stoppable
     from qlora_lite.verify import render as render_verification
 
     target = dtype_named(dtype)
@@ -136,7 +137,7 @@ def quantize(
     from qlora_lite.formats import format_named
     from qlora_lite.load import load_quantized
     from qlora_lite.quantized_files import save_quantized
-    from qlora_lite.stopping import stoppable
+    from qlora_lite.signals import stoppable
 
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
     format_named(format)  # "none" packs nothing

@@ -86,7 +86,7 @@ def check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
 
 def shard_bytes(size: str) -> int:
     """Bytes of `--max-shard-size`. ConfigError for what is no size, or nothing."""
-    from qlora_lite.config import byte_count, require
+    from qlora_lite.checks import byte_count, require
 
     found = byte_count("--max-shard-size must be", size)
     require(found > 0, "--max-shard-size must be above 0", size)

@@ -19,7 +19,7 @@ CONTEXT = "512MiB"
 
 def memory_of(size: str, device: str, beside: str | None, option: str = "--memory") -> Any:
     """The memory to plan for. ConfigError for sizes or a device that are none."""
-    from qlora_lite.config import byte_count
+    from qlora_lite.checks import byte_count
     from qlora_lite.errors import ConfigError
     from qlora_lite.memory.measure import resident_bytes
     from qlora_lite.plan import Memory
@@ -95,7 +95,7 @@ def plan(
     from qlora_lite.plan import plan as make_plan
     from qlora_lite.plan_report import render_plan
     from qlora_lite.prediction import read_config
-    from qlora_lite.stopping import stoppable
+    from qlora_lite.signals import stoppable
 
     quant = QuantConfig(format, double_quant=double_quant, embedding_format=embedding_format)
     dial = checkpointing_named(checkpointing)

@@ -41,8 +41,8 @@ def profile(
     from qlora_lite.memory.report import render
     from qlora_lite.memory.snapshot import memory_snapshot
     from qlora_lite.prediction import prediction_or_why_not
+    from qlora_lite.signals import stoppable
     from qlora_lite.single_file import check_writable
-    from qlora_lite.stopping import stoppable
     from qlora_lite.training import profile_steps
 
     if mode not in ("full", "phases"):

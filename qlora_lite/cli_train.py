@@ -146,7 +146,7 @@ def train(
     from qlora_lite.hub import load_tokenizer
     from qlora_lite.load import load_quantized
     from qlora_lite.records import read_jsonl
-    from qlora_lite.stopping import stoppable
+    from qlora_lite.signals import stoppable
     from qlora_lite.training import train as train_model
 
     quant = QuantConfig(

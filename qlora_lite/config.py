@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import TypeVar
 
 import torch
 
+from qlora_lite.checks import FLOAT_DTYPES, byte_count, is_count, is_finite, require
 from qlora_lite.errors import ConfigError
 from qlora_lite.formats import FORMATS, UNPACKED, check_blocksize
-from qlora_lite.modules import first_pattern, layer_pattern
+from qlora_lite.surgery import first_pattern, layer_pattern
 
-FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 ALL_LINEAR = "all-linear"
 VARIANTS = ("lora", "dora")
 BIASES = ("none", "all", "lora_only")
@@ -24,9 +21,7 @@ INITS = ("normal", "kaiming", "gaussian", "orthogonal", "pissa", "loftq")
 LOFTQ_ROUNDS = re.compile(r"loftq:([1-9][0-9]{0,3})")
 OPTIMIZERS = ("adamw", "adamw8bit")
 CHECKPOINTING = ("none", "full")
-BYTE_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 SEED_LIMIT = 2**63  # torch's generators take no larger one
-COUNT_LIMIT = 2**63  # nor do its shapes, or files
 # A is (rank, in): beyond the widest layers there are, a rank only takes memory.
 MOST_RANK = 2**16
 
@@ -34,49 +29,11 @@ Number = TypeVar("Number", int, float)
 Targets = str | Sequence[str] | Callable[[str, torch.nn.Module], bool]
 
 
-def dtype_named(name: str) -> torch.dtype:
-    """`"bf16"` or `"bfloat16"` -> torch.bfloat16, and so on. Raises ConfigError for a name that is none."""
-    full = DTYPE_ALIASES.get(name, name)
-    if full not in FLOAT_DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join((*DTYPE_ALIASES, *FLOAT_DTYPES))}; got {name!r}")
-    return FLOAT_DTYPES[full]
-
-
 def checkpointing_named(text: str) -> str | int:
     """`"full"`, `"none"`, or a size such as `"300MiB"`, `"2GiB"`, `"500000000"` as bytes. ConfigError otherwise."""
     if text in CHECKPOINTING:
         return text
     return byte_count(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, or", text)
-
-
-def byte_count(what: str, text: str) -> int:
-    """Bytes of a size such as `300MiB` or `5GB`. ConfigError that begins with `what` for anything else."""
-    size = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", text.strip())
-    if size is None or size[2].lower() not in BYTE_UNITS:
-        raise ConfigError(f"{what} a size such as 300MiB or 5GB; got {text!r}")
-    return int(Fraction(size[1]) * BYTE_UNITS[size[2].lower()])
-
-
-def require(condition: bool, what: str, got: object) -> None:
-    """Raises ConfigError `<what>; got <got>` unless the condition holds."""
-    if not condition:
-        limit = " and below 2**63" if isinstance(got, int) and got >= COUNT_LIMIT else ""
-        raise ConfigError(f"{what}{limit}; got {got!r}")
-
-
-def is_count(value: object, least: int) -> bool:
-    """Whether value is an int (no bool) of at least `least`, and below 2**63."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < COUNT_LIMIT
-
-
-def is_finite(value: object) -> bool:
-    """Whether value is a real, finite number (no bool)."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int that no float reaches
-        return False
 
 
 def check_rank(what: str, rank: object) -> None:

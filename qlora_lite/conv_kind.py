@@ -27,7 +27,7 @@ from torch.nn.parameter import is_lazy
 from qlora_lite.delta import Delta
 from qlora_lite.errors import InputError
 from qlora_lite.low_rank import Adapted, multiplied, product_dtype
-from qlora_lite.modules import has_own_forward, is_router
+from qlora_lite.surgery import has_own_forward, is_router
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 # What models ask of their convolutions besides their output (Whisper, of the strides).

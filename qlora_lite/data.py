@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from qlora_lite.config import is_count, require
+from qlora_lite.checks import is_count, require
 from qlora_lite.errors import CheckpointError
 from qlora_lite.loss import IGNORE_INDEX
 from qlora_lite.records import PROMPT_ALONE, Record, check_record, shape_of

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_lite import hub
+from qlora_lite import architecture, hub
 from qlora_lite.adapter_files import load_adapter_
 from qlora_lite.base_file import check_checkpoint_base
-from qlora_lite.config import FLOAT_DTYPES, QuantConfig, is_count, require
+from qlora_lite.checks import FLOAT_DTYPES, is_count, require
+from qlora_lite.config import QuantConfig
 from qlora_lite.conversion import model_tensors
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
@@ -99,7 +100,7 @@ def _check_same_base(
 
     `load_adapter_` compares them with a model's; on meta there is nothing to compare with.
     """
-    packed, tied = {name for slot in slots for name in slot.modules}, dict(hub.tied_pairs(model))
+    packed, tied = {name for slot in slots for name in slot.modules}, dict(architecture.tied_pairs(model))
     for key, copy in adapter_tensors(adapter).items():
         name = key.removeprefix(PREFIX).removesuffix(BASE_COPY).removesuffix(TOKEN_ADAPTER)
         if not key.endswith(BASE_COPY) or name in packed:
@@ -129,7 +130,7 @@ def _check_own_base(
 def _verified(folder: Path, plan: ExportPlan, examples: Sequence[TokenizedExample]) -> Verification:
     """What transformers would build from the folder, on the folder's tensors, beside the model that was trained."""
     empty: Any = hub.empty_model(hub.read_config(folder), torch.float32)
-    hub.tie(empty)
+    architecture.tie(empty)
     written = Checkpoint.of(folder, empty, None)
     read_back = {name: written.plain(name) for name in written.tensors}
     return compare(empty, plan.compared(read_back), examples, plan.base)
@@ -146,7 +147,7 @@ def _write(
 ) -> Exported:
     check_apart(folder, source)
     if examples is not None:
-        check_examples(examples, model.config, hub.vocabulary(model))
+        check_examples(examples, model.config, architecture.vocabulary(model))
     with new_folder(folder, overwrite) as temporary:
         check_space(folder, sum(tensor.bytes for tensor in plan.tensors.values()))
         with plan.packed_ahead():
@@ -223,7 +224,7 @@ def merge_checkpoint(
     if not any_base:
         check_checkpoint_base(Path(adapter), source)
     model: Any = hub.empty_model(hub.read_config(source), load_dtype)
-    hub.tie(model)
+    architecture.tie(model)
     _check_has_originals(source, base)
     checkpoint = Checkpoint.of(source, model, config)
     slots = checkpoint.slots(model)

@@ -20,7 +20,7 @@ from qlora_lite.adapted_experts import stacks_among
 from qlora_lite.adapter_files import peft_key
 from qlora_lite.adapters import lora_layers
 from qlora_lite.beside_files import stored_replacements_
-from qlora_lite.config import FLOAT_DTYPES
+from qlora_lite.checks import FLOAT_DTYPES
 from qlora_lite.delta import Delta, Replaced, StackDelta, Update
 from qlora_lite.errors import CheckpointError
 from qlora_lite.experts import PackedStack

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlora_lite.lora import LoraLayer
-from qlora_lite.stopping import poll
+from qlora_lite.signals import poll
 from qlora_lite.storage import raw_bytes
 
 # Rows of a tensor that are copied at a time where its bytes do not lie one after the other, or elsewhere.

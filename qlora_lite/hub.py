@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ from qlora_lite.storage import read_json
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-SDPA = "sdpa"
 TEMPLATE_FOLDER = "additional_chat_templates"
 CHECKPOINT_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = (
@@ -110,57 +109,11 @@ def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
         return model.eval()
 
 
-def fill_computed_buffers_(model: Any, device: torch.device) -> None:
-    """Computes the buffers that no checkpoint holds (rotary frequencies, scales), which were left on meta.
-
-    transformers computes them where it initializes a module's weights, or its parts'; it does not see what was loaded.
-    """
-    for path, module in model.named_modules():
-        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        if not names:
-            continue
-        loaded = [(store, dict(store)) for part in module.modules() for store in (part._parameters, part._buffers)]
-        for store, tensors in loaded:
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    store[name] = tensor.to("meta")
-        for name in names:
-            empty = torch.empty_like(module._buffers[name], device="cpu")
-            module._buffers[name] = empty.fill_(torch.nan) if empty.is_floating_point() else empty
-        model._init_weights(module)
-        computed = {name: module._buffers[name].to(device) for name in names}
-        for store, tensors in loaded:
-            store.update(tensors)
-        module._buffers.update(computed)
-        if lost := [name for name, made in computed.items() if made.is_floating_point() and not (made == made).all()]:
-            raise CheckpointError(f"transformers does not say how to compute {', '.join(lost)} of {path}")
-
-
 def read_generation_config_(model: Any, folder: Path) -> None:
     """Gives a model the generation config of its checkpoint, if there is one."""
     if (folder / GENERATION_FILE).is_file():
         with _checkpoint_errors(f"{folder / GENERATION_FILE} is no generation config"):
             model.generation_config = _transformers().GenerationConfig.from_pretrained(str(folder))
-
-
-def tie(model: Any) -> None:
-    """Lets tied weights be one parameter, as the config says."""
-    model.tie_weights()
-
-
-def tied_names(model: Any) -> set[str]:
-    """Names of parameters that are aliases of others, and that a checkpoint leaves out."""
-    return {alias for alias, _ in tied_pairs(model)}
-
-
-def tied_pairs(model: Any) -> list[tuple[str, str]]:
-    """(alias, name of the parameter it is) for each of `tied_names`."""
-    return list((getattr(model, "all_tied_weights_keys", None) or {}).items())
-
-
-def ignorable_keys(model: Any) -> list[str]:
-    """Regular expressions of checkpoint entries that this architecture knows to be of no use."""
-    return [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
 
 
 @dataclass(frozen=True)
@@ -225,11 +178,6 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
     return tokenizer
 
 
-def kept_unpacked(model: Any) -> list[str]:
-    """Patterns of module names that transformers leaves unpacked in this architecture, whatever its config says."""
-    return list(getattr(model, "_keep_in_fp32_modules", None) or [])
-
-
 def save_companions(
     model: Any,
     source: Path | None,
@@ -283,67 +231,3 @@ def source_folder(model: Any) -> Path | None:
             f"the model came from {name}, which is not there any more, and its tokenizer would be missing; "
             f"set model.config._name_or_path to its folder, or to '' to export without a tokenizer"
         ) from error
-
-
-def longest_sequence(config: Any) -> int | None:
-    """How many positions the model was made for, None where its config does not say."""
-    return getattr(config, "max_position_embeddings", None)
-
-
-def vocabulary(model: Any) -> int | None:
-    """How many tokens the input embedding knows; None where the model does not say."""
-    ask = getattr(model, "get_input_embeddings", None)
-    return getattr(ask() if callable(ask) else None, "num_embeddings", None)
-
-
-def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """What the output head is applied to: the last hidden state `(batch, tokens, features)`."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-
-
-def head_of(model: Any) -> nn.Module | None:
-    """The output head, or None for a model that names none."""
-    ask = getattr(model, "get_output_embeddings", None)
-    return ask() if callable(ask) else None
-
-
-def logit_options(model: Any) -> dict[str, float]:
-    """What the model does with its head's logits, as arguments of `linear_cross_entropy`."""
-    config = model.config
-    options: dict[str, float] = {}
-    if getattr(config, "final_logit_softcapping", None):  # Gemma
-        options["softcap"] = config.final_logit_softcapping
-    if getattr(config, "logit_scale", None):  # Cohere multiplies
-        options["logit_scale"] = config.logit_scale
-    if getattr(config, "logits_scaling", None):  # Granite divides
-        options["logit_scale"] = 1 / config.logits_scaling
-    return options
-
-
-@contextmanager
-def values_asked_for() -> Iterator[None]:
-    """Within the block transformers leaves masks that say nothing out, though a fake tensor cannot tell it so."""
-    masks: Any = importlib.import_module("transformers.masking_utils")
-    own, masks.is_tracing = masks.is_tracing, lambda tensor=None: own()
-    try:
-        yield
-    finally:
-        masks.is_tracing = own
-
-
-@contextmanager
-def attention_replaced(model: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Within the block transformers' `sdpa` attention is `make(its own)`, if this model uses it."""
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) != SDPA:
-        yield
-        return
-    functions = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
-    own, was_local = functions[SDPA], SDPA in functions._local_mapping
-    functions[SDPA] = make(own)
-    try:
-        yield
-    finally:
-        functions[SDPA] = own
-        if not was_local:  # what is registered for all under this name is seen again
-            del functions[SDPA]

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import hub
+from qlora_lite import architecture, hub
+from qlora_lite.checks import check_finite
 from qlora_lite.config import LoraConfig, init_parts
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
-from qlora_lite.finite import check_finite
 from qlora_lite.layer_kinds import EmbeddingKind, LinearKind, StackKind, kind_of
 from qlora_lite.load import fitting
 from qlora_lite.lora import LoraLayer
 from qlora_lite.low_rank import dense
 from qlora_lite.own_base import holders, packed_anew
 from qlora_lite.router_kind import RouterKind
-from qlora_lite.stopping import poll
+from qlora_lite.signals import poll
 from qlora_lite.tensor_files import TensorFiles
 from qlora_lite.tensor_views import Source
 
@@ -190,7 +190,7 @@ def originals_of(model: nn.Module, names: Iterable[str], init: str) -> Originals
     if hub.quantization_of(folder) is not None:
         raise CheckpointError(f"init 'loftq' needs weights as they were before packing; {folder} holds packed ones")
     empty = hub.empty_model(hub.read_config(folder), torch.float32)
-    hub.tie(empty)
+    architecture.tie(empty)
     stored: Any = fitting(empty, folder, TensorFiles(folder).stored)
     lost = [name for name in names if f"{name}.weight" not in stored]
     if lost:

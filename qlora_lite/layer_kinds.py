@@ -19,8 +19,8 @@ from qlora_lite.conv_kind import CONVOLUTIONS, ConvKind, why_not
 from qlora_lite.delta import Added, Delta, StackDelta
 from qlora_lite.errors import InputError
 from qlora_lite.low_rank import Adapted, adapted_linear, check_features, multiplied
-from qlora_lite.modules import has_own_forward, is_router, is_transposed_linear
 from qlora_lite.router_kind import RouterKind
+from qlora_lite.surgery import has_own_forward, is_router, is_transposed_linear
 
 MAX_NORM_EPS = 1e-7  # torch.nn.functional.embedding's own
 

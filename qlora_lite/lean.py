@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from qlora_lite import hub
+from qlora_lite import architecture
 from qlora_lite.attention import causal_attention
 from qlora_lite.devices import on_cpu
-from qlora_lite.modules import replaced_forward
 from qlora_lite.pointwise import ACTIVATIONS, gated, gated_product, normalized, rms_norm
+from qlora_lite.surgery import replaced_forward
 
 PROBE_SHAPE = (3, 16)
 # What transformers may ask of an attention function that ours does not do.
@@ -149,5 +149,7 @@ def lean(model: nn.Module) -> Iterator[list[str]]:
         for name in names:
             module, forward = found[name]
             stack.enter_context(replaced_forward(module, forward))
-        stack.enter_context(hub.attention_replaced(model, lambda own: functools.partial(_attention, own, _Masks())))
+        stack.enter_context(
+            architecture.attention_replaced(model, lambda own: functools.partial(_attention, own, _Masks()))
+        )
         yield names

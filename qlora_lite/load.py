@@ -16,17 +16,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import hub
+from qlora_lite import architecture, hub
 from qlora_lite.base_file import remember_base_, what_is_known
+from qlora_lite.checks import check_finite
 from qlora_lite.config import QuantConfig
 from qlora_lite.conversion import model_tensors
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
-from qlora_lite.finite import check_finite
 from qlora_lite.memory.host import release_freed_pages, set_host_limits
-from qlora_lite.modules import answers_to, is_transposed_linear
 from qlora_lite.packed_files import ROWS_FILE, StoredInt8Rows, StoredPacked, int8_rows, packed_weights
 from qlora_lite.quantize_base import Slot, slots
-from qlora_lite.stopping import poll
+from qlora_lite.signals import poll
+from qlora_lite.surgery import answers_to, is_transposed_linear
 from qlora_lite.tensor_files import TensorFiles, tensors_in
 from qlora_lite.tensor_views import Source, Transposed, slices
 from qlora_lite.weight_rows import READ_BYTES, PackSource, ToBePacked
@@ -54,14 +54,14 @@ def fitting(
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     found = model_tensors(model, shapes, files)
     tensors: dict[str, Source | Stored] = {**found.tensors, **(packed or {})}
-    ignorable = [re.compile(pattern) for pattern in hub.ignorable_keys(model)]
+    ignorable = [re.compile(pattern) for pattern in architecture.ignorable_keys(model)]
     unexpected = [
         name
         for name, target in found.unexpected.items()
         if not any(pattern.search(name) or pattern.search(target) for pattern in ignorable)
     ]
     unexpected += [name for name in packed or {} if name not in shapes]
-    missing = shapes.keys() - tensors.keys() - hub.tied_names(model) - found.failed
+    missing = shapes.keys() - tensors.keys() - architecture.tied_names(model) - found.failed
     wrong = [
         f"{name} is {source.shape}, the model has {shapes[name]}"
         for name, source in tensors.items()
@@ -84,7 +84,7 @@ def fitting(
     problems += found.problems[:SHOWN] + ([f"and {len(found.problems) - SHOWN} more"] if found.problems[SHOWN:] else [])
     if problems:
         raise CheckpointError(f"{folder} does not fit this {type(model).__name__}: {'; '.join(problems)}")
-    twins = {alias for alias, source in hub.tied_pairs(model) if source in tensors}
+    twins = {alias for alias, source in architecture.tied_pairs(model) if source in tensors}
     return {name: source for name, source in tensors.items() if name in shapes and name not in twins}
 
 
@@ -92,7 +92,7 @@ def _torn_apart(model: nn.Module, tensors: Mapping[str, Source | Stored]) -> lis
     """Weights that are one by the config and two in the checkpoint: which of them the model has, nothing says."""
     return [
         f"{alias} and {source} are tied by the config and differ (with tie_word_embeddings false in it, they are two)"
-        for alias, source in hub.tied_pairs(model)
+        for alias, source in architecture.tied_pairs(model)
         if alias in tensors and source in tensors and not _same(tensors[alias], tensors[source])
     ]
 
@@ -281,7 +281,7 @@ def load_quantized(
     folder = hub.resolve(path_or_id)
     described = hub.read_config(folder)
     model: Any = hub.empty_model(described, dtype)
-    hub.tie(model)
+    architecture.tie(model)
     checkpoint, known = Checkpoint.of(folder, model, config), what_is_known(folder, described)
     fill_(model, checkpoint, dtype, torch.device(device))
     remember_base_(model, known())
@@ -305,5 +305,5 @@ def fill_(model: Any, checkpoint: Filling, dtype: torch.dtype, device: torch.dev
             bad.append(str(error))
     if bad:
         raise QuantizationError("; ".join(bad[:SHOWN]) + (f"; and {len(bad) - SHOWN} more" if bad[SHOWN:] else ""))
-    hub.fill_computed_buffers_(model, device)
+    architecture.fill_computed_buffers_(model, device)
     model.requires_grad_(False)

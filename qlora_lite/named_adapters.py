@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.adapters import adapted, add_lora_, bare_, lora_layers, switched
-from qlora_lite.config import LoraConfig, check_rank, is_finite, require
+from qlora_lite.checks import is_finite, require
+from qlora_lite.config import LoraConfig, check_rank
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.layer_kinds import kind_of
 from qlora_lite.lora import LoraLayer
-from qlora_lite.modules import exchange_modules_, replace_modules_
 from qlora_lite.parked import check_name, park_, parked, unpark_
+from qlora_lite.surgery import exchange_modules_, replace_modules_
 
 
 def active_adapter(model: nn.Module) -> str | None:

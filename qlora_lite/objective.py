@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qlora_lite import hub
+from qlora_lite import architecture
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora import LoraLayer
 from qlora_lite.loss import IGNORE_INDEX, linear_cross_entropy
-from qlora_lite.modules import has_own_forward
-from qlora_lite.stopping import poll
+from qlora_lite.signals import poll
+from qlora_lite.surgery import has_own_forward
 from qlora_lite.token_rows import WithTokenRows
 from qlora_lite.trained_whole import TrainedCopy
 
@@ -35,15 +35,15 @@ def labelled_tokens(batch: Batch) -> Tensor:
 
 def headless_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Sum over labelled tokens of the cross-entropy, from the last hidden state and the head's weight."""
-    head: Any = hub.head_of(model)
-    hidden = hub.hidden_states(model, batch)[:, :-1]
+    head: Any = architecture.head_of(model)
+    hidden = architecture.hidden_states(model, batch)[:, :-1]
     lora = replaced = None
     if isinstance(head, LoraLayer) and head.adapter_enabled and not head.merged:
         lora = (*head.factors, head.scaling)
     if isinstance(head, WithTokenRows) and head.adapter_enabled:
         replaced = (head.rows.tokens, head.rows.values)
     hidden = hidden.to(getattr(_plain(head), "compute_dtype", None) or hidden.dtype)
-    options: Any = hub.logit_options(model)
+    options: Any = architecture.logit_options(model)
     return linear_cross_entropy(
         hidden,
         head.weight,
@@ -63,7 +63,7 @@ def _plain(head: nn.Module) -> nn.Module:
 
 def _why_not_headless(model: nn.Module) -> str | None:
     """Why the loss cannot be computed from the last hidden state and the head's weight; None if it can, so far."""
-    head = hub.head_of(model)
+    head = architecture.head_of(model)
     if head is None or getattr(model, "base_model", model) is model:
         return "the model does not say which module is its output head"
     plain = _plain(head)
@@ -130,9 +130,9 @@ def check_packing(model: nn.Module, batch: Batch) -> None:
     training = model.training
     model.eval()
     try:
-        before = hub.hidden_states(model, probe)[:, second:]
+        before = architecture.hidden_states(model, probe)[:, second:]
         probe["input_ids"][:, :second] = probe["input_ids"][:, second : second + 1]
-        after = hub.hidden_states(model, probe)[:, second:]
+        after = architecture.hidden_states(model, probe)[:, second:]
     finally:
         model.train(training)
     if not torch.equal(before, after):

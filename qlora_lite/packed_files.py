@@ -30,9 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_lite.config import is_count, is_finite
+from qlora_lite.checks import check_finite, is_count, is_finite
 from qlora_lite.errors import CheckpointError
-from qlora_lite.finite import check_finite
 from qlora_lite.formats import BLOCKSIZES, NESTED_BLOCKSIZE, packed_bytes, row_step
 from qlora_lite.quantize import PackedWeight, code_values
 from qlora_lite.storage import PlannedTensor, planned

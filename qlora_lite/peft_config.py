@@ -13,7 +13,7 @@ from qlora_lite.adapted_experts import adaptable_stacks, patterned_name, routers
 from qlora_lite.errors import ConfigError
 from qlora_lite.layer_kinds import kind_of
 from qlora_lite.lora import LoraLayer
-from qlora_lite.modules import answers_to
+from qlora_lite.surgery import answers_to
 
 
 def adaptable_names(model: nn.Module) -> set[str]:

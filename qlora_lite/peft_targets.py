@@ -10,8 +10,8 @@ from torch import nn
 
 from qlora_lite.adapted_experts import adaptable_stacks, routers_among
 from qlora_lite.config import ALL_LINEAR
-from qlora_lite.modules import answers_to
 from qlora_lite.peft_config import adaptable_names
+from qlora_lite.surgery import answers_to
 
 # peft 0.21's reading of the number of a block (tuners_utils.py, check_target_module_exists): without a pattern the
 # name of the list must have a part before it, with one it may stand at the start.

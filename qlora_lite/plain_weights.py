@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlora_lite import hub
+from qlora_lite import architecture
 from qlora_lite.delta import Delta, Replaced, Rows, Update
 from qlora_lite.experts import DenseStack, PackedStack
 from qlora_lite.lora import LoraLayer
@@ -116,7 +116,7 @@ def weights_to_write(model: nn.Module) -> tuple[list[PlainWeight], bool]:
     for weight in weights:
         sharing.setdefault(id(weight.holder), []).append(weight)
     # Only what the config ties is found again by who loads the checkpoint; other shared tensors are written twice.
-    aliases = hub.tied_names(model)
+    aliases = architecture.tied_names(model)
     tied = [group for group in sharing.values() if len(group) > 1 and aliases & {weight.name for weight in group}]
     if any(_differ([weight.delta for weight in group]) for group in tied):
         names = {weight.name: tuple(twin.name for twin in group) for group in tied for weight in group}

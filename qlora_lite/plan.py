@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qlora_lite import hub
+from qlora_lite import architecture
 from qlora_lite.errors import ConfigError, QLoRAError, RehearsalError
 from qlora_lite.forecast import Forecast, Forecasts, Wanted, own_bytes
 from qlora_lite.formats import FORMATS, UNPACKED
@@ -151,7 +151,7 @@ def plan(found: Any, wanted: Wanted, memory: Memory, lengths: Sequence[int] | No
 
 def usual_lengths(found: Any, tokens: int) -> list[int]:
     """512, 2,048 and 8,192 tokens as far as the model goes, and the wanted number."""
-    longest = min(hub.longest_sequence(found) or LONGEST, LONGEST)
+    longest = min(architecture.longest_sequence(found) or LONGEST, LONGEST)
     return sorted({tokens, *(length for length in LENGTHS if length <= longest)})
 
 

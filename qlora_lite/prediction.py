@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._mode_utils import no_dispatch
 
-from qlora_lite import hub
+from qlora_lite import architecture, hub
 from qlora_lite.adapters import add_lora_
 from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, init_parts
 from qlora_lite.errors import CheckpointError, QLoRAError, RehearsalError
@@ -65,7 +65,7 @@ def unread_model(
     stored = getattr(found, "dtype", None) or dtype
     with no_dispatch():
         model: Any = hub.empty_model(found, dtype)
-        hub.tie(model)
+        architecture.tie(model)
     checkpoint = UnreadCheckpoint(model, quant, stored)
     with profiler.phase("load"):
         fill_(model, checkpoint, dtype, torch.device("cpu"))

@@ -15,12 +15,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qlora_lite.checks import check_packable
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import ConfigError, QuantizationError, TargetError
 from qlora_lite.experts import PackedStack, RoutedExperts, packable_stacks, stacks
-from qlora_lite.finite import check_packable
 from qlora_lite.formats import UNPACKED
-from qlora_lite.modules import (
+from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear, bnb
+from qlora_lite.surgery import (
     answers_to,
     check_all_matched,
     exchange_modules_,
@@ -28,7 +29,6 @@ from qlora_lite.modules import (
     is_transposed_linear,
     replace_modules_,
 )
-from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear, bnb
 
 BNB_4BIT_MODULES = ("Linear4bit", "LinearNF4", "LinearFP4")
 BNB_8BIT_MODULE = "Linear8bitLt"

@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import hub
+from qlora_lite import architecture, hub
 from qlora_lite.base_file import write_origin
-from qlora_lite.config import is_count, require
+from qlora_lite.checks import check_finite, is_count, require
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
 from qlora_lite.experts import PackedStack
-from qlora_lite.finite import check_finite
 from qlora_lite.load import BITSANDBYTES
 from qlora_lite.lora import LoraLayer
 from qlora_lite.packed_files import ROWS_FILE, rows_survive, serialized
 from qlora_lite.plain_weights import weights_to_write
 from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear
-from qlora_lite.stopping import poll
+from qlora_lite.signals import poll
 from qlora_lite.storage import (
     DEFAULT_SHARD_BYTES,
     PlannedTensor,
@@ -59,7 +58,7 @@ class _Layers:
             )
         packed = {name: module for name, module in modules.items() if isinstance(module, QuantizedLinear)}
         embeddings = {id(module.weight) for module in modules.values() if isinstance(module, QuantizedEmbedding)}
-        head = hub.head_of(model)
+        head = architecture.head_of(model)
         own = [layer for layer in packed.values() if id(layer.weight) not in embeddings]
         is_rows = {id(layer) for layer in own if layer is head and layer.weight.format == "int8" and len(own) > 1}
         formats = sorted({layer.weight.format for layer in own if id(layer) not in is_rows})
@@ -84,7 +83,7 @@ def _skipped(model: nn.Module, layers: _Layers) -> list[str]:
     modules = model.named_modules(remove_duplicate=False)
     linears = [name for name, module in modules if isinstance(module, kinds) or type(module).__name__ == "Conv1D"]
     skipped = [name for name in linears if name not in layers.linears]
-    patterns = [*skipped, *hub.kept_unpacked(model)]
+    patterns = [*skipped, *architecture.kept_unpacked(model)]
     # transformers leaves alone what begins with a pattern, up to a dot, or ends with it.
     lost = [
         name

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlora_lite.devices import on_cpu
 from qlora_lite.memory.host import LOOSE, TIGHT, HoleLimit
-from qlora_lite.modules import repeated_blocks, replaced_forward
+from qlora_lite.surgery import repeated_blocks, replaced_forward
 
 
 def _checked(limit: HoleLimit, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import CheckpointError
-from qlora_lite.stopping import poll
+from qlora_lite.signals import poll
 from qlora_lite.storage import UNFINISHED, new_folder, read_json, sync, write_json
 from qlora_lite.stored_state import ADAPTER_FOLDER, METRICS_FILE, STATE_FILE
 

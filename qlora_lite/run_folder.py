@@ -33,7 +33,7 @@ from qlora_lite.run_checkpoints import (
 )
 from qlora_lite.run_lock import LOCK_FILE, only_run
 from qlora_lite.run_state import RunState
-from qlora_lite.stopping import stoppable, unstopped
+from qlora_lite.signals import stoppable, unstopped
 from qlora_lite.storage import check_replaceable
 from qlora_lite.stored_state import ADAPTER_FOLDER, METRICS_FILE
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.places import check_place
 from qlora_lite.regular_files import is_regular
-from qlora_lite.stopping import stoppable, unfinished
+from qlora_lite.signals import stoppable, unfinished
 from qlora_lite.storage import UNFINISHED
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from qlora_lite.errors import CheckpointError
 from qlora_lite.exchange import exchanged
 from qlora_lite.regular_files import LARGEST_JSON, open_regular
-from qlora_lite.stopping import poll, stoppable, unfinished
+from qlora_lite.signals import poll, stoppable, unfinished
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",

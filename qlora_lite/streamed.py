@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_lite import hub
+from qlora_lite import architecture
 from qlora_lite.delta import Delta
 from qlora_lite.errors import ConfigError
-from qlora_lite.modules import has_own_forward, is_transposed_linear, replaced_forward
-from qlora_lite.stopping import poll
+from qlora_lite.signals import poll
+from qlora_lite.surgery import has_own_forward, is_transposed_linear, replaced_forward
 
 # Two orders of fp32 operations on one number.
 SAME = 1e-5
@@ -107,12 +107,12 @@ class StreamedModel:
     """
 
     def __init__(self, model: Any, names: Iterable[str]) -> None:
-        head = hub.head_of(model)
+        head = architecture.head_of(model)
         if head is None or not _is_plain(head, nn.Linear):
             got = "none" if head is None else type(head).__name__
             raise ConfigError(f"only a model with a plain linear output head can be verified; this head is {got}")
-        self._model, self._head, self._options = model, head, hub.logit_options(model)
-        hub.fill_computed_buffers_(model, torch.device("cpu"))
+        self._model, self._head, self._options = model, head, architecture.logit_options(model)
+        architecture.fill_computed_buffers_(model, torch.device("cpu"))
         there = set(names)
         self._name_of: dict[int, str] = {
             id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items() if name in there

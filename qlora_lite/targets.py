@@ -13,7 +13,7 @@ from qlora_lite.conv_kind import read_kernels, why_not
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.experts import stacks
 from qlora_lite.layer_kinds import LinearKind, kind_of
-from qlora_lite.modules import answers_to, check_all_matched, has_own_forward
+from qlora_lite.surgery import answers_to, check_all_matched, has_own_forward
 
 BLOCK = re.compile(r"(?:^|.*?\.)[^.]+\.(?P<number>\d+)\.")
 # Five digits: no model has more blocks, and a range is written out.

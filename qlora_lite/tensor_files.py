@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qlora_lite.errors import CheckpointError
 from qlora_lite.regular_files import LARGEST_JSON, excerpt, is_regular, open_regular
-from qlora_lite.stopping import poll
+from qlora_lite.signals import poll
 from qlora_lite.storage import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, read_json
 
 DTYPE_OF = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qlora_lite.errors import TargetError
 from qlora_lite.layer_kinds import LinearKind, kind_of
-from qlora_lite.modules import has_own_forward
+from qlora_lite.surgery import has_own_forward
 
 SCALE = "embed_scale"  # what transformers' scaled embeddings (Gemma) multiply their rows with
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_lite import hub
+from qlora_lite import architecture, hub
 from qlora_lite.adapters import add_lora_
 from qlora_lite.batch_stream import BatchStream
 from qlora_lite.checkpointing import checkpointed
@@ -141,7 +141,7 @@ def check_batch_shape(config: Any, rows: int, tokens: int) -> None:
     for name, value, least in (("rows", rows, 1), ("tokens", tokens, 2)):
         if not least <= value <= LARGEST_SIDE:
             raise ConfigError(f"{name} must be at least {least} and at most {LARGEST_SIDE:,}; got {value}")
-    longest = hub.longest_sequence(config)
+    longest = architecture.longest_sequence(config)
     if longest is not None and tokens > longest:
         raise ConfigError(f"tokens must be at most {longest}, the model's longest sequence; got {tokens}")
 

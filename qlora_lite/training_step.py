@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
 from torch import Tensor, nn
 
-from qlora_lite import hub
+from qlora_lite import architecture
 from qlora_lite.adapters import adapter_parameters, freeze_base_, switched
 from qlora_lite.checkpointing import Dial
 from qlora_lite.config import TrainConfig
@@ -33,7 +33,7 @@ from qlora_lite.parallel import Processes, halves
 from qlora_lite.progress import say
 from qlora_lite.random_state import RandomSources
 from qlora_lite.run_folder import RunFolder
-from qlora_lite.stopping import poll
+from qlora_lite.signals import poll
 
 FP32_BYTES = 4
 ALONE_OR_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
@@ -131,7 +131,7 @@ class Run:
         self.config, self.profiler = config, profiler
         self.adapters = _check_model(model, self.accelerator.device)
         freeze_base_(model)
-        self.vocabulary = hub.vocabulary(model)
+        self.vocabulary = architecture.vocabulary(model)
         self.close()
         optimizer = make_optimizer(self.adapters, config)
         # `Module.to` cannot exchange fake tensors, and need not be called where there is nothing to move.

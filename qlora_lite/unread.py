@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import hub
+from qlora_lite import architecture, hub
 from qlora_lite.config import QuantConfig
 from qlora_lite.conversion import model_tensors
 from qlora_lite.formats import row_step
@@ -67,7 +67,7 @@ class UnreadCheckpoint:
 
     def __init__(self, model: Any, config: QuantConfig, dtype: torch.dtype) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        tied = hub.tied_names(model)
+        tied = architecture.tied_names(model)
         files = {name: _unread(name, tensor, dtype) for name, tensor in hub.checkpoint_tensors(model).items()}
         # Views as on a real one, and in the order of reading: what is resident by when decides on the peak.
         made = model_tensors(model, shapes, files).tensors

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_lite import hub
-from qlora_lite.config import require
+from qlora_lite import architecture
+from qlora_lite.checks import require
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import ConfigError, QuantizationError
 from qlora_lite.loss import IGNORE_INDEX
-from qlora_lite.stopping import poll
+from qlora_lite.signals import poll
 from qlora_lite.streamed import StreamedModel, Weights
 
 BASE, ADAPTER = "base", "adapter"
@@ -253,7 +253,7 @@ def _paired_difference(one: list[float], other: list[float], learned: list[int])
 def check_examples(examples: Sequence[TokenizedExample], config: Any, vocabulary: int | None) -> None:
     """ConfigError for examples that a model of this config and vocabulary cannot be run on."""
     require(len(examples) > 0, "verify needs at least one example", len(examples))
-    longest, limit = max(len(example.input_ids) for example in examples), hub.longest_sequence(config)
+    longest, limit = max(len(example.input_ids) for example in examples), architecture.longest_sequence(config)
     if limit is not None and longest > limit:
         raise ConfigError(f"verify has an example of {longest} tokens, the model takes {limit}; cut them to max_length")
     largest = max(max(example.input_ids) for example in examples)

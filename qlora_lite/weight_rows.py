@@ -17,13 +17,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qlora_lite.checks import cast_finite, check_packable
 from qlora_lite.config import QuantConfig
 from qlora_lite.delta import Delta, Update
 from qlora_lite.errors import CheckpointError
-from qlora_lite.finite import cast_finite, check_packable
 from qlora_lite.formats import row_step
 from qlora_lite.quantize import PackedWeight
-from qlora_lite.stopping import poll
+from qlora_lite.signals import poll
 from qlora_lite.tensor_views import Source, slices
 
 # Of a tensor on its way to be packed: so much is read at once.

@@ -22,8 +22,8 @@ from qlora_lite import (
 from qlora_lite.adapters import adapter_parameters
 from qlora_lite.checkpointing import checkpointed
 from qlora_lite.errors import ConfigError
-from qlora_lite.modules import repeated_blocks
 from qlora_lite.objective import headless_loss
+from qlora_lite.surgery import repeated_blocks
 
 
 def test_gradients_are_the_same_and_less_is_kept(tiny_folder: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, checkpointing_named, dtype_named
+from qlora_lite.checks import dtype_named
+from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, checkpointing_named
 from qlora_lite.errors import ConfigError
 
 

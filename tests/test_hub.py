@@ -9,18 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qlora_lite.architecture import head_of, tied_names, tied_pairs
 from qlora_lite.errors import CheckpointError
 from qlora_lite.hub import (
     empty_model,
-    head_of,
     load_tokenizer,
     quantization_of,
     read_config,
     resolve,
     save_companions,
     source_folder,
-    tied_names,
-    tied_pairs,
 )
 
 

@@ -17,8 +17,8 @@ from qlora_lite import lean as lean_module
 from qlora_lite.adapters import adapter_parameters
 from qlora_lite.checkpointing import checkpointed
 from qlora_lite.lean import lean
-from qlora_lite.modules import repeated_blocks
 from qlora_lite.objective import headless_loss
+from qlora_lite.surgery import repeated_blocks
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

@@ -10,8 +10,8 @@ import torch
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.checkpointing import checkpointed
 from qlora_lite.memory.host import HoleLimit
-from qlora_lite.modules import repeated_blocks
 from qlora_lite.residency import holes_limited
+from qlora_lite.surgery import repeated_blocks
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlora_lite import hub
+from qlora_lite import architecture, hub
 from qlora_lite.delta import Delta
 from qlora_lite.errors import ConfigError
 from qlora_lite.streamed import StreamedModel, Weights, in_blocks
@@ -56,14 +56,14 @@ def sliced(tensor: Tensor) -> Any:
 
 
 def weights_of(model: Any, **deltas: Delta) -> Weights:
-    aliases = hub.tied_names(model)
+    aliases = architecture.tied_names(model)
     tensors = {name: sliced(tensor.clone()) for name, tensor in model.state_dict().items() if name not in aliases}
     return Weights(tensors, {name.replace("__", "."): delta for name, delta in deltas.items()})
 
 
 def streamed(config: Any, weights: Weights) -> StreamedModel:
     empty = hub.empty_model(config, torch.float32)
-    hub.tie(empty)
+    architecture.tie(empty)
     return StreamedModel(empty, weights.tensors)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_lite import hub
+from qlora_lite import architecture, hub
 from qlora_lite.config import QuantConfig
 from qlora_lite.load import Checkpoint
 from qlora_lite.memory.rehearse import rehearsal
@@ -33,7 +33,7 @@ def test_its_tensors_are_those_of_the_files_in_the_order_of_reading(
 ) -> None:
     folder = tiny_folder if kind == "tied" else mixtral(tmp_path)
     model = hub.empty_model(hub.read_config(folder), torch.bfloat16)
-    hub.tie(model)
+    architecture.tie(model)
     unread, read = UnreadCheckpoint(model, QuantConfig(), torch.bfloat16), Checkpoint.of(folder, model, QuantConfig())
     assert list(unread.tensors) == list(read.tensors)
     for name, tensor in unread.tensors.items():
@@ -64,7 +64,7 @@ def test_what_is_laid_out_has_the_buffers_of_what_is_packed(format: str, double_
 
 def test_packing_runs_once_for_each_shape_and_format(tiny_folder: Path) -> None:
     model = hub.empty_model(hub.read_config(tiny_folder), torch.bfloat16)
-    hub.tie(model)
+    architecture.tie(model)
     checkpoint = UnreadCheckpoint(model, QuantConfig(embedding_format="int8"), torch.float16)
     run, shapes = Counter(), set()
     for slot in checkpoint.slots(model):

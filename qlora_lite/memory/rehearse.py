@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_lite import hub
+from qlora_lite import architecture
 from qlora_lite.devices import accelerator_pretended
 from qlora_lite.errors import RehearsalError
 from qlora_lite.memory.allocator import replay
@@ -91,7 +91,7 @@ def fake_tensors(accelerator: bool = False) -> Iterator[None]:
     """
     # bitsandbytes makes this table when it first needs it and keeps it: a fake one would be there for good.
     bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
-    with accelerator_pretended() if accelerator else nullcontext(), hub.values_asked_for():
+    with accelerator_pretended() if accelerator else nullcontext(), architecture.values_asked_for():
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), _Answers(), _modules_convertible():
                 yield

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category, Key, MemoryBreakdown
 from qlora_lite.memory.running import RunningModule
-from qlora_lite.stopping import poll
+from qlora_lite.signals import poll
 
 # How a storage came into sight, and what it is as long as nobody labels it.
 MADE, MADE_IN_BACKWARD, WAITING, MET = range(4)

@@ -25,7 +25,7 @@ from qlora_lite.initial import start_
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.run_checkpoints import MANIFEST_FILE, what_is_wrong
 from qlora_lite.run_state import STATE_FILE
-from qlora_lite.stopping import ended_by_signals, poll, stoppable, unfinished, unstopped
+from qlora_lite.signals import ended_by_signals, poll, stoppable, unfinished, unstopped
 from qlora_lite.storage import planned, write_safetensors
 from qlora_lite.tensor_files import read_safetensors
 from qlora_lite.tensor_views import slices

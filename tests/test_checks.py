@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qlora_lite.checks import cast_finite, check_finite, check_packable
 from qlora_lite.errors import QuantizationError
-from qlora_lite.finite import cast_finite, check_finite, check_packable
 
 
 def test_cast_finite_names_what_does_not_fit() -> None:

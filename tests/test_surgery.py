@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qlora_lite.errors import TargetError
-from qlora_lite.modules import (
+from qlora_lite.surgery import (
     answers_to,
     check_all_matched,
     exchange_modules_,
