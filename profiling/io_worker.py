@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from qlora_lite.memory.host import release_freed_pages
+from qlora_lite.compute.host_memory import release_freed_pages
 from qlora_lite.memory.measure import reset_resident_peak, resident_bytes
 
 

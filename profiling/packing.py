@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_lite import QuantConfig
-from qlora_lite.low_rank import adapted_linear
-from qlora_lite.memory.host import set_host_limits
+from qlora_lite.compute.host_memory import set_host_limits
+from qlora_lite.compute.lora_linear import adapted_linear
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.quantize import PackedWeight, bnb
 

@@ -5,7 +5,7 @@
     python profiling/varied_lengths.py --tiny
 
 SmolLM2-135M in NF4 on a CPU, no block recomputed. oneDNN keeps a program of some 650 KiB for each shape of a product,
-up to 1,024 of them; ours keeps fewer (qlora_lite/memory/host.py). Three processes take a step each in turn, with the
+up to 1,024 of them; ours keeps fewer (qlora_lite/compute/host_memory.py). Three processes take a step each in turn, with the
 same lengths: ours, ours with as many programs as oneDNN keeps by itself, and the peer.
 
 Prints a table, and ends with one JSON line: for each `seconds` (the median step) and `peaks`, the process's peak in
@@ -31,7 +31,7 @@ from rich.table import Table
 from step_worker import Work
 from versus_peft import MIB, Worker
 
-from qlora_lite.memory.host import PROGRAM_CACHES
+from qlora_lite.compute.host_memory import PROGRAM_CACHES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qlora_lite.adapter_files import load_adapter_ as load_adapter_
     from qlora_lite.adapter_files import save_adapter as save_adapter
     from qlora_lite.adapters import add_lora_ as add_lora_
+    from qlora_lite.compute.cross_entropy import linear_cross_entropy as linear_cross_entropy
     from qlora_lite.config import LoraConfig as LoraConfig
     from qlora_lite.config import QuantConfig as QuantConfig
     from qlora_lite.config import TrainConfig as TrainConfig
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from qlora_lite.lora import Embedding as Embedding
     from qlora_lite.lora import LinearWithLoRA as LinearWithLoRA
     from qlora_lite.lora import LoraLayer as LoraLayer
-    from qlora_lite.loss import linear_cross_entropy as linear_cross_entropy
     from qlora_lite.memory.measure import MemoryProfiler as MemoryProfiler
     from qlora_lite.memory.rehearse import rehearse as rehearse
     from qlora_lite.merge import merge_lora_ as merge_lora_

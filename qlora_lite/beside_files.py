@@ -24,8 +24,8 @@ from qlora_lite.beside import (
     units,
     with_token_rows,
 )
+from qlora_lite.compute.weight_update import Replaced, Rows
 from qlora_lite.config import BIASES
-from qlora_lite.delta import Replaced, Rows
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora import LoraLayer
 from qlora_lite.peft_files import PREFIX

@@ -1,7 +1,7 @@
 """Activation checkpointing as a dial: keep a block for backward, or its input only and compute the rest again.
 
 (arXiv:1604.06174.) "Keep" means what is dear to compute, products and attention; norms and activations are computed
-again in any case (derived.py). Between "none" (recompute no block) and "full" (recompute all) a number of bytes may
+again in any case (recompute.py). Between "none" (recompute no block) and "full" (recompute all) a number of bytes may
 be given. Then as much is kept as it allows, what saves the most time a byte first: the outputs of attention in as
 many blocks as fit, and when they fit in all, whole blocks. How much that is follows from the first step, in which one
 block is kept and every storage is followed. All grows with the tokens of a batch, so the numbers are found anew for
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lite.attention import OutputStash
+from qlora_lite.compute.cpu_attention import OutputStash
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.trace import StorageTrace, storages_of

@@ -152,7 +152,7 @@ def quantize(
 @app.command(cls=StrictCommand)
 def env(json: Json = False) -> None:
     """Show versions, the machine, and whether its CPU multiplies bf16."""
-    from qlora_lite.environment import environment
+    from qlora_lite.compute.environment import environment
 
     finish(environment(), json)
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from qlora_lite.delta import Delta
+from qlora_lite.compute.lora_linear import Adapted, multiplied, product_dtype
+from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import InputError
-from qlora_lite.low_rank import Adapted, multiplied, product_dtype
 from qlora_lite.surgery import has_own_forward, is_router
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 
 from qlora_lite.checks import is_count, require
+from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.errors import CheckpointError
-from qlora_lite.loss import IGNORE_INDEX
 from qlora_lite.records import PROMPT_ALONE, Record, check_record, shape_of
 from qlora_lite.records import read_jsonl as read_jsonl
 from qlora_lite.regular_files import excerpt

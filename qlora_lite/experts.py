@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qlora_lite.low_rank import Packed, adapted_linear
+from qlora_lite.compute.lora_linear import Packed, adapted_linear
 from qlora_lite.quantize import PackedWeight
 
 DOWN = "down_proj"

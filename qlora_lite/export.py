@@ -19,13 +19,13 @@ from qlora_lite import architecture, hub
 from qlora_lite.adapter_files import load_adapter_
 from qlora_lite.base_file import check_checkpoint_base
 from qlora_lite.checks import FLOAT_DTYPES, is_count, require
+from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.config import QuantConfig
 from qlora_lite.conversion import model_tensors
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
 from qlora_lite.load import Checkpoint
-from qlora_lite.memory.host import set_host_limits
 from qlora_lite.merge_report import MergeReport
 from qlora_lite.named_adapters import active_adapter, using_adapter
 from qlora_lite.own_base import DIGEST_KEY, HOW_TO, digest_of, own_weights

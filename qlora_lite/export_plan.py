@@ -21,13 +21,13 @@ from qlora_lite.adapter_files import peft_key
 from qlora_lite.adapters import lora_layers
 from qlora_lite.beside_files import stored_replacements_
 from qlora_lite.checks import FLOAT_DTYPES
-from qlora_lite.delta import Delta, Replaced, StackDelta, Update
+from qlora_lite.compute.host_memory import HoleLimit, release_freed_pages
+from qlora_lite.compute.weight_update import Delta, Replaced, StackDelta, Update
 from qlora_lite.errors import CheckpointError
 from qlora_lite.experts import PackedStack
 from qlora_lite.layer_kinds import StackKind
 from qlora_lite.load import Checkpoint
 from qlora_lite.lora import LoraLayer
-from qlora_lite.memory.host import HoleLimit, release_freed_pages
 from qlora_lite.merge_report import MergeReport, TensorFigures
 from qlora_lite.peft_files import adapter_tensors
 from qlora_lite.plain_weights import PlainWeight, weights_to_write

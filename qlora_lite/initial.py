@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture, hub
 from qlora_lite.checks import check_finite
+from qlora_lite.compute.lora_linear import dense
 from qlora_lite.config import LoraConfig, init_parts
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.layer_kinds import EmbeddingKind, LinearKind, StackKind, kind_of
 from qlora_lite.load import fitting
 from qlora_lite.lora import LoraLayer
-from qlora_lite.low_rank import dense
 from qlora_lite.own_base import holders, packed_anew
 from qlora_lite.router_kind import RouterKind
 from qlora_lite.signals import poll

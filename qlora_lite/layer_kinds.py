@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_lite.compute.lora_linear import Adapted, adapted_linear, check_features, multiplied
+from qlora_lite.compute.weight_update import Added, Delta, StackDelta
 from qlora_lite.conv_kind import CONVOLUTIONS, ConvKind, why_not
-from qlora_lite.delta import Added, Delta, StackDelta
 from qlora_lite.errors import InputError
-from qlora_lite.low_rank import Adapted, adapted_linear, check_features, multiplied
 from qlora_lite.router_kind import RouterKind
 from qlora_lite.surgery import has_own_forward, is_router, is_transposed_linear
 

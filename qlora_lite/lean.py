@@ -1,7 +1,7 @@
 """Lets a model of transformers compute, while it is trained, what it computes anyway with less kept and less made.
 
-Three parts of a block are exchanged for nodes of ours: norms and gated activations (pointwise.py), and on a CPU
-causal attention (attention.py). A module is recognized by what it computes: its own forward, run on small random
+Three parts of a block are exchanged for nodes of ours: norms and gated activations (norms_and_gates.py), and on a CPU
+causal attention (cpu_attention.py). A module is recognized by what it computes: its own forward, run on small random
 numbers, must give what the node gives, bit for bit. What is not recognized is left alone.
 """
 
@@ -20,9 +20,9 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qlora_lite import architecture
-from qlora_lite.attention import causal_attention
-from qlora_lite.devices import on_cpu
-from qlora_lite.pointwise import ACTIVATIONS, gated, gated_product, normalized, rms_norm
+from qlora_lite.compute.cpu_attention import causal_attention
+from qlora_lite.compute.devices import on_cpu
+from qlora_lite.compute.norms_and_gates import ACTIVATIONS, gated, gated_product, normalized, rms_norm
 from qlora_lite.surgery import replaced_forward
 
 PROBE_SHAPE = (3, 16)

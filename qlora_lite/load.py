@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from qlora_lite import architecture, hub
 from qlora_lite.base_file import remember_base_, what_is_known
 from qlora_lite.checks import check_finite
+from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits
 from qlora_lite.config import QuantConfig
 from qlora_lite.conversion import model_tensors
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
-from qlora_lite.memory.host import release_freed_pages, set_host_limits
 from qlora_lite.packed_files import ROWS_FILE, StoredInt8Rows, StoredPacked, int8_rows, packed_weights
 from qlora_lite.quantize_base import Slot, slots
 from qlora_lite.signals import poll

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.checks import cast_finite, is_count, require
+from qlora_lite.compute.lora_linear import dense, row_slices
+from qlora_lite.compute.weight_update import Added, Delta
 from qlora_lite.config import check_lora_numbers, check_variant
 from qlora_lite.conv_kind import OPTIONS, why_not
-from qlora_lite.delta import Added, Delta
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.layer_kinds import StackKind, kind_of
-from qlora_lite.low_rank import dense, row_slices
 from qlora_lite.router_kind import RouterKind
 from qlora_lite.surgery import is_transposed_linear
 

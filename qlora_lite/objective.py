@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qlora_lite import architecture
+from qlora_lite.compute.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora import LoraLayer
-from qlora_lite.loss import IGNORE_INDEX, linear_cross_entropy
 from qlora_lite.signals import poll
 from qlora_lite.surgery import has_own_forward
 from qlora_lite.token_rows import WithTokenRows

@@ -16,9 +16,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from qlora_lite.compute.random_state import RandomSources
 from qlora_lite.config import SEED_LIMIT
 from qlora_lite.errors import Stopped, TrainingError
-from qlora_lite.random_state import RandomSources
 
 Made = TypeVar("Made")
 

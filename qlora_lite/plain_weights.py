@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlora_lite import architecture
-from qlora_lite.delta import Delta, Replaced, Rows, Update
+from qlora_lite.compute.weight_update import Delta, Replaced, Rows, Update
 from qlora_lite.experts import DenseStack, PackedStack
 from qlora_lite.lora import LoraLayer
 from qlora_lite.quantize import PackedWeight

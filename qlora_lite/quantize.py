@@ -24,13 +24,13 @@ from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite import int8_product
 from qlora_lite.checks import check_packable
+from qlora_lite.compute.devices import on_cpu
+from qlora_lite.compute.lora_linear import adapted_linear, check_features
+from qlora_lite.compute.slicing import covering
 from qlora_lite.config import QuantConfig
-from qlora_lite.devices import on_cpu
 from qlora_lite.errors import InputError, QuantizationError
 from qlora_lite.formats import NESTED_BLOCKSIZE, block_count, format_named, packed_bytes, row_step, storage_bytes
-from qlora_lite.low_rank import adapted_linear, check_features
 from qlora_lite.nearest_code import pack_4bit
-from qlora_lite.slices import covering
 
 
 def import_bitsandbytes(module: str) -> Any:

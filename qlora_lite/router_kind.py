@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from qlora_lite.delta import Delta
-from qlora_lite.low_rank import Adapted
+from qlora_lite.compute.lora_linear import Adapted
+from qlora_lite.compute.weight_update import Delta
 
 
 class RouterKind:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_lite import architecture
-from qlora_lite.delta import Delta
+from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import ConfigError
 from qlora_lite.signals import poll
 from qlora_lite.surgery import has_own_forward, is_transposed_linear, replaced_forward

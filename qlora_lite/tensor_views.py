@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qlora_lite.compute.slicing import covering
 from qlora_lite.errors import CheckpointError
 from qlora_lite.signals import poll
-from qlora_lite.slices import covering
 
 # What a view that has to pass over all of its source, to give a few rows, reads at once.
 PASS_BYTES = 16 << 20

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qlora_lite.low_rank import check_features, product_dtype
+from qlora_lite.compute.lora_linear import check_features, product_dtype
 from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from qlora_lite.checks import cast_finite, check_packable
+from qlora_lite.compute.weight_update import Delta, Update
 from qlora_lite.config import QuantConfig
-from qlora_lite.delta import Delta, Update
 from qlora_lite.errors import CheckpointError
 from qlora_lite.formats import row_step
 from qlora_lite.quantize import PackedWeight

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from qlora_lite.batch_stream import BatchStream
+from qlora_lite.compute.random_state import RandomSources, loader_generators
 from qlora_lite.errors import CheckpointError, TrainingError
-from qlora_lite.random_state import RandomSources, loader_generators
 
 
 def batch(number: int) -> dict[str, torch.Tensor]:

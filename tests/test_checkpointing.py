@@ -9,18 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lite import (
-    LoraConfig,
-    MemoryProfiler,
-    QuantConfig,
-    TrainConfig,
-    add_lora_,
-    load_quantized,
-    low_rank,
-    train,
-)
+from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.adapters import adapter_parameters
 from qlora_lite.checkpointing import checkpointed
+from qlora_lite.compute import lora_linear
 from qlora_lite.errors import ConfigError
 from qlora_lite.objective import headless_loss
 from qlora_lite.surgery import repeated_blocks
@@ -52,8 +44,8 @@ def test_the_last_product_of_a_block_is_not_computed_again(tiny_folder: Path, mo
     add_lora_(model, LoraConfig(rank=2))
     tokens = torch.randint(100, (1, 8))
     products: list[int] = []
-    product = low_rank._product
-    monkeypatch.setattr(low_rank, "_product", lambda *given: (products.append(1), product(*given))[1])
+    product = lora_linear._product
+    monkeypatch.setattr(lora_linear, "_product", lambda *given: (products.append(1), product(*given))[1])
     with checkpointed(model, "full"):
         loss = headless_loss(model, {"input_ids": tokens, "labels": tokens})
         assert len(products) == 2 * 7

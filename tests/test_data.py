@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data import TokenizedExample, batches, epoch_order, pack, tokenize, tokenize_all
 from qlora_lite.errors import CheckpointError, ConfigError
-from qlora_lite.loss import IGNORE_INDEX
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"

@@ -20,13 +20,13 @@ from qlora_lite import (
     export_merged,
     load_adapter_,
     load_quantized,
-    low_rank,
     merge_lora_,
     save_adapter,
     train,
     unmerge_lora_,
 )
 from qlora_lite.adapters import adapter_parameters, lora_layers
+from qlora_lite.compute import lora_linear
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export import merge_checkpoint
@@ -81,13 +81,13 @@ def gradients(layer: LoraLayer, y: Tensor, x: Tensor) -> list[Tensor]:
 def test_output_and_gradients_are_those_of_the_equation(
     kind: str, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(low_rank, "SLICE_BYTES", 4 * 64 * 64)  # several slices
+    monkeypatch.setattr(lora_linear, "SLICE_BYTES", 4 * 64 * 64)  # several slices
     holder = nn.Sequential(MAKERS[kind](128, 192))
     if format != "none" and kind != "embedding":
         quantize_base_(holder, QuantConfig(format=format))
     layer = warm_(dora(holder[0]))
     stored: Any = layer.base_layer.weight
-    weight = layer.kind.upright(low_rank.dense(stored, torch.float32)).detach()
+    weight = layer.kind.upright(lora_linear.dense(stored, torch.float32)).detach()
     x = inputs(kind, 128)
     if x.is_floating_point():
         x.requires_grad_()
@@ -200,7 +200,7 @@ def test_exports_from_memory_and_disk_are_one_and_the_report_is_right(
     for name, layer in lora_layers(model).items():
         written = memory[f"{name}.weight"]
         stored: Any = layer.base_layer.weight
-        before = low_rank.dense(stored, torch.float32).detach()
+        before = lora_linear.dense(stored, torch.float32).detach()
         if base == "original":
             before = plain.get_submodule(name).weight
         else:

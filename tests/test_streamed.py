@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qlora_lite import architecture, hub
-from qlora_lite.delta import Delta
+from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import ConfigError
 from qlora_lite.streamed import StreamedModel, Weights, in_blocks
 

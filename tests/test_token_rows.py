@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_lite.compute.cross_entropy import linear_cross_entropy
 from qlora_lite.config import QuantConfig
 from qlora_lite.errors import TargetError
-from qlora_lite.loss import linear_cross_entropy
 from qlora_lite.quantize import PackedWeight, QuantizedEmbedding
 from qlora_lite.token_rows import TokenRows, WithTokenRows, check_takes_rows, check_tokens, rows_of
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qlora_lite import QuantConfig, weight_rows
-from qlora_lite.delta import Delta, StackDelta
+from qlora_lite.compute.weight_update import Delta, StackDelta
 from qlora_lite.errors import CheckpointError, QuantizationError
 from qlora_lite.quantize import PackedWeight
 from qlora_lite.tensor_files import StoredTensor, tensors_in

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite import architecture
-from qlora_lite.devices import accelerator_pretended
+from qlora_lite.compute.devices import accelerator_pretended
 from qlora_lite.errors import RehearsalError
 from qlora_lite.memory.allocator import replay
 from qlora_lite.memory.measure import MemoryProfiler

@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lite.devices import on_cpu
+from qlora_lite.compute.devices import on_cpu
 from qlora_lite.errors import RehearsalError
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.measure import MemoryProfiler

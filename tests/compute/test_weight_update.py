@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.delta import Delta, Replaced
+from qlora_lite.compute.weight_update import Delta, Replaced
 
 
 @given(

@@ -2,14 +2,13 @@
 
 What plain autograd would do for y = W0 x + s B A x (s: its scaling):
 keep x for A, keep A x for B, keep s B A x for the addition, and, when W0 is packed, keep the whole
-unpacked W0 until backward. This node keeps x and A x only, and where x came with a recipe (derived.py) not even x.
+unpacked W0 until backward. This node keeps x and A x only, and where x came with a recipe (recompute.py) not even x.
 W0 is unpacked a second time in backward, which costs far less than holding it; the low-rank term is added into the
 product in place; no gradient is formed for anything frozen. Dropout keeps a seed instead of a mask.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._mode_utils import no_dispatch
 
-from qlora_lite.derived import Recipe, recipe_of
-from qlora_lite.devices import on_cpu
+from qlora_lite.compute.devices import cpu_multiplies_bf16, on_cpu
+from qlora_lite.compute.recompute import Recipe, recipe_of
+from qlora_lite.compute.slicing import covering
 from qlora_lite.errors import InputError
-from qlora_lite.slices import covering
 
 
 class Packed(Protocol):
@@ -164,12 +163,6 @@ def mask_(rows: Tensor, mask: Tensor) -> Tensor:
     """`masked` in place."""
     rows.view(mask.dtype).bitwise_and_(mask)
     return rows
-
-
-@functools.cache
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 instructions; without them a bf16 product takes about ten times an fp32 one."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def product_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:

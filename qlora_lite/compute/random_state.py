@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_lite.devices import on_cpu
+from qlora_lite.compute.devices import on_cpu
 from qlora_lite.errors import CheckpointError, ConfigError
 
 MERSENNE = "MT19937"  # numpy's global generator, unless somebody exchanged it

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lite.low_rank import adapted_linear, draw_seed, dropout_mask, masked, product_dtype
+from qlora_lite.compute.lora_linear import adapted_linear, draw_seed, dropout_mask, masked, product_dtype
 
 
 def parts(dtype: torch.dtype = torch.double) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from qlora_lite.compute.random_state import RandomSources, RandomState, loader_generators
 from qlora_lite.errors import CheckpointError, ConfigError
-from qlora_lite.random_state import RandomSources, RandomState, loader_generators
 
 
 def test_every_source_goes_on_as_it_did_through_json() -> None:

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from qlora_lite.low_rank import cpu_multiplies_bf16
-from qlora_lite.memory import host
-from qlora_lite.memory.host import LOOSE, PROGRAM_CACHES, TIGHT, HoleLimit, set_host_limits
+from qlora_lite.compute import host_memory
+from qlora_lite.compute.devices import cpu_multiplies_bf16
+from qlora_lite.compute.host_memory import LOOSE, PROGRAM_CACHES, TIGHT, HoleLimit, set_host_limits
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 
@@ -70,7 +70,7 @@ def test_only_a_tight_limit_hands_back_between_phases(
     part: float, released: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(host, "release_freed_pages", lambda: bool(calls.append(1)))
+    monkeypatch.setattr(host_memory, "release_freed_pages", lambda: bool(calls.append(1)))
     HoleLimit(part).phase_ends()
     assert len(calls) == released
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qlora_lite import pointwise
-from qlora_lite.derived import recipe_of
-from qlora_lite.pointwise import ACTIVATIONS, gated, rms_norm
+from qlora_lite.compute import norms_and_gates
+from qlora_lite.compute.norms_and_gates import ACTIVATIONS, gated, rms_norm
+from qlora_lite.compute.recompute import recipe_of
 
 
 @pytest.fixture(params=[1, 1 << 20], ids=["a row at a time", "all at once"], autouse=True)
 def _slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pointwise, "SLICE_BYTES", request.param)
+    monkeypatch.setattr(norms_and_gates, "SLICE_BYTES", request.param)
 
 
 def saved(make: Callable[[], Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora_lite.devices import accelerator_pretended, is_out_of_memory, on_cpu
+from qlora_lite.compute.devices import accelerator_pretended, is_out_of_memory, on_cpu
 
 
 @pytest.mark.parametrize(("device", "answer"), [("cpu", True), ("meta", False), ("xpu", False)])

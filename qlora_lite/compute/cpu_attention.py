@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_lite.low_rank import product_dtype
-from qlora_lite.slices import covering
+from qlora_lite.compute.lora_linear import product_dtype
+from qlora_lite.compute.slicing import covering
 
 # Rows of queries that meet their keys at once, and the bytes of fp32 scores that are held at once.
 BLOCK_ROWS = 128

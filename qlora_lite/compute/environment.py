@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from qlora_lite.low_rank import cpu_multiplies_bf16
+from qlora_lite.compute.devices import cpu_multiplies_bf16
 
 PACKAGES = ("qlora-lite", "torch", "bitsandbytes", "accelerate", "safetensors", "transformers", "peft")
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qlora_lite.loss import linear_cross_entropy
+from qlora_lite.compute.cross_entropy import linear_cross_entropy
+from qlora_lite.compute.slicing import covering
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.slices import covering
 
 
 @given(st.integers(0, 60), st.integers(1, 9))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lite.derived import Again, recipe_of, with_recipe
-from qlora_lite.low_rank import adapted_linear
+from qlora_lite.compute.lora_linear import adapted_linear
+from qlora_lite.compute.recompute import Again, recipe_of, with_recipe
 
 
 def test_made_once_and_let_go_after_the_last_reader() -> None:

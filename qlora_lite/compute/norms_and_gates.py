@@ -2,7 +2,7 @@
 
 Written with torch's operators one by one, an RMSNorm keeps its input twice in fp32, and silu(gate) * up keeps
 silu(gate) beside gate and up. Here each keeps what it was given, computes in fp32 in slices of rows, and hands its
-output on with a recipe (derived.py), so that the linear layers after it need not keep that either.
+output on with a recipe (recompute.py), so that the linear layers after it need not keep that either.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_lite.derived import with_recipe
-from qlora_lite.slices import covering
+from qlora_lite.compute.recompute import with_recipe
+from qlora_lite.compute.slicing import covering
 
 # Of fp32 temporaries at once: what stays in a core's caches.
 SLICE_BYTES = 1 << 20

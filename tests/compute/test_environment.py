@@ -8,7 +8,7 @@ import platform
 import pytest
 import torch
 
-from qlora_lite.environment import environment
+from qlora_lite.compute.environment import environment
 
 
 def test_versions_and_machine_are_the_ones_there() -> None:
@@ -19,5 +19,5 @@ def test_versions_and_machine_are_the_ones_there() -> None:
 
 
 def test_what_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_lite.environment.PACKAGES", ("no-such-package-here",))
+    monkeypatch.setattr("qlora_lite.compute.environment.PACKAGES", ("no-such-package-here",))
     assert environment()["no-such-package-here"] is None

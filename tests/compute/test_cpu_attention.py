@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_lite import attention
-from qlora_lite.attention import OutputStash, causal_attention
+from qlora_lite.compute import cpu_attention
+from qlora_lite.compute.cpu_attention import OutputStash, causal_attention
 
 
 def inputs(shape: tuple[int, int, int, int], key_heads: int, dtype: torch.dtype, values: int = 0) -> list[Tensor]:
@@ -60,9 +60,9 @@ def test_equals_the_written_out_formula(
     if masked:
         mask = (torch.rand(batch, 1, tokens, tokens) < 0.7) | torch.eye(tokens, dtype=torch.bool)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "BLOCK_ROWS", block)
-        patch.setattr(attention, "SCORE_BYTES", budget)
-        patch.setattr(attention, "KEY_BYTES", together)
+        patch.setattr(cpu_attention, "BLOCK_ROWS", block)
+        patch.setattr(cpu_attention, "SCORE_BYTES", budget)
+        patch.setattr(cpu_attention, "KEY_BYTES", together)
         ours = causal_attention(*tensors, 0.3, mask)
         expected = plain(*tensors, 0.3, mask)
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
@@ -89,8 +89,8 @@ def test_bf16_is_no_less_exact_than_the_written_out_formula() -> None:
 
 def test_scores_lose_nothing_to_bf16() -> None:
     q, k, _ = (tensor.detach() for tensor in inputs((1, 2, 64, 32), 2, torch.bfloat16))
-    sight = attention._Sight(slice(0, 64), None, 2, q.device)
-    weights = attention._weights(q[0].float() * 0.5, k[0].float(), slice(0, 2), sight)
+    sight = cpu_attention._Sight(slice(0, 64), None, 2, q.device)
+    weights = cpu_attention._weights(q[0].float() * 0.5, k[0].float(), slice(0, 2), sight)
     seen = torch.ones(64, 64, dtype=torch.bool).tril()
     exact = (q[0].double() @ k[0].double().transpose(1, 2) * 0.5).masked_fill(~seen, -torch.inf).softmax(-1)
     torch.testing.assert_close(weights.double(), exact, rtol=1e-4, atol=1e-7)
@@ -112,8 +112,8 @@ def test_a_stash_hands_the_outputs_out_again(monkeypatch: pytest.MonkeyPatch) ->
         first, second = causal_attention(*tensors, 0.3), causal_attention(*tensors, 0.6)
     wanted = torch.autograd.grad(second.sum(), tensors)
     calls: list[int] = []
-    attend = attention._attend
-    monkeypatch.setattr(attention, "_attend", lambda *given: (calls.append(1), attend(*given))[1])
+    attend = cpu_attention._attend
+    monkeypatch.setattr(cpu_attention, "_attend", lambda *given: (calls.append(1), attend(*given))[1])
     with stash.using():
         again = causal_attention(*tensors, 0.3), causal_attention(*tensors, 0.6)
         assert not calls

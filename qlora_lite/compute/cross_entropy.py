@@ -21,9 +21,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from qlora_lite.compute.lora_linear import Packed, product_dtype, row_slices
+from qlora_lite.compute.slicing import covering
 from qlora_lite.errors import InputError
-from qlora_lite.low_rank import Packed, product_dtype, row_slices
-from qlora_lite.slices import covering
 
 IGNORE_INDEX = -100
 # Bounds the logits of one chunk of tokens: the head is read twice for each, so small chunks are slow.

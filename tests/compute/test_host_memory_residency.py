@@ -9,8 +9,7 @@ import torch
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.checkpointing import checkpointed
-from qlora_lite.memory.host import HoleLimit
-from qlora_lite.residency import holes_limited
+from qlora_lite.compute.host_memory import HoleLimit, holes_limited
 from qlora_lite.surgery import repeated_blocks
 
 CPU = torch.device("cpu")

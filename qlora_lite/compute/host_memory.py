@@ -20,9 +20,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import psutil
+import torch
+from torch import Tensor, nn
+
+from qlora_lite.compute.devices import on_cpu
+from qlora_lite.surgery import repeated_blocks, replaced_forward
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -101,3 +108,28 @@ def _malloc_trim() -> Any | None:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError):
         return None
+
+
+def _checked(limit: HoleLimit, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A block's forward; looks at the process before it, and before its backward."""
+    limit.check()
+    result = own(*args, **kwargs)
+    for value in result if isinstance(result, tuple) else (result,):
+        if isinstance(value, Tensor) and value.requires_grad:
+            value.register_hook(lambda grad: (limit.check(), None)[1])
+            break
+    return result
+
+
+@contextmanager
+def holes_limited(model: nn.Module, device: torch.device, kind: str | int) -> Iterator[HoleLimit]:
+    """Within the block, a `HoleLimit` is checked before each repeated block's forward and backward.
+
+    kind: of checkpointing; who recomputes nothing ("none") gives memory for time, and the limit is loose.
+    On an accelerator, whose memory is not the process's, blocks are left alone. Forward methods are put back after.
+    """
+    limit = HoleLimit(LOOSE if kind == "none" else TIGHT)
+    with ExitStack() as stack:
+        for block in repeated_blocks(model) if on_cpu(device) else []:
+            stack.enter_context(replaced_forward(block, functools.partial(_checked, limit, block.forward)))
+        yield limit
