@@ -42,7 +42,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
-from qlora_lite.quantize import PackedWeight
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.surgery import repeated_blocks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))

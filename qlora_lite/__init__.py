@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from qlora_lite.adapters import add_lora_ as add_lora_
     from qlora_lite.compute.cross_entropy import linear_cross_entropy as linear_cross_entropy
     from qlora_lite.config import LoraConfig as LoraConfig
-    from qlora_lite.config import QuantConfig as QuantConfig
     from qlora_lite.config import TrainConfig as TrainConfig
     from qlora_lite.errors import QLoRAError as QLoRAError
     from qlora_lite.export import export_merged as export_merged
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
     from qlora_lite.memory.rehearse import rehearse as rehearse
     from qlora_lite.merge import merge_lora_ as merge_lora_
     from qlora_lite.merge import unmerge_lora_ as unmerge_lora_
-    from qlora_lite.quantize_base import quantize_base_ as quantize_base_
+    from qlora_lite.quantization.config import QuantConfig as QuantConfig
+    from qlora_lite.quantization.quantize_model import quantize_base_ as quantize_base_
     from qlora_lite.training import train as train
 
 __version__ = "0.1.0"

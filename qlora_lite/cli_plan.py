@@ -90,11 +90,12 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")] = False,
 ) -> None:
     """Predict from a config whether training fits into a memory, and the largest batches; exit status 3 if not."""
-    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, checkpointing_named
+    from qlora_lite.config import LoraConfig, TrainConfig, checkpointing_named
     from qlora_lite.forecast import Wanted
     from qlora_lite.plan import plan as make_plan
     from qlora_lite.plan_report import render_plan
     from qlora_lite.prediction import read_config
+    from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import stoppable
 
     quant = QuantConfig(format, double_quant=double_quant, embedding_format=embedding_format)

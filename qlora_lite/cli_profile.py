@@ -33,7 +33,7 @@ def profile(
     from contextlib import nullcontext
     from json import dumps
 
-    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, checkpointing_named
+    from qlora_lite.config import LoraConfig, TrainConfig, checkpointing_named
     from qlora_lite.memory.charts import require_matplotlib, write_chart
     from qlora_lite.memory.comparison import render_comparison
     from qlora_lite.memory.measure import MemoryProfiler
@@ -41,6 +41,7 @@ def profile(
     from qlora_lite.memory.report import render
     from qlora_lite.memory.snapshot import memory_snapshot
     from qlora_lite.prediction import prediction_or_why_not
+    from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import stoppable
     from qlora_lite.single_file import check_writable
     from qlora_lite.training import profile_steps

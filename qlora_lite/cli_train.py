@@ -140,11 +140,12 @@ def train(
     import torch
 
     from qlora_lite.adapters import add_lora_
-    from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
+    from qlora_lite.config import LoraConfig, TrainConfig
     from qlora_lite.data import batches, tokenize_all
     from qlora_lite.forecast import Wanted
     from qlora_lite.hub import load_tokenizer
     from qlora_lite.load import load_quantized
+    from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.records import read_jsonl
     from qlora_lite.signals import stoppable
     from qlora_lite.training import train as train_model

@@ -20,7 +20,6 @@ from qlora_lite.adapter_files import load_adapter_
 from qlora_lite.base_file import check_checkpoint_base
 from qlora_lite.checks import FLOAT_DTYPES, is_count, require
 from qlora_lite.compute.host_memory import set_host_limits
-from qlora_lite.config import QuantConfig
 from qlora_lite.conversion import model_tensors
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
@@ -31,7 +30,8 @@ from qlora_lite.named_adapters import active_adapter, using_adapter
 from qlora_lite.own_base import DIGEST_KEY, HOW_TO, digest_of, own_weights
 from qlora_lite.peft_files import BASE_COPY, CONFIG_FILE, PREFIX, TOKEN_ADAPTER, adapter_tensors
 from qlora_lite.plain_weights import plain_weights
-from qlora_lite.quantize_base import Slot
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.quantize_model import Slot
 from qlora_lite.storage import (
     DEFAULT_SHARD_BYTES,
     check_apart,

@@ -24,15 +24,15 @@ from qlora_lite.checks import FLOAT_DTYPES
 from qlora_lite.compute.host_memory import HoleLimit, release_freed_pages
 from qlora_lite.compute.weight_update import Delta, Replaced, StackDelta, Update
 from qlora_lite.errors import CheckpointError
-from qlora_lite.experts import PackedStack
 from qlora_lite.layer_kinds import StackKind
 from qlora_lite.load import Checkpoint
 from qlora_lite.lora import LoraLayer
 from qlora_lite.merge_report import MergeReport, TensorFigures
 from qlora_lite.peft_files import adapter_tensors
 from qlora_lite.plain_weights import PlainWeight, weights_to_write
-from qlora_lite.quantize import PackedWeight
-from qlora_lite.quantize_base import Slot
+from qlora_lite.quantization.experts import PackedStack
+from qlora_lite.quantization.packed_weight import PackedWeight
+from qlora_lite.quantization.quantize_model import Slot
 from qlora_lite.stack_files import matrices_of_A, matrices_of_B, places_in_files
 from qlora_lite.storage import PlannedTensor
 from qlora_lite.streamed import Weights

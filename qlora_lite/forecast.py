@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig
+from qlora_lite.config import LoraConfig, TrainConfig
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.memory.allocator import replay
 from qlora_lite.memory.breakdown import Category
@@ -21,6 +21,7 @@ from qlora_lite.memory.growth import Place, Sizes, continued, highest_levels, la
 from qlora_lite.memory.rehearse import fake_profiler
 from qlora_lite.memory.trace import storages_of
 from qlora_lite.prediction import rehearsed_training, unread_model
+from qlora_lite.quantization.config import QuantConfig
 
 FEW = 3
 COMPARED = FEW + 2

@@ -20,11 +20,11 @@ from qlora_lite import architecture, hub
 from qlora_lite.base_file import remember_base_, what_is_known
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits
-from qlora_lite.config import QuantConfig
 from qlora_lite.conversion import model_tensors
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
 from qlora_lite.packed_files import ROWS_FILE, StoredInt8Rows, StoredPacked, int8_rows, packed_weights
-from qlora_lite.quantize_base import Slot, slots
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.quantize_model import Slot, slots
 from qlora_lite.signals import poll
 from qlora_lite.surgery import answers_to, is_transposed_linear
 from qlora_lite.tensor_files import TensorFiles, tensors_in

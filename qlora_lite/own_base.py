@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlora_lite.config import QuantConfig
-from qlora_lite.quantize import PackedWeight
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.storage import raw_bytes
 
 # In adapter_config.json, where peft passes over what it does not know.

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from qlora_lite.checks import check_finite, is_count, is_finite
 from qlora_lite.errors import CheckpointError
-from qlora_lite.formats import BLOCKSIZES, NESTED_BLOCKSIZE, packed_bytes, row_step
-from qlora_lite.quantize import PackedWeight, code_values
+from qlora_lite.quantization.formats import BLOCKSIZES, NESTED_BLOCKSIZE, packed_bytes, row_step
+from qlora_lite.quantization.packed_weight import PackedWeight, code_values
 from qlora_lite.storage import PlannedTensor, planned
 from qlora_lite.tensor_files import StoredTensor
 from qlora_lite.tensor_views import slices

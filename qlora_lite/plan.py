@@ -14,9 +14,9 @@ from typing import Any
 from qlora_lite import architecture
 from qlora_lite.errors import ConfigError, QLoRAError, RehearsalError
 from qlora_lite.forecast import Forecast, Forecasts, Wanted, own_bytes
-from qlora_lite.formats import FORMATS, UNPACKED
 from qlora_lite.memory.rehearse import fake_profiler, fake_tensors
 from qlora_lite.prediction import unread_model
+from qlora_lite.quantization.formats import FORMATS, UNPACKED
 from qlora_lite.training import check_batch_shape
 
 # Longer searches end here: such a batch is one that nobody trains with.

@@ -11,12 +11,13 @@ from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite import architecture, hub
 from qlora_lite.adapters import add_lora_
-from qlora_lite.config import LoraConfig, QuantConfig, TrainConfig, init_parts
+from qlora_lite.config import LoraConfig, TrainConfig, init_parts
 from qlora_lite.errors import CheckpointError, QLoRAError, RehearsalError
 from qlora_lite.load import fill_
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.rehearse import rehearsal, rehearsed_report
 from qlora_lite.memory.report import MemoryReport
+from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.training import check_batch_shape, train
 from qlora_lite.unread import UnreadCheckpoint
 

@@ -18,12 +18,13 @@ from qlora_lite import architecture, hub
 from qlora_lite.base_file import write_origin
 from qlora_lite.checks import check_finite, is_count, require
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
-from qlora_lite.experts import PackedStack
 from qlora_lite.load import BITSANDBYTES
 from qlora_lite.lora import LoraLayer
 from qlora_lite.packed_files import ROWS_FILE, rows_survive, serialized
 from qlora_lite.plain_weights import weights_to_write
-from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear
+from qlora_lite.quantization.experts import PackedStack
+from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.signals import poll
 from qlora_lite.storage import (
     DEFAULT_SHARD_BYTES,

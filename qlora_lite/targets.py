@@ -11,8 +11,8 @@ from qlora_lite.adapted_experts import open_stacks
 from qlora_lite.config import ALL_LINEAR, LoraConfig, Targets
 from qlora_lite.conv_kind import read_kernels, why_not
 from qlora_lite.errors import ConfigError, TargetError
-from qlora_lite.experts import stacks
 from qlora_lite.layer_kinds import LinearKind, kind_of
+from qlora_lite.quantization.experts import stacks
 from qlora_lite.surgery import answers_to, check_all_matched, has_own_forward
 
 BLOCK = re.compile(r"(?:^|.*?\.)[^.]+\.(?P<number>\d+)\.")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qlora_lite.compute.lora_linear import check_features, product_dtype
-from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear
+from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 
 def plain_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import architecture, hub
-from qlora_lite.config import QuantConfig
 from qlora_lite.conversion import model_tensors
-from qlora_lite.formats import row_step
 from qlora_lite.load import Checkpoint
-from qlora_lite.quantize import PackedWeight
-from qlora_lite.quantize_base import Slot
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.formats import row_step
+from qlora_lite.quantization.packed_weight import PackedWeight
+from qlora_lite.quantization.quantize_model import Slot
 from qlora_lite.tensor_views import Source
 from qlora_lite.weight_rows import PackSource
 

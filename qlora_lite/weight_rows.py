@@ -19,10 +19,10 @@ from torch import Tensor
 
 from qlora_lite.checks import cast_finite, check_packable
 from qlora_lite.compute.weight_update import Delta, Update
-from qlora_lite.config import QuantConfig
 from qlora_lite.errors import CheckpointError
-from qlora_lite.formats import row_step
-from qlora_lite.quantize import PackedWeight
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.formats import row_step
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.signals import poll
 from qlora_lite.tensor_views import Source, slices
 

@@ -12,10 +12,10 @@ from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add
 from qlora_lite.adapters import adapter_parameters, adapters_disabled, freeze_base_, lora_layers, remove_lora_
 from qlora_lite.beside import plain_modules, trained_copies, trained_whole, with_token_rows
 from qlora_lite.errors import ConfigError, TargetError
-from qlora_lite.experts import PackedStack
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.merge import merge_lora_, unmerge_lora_
-from qlora_lite.quantize import PackedWeight
+from qlora_lite.quantization.experts import PackedStack
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 TOKENS = torch.arange(24).view(2, 12) % 60 + 2
 BATCH = {"input_ids": TOKENS, "labels": TOKENS}

@@ -23,7 +23,8 @@ from qlora_lite import (
 )
 from qlora_lite.adapters import lora_layers
 from qlora_lite.export import merge_checkpoint
-from qlora_lite.quantize import PackedWeight, QuantizedLinear
+from qlora_lite.quantization.layers import QuantizedLinear
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.tensor_files import TensorFiles
 
 TOKENS = torch.arange(10).view(2, 5)

@@ -30,7 +30,7 @@ from qlora_lite.compute import lora_linear
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export import merge_checkpoint
-from qlora_lite.quantize_base import quantize_base_
+from qlora_lite.quantization.quantize_model import quantize_base_
 from qlora_lite.tensor_files import read_safetensors
 
 TOKENS = torch.arange(12).view(2, 6)

@@ -15,7 +15,7 @@ from qlora_lite.adapters import lora_layers
 from qlora_lite.config import INITS
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.initial import STARTS, principal_pair, start_
-from qlora_lite.quantize_base import quantize_base_
+from qlora_lite.quantization.quantize_model import quantize_base_
 
 TOKENS = torch.arange(12).view(2, 6)
 

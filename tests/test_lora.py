@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from qlora_lite import Embedding, LinearWithLoRA, LoraLayer
-from qlora_lite.config import QuantConfig
 from qlora_lite.errors import ConfigError, InputError, TargetError
-from qlora_lite.quantize_base import quantize_base_
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.quantize_model import quantize_base_
 
 TOKENS = torch.tensor([[1, 2, 3, 2], [2, 0, 9, 1]])
 

@@ -18,7 +18,8 @@ from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export import merge_checkpoint
 from qlora_lite.lora import LoraLayer
 from qlora_lite.own_base import digest_of, own_weights, packed_anew
-from qlora_lite.quantize import PackedWeight, QuantizedLinear
+from qlora_lite.quantization.layers import QuantizedLinear
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantized_files import save_quantized
 
 TOKENS = torch.arange(12).view(2, 6)

@@ -15,9 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_lite import packed_files
-from qlora_lite.config import QuantConfig
 from qlora_lite.errors import CheckpointError, QuantizationError
-from qlora_lite.formats import BLOCKSIZES
 from qlora_lite.packed_files import (
     SMALLEST_FP16_ABSMAX,
     STATE,
@@ -26,7 +24,9 @@ from qlora_lite.packed_files import (
     rows_survive,
     serialized,
 )
-from qlora_lite.quantize import PackedWeight
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.formats import BLOCKSIZES
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.storage import write_safetensors
 from qlora_lite.tensor_files import tensors_in
 

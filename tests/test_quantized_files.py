@@ -15,7 +15,8 @@ from torch import nn
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, quantize_base_, storage
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
 from qlora_lite.packed_files import ROWS_FILE
-from qlora_lite.quantize import PackedWeight, QuantizedLinear
+from qlora_lite.quantization.layers import QuantizedLinear
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantized_files import save_quantized
 from qlora_lite.tensor_files import TensorFiles
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_lite.compute.cross_entropy import linear_cross_entropy
-from qlora_lite.config import QuantConfig
 from qlora_lite.errors import TargetError
-from qlora_lite.quantize import PackedWeight, QuantizedEmbedding
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.layers import QuantizedEmbedding
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.token_rows import TokenRows, WithTokenRows, check_takes_rows, check_tokens, rows_of
 
 WORDS, WIDTH, TRAINED = 20, 8, (7, 2, 19)

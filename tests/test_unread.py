@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from qlora_lite import architecture, hub
-from qlora_lite.config import QuantConfig
 from qlora_lite.load import Checkpoint
 from qlora_lite.memory.rehearse import rehearsal
-from qlora_lite.quantize import PackedWeight
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.unread import LaidOut, UnreadCheckpoint, UnreadTensor
 from qlora_lite.weight_rows import ToBePacked
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from qlora_lite import QuantConfig, weight_rows
 from qlora_lite.compute.weight_update import Delta, StackDelta
 from qlora_lite.errors import CheckpointError, QuantizationError
-from qlora_lite.quantize import PackedWeight
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.tensor_files import StoredTensor, tensors_in
 from qlora_lite.tensor_views import Transposed
 from qlora_lite.weight_rows import (

@@ -33,7 +33,7 @@ from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport, PhaseMemory
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.memory.workspaces import hidden_bytes, kept_bytes
-from qlora_lite.quantize import bnb
+from qlora_lite.quantization.packed_weight import bnb
 
 WHOLE = "step"
 UNKNOWABLE = (

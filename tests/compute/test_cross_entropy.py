@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from qlora_lite.compute import cross_entropy as loss_module
 from qlora_lite.compute import lora_linear
 from qlora_lite.compute.cross_entropy import linear_cross_entropy
-from qlora_lite.config import QuantConfig
 from qlora_lite.errors import InputError
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.quantize import PackedWeight
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])

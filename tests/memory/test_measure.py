@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from qlora_lite.config import QuantConfig
 from qlora_lite.errors import ConfigError
-from qlora_lite.formats import packed_bytes, statistics_bytes
 from qlora_lite.memory import measure
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
 from qlora_lite.memory.measure import MemoryProfiler, resident_bytes
 from qlora_lite.memory.report import PhaseMemory, render
-from qlora_lite.quantize import PackedWeight, QuantizedLinear
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.formats import packed_bytes, statistics_bytes
+from qlora_lite.quantization.layers import QuantizedLinear
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 FLOAT = 4
 MIB = 1 << 20

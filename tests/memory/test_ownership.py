@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lite.config import QuantConfig
-from qlora_lite.formats import packed_bytes, statistics_bytes
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.ownership import Ownership
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.quantize import PackedWeight, QuantizedLinear, bnb, import_bitsandbytes
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.formats import packed_bytes, statistics_bytes
+from qlora_lite.quantization.layers import QuantizedLinear
+from qlora_lite.quantization.packed_weight import PackedWeight, bnb, import_bitsandbytes
 
 OUT, IN = 96, 128
 FLOAT = 4

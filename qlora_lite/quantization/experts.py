@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qlora_lite.compute.lora_linear import Packed, adapted_linear
-from qlora_lite.quantize import PackedWeight
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 DOWN = "down_proj"
 

@@ -14,7 +14,8 @@ from torch import nn
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, merge_lora_, quantize_base_
 from qlora_lite.adapters import adapter_parameters
 from qlora_lite.errors import ConfigError, QuantizationError, TargetError
-from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear
+from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 
 def test_full_precision_weights_are_let_go() -> None:

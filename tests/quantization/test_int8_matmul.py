@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_lite import LoraConfig, QuantConfig, add_lora_, int8_product, quantize_base_
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, quantize_base_
 from qlora_lite.errors import ConfigError
-from qlora_lite.int8_product import OUTLIER, outlier_columns, quantize_rows
-from qlora_lite.int8_product import int8_product as product
-from qlora_lite.quantize import PackedWeight
+from qlora_lite.quantization import int8_matmul
+from qlora_lite.quantization.int8_matmul import OUTLIER, outlier_columns, quantize_rows
+from qlora_lite.quantization.int8_matmul import int8_product as product
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 
 def packed(out: int = 24, columns: int = 32) -> PackedWeight:
@@ -25,7 +26,7 @@ def error(y: Tensor, x: Tensor, weight: PackedWeight) -> float:
 @pytest.mark.parametrize("slice_values", [1, 1 << 18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_close_to_the_exact_product(dtype: torch.dtype, slice_values: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_product, "SLICE_VALUES", slice_values)
+    monkeypatch.setattr(int8_matmul, "SLICE_VALUES", slice_values)
     weight, x = packed(), torch.randn(40, 32).clamp(-5, 5).to(dtype)
     y = product(x, weight.packed, weight.absmax)
     assert y.dtype == dtype and y.shape == (40, 24)
@@ -41,7 +42,7 @@ def test_columns_with_large_values_are_kept_apart() -> None:
     exact = x.double() @ weight.dequantize(torch.float64).T
     careful = (product(x, weight.packed, weight.absmax) - exact).abs()[3].max()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int8_product, "OUTLIER", 1e9)
+        patch.setattr(int8_matmul, "OUTLIER", 1e9)
         careless = (product(x, weight.packed, weight.absmax) - exact).abs()[3].max()
     assert careful < 0.05 * careless
 

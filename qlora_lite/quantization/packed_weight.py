@@ -22,15 +22,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
 
-from qlora_lite import int8_product
 from qlora_lite.checks import check_packable
 from qlora_lite.compute.devices import on_cpu
-from qlora_lite.compute.lora_linear import adapted_linear, check_features
 from qlora_lite.compute.slicing import covering
-from qlora_lite.config import QuantConfig
-from qlora_lite.errors import InputError, QuantizationError
-from qlora_lite.formats import NESTED_BLOCKSIZE, block_count, format_named, packed_bytes, row_step, storage_bytes
-from qlora_lite.nearest_code import pack_4bit
+from qlora_lite.quantization import int8_matmul
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.formats import (
+    NESTED_BLOCKSIZE,
+    block_count,
+    format_named,
+    packed_bytes,
+    row_step,
+    storage_bytes,
+)
+from qlora_lite.quantization.pack_4bit import pack_4bit
 
 
 def import_bitsandbytes(module: str) -> Any:
@@ -158,9 +163,9 @@ def _unpack_rows(packed: PackedWeight, dtype: torch.dtype, first: int, last: int
 
 
 def _multiply_int8(packed: PackedWeight, rows: Tensor) -> Tensor | None:
-    if not (packed.int8_activations and int8_product.suits(rows.shape[0], packed.shape)):
+    if not (packed.int8_activations and int8_matmul.suits(rows.shape[0], packed.shape)):
         return None
-    return int8_product.int8_product(rows, packed.packed, packed.absmax)
+    return int8_matmul.int8_product(rows, packed.packed, packed.absmax)
 
 
 @dataclass(frozen=True)
@@ -287,63 +292,3 @@ class PackedWeight(nn.Module):
     def extra_repr(self) -> str:
         blocks = f", blocksize={self.blocksize}, double_quant={self.double_quant}" if self.format != "int8" else ""
         return f"{tuple(self.shape)}, format={self.format}{blocks}"
-
-
-class QuantizedLinear(nn.Module):
-    """y = W0 x + bias with W0 `(out, in)` packed and frozen; x `(..., in)` -> y `(..., out)` in x's dtype.
-
-    The product is computed in `compute_dtype` (None: see `product_dtype`). Gradients flow to x and the bias.
-    transposed: the plain layer holds W0 as `(in, out)`, as GPT-2's Conv1D does, and an export writes it so.
-    """
-
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        weight: PackedWeight,
-        bias: nn.Parameter | None = None,
-        compute_dtype: torch.dtype | None = None,
-        transposed: bool = False,
-    ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.compute_dtype, self.transposed = compute_dtype, transposed
-        self.weight = weight
-        self.register_parameter("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_features(x, self.in_features)
-        return adapted_linear(x, self.weight, self.bias, compute_dtype=self.compute_dtype)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-class QuantizedEmbedding(nn.Module):
-    """Rows of a frozen int8 matrix `(num_embeddings, embedding_dim)`: tokens `(...)` -> `(..., embedding_dim)`.
-
-    An output head may hold the same `PackedWeight`: a tie is two owners of one module.
-    """
-
-    def __init__(self, weight: PackedWeight, dtype: torch.dtype, padding_idx: int | None = None) -> None:
-        super().__init__()
-        if weight.format != "int8":
-            raise QuantizationError(f"an embedding is packed by rows, as int8; got {weight.format}")
-        self.num_embeddings, self.embedding_dim = weight.shape
-        self.output_dtype = dtype
-        self.padding_idx = padding_idx
-        self.weight = weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        try:
-            return self.weight.rows(tokens, self.output_dtype)
-        except (IndexError, RuntimeError) as error:
-            raise InputError(f"tokens must be int64 or int32 in [0, {self.num_embeddings}): {error}") from error
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
-        # `.to(dtype)` must change what is returned, as it would for an nn.Embedding, though no stored float changes.
-        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype)).dtype
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}"

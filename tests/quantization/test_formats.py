@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_lite.config import QuantConfig
 from qlora_lite.errors import ConfigError
-from qlora_lite.formats import BLOCKSIZES, FORMATS, check_blocksize, format_named, storage_bytes
-from qlora_lite.quantize import PackedWeight
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.formats import BLOCKSIZES, FORMATS, check_blocksize, format_named, storage_bytes
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 
 @settings(max_examples=60)

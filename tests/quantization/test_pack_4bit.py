@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_lite.nearest_code import UNDECIDED, code_tables, pack_4bit
+from qlora_lite.quantization.pack_4bit import UNDECIDED, code_tables, pack_4bit
 
 
 def code_of(format: str) -> tuple[float, ...]:

@@ -7,20 +7,20 @@ statistics stay as they are, since they are what that model computes with.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from qlora_lite.checks import check_packable
-from qlora_lite.config import QuantConfig
-from qlora_lite.errors import ConfigError, QuantizationError, TargetError
-from qlora_lite.experts import PackedStack, RoutedExperts, packable_stacks, stacks
-from qlora_lite.formats import UNPACKED
-from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear, bnb
+from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.experts import PackedStack, RoutedExperts, packable_stacks, stacks
+from qlora_lite.quantization.formats import UNPACKED
+from qlora_lite.quantization.from_bitsandbytes import _forget_bitsandbytes, _is_bitsandbytes, _taken_over
+from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.surgery import (
     answers_to,
     check_all_matched,
@@ -29,78 +29,6 @@ from qlora_lite.surgery import (
     is_transposed_linear,
     replace_modules_,
 )
-
-BNB_4BIT_MODULES = ("Linear4bit", "LinearNF4", "LinearFP4")
-BNB_8BIT_MODULE = "Linear8bitLt"
-
-
-def _is_bitsandbytes(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("bitsandbytes.")
-
-
-def _assign(empty: PackedWeight, **buffers: Tensor) -> PackedWeight:
-    """Hands existing tensors to an empty `PackedWeight` without copying them."""
-    for name, tensor in buffers.items():
-        expected: Tensor = getattr(empty, name)
-        if tensor.numel() != expected.numel() or tensor.dtype != expected.dtype:
-            got = f"{tuple(tensor.shape)} of {tensor.dtype}"
-            raise QuantizationError(
-                f"the packed layer's {name} should be {tuple(expected.shape)} of {expected.dtype}; got {got}"
-            )
-        setattr(empty, name, tensor.detach().view(expected.shape))
-    return empty
-
-
-def adopt_4bit(module: Any, name: str) -> PackedWeight:
-    """The packed weight of a bitsandbytes 4-bit layer; bytes in their own order are shared, re-packed ones put back."""
-    state = getattr(module.weight, "quant_state", None)
-    if state is None:
-        raise QuantizationError(
-            f"{name} is a {type(module).__name__} without packed data; move the model to its device"
-        )
-    data: Tensor = module.weight.data
-    absmax: Tensor = state.absmax
-    nested = bool(state.nested)
-    if getattr(state, "packing_format_for_cpu", False):
-        plain = copy.copy(state)
-        plain.original_nested = False  # keeps the statistics as they stand instead of packing them anew
-        data, _ = bnb._convert_weight_packed_for_cpu_inverse(data, plain)
-        absmax, nested = state.absmax.T.reshape(-1).float(), False
-    shape = (int(state.shape[0]), int(state.shape[1]))
-    empty = PackedWeight(shape, state.quant_type, state.blocksize, nested, torch.device("meta"))
-    buffers = {"packed": data.view(torch.uint8), "absmax": absmax}
-    if nested:
-        buffers |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.to(torch.float32)}
-        buffers["nested_code"] = state.state2.code
-    return _assign(empty, **buffers)
-
-
-def adopt_8bit(module: Any, name: str) -> PackedWeight:
-    """The int8 rows of a bitsandbytes `Linear8bitLt`, shared."""
-    state, weight = module.state, module.weight
-    codes = state.CB if state.CB is not None else getattr(weight, "CB", None)
-    absmax = state.SCB if state.SCB is not None else getattr(weight, "SCB", None)
-    codes = weight.data if codes is None else codes
-    if codes.dtype != torch.int8 or absmax is None:
-        raise QuantizationError(
-            f"{name} is a {type(module).__name__} without packed data; move the model to its device"
-        )
-    empty = PackedWeight((codes.shape[0], codes.shape[1]), "int8", device=torch.device("meta"))
-    return _assign(empty, packed=codes, absmax=absmax)
-
-
-def _taken_over(linear: nn.Linear, name: str, config: QuantConfig) -> QuantizedLinear:
-    """A `QuantizedLinear` with the bytes and the bias of a layer that bitsandbytes packed."""
-    compute_dtype = config.compute_dtype
-    if type(linear).__name__ in BNB_4BIT_MODULES:
-        packed = adopt_4bit(linear, name)
-        compute_dtype = compute_dtype or linear.compute_dtype  # type: ignore[assignment]
-    elif type(linear).__name__ == BNB_8BIT_MODULE:
-        packed = adopt_8bit(linear, name)
-        packed.int8_activations = config.int8_activations
-    else:
-        raise QuantizationError(f"{name} is a {type(linear).__name__} of bitsandbytes, which is not known here")
-    return QuantizedLinear(packed, linear.bias, compute_dtype).train(linear.training)
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -124,18 +52,6 @@ def _skip_rule(model: nn.Module, config: QuantConfig) -> Any:
         return lambda name, module: any(answers_to(name, skip) for skip in config.skip_modules or ())
     head = _named_end(model, "output")
     return lambda name, module: module is head
-
-
-def _forget_bitsandbytes(model: nn.Module) -> None:
-    """Drops transformers' marks of a bitsandbytes model, which forbid `.to()` and would be saved with it."""
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        del model.config.quantization_config  # type: ignore[union-attr]
-    for mark in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, mark):
-            setattr(model, mark, None)
-    for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if getattr(model, mark, False):
-            setattr(model, mark, False)
 
 
 def _ends(model: nn.Module, config: QuantConfig) -> tuple[nn.Embedding, nn.Linear | None]:

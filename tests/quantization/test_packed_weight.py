@@ -13,9 +13,10 @@ import torch
 from hypothesis import given
 from torch import Tensor, nn
 
-from qlora_lite.config import QuantConfig
 from qlora_lite.errors import InputError, QuantizationError
-from qlora_lite.quantize import PackedWeight, QuantizedEmbedding, QuantizedLinear
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 SHAPES = [(64, 64), (33, 65), (7, 1000), (1, 1), (3, 3), (300, 500), (100, 96)]
 
@@ -77,7 +78,7 @@ def test_weights_larger_than_a_chunk_are_packed_alike(monkeypatch: pytest.Monkey
     weight = torch.randn(100, 321)
     whole = PackedWeight.of(weight, QuantConfig())
     rows = PackedWeight.of(weight, QuantConfig(format="int8"))
-    monkeypatch.setattr("qlora_lite.quantize.CHUNK_VALUES", 4096)
+    monkeypatch.setattr("qlora_lite.quantization.packed_weight.CHUNK_VALUES", 4096)
     assert torch.equal(PackedWeight.of(weight, QuantConfig()).packed, whole.packed)
     again = PackedWeight.of(weight, QuantConfig(format="int8"))
     assert torch.equal(again.packed, rows.packed)

@@ -1,0 +1,53 @@
+"""Settings as small frozen dataclasses that check themselves; every wrong one raises ConfigError at construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qlora_lite.checks import FLOAT_DTYPES, require
+from qlora_lite.quantization.formats import FORMATS, UNPACKED, check_blocksize
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How a frozen base is stored.
+
+    format: `nf4`, `fp4`, `int8` or `none`, for every linear layer that is not skipped.
+    blocksize: values per block of the 4-bit formats.
+    double_quant: pack the statistics of the 4-bit formats too (QLoRA, section 3).
+    compute_dtype: what a packed weight is unpacked to for the product; None follows the layer's input, but is fp32
+        for bf16 on a CPU without bf16 instructions.
+    int8_activations: with format `int8`, round the layers' inputs to int8 by rows too and multiply in integers, columns
+        with large values apart (LLM.int8()): a faster forward pass, less exact than unpacking the weight. Gradients
+        are computed from the unpacked weight in either case.
+    embedding_format: `int8` also packs input embedding and output head by rows, tied or not; `none` leaves them.
+    skip_modules: names of linear layers and of experts modules to leave alone (whole name or its last parts); None
+        skips the output head.
+    """
+
+    format: str = "nf4"
+    blocksize: int = 64
+    double_quant: bool = True
+    compute_dtype: torch.dtype | None = None
+    int8_activations: bool = False
+    embedding_format: str = UNPACKED
+    skip_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        known = (*FORMATS, UNPACKED)
+        require(self.format in known, f"format must be one of {', '.join(known)}", self.format)
+        check_blocksize(self.blocksize)
+        require(isinstance(self.double_quant, bool), "double_quant must be True or False", self.double_quant)
+        dtypes = (None, *FLOAT_DTYPES.values())
+        require(self.compute_dtype in dtypes, "compute_dtype must be None or a 16/32-bit float", self.compute_dtype)
+        integers = self.int8_activations
+        require(isinstance(integers, bool), "int8_activations must be True or False", integers)
+        require(not integers or self.format == "int8", "int8_activations need format int8", self.format)
+        embedding = self.embedding_format
+        require(embedding in ("int8", UNPACKED), "embedding_format must be int8 or none", embedding)
+        if self.skip_modules is not None:
+            skip = self.skip_modules
+            names_only = isinstance(skip, (tuple, list)) and all(isinstance(name, str) for name in skip)
+            require(names_only, "skip_modules must be a tuple of module names, or None", skip)

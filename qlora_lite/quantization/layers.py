@@ -1,0 +1,79 @@
+"""Packs frozen weights with bitsandbytes' functions and unpacks them again, under modules of our own.
+
+bitsandbytes' modules are not used: on a CPU with AVX512-BF16 the forward pass of its `Linear4bit`, called once
+in eval mode, re-packs the weight in place, after which gradients and merges are wrong without a word. Its codes
+and statistics are kept: what is packed here unpacks there, bit for bit.
+
+Reading order: how one weight is packed and unpacked in each format -> `PackedWeight` -> the two layers that hold one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite.compute.lora_linear import adapted_linear, check_features
+from qlora_lite.errors import InputError, QuantizationError
+from qlora_lite.quantization.packed_weight import PackedWeight
+
+
+class QuantizedLinear(nn.Module):
+    """y = W0 x + bias with W0 `(out, in)` packed and frozen; x `(..., in)` -> y `(..., out)` in x's dtype.
+
+    The product is computed in `compute_dtype` (None: see `product_dtype`). Gradients flow to x and the bias.
+    transposed: the plain layer holds W0 as `(in, out)`, as GPT-2's Conv1D does, and an export writes it so.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        bias: nn.Parameter | None = None,
+        compute_dtype: torch.dtype | None = None,
+        transposed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.compute_dtype, self.transposed = compute_dtype, transposed
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_features(x, self.in_features)
+        return adapted_linear(x, self.weight, self.bias, compute_dtype=self.compute_dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of a frozen int8 matrix `(num_embeddings, embedding_dim)`: tokens `(...)` -> `(..., embedding_dim)`.
+
+    An output head may hold the same `PackedWeight`: a tie is two owners of one module.
+    """
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype, padding_idx: int | None = None) -> None:
+        super().__init__()
+        if weight.format != "int8":
+            raise QuantizationError(f"an embedding is packed by rows, as int8; got {weight.format}")
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.output_dtype = dtype
+        self.padding_idx = padding_idx
+        self.weight = weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        try:
+            return self.weight.rows(tokens, self.output_dtype)
+        except (IndexError, RuntimeError) as error:
+            raise InputError(f"tokens must be int64 or int32 in [0, {self.num_embeddings}): {error}") from error
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
+        # `.to(dtype)` must change what is returned, as it would for an nn.Embedding, though no stored float changes.
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype)).dtype
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
