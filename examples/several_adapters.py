@@ -21,8 +21,8 @@ import torch
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, load_quantized, merge_lora_, save_adapter, train
 from qlora_lite.adapters import adapters_disabled
+from qlora_lite.checkpoints.hub import load_tokenizer
 from qlora_lite.data import batches, tokenize_all
-from qlora_lite.hub import load_tokenizer
 from qlora_lite.named_adapters import (
     active_adapter,
     adapter_names,

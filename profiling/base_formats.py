@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
+from qlora_lite.checkpoints.hub import load_tokenizer
 from qlora_lite.compute.host_memory import set_host_limits
-from qlora_lite.hub import load_tokenizer
 from qlora_lite.lean import lean
 from qlora_lite.objective import headless_loss
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from training_cases import CASES, TINY_CASES, Difference, differences, make_model
 
-from qlora_lite.hub import read_config
+from qlora_lite.checkpoints.hub import read_config
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.rehearse import rehearse
 from qlora_lite.prediction import rehearse_steps

@@ -28,7 +28,8 @@ from endure_inputs import adaptable
 from endure_saves import SAVES, Save, files_of
 from kill_points import ended
 
-from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, storage
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
+from qlora_lite.checkpoints import atomic_folder
 from qlora_lite.errors import CheckpointError
 from qlora_lite.run_folder import run_folder
 
@@ -220,7 +221,7 @@ def _old(place: Path, model: Path, work: Work) -> Path | None:
 
 
 def _all(model: Path, place: Path, tiny: bool) -> None:
-    storage.SPARE_BYTES = -(1 << 40)  # else an export is refused before it writes anything
+    atomic_folder.SPARE_BYTES = -(1 << 40)  # else an export is refused before it writes anything
     kinds = ["tmpfs", "ext4"] if os.geteuid() == 0 and not tiny else ["tmpfs"]
     tried, wrong = 0, []
     try:

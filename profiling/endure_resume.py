@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
-from qlora_lite.tensor_files import read_safetensors
+from qlora_lite.checkpoints.safetensors_read import read_safetensors
 
 STEPS = 6
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from kill_points import Kill, all_kills, ended
 
-from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_quantized, save_adapter, storage
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_quantized, save_adapter
 from qlora_lite.adapters import lora_layers
+from qlora_lite.checkpoints import atomic_folder
 from qlora_lite.export import merge_checkpoint
 from qlora_lite.quantized_files import save_quantized
 
@@ -72,7 +73,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def _work(save: Save, model: Path, place: Path, abandoned: bool) -> None:
     torch.set_num_threads(1)
     if abandoned:
-        storage.ABANDONED_AFTER_SECONDS = -1  # what a killed one left is old enough
+        atomic_folder.ABANDONED_AFTER_SECONDS = -1  # what a killed one left is old enough
     save.write(model, place / "out", save.replaces)
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from qlora_lite.hub import empty_model, save_companions
-from qlora_lite.storage import PlannedTensor, new_folder, write_sharded
+from qlora_lite.checkpoints.atomic_folder import new_folder
+from qlora_lite.checkpoints.hub import empty_model, save_companions
+from qlora_lite.checkpoints.safetensors_write import PlannedTensor, write_sharded
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -120,7 +121,7 @@ def make_adapter(folder: Path, rank: int = 16) -> Path:
     """The folder of an adapter with random values on all linear layers of a checkpoint; made if it is not there."""
     from qlora_lite import LoraConfig, add_lora_, save_adapter
     from qlora_lite.adapters import adapter_parameters
-    from qlora_lite.hub import read_config
+    from qlora_lite.checkpoints.hub import read_config
 
     target = folder.with_name(f"{folder.name}-adapter-{rank}")
     if target.is_dir():

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import architecture, hub
+from qlora_lite import architecture
+from qlora_lite.checkpoints import hub
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.quantization.packed_weight import import_bitsandbytes
 

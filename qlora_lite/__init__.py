@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from qlora_lite.adapter_files import load_adapter_ as load_adapter_
     from qlora_lite.adapter_files import save_adapter as save_adapter
     from qlora_lite.adapters import add_lora_ as add_lora_
+    from qlora_lite.checkpoints.load import load_quantized as load_quantized
     from qlora_lite.compute.cross_entropy import linear_cross_entropy as linear_cross_entropy
     from qlora_lite.config import LoraConfig as LoraConfig
     from qlora_lite.config import TrainConfig as TrainConfig
     from qlora_lite.errors import QLoRAError as QLoRAError
     from qlora_lite.export import export_merged as export_merged
-    from qlora_lite.load import load_quantized as load_quantized
     from qlora_lite.lora import Embedding as Embedding
     from qlora_lite.lora import LinearWithLoRA as LinearWithLoRA
     from qlora_lite.lora import LoraLayer as LoraLayer

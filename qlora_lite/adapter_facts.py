@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.adapter_files import lora_numbers
-from qlora_lite.base_file import KnownBase, read_base
+from qlora_lite.checkpoints.base_identity import KnownBase, read_base
+from qlora_lite.checkpoints.safetensors_read import StoredTensor
 from qlora_lite.config import LoraConfig
 from qlora_lite.errors import CheckpointError
 from qlora_lite.peft_files import (
@@ -22,7 +23,6 @@ from qlora_lite.peft_files import (
     written_tensors,
 )
 from qlora_lite.surgery import answers_to
-from qlora_lite.tensor_files import StoredTensor
 
 # peft's names for the adapters on stacks of experts (target_parameters), which hold A of all experts in one matrix.
 # Of what else target_parameters names, a router's weight, patterns mean the weight and not the module.
@@ -56,7 +56,7 @@ class AdapterFacts:
 
     layers: in the order of their names. keys: as the file has them. beside: {key: bytes} of tensors that are neither
     A, B nor magnitudes: modules that were trained whole, biases, copies of base weights. parameters and bytes are of
-    all tensors. base: where the model came from, None if that is not said; trained_on: what it was (base_file.py).
+    all tensors. base: where the model came from, None if that is not said; trained_on: what it was (base_identity.py).
     """
 
     folder: Path

@@ -16,15 +16,25 @@ from torch import Tensor, nn
 from qlora_lite import architecture
 from qlora_lite.adapted_experts import hold_stacks_, open_stacks, option_problems, patterned_name, stacks_among
 from qlora_lite.adapters import adapted, freeze_base_, lora_layers
-from qlora_lite.base_file import check_model_base, write_base
 from qlora_lite.beside_files import StoredBeside, beside_config, beside_keys
+from qlora_lite.checkpoints.atomic_folder import new_folder
+from qlora_lite.checkpoints.base_identity import (
+    DIGEST_KEY,
+    HOW_TO,
+    check_model_base,
+    digest_of,
+    is_base_of,
+    own_weights,
+    write_base,
+)
+from qlora_lite.checkpoints.files import write_json
+from qlora_lite.checkpoints.safetensors_write import PlannedTensor, planned, write_safetensors
 from qlora_lite.config import LoraConfig
 from qlora_lite.conv_kind import read_kernels
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
 from qlora_lite.lora import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.named_adapters import active_adapter, adapter_layers, room_for
-from qlora_lite.own_base import DIGEST_KEY, HOW_TO, digest_of, is_base_of, own_weights
 from qlora_lite.parked import check_name
 from qlora_lite.peft_config import peft_config
 from qlora_lite.peft_files import (
@@ -40,7 +50,6 @@ from qlora_lite.peft_files import (
 from qlora_lite.peft_options import NUMBERS, refused_options
 from qlora_lite.peft_targets import target_problems
 from qlora_lite.stack_files import flat_A, flat_B, places_in_files, stack_pairs, targeted_parameters
-from qlora_lite.storage import PlannedTensor, new_folder, planned, write_json, write_safetensors
 from qlora_lite.surgery import replace_modules_
 from qlora_lite.token_rows import WithTokenRows
 
@@ -63,7 +72,7 @@ def peft_key(name: str, kind: Kind, part: str) -> str:
 def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False, *, name: str | None = None) -> None:
     """Writes A, B, magnitudes, what is trained beside them, and their configuration.
 
-    `peft.PeftModel.from_pretrained(base, folder)` reads them. Beside them lies what their base is (base_file.py).
+    `peft.PeftModel.from_pretrained(base, folder)` reads them. Beside them lies what their base is (base_identity.py).
 
     Ranks and alphas may differ between the layers. Layers whose update is counted from a start (PiSSA) are written as
     ordinary ones of twice the rank, for the plain base. An adapter on a base that LoftQ packed anew names no base and

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_lite.checkpoints.safetensors_write import raw_bytes
 from qlora_lite.compute.random_state import RandomSources, RandomState
 from qlora_lite.errors import CheckpointError, ConfigError, TrainingError
 from qlora_lite.objective import Batch
 from qlora_lite.signals import poll
-from qlora_lite.storage import raw_bytes
 
 END = object()
 

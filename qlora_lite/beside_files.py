@@ -24,13 +24,13 @@ from qlora_lite.beside import (
     units,
     with_token_rows,
 )
+from qlora_lite.checkpoints.lazy_tensors import Source
 from qlora_lite.compute.weight_update import Replaced, Rows
 from qlora_lite.config import BIASES
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora import LoraLayer
 from qlora_lite.peft_files import PREFIX
 from qlora_lite.surgery import replace_modules_
-from qlora_lite.tensor_views import Source
 from qlora_lite.token_rows import TokenRows, WithTokenRows
 from qlora_lite.trained_whole import TrainedCopy, parameter_names, plain_shape
 

@@ -58,8 +58,8 @@ for command in (train, plan, profile, inspect):
 
 
 def _verification_prompts(path: Path, model: str, max_length: int) -> Any:
+    from qlora_lite.checkpoints.hub import load_tokenizer
     from qlora_lite.data import tokenize_all
-    from qlora_lite.hub import load_tokenizer
     from qlora_lite.records import read_jsonl
 
     records = read_jsonl(path, prompts_too=True)
@@ -133,7 +133,7 @@ def quantize(
     json: Json = False,
 ) -> None:
     """Write a packed checkpoint that transformers loads as pre-quantized, and the other commands as --model."""
-    from qlora_lite.load import load_quantized
+    from qlora_lite.checkpoints.load import load_quantized
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.quantization.formats import format_named
     from qlora_lite.quantized_files import save_quantized

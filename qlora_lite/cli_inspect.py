@@ -53,8 +53,8 @@ def _said(verdict: Verdict) -> list[str]:
 
 
 def _compared(adapter: Path, model: str) -> list[str]:
-    from qlora_lite.base_file import check_checkpoint_base
-    from qlora_lite.hub import resolve
+    from qlora_lite.checkpoints.base_identity import check_checkpoint_base
+    from qlora_lite.checkpoints.hub import resolve
 
     return check_checkpoint_base(adapter, resolve(model))
 

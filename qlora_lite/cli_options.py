@@ -73,8 +73,8 @@ def finish(figures: dict[str, Any], as_json: bool) -> None:
 
 def check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
     """CheckpointError for a folder that must not, or cannot, be written, before anything is read."""
-    from qlora_lite.places import check_place
-    from qlora_lite.storage import check_apart, check_replaceable
+    from qlora_lite.checkpoints.atomic_folder import check_apart, check_replaceable
+    from qlora_lite.checkpoints.files import check_place
 
     check_place(folder)
     check_apart(folder, *(Path(path) for path in inputs))

@@ -33,6 +33,7 @@ def profile(
     from contextlib import nullcontext
     from json import dumps
 
+    from qlora_lite.checkpoints.files import check_writable
     from qlora_lite.config import LoraConfig, TrainConfig, checkpointing_named
     from qlora_lite.memory.charts import require_matplotlib, write_chart
     from qlora_lite.memory.comparison import render_comparison
@@ -43,7 +44,6 @@ def profile(
     from qlora_lite.prediction import prediction_or_why_not
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import stoppable
-    from qlora_lite.single_file import check_writable
     from qlora_lite.training import profile_steps
 
     if mode not in ("full", "phases"):

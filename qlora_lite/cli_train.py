@@ -45,9 +45,9 @@ def _check_init(init: str) -> None:
 
 def _check_run(output: Path, replaced: bool, model: str, data: Path, same_base: bool) -> None:
     """same_base: whether a run there must have been on this base; all bytes of that are compared once it is loaded."""
-    from qlora_lite.base_file import check_checkpoint_base
-    from qlora_lite.hub import resolve
-    from qlora_lite.storage import check_apart
+    from qlora_lite.checkpoints.atomic_folder import check_apart
+    from qlora_lite.checkpoints.base_identity import check_checkpoint_base
+    from qlora_lite.checkpoints.hub import resolve
     from qlora_lite.stored_state import ADAPTER_FOLDER, METRICS_FILE
 
     if same_base:
@@ -140,11 +140,11 @@ def train(
     import torch
 
     from qlora_lite.adapters import add_lora_
+    from qlora_lite.checkpoints.hub import load_tokenizer
+    from qlora_lite.checkpoints.load import load_quantized
     from qlora_lite.config import LoraConfig, TrainConfig
     from qlora_lite.data import batches, tokenize_all
     from qlora_lite.forecast import Wanted
-    from qlora_lite.hub import load_tokenizer
-    from qlora_lite.load import load_quantized
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.records import read_jsonl
     from qlora_lite.signals import stoppable

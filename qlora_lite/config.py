@@ -110,7 +110,7 @@ class LoraConfig:
     init: how A and B start (initial.py): `normal` (A from N(0, 0.02), B zero); `kaiming`, `gaussian`, `orthogonal` as
         peft does; `pissa`, with the principal part of the base; `loftq`, making up for the error of packing, which
         reads the checkpoint that the model was loaded from; `loftq:5`, that in five iterations, which packs the base
-        anew: the adapter then belongs to that base and to no other (own_base.py).
+        anew: the adapter then belongs to that base and to no other (base_identity.py).
     variant: `lora`; or `dora`, which also trains the norm of each row of the weight (see LoraLayer).
     train_whole: names of modules, whole or their last parts, that are trained themselves (peft's modules_to_save):
         norms (`input_layernorm`, `model.norm`), an output head, a classifier. A trained copy in adapter_dtype lies,

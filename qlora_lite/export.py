@@ -15,36 +15,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_lite import architecture, hub
+from qlora_lite import architecture
 from qlora_lite.adapter_files import load_adapter_
-from qlora_lite.base_file import check_checkpoint_base
+from qlora_lite.checkpoints import hub
+from qlora_lite.checkpoints.atomic_folder import check_apart, check_space, new_folder
+from qlora_lite.checkpoints.base_identity import DIGEST_KEY, HOW_TO, check_checkpoint_base, digest_of, own_weights
+from qlora_lite.checkpoints.conversion import model_tensors
+from qlora_lite.checkpoints.files import read_json, write_json
+from qlora_lite.checkpoints.lazy_tensors import Source, slices
+from qlora_lite.checkpoints.load import Checkpoint
+from qlora_lite.checkpoints.pack_source import READ_BYTES
+from qlora_lite.checkpoints.safetensors_read import TensorFiles
+from qlora_lite.checkpoints.safetensors_write import DEFAULT_SHARD_BYTES, write_sharded
 from qlora_lite.checks import FLOAT_DTYPES, is_count, require
 from qlora_lite.compute.host_memory import set_host_limits
-from qlora_lite.conversion import model_tensors
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
-from qlora_lite.load import Checkpoint
 from qlora_lite.merge_report import MergeReport
 from qlora_lite.named_adapters import active_adapter, using_adapter
-from qlora_lite.own_base import DIGEST_KEY, HOW_TO, digest_of, own_weights
 from qlora_lite.peft_files import BASE_COPY, CONFIG_FILE, PREFIX, TOKEN_ADAPTER, adapter_tensors
 from qlora_lite.plain_weights import plain_weights
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.quantize_model import Slot
-from qlora_lite.storage import (
-    DEFAULT_SHARD_BYTES,
-    check_apart,
-    check_space,
-    new_folder,
-    read_json,
-    write_json,
-    write_sharded,
-)
-from qlora_lite.tensor_files import TensorFiles
-from qlora_lite.tensor_views import Source, slices
 from qlora_lite.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
-from qlora_lite.weight_rows import READ_BYTES
 
 REPORT_FILE = "merge_report.json"
 

@@ -20,12 +20,14 @@ from qlora_lite.adapted_experts import stacks_among
 from qlora_lite.adapter_files import peft_key
 from qlora_lite.adapters import lora_layers
 from qlora_lite.beside_files import stored_replacements_
+from qlora_lite.checkpoints.lazy_tensors import Source, slices
+from qlora_lite.checkpoints.load import Checkpoint
+from qlora_lite.checkpoints.safetensors_write import PlannedTensor
 from qlora_lite.checks import FLOAT_DTYPES
 from qlora_lite.compute.host_memory import HoleLimit, release_freed_pages
 from qlora_lite.compute.weight_update import Delta, Replaced, StackDelta, Update
 from qlora_lite.errors import CheckpointError
 from qlora_lite.layer_kinds import StackKind
-from qlora_lite.load import Checkpoint
 from qlora_lite.lora import LoraLayer
 from qlora_lite.merge_report import MergeReport, TensorFigures
 from qlora_lite.peft_files import adapter_tensors
@@ -34,9 +36,7 @@ from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantization.quantize_model import Slot
 from qlora_lite.stack_files import matrices_of_A, matrices_of_B, places_in_files
-from qlora_lite.storage import PlannedTensor
 from qlora_lite.streamed import Weights
-from qlora_lite.tensor_views import Source, slices
 from qlora_lite.verify import DEQUANTIZED, ORIGINAL, Compared
 from qlora_lite.weight_rows import (
     DenseRows,

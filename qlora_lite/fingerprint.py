@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from qlora_lite.checkpoints.base_identity import sum_of_json
+from qlora_lite.checkpoints.safetensors_write import raw_bytes
 from qlora_lite.lora import LoraLayer
 from qlora_lite.signals import poll
-from qlora_lite.storage import raw_bytes
 
 # Rows of a tensor that are copied at a time where its bytes do not lie one after the other, or elsewhere.
 SLICE_BYTES = 8 << 20
@@ -42,11 +42,6 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
         parts = whole.split(max(1, SLICE_BYTES // max(1, whole[:1].nbytes)))
     for part in parts:
         yield raw_bytes(part)
-
-
-def sum_of_json(value: object) -> str:
-    """SHA-256, in hex, of plain data as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, str]:

@@ -11,7 +11,7 @@ takes it out of what it adds, which gives the same outputs and gradients, begins
 ordinary adapter of rank 2 r when it is saved. LoftQ (arXiv:2310.08659, algorithm 1) alternates Q = q(W - scaling B A)
 and scaling B A = the principal part of W - Q, from B A = 0 on. `loftq` is its first iteration, in which Q is the base
 as it is: such an adapter means what it means with the base packed in this format and blocksize, and with no other.
-`loftq:5` takes five, and puts the last Q in the place of the base (own_base.py).
+`loftq:5` takes five, and puts the last Q in the place of the base (base_identity.py).
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import architecture, hub
+from qlora_lite import architecture
+from qlora_lite.checkpoints import hub
+from qlora_lite.checkpoints.base_identity import holders, packed_anew
+from qlora_lite.checkpoints.lazy_tensors import Source
+from qlora_lite.checkpoints.load import fitting
+from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.lora_linear import dense
 from qlora_lite.config import LoraConfig, init_parts
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.layer_kinds import EmbeddingKind, LinearKind, StackKind, kind_of
-from qlora_lite.load import fitting
 from qlora_lite.lora import LoraLayer
-from qlora_lite.own_base import holders, packed_anew
 from qlora_lite.router_kind import RouterKind
 from qlora_lite.signals import poll
-from qlora_lite.tensor_files import TensorFiles
-from qlora_lite.tensor_views import Source
 
 # Up to this size of the smaller side, singular vectors are computed exactly; above it by subspace iteration (Halko,
 # arXiv:0909.4061), of which PiSSA's authors use 16 rounds at the most: seconds in place of minutes.

@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qlora_lite.checkpoints.files import read_json
+from qlora_lite.checkpoints.safetensors_read import StoredTensor, tensors_in
 from qlora_lite.errors import CheckpointError
-from qlora_lite.storage import read_json
-from qlora_lite.tensor_files import StoredTensor, tensors_in
 
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"

@@ -50,7 +50,7 @@ HARMLESS_OPTIONS = frozenset(
         "velora_config",  # another backward pass, the same forward
     }
 )
-# Ours, which peft passes over: what the adapter stands on (own_base.py).
+# Ours, which peft passes over: what the adapter stands on (base_identity.py).
 OWN_OPTIONS = frozenset({"packed_base_sha256"})
 # Options that change what is computed, or that come with tensors of their own.
 REFUSED_OPTIONS = frozenset(

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch.utils._mode_utils import no_dispatch
 
-from qlora_lite import architecture, hub
+from qlora_lite import architecture
 from qlora_lite.adapters import add_lora_
+from qlora_lite.checkpoints import hub
+from qlora_lite.checkpoints.load import fill_
 from qlora_lite.config import LoraConfig, TrainConfig, init_parts
 from qlora_lite.errors import CheckpointError, QLoRAError, RehearsalError
-from qlora_lite.load import fill_
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.rehearse import rehearsal, rehearsed_report
 from qlora_lite.memory.report import MemoryReport

@@ -14,29 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import architecture, hub
-from qlora_lite.base_file import write_origin
+from qlora_lite import architecture
+from qlora_lite.checkpoints import hub
+from qlora_lite.checkpoints.atomic_folder import check_apart, check_space, new_folder
+from qlora_lite.checkpoints.base_identity import write_origin
+from qlora_lite.checkpoints.bitsandbytes_layout import ROWS_FILE, rows_survive, serialized
+from qlora_lite.checkpoints.load import BITSANDBYTES
+from qlora_lite.checkpoints.pack_source import READ_BYTES, slice_starts
+from qlora_lite.checkpoints.safetensors_write import (
+    DEFAULT_SHARD_BYTES,
+    PlannedTensor,
+    planned,
+    write_safetensors,
+    write_sharded,
+)
 from qlora_lite.checks import check_finite, is_count, require
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
-from qlora_lite.load import BITSANDBYTES
 from qlora_lite.lora import LoraLayer
-from qlora_lite.packed_files import ROWS_FILE, rows_survive, serialized
 from qlora_lite.plain_weights import weights_to_write
 from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.signals import poll
-from qlora_lite.storage import (
-    DEFAULT_SHARD_BYTES,
-    PlannedTensor,
-    check_apart,
-    check_space,
-    new_folder,
-    planned,
-    write_safetensors,
-    write_sharded,
-)
-from qlora_lite.weight_rows import READ_BYTES, slice_starts
 
 SHOWN = 8
 
@@ -151,7 +150,7 @@ def save_quantized(
 
     Layers keep their packed bytes under bitsandbytes' names: `AutoModelForCausalLM.from_pretrained` loads them as
     pre-quantized, `load_quantized` as they were. The folder also gets config, generation config and tokenizer,
-    and what it was packed from (base_file.py).
+    and what it was packed from (base_identity.py).
 
     An embedding packed as int8 rows (and a head that shares them, or is int8 above 4-bit layers) has no such names: it
     is written unpacked in the model's dtype, with the absmax of its rows in a file of its own.

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qlora_lite.checkpoints.files import excerpt, open_regular, reason
 from qlora_lite.errors import CheckpointError
-from qlora_lite.regular_files import excerpt, open_regular, reason
 
 SHAPES: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",))
 SHAPES_IN_WORDS = "messages | prompt, completion | instruction, input (optional), output | text"

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qlora_lite.checkpoints.atomic_folder import new_folder
+from qlora_lite.checkpoints.files import UNFINISHED, read_json, sync, write_json
 from qlora_lite.errors import CheckpointError
 from qlora_lite.signals import poll
-from qlora_lite.storage import UNFINISHED, new_folder, read_json, sync, write_json
 from qlora_lite.stored_state import ADAPTER_FOLDER, METRICS_FILE, STATE_FILE
 
 CHECKPOINTS = "checkpoints"

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from qlora_lite.adapter_files import save_adapter
+from qlora_lite.checkpoints.atomic_folder import check_replaceable
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped
 from qlora_lite.run_checkpoints import (
     CHECKPOINTS,
@@ -34,7 +35,6 @@ from qlora_lite.run_checkpoints import (
 from qlora_lite.run_lock import LOCK_FILE, only_run
 from qlora_lite.run_state import RunState
 from qlora_lite.signals import stoppable, unstopped
-from qlora_lite.storage import check_replaceable
 from qlora_lite.stored_state import ADAPTER_FOLDER, METRICS_FILE
 
 # Saving may take this share of a run's time.

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import architecture, hub
-from qlora_lite.conversion import model_tensors
-from qlora_lite.load import Checkpoint
+from qlora_lite import architecture
+from qlora_lite.checkpoints import conversion
+from qlora_lite.checkpoints.conversion import model_tensors
+from qlora_lite.checkpoints.lazy_tensors import Source
+from qlora_lite.checkpoints.load import Checkpoint
+from qlora_lite.checkpoints.pack_source import PackSource
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import row_step
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantization.quantize_model import Slot
-from qlora_lite.tensor_views import Source
-from qlora_lite.weight_rows import PackSource
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class UnreadCheckpoint:
     def __init__(self, model: Any, config: QuantConfig, dtype: torch.dtype) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         tied = architecture.tied_names(model)
-        files = {name: _unread(name, tensor, dtype) for name, tensor in hub.checkpoint_tensors(model).items()}
+        files = {name: _unread(name, tensor, dtype) for name, tensor in conversion.checkpoint_tensors(model).items()}
         # Views as on a real one, and in the order of reading: what is resident by when decides on the peak.
         made = model_tensors(model, shapes, files).tensors
         self.config = config

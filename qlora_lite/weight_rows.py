@@ -17,17 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlora_lite.checks import cast_finite, check_packable
+from qlora_lite.checkpoints.lazy_tensors import Source
+from qlora_lite.checkpoints.pack_source import READ_BYTES, PackSource, slice_starts
+from qlora_lite.checks import cast_finite
 from qlora_lite.compute.weight_update import Delta, Update
 from qlora_lite.errors import CheckpointError
-from qlora_lite.quantization.config import QuantConfig
-from qlora_lite.quantization.formats import row_step
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.signals import poll
-from qlora_lite.tensor_views import Source, slices
-
-# Of a tensor on its way to be packed: so much is read at once.
-READ_BYTES = 4 << 20
 
 
 class WeightRows(Protocol):
@@ -104,47 +99,6 @@ class StoredRows:
         return part.to(self.through or part.dtype).to(torch.float32)
 
 
-class PackSource(Protocol):
-    """A weight in a file that a model holds packed. `step`: a slice of its rows begins at a multiple of it."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def step(self) -> int: ...
-
-    def pack(self, device: torch.device) -> PackedWeight:
-        """The packed weight that loading makes of it."""
-
-
-@dataclass(frozen=True)
-class ToBePacked:
-    """How a tensor in a file is packed when it is loaded: from slices, rounded to the dtype that it is loaded in."""
-
-    stored: Source
-    config: QuantConfig
-    format: str
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    @property
-    def step(self) -> int:
-        return row_step(self.shape, self.format, self.config.blocksize)
-
-    def slices(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        for first, rows in slices(self.stored, READ_BYTES, self.step):
-            moved = rows.to(device=device, dtype=self.dtype)
-            check_packable(moved, self.stored.name, self.format, first)
-            yield first, moved
-
-    def pack(self, device: torch.device) -> PackedWeight:
-        """QuantizationError, naming the tensor, for values that the format cannot hold."""
-        return PackedWeight.from_slices(self.stored.shape, device, self.slices(device), self.config, self.format)
-
-
 class RepackedRows:
     """Of a tensor in a file as they are once it is packed: packed when first asked for, dropped after the last row.
 
@@ -208,17 +162,6 @@ def packed_ahead(weights: Sequence[RepackedRows]) -> Iterator[None]:
         torch.set_num_threads(threads)
         for weight in weights:
             weight.forget()
-
-
-def slice_starts(shape: tuple[int, ...], step: int, largest_bytes: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of slices whose fp32 values take at most so many bytes, where one step of rows allows it."""
-    if not shape:
-        yield 0, 1
-        return
-    count = max(step, largest_bytes // max(1, 4 * math.prod(shape[1:])) // step * step)
-    for start in range(0, shape[0], count):
-        poll()
-        yield start, min(start + count, shape[0])
 
 
 def common_step(*steps: int) -> int:

@@ -26,17 +26,17 @@ from qlora_lite import (
 )
 from qlora_lite.adapted_experts import open_stacks
 from qlora_lite.adapters import adapter_parameters, adapters_disabled, lora_layers, remove_lora_
+from qlora_lite.checkpoints.load import load_quantized
+from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.compute.lora_linear import dense
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.export import merge_checkpoint
-from qlora_lite.load import load_quantized
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.plain_weights import plain_weights
 from qlora_lite.prediction import rehearse_steps
 from qlora_lite.quantization.experts import RoutedExperts
-from qlora_lite.tensor_files import TensorFiles
 
 TOKENS = torch.arange(14).view(2, 7)
 # Packed; and unpacked, transposed and with biases.

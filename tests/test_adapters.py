@@ -15,9 +15,9 @@ from qlora_lite.adapters import (
     lora_layers,
     remove_lora_,
 )
+from qlora_lite.checkpoints.hub import empty_model, read_config
 from qlora_lite.config import LoraConfig
 from qlora_lite.errors import TargetError
-from qlora_lite.hub import empty_model, read_config
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from qlora_lite import (
     unmerge_lora_,
 )
 from qlora_lite.adapters import lora_layers
+from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.export import merge_checkpoint
 from qlora_lite.quantization.layers import QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.tensor_files import TensorFiles
 
 TOKENS = torch.arange(10).view(2, 5)
 ADAPTED = ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"]

@@ -27,12 +27,12 @@ from qlora_lite import (
     load_adapter_,
     load_quantized,
     save_adapter,
-    storage,
 )
 from qlora_lite.adapters import lora_layers
+from qlora_lite.checkpoints import atomic_folder, safetensors_write
+from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, Stopped
 from qlora_lite.quantized_files import save_quantized
-from qlora_lite.tensor_files import TensorFiles
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -319,7 +319,9 @@ def test_the_report_counts_what_was_packed_and_what_was_added(tiny_folder: Path,
 def test_too_little_room_is_seen_before_the_first_byte(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000))
+    monkeypatch.setattr(
+        safetensors_write.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000)
+    )
     monkeypatch.setattr(export, "write_sharded", lambda *given: pytest.fail("something was written"))
     with pytest.raises(CheckpointError, match=r"bytes and the disk of .* has 1,000 free"):
         export_merged(trained(tiny_folder), tmp_path / "out")
@@ -376,7 +378,7 @@ def test_killed_it_leaves_nothing_under_the_name_and_the_same_command_finishes(
     words = (tiny_folder, tmp_path / "adapter", tmp_path / "out")
     killed_while_writing(point, tmp_path, MERGE, *words)
     assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(".out.*"))) == 1
-    monkeypatch.setattr(storage, "ABANDONED_AFTER_SECONDS", -1)
+    monkeypatch.setattr(atomic_folder, "ABANDONED_AFTER_SECONDS", -1)
     export.merge_checkpoint(*words)
     export.merge_checkpoint(*words[:2], tmp_path / "again")
     assert same(tmp_path / "out", tmp_path / "again") and not list(tmp_path.glob(".out.*"))
@@ -389,7 +391,7 @@ def test_terminated_it_leaves_what_was_there(
     words = (tiny_folder, tmp_path / "adapter", tmp_path / "out")
     export.merge_checkpoint(*words)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    write, left = storage._Writer.write, [20]
+    write, left = safetensors_write._Writer.write, [20]
 
     def some(writer: Any, piece: Any) -> None:
         left[0] -= 1
@@ -398,7 +400,7 @@ def test_terminated_it_leaves_what_was_there(
         assert left[0] > -2  # it is obeyed at the next slice
         write(writer, piece)
 
-    monkeypatch.setattr(storage._Writer, "write", some)
+    monkeypatch.setattr(safetensors_write._Writer, "write", some)
     with pytest.raises(Stopped, match="stopped by SIGTERM; nothing is left half-written"):
         export.merge_checkpoint(*words, dtype=torch.float32, overwrite=True)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

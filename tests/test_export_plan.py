@@ -10,11 +10,11 @@ import torch
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, load_quantized, save_adapter
 from qlora_lite.adapters import lora_layers
 from qlora_lite.architecture import tie
+from qlora_lite.checkpoints.hub import empty_model, read_config
+from qlora_lite.checkpoints.load import Checkpoint
+from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError
 from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
-from qlora_lite.hub import empty_model, read_config
-from qlora_lite.load import Checkpoint
-from qlora_lite.tensor_files import TensorFiles
 
 QUANT = QuantConfig(embedding_format="int8")
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, quantize_base_, storage
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, quantize_base_
+from qlora_lite.checkpoints import atomic_folder, safetensors_write
+from qlora_lite.checkpoints.bitsandbytes_layout import ROWS_FILE
+from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
-from qlora_lite.packed_files import ROWS_FILE
 from qlora_lite.quantization.layers import QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantized_files import save_quantized
-from qlora_lite.tensor_files import TensorFiles
 
 TOKENS = torch.arange(12).view(2, 6)
 QUANTS: list[dict[str, Any]] = [
@@ -236,7 +237,9 @@ def test_folders_are_replaced_on_request_only(
     assert not (tmp_path / "out" / ROWS_FILE).exists()
     with pytest.raises(CheckpointError, match="would replace the input"):
         save_quantized(load_quantized(tmp_path / "out"), tmp_path / "out", overwrite=True)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000))
+    monkeypatch.setattr(
+        safetensors_write.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000)
+    )
     with pytest.raises(CheckpointError, match="has 1,000 free"):
         save_quantized(model, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -259,6 +262,6 @@ def test_killed_half_way_it_leaves_nothing_under_the_name(
 ) -> None:
     killed_while_writing(point, tmp_path, SAVE, tiny_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(".out.*"))) == 1
-    monkeypatch.setattr(storage, "ABANDONED_AFTER_SECONDS", -1)
+    monkeypatch.setattr(atomic_folder, "ABANDONED_AFTER_SECONDS", -1)
     save_quantized(load_quantized(tiny_folder), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_lite.checkpoints.files import write_json
 from qlora_lite.errors import CheckpointError
 from qlora_lite.run_checkpoints import (
     checkpoint_path,
@@ -16,7 +17,6 @@ from qlora_lite.run_checkpoints import (
     remove_unfinished,
     write_checkpoint,
 )
-from qlora_lite.storage import write_json
 
 
 def written(run: Path, *losses: float) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
+from qlora_lite.checkpoints.safetensors_read import read_safetensors
 from qlora_lite.errors import CheckpointError
-from qlora_lite.tensor_files import read_safetensors
 
 Files = dict[str, dict[str, torch.Tensor]]
 

@@ -19,6 +19,10 @@ from torch import nn
 
 from qlora_lite import LinearWithLoRA
 from qlora_lite.batch_stream import BatchStream
+from qlora_lite.checkpoints.lazy_tensors import slices
+from qlora_lite.checkpoints.pack_source import slice_starts
+from qlora_lite.checkpoints.safetensors_read import read_safetensors
+from qlora_lite.checkpoints.safetensors_write import planned, write_safetensors
 from qlora_lite.errors import Stopped
 from qlora_lite.fingerprint import base_fingerprint
 from qlora_lite.initial import start_
@@ -26,10 +30,6 @@ from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.run_checkpoints import MANIFEST_FILE, what_is_wrong
 from qlora_lite.run_state import STATE_FILE
 from qlora_lite.signals import ended_by_signals, poll, stoppable, unfinished, unstopped
-from qlora_lite.storage import planned, write_safetensors
-from qlora_lite.tensor_files import read_safetensors
-from qlora_lite.tensor_views import slices
-from qlora_lite.weight_rows import slice_starts
 
 
 class Came(Exception):

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlora_lite import architecture, hub
+from qlora_lite import architecture
+from qlora_lite.checkpoints import hub
 from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import ConfigError
 from qlora_lite.streamed import StreamedModel, Weights, in_blocks

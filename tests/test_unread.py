@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_lite import architecture, hub
-from qlora_lite.load import Checkpoint
+from qlora_lite import architecture
+from qlora_lite.checkpoints import hub
+from qlora_lite.checkpoints.load import Checkpoint
+from qlora_lite.checkpoints.pack_source import ToBePacked
 from qlora_lite.memory.rehearse import rehearsal
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.unread import LaidOut, UnreadCheckpoint, UnreadTensor
-from qlora_lite.weight_rows import ToBePacked
 
 
 def mixtral(folder: Path) -> Path:

@@ -11,24 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from qlora_lite import QuantConfig, weight_rows
+from qlora_lite import QuantConfig
+from qlora_lite.checkpoints import pack_source
+from qlora_lite.checkpoints.lazy_tensors import Transposed
+from qlora_lite.checkpoints.pack_source import ToBePacked, slice_starts
+from qlora_lite.checkpoints.safetensors_read import StoredTensor, tensors_in
 from qlora_lite.compute.weight_update import Delta, StackDelta
 from qlora_lite.errors import CheckpointError, QuantizationError
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.tensor_files import StoredTensor, tensors_in
-from qlora_lite.tensor_views import Transposed
 from qlora_lite.weight_rows import (
     DenseRows,
     PackedRows,
     RepackedRows,
     Sources,
     StoredRows,
-    ToBePacked,
     aligned_slices,
     common_step,
     packed_ahead,
     packed_rows,
-    slice_starts,
 )
 
 
@@ -45,7 +45,7 @@ def test_packed_from_slices_of_a_file_it_is_packed_as_a_whole(
 ) -> None:
     weight = torch.randn(shape)
     config = QuantConfig(format=format, double_quant=double_quant)
-    monkeypatch.setattr(weight_rows, "READ_BYTES", 1)  # the least that the format allows at once
+    monkeypatch.setattr(pack_source, "READ_BYTES", 1)  # the least that the format allows at once
     source = ToBePacked(stored(tmp_path, weight), config, format, torch.bfloat16)
     ours, whole = source.pack(torch.device("cpu")), PackedWeight.of(weight.bfloat16(), config)
     assert ours.state_dict().keys() == whole.state_dict().keys()
@@ -61,7 +61,7 @@ def test_a_weight_that_was_turned_round_to_be_packed_gives_its_rows_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
     weight, config = torch.randn(40, 70), QuantConfig(format=format)
-    monkeypatch.setattr(weight_rows, "READ_BYTES", 1)
+    monkeypatch.setattr(pack_source, "READ_BYTES", 1)
     source = ToBePacked(Transposed(stored(tmp_path, weight)), config, format, torch.float32)
     whole = PackedWeight.of(weight.T.contiguous(), config)
     values = whole.dequantize(torch.float32).T
@@ -85,7 +85,7 @@ def test_what_cannot_be_packed_is_named_with_its_place_in_the_whole(
 ) -> None:
     weight = torch.randn(64, 64)
     weight[40, 2] = torch.nan
-    monkeypatch.setattr(weight_rows, "READ_BYTES", 1)
+    monkeypatch.setattr(pack_source, "READ_BYTES", 1)
     source = ToBePacked(stored(tmp_path, weight), QuantConfig(), "nf4", torch.float32)
     with pytest.raises(QuantizationError, match=r"w holds nan at index \(40, 2\)"):
         source.pack(torch.device("cpu"))

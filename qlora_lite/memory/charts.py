@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qlora_lite.checkpoints.files import new_file
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.palette import LIGHT
 from qlora_lite.memory.report import CATEGORY_NAMES, MemoryReport, Timeline, axis_ticks, readable_bytes
-from qlora_lite.single_file import new_file
 
 WIDTH, HEIGHT, DOTS = 11.0, 4.2, 150  # inches, inches of each panel, dots an inch
 INK, QUIET, LINE, ACCENT = "#1c1f26", "#5c6370", "#e2e2dc", "#a8321f"

@@ -11,6 +11,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from qlora_lite.checkpoints.files import new_file
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
 from qlora_lite.memory.page_tables import (
     breakable,
@@ -34,7 +35,6 @@ from qlora_lite.memory.report import (
     unit_for,
 )
 from qlora_lite.memory.svg import share_bar, timeline_picture, treemap_picture
-from qlora_lite.single_file import new_file
 
 TITLE = "Memory of a training run"
 # (class, width, height): a picture is drawn for a screen and for a telephone, and the style sheet shows one of them.

@@ -191,7 +191,7 @@ class PackedWeight(nn.Module):
     them: `.half()` or `.to(dtype)` on a model leaves every bit in place. A new one holds zeros.
     """
 
-    of_checkpoint = True  # whether it holds what the checkpoint does, and not what LoftQ made of it (own_base.py)
+    of_checkpoint = True  # whether it holds what the checkpoint does, and not what LoftQ made of it (base_identity.py)
     packed: Tensor
     absmax: Tensor
     nested_absmax: Tensor

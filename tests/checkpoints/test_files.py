@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_lite.checkpoints.files import excerpt, is_regular, open_regular
 from qlora_lite.errors import CheckpointError
-from qlora_lite.regular_files import excerpt, is_regular, open_regular
 
 
 def test_a_regular_file_is_opened_and_a_link_to_one_too(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_lite import QuantConfig, load_quantized, weight_rows
-from qlora_lite.conversion import OPERATIONS, model_tensors
+from qlora_lite import QuantConfig, load_quantized
+from qlora_lite.checkpoints import pack_source
+from qlora_lite.checkpoints.conversion import OPERATIONS, Conversion, model_tensors
+from qlora_lite.checkpoints.lazy_tensors import slices
+from qlora_lite.checkpoints.safetensors_read import StoredTensor, tensors_in
 from qlora_lite.errors import CheckpointError, QuantizationError
-from qlora_lite.hub import Conversion
-from qlora_lite.tensor_files import StoredTensor, tensors_in
-from qlora_lite.tensor_views import slices
 
 TOKENS = torch.arange(14).view(2, 7)
 EXPERT = "model.layers.1.block_sparse_moe.experts.11.w{}.weight"
@@ -91,7 +91,7 @@ def test_no_more_than_a_slice_is_read_at_once(mixtral: Path, monkeypatch: pytest
         return read(stored, offset, shape)
 
     monkeypatch.setattr(StoredTensor, "_read", noted)
-    monkeypatch.setattr(weight_rows, "READ_BYTES", 1)
+    monkeypatch.setattr(pack_source, "READ_BYTES", 1)
     load_quantized(mixtral, QuantConfig())
     assert max(rows for name, rows in largest.items() if ".experts." in name) == 4  # 64 values, a block, in 4 rows
 
@@ -146,14 +146,14 @@ def test_an_operation_that_is_not_known_is_named(
 
 
 def load_quantized_empty(folder: Path) -> Any:
-    from qlora_lite.hub import empty_model, read_config
+    from qlora_lite.checkpoints.hub import empty_model, read_config
 
     return empty_model(read_config(folder), torch.float32)
 
 
 def made(folder: Path, rule: Any, tensors: dict[str, list[Tensor]], shapes: dict[str, Any]) -> dict[str, Tensor]:
     """What our operations make, by target pattern, of tensors by source pattern."""
-    from qlora_lite import conversion
+    from qlora_lite.checkpoints import conversion
 
     flat = {f"{number}.{index}": t for number, ts in enumerate(tensors.values()) for index, t in enumerate(ts)}
     save_file({name: tensor.clone() for name, tensor in flat.items()}, folder / "x.safetensors")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_lite import tensor_views
+from qlora_lite.checkpoints import lazy_tensors
+from qlora_lite.checkpoints.lazy_tensors import Joined, Narrowed, Source, Stacked, Transposed, slices
+from qlora_lite.checkpoints.safetensors_read import tensors_in
 from qlora_lite.errors import CheckpointError
-from qlora_lite.tensor_files import tensors_in
-from qlora_lite.tensor_views import Joined, Narrowed, Source, Stacked, Transposed, slices
 
 
 def stored(folder: Path, **tensors: Tensor) -> dict[str, Source]:
@@ -48,7 +48,7 @@ def test_rows_and_parts_are_those_of_the_tensor(
     tmp_path_factory: pytest.TempPathFactory, sizes: tuple[int, int, int], largest: int
 ) -> None:
     folder = tmp_path_factory.mktemp("views")
-    whole_pass, tensor_views.PASS_BYTES = tensor_views.PASS_BYTES, largest
+    whole_pass, lazy_tensors.PASS_BYTES = lazy_tensors.PASS_BYTES, largest
     try:
         for view, tensor in views(folder, torch.randn(sizes), torch.randn(sizes).bfloat16()):
             assert view.shape == tuple(tensor.shape) and view.dtype == tensor.dtype
@@ -58,7 +58,7 @@ def test_rows_and_parts_are_those_of_the_tensor(
                 assert part.shape == tuple(tensor.shape[1:])
                 assert torch.equal(part.rows(1, part.shape[0]), tensor[index][1:])
     finally:
-        tensor_views.PASS_BYTES = whole_pass
+        lazy_tensors.PASS_BYTES = whole_pass
 
 
 def test_pieces_that_do_not_fit_are_named(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from qlora_lite.checkpoints.lazy_tensors import slices
+from qlora_lite.checkpoints.safetensors_read import TensorFiles, tensors_in
+from qlora_lite.checkpoints.safetensors_write import INDEX_FILE
 from qlora_lite.errors import CheckpointError
 from qlora_lite.memory.measure import reset_resident_peak, resident_bytes
-from qlora_lite.storage import INDEX_FILE
-from qlora_lite.tensor_files import TensorFiles, tensors_in
-from qlora_lite.tensor_views import slices
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 

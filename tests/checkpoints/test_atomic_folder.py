@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lite.exchange import exchanged
+from qlora_lite.checkpoints.atomic_folder import exchanged
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")

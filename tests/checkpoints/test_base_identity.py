@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, load_quantized, quantize_base_, save_adapter
-from qlora_lite import base_file as module
 from qlora_lite.adapters import lora_layers, remove_lora_
-from qlora_lite.base_file import BASE_FILE, check_checkpoint_base, known_base, read_base
+from qlora_lite.checkpoints import base_identity as module
+from qlora_lite.checkpoints.base_identity import BASE_FILE, check_checkpoint_base, known_base, read_base
+from qlora_lite.checkpoints.safetensors_read import StoredTensor
 from qlora_lite.cli import main
 from qlora_lite.errors import CheckpointError
 from qlora_lite.export import merge_checkpoint
 from qlora_lite.quantized_files import save_quantized
-from qlora_lite.tensor_files import StoredTensor
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -96,7 +96,7 @@ def test_another_revision_is_told_before_weights_are_read(
             load_adapter_(model, adapter)
     assert not lora_layers(model)
     with monkeypatch.context() as patch:
-        patch.setattr("qlora_lite.hub.empty_model", lambda *_: pytest.fail("a model was built"))
+        patch.setattr("qlora_lite.checkpoints.hub.empty_model", lambda *_: pytest.fail("a model was built"))
         with pytest.raises(CheckpointError, match=f"other weights of the same shapes.*than {folder}; name the base"):
             merge_checkpoint(folder, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -236,7 +236,7 @@ def test_the_commands_say_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = changed(one_tensor)
-    monkeypatch.setattr("qlora_lite.hub.empty_model", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr("qlora_lite.checkpoints.hub.empty_model", lambda *_: pytest.fail("a model was built"))
 
     def command(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["qlora-lite", *map(str, words)])

@@ -12,12 +12,12 @@ import torch
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_adapter_, load_quantized, save_adapter
 from qlora_lite.adapters import lora_layers, remove_lora_
+from qlora_lite.checkpoints.base_identity import digest_of, own_weights, packed_anew
 from qlora_lite.cli import train
 from qlora_lite.config import init_parts
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export import merge_checkpoint
 from qlora_lite.lora import LoraLayer
-from qlora_lite.own_base import digest_of, own_weights, packed_anew
 from qlora_lite.quantization.layers import QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantized_files import save_quantized

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_lite.checkpoints.files import LARGEST_JSON, excerpt, is_regular, open_regular, read_json
+from qlora_lite.checkpoints.safetensors_write import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
 from qlora_lite.errors import CheckpointError
-from qlora_lite.regular_files import LARGEST_JSON, excerpt, is_regular, open_regular
 from qlora_lite.signals import poll
-from qlora_lite.storage import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, read_json
 
 DTYPE_OF = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 HEADER_LENGTH_BYTES = 8

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_lite import packed_files
-from qlora_lite.errors import CheckpointError, QuantizationError
-from qlora_lite.packed_files import (
+from qlora_lite.checkpoints import bitsandbytes_layout
+from qlora_lite.checkpoints.bitsandbytes_layout import (
     SMALLEST_FP16_ABSMAX,
     STATE,
     int8_rows,
@@ -24,11 +23,12 @@ from qlora_lite.packed_files import (
     rows_survive,
     serialized,
 )
+from qlora_lite.checkpoints.safetensors_read import tensors_in
+from qlora_lite.checkpoints.safetensors_write import write_safetensors
+from qlora_lite.errors import CheckpointError, QuantizationError
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import BLOCKSIZES
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.storage import write_safetensors
-from qlora_lite.tensor_files import tensors_in
 
 CPU = torch.device("cpu")
 SHAPES = st.tuples(st.integers(1, 90), st.integers(1, 130))
@@ -146,7 +146,7 @@ def test_neither_slices_nor_strangers_matter(tmp_path: Path, monkeypatch: pytest
     packed = PackedWeight.of(torch.randn(40, 64), QuantConfig())
     tensors = as_state_dict(packed) | {"other.weight": torch.ones(3, 3)}
     save_file(tensors, tmp_path / "x.safetensors")
-    monkeypatch.setattr(packed_files, "READ_BYTES", 1)
+    monkeypatch.setattr(bitsandbytes_layout, "READ_BYTES", 1)
     found, statistics = packed_weights(tensors_in(tmp_path / "x.safetensors"))
     assert same(found["x.weight"].pack(CPU), packed)
     assert statistics == tensors.keys() - {"x.weight", "other.weight"}

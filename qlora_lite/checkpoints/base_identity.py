@@ -13,10 +13,11 @@ that the file is not believed beside other tensors. Other programs read none of 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import hub
+from qlora_lite.checkpoints import hub
+from qlora_lite.checkpoints.files import excerpt, read_json, write_json
+from qlora_lite.checkpoints.safetensors_read import StoredTensor, TensorFiles
+from qlora_lite.checkpoints.safetensors_write import raw_bytes
 from qlora_lite.errors import CheckpointError
-from qlora_lite.fingerprint import sum_of_json
-from qlora_lite.own_base import own_weights
-from qlora_lite.regular_files import excerpt
-from qlora_lite.storage import raw_bytes, read_json, write_json
-from qlora_lite.tensor_files import StoredTensor, TensorFiles
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 BASE_FILE = "qlora_lite_base.json"
 VERSION = 1
@@ -43,6 +44,10 @@ RUNS, RUN_VALUES = 4, 1024
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # On a model: what the checkpoint was that its weights were read from.
 KNOWN = "checkpoint_base"
+
+# In adapter_config.json, where peft passes over what it does not know.
+DIGEST_KEY = "packed_base_sha256"
+HOW_TO = "load the base that save_quantized wrote of the model under that adapter"
 
 
 @dataclass(frozen=True)
@@ -296,3 +301,43 @@ def check_checkpoint_base(adapter: Path, folder: Path) -> list[str]:
     """
     there = read_base(adapter)
     return [] if there is None else _compare(adapter, there, base_of(folder, hub.read_config(folder)), str(folder))
+
+
+def packed_anew(old: PackedWeight, matrix: Tensor, name: str) -> PackedWeight:
+    """Another matrix `(out, in)` packed as `old` is, which is left as it was; QuantizationError if it cannot be."""
+    config = QuantConfig(old.format, old.blocksize, old.double_quant, int8_activations=old.int8_activations)
+    new = PackedWeight.of(matrix, config, name=name)
+    new.of_checkpoint = False
+    return new
+
+
+def own_weights(model: nn.Module) -> list[PackedWeight]:
+    """The packed weights of a model that are not its checkpoint's."""
+    return [module for module in model.modules() if isinstance(module, PackedWeight) and not module.of_checkpoint]
+
+
+def holders(model: nn.Module, weight: Any) -> int:
+    """How many modules have this very weight: more than one where it is tied."""
+    return sum(getattr(module, "weight", None) is weight for module in model.modules())
+
+
+def digest_of(weights: Iterable[tuple[str, PackedWeight]]) -> str:
+    """SHA-256, in hex, of the names of layers and the bytes of their packed weights, in the order that they come in."""
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        digest.update(f"{name} {weight.format} {weight.blocksize} {tuple(weight.shape)}\n".encode())
+        for _, buffer in sorted(weight.state_dict().items()):
+            digest.update(raw_bytes(buffer))
+    return digest.hexdigest()
+
+
+def is_base_of(digest: str, weights: Mapping[str, Any]) -> bool:
+    """Whether these are the packed weights, by name of layer, that an adapter was saved for."""
+    if not all(isinstance(weight, PackedWeight) for weight in weights.values()):
+        return False
+    return digest_of(sorted(weights.items())) == digest
+
+
+def sum_of_json(value: object) -> str:
+    """SHA-256, in hex, of plain data as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

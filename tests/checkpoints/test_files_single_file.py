@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_lite.checkpoints.files import check_writable, new_file
 from qlora_lite.errors import CheckpointError, ConfigError
-from qlora_lite.single_file import check_writable, new_file
 
 
 def test_a_file_appears_whole_and_beside_it_nothing(tmp_path: Path) -> None:

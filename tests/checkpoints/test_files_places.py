@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_lite.checkpoints.files import check_place
 from qlora_lite.errors import CheckpointError
-from qlora_lite.places import check_place
 
 
 def test_what_is_there_and_what_can_be_made_is_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

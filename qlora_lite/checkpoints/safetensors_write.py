@@ -9,18 +9,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import json
 import math
 import mmap
 import os
-import shutil
-import stat
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_lite.checkpoints.files import write_json
 from qlora_lite.errors import CheckpointError
-from qlora_lite.exchange import exchanged
-from qlora_lite.regular_files import LARGEST_JSON, open_regular
-from qlora_lite.signals import poll, stoppable, unfinished
+from qlora_lite.signals import poll
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -47,14 +40,7 @@ SAFETENSORS_DTYPES = {
 }
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# What a folder may hold that is replaced as a whole: the files that checkpoints, adapters and runs consist of.
-CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jsonl", ".jinja", ".model")
-UNFINISHED = ".partial"
-# A folder whose maker holds no lock on it is abandoned; one so young may not have its lock yet.
-ABANDONED_AFTER_SECONDS = 60
-SPARE_BYTES = 64 << 20
 DEFAULT_SHARD_BYTES = 5 * 10**9
-CHECKPOINT_NAMES = ("merges.txt", "vocab.txt", "README.md")
 
 
 @dataclass(frozen=True)
@@ -81,15 +67,6 @@ def planned(tensor: Tensor) -> PlannedTensor:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor's values, row by row; of one in this process's memory, and whole, without a copy."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def sync(path: Path) -> None:
-    """Has a file, or the names in a folder, reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _header(tensors: Mapping[str, PlannedTensor]) -> bytes:
@@ -194,29 +171,6 @@ def _set_direct(descriptor: int, wanted: bool) -> bool:
     return wanted and flag != 0
 
 
-def write_json(path: Path, value: object) -> None:
-    """Writes indented JSON and syncs it to disk."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from disk. CheckpointError when the file is missing, unreadable, or holds something else."""
-    try:
-        with open_regular(path, "a JSON file", LARGEST_JSON) as file:
-            value = json.loads(file.read().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and numbers of too many digits, too
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} should hold a JSON object; got a {type(value).__name__}")
-    return value
-
-
 def write_sharded(folder: Path, tensors: Mapping[str, PlannedTensor], max_shard_bytes: int) -> list[str]:
     """Writes tensors as one file, or as shards of at most that size with an index; returns the file names.
 
@@ -232,117 +186,3 @@ def write_sharded(folder: Path, tensors: Mapping[str, PlannedTensor], max_shard_
         total = sum(plan.bytes for plan in tensors.values())
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename})
     return list(split.filename_to_tensors)
-
-
-def check_replaceable(target: Path, overwrite: bool) -> None:
-    """Raises CheckpointError for a folder that must not, or cannot, be replaced as a whole."""
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file; name a folder")
-    if not target.is_dir():
-        return
-    if os.path.ismount(target):
-        raise CheckpointError(f"{target} is a mount point and cannot be replaced in one move; name a folder inside it")
-    if not overwrite and any(target.iterdir()):
-        raise CheckpointError(f"{target} is not empty; name another folder, or ask for overwrite")
-    files = sorted(path for path in target.rglob("*") if not path.is_dir())
-    foreign = [str(path.relative_to(target)) for path in files if not _is_replaceable(path)]
-    if foreign:
-        shown = ", ".join(foreign[:4]) + (" …" if len(foreign) > 4 else "")
-        raise CheckpointError(
-            f"{target} holds files that no checkpoint has, and they would be lost: {shown}; move them"
-        )
-
-
-def _is_replaceable(path: Path) -> bool:
-    return path.suffix in CHECKPOINT_SUFFIXES or path.name in CHECKPOINT_NAMES
-
-
-def check_space(target: Path, needed: int) -> None:
-    """Raises CheckpointError unless the disk that is to hold `target` has so many bytes free, and some to spare."""
-    place = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed + SPARE_BYTES:
-        raise CheckpointError(
-            f"{target} needs {needed + SPARE_BYTES:,} bytes and the disk of {place} has {free:,} free; make room, "
-            f"or name a folder on another disk"
-        )
-
-
-def check_apart(target: Path, *inputs: Path | None) -> None:
-    """Raises CheckpointError if writing the folder `target` would replace one of the inputs, or what it links to."""
-    target = Path(os.path.realpath(target))
-    for path in inputs:
-        if path is None:
-            continue
-        files = [part for part in path.iterdir() if not part.is_dir()] if path.is_dir() else []
-        if any(Path(os.path.realpath(part)).is_relative_to(target) for part in (path, *files)):
-            raise CheckpointError(f"the output {target} would replace the input {path}; name another folder")
-
-
-@contextmanager
-def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes it when the block ends well, and disappears when it does not.
-
-    Raises CheckpointError if `target` is a file, a mount point, a folder with something in it and `overwrite` is not
-    set, or one with files that are no checkpoint's.
-    """
-    target = Path(os.path.realpath(target))  # behind a link stands the folder that is meant
-    check_replaceable(target, overwrite)
-    with stoppable(), _writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(target.parent, f".{glob.escape(target.name)}.*{UNFINISHED}")
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent))
-        with unfinished(temporary):
-            # mkdtemp gives 0700; a folder made in the usual way follows the umask, and keeps the group of its parent's
-            # files where the parent says so (setgid, which is inherited).
-            os.chmod(temporary, temporary.stat().st_mode & stat.S_ISGID | 0o777 & ~_umask())
-            with locked(temporary):
-                yield temporary
-            sync(temporary)
-            check_replaceable(target, overwrite)  # again: others may have written there meanwhile
-            _put(temporary, target)
-
-
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
-
-
-def _put(temporary: Path, target: Path) -> None:
-    """Gives a finished folder its name; what had it before goes, after that where the file system can exchange two."""
-    if not target.exists():
-        os.rename(temporary, target)
-    elif not exchanged(temporary, target):
-        old = temporary.with_suffix(".old")  # no name of unfinished work: for an instant it is the only one there is
-        os.rename(target, old)
-        os.rename(temporary, target)
-        shutil.rmtree(old)
-    sync(target.parent)
-
-
-def remove_abandoned(folder: Path, pattern: str) -> None:
-    """Removes unfinished folders that killed processes left behind: those that nobody holds a lock on any more."""
-    for left in folder.glob(pattern):
-        if time.time() - left.stat().st_mtime > ABANDONED_AFTER_SECONDS:
-            with suppress(BlockingIOError), locked(left):
-                shutil.rmtree(left, ignore_errors=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder, which goes with the process however it ends. BlockingIOError if another holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current

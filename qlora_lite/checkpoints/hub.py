@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from qlora_lite.checkpoints.files import read_json
 from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError
-from qlora_lite.storage import read_json
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -114,58 +113,6 @@ def read_generation_config_(model: Any, folder: Path) -> None:
     if (folder / GENERATION_FILE).is_file():
         with _checkpoint_errors(f"{folder / GENERATION_FILE} is no generation config"):
             model.generation_config = _transformers().GenerationConfig.from_pretrained(str(folder))
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """How transformers makes one or more tensors of a model from those of a checkpoint.
-
-    target: the model's name of the first; sources: the checkpoint's names by the pattern that they match;
-    operations: transformers' own, in order, none where only the name differs.
-    """
-
-    target: str
-    sources: dict[str, list[str]]
-    source_patterns: tuple[str, ...] = ()
-    target_patterns: tuple[str, ...] = ()
-    operations: tuple[Any, ...] = ()
-
-    @property
-    def targets(self) -> set[str]:
-        """The model's names of all that is made."""
-        patterns = self.target_patterns or (self.target,)
-        return {self.target.replace(patterns[0], pattern) for pattern in patterns}
-
-
-def checkpoint_tensors(model: Any) -> dict[str, Tensor]:
-    """The tensors of a model on meta as a checkpoint has them: other names, and pieces, where transformers converts."""
-    loading = importlib.import_module("transformers.core_model_loading")
-    return loading.revert_weight_conversion(model, dict(model.state_dict()))  # type: ignore[no-any-return]
-
-
-def conversions(model: Any, wanted: Iterable[str], names: Iterable[str]) -> list[Conversion]:
-    """What transformers makes of a checkpoint's tensors, by name, for a model that wants these (its `state_dict`).
-
-    A tensor that the model has no place for comes as a conversion to a target that is not wanted.
-    """
-    loading = importlib.import_module("transformers.core_model_loading")
-    rules = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    places = {name: name for name in wanted}
-    found: dict[tuple[str, int], Conversion] = {}
-    for name in sorted(names, key=loading.dot_natural_key):  # a stack's matrices come in the order of their numbers
-        target, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, places)
-        if target not in places and name in places:  # it lies under the model's own name already
-            target, pattern = name, None
-        rule = by_pattern.get(pattern)
-        made = Conversion(target, {})
-        if rule is not None:
-            patterns = (tuple(rule.source_patterns), tuple(rule.target_patterns), tuple(rule.operations))
-            made = Conversion(target, {}, *patterns)
-        found.setdefault((target, id(rule)), made).sources.setdefault(pattern or "", []).append(name)
-    return list(found.values())
 
 
 def load_tokenizer(path_or_id: str | Path) -> Any:

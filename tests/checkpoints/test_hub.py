@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from qlora_lite.architecture import head_of, tied_names, tied_pairs
-from qlora_lite.errors import CheckpointError
-from qlora_lite.hub import (
+from qlora_lite.checkpoints.hub import (
     empty_model,
     load_tokenizer,
     quantization_of,
@@ -20,6 +19,7 @@ from qlora_lite.hub import (
     save_companions,
     source_folder,
 )
+from qlora_lite.errors import CheckpointError
 
 
 def test_a_model_is_built_without_bytes(tiny_folder: Path) -> None:

@@ -16,20 +16,27 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import architecture, hub
-from qlora_lite.base_file import remember_base_, what_is_known
+from qlora_lite import architecture
+from qlora_lite.checkpoints import hub
+from qlora_lite.checkpoints.base_identity import remember_base_, what_is_known
+from qlora_lite.checkpoints.bitsandbytes_layout import (
+    ROWS_FILE,
+    StoredInt8Rows,
+    StoredPacked,
+    int8_rows,
+    packed_weights,
+)
+from qlora_lite.checkpoints.conversion import model_tensors
+from qlora_lite.checkpoints.lazy_tensors import Source, Transposed, slices
+from qlora_lite.checkpoints.pack_source import READ_BYTES, PackSource, ToBePacked
+from qlora_lite.checkpoints.safetensors_read import TensorFiles, tensors_in
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits
-from qlora_lite.conversion import model_tensors
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
-from qlora_lite.packed_files import ROWS_FILE, StoredInt8Rows, StoredPacked, int8_rows, packed_weights
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.quantize_model import Slot, slots
 from qlora_lite.signals import poll
 from qlora_lite.surgery import answers_to, is_transposed_linear
-from qlora_lite.tensor_files import TensorFiles, tensors_in
-from qlora_lite.tensor_views import Source, Transposed, slices
-from qlora_lite.weight_rows import READ_BYTES, PackSource, ToBePacked
 
 SHOWN = 8
 BITSANDBYTES = "bitsandbytes"

@@ -17,21 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from qlora_lite import storage
-from qlora_lite.errors import CheckpointError
-from qlora_lite.storage import (
+from qlora_lite.checkpoints import safetensors_write
+from qlora_lite.checkpoints.atomic_folder import check_apart, locked, new_folder
+from qlora_lite.checkpoints.files import read_json
+from qlora_lite.checkpoints.safetensors_read import TensorFiles, read_safetensors
+from qlora_lite.checkpoints.safetensors_write import (
     INDEX_FILE,
     PlannedTensor,
     _Writer,
-    check_apart,
-    locked,
-    new_folder,
     planned,
-    read_json,
     write_safetensors,
     write_sharded,
 )
-from qlora_lite.tensor_files import TensorFiles, read_safetensors
+from qlora_lite.errors import CheckpointError
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -89,7 +87,7 @@ def test_every_byte_of_every_piece_is_written_in_order(
     pieces = [bytes([65 + number]) * size for number, size in enumerate(sizes)]
     with pytest.MonkeyPatch.context() as patch, open(path, "wb", buffering=0) as file:
         patch.setattr(_Writer, "BLOCK_BYTES", 8192)
-        patch.setattr(storage.os, "write", functools.partial(system, os.write))
+        patch.setattr(safetensors_write.os, "write", functools.partial(system, os.write))
         with _Writer(file) as writer:
             for piece in pieces:
                 writer.write(piece)
@@ -102,7 +100,7 @@ def test_what_the_writing_thread_fails_at_is_raised_and_no_thread_is_left(
     def full(descriptor: int, block: memoryview) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "write", full)
+    monkeypatch.setattr(safetensors_write.os, "write", full)
     monkeypatch.setattr(_Writer, "BLOCK_BYTES", 4096)
     before = threading.active_count()
     plan = {"w": PlannedTensor((8, 1024), torch.float32, lambda: torch.zeros(8, 1024).split(1))}
@@ -131,11 +129,11 @@ def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("system", [storage.exchanged, lambda one, other: False])
+@pytest.mark.parametrize("system", [safetensors_write.exchanged, lambda one, other: False])
 def test_what_is_replaced_is_there_until_the_new_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: Callable[[Path, Path], bool]
 ) -> None:
-    monkeypatch.setattr(storage, "exchanged", system)
+    monkeypatch.setattr(safetensors_write, "exchanged", system)
     for text in ("1", "2"):
         with new_folder(tmp_path / "out", overwrite=True) as folder:
             (folder / "x.json").write_text(text)

@@ -30,14 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_lite.checkpoints.lazy_tensors import slices
+from qlora_lite.checkpoints.pack_source import READ_BYTES, slice_starts
+from qlora_lite.checkpoints.safetensors_read import StoredTensor
+from qlora_lite.checkpoints.safetensors_write import PlannedTensor, planned
 from qlora_lite.checks import check_finite, is_count, is_finite
 from qlora_lite.errors import CheckpointError
 from qlora_lite.quantization.formats import BLOCKSIZES, NESTED_BLOCKSIZE, packed_bytes, row_step
 from qlora_lite.quantization.packed_weight import PackedWeight, code_values
-from qlora_lite.storage import PlannedTensor, planned
-from qlora_lite.tensor_files import StoredTensor
-from qlora_lite.tensor_views import slices
-from qlora_lite.weight_rows import READ_BYTES, slice_starts
 
 ROWS_FILE = "int8_rows/absmax.safetensors"
 STATE = "quant_state.bitsandbytes__"

@@ -7,15 +7,15 @@ is refused by the operation's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from qlora_lite import hub
+from qlora_lite.checkpoints.lazy_tensors import Joined, Narrowed, Source, Stacked, Transposed
 from qlora_lite.errors import CheckpointError
-from qlora_lite.tensor_views import Joined, Narrowed, Source, Stacked, Transposed
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Views by the pattern of transformers' rule that their names match; several of a pattern with a star in it.
@@ -122,7 +122,7 @@ OPERATIONS: dict[str, Callable[[Any, Named, _Rule], Named]] = {
 }
 
 
-def _made(conversion: hub.Conversion, files: Mapping[str, Source], shapes: Shapes) -> dict[str, Source]:
+def _made(conversion: Conversion, files: Mapping[str, Source], shapes: Shapes) -> dict[str, Source]:
     """The model's tensors that one rule makes. CheckpointError for an operation that is not known."""
     views: Named = {pattern: [files[name] for name in names] for pattern, names in conversion.sources.items()}
     rule = _Rule(conversion.target, list(conversion.source_patterns), list(conversion.target_patterns), shapes)
@@ -146,7 +146,7 @@ def model_tensors(model: nn.Module, shapes: Shapes, files: Mapping[str, Source])
     Nothing is read. What cannot be made is no error yet, but listed: the caller knows what it needs.
     """
     found = Converted()
-    for conversion in hub.conversions(model, shapes, files):
+    for conversion in conversions(model, shapes, files):
         names = [name for several in conversion.sources.values() for name in several]
         if conversion.target not in shapes:
             found.unexpected |= dict.fromkeys(names, conversion.target)
@@ -163,3 +163,55 @@ def model_tensors(model: nn.Module, shapes: Shapes, files: Mapping[str, Source])
             found.problems.append(f"{conversion.target} is there more than once: {', '.join(twice)}")
         found.tensors |= made
     return found
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How transformers makes one or more tensors of a model from those of a checkpoint.
+
+    target: the model's name of the first; sources: the checkpoint's names by the pattern that they match;
+    operations: transformers' own, in order, none where only the name differs.
+    """
+
+    target: str
+    sources: dict[str, list[str]]
+    source_patterns: tuple[str, ...] = ()
+    target_patterns: tuple[str, ...] = ()
+    operations: tuple[Any, ...] = ()
+
+    @property
+    def targets(self) -> set[str]:
+        """The model's names of all that is made."""
+        patterns = self.target_patterns or (self.target,)
+        return {self.target.replace(patterns[0], pattern) for pattern in patterns}
+
+
+def checkpoint_tensors(model: Any) -> dict[str, Tensor]:
+    """The tensors of a model on meta as a checkpoint has them: other names, and pieces, where transformers converts."""
+    loading = importlib.import_module("transformers.core_model_loading")
+    return loading.revert_weight_conversion(model, dict(model.state_dict()))  # type: ignore[no-any-return]
+
+
+def conversions(model: Any, wanted: Iterable[str], names: Iterable[str]) -> list[Conversion]:
+    """What transformers makes of a checkpoint's tensors, by name, for a model that wants these (its `state_dict`).
+
+    A tensor that the model has no place for comes as a conversion to a target that is not wanted.
+    """
+    loading = importlib.import_module("transformers.core_model_loading")
+    rules = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    places = {name: name for name in wanted}
+    found: dict[tuple[str, int], Conversion] = {}
+    for name in sorted(names, key=loading.dot_natural_key):  # a stack's matrices come in the order of their numbers
+        target, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, places)
+        if target not in places and name in places:  # it lies under the model's own name already
+            target, pattern = name, None
+        rule = by_pattern.get(pattern)
+        made = Conversion(target, {})
+        if rule is not None:
+            patterns = (tuple(rule.source_patterns), tuple(rule.target_patterns), tuple(rule.operations))
+            made = Conversion(target, {}, *patterns)
+        found.setdefault((target, id(rule)), made).sources.setdefault(pattern or "", []).append(name)
+    return list(found.values())
