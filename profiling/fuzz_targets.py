@@ -23,10 +23,10 @@ import torch
 from endure_inputs import FAMILIES, adaptable
 
 from qlora_lite import LoraConfig, TrainConfig, add_lora_
-from qlora_lite.adapters import adapter_parameters
 from qlora_lite.batch_stream import BatchStream
 from qlora_lite.compute.random_state import RandomSources
 from qlora_lite.errors import QLoRAError
+from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.optim import make_optimizer
 from qlora_lite.run_checkpoints import MANIFEST_FILE, checkpoint_path, newest_sound, write_checkpoint
 from qlora_lite.run_state import RunState

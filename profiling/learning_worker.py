@@ -31,8 +31,8 @@ from step_worker import ALPHA, RANK, peer_step, say, settled_bytes
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_adapter_, load_quantized, save_adapter
 from qlora_lite import train as train_ours
-from qlora_lite.adapters import adapter_parameters, adapters_disabled
 from qlora_lite.checkpoints.hub import load_tokenizer
+from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled
 from qlora_lite.memory.measure import resident_bytes
 from qlora_lite.optim import learning_rate_factor
 

@@ -120,8 +120,8 @@ def make_shape(name: str, layers: int | None = None) -> Path:
 def make_adapter(folder: Path, rank: int = 16) -> Path:
     """The folder of an adapter with random values on all linear layers of a checkpoint; made if it is not there."""
     from qlora_lite import LoraConfig, add_lora_, save_adapter
-    from qlora_lite.adapters import adapter_parameters
     from qlora_lite.checkpoints.hub import read_config
+    from qlora_lite.lora.adapters import adapter_parameters
 
     target = folder.with_name(f"{folder.name}-adapter-{rank}")
     if target.is_dir():

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig
-from qlora_lite.config import checkpointing_named
+from qlora_lite.lora.config import checkpointing_named
 from qlora_lite.memory.report import render
 from qlora_lite.training import profile_steps
 

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlora_lite.adapter_files import load_adapter_ as load_adapter_
     from qlora_lite.adapter_files import save_adapter as save_adapter
-    from qlora_lite.adapters import add_lora_ as add_lora_
     from qlora_lite.checkpoints.load import load_quantized as load_quantized
     from qlora_lite.compute.cross_entropy import linear_cross_entropy as linear_cross_entropy
-    from qlora_lite.config import LoraConfig as LoraConfig
-    from qlora_lite.config import TrainConfig as TrainConfig
     from qlora_lite.errors import QLoRAError as QLoRAError
     from qlora_lite.export import export_merged as export_merged
-    from qlora_lite.lora import Embedding as Embedding
-    from qlora_lite.lora import LinearWithLoRA as LinearWithLoRA
-    from qlora_lite.lora import LoraLayer as LoraLayer
+    from qlora_lite.lora.adapters import add_lora_ as add_lora_
+    from qlora_lite.lora.config import LoraConfig as LoraConfig
+    from qlora_lite.lora.config import TrainConfig as TrainConfig
+    from qlora_lite.lora.layer import Embedding as Embedding
+    from qlora_lite.lora.layer import LinearWithLoRA as LinearWithLoRA
+    from qlora_lite.lora.layer import LoraLayer as LoraLayer
+    from qlora_lite.lora.merge import merge_lora_ as merge_lora_
+    from qlora_lite.lora.merge import unmerge_lora_ as unmerge_lora_
     from qlora_lite.memory.measure import MemoryProfiler as MemoryProfiler
     from qlora_lite.memory.rehearse import rehearse as rehearse
-    from qlora_lite.merge import merge_lora_ as merge_lora_
-    from qlora_lite.merge import unmerge_lora_ as unmerge_lora_
     from qlora_lite.quantization.config import QuantConfig as QuantConfig
     from qlora_lite.quantization.quantize_model import quantize_base_ as quantize_base_
     from qlora_lite.training import train as train

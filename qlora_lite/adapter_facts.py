@@ -11,8 +11,8 @@ from typing import Any
 from qlora_lite.adapter_files import lora_numbers
 from qlora_lite.checkpoints.base_identity import KnownBase, read_base
 from qlora_lite.checkpoints.safetensors_read import StoredTensor
-from qlora_lite.config import LoraConfig
 from qlora_lite.errors import CheckpointError
+from qlora_lite.lora.config import LoraConfig
 from qlora_lite.peft_files import (
     CONFIG_FILE,
     TENSOR_FILE,

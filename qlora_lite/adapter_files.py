@@ -1,7 +1,7 @@
 """Adapters on disk, as peft writes and reads them: `adapter_model.safetensors` and `adapter_config.json`.
 
 The shapes in them are ours, but those of convolutions are kernels' and those of stacks are flat (stack_files.py). With
-groups peft has an A of another meaning (conv_kind.py): neither loads the other's, and both say so.
+groups peft has an A of another meaning (convolution.py): neither loads the other's, and both say so.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import architecture
-from qlora_lite.adapted_experts import hold_stacks_, open_stacks, option_problems, patterned_name, stacks_among
-from qlora_lite.adapters import adapted, freeze_base_, lora_layers
 from qlora_lite.beside_files import StoredBeside, beside_config, beside_keys
 from qlora_lite.checkpoints.atomic_folder import new_folder
 from qlora_lite.checkpoints.base_identity import (
@@ -29,13 +27,15 @@ from qlora_lite.checkpoints.base_identity import (
 )
 from qlora_lite.checkpoints.files import write_json
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor, planned, write_safetensors
-from qlora_lite.config import LoraConfig
-from qlora_lite.conv_kind import read_kernels
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
-from qlora_lite.layer_kinds import EmbeddingKind, Kind, kind_of
-from qlora_lite.lora import DEFAULT_ADAPTER, LoraLayer
-from qlora_lite.named_adapters import active_adapter, adapter_layers, room_for
-from qlora_lite.parked import check_name
+from qlora_lite.lora.adapters import adapted, check_name, freeze_base_, lora_layers
+from qlora_lite.lora.auxiliary_layers import WithTokenRows
+from qlora_lite.lora.config import LoraConfig
+from qlora_lite.lora.convolution import read_kernels
+from qlora_lite.lora.experts import hold_stacks_, open_stacks, option_problems, patterned_name, stacks_among
+from qlora_lite.lora.kinds import EmbeddingKind, Kind, kind_of
+from qlora_lite.lora.layer import DEFAULT_ADAPTER, LoraLayer
+from qlora_lite.lora.multi_adapter import active_adapter, adapter_layers, room_for
 from qlora_lite.peft_config import peft_config
 from qlora_lite.peft_files import (
     BASE_COPY,
@@ -51,7 +51,6 @@ from qlora_lite.peft_options import NUMBERS, refused_options
 from qlora_lite.peft_targets import target_problems
 from qlora_lite.stack_files import flat_A, flat_B, places_in_files, stack_pairs, targeted_parameters
 from qlora_lite.surgery import replace_modules_
-from qlora_lite.token_rows import WithTokenRows
 
 Pairs = dict[str, dict[str, Tensor]]
 # What every release of peft takes for a number that is not in the file.
@@ -79,7 +78,7 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False, 
     carries its SHA-256, by which `load_adapter_` and merges know it again; peft does not look at it. Raises
     CheckpointError for a folder with something in it unless `overwrite`, TargetError without adapters, ConfigError if
     they differ in dropout or rslora.
-    name: of several adapters (named_adapters.py), in use or not; None: the one in use.
+    name: of several adapters (multi_adapter.py), in use or not; None: the one in use.
     """
     with adapter_layers(model, name) as layers:
         _save(model, layers, Path(folder), overwrite, in_use=name in (None, active_adapter(model)))
@@ -260,7 +259,7 @@ def load_adapter_(
     All or nothing: a key that matches nothing, a missing partner, a wrong shape, NaN, or an option that changes the
     mathematics and is not known raises CheckpointError before the model is touched. Layers that are adapted already
     must be exactly those in the file, of its ranks; their parameters get its values, and stay the same parameters.
-    name: puts it beside the adapters that are there, under a new name, and uses it (named_adapters.py).
+    name: puts it beside the adapters that are there, under a new name, and uses it (multi_adapter.py).
     any_base: whether its base may be another one than it was trained on, by what lies beside it (base_file.py; peft's
     adapters have nothing there). Shapes are held against the model's all the same.
     """

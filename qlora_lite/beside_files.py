@@ -16,23 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import architecture
-from qlora_lite.beside import (
-    biased,
-    plain_modules,
-    token_layers,
-    trained_copies,
-    units,
-    with_token_rows,
-)
 from qlora_lite.checkpoints.lazy_tensors import Source
 from qlora_lite.compute.weight_update import Replaced, Rows
-from qlora_lite.config import BIASES
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
-from qlora_lite.lora import LoraLayer
+from qlora_lite.lora.auxiliary import biased, plain_modules, token_layers, trained_copies, units, with_token_rows
+from qlora_lite.lora.auxiliary_layers import TokenRows, TrainedCopy, WithTokenRows, parameter_names, plain_shape
+from qlora_lite.lora.config import BIASES
+from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.peft_files import PREFIX
 from qlora_lite.surgery import replace_modules_
-from qlora_lite.token_rows import TokenRows, WithTokenRows
-from qlora_lite.trained_whole import TrainedCopy, parameter_names, plain_shape
 
 ROWS = ".token_adapter.trainable_tokens_delta"
 BIAS = ".bias"

@@ -45,8 +45,8 @@ def chosen_checkpointing(budget: str | None, asked: str | None, model: str, want
     """
     import torch
 
-    from qlora_lite.config import checkpointing_named
     from qlora_lite.errors import ConfigError
+    from qlora_lite.lora.config import checkpointing_named
     from qlora_lite.memory.report import readable_bytes
     from qlora_lite.plan import checkpointing_within
     from qlora_lite.prediction import read_config
@@ -90,8 +90,8 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")] = False,
 ) -> None:
     """Predict from a config whether training fits into a memory, and the largest batches; exit status 3 if not."""
-    from qlora_lite.config import LoraConfig, TrainConfig, checkpointing_named
     from qlora_lite.forecast import Wanted
+    from qlora_lite.lora.config import LoraConfig, TrainConfig, checkpointing_named
     from qlora_lite.plan import plan as make_plan
     from qlora_lite.plan_report import render_plan
     from qlora_lite.prediction import read_config

@@ -34,7 +34,7 @@ def profile(
     from json import dumps
 
     from qlora_lite.checkpoints.files import check_writable
-    from qlora_lite.config import LoraConfig, TrainConfig, checkpointing_named
+    from qlora_lite.lora.config import LoraConfig, TrainConfig, checkpointing_named
     from qlora_lite.memory.charts import require_matplotlib, write_chart
     from qlora_lite.memory.comparison import render_comparison
     from qlora_lite.memory.measure import MemoryProfiler

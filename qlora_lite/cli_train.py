@@ -36,8 +36,8 @@ def _is_first_process() -> bool:
 
 
 def _check_init(init: str) -> None:
-    from qlora_lite.config import init_parts
     from qlora_lite.errors import ConfigError
+    from qlora_lite.lora.config import init_parts
 
     if init_parts(init)[1] > 1:
         raise ConfigError(f"init {init!r} packs the base anew, and this command writes no base; use it from Python")
@@ -59,7 +59,7 @@ def _check_run(output: Path, replaced: bool, model: str, data: Path, same_base: 
 
 
 def _target_settings(targets: str, exclude: str | None, layers: str | None) -> dict[str, Any]:
-    from qlora_lite.targets import layer_numbers
+    from qlora_lite.lora.targets import layer_numbers
 
     named = {"target_modules": targets, "exclude_modules": exclude}
     lists: dict[str, Any] = {setting: listed(text) for setting, text in named.items() if text is not None}
@@ -139,12 +139,12 @@ def train(
 
     import torch
 
-    from qlora_lite.adapters import add_lora_
     from qlora_lite.checkpoints.hub import load_tokenizer
     from qlora_lite.checkpoints.load import load_quantized
-    from qlora_lite.config import LoraConfig, TrainConfig
     from qlora_lite.data import batches, tokenize_all
     from qlora_lite.forecast import Wanted
+    from qlora_lite.lora.adapters import add_lora_
+    from qlora_lite.lora.config import LoraConfig, TrainConfig
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.records import read_jsonl
     from qlora_lite.signals import stoppable

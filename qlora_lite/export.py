@@ -32,8 +32,8 @@ from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
+from qlora_lite.lora.multi_adapter import active_adapter, using_adapter
 from qlora_lite.merge_report import MergeReport
-from qlora_lite.named_adapters import active_adapter, using_adapter
 from qlora_lite.peft_files import BASE_COPY, CONFIG_FILE, PREFIX, TOKEN_ADAPTER, adapter_tensors
 from qlora_lite.plain_weights import plain_weights
 from qlora_lite.quantization.config import QuantConfig
@@ -176,7 +176,7 @@ def export_merged(
     need not be merged.
     verify: held-out examples (`data.tokenize_all`) on which this export, read back from its files, and the merge into
     the other base are compared with the adapter model (verify.py) before the folder gets its name.
-    name: of several adapters (named_adapters.py), the one to merge; None: the one in use, which it is afterwards too.
+    name: of several adapters (multi_adapter.py), the one to merge; None: the one in use, which it is afterwards too.
     Raises QuantizationError, naming the tensor, for values above `dtype`'s range (fp16: 65,504), CheckpointError for
     too little room on the disk, a checkpoint that is not there, or a folder with something in it unless `overwrite`;
     what was there before is then untouched. ConfigError for examples that do not belong to the model.

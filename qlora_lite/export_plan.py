@@ -16,9 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.adapted_experts import stacks_among
 from qlora_lite.adapter_files import peft_key
-from qlora_lite.adapters import lora_layers
 from qlora_lite.beside_files import stored_replacements_
 from qlora_lite.checkpoints.lazy_tensors import Source, slices
 from qlora_lite.checkpoints.load import Checkpoint
@@ -27,8 +25,10 @@ from qlora_lite.checks import FLOAT_DTYPES
 from qlora_lite.compute.host_memory import HoleLimit, release_freed_pages
 from qlora_lite.compute.weight_update import Delta, Replaced, StackDelta, Update
 from qlora_lite.errors import CheckpointError
-from qlora_lite.layer_kinds import StackKind
-from qlora_lite.lora import LoraLayer
+from qlora_lite.lora.adapters import lora_layers
+from qlora_lite.lora.experts import stacks_among
+from qlora_lite.lora.kinds import StackKind
+from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.merge_report import MergeReport, TensorFigures
 from qlora_lite.peft_files import adapter_tensors
 from qlora_lite.plain_weights import PlainWeight, weights_to_write

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qlora_lite.checkpoints.base_identity import sum_of_json
 from qlora_lite.checkpoints.safetensors_write import raw_bytes
-from qlora_lite.lora import LoraLayer
+from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.signals import poll
 
 # Rows of a tensor that are copied at a time where its bytes do not lie one after the other, or elsewhere.

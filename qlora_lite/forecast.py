@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_lite.config import LoraConfig, TrainConfig
 from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.lora.config import LoraConfig, TrainConfig
 from qlora_lite.memory.allocator import replay
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.growth import Place, Sizes, continued, highest_levels, layer_named, peaks

@@ -16,11 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from qlora_lite import architecture
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from qlora_lite.errors import ConfigError
-from qlora_lite.lora import LoraLayer
+from qlora_lite.lora.auxiliary_layers import TrainedCopy, WithTokenRows
+from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.signals import poll
 from qlora_lite.surgery import has_own_forward
-from qlora_lite.token_rows import WithTokenRows
-from qlora_lite.trained_whole import TrainedCopy
 
 Batch = dict[str, Tensor]
 PROBE_TOKENS = 64

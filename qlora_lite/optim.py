@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.checkpoints.files import excerpt
-from qlora_lite.config import TrainConfig
 from qlora_lite.errors import CheckpointError
+from qlora_lite.lora.config import TrainConfig
 
 SAME_AS = "same_as"
 # States of torch's AdamW, and of bitsandbytes', with a value for each of their parameter's.

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.compute.random_state import RandomSources
-from qlora_lite.config import SEED_LIMIT
 from qlora_lite.errors import Stopped, TrainingError
+from qlora_lite.lora.config import SEED_LIMIT
 
 Made = TypeVar("Made")
 

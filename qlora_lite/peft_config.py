@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from qlora_lite.adapted_experts import adaptable_stacks, patterned_name, routers_among, stacks_among
 from qlora_lite.errors import ConfigError
-from qlora_lite.layer_kinds import kind_of
-from qlora_lite.lora import LoraLayer
+from qlora_lite.lora.experts import adaptable_stacks, patterned_name, routers_among, stacks_among
+from qlora_lite.lora.kinds import kind_of
+from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.surgery import answers_to
 
 

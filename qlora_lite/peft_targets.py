@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from qlora_lite.adapted_experts import adaptable_stacks, routers_among
-from qlora_lite.config import ALL_LINEAR
+from qlora_lite.lora.config import ALL_LINEAR
+from qlora_lite.lora.experts import adaptable_stacks, routers_among
 from qlora_lite.peft_config import adaptable_names
 from qlora_lite.surgery import answers_to
 

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.compute.weight_update import Delta, Replaced, Rows, Update
-from qlora_lite.lora import LoraLayer
+from qlora_lite.lora.auxiliary_layers import TrainedCopy, WithTokenRows
+from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.experts import DenseStack, PackedStack
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.token_rows import WithTokenRows
-from qlora_lite.trained_whole import TrainedCopy
 
 
 @dataclass(frozen=True)

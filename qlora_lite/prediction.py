@@ -10,11 +10,11 @@ import torch
 from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite import architecture
-from qlora_lite.adapters import add_lora_
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import fill_
-from qlora_lite.config import LoraConfig, TrainConfig, init_parts
 from qlora_lite.errors import CheckpointError, QLoRAError, RehearsalError
+from qlora_lite.lora.adapters import add_lora_
+from qlora_lite.lora.config import LoraConfig, TrainConfig, init_parts
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.rehearse import rehearsal, rehearsed_report
 from qlora_lite.memory.report import MemoryReport

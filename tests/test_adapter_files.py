@@ -25,8 +25,8 @@ from qlora_lite import (
     load_quantized,
     save_adapter,
 )
-from qlora_lite.adapters import adapter_parameters, lora_layers
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
+from qlora_lite.lora.adapters import adapter_parameters, lora_layers
 
 TOKENS = torch.arange(12).view(2, 6)
 TARGETS = [["q_proj", "down_proj"], ["embed_tokens", "v_proj"], ["layers.1.self_attn.k_proj"]]

@@ -230,7 +230,7 @@ def imports(path: Path) -> tuple[Import, ...]:
 
 
 def own_module(target: str) -> str | None:
-    """The file of the package that a dotted name comes from: `qlora_lite.config.LoraConfig` -> `config`.
+    """The file of the package that a dotted name comes from: `qlora_lite.lora.config.LoraConfig` -> `config`.
 
     The door itself is the empty string; None for what is not ours.
     """

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_adapter_, load_quantized, save_adapter
-from qlora_lite.adapters import adapter_parameters, adapters_disabled
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export import merge_checkpoint
+from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled
 
 TOKENS = torch.arange(12).view(2, 6)
 PLAIN = QuantConfig(format="none")

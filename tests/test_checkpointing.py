@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add_lora_, load_quantized, train
-from qlora_lite.adapters import adapter_parameters
 from qlora_lite.checkpointing import checkpointed
 from qlora_lite.compute import lora_linear
 from qlora_lite.errors import ConfigError
+from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.objective import headless_loss
 from qlora_lite.surgery import repeated_blocks
 

@@ -28,10 +28,10 @@ from qlora_lite import (
     load_quantized,
     save_adapter,
 )
-from qlora_lite.adapters import lora_layers
 from qlora_lite.checkpoints import atomic_folder, safetensors_write
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, Stopped
+from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.quantized_files import save_quantized
 
 TOKENS = torch.arange(12).view(2, 6)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, load_quantized, save_adapter
-from qlora_lite.adapters import lora_layers
 from qlora_lite.architecture import tie
 from qlora_lite.checkpoints.hub import empty_model, read_config
 from qlora_lite.checkpoints.load import Checkpoint
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError
 from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
+from qlora_lite.lora.adapters import lora_layers
 
 QUANT = QuantConfig(embedding_format="int8")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lite.config import TrainConfig
 from qlora_lite.errors import CheckpointError, ConfigError
+from qlora_lite.lora.config import TrainConfig
 from qlora_lite.optim import (
     AdamW16,
     learning_rate_factor,

@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 from qlora_lite import LoraConfig, add_lora_
-from qlora_lite.adapters import lora_layers
 from qlora_lite.errors import ConfigError
+from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.peft_config import adaptable_names, peft_config
 
 

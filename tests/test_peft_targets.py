@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_lite import LoraConfig, add_lora_, load_adapter_, save_adapter
-from qlora_lite.adapters import lora_layers
 from qlora_lite.errors import CheckpointError
+from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.peft_targets import peft_meaning, target_problems
 
 NAMES = [

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig
-from qlora_lite.adapters import adapter_parameters, add_lora_
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.errors import ConfigError, RehearsalError
 from qlora_lite.forecast import Forecasts, Wanted
+from qlora_lite.lora.adapters import adapter_parameters, add_lora_
 from qlora_lite.memory.rehearse import fake_tensors
 from qlora_lite.plan import (
     MOST_ROWS,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qlora_lite.config import LoraConfig, TrainConfig
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
+from qlora_lite.lora.config import LoraConfig, TrainConfig
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.workspaces import CUBLAS_WORKSPACE
 from qlora_lite.prediction import read_config, rehearse_steps

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, merge_lora_, quantize_base_, save_adapter
-from qlora_lite.adapters import adapter_parameters, lora_layers
 from qlora_lite.errors import CheckpointError
+from qlora_lite.lora.adapters import adapter_parameters, lora_layers
 from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.stack_files import flat_A, flat_B, matrices_of_A, matrices_of_B
 

@@ -27,7 +27,6 @@ from qlora_lite import (
     load_quantized,
     train,
 )
-from qlora_lite.adapters import adapter_parameters, adapters_disabled, lora_layers
 from qlora_lite.errors import (
     CheckpointError,
     ConfigError,
@@ -37,6 +36,7 @@ from qlora_lite.errors import (
     TargetError,
     TrainingError,
 )
+from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, lora_layers
 from qlora_lite.training import profile_steps
 
 

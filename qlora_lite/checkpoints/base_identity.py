@@ -30,7 +30,6 @@ from qlora_lite.checkpoints.files import excerpt, read_json, write_json
 from qlora_lite.checkpoints.safetensors_read import StoredTensor, TensorFiles
 from qlora_lite.checkpoints.safetensors_write import raw_bytes
 from qlora_lite.errors import CheckpointError
-from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.packed_weight import PackedWeight
 
 BASE_FILE = "qlora_lite_base.json"
@@ -303,22 +302,9 @@ def check_checkpoint_base(adapter: Path, folder: Path) -> list[str]:
     return [] if there is None else _compare(adapter, there, base_of(folder, hub.read_config(folder)), str(folder))
 
 
-def packed_anew(old: PackedWeight, matrix: Tensor, name: str) -> PackedWeight:
-    """Another matrix `(out, in)` packed as `old` is, which is left as it was; QuantizationError if it cannot be."""
-    config = QuantConfig(old.format, old.blocksize, old.double_quant, int8_activations=old.int8_activations)
-    new = PackedWeight.of(matrix, config, name=name)
-    new.of_checkpoint = False
-    return new
-
-
 def own_weights(model: nn.Module) -> list[PackedWeight]:
     """The packed weights of a model that are not its checkpoint's."""
     return [module for module in model.modules() if isinstance(module, PackedWeight) and not module.of_checkpoint]
-
-
-def holders(model: nn.Module, weight: Any) -> int:
-    """How many modules have this very weight: more than one where it is tied."""
-    return sum(getattr(module, "weight", None) is weight for module in model.modules())
 
 
 def digest_of(weights: Iterable[tuple[str, PackedWeight]]) -> str:

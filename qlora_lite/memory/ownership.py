@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from qlora_lite.lora.adapters import ParkedAdapters
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.parked import ParkedAdapters
 from qlora_lite.quantization.packed_weight import PackedWeight
 
 # Tensors of bitsandbytes' QuantState; state2 is another one, of the statistics themselves.

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, load_quantized, quantize_base_, save_adapter
-from qlora_lite.adapters import lora_layers, remove_lora_
 from qlora_lite.checkpoints import base_identity as module
 from qlora_lite.checkpoints.base_identity import BASE_FILE, check_checkpoint_base, known_base, read_base
 from qlora_lite.checkpoints.safetensors_read import StoredTensor
 from qlora_lite.cli import main
 from qlora_lite.errors import CheckpointError
 from qlora_lite.export import merge_checkpoint
+from qlora_lite.lora.adapters import lora_layers, remove_lora_
 from qlora_lite.quantized_files import save_quantized
 
 TARGETS = ["q_proj", "down_proj"]

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_adapter_, load_quantized, save_adapter
-from qlora_lite.adapters import lora_layers, remove_lora_
-from qlora_lite.checkpoints.base_identity import digest_of, own_weights, packed_anew
+from qlora_lite.checkpoints.base_identity import digest_of, own_weights
 from qlora_lite.cli import train
-from qlora_lite.config import init_parts
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export import merge_checkpoint
-from qlora_lite.lora import LoraLayer
+from qlora_lite.lora.adapters import lora_layers, remove_lora_
+from qlora_lite.lora.config import init_parts
+from qlora_lite.lora.init import packed_anew
+from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.layers import QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantized_files import save_quantized
@@ -38,7 +39,7 @@ class Stored:
 
 def error_of(weight: torch.Tensor, init: str, format: str = "nf4", double_quant: bool = True, **options: Any) -> float:
     """||W - Q - scaling B A||."""
-    from qlora_lite.initial import start_
+    from qlora_lite.lora.init import start_
 
     base = QuantizedLinear(PackedWeight.of(weight, QuantConfig(format, double_quant=double_quant)))
     layer = LoraLayer(8, 16, base, dropout=0.0, **options)

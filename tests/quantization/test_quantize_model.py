@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, merge_lora_, quantize_base_
-from qlora_lite.adapters import adapter_parameters
 from qlora_lite.errors import ConfigError, QuantizationError, TargetError
+from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from qlora_lite import LoraConfig, TrainConfig, add_lora_, load_quantized, train
-from qlora_lite.adapters import adapter_parameters
 from qlora_lite.errors import CheckpointError
+from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.run_checkpoints import checkpoint_path, newest_sound
 from qlora_lite.run_folder import RunFolder
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add_lora_, quantize_base_, train
-from qlora_lite.adapters import adapter_parameters, adapters_disabled, freeze_base_, lora_layers, remove_lora_
-from qlora_lite.beside import plain_modules, trained_copies, trained_whole, with_token_rows
 from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, freeze_base_, lora_layers, remove_lora_
+from qlora_lite.lora.auxiliary import plain_modules, trained_copies, trained_whole, with_token_rows
+from qlora_lite.lora.merge import merge_lora_, unmerge_lora_
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.merge import merge_lora_, unmerge_lora_
 from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.packed_weight import PackedWeight
 

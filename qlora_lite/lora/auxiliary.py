@@ -10,13 +10,21 @@ import torch
 from torch import nn
 
 from qlora_lite import architecture
-from qlora_lite.config import ALL_LINEAR, LoraConfig
 from qlora_lite.errors import TargetError
-from qlora_lite.lora import LoraLayer
+from qlora_lite.lora.auxiliary_layers import (
+    TokenRows,
+    TrainedCopy,
+    WithTokenRows,
+    check_takes_rows,
+    check_tokens,
+    copied,
+    parameter_names,
+    rows_of,
+)
+from qlora_lite.lora.config import ALL_LINEAR, LoraConfig
+from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.surgery import answers_to
-from qlora_lite.token_rows import TokenRows, WithTokenRows, check_takes_rows, check_tokens, rows_of
-from qlora_lite.trained_whole import TrainedCopy, copied, parameter_names
 
 WRAPPERS = (LoraLayer, TrainedCopy, WithTokenRows)
 

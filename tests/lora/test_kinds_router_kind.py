@@ -13,8 +13,8 @@ from torch import nn
 
 from qlora_lite import LoraConfig, add_lora_, export_merged, load_adapter_, merge_lora_, save_adapter
 from qlora_lite.adapter_facts import adapter_facts
-from qlora_lite.adapters import lora_layers, remove_lora_
 from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.lora.adapters import lora_layers, remove_lora_
 
 TOKENS = torch.arange(14).view(2, 7)
 CONFIG = LoraConfig(rank=3, alpha=7, target_modules=["q_proj", "gate"], dropout=0, rank_pattern={"gate": 2})

@@ -12,10 +12,9 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from qlora_lite.layer_kinds import Kind, StackKind, kind_of
-from qlora_lite.lora import LoraLayer
+from qlora_lite.lora.kinds import Kind, RouterKind, StackKind, kind_of
+from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.experts import DenseStack, RoutedExperts, packable_stacks
-from qlora_lite.router_kind import RouterKind
 from qlora_lite.surgery import exchange_modules_
 
 

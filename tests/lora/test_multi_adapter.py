@@ -25,9 +25,9 @@ from qlora_lite import (
     train,
     unmerge_lora_,
 )
-from qlora_lite.adapters import adapter_parameters, adapters_disabled, lora_layers, remove_lora_
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, TargetError
-from qlora_lite.named_adapters import (
+from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, lora_layers, parked, remove_lora_
+from qlora_lite.lora.multi_adapter import (
     active_adapter,
     adapter_names,
     add_adapter_,
@@ -36,7 +36,6 @@ from qlora_lite.named_adapters import (
     use_adapter_,
     using_adapter,
 )
-from qlora_lite.parked import parked
 
 TOKENS = torch.arange(12).view(2, 6)
 FIRST = LoraConfig(3, 7, target_modules=["q_proj", "v_proj", "embed_tokens"])

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from qlora_lite.compute.cross_entropy import linear_cross_entropy
 from qlora_lite.errors import TargetError
+from qlora_lite.lora.auxiliary_layers import TokenRows, WithTokenRows, check_takes_rows, check_tokens, rows_of
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.layers import QuantizedEmbedding
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.token_rows import TokenRows, WithTokenRows, check_takes_rows, check_tokens, rows_of
 
 WORDS, WIDTH, TRAINED = 20, 8, (7, 2, 19)
 TOKENS = torch.tensor([[7, 7, 3], [19, 0, 2]])

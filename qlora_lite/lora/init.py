@@ -25,17 +25,17 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
-from qlora_lite.checkpoints.base_identity import holders, packed_anew
 from qlora_lite.checkpoints.lazy_tensors import Source
 from qlora_lite.checkpoints.load import fitting
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.lora_linear import dense
-from qlora_lite.config import LoraConfig, init_parts
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
-from qlora_lite.layer_kinds import EmbeddingKind, LinearKind, StackKind, kind_of
-from qlora_lite.lora import LoraLayer
-from qlora_lite.router_kind import RouterKind
+from qlora_lite.lora.config import LoraConfig, init_parts
+from qlora_lite.lora.kinds import EmbeddingKind, LinearKind, RouterKind, StackKind, kind_of
+from qlora_lite.lora.layer import LoraLayer
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.signals import poll
 
 # Up to this size of the smaller side, singular vectors are computed exactly; above it by subspace iteration (Halko,
@@ -209,3 +209,16 @@ def start_(layer: LoraLayer, name: str, init: str, originals: Originals) -> None
         _pack_beside_(layer, name, originals)
         STARTS[start](layer, name, originals)
     layer.reset_magnitude()
+
+
+def packed_anew(old: PackedWeight, matrix: Tensor, name: str) -> PackedWeight:
+    """Another matrix `(out, in)` packed as `old` is, which is left as it was; QuantizationError if it cannot be."""
+    config = QuantConfig(old.format, old.blocksize, old.double_quant, int8_activations=old.int8_activations)
+    new = PackedWeight.of(matrix, config, name=name)
+    new.of_checkpoint = False
+    return new
+
+
+def holders(model: nn.Module, weight: Any) -> int:
+    """How many modules have this very weight: more than one where it is tied."""
+    return sum(getattr(module, "weight", None) is weight for module in model.modules())

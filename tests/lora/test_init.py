@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import LoraConfig, LoraLayer, QuantConfig, add_lora_, load_adapter_, load_quantized, save_adapter
-from qlora_lite.adapters import lora_layers
-from qlora_lite.config import INITS
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
-from qlora_lite.initial import STARTS, principal_pair, start_
+from qlora_lite.lora.adapters import lora_layers
+from qlora_lite.lora.config import INITS
+from qlora_lite.lora.init import STARTS, principal_pair, start_
 from qlora_lite.quantization.quantize_model import quantize_base_
 
 TOKENS = torch.arange(12).view(2, 6)
@@ -231,7 +231,7 @@ def test_what_cannot_start_so_is_refused_and_nothing_is_changed(tiny_folder: Pat
 
 @pytest.mark.parametrize(("init", "variant"), [("pissa", "lora"), ("loftq:2", "lora"), ("normal", "dora")])
 def test_memory_is_rehearsed_with_every_start(tiny_folder: Path, init: str, variant: str) -> None:
-    from qlora_lite.config import TrainConfig
+    from qlora_lite.lora.config import TrainConfig
     from qlora_lite.prediction import rehearse_steps
 
     report = rehearse_steps(

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from qlora_lite.compute.lora_linear import Adapted, adapted_linear, check_features, multiplied
 from qlora_lite.compute.weight_update import Added, Delta, StackDelta
-from qlora_lite.conv_kind import CONVOLUTIONS, ConvKind, why_not
 from qlora_lite.errors import InputError
-from qlora_lite.router_kind import RouterKind
+from qlora_lite.lora.convolution import CONVOLUTIONS, ConvKind, why_not
 from qlora_lite.surgery import has_own_forward, is_router, is_transposed_linear
 
 MAX_NORM_EPS = 1e-7  # torch.nn.functional.embedding's own
@@ -248,3 +248,36 @@ def kind_of(base: nn.Module) -> Kind | None:
     if isinstance(base, nn.Embedding) or (packed and hasattr(base, "num_embeddings")):
         return EmbeddingKind()
     return None
+
+
+class RouterKind:
+    def features(self, base: Any) -> tuple[int, int]:
+        return base.weight.shape[1], base.weight.shape[0]
+
+    def apply(
+        self, layer: Adapted, x: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None, gain: Tensor | None = None
+    ) -> Any:
+        """What the router returns, be it a tensor or several. The sum is formed in fp32, and is of the router's dtypes.
+
+        (So is what was merged or trained in others: the router multiplies as it is, with tokens of the model's.)
+        """
+        base: Any = layer.base_layer
+        if lora is not None:
+            lora_A, lora_B = lora
+            with torch.autocast(x.device.type, enabled=False):
+                added = layer.scaling * (lora_B.float() @ lora_A.float())
+                weight = weight.float() + added
+        held = {"weight": weight.to(base.weight.dtype)}
+        if layer.bias is not None:
+            held["bias"] = layer.bias.to(base.bias.dtype)
+        return functional_call(base, held, (x,))
+
+    def upright(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        width, experts = self.features(base)
+        return {"lora_A": (rank, width), "lora_B": (experts, rank)}
+
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
+        return Delta(lora_B.float(), lora_A.float(), scaling, magnitude)

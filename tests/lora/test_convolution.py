@@ -28,12 +28,12 @@ from qlora_lite import (
     save_adapter,
     unmerge_lora_,
 )
-from qlora_lite.adapters import adapters_disabled, lora_layers
-from qlora_lite.conv_kind import read_kernels, why_not
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, InputError, TargetError
 from qlora_lite.export import merge_checkpoint
-from qlora_lite.targets import select_targets
+from qlora_lite.lora.adapters import adapters_disabled, lora_layers
+from qlora_lite.lora.convolution import read_kernels, why_not
+from qlora_lite.lora.targets import select_targets
 
 KINDS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -107,7 +107,7 @@ class LoraConfig:
     rank_pattern, alpha_pattern: {pattern: number} for layers that get another rank or alpha than the others, as in
         peft: a pattern is a regular expression for a layer's whole name or its last parts, and the first one that
         matches decides. One that decides for no adapted layer is an error (TargetError of `add_lora_`).
-    init: how A and B start (initial.py): `normal` (A from N(0, 0.02), B zero); `kaiming`, `gaussian`, `orthogonal` as
+    init: how A and B start (init.py): `normal` (A from N(0, 0.02), B zero); `kaiming`, `gaussian`, `orthogonal` as
         peft does; `pissa`, with the principal part of the base; `loftq`, making up for the error of packing, which
         reads the checkpoint that the model was loaded from; `loftq:5`, that in five iterations, which packs the base
         anew: the adapter then belongs to that base and to no other (base_identity.py).

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from qlora_lite import LoraConfig, add_lora_, load_adapter_, save_adapter
-from qlora_lite.adapters import lora_layers
 from qlora_lite.errors import ConfigError, TargetError
-from qlora_lite.targets import block_number, layer_numbers, select_targets
+from qlora_lite.lora.adapters import lora_layers
+from qlora_lite.lora.targets import block_number, layer_numbers, select_targets
 
 TOKENS = torch.arange(12).view(2, 6)
 

@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from qlora_lite.adapted_experts import open_stacks
-from qlora_lite.config import ALL_LINEAR, LoraConfig, Targets
-from qlora_lite.conv_kind import read_kernels, why_not
 from qlora_lite.errors import ConfigError, TargetError
-from qlora_lite.layer_kinds import LinearKind, kind_of
+from qlora_lite.lora.config import ALL_LINEAR, LoraConfig, Targets
+from qlora_lite.lora.convolution import read_kernels, why_not
+from qlora_lite.lora.experts import open_stacks
+from qlora_lite.lora.kinds import LinearKind, kind_of
 from qlora_lite.quantization.experts import stacks
 from qlora_lite.surgery import answers_to, check_all_matched, has_own_forward
 

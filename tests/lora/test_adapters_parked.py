@@ -10,10 +10,10 @@ from torch import nn
 
 from qlora_lite import LinearWithLoRA
 from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.lora.adapters import ATTRIBUTE, check_name, park_, parked, unpark_
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.ownership import Ownership
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.parked import ATTRIBUTE, check_name, park_, parked, unpark_
 
 
 def with_parked() -> tuple[nn.Module, LinearWithLoRA]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qlora_lite.checks import dtype_named
-from qlora_lite.config import LoraConfig, TrainConfig, checkpointing_named
 from qlora_lite.errors import ConfigError
+from qlora_lite.lora.config import LoraConfig, TrainConfig, checkpointing_named
 from qlora_lite.quantization.config import QuantConfig
 
 

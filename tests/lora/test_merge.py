@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, merge_lora_, quantize_base_, unmerge_lora_
-from qlora_lite.adapters import lora_layers
 from qlora_lite.errors import QuantizationError, TargetError
+from qlora_lite.lora.adapters import lora_layers
 
 
 def adapted(format: str) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""Several adapters on one base, by name: one is in use or none, the others are parked beside the model (parked.py).
+"""Several adapters on one base, by name: one is in use or none, the others are parked beside the model (adapters.py).
 
 The adapter in use is the LoraLayers that are in the model; a layer that it does not adapt is its plain base. So
 everything that knows one adapter knows each of several, and those that are not in use cost no time and no gradients.
@@ -20,13 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.adapters import adapted, add_lora_, bare_, lora_layers, switched
 from qlora_lite.checks import is_finite, require
-from qlora_lite.config import LoraConfig, check_rank
 from qlora_lite.errors import ConfigError, TargetError
-from qlora_lite.layer_kinds import kind_of
-from qlora_lite.lora import LoraLayer
-from qlora_lite.parked import check_name, park_, parked, unpark_
+from qlora_lite.lora.adapters import (
+    adapted,
+    add_lora_,
+    bare_,
+    check_name,
+    lora_layers,
+    park_,
+    parked,
+    switched,
+    unpark_,
+)
+from qlora_lite.lora.config import LoraConfig, check_rank
+from qlora_lite.lora.kinds import kind_of
+from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.surgery import exchange_modules_, replace_modules_
 
 

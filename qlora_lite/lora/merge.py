@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qlora_lite.adapters import lora_layers
 from qlora_lite.errors import TargetError
-from qlora_lite.lora import LoraLayer
-from qlora_lite.named_adapters import active_adapter, use_adapter_
+from qlora_lite.lora.adapters import lora_layers
+from qlora_lite.lora.layer import LoraLayer
+from qlora_lite.lora.multi_adapter import active_adapter, use_adapter_
 
 
 def _adapted(model: nn.Module) -> dict[str, LoraLayer]:

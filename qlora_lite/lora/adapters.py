@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from qlora_lite.adapted_experts import hold_stacks_, open_stacks, option_problems, plain_again_
-from qlora_lite.beside import WRAPPERS, Beside, beside_parameters, left_of
-from qlora_lite.config import LoraConfig
 from qlora_lite.errors import ConfigError, TargetError
-from qlora_lite.initial import check_start, originals_of, start_
-from qlora_lite.lora import DEFAULT_ADAPTER, LoraLayer
-from qlora_lite.parked import check_name, parked, unpark_
+from qlora_lite.lora.auxiliary import WRAPPERS, Beside, beside_parameters, left_of
+from qlora_lite.lora.auxiliary_layers import TrainedCopy, WithTokenRows
+from qlora_lite.lora.config import LoraConfig
+from qlora_lite.lora.experts import hold_stacks_, open_stacks, option_problems, plain_again_
+from qlora_lite.lora.init import check_start, originals_of, start_
+from qlora_lite.lora.layer import DEFAULT_ADAPTER, LoraLayer
+from qlora_lite.lora.targets import select_targets
 from qlora_lite.surgery import replace_modules_
-from qlora_lite.targets import select_targets
-from qlora_lite.token_rows import WithTokenRows
-from qlora_lite.trained_whole import TrainedCopy
+
+ATTRIBUTE = "parked_adapters"
+Layers = dict[str, Any]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -134,3 +137,53 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in before.items():
             layer.adapter_enabled = enabled
+
+
+class ParkedAdapters(nn.Module):
+    """{adapter: {layer: its LoraLayer}}, which `parameters`, `state_dict` and `named_modules` do not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters: dict[str, Layers] = {}
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ParkedAdapters:
+        """What `Module.to` and its like go through."""
+        super()._apply(fn, recurse)
+        for layers in self.adapters.values():
+            for layer in layers.values():
+                # A base that is there for the moment has its own place in the model.
+                layer._apply(fn, recurse=False)
+        return self
+
+
+def parked(model: nn.Module) -> dict[str, Layers]:
+    """The parked adapters of a model by name, each as {layer: LoraLayer without a base}."""
+    holder = getattr(model, ATTRIBUTE, None)
+    return dict(holder.adapters) if isinstance(holder, ParkedAdapters) else {}
+
+
+def park_(model: nn.Module, name: str, layers: Layers) -> None:
+    """Keeps these layers as the adapter of this name."""
+    if not isinstance(getattr(model, ATTRIBUTE, None), ParkedAdapters):
+        model.add_module(ATTRIBUTE, ParkedAdapters())
+    getattr(model, ATTRIBUTE).adapters[name] = layers
+
+
+def unpark_(model: nn.Module, *names: str) -> None:
+    """Lets go of the adapters of these names."""
+    holder = getattr(model, ATTRIBUTE, None)
+    for name in names:
+        del holder.adapters[name]  # type: ignore[union-attr]
+    if isinstance(holder, ParkedAdapters) and not holder.adapters:
+        delattr(model, ATTRIBUTE)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """ConfigError for what is no name of an adapter, TargetError if a parked one has it."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+        raise ConfigError(f"an adapter's name must be of letters, digits, _ and -; got {name!r}")
+    if name in parked(model):
+        raise TargetError(
+            f"the model keeps an adapter named {name!r} already; add or load the new one under another name, "
+            f"or delete_adapter_ drops the old one"
+        )

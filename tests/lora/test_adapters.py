@@ -8,16 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lite.adapters import (
-    adapter_parameters,
-    adapters_disabled,
-    add_lora_,
-    lora_layers,
-    remove_lora_,
-)
 from qlora_lite.checkpoints.hub import empty_model, read_config
-from qlora_lite.config import LoraConfig
 from qlora_lite.errors import TargetError
+from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, add_lora_, lora_layers, remove_lora_
+from qlora_lite.lora.config import LoraConfig
 
 
 @pytest.fixture

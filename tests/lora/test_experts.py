@@ -24,14 +24,14 @@ from qlora_lite import (
     train,
     unmerge_lora_,
 )
-from qlora_lite.adapted_experts import open_stacks
-from qlora_lite.adapters import adapter_parameters, adapters_disabled, lora_layers, remove_lora_
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.compute.lora_linear import dense
 from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.export import merge_checkpoint
+from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, lora_layers, remove_lora_
+from qlora_lite.lora.experts import open_stacks
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.plain_weights import plain_weights

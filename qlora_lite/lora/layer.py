@@ -1,6 +1,6 @@
 """y = W0 x + scaling * B A x: a frozen layer of any kind and format, and a trained low-rank term beside it.
 
-`LoraLayer` holds the equation; a *kind* (layer_kinds.py) says how A and B are applied to an input.
+`LoraLayer` holds the equation; a *kind* (kinds.py) says how A and B are applied to an input.
 `LinearWithLoRA` and `Embedding` are LoraLayers that make their own base.
 
 The base is never written to. Merging puts W0 + scaling * B A beside it and unmerging drops that again, so that
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from qlora_lite.checks import cast_finite, is_count, require
 from qlora_lite.compute.lora_linear import dense, row_slices
 from qlora_lite.compute.weight_update import Added, Delta
-from qlora_lite.config import check_lora_numbers, check_variant
-from qlora_lite.conv_kind import OPTIONS, why_not
 from qlora_lite.errors import ConfigError, TargetError
-from qlora_lite.layer_kinds import StackKind, kind_of
-from qlora_lite.router_kind import RouterKind
+from qlora_lite.lora.config import check_lora_numbers, check_variant
+from qlora_lite.lora.convolution import OPTIONS, why_not
+from qlora_lite.lora.kinds import RouterKind, StackKind, kind_of
 from qlora_lite.surgery import is_transposed_linear
 
 INIT_STD = 0.02
@@ -39,7 +38,7 @@ class LoraLayer(nn.Module):
     LoRA: arXiv:2312.03732), with which what the adapter adds keeps its size as the rank grows.
 
     lora_A `(rank, in)`, lora_B `(out, rank)`; an embedding has in = vocabulary and looks A up by token; of a
-    convolution, in is all that its kernel has for one output channel (conv_kind.py). Only A and B are trainable: the
+    convolution, in is all that its kernel has for one output channel (convolution.py). Only A and B are trainable: the
     base is frozen here. dropout acts in training, on the input of A, or on the looked-up columns of A (embedding).
 
     variant: `lora`, or `dora` (arXiv:2402.09353): y = m * (W0 x + scaling * B A x) / n, n `(out,)` the norms of the
@@ -48,11 +47,11 @@ class LoraLayer(nn.Module):
 
     In a stack of experts' matrices each has its own A and B, lora_A `(experts, rank, in)`, lora_B
     `(experts, out, rank)`, without dropout and DoRA, as peft's files have it. Who routes tokens asks for `in_use`.
-    A router (router_kind.py) has neither, and returns what it returns.
+    A router (kinds.py) has neither, and returns what it returns.
 
     trained_bias: used in place of the base's bias (`train_bias`), or None.
 
-    start_A, start_B: values of A and B that what is added is counted from, as PiSSA has it (initial.py); or None.
+    start_A, start_B: values of A and B that what is added is counted from, as PiSSA has it (init.py); or None.
 
     merge_weights: permits the method of that name. Raises ConfigError for rank < 1, alpha that is not finite or
     dropout outside [0, 1), TargetError for a base of another kind.
