@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
-from qlora_lite.adapter_files import CONFIG_FILE, TENSOR_FILE
+from qlora_lite.lora.peft.save_load import CONFIG_FILE, TENSOR_FILE
 
 STEPS = 3
 LEARNING_RATE = 2e-2

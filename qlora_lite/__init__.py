@@ -9,8 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora_lite.adapter_files import load_adapter_ as load_adapter_
-    from qlora_lite.adapter_files import save_adapter as save_adapter
     from qlora_lite.checkpoints.load import load_quantized as load_quantized
     from qlora_lite.compute.cross_entropy import linear_cross_entropy as linear_cross_entropy
     from qlora_lite.errors import QLoRAError as QLoRAError
@@ -23,6 +21,8 @@ if TYPE_CHECKING:
     from qlora_lite.lora.layer import LoraLayer as LoraLayer
     from qlora_lite.lora.merge import merge_lora_ as merge_lora_
     from qlora_lite.lora.merge import unmerge_lora_ as unmerge_lora_
+    from qlora_lite.lora.peft.save_load import load_adapter_ as load_adapter_
+    from qlora_lite.lora.peft.save_load import save_adapter as save_adapter
     from qlora_lite.memory.measure import MemoryProfiler as MemoryProfiler
     from qlora_lite.memory.rehearse import rehearse as rehearse
     from qlora_lite.quantization.config import QuantConfig as QuantConfig

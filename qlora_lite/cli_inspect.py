@@ -14,8 +14,8 @@ import typer
 from qlora_lite.cli_options import Json
 
 if TYPE_CHECKING:
-    from qlora_lite.adapter_facts import AdapterFacts
-    from qlora_lite.compatibility import Verdict
+    from qlora_lite.lora.peft.compatibility import Verdict
+    from qlora_lite.lora.peft.describe import AdapterFacts
 
 NOT_ACCEPTED = 1
 
@@ -28,7 +28,7 @@ def _layers(facts: AdapterFacts) -> Any:
     from rich import box
     from rich.table import Table
 
-    from qlora_lite.adapter_facts import group_json, grouped
+    from qlora_lite.lora.peft.describe import group_json, grouped
     from qlora_lite.memory.report import readable_bytes
 
     table = Table(box=box.SIMPLE_HEAD)
@@ -73,8 +73,8 @@ def inspect(
     """Show what an adapter is, without a model, and whether vLLM and llama.cpp take it."""
     from rich.console import Console
 
-    from qlora_lite.adapter_facts import adapter_facts
-    from qlora_lite.compatibility import LLAMA_CPP, VLLM, verdicts
+    from qlora_lite.lora.peft.compatibility import LLAMA_CPP, VLLM, verdicts
+    from qlora_lite.lora.peft.describe import adapter_facts
 
     if unknown := set(require or []) - {VLLM, LLAMA_CPP}:
         raise typer.BadParameter(f"must be {VLLM} or {LLAMA_CPP}; got {sorted(unknown)[0]!r}", param_hint="--require")

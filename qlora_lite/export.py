@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from qlora_lite import architecture
-from qlora_lite.adapter_files import load_adapter_
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.atomic_folder import check_apart, check_space, new_folder
 from qlora_lite.checkpoints.base_identity import DIGEST_KEY, HOW_TO, check_checkpoint_base, digest_of, own_weights
@@ -33,8 +32,9 @@ from qlora_lite.data import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
 from qlora_lite.lora.multi_adapter import active_adapter, using_adapter
+from qlora_lite.lora.peft.keys import BASE_COPY, CONFIG_FILE, PREFIX, TOKEN_ADAPTER, adapter_tensors
+from qlora_lite.lora.peft.save_load import load_adapter_
 from qlora_lite.merge_report import MergeReport
-from qlora_lite.peft_files import BASE_COPY, CONFIG_FILE, PREFIX, TOKEN_ADAPTER, adapter_tensors
 from qlora_lite.plain_weights import plain_weights
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.quantize_model import Slot

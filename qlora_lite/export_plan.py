@@ -16,8 +16,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.adapter_files import peft_key
-from qlora_lite.beside_files import stored_replacements_
 from qlora_lite.checkpoints.lazy_tensors import Source, slices
 from qlora_lite.checkpoints.load import Checkpoint
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor
@@ -29,13 +27,15 @@ from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.experts import stacks_among
 from qlora_lite.lora.kinds import StackKind
 from qlora_lite.lora.layer import LoraLayer
+from qlora_lite.lora.peft.auxiliary import stored_replacements_
+from qlora_lite.lora.peft.experts import matrices_of_A, matrices_of_B, places_in_files
+from qlora_lite.lora.peft.keys import adapter_tensors
+from qlora_lite.lora.peft.save_load import peft_key
 from qlora_lite.merge_report import MergeReport, TensorFigures
-from qlora_lite.peft_files import adapter_tensors
 from qlora_lite.plain_weights import PlainWeight, weights_to_write
 from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantization.quantize_model import Slot
-from qlora_lite.stack_files import matrices_of_A, matrices_of_B, places_in_files
 from qlora_lite.streamed import Weights
 from qlora_lite.verify import DEQUANTIZED, ORIGINAL, Compared
 from qlora_lite.weight_rows import (

@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from qlora_lite.adapter_files import save_adapter
 from qlora_lite.checkpoints.atomic_folder import check_replaceable
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped
+from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.run_checkpoints import (
     CHECKPOINTS,
     checkpoint_path,

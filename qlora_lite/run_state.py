@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.adapter_files import save_adapter
 from qlora_lite.batch_stream import BatchStream, Position
 from qlora_lite.checkpoints.files import new_file, write_json
 from qlora_lite.checkpoints.safetensors_write import planned, write_safetensors
@@ -29,6 +28,7 @@ from qlora_lite.errors import CheckpointError
 from qlora_lite.fingerprint import base_fingerprint
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.config import TrainConfig
+from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.optim import load_optimizer_state_, optimizer_state
 from qlora_lite.stored_state import (
     ADAPTER_FOLDER,

@@ -219,7 +219,7 @@ class StackKind:
         return StackDelta(tuple(matrix.transposed if self.transposed else matrix for matrix in matrices))
 
     def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
-        """By experts; in the files they lie flat (stack_files.py)."""
+        """By experts; in the files they lie flat (experts.py)."""
         experts, (width, height) = base.weight.shape[0], self.features(base)
         return {"lora_A": (experts, rank, width), "lora_B": (experts, height, rank)}
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from qlora_lite import LoraConfig, add_lora_, export_merged, load_adapter_, merge_lora_, save_adapter
-from qlora_lite.adapter_facts import adapter_facts
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.adapters import lora_layers, remove_lora_
+from qlora_lite.lora.peft.describe import adapter_facts
 
 TOKENS = torch.arange(14).view(2, 7)
 CONFIG = LoraConfig(rank=3, alpha=7, target_modules=["q_proj", "gate"], dropout=0, rank_pattern={"gate": 2})

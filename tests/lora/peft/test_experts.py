@@ -15,8 +15,8 @@ from torch import nn
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, merge_lora_, quantize_base_, save_adapter
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.adapters import adapter_parameters, lora_layers
+from qlora_lite.lora.peft.experts import flat_A, flat_B, matrices_of_A, matrices_of_B
 from qlora_lite.quantization.experts import PackedStack
-from qlora_lite.stack_files import flat_A, flat_B, matrices_of_A, matrices_of_B
 
 TOKENS = torch.arange(14).view(2, 7)
 # Both stacks of other ranks than the rest; one of them; the one below and the one above in different layers.

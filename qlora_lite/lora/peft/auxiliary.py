@@ -23,7 +23,7 @@ from qlora_lite.lora.auxiliary import biased, plain_modules, token_layers, train
 from qlora_lite.lora.auxiliary_layers import TokenRows, TrainedCopy, WithTokenRows, parameter_names, plain_shape
 from qlora_lite.lora.config import BIASES
 from qlora_lite.lora.layer import LoraLayer
-from qlora_lite.peft_files import PREFIX
+from qlora_lite.lora.peft.keys import PREFIX
 from qlora_lite.surgery import replace_modules_
 
 ROWS = ".token_adapter.trainable_tokens_delta"

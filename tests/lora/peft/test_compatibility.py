@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qlora_lite import LoraConfig, add_lora_, save_adapter
-from qlora_lite.adapter_facts import AdapterFacts, adapter_facts
-from qlora_lite.compatibility import LLAMA_CPP, VLLM, llama_cpp_verdict, verdicts, vllm_verdict
 from qlora_lite.errors import ConfigError
+from qlora_lite.lora.peft.compatibility import LLAMA_CPP, VLLM, llama_cpp_verdict, verdicts, vllm_verdict
+from qlora_lite.lora.peft.describe import AdapterFacts, adapter_facts
 
 
 @pytest.fixture

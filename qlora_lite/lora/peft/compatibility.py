@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_lite.adapter_facts import AdapterFacts
 from qlora_lite.errors import ConfigError
-from qlora_lite.peft_options import NOT_SET, base_changing_init
+from qlora_lite.lora.peft.describe import AdapterFacts
+from qlora_lite.lora.peft.keys import NOT_SET, base_changing_init
 
 VLLM, LLAMA_CPP = "vllm", "llama.cpp"
 # vllm/config/lora.py: MaxLoRARanks, and the default of max_lora_rank.

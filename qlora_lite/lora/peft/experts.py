@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.experts import adaptable_stacks, patterned_name, routers_among
-from qlora_lite.peft_files import parameter_targets
+from qlora_lite.lora.peft.keys import parameter_targets
 from qlora_lite.quantization.experts import RoutedExperts
 from qlora_lite.surgery import answers_to
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lite import LoraConfig, add_lora_, save_adapter
-from qlora_lite.adapter_facts import adapter_facts
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.adapters import adapter_parameters, lora_layers
+from qlora_lite.lora.peft.describe import adapter_facts
 
 
 def test_facts_are_those_of_the_model_that_was_saved(small_model: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Adapters on disk, as peft writes and reads them: `adapter_model.safetensors` and `adapter_config.json`.
 
-The shapes in them are ours, but those of convolutions are kernels' and those of stacks are flat (stack_files.py). With
+The shapes in them are ours, but those of convolutions are kernels' and those of stacks are flat (experts.py). With
 groups peft has an A of another meaning (convolution.py): neither loads the other's, and both say so.
 """
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import architecture
-from qlora_lite.beside_files import StoredBeside, beside_config, beside_keys
 from qlora_lite.checkpoints.atomic_folder import new_folder
 from qlora_lite.checkpoints.base_identity import (
     DIGEST_KEY,
@@ -36,20 +35,21 @@ from qlora_lite.lora.experts import hold_stacks_, open_stacks, option_problems, 
 from qlora_lite.lora.kinds import EmbeddingKind, Kind, kind_of
 from qlora_lite.lora.layer import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.lora.multi_adapter import active_adapter, adapter_layers, room_for
-from qlora_lite.peft_config import peft_config
-from qlora_lite.peft_files import (
+from qlora_lite.lora.peft.auxiliary import StoredBeside, beside_config, beside_keys
+from qlora_lite.lora.peft.config_json import peft_config, target_problems
+from qlora_lite.lora.peft.experts import flat_A, flat_B, places_in_files, stack_pairs, targeted_parameters
+from qlora_lite.lora.peft.keys import (
     BASE_COPY,
     CONFIG_FILE,
+    NUMBERS,
     PREFIX,
     TENSOR_FILE,
     TOKEN_ADAPTER,
     adapter_tensors,
     layer_and_part,
     read_peft_config,
+    refused_options,
 )
-from qlora_lite.peft_options import NUMBERS, refused_options
-from qlora_lite.peft_targets import target_problems
-from qlora_lite.stack_files import flat_A, flat_B, places_in_files, stack_pairs, targeted_parameters
 from qlora_lite.surgery import replace_modules_
 
 Pairs = dict[str, dict[str, Tensor]]

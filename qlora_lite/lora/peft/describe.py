@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_lite.adapter_files import lora_numbers
 from qlora_lite.checkpoints.base_identity import KnownBase, read_base
 from qlora_lite.checkpoints.safetensors_read import StoredTensor
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.config import LoraConfig
-from qlora_lite.peft_files import (
+from qlora_lite.lora.peft.keys import (
     CONFIG_FILE,
     TENSOR_FILE,
     adapter_tensors,
@@ -22,6 +21,7 @@ from qlora_lite.peft_files import (
     read_peft_config,
     written_tensors,
 )
+from qlora_lite.lora.peft.save_load import lora_numbers
 from qlora_lite.surgery import answers_to
 
 # peft's names for the adapters on stacks of experts (target_parameters), which hold A of all experts in one matrix.

@@ -14,7 +14,7 @@ from torch import nn
 from qlora_lite import LoraConfig, add_lora_, load_adapter_, save_adapter
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.adapters import lora_layers
-from qlora_lite.peft_targets import peft_meaning, target_problems
+from qlora_lite.lora.peft.config_json import peft_meaning, target_problems
 
 NAMES = [
     "model.layers.0.self_attn.q_proj",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qlora_lite import load_adapter_
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.adapters import lora_layers
-from qlora_lite.peft_files import layer_and_part, todays_key
+from qlora_lite.lora.peft.keys import layer_and_part, todays_key
 
 TOKENS = torch.arange(12).view(2, 6)
 # What peft 0.2 wrote, in whole.

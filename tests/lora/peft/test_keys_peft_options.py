@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_lite.peft_options import HARMLESS_OPTIONS, NUMBERS, REFUSED_OPTIONS, base_changing_init, refused_options
+from qlora_lite.lora.peft.keys import HARMLESS_OPTIONS, NUMBERS, REFUSED_OPTIONS, base_changing_init, refused_options
 
 # Of peft 0.2 and 0.3, gone since.
 FORMER_OPTIONS = {"enable_lora", "merge_weights"}
