@@ -26,8 +26,9 @@ from qlora_lite import (
     train,
 )
 from qlora_lite.checkpoints.hub import load_tokenizer
-from qlora_lite.data import batches, tokenize_all
-from qlora_lite.records import read_jsonl
+from qlora_lite.data.batching import batches
+from qlora_lite.data.records import read_jsonl
+from qlora_lite.data.tokenization import tokenize_all
 
 
 def fine_tune(model_folder: Path, data: Path, output: Path, steps: int) -> dict[str, object]:

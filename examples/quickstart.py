@@ -36,7 +36,8 @@ from qlora_lite import (
     train,
 )
 from qlora_lite.checkpoints.hub import load_tokenizer
-from qlora_lite.data import batches, tokenize_all
+from qlora_lite.data.batching import batches
+from qlora_lite.data.tokenization import tokenize_all
 from qlora_lite.memory.report import readable_bytes, render
 
 ANSWER_TOKENS = 40

@@ -23,9 +23,9 @@ from torch import nn
 
 from qlora_lite import QuantConfig, load_adapter_, load_quantized
 from qlora_lite.checkpoints.safetensors_read import TensorFiles, read_safetensors
+from qlora_lite.data.records import read_jsonl
 from qlora_lite.errors import QLoRAError
 from qlora_lite.lora.adapters import lora_layers
-from qlora_lite.records import read_jsonl
 
 SECONDS = 1.0
 SPARE_BYTES = 200 << 20

@@ -23,8 +23,8 @@ import torch
 from endure_inputs import FAMILIES, adaptable
 
 from qlora_lite import LoraConfig, TrainConfig, add_lora_
-from qlora_lite.batch_stream import BatchStream
 from qlora_lite.compute.random_state import RandomSources
+from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import QLoRAError
 from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.optim import make_optimizer

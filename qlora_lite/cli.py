@@ -59,8 +59,8 @@ for command in (train, plan, profile, inspect):
 
 def _verification_prompts(path: Path, model: str, max_length: int) -> Any:
     from qlora_lite.checkpoints.hub import load_tokenizer
-    from qlora_lite.data import tokenize_all
-    from qlora_lite.records import read_jsonl
+    from qlora_lite.data.records import read_jsonl
+    from qlora_lite.data.tokenization import tokenize_all
 
     records = read_jsonl(path, prompts_too=True)
     return tokenize_all(records, load_tokenizer(model), max_length, prompts_too=True)

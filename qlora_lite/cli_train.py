@@ -141,12 +141,13 @@ def train(
 
     from qlora_lite.checkpoints.hub import load_tokenizer
     from qlora_lite.checkpoints.load import load_quantized
-    from qlora_lite.data import batches, tokenize_all
+    from qlora_lite.data.batching import batches
+    from qlora_lite.data.records import read_jsonl
+    from qlora_lite.data.tokenization import tokenize_all
     from qlora_lite.forecast import Wanted
     from qlora_lite.lora.adapters import add_lora_
     from qlora_lite.lora.config import LoraConfig, TrainConfig
     from qlora_lite.quantization.config import QuantConfig
-    from qlora_lite.records import read_jsonl
     from qlora_lite.signals import stoppable
     from qlora_lite.training import train as train_model
 

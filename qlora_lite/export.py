@@ -28,7 +28,7 @@ from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checkpoints.safetensors_write import DEFAULT_SHARD_BYTES, write_sharded
 from qlora_lite.checks import FLOAT_DTYPES, is_count, require
 from qlora_lite.compute.host_memory import set_host_limits
-from qlora_lite.data import TokenizedExample
+from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
 from qlora_lite.lora.multi_adapter import active_adapter, using_adapter

@@ -14,22 +14,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qlora_lite import architecture
-from qlora_lite.compute.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from qlora_lite.compute.cross_entropy import linear_cross_entropy
+from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.auxiliary_layers import TrainedCopy, WithTokenRows
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.signals import poll
 from qlora_lite.surgery import has_own_forward
 
-Batch = dict[str, Tensor]
 PROBE_TOKENS = 64
 # bf16 keeps 8 bits: two orders of summation may differ by about 2^-8 in a logit, and by less in their mean loss.
 PROBE_TOLERANCE = 5e-3
-
-
-def labelled_tokens(batch: Batch) -> Tensor:
-    """How many tokens of the batch are predicted (int64 scalar); the first of a row never is."""
-    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
 
 def headless_loss(model: nn.Module, batch: Batch) -> Tensor:

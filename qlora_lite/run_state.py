@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.batch_stream import BatchStream, Position
 from qlora_lite.checkpoints.files import new_file, write_json
 from qlora_lite.checkpoints.safetensors_write import planned, write_safetensors
 from qlora_lite.compute.environment import arithmetic
 from qlora_lite.compute.random_state import RandomSources, RandomState
+from qlora_lite.data.stream import BatchStream, Position
 from qlora_lite.errors import CheckpointError
 from qlora_lite.fingerprint import base_fingerprint
 from qlora_lite.lora.adapters import lora_layers

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qlora_lite.batch_stream import Position
 from qlora_lite.checkpoints.files import excerpt, read_json
 from qlora_lite.checkpoints.safetensors_read import read_safetensors
 from qlora_lite.compute.random_state import RandomState
+from qlora_lite.data.stream import Position
 from qlora_lite.errors import CheckpointError
 
 VERSION = 1

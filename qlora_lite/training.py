@@ -14,19 +14,19 @@ import torch
 from torch import nn
 
 from qlora_lite import architecture
-from qlora_lite.batch_stream import BatchStream
 from qlora_lite.checkpointing import checkpointed
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.compute.host_memory import holes_limited, set_host_limits
 from qlora_lite.compute.random_state import RandomSources, loader_generators
+from qlora_lite.data.batching import Batch
+from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import ConfigError
 from qlora_lite.lean import lean
 from qlora_lite.lora.adapters import add_lora_
 from qlora_lite.lora.config import LoraConfig, TrainConfig
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
-from qlora_lite.objective import Batch
 from qlora_lite.progress import say, training_progress
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.run_folder import run_folder

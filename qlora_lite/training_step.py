@@ -24,11 +24,12 @@ from qlora_lite.checkpointing import Dial
 from qlora_lite.compute.devices import is_out_of_memory, on_cpu
 from qlora_lite.compute.host_memory import HoleLimit, release_freed_pages
 from qlora_lite.compute.random_state import RandomSources
+from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, TargetError, TrainingError
 from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, switched
 from qlora_lite.lora.config import TrainConfig
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
-from qlora_lite.objective import Batch, check_packing, choose_loss, headless_loss, labelled_tokens, own_loss
+from qlora_lite.objective import check_packing, choose_loss, headless_loss, own_loss
 from qlora_lite.optim import learning_rate_factor, make_optimizer, set_learning_rates_
 from qlora_lite.parallel import Processes, halves
 from qlora_lite.progress import say

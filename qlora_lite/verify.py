@@ -22,7 +22,7 @@ from torch import Tensor
 from qlora_lite import architecture
 from qlora_lite.checks import require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data import TokenizedExample
+from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import ConfigError, QuantizationError
 from qlora_lite.signals import poll
 from qlora_lite.streamed import StreamedModel, Weights

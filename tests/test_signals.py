@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from qlora_lite import LinearWithLoRA
-from qlora_lite.batch_stream import BatchStream
 from qlora_lite.checkpoints.lazy_tensors import slices
 from qlora_lite.checkpoints.pack_source import slice_starts
 from qlora_lite.checkpoints.safetensors_read import read_safetensors
 from qlora_lite.checkpoints.safetensors_write import planned, write_safetensors
+from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import Stopped
 from qlora_lite.fingerprint import base_fingerprint
 from qlora_lite.lora.init import start_

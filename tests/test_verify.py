@@ -29,7 +29,7 @@ from qlora_lite import (
 from qlora_lite.checkpoints.hub import load_tokenizer
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data import TokenizedExample, tokenize_all
+from qlora_lite.data.tokenization import TokenizedExample, tokenize_all
 from qlora_lite.errors import ConfigError, QuantizationError
 from qlora_lite.lora.adapters import adapters_disabled, lora_layers
 from qlora_lite.verify import BASES, Agreement, Verification, _paired_difference, _Tokens, render

@@ -27,7 +27,7 @@ from qlora_lite import (
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.compute.lora_linear import dense
-from qlora_lite.data import TokenizedExample
+from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.export import merge_checkpoint
 from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, lora_layers, remove_lora_

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from qlora_lite import QuantConfig, load_quantized
 from qlora_lite.checkpoints.files import LARGEST_JSON, read_json
 from qlora_lite.checkpoints.safetensors_read import read_safetensors
+from qlora_lite.data.records import LONGEST_LINE, read_jsonl
 from qlora_lite.errors import CheckpointError
-from qlora_lite.records import LONGEST_LINE, read_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_lite.data.records import check_record, read_jsonl
 from qlora_lite.errors import CheckpointError
-from qlora_lite.records import check_record, read_jsonl
 
 FOUR_SHAPES: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "héllo"}, {"role": "assistant", "content": "wörld"}]},

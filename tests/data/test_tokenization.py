@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data import TokenizedExample, batches, epoch_order, pack, tokenize, tokenize_all
+from qlora_lite.data.batching import batches, epoch_order, pack
+from qlora_lite.data.tokenization import TokenizedExample, tokenize, tokenize_all
 from qlora_lite.errors import CheckpointError, ConfigError
 
 CHATML = (

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qlora_lite.checkpoints.safetensors_write import raw_bytes
 from qlora_lite.compute.random_state import RandomSources, RandomState
+from qlora_lite.data.batching import Batch
 from qlora_lite.errors import CheckpointError, ConfigError, TrainingError
-from qlora_lite.objective import Batch
 from qlora_lite.signals import poll
 
 END = object()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from qlora_lite.batch_stream import BatchStream
 from qlora_lite.compute.random_state import RandomSources, loader_generators
+from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import CheckpointError, TrainingError
 
 
