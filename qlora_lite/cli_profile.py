@@ -35,10 +35,10 @@ def profile(
 
     from qlora_lite.checkpoints.files import check_writable
     from qlora_lite.lora.config import LoraConfig, TrainConfig, checkpointing_named
-    from qlora_lite.memory.charts import require_matplotlib, write_chart
     from qlora_lite.memory.comparison import render_comparison
+    from qlora_lite.memory.drawing.page import write_page
+    from qlora_lite.memory.drawing.png import require_matplotlib, write_chart
     from qlora_lite.memory.measure import MemoryProfiler
-    from qlora_lite.memory.page import write_page
     from qlora_lite.memory.report import render
     from qlora_lite.memory.snapshot import memory_snapshot
     from qlora_lite.prediction import prediction_or_why_not

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_lite.checkpoints.files import new_file
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.palette import LIGHT
+from qlora_lite.memory.drawing.palette import LIGHT
 from qlora_lite.memory.report import CATEGORY_NAMES, MemoryReport, Timeline, axis_ticks, readable_bytes
 
 WIDTH, HEIGHT, DOTS = 11.0, 4.2, 150  # inches, inches of each panel, dots an inch

@@ -4,15 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
-from qlora_lite.memory.page_tables import (
-    Row,
-    breakable,
-    comparison_table,
-    module_table,
-    phase_table,
-    sized,
-    table,
-)
+from qlora_lite.memory.drawing.tables import Row, breakable, comparison_table, module_table, phase_table, sized, table
 from qlora_lite.memory.report import UNITS, MemoryReport
 
 MIB = 1 << 20

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.palette import DARK, LIGHT, ink_on, luminance
+from qlora_lite.memory.drawing.palette import DARK, LIGHT, ink_on, luminance
 
 # Machado, Oliveira, Fernandes (2009), table of severity 1.0: linear RGB as it is seen.
 SEEN = {

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
+from qlora_lite.memory.drawing.svg import share_bar, shortened, timeline_picture, treemap_picture
 from qlora_lite.memory.report import MemoryReport, Timeline, readable_bytes
-from qlora_lite.memory.svg import share_bar, shortened, timeline_picture, treemap_picture
 
 MIB = 1 << 20
 ODD_NAME = 'x.<b>&"bold"\''

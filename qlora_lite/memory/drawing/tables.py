@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
 from qlora_lite.memory.comparison import Compared, compare, written_percent
+from qlora_lite.memory.drawing.svg import share_bar
+from qlora_lite.memory.drawing.treemap import ITSELF, NO_MODULE, repeated
 from qlora_lite.memory.report import (
     ALLOCATED,
     CATEGORY_COLUMNS,
@@ -27,8 +29,6 @@ from qlora_lite.memory.report import (
     unit_for,
     written,
 )
-from qlora_lite.memory.svg import share_bar
-from qlora_lite.memory.treemap import ITSELF, NO_MODULE, repeated
 
 UNKNOWN = '<span class="unknown">unknown</span>'
 MOST_MODULES, SMALLEST_SHARE = 14, 0.001

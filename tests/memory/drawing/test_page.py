@@ -10,7 +10,7 @@ import pytest
 
 from qlora_lite.errors import CheckpointError
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.page import page, write_page
+from qlora_lite.memory.drawing.page import page, write_page
 from qlora_lite.memory.report import MemoryReport, PhaseMemory, Timeline
 
 MIB = 1 << 20

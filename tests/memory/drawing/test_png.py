@@ -8,8 +8,8 @@ import pytest
 
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.charts import DOTS, HEIGHT, WIDTH, require_matplotlib, write_chart
-from qlora_lite.memory.palette import LIGHT
+from qlora_lite.memory.drawing.palette import LIGHT
+from qlora_lite.memory.drawing.png import DOTS, HEIGHT, WIDTH, require_matplotlib, write_chart
 from qlora_lite.memory.report import MemoryReport, Timeline
 
 pytest.importorskip("matplotlib")

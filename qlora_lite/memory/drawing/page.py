@@ -13,14 +13,9 @@ from pathlib import Path
 
 from qlora_lite.checkpoints.files import new_file
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
-from qlora_lite.memory.page_tables import (
-    breakable,
-    comparison_table,
-    module_table,
-    phase_table,
-    sized,
-)
-from qlora_lite.memory.palette import DARK, LIGHT, ink_on
+from qlora_lite.memory.drawing.palette import DARK, LIGHT, ink_on
+from qlora_lite.memory.drawing.svg import share_bar, timeline_picture, treemap_picture
+from qlora_lite.memory.drawing.tables import breakable, comparison_table, module_table, phase_table, sized
 from qlora_lite.memory.report import (
     ALLOCATED,
     CATEGORY_NAMES,
@@ -34,7 +29,6 @@ from qlora_lite.memory.report import (
     readable_bytes,
     unit_for,
 )
-from qlora_lite.memory.svg import share_bar, timeline_picture, treemap_picture
 
 TITLE = "Memory of a training run"
 # (class, width, height): a picture is drawn for a screen and for a telephone, and the style sheet shows one of them.

@@ -11,8 +11,8 @@ from html import escape
 from itertools import accumulate
 
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
+from qlora_lite.memory.drawing.treemap import ITSELF, Rectangle, Tile, tiles
 from qlora_lite.memory.report import CATEGORY_NAMES, Timeline, axis_ticks, readable_bytes
-from qlora_lite.memory.treemap import ITSELF, Rectangle, Tile, tiles
 
 LETTER = 6.2  # the mean width of a letter at the size of labels
 LINE = 15.0

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
-from qlora_lite.memory.treemap import Rectangle, Tile, laid_in_rows, laid_out, pattern, repeated, tiles
+from qlora_lite.memory.drawing.treemap import Rectangle, Tile, laid_in_rows, laid_out, pattern, repeated, tiles
 
 PLACE = Rectangle(10, 20, 300, 200)
 SIZES = st.lists(st.integers(1, 1 << 36), min_size=1, max_size=40)
