@@ -18,7 +18,7 @@ import torch
 from bad_files import STRANGE, TENSORS, canary, damaged_safetensors, damaged_text, nested, pickled
 
 from qlora_lite import QuantConfig, load_quantized
-from qlora_lite.quantized_files import save_quantized
+from qlora_lite.export.quantized import save_quantized
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

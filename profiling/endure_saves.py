@@ -19,9 +19,9 @@ from kill_points import Kill, all_kills, ended
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_quantized, save_adapter
 from qlora_lite.checkpoints import atomic_folder
-from qlora_lite.export import merge_checkpoint
+from qlora_lite.export.merged import merge_checkpoint
+from qlora_lite.export.quantized import save_quantized
 from qlora_lite.lora.adapters import lora_layers
-from qlora_lite.quantized_files import save_quantized
 
 SHARD_BYTES = 40_000  # several files
 

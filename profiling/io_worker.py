@@ -76,7 +76,7 @@ def ours_export(model: str, adapter: str, output: str) -> None:
 def ours_merge(model: str, adapter: str, output: str) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from qlora_lite.export import merge_checkpoint
+    from qlora_lite.export.merged import merge_checkpoint
 
     with reported():
         merge_checkpoint(model, adapter, output, dtype=torch.float16, base="original")

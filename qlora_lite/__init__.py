@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qlora_lite.checkpoints.load import load_quantized as load_quantized
     from qlora_lite.compute.cross_entropy import linear_cross_entropy as linear_cross_entropy
     from qlora_lite.errors import QLoRAError as QLoRAError
-    from qlora_lite.export import export_merged as export_merged
+    from qlora_lite.export.merged import export_merged as export_merged
     from qlora_lite.lora.adapters import add_lora_ as add_lora_
     from qlora_lite.lora.config import LoraConfig as LoraConfig
     from qlora_lite.lora.config import TrainConfig as TrainConfig

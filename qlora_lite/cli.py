@@ -90,11 +90,11 @@ def merge(
 ) -> None:
     """Merge an adapter into a checkpoint, from disk to disk; say the --format that it was trained on."""
     from qlora_lite.checks import dtype_named, is_count, require
-    from qlora_lite.export import REPORT_FILE, merge_checkpoint
-    from qlora_lite.merge_report import render
+    from qlora_lite.export.merged import REPORT_FILE, merge_checkpoint
+    from qlora_lite.export.report import render
+    from qlora_lite.export.verify import render as render_verification
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import stoppable
-    from qlora_lite.verify import render as render_verification
 
     target = dtype_named(dtype)
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
@@ -134,9 +134,9 @@ def quantize(
 ) -> None:
     """Write a packed checkpoint that transformers loads as pre-quantized, and the other commands as --model."""
     from qlora_lite.checkpoints.load import load_quantized
+    from qlora_lite.export.quantized import save_quantized
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.quantization.formats import format_named
-    from qlora_lite.quantized_files import save_quantized
     from qlora_lite.signals import stoppable
 
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)

@@ -22,7 +22,7 @@ from qlora_lite import (
     unmerge_lora_,
 )
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
-from qlora_lite.export import merge_checkpoint
+from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.quantization.layers import QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight

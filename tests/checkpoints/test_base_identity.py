@@ -19,9 +19,9 @@ from qlora_lite.checkpoints.base_identity import BASE_FILE, check_checkpoint_bas
 from qlora_lite.checkpoints.safetensors_read import StoredTensor
 from qlora_lite.cli import main
 from qlora_lite.errors import CheckpointError
-from qlora_lite.export import merge_checkpoint
+from qlora_lite.export.merged import merge_checkpoint
+from qlora_lite.export.quantized import save_quantized
 from qlora_lite.lora.adapters import lora_layers, remove_lora_
-from qlora_lite.quantized_files import save_quantized
 
 TARGETS = ["q_proj", "down_proj"]
 

@@ -14,14 +14,14 @@ from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_a
 from qlora_lite.checkpoints.base_identity import digest_of, own_weights
 from qlora_lite.cli import train
 from qlora_lite.errors import CheckpointError, ConfigError
-from qlora_lite.export import merge_checkpoint
+from qlora_lite.export.merged import merge_checkpoint
+from qlora_lite.export.quantized import save_quantized
 from qlora_lite.lora.adapters import lora_layers, remove_lora_
 from qlora_lite.lora.config import init_parts
 from qlora_lite.lora.init import packed_anew
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.layers import QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.quantized_files import save_quantized
 
 TOKENS = torch.arange(12).view(2, 6)
 TARGETS = ["q_proj", "down_proj"]

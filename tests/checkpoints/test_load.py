@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_lite import QuantConfig, load_quantized
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
-from qlora_lite.quantized_files import save_quantized
+from qlora_lite.export.quantized import save_quantized
 
 TOKENS = torch.arange(10).unsqueeze(0)
 

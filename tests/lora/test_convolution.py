@@ -30,7 +30,7 @@ from qlora_lite import (
 )
 from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import CheckpointError, InputError, TargetError
-from qlora_lite.export import merge_checkpoint
+from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.lora.adapters import adapters_disabled, lora_layers
 from qlora_lite.lora.convolution import read_kernels, why_not
 from qlora_lite.lora.targets import select_targets

@@ -29,12 +29,12 @@ from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.compute.lora_linear import dense
 from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import ConfigError, TargetError
-from qlora_lite.export import merge_checkpoint
+from qlora_lite.export.merged import merge_checkpoint
+from qlora_lite.export.plain_weights import plain_weights
 from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, lora_layers, remove_lora_
 from qlora_lite.lora.experts import open_stacks
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.measure import MemoryProfiler
-from qlora_lite.plain_weights import plain_weights
 from qlora_lite.prediction import rehearse_steps
 from qlora_lite.quantization.experts import RoutedExperts
 

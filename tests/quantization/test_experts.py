@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_quantized, quantize_base_, save_adapter
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import QuantizationError, TargetError
-from qlora_lite.export import merge_checkpoint
+from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.quantization.experts import PackedStack, RoutedExperts, packable_stacks, stacks
 from qlora_lite.quantization.packed_weight import PackedWeight

@@ -16,7 +16,7 @@ from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_a
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
-from qlora_lite.export import merge_checkpoint
+from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled
 
 TOKENS = torch.arange(12).view(2, 6)

@@ -137,7 +137,7 @@ def test_an_embedding_beside_its_base_weight_as_peft_06_had_it(small_model: Call
 def test_an_older_file_is_exported_like_a_new_one(small_model: Callable[..., Any], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from qlora_lite.export import merge_checkpoint
+    from qlora_lite.export.merged import merge_checkpoint
     from qlora_lite.quantization.config import QuantConfig
 
     make = functools.partial(small_model, "LlamaConfig")

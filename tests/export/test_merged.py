@@ -17,22 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qlora_lite import (
-    LoraConfig,
-    QuantConfig,
-    add_lora_,
-    export,
-    export_merged,
-    export_plan,
-    load_adapter_,
-    load_quantized,
-    save_adapter,
-)
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_adapter_, load_quantized, save_adapter
 from qlora_lite.checkpoints import atomic_folder, safetensors_write
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, Stopped
+from qlora_lite.export import merged, plan
+from qlora_lite.export.quantized import save_quantized
 from qlora_lite.lora.adapters import lora_layers
-from qlora_lite.quantized_files import save_quantized
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -88,7 +79,7 @@ def test_an_adapter_of_another_base_is_refused_on_disk_as_in_memory(
 
     theirs = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
     peft.get_peft_model(theirs, peft.LoraConfig(target_modules=[target])).save_pretrained(tmp_path / "a")
-    export.merge_checkpoint(tiny_folder, tmp_path / "a", tmp_path / "out")
+    merged.merge_checkpoint(tiny_folder, tmp_path / "a", tmp_path / "out")
     path = tmp_path / "a" / "adapter_model.safetensors"
     tensors = load_file(path)
     next(tensor for key, tensor in tensors.items() if key.endswith(f"{target}.base_layer.weight"))[-1, -1] += 1
@@ -96,7 +87,7 @@ def test_an_adapter_of_another_base_is_refused_on_disk_as_in_memory(
     with pytest.raises(CheckpointError, match=f"{target} comes with a base weight that differs from the model's"):
         load_adapter_(load_quantized(tiny_folder), tmp_path / "a")
     with pytest.raises(CheckpointError, match=f"{target} comes with a base weight that differs from the checkpoint's"):
-        export.merge_checkpoint(tiny_folder, tmp_path / "a", tmp_path / "again")
+        merged.merge_checkpoint(tiny_folder, tmp_path / "a", tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
@@ -196,7 +187,7 @@ def test_untied_from_disk_to_disk_it_is_the_export_of_the_model_in_memory(
         nn.init.normal_(layer.lora_B, std=0.2)
     save_adapter(model, tmp_path / "adapter")
     live = export_merged(model, tmp_path / "live", torch.float32, base=base)
-    done = export.merge_checkpoint(
+    done = merged.merge_checkpoint(
         tiny_folder, tmp_path / "adapter", tmp_path / "disk", config, torch.float32, base=base
     )
     assert same(tmp_path / "live", tmp_path / "disk")
@@ -254,7 +245,7 @@ def test_from_disk_to_disk_it_is_the_export_of_the_model_in_memory(
         nn.init.normal_(layer.lora_B, std=0.2)
     save_adapter(model, tmp_path / "adapter")
     live = export_merged(model, tmp_path / "live", dtype, base=base)
-    disk = export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "disk", config, dtype, base=base)
+    disk = merged.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "disk", config, dtype, base=base)
     assert same(tmp_path / "live", tmp_path / "disk")
     assert live.report == disk.report
     written = {path.name for path in (tmp_path / "live").iterdir()}
@@ -276,9 +267,9 @@ def test_neither_slices_nor_shards_change_a_bit(
 ) -> None:
     model = trained(tiny_folder)
     save_adapter(model, tmp_path / "adapter")
-    one = export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "one")
-    monkeypatch.setattr(export_plan, "SLICE_BYTES", 1)
-    many = export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "many", max_shard_bytes=30_000)
+    one = merged.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "one")
+    monkeypatch.setattr(plan, "SLICE_BYTES", 1)
+    many = merged.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "many", max_shard_bytes=30_000)
     assert len(many.files) > 1 and same(tmp_path / "one", tmp_path / "many")
     for figures, others in zip(one.report.tensors, many.report.tensors, strict=True):
         for value, again in zip(astuple(figures), astuple(others), strict=True):
@@ -294,7 +285,7 @@ def test_a_damaged_tensor_stops_a_merge_that_packs_ahead(tiny_folder: Path, tmp_
     before = threading.active_count(), torch.get_num_threads()
     for base in ("dequantized", "original"):
         with pytest.raises(QuantizationError, match=rf"{name} holds nan at index \(3, 2\)"):
-            export.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", base=base, any_base=True)
+            merged.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", base=base, any_base=True)
     assert (threading.active_count(), torch.get_num_threads()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
@@ -322,7 +313,7 @@ def test_too_little_room_is_seen_before_the_first_byte(
     monkeypatch.setattr(
         safetensors_write.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000)
     )
-    monkeypatch.setattr(export, "write_sharded", lambda *given: pytest.fail("something was written"))
+    monkeypatch.setattr(merged, "write_sharded", lambda *given: pytest.fail("something was written"))
     with pytest.raises(CheckpointError, match=r"bytes and the disk of .* has 1,000 free"):
         export_merged(trained(tiny_folder), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -379,8 +370,8 @@ def test_killed_it_leaves_nothing_under_the_name_and_the_same_command_finishes(
     killed_while_writing(point, tmp_path, MERGE, *words)
     assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(".out.*"))) == 1
     monkeypatch.setattr(atomic_folder, "ABANDONED_AFTER_SECONDS", -1)
-    export.merge_checkpoint(*words)
-    export.merge_checkpoint(*words[:2], tmp_path / "again")
+    merged.merge_checkpoint(*words)
+    merged.merge_checkpoint(*words[:2], tmp_path / "again")
     assert same(tmp_path / "out", tmp_path / "again") and not list(tmp_path.glob(".out.*"))
 
 
@@ -389,7 +380,7 @@ def test_terminated_it_leaves_what_was_there(
 ) -> None:
     save_adapter(trained(tiny_folder), tmp_path / "adapter")
     words = (tiny_folder, tmp_path / "adapter", tmp_path / "out")
-    export.merge_checkpoint(*words)
+    merged.merge_checkpoint(*words)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     write, left = safetensors_write._Writer.write, [20]
 
@@ -402,7 +393,7 @@ def test_terminated_it_leaves_what_was_there(
 
     monkeypatch.setattr(safetensors_write._Writer, "write", some)
     with pytest.raises(Stopped, match="stopped by SIGTERM; nothing is left half-written"):
-        export.merge_checkpoint(*words, dtype=torch.float32, overwrite=True)
+        merged.merge_checkpoint(*words, dtype=torch.float32, overwrite=True)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "out"}
 
@@ -417,8 +408,8 @@ def test_adapters_on_a_packed_checkpoint_merge_as_on_the_one_it_was_packed_from(
     save_quantized(load_quantized(tiny_folder, QuantConfig(**quant)), tmp_path / "packed")
     model = trained(tiny_folder, **quant)
     save_adapter(model, tmp_path / "adapter")
-    export.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "plain", QuantConfig(**quant))
-    disk = export.merge_checkpoint(tmp_path / "packed", tmp_path / "adapter", tmp_path / "disk")
+    merged.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "plain", QuantConfig(**quant))
+    disk = merged.merge_checkpoint(tmp_path / "packed", tmp_path / "adapter", tmp_path / "disk")
     assert same(tmp_path / "disk", tmp_path / "plain")
     from_packed = load_quantized(tmp_path / "packed")
     load_adapter_(from_packed, tmp_path / "adapter")
@@ -435,7 +426,7 @@ def test_a_packed_checkpoint_has_no_original(tiny_folder: Path, tmp_path: Path) 
         packed = tmp_path / format
         save_quantized(load_quantized(tiny_folder, QuantConfig(format)), packed)
         with pytest.raises(CheckpointError, match=f"merges into full-precision weights and {packed} holds packed ones"):
-            export.merge_checkpoint(packed, tmp_path / "adapter", tmp_path / "out", base="original")
+            merged.merge_checkpoint(packed, tmp_path / "adapter", tmp_path / "out", base="original")
         with pytest.raises(CheckpointError, match="holds packed ones"):
             export_merged(load_quantized(packed), tmp_path / "out", base="original")
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora_lite.merge_report import MergeReport, TensorFigures, render
+from qlora_lite.export.report import MergeReport, TensorFigures, render
 
 
 def figures(name: str, base: torch.Tensor, original: torch.Tensor, update: torch.Tensor) -> TensorFigures:

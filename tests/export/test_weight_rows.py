@@ -18,8 +18,7 @@ from qlora_lite.checkpoints.pack_source import ToBePacked, slice_starts
 from qlora_lite.checkpoints.safetensors_read import StoredTensor, tensors_in
 from qlora_lite.compute.weight_update import Delta, StackDelta
 from qlora_lite.errors import CheckpointError, QuantizationError
-from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.weight_rows import (
+from qlora_lite.export.weight_rows import (
     DenseRows,
     PackedRows,
     RepackedRows,
@@ -30,6 +29,7 @@ from qlora_lite.weight_rows import (
     packed_ahead,
     packed_rows,
 )
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 
 def stored(folder: Path, tensor: torch.Tensor) -> StoredTensor:

@@ -1,7 +1,7 @@
 """Out: what was trained as an ordinary checkpoint, written a few rows at a time, with what that cost in numbers.
 
 `export_merged` takes a model in memory, `merge_checkpoint` a checkpoint and an adapter on disk, of which no tensor is
-ever held whole. Both plan every tensor first (export_plan.py), then write it: W0 + scaling * B A, summed in fp32 and
+ever held whole. Both plan every tensor first (plan.py), then write it: W0 + scaling * B A, summed in fp32 and
 cast. Asked to, they prove it: what was written is read back and compared with the adapter model (verify.py).
 """
 
@@ -30,15 +30,15 @@ from qlora_lite.checks import FLOAT_DTYPES, is_count, require
 from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
-from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
+from qlora_lite.export.plain_weights import plain_weights
+from qlora_lite.export.plan import ExportPlan, InMemory, OnDisk, stored_deltas_
+from qlora_lite.export.report import MergeReport
+from qlora_lite.export.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
 from qlora_lite.lora.multi_adapter import active_adapter, using_adapter
 from qlora_lite.lora.peft.keys import BASE_COPY, CONFIG_FILE, PREFIX, TOKEN_ADAPTER, adapter_tensors
 from qlora_lite.lora.peft.save_load import load_adapter_
-from qlora_lite.merge_report import MergeReport
-from qlora_lite.plain_weights import plain_weights
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.quantize_model import Slot
-from qlora_lite.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
 
 REPORT_FILE = "merge_report.json"
 

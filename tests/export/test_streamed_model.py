@@ -16,7 +16,7 @@ from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import ConfigError
-from qlora_lite.streamed import StreamedModel, Weights, in_blocks
+from qlora_lite.export.streamed_model import StreamedModel, Weights, in_blocks
 
 SMALL = {
     "vocab_size": 40,

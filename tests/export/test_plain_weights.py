@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
-from qlora_lite.plain_weights import plain_weights, weights_to_write
+from qlora_lite.export.plain_weights import plain_weights, weights_to_write
 
 
 def test_packing_and_adapters_change_no_name(tiny_folder: Path) -> None:

@@ -13,7 +13,7 @@ from qlora_lite.checkpoints.hub import empty_model, read_config
 from qlora_lite.checkpoints.load import Checkpoint
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError
-from qlora_lite.export_plan import ExportPlan, InMemory, OnDisk, stored_deltas_
+from qlora_lite.export.plan import ExportPlan, InMemory, OnDisk, stored_deltas_
 from qlora_lite.lora.adapters import lora_layers
 
 QUANT = QuantConfig(embedding_format="int8")

@@ -15,24 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlora_lite import (
-    LoraConfig,
-    QuantConfig,
-    add_lora_,
-    export,
-    export_merged,
-    export_plan,
-    load_quantized,
-    save_adapter,
-    verify,
-)
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_quantized, save_adapter
 from qlora_lite.checkpoints.hub import load_tokenizer
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.tokenization import TokenizedExample, tokenize_all
 from qlora_lite.errors import ConfigError, QuantizationError
+from qlora_lite.export import merged, plan, verify
+from qlora_lite.export.verify import BASES, Agreement, Verification, _paired_difference, _Tokens, render
 from qlora_lite.lora.adapters import adapters_disabled, lora_layers
-from qlora_lite.verify import BASES, Agreement, Verification, _paired_difference, _Tokens, render
 
 RECORDS = [
     {"prompt": "how many?", "completion": "three"},
@@ -139,7 +130,7 @@ def test_figures_are_those_of_transformers_on_the_exported_folder(
     assert counted == (5, sum(len(e.input_ids) for e in examples), sum(e.learned_tokens for e in examples))
     assert json.loads((tmp_path / base / "merge_report.json").read_text())["verify"] == found.to_json()
     assert "verify" not in json.loads((tmp_path / other / "merge_report.json").read_text())
-    disk = export.merge_checkpoint(
+    disk = merged.merge_checkpoint(
         folder,
         tmp_path / "adapter",
         tmp_path / "disk",
@@ -156,7 +147,7 @@ def test_what_is_wrong_on_disk_shows(
 ) -> None:
     model = trained(tiny_folder)
     sound = export_merged(model, tmp_path / "sound", verify=examples).verification
-    write = export.write_sharded
+    write = merged.write_sharded
 
     def damaged(folder: Path, *given: Any) -> list[str]:
         files = write(folder, *given)
@@ -166,7 +157,7 @@ def test_what_is_wrong_on_disk_shows(
             file.write(torch.full((8, tensor.shape[1]), 0.5, dtype=torch.float16).view(torch.uint8).numpy().tobytes())
         return files
 
-    monkeypatch.setattr(export, "write_sharded", damaged)
+    monkeypatch.setattr(merged, "write_sharded", damaged)
     found = export_merged(model, tmp_path / "damaged", verify=examples).verification
     assert sound is not None and found is not None
     was, now = sound.merged["dequantized"], found.merged["dequantized"]
@@ -179,7 +170,7 @@ def test_what_is_wrong_on_disk_shows(
 def test_weights_that_are_no_numbers_any_more_are_refused(
     tiny_folder: Path, tmp_path: Path, examples: list[TokenizedExample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = export.write_sharded
+    write = merged.write_sharded
 
     def damaged(folder: Path, *given: Any) -> list[str]:
         files = write(folder, *given)
@@ -189,7 +180,7 @@ def test_weights_that_are_no_numbers_any_more_are_refused(
             file.write(b"\xff" * 8)
         return files
 
-    monkeypatch.setattr(export, "write_sharded", damaged)
+    monkeypatch.setattr(merged, "write_sharded", damaged)
     with pytest.raises(QuantizationError, match="logits of the dequantized model are not finite"):
         export_merged(trained(tiny_folder), tmp_path / "out", verify=examples)
     assert list(tmp_path.iterdir()) == []
@@ -202,7 +193,7 @@ def test_neither_groups_nor_blocks_nor_slices_change_what_is_found(
     one = export_merged(model, tmp_path / "one", verify=examples).verification
     monkeypatch.setattr(verify, "GROUP_TOKENS", 40)
     monkeypatch.setattr(verify, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(export_plan, "SLICE_BYTES", 1)
+    monkeypatch.setattr(plan, "SLICE_BYTES", 1)
     other = export_merged(model, tmp_path / "many", verify=examples).verification
     assert one is not None and other is not None and len(list(verify._groups(examples))) > 1
     for base in BASES:
@@ -254,7 +245,7 @@ def test_examples_of_another_model_are_refused_before_anything_is_written(
     make: Callable[[], list[TokenizedExample]],
     says: str,
 ) -> None:
-    monkeypatch.setattr(export, "write_sharded", lambda *given: pytest.fail("something was written"))
+    monkeypatch.setattr(merged, "write_sharded", lambda *given: pytest.fail("something was written"))
     with pytest.raises(ConfigError, match=says):
         export_merged(trained(tiny_folder), tmp_path / "out", verify=make())
 

@@ -17,9 +17,9 @@ from qlora_lite.checkpoints import atomic_folder, safetensors_write
 from qlora_lite.checkpoints.bitsandbytes_layout import ROWS_FILE
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
+from qlora_lite.export.quantized import save_quantized
 from qlora_lite.quantization.layers import QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.quantized_files import save_quantized
 
 TOKENS = torch.arange(12).view(2, 6)
 QUANTS: list[dict[str, Any]] = [

@@ -30,8 +30,8 @@ from qlora_lite.checkpoints.safetensors_write import (
 )
 from qlora_lite.checks import check_finite, is_count, require
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
+from qlora_lite.export.plain_weights import weights_to_write
 from qlora_lite.lora.layer import LoraLayer
-from qlora_lite.plain_weights import weights_to_write
 from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight

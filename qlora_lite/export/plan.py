@@ -23,22 +23,11 @@ from qlora_lite.checks import FLOAT_DTYPES
 from qlora_lite.compute.host_memory import HoleLimit, release_freed_pages
 from qlora_lite.compute.weight_update import Delta, Replaced, StackDelta, Update
 from qlora_lite.errors import CheckpointError
-from qlora_lite.lora.adapters import lora_layers
-from qlora_lite.lora.experts import stacks_among
-from qlora_lite.lora.kinds import StackKind
-from qlora_lite.lora.layer import LoraLayer
-from qlora_lite.lora.peft.auxiliary import stored_replacements_
-from qlora_lite.lora.peft.experts import matrices_of_A, matrices_of_B, places_in_files
-from qlora_lite.lora.peft.keys import adapter_tensors
-from qlora_lite.lora.peft.save_load import peft_key
-from qlora_lite.merge_report import MergeReport, TensorFigures
-from qlora_lite.plain_weights import PlainWeight, weights_to_write
-from qlora_lite.quantization.experts import PackedStack
-from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.quantization.quantize_model import Slot
-from qlora_lite.streamed import Weights
-from qlora_lite.verify import DEQUANTIZED, ORIGINAL, Compared
-from qlora_lite.weight_rows import (
+from qlora_lite.export.plain_weights import PlainWeight, weights_to_write
+from qlora_lite.export.report import MergeReport, TensorFigures
+from qlora_lite.export.streamed_model import Weights
+from qlora_lite.export.verify import DEQUANTIZED, ORIGINAL, Compared
+from qlora_lite.export.weight_rows import (
     DenseRows,
     PackedRows,
     RepackedRows,
@@ -52,6 +41,17 @@ from qlora_lite.weight_rows import (
     packed_rows,
     whole_slices,
 )
+from qlora_lite.lora.adapters import lora_layers
+from qlora_lite.lora.experts import stacks_among
+from qlora_lite.lora.kinds import StackKind
+from qlora_lite.lora.layer import LoraLayer
+from qlora_lite.lora.peft.auxiliary import stored_replacements_
+from qlora_lite.lora.peft.experts import matrices_of_A, matrices_of_B, places_in_files
+from qlora_lite.lora.peft.keys import adapter_tensors
+from qlora_lite.lora.peft.save_load import peft_key
+from qlora_lite.quantization.experts import PackedStack
+from qlora_lite.quantization.packed_weight import PackedWeight
+from qlora_lite.quantization.quantize_model import Slot
 
 # Of fp32 values at once: what stays in the caches while it is summed, cast and measured.
 SLICE_BYTES = 2 << 20
