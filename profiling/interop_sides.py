@@ -2,7 +2,8 @@
 
 Both sides have the same weights: small random ones that bfloat16 holds exactly, packed on the one side by bitsandbytes
 through transformers and on the other by `load_quantized`, to the same codes. Every forward pass is one in training mode
-with gradients, since bitsandbytes' 4-bit layers re-pack themselves in any other (see qlora_lite/quantization/quantize_model.py).
+with gradients, since bitsandbytes' 4-bit layers re-pack themselves in any other
+(see qlora_lite/quantization/from_bitsandbytes.py).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python profiling/varied_lengths.py --tiny
 
 SmolLM2-135M in NF4 on a CPU, no block recomputed. oneDNN keeps a program of some 650 KiB for each shape of a product,
-up to 1,024 of them; ours keeps fewer (qlora_lite/compute/host_memory.py). Three processes take a step each in turn, with the
-same lengths: ours, ours with as many programs as oneDNN keeps by itself, and the peer.
+up to 1,024 of them; ours keeps fewer (qlora_lite/compute/host_memory.py). Three processes take a step
+each in turn, with the same lengths: ours, ours with as many programs as oneDNN keeps by itself, and the peer.
 
 Prints a table, and ends with one JSON line: for each `seconds` (the median step) and `peaks`, the process's peak in
 bytes above what was resident after set-up, after each step; `peak_ratio` and `time_ratio`, ours to the peer's.

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from qlora_lite.checks import is_count, require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.records import read_jsonl as read_jsonl
-from qlora_lite.data.tokenization import Batch, TokenizedExample
+from qlora_lite.data.tokenization import TokenizedExample
 
 Batch = dict[str, Tensor]
 
+# First-fit looks at this many of the newest rows, so that packing n examples takes time proportional to n.
 OPEN_ROWS = 256
 
 

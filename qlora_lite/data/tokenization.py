@@ -18,10 +18,7 @@ from qlora_lite.checkpoints.files import excerpt
 from qlora_lite.checks import is_count, require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.records import PROMPT_ALONE, Record, check_record, shape_of
-from qlora_lite.data.records import read_jsonl as read_jsonl
 from qlora_lite.errors import CheckpointError
-
-"""First-fit looks at the newest this many rows, so that packing n examples takes time proportional to n."""
 
 Batch = dict[str, torch.Tensor]
 

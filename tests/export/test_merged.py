@@ -257,9 +257,9 @@ def test_from_disk_to_disk_it_is_the_export_of_the_model_in_memory(
         original = tensors_of(tiny_folder)
         for name, tensor in tensors_of(tmp_path / "disk").items():
             layer = lora_layers(model).get(name.removesuffix(".weight"))
-            merged = original[name] if layer is None else original[name] + layer.delta_weight()
+            expected = original[name] if layer is None else original[name] + layer.delta_weight()
             exact = torch.finfo(dtype).eps
-            torch.testing.assert_close(tensor.float(), merged.float(), rtol=exact, atol=1e-6)
+            torch.testing.assert_close(tensor.float(), expected.float(), rtol=exact, atol=1e-6)
 
 
 def test_neither_slices_nor_shards_change_a_bit(

@@ -80,7 +80,7 @@ def _style() -> str:
         for key in Category
     )
     variables = f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
-    return variables + fills + (files("qlora_lite.memory") / "page.css").read_text(encoding="utf-8")
+    return variables + fills + (files("qlora_lite.memory.drawing") / "page.css").read_text(encoding="utf-8")
 
 
 def _head(report: MemoryReport, title: str) -> Iterator[str]:
