@@ -28,8 +28,8 @@ from rich.table import Table
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.checkpoints.hub import load_tokenizer
 from qlora_lite.compute.host_memory import set_host_limits
-from qlora_lite.lean import lean
-from qlora_lite.objective import headless_loss
+from qlora_lite.training.fused_forward import lean
+from qlora_lite.training.objective import headless_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

@@ -18,7 +18,7 @@ from qlora_lite.checkpoints.hub import read_config
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.rehearse import rehearse
 from qlora_lite.prediction import rehearse_steps
-from qlora_lite.training import profile_steps
+from qlora_lite.training.loop import profile_steps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

@@ -31,7 +31,7 @@ from kill_points import Kill, all_kills, ended
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.errors import QLoRAError
 from qlora_lite.lora.peft.save_load import load_adapter_
-from qlora_lite.run_checkpoints import checkpoints, what_is_wrong
+from qlora_lite.training.run_checkpoints import checkpoints, what_is_wrong
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 TINY_STEP, TINY_MOMENTS = 34, 2

@@ -31,7 +31,7 @@ from kill_points import ended
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.checkpoints import atomic_folder
 from qlora_lite.errors import CheckpointError
-from qlora_lite.run_folder import run_folder
+from qlora_lite.training.run_folder import run_folder
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 DISK_BYTES = 8 << 20

@@ -27,10 +27,19 @@ from qlora_lite.compute.random_state import RandomSources
 from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import QLoRAError
 from qlora_lite.lora.adapters import adapter_parameters
-from qlora_lite.optim import make_optimizer
-from qlora_lite.run_checkpoints import MANIFEST_FILE, checkpoint_path, newest_sound, write_checkpoint
-from qlora_lite.run_state import RunState
-from qlora_lite.stored_state import METRICS_FILE, OPTIMIZER_FILE, RANDOM_FILE, STATE_FILE, TRAINED_FILE
+from qlora_lite.training.optim import make_optimizer
+from qlora_lite.training.run_checkpoints import (
+    MANIFEST_FILE,
+    METRICS_FILE,
+    OPTIMIZER_FILE,
+    RANDOM_FILE,
+    STATE_FILE,
+    TRAINED_FILE,
+    checkpoint_path,
+    newest_sound,
+    write_checkpoint,
+)
+from qlora_lite.training.run_state import RunState
 
 Reader = Callable[[bytes], None]
 SEEDS = 60

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig
-from qlora_lite.lora.config import checkpointing_named
 from qlora_lite.memory.report import render
-from qlora_lite.training import profile_steps
+from qlora_lite.training.config import checkpointing_named
+from qlora_lite.training.loop import profile_steps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

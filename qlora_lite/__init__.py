@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from qlora_lite.export.merged import export_merged as export_merged
     from qlora_lite.lora.adapters import add_lora_ as add_lora_
     from qlora_lite.lora.config import LoraConfig as LoraConfig
-    from qlora_lite.lora.config import TrainConfig as TrainConfig
     from qlora_lite.lora.layer import Embedding as Embedding
     from qlora_lite.lora.layer import LinearWithLoRA as LinearWithLoRA
     from qlora_lite.lora.layer import LoraLayer as LoraLayer
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
     from qlora_lite.memory.rehearse import rehearse as rehearse
     from qlora_lite.quantization.config import QuantConfig as QuantConfig
     from qlora_lite.quantization.quantize_model import quantize_base_ as quantize_base_
-    from qlora_lite.training import train as train
+    from qlora_lite.training.config import TrainConfig as TrainConfig
+    from qlora_lite.training.loop import train as train
 
 __version__ = "0.1.0"
 

@@ -46,10 +46,10 @@ def chosen_checkpointing(budget: str | None, asked: str | None, model: str, want
     import torch
 
     from qlora_lite.errors import ConfigError
-    from qlora_lite.lora.config import checkpointing_named
     from qlora_lite.memory.report import readable_bytes
     from qlora_lite.plan import checkpointing_within
     from qlora_lite.prediction import read_config
+    from qlora_lite.training.config import checkpointing_named
 
     if budget is None:
         return checkpointing_named(asked or "full"), None
@@ -91,12 +91,13 @@ def plan(
 ) -> None:
     """Predict from a config whether training fits into a memory, and the largest batches; exit status 3 if not."""
     from qlora_lite.forecast import Wanted
-    from qlora_lite.lora.config import LoraConfig, TrainConfig, checkpointing_named
+    from qlora_lite.lora.config import LoraConfig
     from qlora_lite.plan import plan as make_plan
     from qlora_lite.plan_report import render_plan
     from qlora_lite.prediction import read_config
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import stoppable
+    from qlora_lite.training.config import TrainConfig, checkpointing_named
 
     quant = QuantConfig(format, double_quant=double_quant, embedding_format=embedding_format)
     dial = checkpointing_named(checkpointing)

@@ -34,7 +34,7 @@ def profile(
     from json import dumps
 
     from qlora_lite.checkpoints.files import check_writable
-    from qlora_lite.lora.config import LoraConfig, TrainConfig, checkpointing_named
+    from qlora_lite.lora.config import LoraConfig
     from qlora_lite.memory.comparison import render_comparison
     from qlora_lite.memory.drawing.page import write_page
     from qlora_lite.memory.drawing.png import require_matplotlib, write_chart
@@ -44,7 +44,8 @@ def profile(
     from qlora_lite.prediction import prediction_or_why_not
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import stoppable
-    from qlora_lite.training import profile_steps
+    from qlora_lite.training.config import TrainConfig, checkpointing_named
+    from qlora_lite.training.loop import profile_steps
 
     if mode not in ("full", "phases"):
         raise typer.BadParameter(f"must be full or phases; got {mode!r}", param_hint="--mode")

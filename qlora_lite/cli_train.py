@@ -48,7 +48,7 @@ def _check_run(output: Path, replaced: bool, model: str, data: Path, same_base: 
     from qlora_lite.checkpoints.atomic_folder import check_apart
     from qlora_lite.checkpoints.base_identity import check_checkpoint_base
     from qlora_lite.checkpoints.hub import resolve
-    from qlora_lite.stored_state import ADAPTER_FOLDER, METRICS_FILE
+    from qlora_lite.training.run_checkpoints import ADAPTER_FOLDER, METRICS_FILE
 
     if same_base:
         check_checkpoint_base(output / ADAPTER_FOLDER, resolve(model))
@@ -146,10 +146,11 @@ def train(
     from qlora_lite.data.tokenization import tokenize_all
     from qlora_lite.forecast import Wanted
     from qlora_lite.lora.adapters import add_lora_
-    from qlora_lite.lora.config import LoraConfig, TrainConfig
+    from qlora_lite.lora.config import LoraConfig
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import stoppable
-    from qlora_lite.training import train as train_model
+    from qlora_lite.training.config import TrainConfig
+    from qlora_lite.training.loop import train as train_model
 
     quant = QuantConfig(
         format, blocksize, double_quant, int8_activations=int8_activations, embedding_format=embedding_format

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_lite.errors import ConfigError, TargetError
-from qlora_lite.lora.config import LoraConfig, TrainConfig
+from qlora_lite.lora.config import LoraConfig
 from qlora_lite.memory.allocator import replay
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.growth import Place, Sizes, continued, highest_levels, layer_named, peaks
@@ -22,6 +22,7 @@ from qlora_lite.memory.rehearse import fake_profiler
 from qlora_lite.memory.trace import storages_of
 from qlora_lite.prediction import rehearsed_training, unread_model
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.training.config import TrainConfig
 
 FEW = 3
 COMPARED = FEW + 2

@@ -17,7 +17,7 @@ from qlora_lite.forecast import Forecast, Forecasts, Wanted, own_bytes
 from qlora_lite.memory.rehearse import fake_profiler, fake_tensors
 from qlora_lite.prediction import unread_model
 from qlora_lite.quantization.formats import FORMATS, UNPACKED
-from qlora_lite.training import check_batch_shape
+from qlora_lite.training.loop import check_batch_shape
 
 # Longer searches end here: such a batch is one that nobody trains with.
 MOST_ROWS = 4096

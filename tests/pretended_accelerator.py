@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized
-from qlora_lite.checkpointing import checkpointed
-from qlora_lite.lean import lean
 from qlora_lite.lora.adapters import adapter_parameters, lora_layers
-from qlora_lite.objective import headless_loss, own_loss
-from qlora_lite.optim import make_optimizer
+from qlora_lite.training.activation_checkpointing import checkpointed
+from qlora_lite.training.fused_forward import lean
+from qlora_lite.training.objective import headless_loss, own_loss
+from qlora_lite.training.optim import make_optimizer
 
 DEVICE = "fakegpu"
 CASES = (("nf4", "int8", "full"), ("int8", "none", "none"), ("none", "none", "full"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qlora_lite.cli import main
-from qlora_lite.run_folder import RunFolder
+from qlora_lite.training.run_folder import RunFolder
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

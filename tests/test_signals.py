@@ -24,12 +24,11 @@ from qlora_lite.checkpoints.safetensors_read import read_safetensors
 from qlora_lite.checkpoints.safetensors_write import planned, write_safetensors
 from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import Stopped
-from qlora_lite.fingerprint import base_fingerprint
 from qlora_lite.lora.init import start_
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.run_checkpoints import MANIFEST_FILE, what_is_wrong
-from qlora_lite.run_state import STATE_FILE
 from qlora_lite.signals import ended_by_signals, poll, stoppable, unfinished, unstopped
+from qlora_lite.training.run_checkpoints import MANIFEST_FILE, what_is_wrong
+from qlora_lite.training.run_state import STATE_FILE, base_fingerprint
 
 
 class Came(Exception):

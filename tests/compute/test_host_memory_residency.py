@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
-from qlora_lite.checkpointing import checkpointed
 from qlora_lite.compute.host_memory import HoleLimit, holes_limited
 from qlora_lite.surgery import repeated_blocks
+from qlora_lite.training.activation_checkpointing import checkpointed
 
 CPU = torch.device("cpu")
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_lite.lean import lean
 from qlora_lite.lora.auxiliary_layers import TrainedCopy, copied, parameter_names, plain_shape
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantization.quantize_model import quantize_base_
+from qlora_lite.training.fused_forward import lean
 
 
 def whole(module: nn.Module, dtype: torch.dtype = torch.float32) -> TrainedCopy:

@@ -9,8 +9,9 @@ import torch
 
 from qlora_lite.checks import dtype_named
 from qlora_lite.errors import ConfigError
-from qlora_lite.lora.config import LoraConfig, TrainConfig, checkpointing_named
+from qlora_lite.lora.config import LoraConfig
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.training.config import TrainConfig, checkpointing_named
 
 
 @pytest.mark.parametrize(

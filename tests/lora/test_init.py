@@ -231,8 +231,8 @@ def test_what_cannot_start_so_is_refused_and_nothing_is_changed(tiny_folder: Pat
 
 @pytest.mark.parametrize(("init", "variant"), [("pissa", "lora"), ("loftq:2", "lora"), ("normal", "dora")])
 def test_memory_is_rehearsed_with_every_start(tiny_folder: Path, init: str, variant: str) -> None:
-    from qlora_lite.lora.config import TrainConfig
     from qlora_lite.prediction import rehearse_steps
+    from qlora_lite.training.config import TrainConfig
 
     report = rehearse_steps(
         tiny_folder, QuantConfig(), LoraConfig(2, init=init, variant=variant), TrainConfig(steps=1), rows=1, tokens=8

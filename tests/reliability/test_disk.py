@@ -18,8 +18,8 @@ import torch
 from qlora_lite import LoraConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.adapters import adapter_parameters
-from qlora_lite.run_checkpoints import checkpoint_path, newest_sound
-from qlora_lite.run_folder import RunFolder
+from qlora_lite.training.run_checkpoints import checkpoint_path, newest_sound
+from qlora_lite.training.run_folder import RunFolder
 
 CONFIG = TrainConfig(steps=4, save_steps=1, learning_rate=1e-2)
 

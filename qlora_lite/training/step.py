@@ -20,21 +20,21 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_
 from torch import Tensor, nn
 
 from qlora_lite import architecture
-from qlora_lite.checkpointing import Dial
 from qlora_lite.compute.devices import is_out_of_memory, on_cpu
 from qlora_lite.compute.host_memory import HoleLimit, release_freed_pages
 from qlora_lite.compute.random_state import RandomSources
 from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, TargetError, TrainingError
 from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, switched
-from qlora_lite.lora.config import TrainConfig
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
-from qlora_lite.objective import check_packing, choose_loss, headless_loss, own_loss
-from qlora_lite.optim import learning_rate_factor, make_optimizer, set_learning_rates_
-from qlora_lite.parallel import Processes, halves
-from qlora_lite.progress import say
-from qlora_lite.run_folder import RunFolder
 from qlora_lite.signals import poll
+from qlora_lite.training.activation_checkpointing import Dial
+from qlora_lite.training.config import TrainConfig
+from qlora_lite.training.distributed import Processes, halves
+from qlora_lite.training.objective import check_packing, choose_loss, headless_loss, own_loss
+from qlora_lite.training.optim import learning_rate_factor, make_optimizer, set_learning_rates_
+from qlora_lite.training.progress import say
+from qlora_lite.training.run_folder import RunFolder
 
 FP32_BYTES = 4
 ALONE_OR_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
@@ -137,7 +137,7 @@ class Run:
         optimizer = make_optimizer(self.adapters, config)
         # `Module.to` cannot exchange fake tensors, and need not be called where there is nothing to move.
         elsewhere = any(tensor.device != self.accelerator.device for tensor in (*model.parameters(), *model.buffers()))
-        # evaluation_mode: nothing is wrapped around the model; gradients are summed here (parallel.py).
+        # evaluation_mode: nothing is wrapped around the model; gradients are summed here (distributed.py).
         self.model = self.accelerator.prepare_model(model, device_placement=elsewhere, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.processes = Processes(self.accelerator)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lite.errors import CheckpointError
-from qlora_lite.run_lock import LOCK_FILE, only_run
+from qlora_lite.training.run_folder import LOCK_FILE, only_run
 
 HOLD = """
 import sys, time

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_lite.progress import described, training_progress
-from qlora_lite.training_step import StepMetrics
+from qlora_lite.training.progress import described, training_progress
+from qlora_lite.training.step import StepMetrics
 
 
 def step(number: int) -> StepMetrics:

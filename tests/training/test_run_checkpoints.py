@@ -9,7 +9,7 @@ import pytest
 
 from qlora_lite.checkpoints.files import write_json
 from qlora_lite.errors import CheckpointError
-from qlora_lite.run_checkpoints import (
+from qlora_lite.training.run_checkpoints import (
     checkpoint_path,
     checkpoints,
     keep_only,

@@ -13,8 +13,8 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
-from qlora_lite import training_step as module
 from qlora_lite.errors import ConfigError, TrainingError
+from qlora_lite.training import step as module
 
 IDS = torch.arange(5, 65).view(5, 12)
 

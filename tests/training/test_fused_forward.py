@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
-from qlora_lite import lean as lean_module
-from qlora_lite.checkpointing import checkpointed
-from qlora_lite.lean import lean
 from qlora_lite.lora.adapters import adapter_parameters
-from qlora_lite.objective import headless_loss
 from qlora_lite.surgery import repeated_blocks
+from qlora_lite.training import fused_forward as lean_module
+from qlora_lite.training.activation_checkpointing import checkpointed
+from qlora_lite.training.fused_forward import lean
+from qlora_lite.training.objective import headless_loss
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

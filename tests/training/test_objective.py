@@ -10,7 +10,7 @@ import torch
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.data.batching import labelled_tokens
-from qlora_lite.objective import choose_loss, headless_loss, own_loss
+from qlora_lite.training.objective import choose_loss, headless_loss, own_loss
 
 
 @pytest.mark.parametrize("embedding_format", ["none", "int8"])

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from qlora_lite import architecture
-from qlora_lite.checkpointing import checkpointed
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.compute.host_memory import holes_limited, set_host_limits
@@ -22,16 +21,18 @@ from qlora_lite.compute.random_state import RandomSources, loader_generators
 from qlora_lite.data.batching import Batch
 from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import ConfigError
-from qlora_lite.lean import lean
 from qlora_lite.lora.adapters import add_lora_
-from qlora_lite.lora.config import LoraConfig, TrainConfig
+from qlora_lite.lora.config import LoraConfig
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
-from qlora_lite.progress import say, training_progress
 from qlora_lite.quantization.config import QuantConfig
-from qlora_lite.run_folder import run_folder
-from qlora_lite.run_state import RunState
-from qlora_lite.training_step import Run, StepMetrics
+from qlora_lite.training.activation_checkpointing import checkpointed
+from qlora_lite.training.config import TrainConfig
+from qlora_lite.training.fused_forward import lean
+from qlora_lite.training.progress import say, training_progress
+from qlora_lite.training.run_folder import run_folder
+from qlora_lite.training.run_state import RunState
+from qlora_lite.training.step import Run, StepMetrics
 
 # Rows or tokens of a made-up batch: no device holds more, and products of sizes stay within 64 bits.
 LARGEST_SIDE = 1 << 24

@@ -7,6 +7,7 @@ Values are known to be good when a loss computed with them is finite. They are s
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -22,8 +23,11 @@ from torch import nn
 from qlora_lite.checkpoints.atomic_folder import check_replaceable
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped
 from qlora_lite.lora.peft.save_load import save_adapter
-from qlora_lite.run_checkpoints import (
+from qlora_lite.signals import stoppable, unstopped
+from qlora_lite.training.run_checkpoints import (
+    ADAPTER_FOLDER,
     CHECKPOINTS,
+    METRICS_FILE,
     checkpoint_path,
     keep_only,
     newest_sound,
@@ -32,13 +36,12 @@ from qlora_lite.run_checkpoints import (
     unfinished,
     write_checkpoint,
 )
-from qlora_lite.run_lock import LOCK_FILE, only_run
-from qlora_lite.run_state import RunState
-from qlora_lite.signals import stoppable, unstopped
-from qlora_lite.stored_state import ADAPTER_FOLDER, METRICS_FILE
+from qlora_lite.training.run_state import RunState
 
 # Saving may take this share of a run's time.
 SAVING_SHARE = 0.02
+
+LOCK_FILE = ".run.lock"
 
 
 class RunFolder:
@@ -235,3 +238,51 @@ def _ending(run: RunFolder, folder: Path) -> Iterator[None]:
         if run.saved and not run.failed:
             run.save()
         raise
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is the one of this name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _held(path: Path) -> int:
+    """A descriptor of the file, locked. CheckpointError, naming the process, if another holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise CheckpointError(
+                f"{path.parent} is being written by another run (process {owner}); wait for it, or name another folder"
+            ) from None
+        except OSError:
+            os.close(descriptor)
+            raise
+        if _is_at(path, descriptor):  # else its last owner has just removed it, and others make a new one
+            return descriptor
+        os.close(descriptor)
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[Callable[[], None]]:
+    """Holds the folder's lock, and gives a function that raises CheckpointError if the folder is not there any more."""
+    path = folder / LOCK_FILE
+    descriptor = _held(path)
+
+    def check() -> None:
+        if not _is_at(path, descriptor):
+            raise CheckpointError(f"{folder} was removed, or replaced, while a run was writing there")
+
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield check
+    finally:
+        if _is_at(path, descriptor):
+            path.unlink()
+        os.close(descriptor)

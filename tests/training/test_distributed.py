@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_lite.parallel import halves, share
+from qlora_lite.training.distributed import halves, share
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qlora_lite.errors import CheckpointError
-from qlora_lite.stored_state import LINE_SHAPE, STATE_SHAPE, StoredState, unlike
-from qlora_lite.training_step import StepMetrics
+from qlora_lite.training.run_checkpoints import LINE_SHAPE, STATE_SHAPE, StoredState, unlike
+from qlora_lite.training.step import StepMetrics
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qlora_lite.checkpoints.files import excerpt
 from qlora_lite.errors import CheckpointError
-from qlora_lite.lora.config import TrainConfig
+from qlora_lite.training.config import TrainConfig
 
 SAME_AS = "same_as"
 # States of torch's AdamW, and of bitsandbytes', with a value for each of their parameter's.

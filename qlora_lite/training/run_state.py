@@ -10,8 +10,9 @@ adapter/                 the same adapter as peft reads it
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_lite.checkpoints.base_identity import sum_of_json
 from qlora_lite.checkpoints.files import new_file, write_json
-from qlora_lite.checkpoints.safetensors_write import planned, write_safetensors
+from qlora_lite.checkpoints.safetensors_write import planned, raw_bytes, write_safetensors
 from qlora_lite.compute.environment import arithmetic
 from qlora_lite.compute.random_state import RandomSources, RandomState
 from qlora_lite.data.stream import BatchStream, Position
 from qlora_lite.errors import CheckpointError
-from qlora_lite.fingerprint import base_fingerprint
 from qlora_lite.lora.adapters import lora_layers
-from qlora_lite.lora.config import TrainConfig
+from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.peft.save_load import save_adapter
-from qlora_lite.optim import load_optimizer_state_, optimizer_state
-from qlora_lite.stored_state import (
+from qlora_lite.signals import poll
+from qlora_lite.training.config import TrainConfig
+from qlora_lite.training.optim import load_optimizer_state_, optimizer_state
+from qlora_lite.training.run_checkpoints import (
     ADAPTER_FOLDER,
     EPOCH,
     METRICS_FILE,
@@ -47,6 +50,13 @@ from qlora_lite.stored_state import (
 # Settings that change what is saved or kept in memory, and no number of the result.
 FREE_SETTINGS = ("save_steps", "keep_last", "keep_best", "checkpointing")
 SHOWN = 6
+
+# Rows of a tensor that are copied at a time where its bytes do not lie one after the other, or elsewhere.
+SLICE_BYTES = 8 << 20
+# Facts of packed weights and layers that decide what they compute.
+FACTS = ("format", "blocksize", "double_quant", "int8_activations", "compute_dtype", "transposed")
+# Of a model's configuration, what says where it came from or by whom it was written.
+ORIGINS = ("_name_or_path", "transformers_version")
 
 
 def _as_json(value: Any) -> Any:
@@ -187,3 +197,45 @@ class RunState:
         """Has random numbers be as they were: the last thing before a step, for others draw too (rich, on import)."""
         if self._random is not None:
             self.sources.restore(self._random)
+
+
+def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that training leaves alone: no adapters, nor the starts that they are counted from."""
+    own = {
+        id(value)
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+        for value in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+    }
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if id(value) not in own and not value.requires_grad:
+            yield name, value
+
+
+def _pieces(tensor: Tensor) -> Iterator[memoryview]:
+    whole = tensor.detach()
+    if whole.dim() == 0 or (whole.is_contiguous() and whole.device.type == "cpu"):
+        parts: Any = (whole,)
+    else:
+        parts = whole.split(max(1, SLICE_BYTES // max(1, whole[:1].nbytes)))
+    for part in parts:
+        yield raw_bytes(part)
+
+
+def base_fingerprint(model: nn.Module) -> dict[str, str]:
+    """SHA-256 sums of a base: `layout` (names, shapes, dtypes, formats), `values` (all bytes), `config`.
+
+    Every byte counts, packed ones as they are packed: 1 to 2 GB are summed in a second.
+    """
+    layout: list[object] = []
+    values = hashlib.sha256()
+    for name, tensor in _frozen(model):
+        layout.append([name, list(tensor.shape), str(tensor.dtype)])
+        for piece in _pieces(tensor):
+            poll()
+            values.update(piece)
+    for name, module in model.named_modules():
+        layout.append([name, type(module).__name__, {fact: getattr(module, fact, None) for fact in FACTS}])
+    describe = getattr(getattr(model, "config", None), "to_dict", None)
+    config = {} if describe is None else {key: value for key, value in describe().items() if key not in ORIGINS}
+    return {"layout": sum_of_json(layout), "values": values.hexdigest(), "config": sum_of_json(config)}

@@ -37,7 +37,7 @@ from qlora_lite.errors import (
     TrainingError,
 )
 from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, lora_layers
-from qlora_lite.training import profile_steps
+from qlora_lite.training.loop import profile_steps
 
 
 def adapted(folder: Path, format: str = "nf4", dtype: torch.dtype = torch.float32, **lora: Any) -> Any:

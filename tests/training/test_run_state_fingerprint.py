@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, quantize_base_
-from qlora_lite.fingerprint import base_fingerprint
+from qlora_lite.training.run_state import base_fingerprint
 
 
 def model() -> nn.Sequential:

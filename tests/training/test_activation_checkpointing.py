@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add_lora_, load_quantized, train
-from qlora_lite.checkpointing import checkpointed
 from qlora_lite.compute import lora_linear
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.adapters import adapter_parameters
-from qlora_lite.objective import headless_loss
 from qlora_lite.surgery import repeated_blocks
+from qlora_lite.training.activation_checkpointing import checkpointed
+from qlora_lite.training.objective import headless_loss
 
 
 def test_gradients_are_the_same_and_less_is_kept(tiny_folder: Path) -> None:

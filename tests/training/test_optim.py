@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from qlora_lite.errors import CheckpointError, ConfigError
-from qlora_lite.lora.config import TrainConfig
-from qlora_lite.optim import (
+from qlora_lite.training.config import TrainConfig
+from qlora_lite.training.optim import (
     AdamW16,
     learning_rate_factor,
     load_optimizer_state_,

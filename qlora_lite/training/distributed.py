@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qlora_lite.compute.random_state import RandomSources
 from qlora_lite.errors import Stopped, TrainingError
-from qlora_lite.lora.config import SEED_LIMIT
+from qlora_lite.training.config import SEED_LIMIT
 
 Made = TypeVar("Made")
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qlora_lite import LinearWithLoRA
-from qlora_lite import run_folder as module
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped
-from qlora_lite.run_folder import run_folder
+from qlora_lite.training import run_folder as module
+from qlora_lite.training.run_folder import run_folder
 
 
 @dataclass

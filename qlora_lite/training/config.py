@@ -1,0 +1,86 @@
+"""Settings as small frozen dataclasses that check themselves; every wrong one raises ConfigError at construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qlora_lite.checks import byte_count, is_count, is_finite, require
+
+OPTIMIZERS = ("adamw", "adamw8bit")
+CHECKPOINTING = ("none", "full")
+SEED_LIMIT = 2**63  # torch's generators take no larger one
+
+
+def checkpointing_named(text: str) -> str | int:
+    """`"full"`, `"none"`, or a size such as `"300MiB"`, `"2GiB"`, `"500000000"` as bytes. ConfigError otherwise."""
+    if text in CHECKPOINTING:
+        return text
+    return byte_count(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, or", text)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run of `train`.
+
+    steps: optimizer steps; each uses `gradient_accumulation` batches.
+    warmup_steps: the learning rate rises linearly to `learning_rate` over them, then falls as a cosine to 0.
+    weight_decay: AdamW's, of all matrices: A, B, modules trained whole, rows of tokens. None of vectors: biases,
+        weights of norms, DoRA's magnitudes. (As transformers' Trainer has it, but for magnitudes, which it decays: they
+        begin as the norms of the base's rows, and towards 0 the base itself would go.)
+    max_grad_norm: the joint 2-norm of all gradients is clipped to it; None clips nothing.
+    lora_plus_ratio: how many times the learning rate of A that of B is, and of vectors (biases, weights of norms,
+        DoRA's magnitudes): LoRA+ (arXiv:2402.12354), where 16 is proposed with a smaller `learning_rate`; 1 has all
+        learn at one rate. Other matrices, modules trained whole and rows of tokens, learn at that of A, as in peft.
+    optimizer: `adamw` (fp32 states) or `adamw8bit` (bitsandbytes' blockwise 8-bit states).
+    checkpointing: `full` keeps only the inputs of each block for backward, computing the rest again; `none` keeps
+        products and attention of all blocks; a number of bytes keeps attention outputs, and then whole blocks, as
+        many as fit, so that the peak of live tensor bytes above the model's own stays below it.
+    save_steps: after so many steps, and at the end, all that resuming needs is saved in the output folder; None saves
+        it when a signal stops the run. The newest `keep_last` (None: all) of these checkpoints are kept, and of the
+        others the `keep_best` with the lowest mean loss since the one before.
+    """
+
+    steps: int = 100
+    learning_rate: float = 2e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    gradient_accumulation: int = 1
+    max_grad_norm: float | None = 1.0
+    lora_plus_ratio: float = 1.0
+    optimizer: str = "adamw"
+    checkpointing: str | int = "full"
+    seed: int = 0
+    save_steps: int | None = None
+    keep_last: int | None = 2
+    keep_best: int = 0
+
+    def __post_init__(self) -> None:
+        require(is_count(self.steps, 1), "steps must be an integer of at least 1", self.steps)
+        rate = self.learning_rate
+        largest = torch.finfo(torch.float32).max / 100  # AdamW divides it by 1 - beta
+        require(is_finite(rate) and 0 < rate <= largest, "learning_rate must be a finite number above 0", rate)
+        require(is_count(self.warmup_steps, 0), "warmup_steps must be an integer of at least 0", self.warmup_steps)
+        warmup = self.warmup_steps
+        require(warmup <= self.steps, f"warmup_steps must be at most steps, {self.steps}", warmup)
+        decay = self.weight_decay
+        require(is_finite(decay) and decay >= 0, "weight_decay must be a finite number of at least 0", decay)
+        accumulation = self.gradient_accumulation
+        require(is_count(accumulation, 1), "gradient_accumulation must be an integer of at least 1", accumulation)
+        norm = self.max_grad_norm
+        require(norm is None or (is_finite(norm) and norm > 0), "max_grad_norm must be None or above 0", norm)
+        ratio = self.lora_plus_ratio
+        require(is_finite(ratio) and ratio >= 1, "lora_plus_ratio must be a finite number of at least 1", ratio)
+        require(rate * ratio <= largest, f"lora_plus_ratio must be at most {largest / rate:g} with this rate", ratio)
+        require(self.optimizer in OPTIMIZERS, f"optimizer must be one of {', '.join(OPTIMIZERS)}", self.optimizer)
+        kinds = ", ".join(CHECKPOINTING)
+        dial = self.checkpointing
+        known = is_count(dial, 1) or dial in CHECKPOINTING
+        require(known, f"checkpointing must be one of {kinds}, or a number of bytes", dial)
+        seed = self.seed
+        require(is_count(seed, 0) and seed < SEED_LIMIT, f"seed must be an integer in [0, {SEED_LIMIT})", seed)
+        saving, last, best = self.save_steps, self.keep_last, self.keep_best
+        require(saving is None or is_count(saving, 1), "save_steps must be None or an integer of at least 1", saving)
+        require(last is None or is_count(last, 1), "keep_last must be None or an integer of at least 1", last)
+        require(is_count(best, 0), "keep_best must be an integer of at least 0", best)
