@@ -16,8 +16,8 @@ from training_cases import CASES, TINY_CASES, Difference, differences, make_mode
 
 from qlora_lite.checkpoints.hub import read_config
 from qlora_lite.memory.measure import MemoryProfiler
-from qlora_lite.memory.rehearse import rehearse
-from qlora_lite.prediction import rehearse_steps
+from qlora_lite.planning.rehearsal import rehearse
+from qlora_lite.planning.training_rehearsal import rehearse_steps
 from qlora_lite.training.loop import profile_steps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))

@@ -22,10 +22,10 @@ from rich.table import Table
 
 from qlora_lite import LoraConfig, QuantConfig
 from qlora_lite.checks import byte_count
-from qlora_lite.forecast import Forecasts, Wanted
-from qlora_lite.memory.rehearse import fake_tensors
-from qlora_lite.plan import Memory, largest_batch
-from qlora_lite.prediction import read_config
+from qlora_lite.planning.forecast import Forecasts, Wanted
+from qlora_lite.planning.plan import Memory, largest_batch
+from qlora_lite.planning.rehearsal import fake_tensors
+from qlora_lite.planning.training_rehearsal import read_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

@@ -32,8 +32,8 @@ from typing import Any
 from peft_steps import PeftWork, skeleton, stand_in_, take_steps
 from torch import Tensor, nn
 
-from qlora_lite.memory.allocator import Replay, replay
-from qlora_lite.memory.rehearse import rehearsal
+from qlora_lite.planning.cuda_allocator import Replay, replay
+from qlora_lite.planning.rehearsal import rehearsal
 
 PUBLISHED = Path(__file__).resolve().parent / "data" / "published_peaks.csv"
 GB, GIB = 10**9, 1 << 30

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qlora_lite.lora.peft.save_load import load_adapter_ as load_adapter_
     from qlora_lite.lora.peft.save_load import save_adapter as save_adapter
     from qlora_lite.memory.measure import MemoryProfiler as MemoryProfiler
-    from qlora_lite.memory.rehearse import rehearse as rehearse
+    from qlora_lite.planning.rehearsal import rehearse as rehearse
     from qlora_lite.quantization.config import QuantConfig as QuantConfig
     from qlora_lite.quantization.quantize_model import quantize_base_ as quantize_base_
     from qlora_lite.training.config import TrainConfig as TrainConfig

@@ -22,7 +22,7 @@ def memory_of(size: str, device: str, beside: str | None, option: str = "--memor
     from qlora_lite.checks import byte_count
     from qlora_lite.errors import ConfigError
     from qlora_lite.memory.measure import resident_bytes
-    from qlora_lite.plan import Memory
+    from qlora_lite.planning.plan import Memory
 
     total = byte_count(f"{option} must be", size)
     if device not in ("accelerator", "cpu"):
@@ -47,8 +47,8 @@ def chosen_checkpointing(budget: str | None, asked: str | None, model: str, want
 
     from qlora_lite.errors import ConfigError
     from qlora_lite.memory.report import readable_bytes
-    from qlora_lite.plan import checkpointing_within
-    from qlora_lite.prediction import read_config
+    from qlora_lite.planning.plan import checkpointing_within
+    from qlora_lite.planning.training_rehearsal import read_config
     from qlora_lite.training.config import checkpointing_named
 
     if budget is None:
@@ -90,11 +90,11 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")] = False,
 ) -> None:
     """Predict from a config whether training fits into a memory, and the largest batches; exit status 3 if not."""
-    from qlora_lite.forecast import Wanted
     from qlora_lite.lora.config import LoraConfig
-    from qlora_lite.plan import plan as make_plan
-    from qlora_lite.plan_report import render_plan
-    from qlora_lite.prediction import read_config
+    from qlora_lite.planning.forecast import Wanted
+    from qlora_lite.planning.plan import plan as make_plan
+    from qlora_lite.planning.plan_report import render_plan
+    from qlora_lite.planning.training_rehearsal import read_config
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import stoppable
     from qlora_lite.training.config import TrainConfig, checkpointing_named

@@ -41,7 +41,7 @@ def profile(
     from qlora_lite.memory.measure import MemoryProfiler
     from qlora_lite.memory.report import render
     from qlora_lite.memory.snapshot import memory_snapshot
-    from qlora_lite.prediction import prediction_or_why_not
+    from qlora_lite.planning.training_rehearsal import prediction_or_why_not
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import stoppable
     from qlora_lite.training.config import TrainConfig, checkpointing_named

@@ -144,9 +144,9 @@ def train(
     from qlora_lite.data.batching import batches
     from qlora_lite.data.records import read_jsonl
     from qlora_lite.data.tokenization import tokenize_all
-    from qlora_lite.forecast import Wanted
     from qlora_lite.lora.adapters import add_lora_
     from qlora_lite.lora.config import LoraConfig
+    from qlora_lite.planning.forecast import Wanted
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import stoppable
     from qlora_lite.training.config import TrainConfig

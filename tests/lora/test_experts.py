@@ -35,7 +35,7 @@ from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, lora
 from qlora_lite.lora.experts import open_stacks
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.measure import MemoryProfiler
-from qlora_lite.prediction import rehearse_steps
+from qlora_lite.planning.training_rehearsal import rehearse_steps
 from qlora_lite.quantization.experts import RoutedExperts
 
 TOKENS = torch.arange(14).view(2, 7)

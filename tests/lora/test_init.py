@@ -231,7 +231,7 @@ def test_what_cannot_start_so_is_refused_and_nothing_is_changed(tiny_folder: Pat
 
 @pytest.mark.parametrize(("init", "variant"), [("pissa", "lora"), ("loftq:2", "lora"), ("normal", "dora")])
 def test_memory_is_rehearsed_with_every_start(tiny_folder: Path, init: str, variant: str) -> None:
-    from qlora_lite.prediction import rehearse_steps
+    from qlora_lite.planning.training_rehearsal import rehearse_steps
     from qlora_lite.training.config import TrainConfig
 
     report = rehearse_steps(

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig
-from qlora_lite.forecast import COMPARED, FEW, Forecasts, Wanted, layer_count
-from qlora_lite.memory.rehearse import fake_tensors, rehearsal
-from qlora_lite.prediction import read_config, rehearsed_training, unread_model
+from qlora_lite.planning.forecast import COMPARED, FEW, Forecasts, Wanted, layer_count
+from qlora_lite.planning.rehearsal import fake_tensors, rehearsal
+from qlora_lite.planning.training_rehearsal import read_config, rehearsed_training, unread_model
 
 LAYERS = 8
 

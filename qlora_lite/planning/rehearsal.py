@@ -28,11 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_lite import architecture
 from qlora_lite.compute.devices import accelerator_pretended
 from qlora_lite.errors import RehearsalError
-from qlora_lite.memory.allocator import replay
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport, PhaseMemory
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.memory.workspaces import hidden_bytes, kept_bytes
+from qlora_lite.planning.cuda_allocator import replay
+from qlora_lite.planning.kernel_workspaces import hidden_bytes, kept_bytes
 from qlora_lite.quantization.packed_weight import bnb
 
 WHOLE = "step"
@@ -105,7 +105,7 @@ def fake_tensors(accelerator: bool = False) -> Iterator[None]:
 
 def fake_profiler(accelerator: bool = False) -> MemoryProfiler:
     """A profiler that follows fake tensors; for an accelerator also what its kernels allocate inside themselves
-    (workspaces.py)."""
+    (kernel_workspaces.py)."""
     return MemoryProfiler(
         new_trace=lambda: StorageTrace(hidden_bytes, kept_bytes) if accelerator else StorageTrace(), counters=False
     )
@@ -138,7 +138,7 @@ def rehearse(step: Callable[..., Any], *, accelerator: bool = False) -> MemoryRe
 def rehearsed_report(profiler: MemoryProfiler, accelerator: bool) -> MemoryReport:
     """What the profiler of a rehearsal has seen; for an accelerator also what its allocator would allocate and reserve.
 
-    That is the peak of the phase itself (allocator.py), and of the whole run for the phase that all others lie in.
+    That is the peak of the phase itself (cuda_allocator.py), and of the whole run for the phase that all others lie in.
     """
     report = replace(profiler.report(), rehearsed=True)
     if not accelerator or profiler.trace is None:

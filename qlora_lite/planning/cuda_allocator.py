@@ -38,7 +38,7 @@ from operator import attrgetter
 from typing import NamedTuple, Protocol, final
 
 from qlora_lite.errors import ConfigError, DeviceMemoryError
-from qlora_lite.memory.segments import (
+from qlora_lite.planning.cuda_segments import (
     MIN_BLOCK,
     SMALL_LIMIT,
     Block,

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.errors import ConfigError, RehearsalError
-from qlora_lite.forecast import Forecasts, Wanted
 from qlora_lite.lora.adapters import adapter_parameters, add_lora_
-from qlora_lite.memory.rehearse import fake_tensors
-from qlora_lite.plan import (
+from qlora_lite.planning.forecast import Forecasts, Wanted
+from qlora_lite.planning.plan import (
     MOST_ROWS,
     Memory,
     checkpointing_within,
@@ -27,7 +26,8 @@ from qlora_lite.plan import (
     plan,
     usual_lengths,
 )
-from qlora_lite.prediction import read_config, rehearse_steps
+from qlora_lite.planning.rehearsal import fake_tensors
+from qlora_lite.planning.training_rehearsal import read_config, rehearse_steps
 
 MIB = 1 << 20
 WANTED = Wanted(QuantConfig(), LoraConfig(4), 2, 32)

@@ -15,12 +15,12 @@ from typing import Any
 
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.config import LoraConfig
-from qlora_lite.memory.allocator import replay
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.growth import Place, Sizes, continued, highest_levels, layer_named, peaks
-from qlora_lite.memory.rehearse import fake_profiler
 from qlora_lite.memory.trace import storages_of
-from qlora_lite.prediction import rehearsed_training, unread_model
+from qlora_lite.planning.cuda_allocator import replay
+from qlora_lite.planning.layer_growth import Place, Sizes, continued, highest_levels, layer_named, peaks
+from qlora_lite.planning.rehearsal import fake_profiler
+from qlora_lite.planning.training_rehearsal import rehearsed_training, unread_model
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.training.config import TrainConfig
 

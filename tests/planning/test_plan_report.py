@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qlora_lite import LoraConfig, QuantConfig
-from qlora_lite.forecast import Forecast, Wanted
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.plan import Gain, Largest, Memory, Plan, Recomputation
-from qlora_lite.plan_report import render_plan
+from qlora_lite.planning.forecast import Forecast, Wanted
+from qlora_lite.planning.plan import Gain, Largest, Memory, Plan, Recomputation
+from qlora_lite.planning.plan_report import render_plan
 
 GIB = 1 << 30
 SIZES = dict.fromkeys(Category, 0) | {Category.BASE_WEIGHT: 12 * GIB, Category.ACTIVATION: GIB}

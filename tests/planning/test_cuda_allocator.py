@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qlora_lite.errors import ConfigError, DeviceMemoryError, QLoRAError
-from qlora_lite.memory.allocator import CachingAllocator, Replay, Usage, replay
-from qlora_lite.memory.segments import BlockView
 from qlora_lite.memory.trace import StorageTrace
+from qlora_lite.planning.cuda_allocator import CachingAllocator, Replay, Usage, replay
+from qlora_lite.planning.cuda_segments import BlockView
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

@@ -16,12 +16,12 @@ from qlora_lite.errors import CheckpointError, QLoRAError, RehearsalError
 from qlora_lite.lora.adapters import add_lora_
 from qlora_lite.lora.config import LoraConfig, init_parts
 from qlora_lite.memory.measure import MemoryProfiler
-from qlora_lite.memory.rehearse import rehearsal, rehearsed_report
 from qlora_lite.memory.report import MemoryReport
+from qlora_lite.planning.empty_checkpoint import UnreadCheckpoint
+from qlora_lite.planning.rehearsal import rehearsal, rehearsed_report
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.loop import check_batch_shape, train
-from qlora_lite.unread import UnreadCheckpoint
 
 
 def read_config(path_or_id: str | Path) -> Any:

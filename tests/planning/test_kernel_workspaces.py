@@ -8,7 +8,7 @@ from torch import nn
 
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.memory.workspaces import CUBLAS_WORKSPACE, hidden_bytes, kept_bytes
+from qlora_lite.planning.kernel_workspaces import CUBLAS_WORKSPACE, hidden_bytes, kept_bytes
 
 aten = torch.ops.aten
 FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default

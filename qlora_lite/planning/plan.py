@@ -13,9 +13,9 @@ from typing import Any
 
 from qlora_lite import architecture
 from qlora_lite.errors import ConfigError, QLoRAError, RehearsalError
-from qlora_lite.forecast import Forecast, Forecasts, Wanted, own_bytes
-from qlora_lite.memory.rehearse import fake_profiler, fake_tensors
-from qlora_lite.prediction import unread_model
+from qlora_lite.planning.forecast import Forecast, Forecasts, Wanted, own_bytes
+from qlora_lite.planning.rehearsal import fake_profiler, fake_tensors
+from qlora_lite.planning.training_rehearsal import unread_model
 from qlora_lite.quantization.formats import FORMATS, UNPACKED
 from qlora_lite.training.loop import check_batch_shape
 

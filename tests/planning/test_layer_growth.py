@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.growth import Place, continued, highest_levels, layer_named, peaks
 from qlora_lite.memory.trace import TraceEvent
+from qlora_lite.planning.layer_growth import Place, continued, highest_levels, layer_named, peaks
 
 BASE, TEMPORARY = list(Category).index(Category.BASE_WEIGHT), list(Category).index(Category.TEMPORARY)
 

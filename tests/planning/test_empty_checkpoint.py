@@ -12,10 +12,10 @@ from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import Checkpoint
 from qlora_lite.checkpoints.pack_source import ToBePacked
-from qlora_lite.memory.rehearse import rehearsal
+from qlora_lite.planning.empty_checkpoint import LaidOut, UnreadCheckpoint, UnreadTensor
+from qlora_lite.planning.rehearsal import rehearsal
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.unread import LaidOut, UnreadCheckpoint, UnreadTensor
 
 
 def mixtral(folder: Path) -> Path:

@@ -9,10 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qlora_lite.forecast import Forecast
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.report import readable_bytes
-from qlora_lite.plan import Plan
+from qlora_lite.planning.forecast import Forecast
+from qlora_lite.planning.plan import Plan
 
 NOTHING = "-"
 
