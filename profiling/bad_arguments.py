@@ -25,7 +25,7 @@ import typer.main
 from endure_inputs import Wrong, limited, listing
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, save_adapter
-from qlora_lite.cli import app, main
+from qlora_lite.cli.main import app, main
 
 USAGE, FAILURE = 2, 1
 # Of processor time; a pipe that is waited for takes none, so that is limited apart.

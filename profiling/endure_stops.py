@@ -32,7 +32,7 @@ import torch
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, save_adapter
 from qlora_lite.checkpoints.files import UNFINISHED
-from qlora_lite.cli import main as command_line
+from qlora_lite.cli.main import main as command_line
 from qlora_lite.training.run_checkpoints import newest_sound
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))

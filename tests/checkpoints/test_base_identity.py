@@ -17,7 +17,7 @@ from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, load_q
 from qlora_lite.checkpoints import base_identity as module
 from qlora_lite.checkpoints.base_identity import BASE_FILE, check_checkpoint_base, known_base, read_base
 from qlora_lite.checkpoints.safetensors_read import StoredTensor
-from qlora_lite.cli import main
+from qlora_lite.cli.main import main
 from qlora_lite.errors import CheckpointError
 from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.export.quantized import save_quantized

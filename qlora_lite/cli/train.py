@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora_lite.cli_options import (
+from qlora_lite.cli.options import (
     Alpha,
     AnyBase,
     Blocksize,
@@ -27,7 +27,7 @@ from qlora_lite.cli_options import (
     listed,
     listed_tokens,
 )
-from qlora_lite.cli_plan import chosen_checkpointing
+from qlora_lite.cli.plan import chosen_checkpointing
 
 
 def _is_first_process() -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_lite.cli import main
+from qlora_lite.cli.main import main
 from qlora_lite.training.run_folder import RunFolder
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

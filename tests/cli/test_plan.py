@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lite.cli_plan import memory_of
+from qlora_lite.cli.plan import memory_of
 from qlora_lite.errors import ConfigError
 from qlora_lite.planning.plan import Memory
 

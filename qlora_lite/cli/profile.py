@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_lite.cli_options import Checkpointing, EmbeddingFormat, Format, Int8Activations, Json, Model, Rank
+from qlora_lite.cli.options import Checkpointing, EmbeddingFormat, Format, Int8Activations, Json, Model, Rank
 
 
 def profile(

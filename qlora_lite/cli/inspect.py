@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_lite.cli_options import Json
+from qlora_lite.cli.options import Json
 
 if TYPE_CHECKING:
     from qlora_lite.lora.peft.compatibility import Verdict
     from qlora_lite.lora.peft.describe import AdapterFacts
+
 
 NOT_ACCEPTED = 1
 

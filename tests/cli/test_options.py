@@ -7,22 +7,22 @@ from typing import Annotated
 import pytest
 import typer
 
-from qlora_lite import cli_options
+from qlora_lite.cli import options
 from qlora_lite.errors import ConfigError
 
 
 def test_names_and_numbers_stand_between_commas() -> None:
-    assert cli_options.listed(" norm, lm_head") == ["norm", "lm_head"] and cli_options.listed("") == []
-    assert cli_options.listed_tokens("7,12") == [7, 12]
+    assert options.listed(" norm, lm_head") == ["norm", "lm_head"] and options.listed("") == []
+    assert options.listed_tokens("7,12") == [7, 12]
     with pytest.raises(ConfigError, match="--train-tokens must be token numbers with commas; got '7,x'"):
-        cli_options.listed_tokens("7,x")
+        options.listed_tokens("7,x")
 
 
 def test_figures_are_for_a_person_or_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
     figures = {"files_written": ["a", "b"], "halved": None, "steps": 0}
-    cli_options.finish(figures, as_json=False)
+    options.finish(figures, as_json=False)
     assert capsys.readouterr().out == "files written  a, b\nhalved         -\nsteps          0\n"
-    cli_options.finish(figures, as_json=True)
+    options.finish(figures, as_json=True)
     assert json.loads(capsys.readouterr().out) == figures
 
 
@@ -48,7 +48,7 @@ def test_what_would_mean_something_else_than_it_says_is_refused(words: list[str]
     app = typer.Typer()
     seen: list[object] = []
 
-    @app.command(cls=cli_options.StrictCommand)
+    @app.command(cls=options.StrictCommand)
     def command(
         place: Annotated[str, typer.Argument()] = "here",
         name: str = "",

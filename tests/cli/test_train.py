@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lite.cli_train import _target_settings
+from qlora_lite.cli.train import _target_settings
 from qlora_lite.errors import ConfigError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

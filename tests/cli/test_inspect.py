@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qlora_lite import LoraConfig, add_lora_, save_adapter
-from qlora_lite.cli import main
+from qlora_lite.cli.main import main
 
 Inspect = Callable[..., tuple[int, str, str]]
 

@@ -1,0 +1,58 @@
+"""The command line: parses and wires, computes nothing. Heavy imports stand inside the commands, for quick help.
+
+Exit status: 0 done, 1 failed, 2 wrong usage (one line on stderr says what was wrong), 3 does not fit (plan),
+130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qlora_lite.cli.main import app
+from qlora_lite.cli.options import (
+    Blocksize,
+    DoubleQuant,
+    EmbeddingFormat,
+    Json,
+    MaxShardSize,
+    Model,
+    Output,
+    Overwrite,
+    StrictCommand,
+    check_output,
+    finish,
+    shard_bytes,
+)
+
+
+@app.command(cls=StrictCommand)
+def quantize(
+    model: Model,
+    output: Output,
+    format: Annotated[str, typer.Option("--format", help="How the linear layers are stored: nf4, fp4 or int8.")] = (
+        "nf4"
+    ),
+    blocksize: Blocksize = 64,
+    double_quant: DoubleQuant = True,
+    embedding_format: EmbeddingFormat = "none",
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write a packed checkpoint that transformers loads as pre-quantized, and the other commands as --model."""
+    from qlora_lite.checkpoints.load import load_quantized
+    from qlora_lite.export.quantized import save_quantized
+    from qlora_lite.quantization.config import QuantConfig
+    from qlora_lite.quantization.formats import format_named
+    from qlora_lite.signals import stoppable
+
+    quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
+    format_named(format)  # "none" packs nothing
+    shard = shard_bytes(max_shard_size)
+    check_output(output, overwrite, model)
+    with stoppable():
+        files = save_quantized(load_quantized(model, quant), output, max_shard_bytes=shard, overwrite=overwrite)
+    size = sum((output / file).stat().st_size for file in files)
+    finish({"format": format, "bytes": size, "files": files, "output": str(output)}, json)
