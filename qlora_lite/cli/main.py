@@ -17,12 +17,13 @@ from typing import Annotated, Any
 
 import typer
 
+from qlora_lite.cli.env import env
 from qlora_lite.cli.inspect import inspect
-from qlora_lite.cli.options import (
-    StrictCommand,
-)
+from qlora_lite.cli.merge import merge
+from qlora_lite.cli.options import StrictCommand
 from qlora_lite.cli.plan import plan
 from qlora_lite.cli.profile import profile
+from qlora_lite.cli.quantize import quantize
 from qlora_lite.cli.train import train
 from qlora_lite.errors import Stopped
 from qlora_lite.signals import ended_by_signals
@@ -39,7 +40,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     """Fine-tune a quantized language model in little memory."""
 
 
-for command in (train, plan, profile, inspect):
+for command in (plan, train, profile, merge, quantize, inspect, env):
     app.command(cls=StrictCommand)(command)
 
 

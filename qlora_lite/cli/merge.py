@@ -1,8 +1,4 @@
-"""The command line: parses and wires, computes nothing. Heavy imports stand inside the commands, for quick help.
-
-Exit status: 0 done, 1 failed, 2 wrong usage (one line on stderr says what was wrong), 3 does not fit (plan),
-130 interrupted, 143 terminated.
-"""
+"""`qlora-lite merge`: an adapter merged into its base, written as a plain checkpoint. Heavy imports stand inside the command."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora_lite.cli.main import app
 from qlora_lite.cli.options import (
     AnyBase,
     Blocksize,
@@ -23,7 +18,6 @@ from qlora_lite.cli.options import (
     Model,
     Output,
     Overwrite,
-    StrictCommand,
     check_output,
     finish,
     shard_bytes,
@@ -39,7 +33,6 @@ def _verification_prompts(path: Path, model: str, max_length: int) -> Any:
     return tokenize_all(records, load_tokenizer(model), max_length, prompts_too=True)
 
 
-@app.command(cls=StrictCommand)
 def merge(
     model: Model,
     adapter: Annotated[Path, typer.Option("--adapter", help="Folder saved by train, or by peft.")],

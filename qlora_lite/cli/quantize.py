@@ -1,8 +1,4 @@
-"""The command line: parses and wires, computes nothing. Heavy imports stand inside the commands, for quick help.
-
-Exit status: 0 done, 1 failed, 2 wrong usage (one line on stderr says what was wrong), 3 does not fit (plan),
-130 interrupted, 143 terminated.
-"""
+"""`qlora-lite quantize`: a packed checkpoint. Heavy imports stand inside the command."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from qlora_lite.cli.main import app
 from qlora_lite.cli.options import (
     Blocksize,
     DoubleQuant,
@@ -20,14 +15,12 @@ from qlora_lite.cli.options import (
     Model,
     Output,
     Overwrite,
-    StrictCommand,
     check_output,
     finish,
     shard_bytes,
 )
 
 
-@app.command(cls=StrictCommand)
 def quantize(
     model: Model,
     output: Output,

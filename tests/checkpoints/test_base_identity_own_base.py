@@ -12,7 +12,7 @@ import torch
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_adapter_, load_quantized, save_adapter
 from qlora_lite.checkpoints.base_identity import digest_of, own_weights
-from qlora_lite.cli.main import train
+from qlora_lite.cli.train import train
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.export.quantized import save_quantized

@@ -27,9 +27,9 @@ def test_figures_are_for_a_person_or_one_line_of_json(capsys: pytest.CaptureFixt
 
 
 def test_every_option_says_what_it_is_for() -> None:
-    options = {name: value for name, value in vars(cli_options).items() if name[0].isupper()}
-    assert len(options) > 10
-    for name, value in options.items():
+    declared = {name: value for name, value in vars(options).items() if name[0].isupper()}
+    assert len(declared) > 10
+    for name, value in declared.items():
         if name not in ("Annotated", "Any") and not isinstance(value, type):
             (said,) = value.__metadata__
             assert (said.help and said.help.endswith(".")) or ":" in said.help, name
