@@ -23,7 +23,7 @@ from rich.table import Table
 from qlora_lite import LoraConfig, QuantConfig
 from qlora_lite.checks import byte_count
 from qlora_lite.planning.forecast import Forecasts, Wanted
-from qlora_lite.planning.plan import Memory, largest_batch
+from qlora_lite.planning.memory_plan import Memory, largest_batch
 from qlora_lite.planning.rehearsal import fake_tensors
 from qlora_lite.planning.training_rehearsal import read_config
 

@@ -1,12 +1,14 @@
-"""qlora_lite: fine-tune a quantized model in the least memory that it can be done in, and prove what you export.
+"""qlora_lite: fine-tune a quantized model in the least memory it can be done in, and prove what you export.
 
-The public door. Names are imported when they are first used, so that `import qlora_lite` costs nothing.
+The public names. Each is imported when it is first used, so that `import qlora_lite` costs nothing. Rooms, from the
+ground up: compute, quantization, checkpoints, lora, data, memory, export, training, planning, cli.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qlora_lite.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qlora_lite.checkpoints.load import load_quantized as load_quantized
@@ -31,38 +33,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Embedding": "lora",
-    "LinearWithLoRA": "lora",
-    "LoraConfig": "config",
-    "LoraLayer": "lora",
-    "MemoryProfiler": "memory.measure",
-    "QLoRAError": "errors",
-    "QuantConfig": "config",
-    "TrainConfig": "config",
-    "add_lora_": "adapters",
-    "export_merged": "export",
-    "linear_cross_entropy": "loss",
-    "load_adapter_": "adapter_files",
-    "load_quantized": "load",
-    "merge_lora_": "merge",
-    "quantize_base_": "quantize_base",
-    "rehearse": "memory.rehearse",
-    "save_adapter": "adapter_files",
-    "train": "training",
-    "unmerge_lora_": "merge",
-}
-
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "lora.config": "LoraConfig",
+        "quantization.config": "QuantConfig",
+        "training.config": "TrainConfig",
+        "lora.layer": "LoraLayer LinearWithLoRA Embedding",
+        "checkpoints.load": "load_quantized",
+        "quantization.quantize_model": "quantize_base_",
+        "lora.adapters": "add_lora_",
+        "training.loop": "train",
+        "lora.merge": "merge_lora_ unmerge_lora_",
+        "export.merged": "export_merged",
+        "lora.peft.save_load": "save_adapter load_adapter_",
+        "compute.cross_entropy": "linear_cross_entropy",
+        "memory.measure": "MemoryProfiler",
+        "planning.rehearsal": "rehearse",
+        "errors": "QLoRAError",
+    },
+)

@@ -152,7 +152,7 @@ def killed_while_writing() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def run() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `qlora-lite` with these words, as a process."""
-    program = "import sys; from qlora_lite.cli import main; main()"
+    program = "import sys; from qlora_lite.cli.main import main; main()"
 
     def start(*words: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", program, *map(str, words)]

@@ -6,7 +6,9 @@ A lazy import inside a function and one under TYPE_CHECKING count like any other
 from __future__ import annotations
 
 import ast
+import collections
 import functools
+import graphlib
 import re
 import subprocess
 import sys
@@ -19,129 +21,35 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "qlora_lite"
 
-# From the ground up; a file imports only from floors strictly below its own.
-FLOORS = (
-    ("errors",),
-    (
-        "formats",
-        "modules",
-        "derived",
-        "finite",
-        "devices",
-        "slices",
-        "regular_files",
-        "stopping",
-        "exchange",
-        "memory.breakdown",
-        "memory.host",
-        "memory.running",
-        "memory.segments",
-    ),
-    (
-        "config",
-        "storage",
-        "tensor_views",
-        "records",
-        "random_state",
-        "low_rank",
-        "delta",
-        "pointwise",
-        "nearest_code",
-        "int8_product",
-        "memory.trace",
-        "memory.allocator",
-        "memory.report",
-        "memory.workspaces",
-        "memory.palette",
-        "memory.treemap",
-        "memory.snapshot",
-        "parked",
-        "merge_report",
-        "peft_options",
-    ),
-    ("conv_kind", "places", "router_kind"),
-    (
-        "quantize",
-        "loss",
-        "attention",
-        "hub",
-        "progress",
-        "tensor_files",
-        "layer_kinds",
-        "single_file",
-        "environment",
-        "memory.timeline",
-        "memory.comparison",
-        "memory.svg",
-    ),
-    (
-        "lora",
-        "trained_whole",
-        "token_rows",
-        "own_base",
-        "optim",
-        "weight_rows",
-        "conversion",
-        "experts",
-        "streamed",
-        "peft_files",
-        "memory.page_tables",
-        "memory.charts",
-    ),
-    (
-        "quantize_base",
-        "plain_weights",
-        "packed_files",
-        "fingerprint",
-        "run_lock",
-        "adapted_experts",
-        "memory.ownership",
-        "memory.page",
-    ),
-    ("base_file",),
-    ("load", "peft_config", "targets", "beside", "stack_files"),
-    ("initial", "peft_targets", "beside_files"),
-    ("adapters",),
-    ("named_adapters",),
-    (
-        "merge",
-        "adapter_files",
-        "checkpointing",
-        "residency",
-        "lean",
-        "objective",
-        "data",
-        "memory.measure",
-    ),
-    ("memory.rehearse", "memory.growth", "unread", "adapter_facts"),
-    ("verify", "batch_stream", "compatibility"),
-    ("export_plan", "stored_state"),
-    ("run_state",),
-    ("export", "quantized_files", "run_checkpoints"),
-    ("run_folder", "parallel"),
-    ("training_step",),
-    ("training",),
-    ("prediction",),
-    ("forecast",),
-    ("plan",),
-    ("plan_report",),
-    ("cli_options",),
-    ("cli_plan", "cli_profile", "cli_inspect"),
-    ("cli_train",),
-    ("cli",),
-)
-FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+# The rooms by floor. A file imports from its own room, from rooms on lower floors and from the ground; a room inside
+# another one may import from that one too.
+FLOORS: dict[str, int] = {
+    "": 0,  # the ground: the files beside the rooms
+    "compute": 1,
+    "quantization": 2,
+    "checkpoints": 3,
+    "lora": 4,
+    "lora.peft": 4,
+    "data": 4,
+    "memory": 5,
+    "memory.drawing": 5,
+    "export": 5,
+    "training": 6,
+    "planning": 7,
+    "cli": 8,
+}
 
 # Which files may import a library, wherever in the file the import stands.
 KEEPERS = {
-    "transformers": {"hub"},
-    "bitsandbytes": {"quantize", "optim"},
-    "accelerate": {"training_step"},
-    "matplotlib": {"memory.charts"},
+    "transformers": {"checkpoints.hub", "checkpoints.conversion", "architecture"},
+    "bitsandbytes": {"quantization.packed_weight", "training.optim"},
+    "accelerate": {"training.step"},
+    "matplotlib": {"memory.drawing.png"},
 }
 PICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 MAX_FILE_LINES = 350
+MAX_ROOM_FILES = 12
 MAX_FUNCTION_LINES = 50
 FORBIDDEN_FILE_WORDS = {"util", "utils", "helper", "helpers", "manager", "managers", "handler", "handlers"}
 FORBIDDEN_FUNCTION = re.compile(r"_*(process|do)_")
@@ -230,9 +138,9 @@ def imports(path: Path) -> tuple[Import, ...]:
 
 
 def own_module(target: str) -> str | None:
-    """The file of the package that a dotted name comes from: `qlora_lite.lora.config.LoraConfig` -> `config`.
+    """The file of the package that a dotted name comes from: `qlora_lite.lora.config.LoraConfig` -> `lora.config`.
 
-    The door itself is the empty string; None for what is not ours.
+    The empty string for what comes from a face (the door or a room's `__init__`); None for what is not ours.
     """
     parts = target.split(".")
     if parts[0] != PACKAGE.name:
@@ -240,7 +148,7 @@ def own_module(target: str) -> str | None:
     for end in range(len(parts), 1, -1):
         if PACKAGE.joinpath(*parts[1:end]).with_suffix(".py").is_file():
             return ".".join(parts[1:end])
-    return parts[1] if len(parts) > 1 and (PACKAGE / parts[1]).is_dir() else ""
+    return ""
 
 
 def output_of(code: str) -> str:
@@ -263,24 +171,62 @@ def package_files() -> dict[str, Path]:
     return {module_name(path): path for path in python_files("qlora_lite") if path.name != "__init__.py"}
 
 
-def test_every_file_stands_on_a_floor() -> None:
-    unlisted = [shown(path) for name, path in package_files().items() if name not in FLOOR_OF]
-    report("files that FLOORS in tests/test_architecture.py does not list", unlisted)
+def room_of(module: str) -> str:
+    """`memory.drawing.page` -> `memory.drawing`; the ground is the empty string."""
+    return module.rpartition(".")[0]
 
 
-def test_files_import_only_from_floors_below() -> None:
-    offenders = []
+def may_import(room: str, other: str) -> bool:
+    return other == room or FLOORS[other] < FLOORS[room] or room.startswith(f"{other}.")
+
+
+def imports_of_files() -> Iterator[tuple[str, Import, str]]:
+    """(file, import, imported file) for each import of one file of the package by another; faces are imported `""`."""
     for name, path in package_files().items():
-        for target, line, place in imports(path):
-            below = own_module(target)
-            if below is None or name not in FLOOR_OF or (below and below not in FLOOR_OF):
-                continue
-            if not below:
-                offenders.append(f"{shown(path)}:{line} ({place}) imports the public door by {target}")
-            elif FLOOR_OF[below] >= FLOOR_OF[name]:
-                floors = f"floor {FLOOR_OF[name]} imports {below}, floor {FLOOR_OF[below]}"
-                offenders.append(f"{shown(path)}:{line} ({place}) {floors}")
-    report("imports that do not point down", offenders)
+        for found in imports(path):
+            other = own_module(found.target)
+            if other is not None:
+                yield name, found, other
+
+
+def test_every_room_is_on_a_floor() -> None:
+    rooms = {room_of(name) for name in package_files()}
+    assert rooms == set(FLOORS)
+
+
+def test_rooms_import_from_lower_floors() -> None:
+    offenders = [
+        f"{name}:{found.line} ({found.place}) imports {other}"
+        for name, found, other in imports_of_files()
+        if other and not may_import(room_of(name), room_of(other))
+    ]
+    report("imports that do not point to a lower floor", offenders)
+
+
+def test_files_import_from_files() -> None:
+    """Faces are for users. A file that imported from its room's face would import the whole room in its place."""
+    offenders = [
+        f"{name}:{found.line} ({found.place}) imports {found.target} from a face"
+        for name, found, other in imports_of_files()
+        if not other
+    ]
+    report("files of the package that import from a face", offenders)
+
+
+def test_no_circle_of_files() -> None:
+    below: dict[str, set[str]] = {}
+    for name, _, other in imports_of_files():
+        below.setdefault(name, set()).add(other)
+    try:
+        graphlib.TopologicalSorter(below).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}", pytrace=False)
+
+
+def test_rooms_are_small() -> None:
+    sizes = collections.Counter(room_of(name) for name in package_files())
+    offenders = [f"{room}: {count} files" for room, count in sizes.items() if count > MAX_ROOM_FILES]
+    report(f"rooms of more than {MAX_ROOM_FILES} files", offenders)
 
 
 def unwanted_imports(paths: list[Path], unwanted: Callable[[str], bool]) -> list[str]:

@@ -22,7 +22,7 @@ def memory_of(size: str, device: str, beside: str | None, option: str = "--memor
     from qlora_lite.checks import byte_count
     from qlora_lite.errors import ConfigError
     from qlora_lite.memory.measure import resident_bytes
-    from qlora_lite.planning.plan import Memory
+    from qlora_lite.planning.memory_plan import Memory
 
     total = byte_count(f"{option} must be", size)
     if device not in ("accelerator", "cpu"):
@@ -47,7 +47,7 @@ def chosen_checkpointing(budget: str | None, asked: str | None, model: str, want
 
     from qlora_lite.errors import ConfigError
     from qlora_lite.memory.report import readable_bytes
-    from qlora_lite.planning.plan import checkpointing_within
+    from qlora_lite.planning.memory_plan import checkpointing_within
     from qlora_lite.planning.training_rehearsal import read_config
     from qlora_lite.training.config import checkpointing_named
 
@@ -92,7 +92,7 @@ def plan(
     """Predict from a config whether training fits into a memory, and the largest batches; exit status 3 if not."""
     from qlora_lite.lora.config import LoraConfig
     from qlora_lite.planning.forecast import Wanted
-    from qlora_lite.planning.plan import plan as make_plan
+    from qlora_lite.planning.memory_plan import plan as make_plan
     from qlora_lite.planning.plan_report import render_plan
     from qlora_lite.planning.training_rehearsal import read_config
     from qlora_lite.quantization.config import QuantConfig

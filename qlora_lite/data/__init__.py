@@ -1,1 +1,34 @@
-"""data."""
+"""Training data: records -> tokens -> batches -> a stream that can be resumed.
+
+In reading order:
+
+records        records of a JSONL file, checked
+tokenization   records as tokens, with labels where something is learned
+batching       batches of examples, padded or packed
+stream         the batches of a run, and its position in them
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_lite.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from qlora_lite.data.batching import Batch as Batch
+    from qlora_lite.data.batching import batches as batches
+    from qlora_lite.data.batching import labelled_tokens as labelled_tokens
+    from qlora_lite.data.records import read_jsonl as read_jsonl
+    from qlora_lite.data.stream import BatchStream as BatchStream
+    from qlora_lite.data.tokenization import TokenizedExample as TokenizedExample
+    from qlora_lite.data.tokenization import tokenize_all as tokenize_all
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "records": "read_jsonl",
+        "tokenization": "tokenize_all TokenizedExample",
+        "batching": "batches Batch labelled_tokens",
+        "stream": "BatchStream",
+    },
+)

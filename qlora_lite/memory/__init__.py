@@ -1,1 +1,47 @@
-"""Where the bytes are: counted per category and module, observed by a profiler, rendered as a table."""
+"""Observed memory: bytes counted by category and module, followed through a step, and reported by phase.
+
+In reading order:
+
+breakdown    Category and MemoryBreakdown
+ownership    the category of each tensor of a model and an optimizer
+running      which module is running, in forward and in backward
+trace        StorageTrace: follows every storage through a step, real or fake
+timeline     a run's timeline, thinned to what a picture can show
+report       MemoryReport: each phase, and its text
+comparison   predicted beside measured
+measure      MemoryProfiler
+snapshot     torch's record of an accelerator's allocations
+
+drawing/ holds a report's HTML page and pictures.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_lite.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from qlora_lite.memory.breakdown import Category as Category
+    from qlora_lite.memory.breakdown import MemoryBreakdown as MemoryBreakdown
+    from qlora_lite.memory.comparison import compare as compare
+    from qlora_lite.memory.comparison import render_comparison as render_comparison
+    from qlora_lite.memory.measure import MemoryProfiler as MemoryProfiler
+    from qlora_lite.memory.report import MemoryReport as MemoryReport
+    from qlora_lite.memory.report import PhaseMemory as PhaseMemory
+    from qlora_lite.memory.report import readable_bytes as readable_bytes
+    from qlora_lite.memory.report import render as render
+    from qlora_lite.memory.snapshot import memory_snapshot as memory_snapshot
+    from qlora_lite.memory.trace import StorageTrace as StorageTrace
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "measure": "MemoryProfiler",
+        "report": "MemoryReport PhaseMemory readable_bytes render",
+        "breakdown": "Category MemoryBreakdown",
+        "comparison": "compare render_comparison",
+        "trace": "StorageTrace",
+        "snapshot": "memory_snapshot",
+    },
+)

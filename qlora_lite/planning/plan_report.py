@@ -12,7 +12,7 @@ from rich.table import Table
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.report import readable_bytes
 from qlora_lite.planning.forecast import Forecast
-from qlora_lite.planning.plan import Plan
+from qlora_lite.planning.memory_plan import Plan
 
 NOTHING = "-"
 

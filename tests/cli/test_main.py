@@ -22,7 +22,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def test_help_needs_nothing_heavy(run: Run) -> None:
     program = (
-        "import sys, qlora_lite.cli; print([m for m in ('torch', 'transformers', 'rich.table') if m in sys.modules])"
+        "import sys, qlora_lite.cli.main; print([m for m in ('torch', 'transformers', 'rich.table') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

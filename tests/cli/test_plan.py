@@ -11,7 +11,7 @@ import pytest
 
 from qlora_lite.cli.plan import memory_of
 from qlora_lite.errors import ConfigError
-from qlora_lite.planning.plan import Memory
+from qlora_lite.planning.memory_plan import Memory
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -247,7 +247,7 @@ def test_folders_are_replaced_on_request_only(
 
 SAVE = """
 from qlora_lite import load_quantized
-from qlora_lite.quantized_files import save_quantized
+from qlora_lite.export import save_quantized
 save_quantized(load_quantized(sys.argv[1]), sys.argv[2])
 """
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from qlora_lite import LoraConfig, QuantConfig
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.planning.forecast import Forecast, Wanted
-from qlora_lite.planning.plan import Gain, Largest, Memory, Plan, Recomputation
+from qlora_lite.planning.memory_plan import Gain, Largest, Memory, Plan, Recomputation
 from qlora_lite.planning.plan_report import render_plan
 
 GIB = 1 << 30

@@ -21,7 +21,7 @@ def test_stopped_commands_say_one_line_and_leave_nothing_half_done() -> None:
 SLEEPING = """
 import sys, time
 from qlora_lite import environment
-from qlora_lite.cli import main
+from qlora_lite.cli.main import main
 
 def asleep():
     print("here", flush=True)

@@ -14,13 +14,13 @@ import torch
 
 from qlora_lite.training.distributed import halves, share
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
 import json, os, signal, sys
 import torch
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
-from qlora_lite.adapters import adapter_parameters
+from qlora_lite.lora import adapter_parameters
 from qlora_lite.errors import QLoRAError, Stopped
 
 folder, out, count = sys.argv[1], sys.argv[2], int(sys.argv[3])

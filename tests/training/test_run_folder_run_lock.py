@@ -17,7 +17,7 @@ from qlora_lite.training.run_folder import LOCK_FILE, only_run
 HOLD = """
 import sys, time
 from pathlib import Path
-from qlora_lite.run_lock import only_run
+from qlora_lite.training.run_folder import only_run
 with only_run(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

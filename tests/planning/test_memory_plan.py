@@ -16,7 +16,7 @@ from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.errors import ConfigError, RehearsalError
 from qlora_lite.lora.adapters import adapter_parameters, add_lora_
 from qlora_lite.planning.forecast import Forecasts, Wanted
-from qlora_lite.planning.plan import (
+from qlora_lite.planning.memory_plan import (
     MOST_ROWS,
     Memory,
     checkpointing_within,
