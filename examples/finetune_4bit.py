@@ -27,14 +27,14 @@ from qlora_lite import (
 )
 from qlora_lite.checkpoints.hub import load_tokenizer
 from qlora_lite.data.batching import batches
-from qlora_lite.data.records import read_jsonl
+from qlora_lite.data.records import read_records
 from qlora_lite.data.tokenization import tokenize_all
 
 
 def fine_tune(model_folder: Path, data: Path, output: Path, steps: int) -> dict[str, object]:
     """Loads as NF4, trains, saves the adapter, exports the merged model."""
     tokenizer = load_tokenizer(model_folder)
-    examples = tokenize_all(read_jsonl(data), tokenizer).examples
+    examples = tokenize_all(read_records(data), tokenizer).examples
     model = load_quantized(model_folder, QuantConfig(format="nf4", double_quant=True))
     add_lora_(model, LoraConfig(rank=16, alpha=32, target_modules="all-linear"))
     stream = batches(examples, batch_size=2, seed=0, pad_token_id=tokenizer.pad_token_id)

@@ -23,7 +23,7 @@ from torch import nn
 
 from qlora_lite import QuantConfig, load_adapter_, load_quantized
 from qlora_lite.checkpoints.safetensors_read import TensorFiles, read_safetensors
-from qlora_lite.data.records import read_jsonl
+from qlora_lite.data.records import read_records
 from qlora_lite.errors import QLoRAError
 from qlora_lite.lora.adapters import lora_layers
 
@@ -99,7 +99,7 @@ def _read_adapter(folder: Path) -> None:
 
 def _read_records(folder: Path) -> None:
     try:
-        found = read_jsonl(folder / bad_files.RECORDS)
+        found = read_records(folder / bad_files.RECORDS)
     except QLoRAError:
         return
     lines = [line for line in (folder / bad_files.RECORDS).read_bytes().decode("utf-8-sig").split("\n") if line.strip()]

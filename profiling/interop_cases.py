@@ -87,22 +87,26 @@ class Variant:
 
 VARIANTS = {
     "lora": Variant({}, {}),
-    "rslora": Variant({"use_rslora": True}, {"rslora": True}),
+    "use_rslora": Variant({"use_rslora": True}, {"use_rslora": True}),
     "dora": Variant({"use_dora": True}, {"variant": "dora"}),
-    "rsdora": Variant({"use_dora": True, "use_rslora": True}, {"variant": "dora", "rslora": True}, everywhere=False),
-    "kaiming": Variant({"init_lora_weights": True}, {"init": "kaiming"}, everywhere=False),
-    "gaussian": Variant({"init_lora_weights": "gaussian"}, {"init": "gaussian"}),
-    "orthogonal": Variant({"init_lora_weights": "orthogonal"}, {"init": "orthogonal"}),
-    "pissa": Variant({"init_lora_weights": "pissa"}, {"init": "pissa"}, converted=True),
+    "rsdora": Variant(
+        {"use_dora": True, "use_rslora": True}, {"variant": "dora", "use_rslora": True}, everywhere=False
+    ),
+    "kaiming": Variant({"init_lora_weights": True}, {"init_lora_weights": "kaiming"}, everywhere=False),
+    "gaussian": Variant({"init_lora_weights": "gaussian"}, {"init_lora_weights": "gaussian"}),
+    "orthogonal": Variant({"init_lora_weights": "orthogonal"}, {"init_lora_weights": "orthogonal"}),
+    "pissa": Variant({"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa"}, converted=True),
     "rspissa": Variant(
         {"init_lora_weights": "pissa", "use_rslora": True},
-        {"init": "pissa", "rslora": True},
+        {"init_lora_weights": "pissa", "use_rslora": True},
         converted=True,
         everywhere=False,
     ),
     "olora": Variant({"init_lora_weights": "olora"}, None, converted=True, everywhere=False),
     "loftq": Variant(
-        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, {"init": "loftq"}, everywhere=False
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+        {"init_lora_weights": "loftq"},
+        everywhere=False,
     ),
     "mica": Variant({"init_lora_weights": "mica"}, None, everywhere=False),
     "pissa_as_trained": Variant({"init_lora_weights": "pissa"}, None, everywhere=False),
@@ -133,11 +137,11 @@ def target_options(family: Family) -> dict[str, tuple[dict[str, Any], dict[str, 
         "head": ({"target_modules": ["lm_head", first]},) * 2,
         "patterns": (patterns, patterns),
         "exclude": ({**every, "exclude_modules": [first]},) * 2,
-        "layers": ({**some, "layers_to_transform": [1]}, {**some, "layers": (1,)}),
-        "whole": ({**some, "modules_to_save": whole}, {**some, "train_whole": tuple(whole)}),
+        "layers": ({**some, "layers_to_transform": [1]}, {**some, "layers_to_transform": (1,)}),
+        "whole": ({**some, "modules_to_save": whole}, {**some, "modules_to_save": tuple(whole)}),
         "tokens": (
             {**some, "trainable_token_indices": list(TOKENS_TRAINED)},
-            {**some, "train_tokens": TOKENS_TRAINED},
+            {**some, "trainable_token_indices": TOKENS_TRAINED},
         ),
     }
     if family.biased:

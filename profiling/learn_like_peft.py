@@ -43,12 +43,12 @@ HELD_OUT, TINY_HELD_OUT = 32, 2  # rows of held-out text
 SHORT_STEPS = 20  # of the schedule, in fp32 on the peer's side
 # What differs from plain LoRA of rank 16, alpha 32, learning rate 2e-4 over NF4.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "rslora": {"settings": {"rslora": True}},
+    "use_rslora": {"settings": {"use_rslora": True}},
     "dora": {"settings": {"variant": "dora"}},
     "lora_plus": {"lora_plus_ratio": 4.0},
-    "pissa": {"settings": {"init": "pissa"}},
-    "loftq": {"settings": {"init": "loftq"}},
-    "loftq_5": {"settings": {"init": "loftq:5"}},
+    "pissa": {"settings": {"init_lora_weights": "pissa"}},
+    "loftq": {"settings": {"init_lora_weights": "loftq"}},
+    "loftq_5": {"settings": {"init_lora_weights": "loftq:5"}},
     "int8": {"format": "int8"},
 }
 PAIRS = {

@@ -64,7 +64,7 @@ class Case:
 
 def _adapted(format: str, folder: Path) -> nn.Module:
     model = load_quantized(folder, QuantConfig(format=format), dtype=torch.float32)
-    add_lora_(model, LoraConfig(rank=2, dropout=0.0, init="gaussian"))
+    add_lora_(model, LoraConfig(rank=2, dropout=0.0, init_lora_weights="gaussian"))
     return model
 
 

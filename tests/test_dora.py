@@ -130,7 +130,7 @@ def test_it_begins_as_the_base_and_small_changes_of_m_are_not_lost(init: str, dt
     holder = nn.Sequential(nn.Linear(64, 32).to(dtype))
     x = torch.randn(200, 64, dtype=dtype)
     expected = holder(x)
-    add_lora_(holder, LoraConfig(4, 6, target_modules=["0"], init=init, variant="dora"))
+    add_lora_(holder, LoraConfig(4, 6, target_modules=["0"], init_lora_weights=init, variant="dora"))
     start = holder(x)
     torch.testing.assert_close(start, expected, rtol=0.01, atol=1e-5 if dtype == torch.float32 else 0.004)
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_what_does_not_fit_is_refused(tiny_folder: Path, tmp_path: Path) -> None
         load_adapter_(other, tmp_path / "dora")
     name, layer = next(iter(lora_layers(model).items()))
     layer.variant = "lora"
-    with pytest.raises(ConfigError, match="the same dropout, rslora and variant"):
+    with pytest.raises(ConfigError, match="the same dropout, use_rslora and variant"):
         save_adapter(model, tmp_path / name)
 
 

@@ -82,7 +82,7 @@ def inspect(
     facts = adapter_facts(adapter)
     compared = None if model is None else _compared(adapter, model)
     found = verdicts(facts, max_lora_rank)
-    scaled = "alpha / sqrt(rank)" if facts.rslora else "alpha / rank"
+    scaled = "alpha / sqrt(rank)" if facts.use_rslora else "alpha / rank"
     print(f"{adapter}: {facts.variant}, scaled by {scaled}, in {', '.join(facts.dtypes)}")
     print(f"base model: {facts.base or 'unknown'}")
     print(f"trained on: {'unknown' if facts.trained_on is None else facts.trained_on.described()}")

@@ -26,10 +26,10 @@ from qlora_lite.cli.options import (
 
 def _verification_prompts(path: Path, model: str, max_length: int) -> Any:
     from qlora_lite.checkpoints.hub import load_tokenizer
-    from qlora_lite.data.records import read_jsonl
+    from qlora_lite.data.records import read_records
     from qlora_lite.data.tokenization import tokenize_all
 
-    records = read_jsonl(path, prompts_too=True)
+    records = read_records(path, prompts_too=True)
     return tokenize_all(records, load_tokenizer(model), max_length, prompts_too=True)
 
 

@@ -25,7 +25,7 @@ Int8Activations = Annotated[bool, typer.Option(help="With int8, multiply in inte
 MaxShardSize = Annotated[str, typer.Option(help="Largest size of a tensor file: 5GB, 500MiB, ...")]
 Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]
 Alpha = Annotated[float, typer.Option(help="The adapters' scale is alpha / rank.")]
-RankStabilized = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.")]
+RankStabilized = Annotated[bool, typer.Option("--use_rslora", help="Scale by alpha / sqrt(rank) instead.")]
 Checkpointing = Annotated[str, typer.Option(help="full recomputes blocks, none keeps all, 300MiB what fits.")]
 
 
@@ -57,7 +57,9 @@ def listed_tokens(text: str) -> list[int]:
     try:
         return [int(name) for name in listed(text)]
     except ValueError as error:
-        raise errors.ConfigError(f"--train-tokens must be token numbers with commas; got {text!r}") from error
+        raise errors.ConfigError(
+            f"--trainable-token-indices must be token numbers with commas; got {text!r}"
+        ) from error
 
 
 def finish(figures: dict[str, Any], as_json: bool) -> None:

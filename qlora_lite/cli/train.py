@@ -64,7 +64,7 @@ def _target_settings(targets: str, exclude: str | None, layers: str | None) -> d
     named = {"target_modules": targets, "exclude_modules": exclude}
     lists: dict[str, Any] = {setting: listed(text) for setting, text in named.items() if text is not None}
     every = {"target_modules": targets} if targets == "all-linear" else {}
-    return {**lists, **every, "layers": None if layers is None else layer_numbers(layers)}
+    return {**lists, **every, "layers_to_transform": None if layers is None else layer_numbers(layers)}
 
 
 def _train_figures(result: Any, tokenized: Any, output: Path, predicted: int | None) -> dict[str, Any]:
@@ -95,16 +95,20 @@ def train(
     int8_activations: Int8Activations = False,
     rank: Rank = 16,
     alpha: Alpha = 32.0,
-    rslora: RankStabilized = False,
+    use_rslora: RankStabilized = False,
     variant: Annotated[str, typer.Option(help="lora, or dora.")] = "lora",
-    init: Annotated[str, typer.Option(help="normal, kaiming, gaussian, orthogonal, pissa or loftq.")] = "normal",
+    init_lora_weights: Annotated[
+        str, typer.Option(help="normal, kaiming, gaussian, orthogonal, pissa or loftq.")
+    ] = "normal",
     dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
-    targets: Annotated[str, typer.Option(help="all-linear, or layer names with commas.")] = "all-linear",
-    exclude: Annotated[str | None, typer.Option(help="Layer names with commas that get no adapters.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Numbers of the blocks that get adapters: 0-7,12.")] = None,
-    train_whole: Annotated[str, typer.Option(help="Modules to train whole, with commas: norm,lm_head.")] = "",
+    target_modules: Annotated[str, typer.Option(help="all-linear, or layer names with commas.")] = "all-linear",
+    exclude_modules: Annotated[str | None, typer.Option(help="Layer names with commas that get no adapters.")] = None,
+    layers_to_transform: Annotated[
+        str | None, typer.Option(help="Numbers of the blocks that get adapters: 0-7,12.")
+    ] = None,
+    modules_to_save: Annotated[str, typer.Option(help="Modules to train whole, with commas: norm,lm_head.")] = "",
     bias: Annotated[str, typer.Option(help="Biases to train: none, lora_only (of adapted layers) or all.")] = "none",
-    train_tokens: Annotated[
+    trainable_token_indices: Annotated[
         str, typer.Option(help="Tokens whose embedding is trained, with commas: 50001,50002.")
     ] = "",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
@@ -142,7 +146,7 @@ def train(
     from qlora_lite.checkpoints.hub import load_tokenizer
     from qlora_lite.checkpoints.load import load_quantized
     from qlora_lite.data.batching import batches
-    from qlora_lite.data.records import read_jsonl
+    from qlora_lite.data.records import read_records
     from qlora_lite.data.tokenization import tokenize_all
     from qlora_lite.lora.adapters import add_lora_
     from qlora_lite.lora.config import LoraConfig
@@ -155,10 +159,23 @@ def train(
     quant = QuantConfig(
         format, blocksize, double_quant, int8_activations=int8_activations, embedding_format=embedding_format
     )
-    chosen = _target_settings(targets, exclude, layers)
-    beside: Any = {"train_whole": listed(train_whole), "bias": bias, "train_tokens": listed_tokens(train_tokens)}
-    lora = LoraConfig(rank, alpha, dropout, rslora=rslora, init=init, variant=variant, **chosen, **beside)
-    _check_init(init)
+    chosen = _target_settings(target_modules, exclude_modules, layers_to_transform)
+    beside: Any = {
+        "modules_to_save": listed(modules_to_save),
+        "bias": bias,
+        "trainable_token_indices": listed_tokens(trainable_token_indices),
+    }
+    lora = LoraConfig(
+        rank,
+        alpha,
+        dropout,
+        use_rslora=use_rslora,
+        init_lora_weights=init_lora_weights,
+        variant=variant,
+        **chosen,
+        **beside,
+    )
+    _check_init(init_lora_weights)
     config = TrainConfig(
         steps=steps,
         learning_rate=learning_rate,
@@ -172,7 +189,7 @@ def train(
         keep_best=keep_best,
     )
     _check_run(output, overwrite or resume, model, data, same_base=resume and not any_base)
-    records = read_jsonl(data)
+    records = read_records(data)
     tokenizer = load_tokenizer(model)
     tokenized = tokenize_all(records, tokenizer, max_length, completion_only)
     longest = max_length if packing else max(len(example.input_ids) for example in tokenized.examples)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qlora_lite.data.batching import Batch as Batch
     from qlora_lite.data.batching import batches as batches
     from qlora_lite.data.batching import labelled_tokens as labelled_tokens
-    from qlora_lite.data.records import read_jsonl as read_jsonl
+    from qlora_lite.data.records import read_records as read_records
     from qlora_lite.data.stream import BatchStream as BatchStream
     from qlora_lite.data.tokenization import TokenizedExample as TokenizedExample
     from qlora_lite.data.tokenization import tokenize_all as tokenize_all
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "records": "read_jsonl",
+        "records": "read_records",
         "tokenization": "tokenize_all TokenizedExample",
         "batching": "batches Batch labelled_tokens",
         "stream": "BatchStream",

@@ -31,7 +31,7 @@ LONGEST_LINE = 32 << 20
 Record = dict[str, Any]
 
 
-def read_jsonl(path: str | Path, prompts_too: bool = False) -> list[Record]:
+def read_records(path: str | Path, prompts_too: bool = False) -> list[Record]:
     """The records of a JSONL file, one per line that is not blank, each checked.
 
     prompts_too: a prompt without a completion is a record as well.

@@ -1,6 +1,6 @@
 """Records -> token batches.
 
-    read_jsonl(path) -> records -> tokenize_all(records, tokenizer) -> examples -> batches(examples, ...) -> tensors
+    read_records(path) -> records -> tokenize_all(records, tokenizer) -> examples -> batches(examples, ...) -> tensors
 
 What is wrong in a record, or in the way a tokenizer's chat template writes it, raises CheckpointError;
 a setting that cannot be, ConfigError. The tokenizer is any object with the methods of `Tokenizer`.

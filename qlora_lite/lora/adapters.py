@@ -55,7 +55,7 @@ def adapted(name: str, layer: nn.Module, config: LoraConfig, dtype: torch.dtype)
         layer,
         dropout=config.dropout,
         adapter_dtype=dtype,
-        rslora=config.rslora,
+        use_rslora=config.use_rslora,
         variant=config.variant,
     )
     return wrapped.train(layer.training)
@@ -64,13 +64,13 @@ def adapted(name: str, layer: nn.Module, config: LoraConfig, dtype: torch.dtype)
 def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER) -> list[str]:
     """Puts a LoraLayer around every targeted layer, freezes all else, and returns the names of the adapted layers.
 
-    What is to be trained beside A and B (train_whole, bias, train_tokens) gets trained copies beside its originals.
+    What is to be trained beside A and B (modules_to_save, bias, trainable_token_indices) gets trained copies beside its originals.
     The model computes what it did before; with init `loftq` what it did before it was packed, more nearly. `loftq:N`
     also puts newly packed weights in the place of the targeted layers' own, one layer at a time, before its adapter
     stands on it: the one case in which a base is exchanged. `save_quantized` after `remove_lora_` keeps it. Raises
     TargetError for targets that match nothing or are adapted already, and for exclusions, layer numbers and patterns
     that decide nothing;
-    ConfigError, CheckpointError for layers that cannot start as `config.init` says. The model is then as it was.
+    ConfigError, CheckpointError for layers that cannot start as `config.init_lora_weights` says. The model is then as it was.
     name: what the adapter is called; `named_adapters.add_adapter_` puts a further one beside those that are there.
     """
     check_name(model, name)
@@ -86,7 +86,7 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
         raise ConfigError(problems[0])
     check_start(model, targets, config)
     beside = Beside.of(model, config, set(targets))
-    originals = originals_of(model, targets, config.init)
+    originals = originals_of(model, targets, config.init_lora_weights)
 
     def make(name: str, layer: nn.Module) -> nn.Module | None:
         if name not in chosen:
@@ -97,7 +97,7 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
     added = [path for path in replace_modules_(model, make) if path in chosen]
     beside.train_biases_(lora_layers(model))
     for path, layer in lora_layers(model).items():
-        start_(layer, path, config.init, originals)
+        start_(layer, path, config.init_lora_weights, originals)
         layer.adapter_name = name
     freeze_base_(model)
     return added

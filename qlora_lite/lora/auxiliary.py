@@ -87,16 +87,16 @@ def units(modules: Mapping[str, nn.Module], chosen: Collection[str]) -> dict[str
 
 
 def trained_whole(model: nn.Module, wanted: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules that `train_whole` means. TargetError for names that nothing has, and for what has no parameters."""
+    """The modules that `modules_to_save` means. TargetError for names that nothing has, and for what has no parameters."""
     modules = plain_modules(model)
     with_parameters = {name for name, module in modules.items() if name and parameter_names(module)}
     named = {want: [name for name in modules if answers_to(name, want)] for want in wanted}
     if lost := [want for want, names in named.items() if not names]:
         has = ", ".join(sorted({name.rpartition(".")[2] for name in with_parameters})) or "none"
-        raise TargetError(f"train_whole {lost} matched no module; this model has: {has}")
+        raise TargetError(f"modules_to_save {lost} matched no module; this model has: {has}")
     found = {want: units(modules, names) for want, names in named.items()}
     if empty := [want for want, inside in found.items() if not inside]:
-        raise TargetError(f"train_whole {empty} has no parameters to train")
+        raise TargetError(f"modules_to_save {empty} has no parameters to train")
     return {name: module for inside in found.values() for name, module in inside.items()}
 
 
@@ -110,7 +110,9 @@ def token_layers(model: Any) -> list[str]:
     ask = getattr(model, "get_input_embeddings", None)
     embedding = ask() if callable(ask) else None
     if embedding is None:
-        raise TargetError("the model does not say which module is its input embedding: train_tokens needs to know")
+        raise TargetError(
+            "the model does not say which module is its input embedding: trainable_token_indices needs to know"
+        )
     while isinstance(embedding, WRAPPERS):
         embedding = embedding.base_layer
     modules = plain_modules(model)
@@ -144,11 +146,11 @@ class Beside:
     @classmethod
     def of(cls, model: nn.Module, config: LoraConfig, chosen: set[str]) -> Beside:
         """What `config` means; chosen: the layers that get A and B. TargetError for what cannot be, or is both."""
-        whole = trained_whole(model, config.train_whole)
+        whole = trained_whole(model, config.modules_to_save)
         if both := sorted(chosen & whole.keys()):
             raise TargetError(
                 f"{', '.join(both[:4])} would be both adapted and trained whole; leave them out of target_modules or "
-                f"of train_whole"
+                f"of modules_to_save"
             )
         holders = [name for name in biased(plain_modules(model)) if name not in whole]
         adapted_biases = [] if config.bias == "none" else [name for name in holders if name in chosen]
@@ -156,17 +158,21 @@ class Beside:
         if config.bias != "none" and not adapted_biases and not biases:
             which = "no layer of this model" if config.bias == "all" else "none of the adapted layers"
             raise TargetError(f"bias={config.bias!r} has nothing to train: {which} has a bias")
-        layers = token_layers(model) if config.train_tokens else []
+        layers = token_layers(model) if config.trainable_token_indices else []
         for name in layers:
             base: Any = model.get_submodule(name)
             if name in chosen or name in whole:
                 how = "adapted" if name in chosen else "trained whole"
-                raise TargetError(f"{name} is {how}, so rows of it cannot be trained by train_tokens too")
+                raise TargetError(f"{name} is {how}, so rows of it cannot be trained by trainable_token_indices too")
             check_takes_rows(name, base)
-            check_tokens(config.train_tokens, base.weight.shape[0])
+            check_tokens(config.trainable_token_indices, base.weight.shape[0])
             if name in biases:
-                raise TargetError(f"{name} cannot train its bias (bias='all') and rows of its weight (train_tokens)")
-        return cls(config.adapter_dtype, tuple(whole), biases, adapted_biases, tuple(config.train_tokens), layers)
+                raise TargetError(
+                    f"{name} cannot train its bias (bias='all') and rows of its weight (trainable_token_indices)"
+                )
+        return cls(
+            config.adapter_dtype, tuple(whole), biases, adapted_biases, tuple(config.trainable_token_indices), layers
+        )
 
     def wrapped(self, name: str, module: nn.Module) -> nn.Module | None:
         """What trains the module of this name beside A and B; None where nothing does."""
@@ -184,10 +190,10 @@ class Beside:
 
 
 def left_of(chosen: set[str], model: nn.Module, config: LoraConfig) -> set[str]:
-    """The chosen layers without those that `all-linear` would take beside train_whole, which names them itself."""
-    if config.target_modules != ALL_LINEAR or not config.train_whole:
+    """The chosen layers without those that `all-linear` would take beside modules_to_save, which names them itself."""
+    if config.target_modules != ALL_LINEAR or not config.modules_to_save:
         return chosen
-    return chosen - trained_whole(model, config.train_whole).keys()
+    return chosen - trained_whole(model, config.modules_to_save).keys()
 
 
 def trained_copies(model: nn.Module) -> dict[str, TrainedCopy]:

@@ -172,7 +172,7 @@ def check_tokens(indices: Sequence[int], vocabulary: int) -> None:
     """TargetError for tokens that a weight of so many rows does not have."""
     if outside := [index for index in indices if index >= vocabulary]:
         raise TargetError(
-            f"train_tokens {outside[:8]} are outside the vocabulary, which has {vocabulary} tokens: "
+            f"trainable_token_indices {outside[:8]} are outside the vocabulary, which has {vocabulary} tokens: "
             f"resize the model's embeddings first"
         )
 

@@ -89,24 +89,24 @@ class LoraConfig:
         matrices is a layer of its own name, `model.layers.0.mlp.experts.gate_up_proj`: peft's target_parameters. It
         has neither dropout nor DoRA.
     exclude_modules: which of those are left out, said in the same ways but `"all-linear"`.
-    layers: numbers of the repeated blocks that get adapters: the first number in a layer's name, 7 in
+    layers_to_transform: numbers of the repeated blocks that get adapters: the first number in a layer's name, 7 in
         `model.layers.7.mlp.up_proj`. Layers outside of the blocks then get none. A number or an exclusion that
         decides nothing is an error (TargetError of `add_lora_`).
     adapter_dtype: what A and B are stored and updated in; activations keep the dtype of the layer's input.
-    rslora: scale by alpha / sqrt(rank) in place of alpha / rank, so that a high rank learns as fast as a low one.
+    use_rslora: scale by alpha / sqrt(rank) in place of alpha / rank, so that a high rank learns as fast as a low one.
     rank_pattern, alpha_pattern: {pattern: number} for layers that get another rank or alpha than the others, as in
         peft: a pattern is a regular expression for a layer's whole name or its last parts, and the first one that
         matches decides. One that decides for no adapted layer is an error (TargetError of `add_lora_`).
-    init: how A and B start (init.py): `normal` (A from N(0, 0.02), B zero); `kaiming`, `gaussian`, `orthogonal` as
+    init_lora_weights: how A and B start (init.py): `normal` (A from N(0, 0.02), B zero); `kaiming`, `gaussian`, `orthogonal` as
         peft does; `pissa`, with the principal part of the base; `loftq`, making up for the error of packing, which
         reads the checkpoint that the model was loaded from; `loftq:5`, that in five iterations, which packs the base
         anew: the adapter then belongs to that base and to no other (base_identity.py).
     variant: `lora`; or `dora`, which also trains the norm of each row of the weight (see LoraLayer).
-    train_whole: names of modules, whole or their last parts, that are trained themselves (peft's modules_to_save):
+    modules_to_save: names of modules, whole or their last parts, that are trained themselves (peft's modules_to_save):
         norms (`input_layernorm`, `model.norm`), an output head, a classifier. A trained copy in adapter_dtype lies,
         unpacked, beside each frozen original. One of two tied modules leaves the other as it is; both get a copy each.
     bias: trains biases too, copies of them: `lora_only` of the adapted layers, `all` of every module.
-    train_tokens: tokens whose rows of the input embedding are trained, and those of a head that is tied to it (peft's
+    trainable_token_indices: tokens whose rows of the input embedding are trained, and those of a head that is tied to it (peft's
         trainable_token_indices): memory for these rows only.
     """
 
@@ -115,16 +115,16 @@ class LoraConfig:
     dropout: float = 0.0
     target_modules: Targets = ALL_LINEAR
     adapter_dtype: torch.dtype = torch.float32
-    rslora: bool = False
+    use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    init: str = "normal"
+    init_lora_weights: str = "normal"
     variant: str = "lora"
     exclude_modules: Targets | None = None
-    layers: Sequence[int] | None = None
-    train_whole: Sequence[str] = ()
+    layers_to_transform: Sequence[int] | None = None
+    modules_to_save: Sequence[str] = ()
     bias: str = "none"
-    train_tokens: Sequence[int] = ()
+    trainable_token_indices: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         check_lora_numbers(self.rank, self.alpha, self.dropout)
@@ -134,21 +134,25 @@ class LoraConfig:
         if self.exclude_modules is not None:
             _check_targets("exclude_modules", self.exclude_modules)
             require(self.exclude_modules != ALL_LINEAR, "exclude_modules must leave a layer", ALL_LINEAR)
-        if (numbers := self.layers) is not None:
+        if (numbers := self.layers_to_transform) is not None:
             listed = isinstance(numbers, Sequence) and len(numbers) > 0 and all(is_count(n, 0) for n in numbers)
-            require(listed, "layers must be None or a list of numbers of at least 0", numbers)
-        require(isinstance(self.rslora, bool), "rslora must be True or False", self.rslora)
+            require(listed, "layers_to_transform must be None or a list of numbers of at least 0", numbers)
+        require(isinstance(self.use_rslora, bool), "use_rslora must be True or False", self.use_rslora)
         check_variant(self.variant)
-        start = init_parts(self.init)[0]
-        require(start in INITS, f"init must be one of {', '.join(INITS)}, or loftq:N", self.init)
+        start = init_parts(self.init_lora_weights)[0]
+        require(
+            start in INITS, f"init_lora_weights must be one of {', '.join(INITS)}, or loftq:N", self.init_lora_weights
+        )
         require(self.bias in BIASES, f"bias must be one of {', '.join(BIASES)}", self.bias)
-        whole = self.train_whole
+        whole = self.modules_to_save
         names_only = not isinstance(whole, str) and all(isinstance(name, str) and name for name in whole)
-        require(names_only, "train_whole must be a sequence of module names", whole)
-        tokens = list(self.train_tokens)
-        require(all(is_count(token, 0) for token in tokens), "train_tokens must be token numbers from 0", tokens)
+        require(names_only, "modules_to_save must be a sequence of module names", whole)
+        tokens = list(self.trainable_token_indices)
+        require(
+            all(is_count(token, 0) for token in tokens), "trainable_token_indices must be token numbers from 0", tokens
+        )
         twice = sorted({token for token in tokens if tokens.count(token) > 1})
-        require(not twice, "train_tokens must name each token once", twice)
+        require(not twice, "trainable_token_indices must name each token once", twice)
         _check_patterns("rank_pattern", self.rank_pattern, check_rank)
         _check_patterns("alpha_pattern", self.alpha_pattern, check_alpha)
 

@@ -1,4 +1,4 @@
-"""How A and B start, by name: `LoraConfig.init`.
+"""How A and B start, by name: `LoraConfig.init_lora_weights`.
 
 With one of them zero, or their rows and columns orthogonal, B A = 0 and the layer begins as its base. PiSSA and LoftQ
 begin with parts of weights:
@@ -153,17 +153,19 @@ OF_WEIGHTS = ("pissa", "loftq")
 
 
 def check_start(model: nn.Module, targets: Mapping[str, nn.Module], config: LoraConfig) -> None:
-    """ConfigError or TargetError, listing all of them, for layers that cannot start as `config.init` says."""
+    """ConfigError or TargetError, listing all of them, for layers that cannot start as `config.init_lora_weights` says."""
     problems: list[str] = []
-    init, rounds = init_parts(config.init)
+    init, rounds = init_parts(config.init_lora_weights)
     for name, base in targets.items():
         kind, rank = kind_of(base), config.rank_of(name)
         weight: Any = base.weight
         if not isinstance(kind, LinearKind) and init in LINEAR_ONLY:
             others = {EmbeddingKind: "an embedding", StackKind: "a stack of experts", RouterKind: "a router"}
             what = others.get(type(kind), "a convolution")
-            raise TargetError(f"init {config.init!r} is for linear layers; {name} is {what}: leave it out")
-        if config.init == "orthogonal" and rank % 2:
+            raise TargetError(
+                f"init_lora_weights {config.init_lora_weights!r} is for linear layers; {name} is {what}: leave it out"
+            )
+        if config.init_lora_weights == "orthogonal" and rank % 2:
             problems.append(f"{name} has the odd rank {rank}")
         if init in OF_WEIGHTS and rank > min(weight.shape):
             problems.append(f"{name} of shape {tuple(weight.shape)} has no {rank} singular values")
@@ -175,7 +177,7 @@ def check_start(model: nn.Module, targets: Mapping[str, nn.Module], config: Lora
             problems.append(f"{name} shares its packed weight with another module, which would be changed with it")
     if problems:
         shown = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ConfigError(f"init {config.init!r} cannot be used: {shown}")
+        raise ConfigError(f"init_lora_weights {config.init_lora_weights!r} cannot be used: {shown}")
 
 
 def originals_of(model: nn.Module, names: Iterable[str], init: str) -> Originals:
@@ -187,9 +189,9 @@ def originals_of(model: nn.Module, names: Iterable[str], init: str) -> Originals
         return {}
     folder = hub.source_folder(model)
     if folder is None or not (folder / hub.CONFIG_FILE).is_file():
-        raise CheckpointError("init 'loftq' needs the checkpoint that the model was packed from; it has none")
+        raise CheckpointError("init_lora_weights 'loftq' needs the checkpoint that the model was packed from; it has none")
     if hub.quantization_of(folder) is not None:
-        raise CheckpointError(f"init 'loftq' needs weights as they were before packing; {folder} holds packed ones")
+        raise CheckpointError(f"init_lora_weights 'loftq' needs weights as they were before packing; {folder} holds packed ones")
     empty = hub.empty_model(hub.read_config(folder), torch.float32)
     architecture.tie(empty)
     stored: Any = fitting(empty, folder, TensorFiles(folder).stored)

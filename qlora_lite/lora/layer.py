@@ -34,7 +34,7 @@ DEFAULT_ADAPTER = "default"
 class LoraLayer(nn.Module):
     """y = W0 x + scaling * B A x around any linear or embedding layer, packed or not, or a convolution.
 
-    scaling = alpha / rank (LoRA: arXiv:2106.09685, section 4.1), or alpha / sqrt(rank) with rslora (rank-stabilized
+    scaling = alpha / rank (LoRA: arXiv:2106.09685, section 4.1), or alpha / sqrt(rank) with use_rslora (rank-stabilized
     LoRA: arXiv:2312.03732), with which what the adapter adds keeps its size as the rank grows.
 
     lora_A `(rank, in)`, lora_B `(out, rank)`; an embedding has in = vocabulary and looks A up by token; of a
@@ -74,13 +74,13 @@ class LoraLayer(nn.Module):
         dropout: float = 0.1,
         *,
         adapter_dtype: torch.dtype = torch.float32,
-        rslora: bool = False,
+        use_rslora: bool = False,
         variant: str = "lora",
     ) -> None:
         super().__init__()
         check_variant(variant)
         check_lora_numbers(rank, alpha, dropout)
-        require(isinstance(rslora, bool), "rslora must be True or False", rslora)
+        require(isinstance(use_rslora, bool), "use_rslora must be True or False", use_rslora)
         if not isinstance(adapter_dtype, torch.dtype) or not adapter_dtype.is_floating_point:
             raise ConfigError(f"adapter_dtype must be a float dtype; got {adapter_dtype!r}")
         kind = kind_of(base_layer)
@@ -94,7 +94,7 @@ class LoraLayer(nn.Module):
         plain = stacked or isinstance(kind, RouterKind)
         require(not plain or dropout == 0, "dropout must be 0 for a stack of experts or a router", dropout)
         require(not plain or variant == "lora", "variant must be lora for a stack of experts or a router", variant)
-        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, float(dropout), rslora
+        self.rank, self.alpha, self.dropout, self.use_rslora = rank, alpha, float(dropout), use_rslora
         self.variant = variant
         self.merge_permitted = merge_weights
         self.adapter_enabled = True
@@ -117,7 +117,7 @@ class LoraLayer(nn.Module):
 
     @property
     def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ class LoraLayer(nn.Module):
     @property
     def plain_alpha(self) -> float:
         """The alpha with which `factors` are an ordinary adapter of the same scaling."""
-        return self.alpha if self.start_A is None else self.alpha * (math.sqrt(2) if self.rslora else 2)
+        return self.alpha if self.start_A is None else self.alpha * (math.sqrt(2) if self.use_rslora else 2)
 
     def keep_start(self) -> None:
         """Counts what is added from the values that A and B have now: the layer computes what its base does."""
@@ -281,7 +281,7 @@ class LoraLayer(nn.Module):
         return getattr(base, "compute_dtype", None) or getattr(base, "output_dtype", None) or torch.float32
 
     def extra_repr(self) -> str:
-        facts = {name: getattr(self, name) for name in ("rank", "alpha", "rslora", "variant", "dropout", "merged")}
+        facts = {name: getattr(self, name) for name in ("rank", "alpha", "use_rslora", "variant", "dropout", "merged")}
         return ", ".join(f"{name}={value}" for name, value in facts.items())
 
 

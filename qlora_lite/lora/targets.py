@@ -1,4 +1,4 @@
-"""Which layers of a model get an adapter: `target_modules`, `exclude_modules` and `layers` of LoraConfig."""
+"""Which layers of a model get an adapter: `target_modules`, `exclude_modules` and `layers_to_transform` of LoraConfig."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def layer_numbers(text: str) -> list[int]:
         match = LAYER_RANGE.fullmatch(part)
         span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not span:
-            raise ConfigError(f"layers must be numbers and ranges such as 0-7,12; got {text!r}")
+            raise ConfigError(f"layers_to_transform must be numbers and ranges such as 0-7,12; got {text!r}")
         numbers += span
     return numbers
 
@@ -130,15 +130,15 @@ def _targeted(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
 
 
 def _idle(config: LoraConfig, targeted: Mapping[str, nn.Module], excluded: set[str]) -> list[str]:
-    """A sentence for each of `layers` and `exclude_modules` with something in it that decides nothing."""
+    """A sentence for each of `layers_to_transform` and `exclude_modules` with something in it that decides nothing."""
     sentences = []
     within = list(targeted)
-    if config.layers is not None:
+    if config.layers_to_transform is not None:
         has = {number for name in targeted if name not in excluded and (number := block_number(name)) is not None}
-        if idle := sorted(set(config.layers) - has):
+        if idle := sorted(set(config.layers_to_transform) - has):
             blocks = f"blocks {min(has)} to {max(has)}" if has else "no numbered block"
-            sentences.append(f"layers {idle} hold nothing to adapt; what is targeted lies in {blocks}")
-        within = [name for name in within if block_number(name) in config.layers]
+            sentences.append(f"layers_to_transform {idle} hold nothing to adapt; what is targeted lies in {blocks}")
+        within = [name for name in within if block_number(name) in config.layers_to_transform]
     exclude = config.exclude_modules
     if exclude is not None:
         whole = isinstance(exclude, str) or callable(exclude)
@@ -152,7 +152,7 @@ def _idle(config: LoraConfig, targeted: Mapping[str, nn.Module], excluded: set[s
 
 
 def select_targets(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the layers that get an adapter: target_modules without exclude_modules, in `layers` (see LoraConfig).
+    """Names of the layers that get an adapter: target_modules without exclude_modules, in `layers_to_transform` (see LoraConfig).
 
     Raises TargetError that lists what matched or decided nothing. The model has no adapters yet.
     """
@@ -165,7 +165,8 @@ def select_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     chosen = {
         name: layer
         for name, layer in targeted.items()
-        if name not in excluded and (config.layers is None or block_number(name) in config.layers)
+        if name not in excluded
+        and (config.layers_to_transform is None or block_number(name) in config.layers_to_transform)
     }
     if not chosen:
         raise TargetError(f"exclude_modules leaves none of the {len(targeted)} targeted layers")

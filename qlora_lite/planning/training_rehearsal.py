@@ -73,7 +73,10 @@ def unread_model(
     with profiler.phase("load"):
         fill_(model, checkpoint, dtype, torch.device("cpu"))
         # loftq reads weights to start A and B, which have the same size whatever they start with
-        add_lora_(model, replace(lora, init="normal") if init_parts(lora.init)[0] == "loftq" else lora)
+        add_lora_(
+            model,
+            replace(lora, init_lora_weights="normal") if init_parts(lora.init_lora_weights)[0] == "loftq" else lora,
+        )
     return model
 
 

@@ -113,7 +113,7 @@ class RunState:
             self._base = base_fingerprint(self.model)
         settings = {name: value for name, value in asdict(self.config).items() if name not in FREE_SETTINGS}
         adapters = {
-            name: [layer.rank, layer.alpha, layer.dropout, layer.rslora, layer.variant, layer.lora_A.dtype]
+            name: [layer.rank, layer.alpha, layer.dropout, layer.use_rslora, layer.variant, layer.lora_A.dtype]
             for name, layer in lora_layers(self.model).items()
         }
         parts = {"settings": settings, "adapters": adapters, "base": self._base}

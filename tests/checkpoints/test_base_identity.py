@@ -153,7 +153,7 @@ def test_what_nothing_is_known_of_is_not_refused(
 
 def test_weights_packed_anew_are_not_the_checkpoints(tiny_folder: Path, adapter: Path, tmp_path: Path) -> None:
     model = load_quantized(tiny_folder)
-    add_lora_(model, LoraConfig(2, 4, target_modules=TARGETS, init="loftq:2"))
+    add_lora_(model, LoraConfig(2, 4, target_modules=TARGETS, init_lora_weights="loftq:2"))
     save_adapter(model, tmp_path / "own")
     said = read_base(tmp_path / "own")
     assert said is not None and said.weights is None and said.model["model_type"] == "llama"

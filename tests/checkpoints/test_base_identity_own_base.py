@@ -47,13 +47,13 @@ def error_of(weight: torch.Tensor, init: str, format: str = "nf4", double_quant:
     return float((weight - layer.effective_weight(torch.float32)).norm())
 
 
-@pytest.mark.parametrize(("format", "rslora"), [("nf4", False), ("fp4", True), ("int8", False)])
-def test_iterations_leave_a_smaller_error(format: str, rslora: bool) -> None:
+@pytest.mark.parametrize(("format", "use_rslora"), [("nf4", False), ("fp4", True), ("int8", False)])
+def test_iterations_leave_a_smaller_error(format: str, use_rslora: bool) -> None:
     torch.manual_seed(0)
     weight = torch.randn(96, 128)
-    one, five = (error_of(weight, init, format, rslora=rslora) for init in ("loftq", "loftq:5"))
+    one, five = (error_of(weight, init, format, use_rslora=use_rslora) for init in ("loftq", "loftq:5"))
     assert five < one
-    assert error_of(weight, "loftq:1", format, rslora=rslora) == one
+    assert error_of(weight, "loftq:1", format, use_rslora=use_rslora) == one
 
 
 def test_the_error_is_that_of_peft() -> None:
@@ -83,7 +83,7 @@ def test_the_old_weight_is_left_as_it_was() -> None:
 
 def test_an_adapter_comes_back_on_its_own_base_alone(tiny_folder: Path, tmp_path: Path) -> None:
     model = load_quantized(tiny_folder, QuantConfig(), dtype=torch.float32)
-    add_lora_(model, LoraConfig(4, 8, target_modules=TARGETS, init="loftq:3"))
+    add_lora_(model, LoraConfig(4, 8, target_modules=TARGETS, init_lora_weights="loftq:3"))
     assert len(own_weights(model)) == len(lora_layers(model))
     expected = model(TOKENS).logits
     save_adapter(model, tmp_path / "adapter")
@@ -121,7 +121,7 @@ def test_peft_reads_the_pair(tiny_folder: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = load_quantized(tiny_folder, QuantConfig(), dtype=torch.float32)
-    add_lora_(model, LoraConfig(4, 8, target_modules=TARGETS, init="loftq:2"))
+    add_lora_(model, LoraConfig(4, 8, target_modules=TARGETS, init_lora_weights="loftq:2"))
     expected = model(TOKENS).logits
     save_adapter(model, tmp_path / "adapter")
     remove_lora_(model)
@@ -136,10 +136,10 @@ def test_what_cannot_be_packed_anew_is_refused(tiny_folder: Path) -> None:
     assert (init_parts("loftq:12"), init_parts("pissa")) == (("loftq", 12), ("pissa", 1))
     for wrong in ("loftq:0", "loftq:", "pissa:2"):
         with pytest.raises(ConfigError, match=r"init must be one of .*or loftq:N; got"):
-            LoraConfig(init=wrong)
+            LoraConfig(init_lora_weights=wrong)
     with pytest.raises(ConfigError, match="writes no base; use it from Python"):
-        train(str(tiny_folder), tiny_folder / "data.jsonl", tiny_folder / "out", init="loftq:2")
+        train(str(tiny_folder), tiny_folder / "data.jsonl", tiny_folder / "out", init_lora_weights="loftq:2")
     model = load_quantized(tiny_folder, QuantConfig(embedding_format="int8"))
     with pytest.raises(ConfigError, match=r"lm_head shares its packed weight with another module"):
-        add_lora_(model, LoraConfig(2, target_modules=["lm_head"], init="loftq:2"))
+        add_lora_(model, LoraConfig(2, target_modules=["lm_head"], init_lora_weights="loftq:2"))
     assert not lora_layers(model) and not own_weights(model)

@@ -31,7 +31,7 @@ def inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def test_what_it_is_and_who_takes_it(inspect: Inspect, small_model: Callable[..., Any], tmp_path: Path) -> None:
     model = small_model("LlamaConfig")
-    add_lora_(model, LoraConfig(2, 8, target_modules=["q_proj", "embed_tokens"], rslora=True))
+    add_lora_(model, LoraConfig(2, 8, target_modules=["q_proj", "embed_tokens"], use_rslora=True))
     save_adapter(model, tmp_path)
     status, out, _ = inspect(tmp_path, "--json", "--require", "vllm")
     assert status == 0

@@ -21,9 +21,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_help_needs_nothing_heavy(run: Run) -> None:
-    program = (
-        "import sys, qlora_lite.cli.main; print([m for m in ('torch', 'transformers', 'rich.table') if m in sys.modules])"
-    )
+    program = "import sys, qlora_lite.cli.main; print([m for m in ('torch', 'transformers', 'rich.table') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     for command in ((), ("train",), ("merge",), ("quantize",), ("profile",), ("plan",), ("env",)):
@@ -38,9 +36,9 @@ def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": f"number {n}"}) for n in range(8)))
     words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--steps", 6)
-    where = ("--layers", "0-1", "--exclude", "k_proj, layers.1.mlp.up_proj")
-    beside = ("--train-whole", "model.norm", "--train-tokens", "5,6")
-    done = run(*words, *where, *beside, "--rank", 2, "--rslora", "--learning-rate", 0.01, "--json")
+    where = ("--layers-to-transform", "0-1", "--exclude-modules", "k_proj, layers.1.mlp.up_proj")
+    beside = ("--modules-to-save", "model.norm", "--trainable-token-indices", "5,6")
+    done = run(*words, *where, *beside, "--rank", 2, "--use_rslora", "--learning-rate", 0.01, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["last_loss"] < figures["first_loss"] and figures["examples"] == 8

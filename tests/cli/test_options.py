@@ -14,7 +14,7 @@ from qlora_lite.errors import ConfigError
 def test_names_and_numbers_stand_between_commas() -> None:
     assert options.listed(" norm, lm_head") == ["norm", "lm_head"] and options.listed("") == []
     assert options.listed_tokens("7,12") == [7, 12]
-    with pytest.raises(ConfigError, match="--train-tokens must be token numbers with commas; got '7,x'"):
+    with pytest.raises(ConfigError, match="--trainable-token-indices must be token numbers with commas; got '7,x'"):
         options.listed_tokens("7,x")
 
 

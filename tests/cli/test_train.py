@@ -15,10 +15,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_words_are_lists_of_names_and_numbers() -> None:
-    assert _target_settings("all-linear", None, None) == {"target_modules": "all-linear", "layers": None}
+    assert _target_settings("all-linear", None, None) == {"target_modules": "all-linear", "layers_to_transform": None}
     chosen = _target_settings("q_proj, v_proj", "layers.0.q_proj", "0-2,5")
     assert chosen["target_modules"] == ["q_proj", "v_proj"] and chosen["exclude_modules"] == ["layers.0.q_proj"]
-    assert list(chosen["layers"]) == [0, 1, 2, 5]
+    assert list(chosen["layers_to_transform"]) == [0, 1, 2, 5]
     with pytest.raises(ConfigError, match="layers"):
         _target_settings("all-linear", None, "first")
 

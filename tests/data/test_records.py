@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.data.records import check_record, read_jsonl
+from qlora_lite.data.records import check_record, read_records
 from qlora_lite.errors import CheckpointError
 
 FOUR_SHAPES: list[dict[str, Any]] = [
@@ -32,7 +32,7 @@ def written(folder: Path, content: bytes) -> Path:
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_reads_mixed_shapes_and_skips_blank_lines(tmp_path: Path, line_end: str, mark: bytes) -> None:
     lines = line_end.join(json.dumps(record, ensure_ascii=False) for record in FOUR_SHAPES)
-    assert read_jsonl(written(tmp_path, mark + lines.encode("utf-8"))) == FOUR_SHAPES
+    assert read_records(written(tmp_path, mark + lines.encode("utf-8"))) == FOUR_SHAPES
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_reads_mixed_shapes_and_skips_blank_lines(tmp_path: Path, line_end: str,
 def test_a_wrong_line_is_named_with_file_and_number(tmp_path: Path, line: bytes, says: str) -> None:
     path = written(tmp_path, b'{"text": "fine"}\n' + line + b'\n{"text": "fine"}\n')
     with pytest.raises(CheckpointError) as caught:
-        read_jsonl(path)
+        read_records(path)
     assert says in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -71,14 +71,14 @@ def test_a_wrong_line_is_named_with_file_and_number(tmp_path: Path, line: bytes,
 @pytest.mark.parametrize("content", [b"", b"\n \n\n", b"\xef\xbb\xbf"])
 def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(CheckpointError, match="holds no records"):
-        read_jsonl(written(tmp_path, content))
+        read_records(written(tmp_path, content))
 
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent\.jsonl does not exist"):
-        read_jsonl(tmp_path / "absent.jsonl")
+        read_records(tmp_path / "absent.jsonl")
     with pytest.raises(CheckpointError, match="is a folder; expected a JSONL file"):
-        read_jsonl(tmp_path)
+        read_records(tmp_path)
 
 
 JSON_VALUES = st.recursive(
@@ -108,9 +108,9 @@ def test_whatever_json_holds_it_is_accepted_or_refused_in_words(value: Any) -> N
 
 def test_a_prompt_alone_is_a_record_where_nothing_has_to_be_learned(tmp_path: Path) -> None:
     path = written(tmp_path, b'{"prompt": "a"}\n{"prompt": "a", "completion": "b"}\n')
-    assert len(read_jsonl(path, prompts_too=True)) == 2
+    assert len(read_records(path, prompts_too=True)) == 2
     with pytest.raises(CheckpointError, match=r"line 1: unknown shape with keys prompt; use one of: .* text$"):
-        read_jsonl(path)
+        read_records(path)
     with pytest.raises(CheckpointError, match=r"unknown shape with keys question; use one of: .* text . prompt$"):
         check_record({"question": "a"}, prompts_too=True)
     with pytest.raises(CheckpointError, match="prompt must be a string, got int 3"):

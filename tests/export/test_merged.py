@@ -182,7 +182,7 @@ def test_untied_from_disk_to_disk_it_is_the_export_of_the_model_in_memory(
     config = QuantConfig(format="int8", embedding_format=embedding_format)
     model = load_quantized(tiny_folder, config)
     ranks = {targets[0]: 2}
-    add_lora_(model, LoraConfig(rank=3, alpha=7, target_modules=targets, rslora=True, rank_pattern=ranks))
+    add_lora_(model, LoraConfig(rank=3, alpha=7, target_modules=targets, use_rslora=True, rank_pattern=ranks))
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.2)
     save_adapter(model, tmp_path / "adapter")

@@ -49,7 +49,7 @@ def test_what_matches_nothing_is_an_error_and_changes_nothing(llama: Any, target
 
 def test_layers_get_the_rank_and_alpha_of_their_pattern(llama: Any) -> None:
     ranks, alphas = {"layers.0.*q_proj": 1, "q_proj|down_proj": 5}, {"down_proj": 3.0}
-    add_lora_(llama, LoraConfig(rank=2, alpha=8, rslora=True, rank_pattern=ranks, alpha_pattern=alphas))
+    add_lora_(llama, LoraConfig(rank=2, alpha=8, use_rslora=True, rank_pattern=ranks, alpha_pattern=alphas))
     for name, layer in lora_layers(llama).items():
         rank = 1 if "layers.0.self_attn.q" in name else 5 if name.endswith(("q_proj", "down_proj")) else 2
         alpha = 3 if name.endswith("down_proj") else 8

@@ -19,7 +19,7 @@ from qlora_lite.quantization.packed_weight import PackedWeight
 
 TOKENS = torch.arange(24).view(2, 12) % 60 + 2
 BATCH = {"input_ids": TOKENS, "labels": TOKENS}
-ALL = {"train_whole": ["norm", "lm_head", "input_layernorm"], "bias": "all", "train_tokens": [3, 9]}
+ALL = {"modules_to_save": ["norm", "lm_head", "input_layernorm"], "bias": "all", "trainable_token_indices": [3, 9]}
 
 
 def beside(model: Any, **options: Any) -> Any:
@@ -70,7 +70,7 @@ def test_all_that_is_trained_learns_and_the_base_is_there_again_bit_for_bit(smal
 
 
 def test_a_tied_head_shares_the_rows_and_memory_is_that_of_the_rows(small_model: Any) -> None:
-    model = beside(small_model("LlamaConfig", tie_word_embeddings=True), train_tokens=[5, 3])
+    model = beside(small_model("LlamaConfig", tie_word_embeddings=True), trainable_token_indices=[5, 3])
     one, other = with_token_rows(model).values()
     assert one.rows is other.rows and list(with_token_rows(model)) == ["model.embed_tokens", "lm_head"]
     rows = [name for name in adapter_parameters(model) if "lora" not in name]
@@ -108,18 +108,24 @@ def test_biases_are_those_of_peft(small_model: Any, bias: str) -> None:
 
 def test_a_module_that_is_trained_whole_is_left_out_of_all_linear(small_model: Any) -> None:
     model = small_model("LlamaConfig", num_hidden_layers=1)
-    beside(model, target_modules="all-linear", train_whole=["mlp"])
+    beside(model, target_modules="all-linear", modules_to_save=["mlp"])
     assert len(lora_layers(model)) == 4
     assert [name.rpartition(".")[2] for name in trained_copies(model)] == ["gate_proj", "up_proj", "down_proj"]
 
 
 REFUSED = [
-    ({"train_whole": ["q_proj"]}, r"self_attn\.q_proj would be both adapted and trained whole"),
-    ({"train_whole": ["nrom"]}, r"train_whole \['nrom'\] matched no module; this model has: .*norm"),
-    ({"train_whole": ["act_fn"]}, r"train_whole \['act_fn'\] has no parameters to train"),
-    ({"train_tokens": [1, 64]}, r"train_tokens \[64\] are outside the vocabulary, which has 64 tokens"),
-    ({"train_tokens": [1], "train_whole": ["embed_tokens"]}, "model.embed_tokens is trained whole, so rows of it"),
-    ({"train_tokens": [1], "target_modules": ["lm_head"]}, "lm_head is adapted, so rows of it"),
+    ({"modules_to_save": ["q_proj"]}, r"self_attn\.q_proj would be both adapted and trained whole"),
+    ({"modules_to_save": ["nrom"]}, r"modules_to_save \['nrom'\] matched no module; this model has: .*norm"),
+    ({"modules_to_save": ["act_fn"]}, r"modules_to_save \['act_fn'\] has no parameters to train"),
+    (
+        {"trainable_token_indices": [1, 64]},
+        r"trainable_token_indices \[64\] are outside the vocabulary, which has 64 tokens",
+    ),
+    (
+        {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
+        "model.embed_tokens is trained whole, so rows of it",
+    ),
+    ({"trainable_token_indices": [1], "target_modules": ["lm_head"]}, "lm_head is adapted, so rows of it"),
     ({"bias": "all"}, "bias='all' has nothing to train: no layer of this model has a bias"),
     ({"bias": "lora_only"}, "none of the adapted layers has a bias"),
 ]
@@ -139,9 +145,9 @@ def test_what_contradicts_itself_is_refused_before_the_model_is_touched(
 
 SETTINGS = [
     ({"bias": "some"}, "bias must be one of none, all, lora_only; got 'some'"),
-    ({"train_whole": "norm"}, "train_whole must be a sequence of module names; got 'norm'"),
-    ({"train_tokens": [3, -1]}, r"train_tokens must be token numbers from 0; got \[3, -1\]"),
-    ({"train_tokens": [3, 4, 3]}, r"train_tokens must name each token once; got \[3\]"),
+    ({"modules_to_save": "norm"}, "modules_to_save must be a sequence of module names; got 'norm'"),
+    ({"trainable_token_indices": [3, -1]}, r"trainable_token_indices must be token numbers from 0; got \[3, -1\]"),
+    ({"trainable_token_indices": [3, 4, 3]}, r"trainable_token_indices must name each token once; got \[3\]"),
 ]
 
 
@@ -173,7 +179,7 @@ def test_modules_that_cannot_be_trained_beside_their_originals_are_refused() -> 
 
 
 def test_freezing_leaves_what_is_trained(small_model: Any) -> None:
-    model = beside(small_model("LlamaConfig", num_hidden_layers=1), train_whole=["model.norm"])
+    model = beside(small_model("LlamaConfig", num_hidden_layers=1), modules_to_save=["model.norm"])
     model.requires_grad_(True)
     freeze_base_(model)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(adapter_parameters(model))

@@ -104,5 +104,7 @@ def test_what_cannot_have_rows_is_refused() -> None:
         check_takes_rows("wte", odd)
     with pytest.raises(TargetError, match="Embedding, computes more"):
         check_takes_rows("wte", nn.Embedding(4, 4, max_norm=1.0))
-    with pytest.raises(TargetError, match=r"train_tokens \[20\] are outside the vocabulary, which has 20 tokens"):
+    with pytest.raises(
+        TargetError, match=r"trainable_token_indices \[20\] are outside the vocabulary, which has 20 tokens"
+    ):
         check_tokens([3, 20], 20)

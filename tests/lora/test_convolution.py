@@ -78,7 +78,7 @@ def convolutions(draw: Any) -> tuple[Any, Tensor, dict[str, Any]]:
     torch.manual_seed(draw(st.integers(0, 99)))
     base = KINDS[places - 1](2 * groups, draw(st.integers(1, 2)) * groups, kernel, **options)
     batch = draw(st.sampled_from([(), (2,)]))
-    adapter = {"variant": draw(st.sampled_from(["lora", "dora"])), "rslora": draw(st.booleans())}
+    adapter = {"variant": draw(st.sampled_from(["lora", "dora"])), "use_rslora": draw(st.booleans())}
     return base, torch.randn(*batch, 2 * groups, *(draw(st.integers(5, 7)) for _ in range(places))), adapter
 
 
@@ -168,7 +168,7 @@ X = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(5))
     "options",
     [
         {"rank_pattern": {"plane": 2}, "alpha_pattern": {"space": 7}},
-        {"rslora": True},
+        {"use_rslora": True},
         {"variant": "dora"},
     ],
 )
@@ -245,12 +245,14 @@ def test_grouped_adapters_go_through_our_files_and_no_others(tmp_path: Path) -> 
 @pytest.mark.parametrize(("init", "spread"), [("normal", 0.02), ("kaiming", 1 / math.sqrt(3 * 80)), ("gaussian", 0.5)])
 def test_starts(init: str, spread: float) -> None:
     model = nn.Sequential(nn.Conv1d(16, 8, 5))
-    add_lora_(model, LoraConfig(rank=2, target_modules=["0"], init=init))
+    add_lora_(model, LoraConfig(rank=2, target_modules=["0"], init_lora_weights=init))
     layer = lora_layers(model)["0"]
     assert float(layer.lora_A.detach().std()) == pytest.approx(spread, rel=0.25) and not layer.lora_B.any()
     for other in ("orthogonal", "pissa", "loftq"):
         with pytest.raises(TargetError, match=f"{other}' is for linear layers; 0 is a convolution"):
-            add_lora_(nn.Sequential(nn.Conv1d(16, 8, 5)), LoraConfig(rank=2, target_modules=["0"], init=other))
+            add_lora_(
+                nn.Sequential(nn.Conv1d(16, 8, 5)), LoraConfig(rank=2, target_modules=["0"], init_lora_weights=other)
+            )
 
 
 class OwnForward(nn.Conv1d):

@@ -163,13 +163,15 @@ def test_targets_and_what_stacks_cannot_have(small_model: Callable[..., Any]) ->
     for wrong, message in (
         ({"dropout": 0.1}, "neither dropout nor DoRA; got dropout 0.1"),
         ({"variant": "dora"}, "variant 'dora' for model.layers.0.mlp.experts.down_proj"),
-        ({"init": "pissa"}, "init 'pissa' is for linear layers; .* is a stack"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is for linear layers; .* is a stack"),
     ):
         with pytest.raises((ConfigError, TargetError), match=message):
             add_lora_(model, LoraConfig(target_modules=["experts.down_proj"], **wrong))
     assert list(model.state_dict()) == before and len(open_stacks(model)) == 4
     one = "model.layers.1.mlp.experts.gate_up_proj"
-    assert add_lora_(model, LoraConfig(target_modules=r".*\.1\.mlp\.experts\.gate.*", init="kaiming")) == [one]
+    assert add_lora_(model, LoraConfig(target_modules=r".*\.1\.mlp\.experts\.gate.*", init_lora_weights="kaiming")) == [
+        one
+    ]
     bound = lora_layers(model)[one].lora_A.abs().amax((1, 2))
     assert ((bound > 0.9 / 32**0.5) & (bound <= 1 / 32**0.5)).all()
     assert sorted(open_stacks(model)) == sorted(

@@ -119,7 +119,7 @@ def test_pissa_begins_as_the_packed_base_exactly(format: str, dtype: torch.dtype
     quantize_base_(holder, QuantConfig(format=format))
     x, packed = torch.randn(5, 64, dtype=dtype), holder[0]
     expected = packed(x)
-    layer = started(packed, "pissa", rank=8, rslora=True)
+    layer = started(packed, "pissa", rank=8, use_rslora=True)
     assert torch.equal(layer(x), expected)
     values = torch.linalg.svdvals(packed.weight.dequantize(torch.float32))[:8]
     torch.testing.assert_close(torch.linalg.svdvals(layer.scaling * layer.lora_B @ layer.lora_A)[:8], values)
@@ -133,9 +133,9 @@ def test_a_negative_scale_starts_from_the_same_part() -> None:
     torch.testing.assert_close(minus.scaling * minus.lora_B @ minus.lora_A, plus.scaling * plus.lora_B @ plus.lora_A)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("use_rslora", [False, True])
 def test_a_saved_pissa_adapter_is_one_of_twice_the_rank_for_the_plain_base(
-    tiny_folder: Path, tmp_path: Path, rslora: bool
+    tiny_folder: Path, tmp_path: Path, use_rslora: bool
 ) -> None:
     import peft
     from transformers import AutoModelForCausalLM
@@ -143,7 +143,9 @@ def test_a_saved_pissa_adapter_is_one_of_twice_the_rank_for_the_plain_base(
     model = load_quantized(tiny_folder, QuantConfig(format="none"), dtype=torch.float32)
     plain = model(TOKENS).logits
     targets = ["q_proj", "down_proj"]
-    config = LoraConfig(3, 7, target_modules=targets, init="pissa", rslora=rslora, rank_pattern={"down_proj": 2})
+    config = LoraConfig(
+        3, 7, target_modules=targets, init_lora_weights="pissa", use_rslora=use_rslora, rank_pattern={"down_proj": 2}
+    )
     add_lora_(model, config)
     torch.testing.assert_close(model(TOKENS).logits, plain, rtol=0, atol=0)
     for layer in lora_layers(model).values():
@@ -165,11 +167,11 @@ def test_a_saved_pissa_adapter_is_one_of_twice_the_rank_for_the_plain_base(
 
 def test_a_loaded_adapter_is_not_counted_from_the_start_of_another(tiny_folder: Path, tmp_path: Path) -> None:
     plain, other = (load_quantized(tiny_folder, QuantConfig(format="none"), dtype=torch.float32) for _ in "ab")
-    add_lora_(plain, LoraConfig(2, target_modules=["q_proj"], init="gaussian"))
+    add_lora_(plain, LoraConfig(2, target_modules=["q_proj"], init_lora_weights="gaussian"))
     for layer in lora_layers(plain).values():
         nn.init.normal_(layer.lora_B)
     save_adapter(plain, tmp_path / "plain")
-    add_lora_(other, LoraConfig(2, target_modules=["q_proj"], init="pissa"))
+    add_lora_(other, LoraConfig(2, target_modules=["q_proj"], init_lora_weights="pissa"))
     load_adapter_(other, tmp_path / "plain")
     torch.testing.assert_close(other.eval()(TOKENS).logits, plain.eval()(TOKENS).logits)
 
@@ -180,7 +182,7 @@ def test_loftq_makes_up_for_the_principal_part_of_the_error_of_packing(tiny_fold
     model = load_quantized(tiny_folder, QuantConfig(format=format), dtype=torch.float32)
     packed = {n: m.weight for n, m in model.named_modules() if n.endswith(("q_proj", "down_proj"))}
     codes = {name: weight.packed.clone() for name, weight in packed.items()}
-    names = add_lora_(model, LoraConfig(4, 7, target_modules=["q_proj", "down_proj"], init="loftq"))
+    names = add_lora_(model, LoraConfig(4, 7, target_modules=["q_proj", "down_proj"], init_lora_weights="loftq"))
     for name in names:
         layer = model.get_submodule(name)
         error = original[f"{name}.weight"] - packed[name].dequantize(torch.float32)
@@ -204,7 +206,7 @@ def test_loftq_on_a_packed_conv1d_takes_the_weight_the_other_way_round(small_mod
     small_model("GPT2Config", n_embd=32, n_head=2, n_positions=32).save_pretrained(tmp_path / "gpt2")
     original = load_quantized(tmp_path / "gpt2", QuantConfig(format="none"), dtype=torch.float32).state_dict()
     model = load_quantized(tmp_path / "gpt2", QuantConfig(), dtype=torch.float32)
-    name = add_lora_(model, LoraConfig(4, target_modules=["c_fc"], init="loftq"))[0]
+    name = add_lora_(model, LoraConfig(4, target_modules=["c_fc"], init_lora_weights="loftq"))[0]
     layer, weight = model.get_submodule(name), original[f"{name}.weight"].T
     error = weight - layer.base_layer.weight.dequantize(torch.float32)
     assert (weight - layer.effective_weight(torch.float32)).norm() < 0.95 * error.norm()
@@ -213,20 +215,20 @@ def test_loftq_on_a_packed_conv1d_takes_the_weight_the_other_way_round(small_mod
 def test_what_cannot_start_so_is_refused_and_nothing_is_changed(tiny_folder: Path, tmp_path: Path) -> None:
     model = load_quantized(tiny_folder, QuantConfig(), dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"init must be one of normal.*got 'pisa'"):
-        LoraConfig(init="pisa")
+        LoraConfig(init_lora_weights="pisa")
     with pytest.raises(TargetError, match=r"'pissa' is for linear layers; model\.embed_tokens"):
-        add_lora_(model, LoraConfig(2, target_modules=["embed_tokens"], init="pissa"))
+        add_lora_(model, LoraConfig(2, target_modules=["embed_tokens"], init_lora_weights="pissa"))
     with pytest.raises(ConfigError, match=r"q_proj has the odd rank 3"):
-        add_lora_(model, LoraConfig(3, target_modules=["q_proj"], init="orthogonal"))
+        add_lora_(model, LoraConfig(3, target_modules=["q_proj"], init_lora_weights="orthogonal"))
     with pytest.raises(ConfigError, match=r"no 1000 singular values; .*alpha 0"):
-        add_lora_(model, LoraConfig(1000, 0, target_modules=["q_proj"], init="pissa"))
+        add_lora_(model, LoraConfig(1000, 0, target_modules=["q_proj"], init_lora_weights="pissa"))
     model.config._name_or_path = ""
     with pytest.raises(CheckpointError, match=r"needs the checkpoint .*it has none"):
-        add_lora_(model, LoraConfig(2, target_modules=["q_proj"], init="loftq"))
+        add_lora_(model, LoraConfig(2, target_modules=["q_proj"], init_lora_weights="loftq"))
     assert not lora_layers(model)
     unpacked = load_quantized(tiny_folder, QuantConfig(format="none"))
     with pytest.raises(ConfigError, match="is not packed and has no error"):
-        add_lora_(unpacked, LoraConfig(2, target_modules=["q_proj"], init="loftq"))
+        add_lora_(unpacked, LoraConfig(2, target_modules=["q_proj"], init_lora_weights="loftq"))
 
 
 @pytest.mark.parametrize(("init", "variant"), [("pissa", "lora"), ("loftq:2", "lora"), ("normal", "dora")])
@@ -235,6 +237,11 @@ def test_memory_is_rehearsed_with_every_start(tiny_folder: Path, init: str, vari
     from qlora_lite.training.config import TrainConfig
 
     report = rehearse_steps(
-        tiny_folder, QuantConfig(), LoraConfig(2, init=init, variant=variant), TrainConfig(steps=1), rows=1, tokens=8
+        tiny_folder,
+        QuantConfig(),
+        LoraConfig(2, init_lora_weights=init, variant=variant),
+        TrainConfig(steps=1),
+        rows=1,
+        tokens=8,
     )
     assert [phase.name for phase in report.phases][:2] == ["load", "forward"]

@@ -112,7 +112,7 @@ def test_a_router_has_neither_dropout_nor_dora_and_is_no_linear_layer(small_mode
     model = make(small_model)
     assert not [name for name in add_lora_(model, LoraConfig(dropout=0)) if name.endswith("gate")]
     with pytest.raises(TargetError, match="is a router"):
-        add_lora_(make(small_model), LoraConfig(target_modules=["gate"], dropout=0, init="pissa"))
+        add_lora_(make(small_model), LoraConfig(target_modules=["gate"], dropout=0, init_lora_weights="pissa"))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])

@@ -57,13 +57,13 @@ def test_shapes_and_starting_values() -> None:
 
 @pytest.mark.parametrize("rank", [1, 9])
 def test_rslora_scales_by_the_root_of_the_rank_everywhere(rank: int) -> None:
-    layer = warm(LoraLayer(rank, 6, nn.Linear(5, 4), dropout=0.0, rslora=True))
+    layer = warm(LoraLayer(rank, 6, nn.Linear(5, 4), dropout=0.0, use_rslora=True))
     update = 6 / math.sqrt(rank) * layer.lora_B @ layer.lora_A
     x = torch.randn(3, 5)
     torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ update.T)
     torch.testing.assert_close(layer.delta_weight(), update)
     torch.testing.assert_close(layer.effective_weight(torch.float32), layer.base_layer.weight + update)
-    tokens = warm(LoraLayer(rank, 6, nn.Embedding(10, 4), dropout=0.0, rslora=True))
+    tokens = warm(LoraLayer(rank, 6, nn.Embedding(10, 4), dropout=0.0, use_rslora=True))
     update = 6 / math.sqrt(rank) * tokens.lora_B @ tokens.lora_A
     torch.testing.assert_close(tokens(TOKENS), tokens.base_layer(TOKENS) + update.T[TOKENS])
     torch.testing.assert_close(tokens.delta_weight(), update.T)
@@ -136,7 +136,11 @@ def test_dropout_acts_in_training_only() -> None:
         (lambda: LinearWithLoRA(4, 4, rank=0), ConfigError, "rank must be an integer of at least 1; got 0"),
         (lambda: LinearWithLoRA(4, 4, 2, alpha=math.inf), ConfigError, "alpha must be a finite number"),
         (lambda: LoraLayer(2, 2, nn.Linear(4, 4), dropout=1.0), ConfigError, r"dropout must be in \[0, 1\)"),
-        (lambda: LoraLayer(2, 2, nn.Linear(4, 4), rslora=1), ConfigError, "rslora must be True or False; got 1"),
+        (
+            lambda: LoraLayer(2, 2, nn.Linear(4, 4), use_rslora=1),
+            ConfigError,
+            "use_rslora must be True or False; got 1",
+        ),
         (lambda: LoraLayer(2, 2, nn.EmbeddingBag(4, 4)), TargetError, "EmbeddingBag cannot be adapted"),
         (lambda: LoraLayer(2, 2, nn.Linear(4, 4), adapter_dtype="fp16"), ConfigError, "float dtype; got 'fp16'"),
         (lambda: Embedding(0, 4, 2), ConfigError, "vocab_size must be an integer of at least 1; got 0"),

@@ -148,8 +148,8 @@ def test_merging_one_or_all_is_as_in_peft(both: tuple[Any, Any]) -> None:
 def test_a_sum_is_exact_for_pissa_rslora_and_16_bits(folder: Path) -> None:
     model = loaded(folder)
     settings = {
-        "half": LoraConfig(3, 7, target_modules=["q_proj"], rslora=True, adapter_dtype=torch.bfloat16, dropout=0.3),
-        "start": LoraConfig(2, 4, target_modules=["q_proj", "lm_head"], init="pissa"),
+        "half": LoraConfig(3, 7, target_modules=["q_proj"], use_rslora=True, adapter_dtype=torch.bfloat16, dropout=0.3),
+        "start": LoraConfig(2, 4, target_modules=["q_proj", "lm_head"], init_lora_weights="pissa"),
     }
     expected: dict[str, Tensor] = {}
     for weight, (name, config) in zip((-0.5, 3.0), settings.items(), strict=True):
@@ -321,7 +321,7 @@ def test_the_unnamed_one_is_called_default_and_is_not_doubled(folder: Path, tmp_
 
 def test_what_is_trained_whole_is_not_left_behind_silently() -> None:
     model = torch.nn.ModuleDict({"first": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4)})
-    add_lora_(model, LoraConfig(rank=2, target_modules=["first"], train_whole=["norm"]))
+    add_lora_(model, LoraConfig(rank=2, target_modules=["first"], modules_to_save=["norm"]))
     with pytest.raises(ConfigError, match=r"norm: modules that are trained whole .* cannot be set aside"):
         use_adapter_(model, None)
     with pytest.raises(ConfigError, match="cannot be set aside"):

@@ -54,7 +54,7 @@ def ours_of(theirs: dict[str, Any]) -> dict[str, Any]:
     """The same settings as fields of our LoraConfig."""
     settings = {key: theirs[key] for key in ("target_modules", "exclude_modules") if key in theirs}
     if (layers := theirs.get("layers_to_transform")) is not None:
-        settings["layers"] = [layers] if isinstance(layers, int) else layers
+        settings["layers_to_transform"] = [layers] if isinstance(layers, int) else layers
     return settings
 
 
@@ -82,11 +82,13 @@ def test_layers_are_those_of_peft_in_memory_and_in_files_both_ways(
 
 def test_functions_and_numbers_compose_with_all_linear(small_model: Callable[..., Any]) -> None:
     model = small_model("LlamaConfig", num_hidden_layers=3)
-    config = LoraConfig(layers=range(1, 3), exclude_modules=lambda name, layer: "mlp" in name or ".2." in name)
+    config = LoraConfig(
+        layers_to_transform=range(1, 3), exclude_modules=lambda name, layer: "mlp" in name or ".2." in name
+    )
     # Number 2 decides nothing beside this function.
     with pytest.raises(TargetError, match=r"layers \[2\] hold nothing to adapt; .* lies in blocks 0 to 1$"):
         select_targets(model, config)
-    config = LoraConfig(layers=[1], exclude_modules=config.exclude_modules)
+    config = LoraConfig(layers_to_transform=[1], exclude_modules=config.exclude_modules)
     assert [name.rpartition(".")[2] for name in select_targets(model, config)] == [
         "q_proj",
         "k_proj",
@@ -98,13 +100,22 @@ def test_functions_and_numbers_compose_with_all_linear(small_model: Callable[...
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": [1, 2, 7]}, r"layers \[2, 7\] hold nothing to adapt; what is targeted lies in blocks 0 to 1$"),
-        ({"layers": [0], "target_modules": ["lm_head"]}, r"layers \[0\] hold .* lies in no numbered block"),
+        (
+            {"layers_to_transform": [1, 2, 7]},
+            r"layers_to_transform \[2, 7\] hold nothing to adapt; what is targeted lies in blocks 0 to 1$",
+        ),
+        (
+            {"layers_to_transform": [0], "target_modules": ["lm_head"]},
+            r"layers_to_transform \[0\] hold .* lies in no numbered block",
+        ),
         (
             {"exclude_modules": ["lm_head", "self_attn", "q_proj"]},
             r"exclude_modules \['lm_head', 'self_attn'\] excludes no targeted layer; targeted are: down_proj, ",
         ),
-        ({"exclude_modules": ["layers.1.mlp.up_proj"], "layers": [0]}, r"\['layers.1.mlp.up_proj'\] excludes no"),
+        (
+            {"exclude_modules": ["layers.1.mlp.up_proj"], "layers_to_transform": [0]},
+            r"\['layers.1.mlp.up_proj'\] excludes no",
+        ),
         ({"exclude_modules": "q_proj"}, r"exclude_modules \['q_proj'\] excludes no"),
         ({"exclude_modules": lambda name, layer: False}, "exclude_modules .*lambda.* excludes no"),
         ({"exclude_modules": "("}, r"exclude_modules '\(' is not a regular expression"),

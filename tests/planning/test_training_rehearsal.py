@@ -41,8 +41,8 @@ def test_training_takes_what_was_rehearsed(tiny_folder: Path, quant: dict[str, A
 
 
 BESIDE: list[dict[str, Any]] = [
-    {"train_whole": ["lm_head", "norm"]},
-    {"train_tokens": [3, 8], "train_whole": ["up_proj"]},
+    {"modules_to_save": ["lm_head", "norm"]},
+    {"trainable_token_indices": [3, 8], "modules_to_save": ["up_proj"]},
 ]
 
 

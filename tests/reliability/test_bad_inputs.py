@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qlora_lite import QuantConfig, load_quantized
 from qlora_lite.checkpoints.files import LARGEST_JSON, read_json
 from qlora_lite.checkpoints.safetensors_read import read_safetensors
-from qlora_lite.data.records import LONGEST_LINE, read_jsonl
+from qlora_lite.data.records import LONGEST_LINE, read_records
 from qlora_lite.errors import CheckpointError
 
 
@@ -74,7 +74,7 @@ def test_too_much_is_refused_before_it_is_read(tmp_path: Path) -> None:
         file.write(b'{"text": "a"}\n')
         file.truncate(20 * LONGEST_LINE)  # a line of zeros, of which the disk holds none
     with pytest.raises(CheckpointError, match=r"line 2: longer than 33,554,432 bytes; split the record"):
-        read_jsonl(tmp_path / "a.jsonl")
+        read_records(tmp_path / "a.jsonl")
     with open(tmp_path / "a.safetensors", "wb") as file:
         file.write((90 << 20).to_bytes(8, "little"))
         file.truncate(91 << 20)

@@ -75,7 +75,12 @@ def assert_same(one: tuple[Files, list[float], Any], other: tuple[Files, list[fl
     [
         ("list", {}, {"gradient_accumulation": 2}, {}),
         ("loader", {"variant": "dora"}, {"checkpointing": "none"}, {"format": "int8"}),
-        ("global", {"rank": 32, "init": "pissa"}, {"optimizer": "adamw8bit", "checkpointing": 1_200_000}, {}),
+        (
+            "global",
+            {"rank": 32, "init_lora_weights": "pissa"},
+            {"optimizer": "adamw8bit", "checkpointing": 1_200_000},
+            {},
+        ),
         ("iterator", {"adapter_dtype": torch.bfloat16}, {"gradient_accumulation": 2}, {}),
     ],
 )

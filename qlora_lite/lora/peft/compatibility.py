@@ -140,7 +140,7 @@ def llama_cpp_verdict(facts: AdapterFacts) -> Verdict:
         reasons.append(f"not a lora_A or lora_B tensor, the converter stops: {_some(foreign)}")
     if any(magnitude in key for key in facts.keys) and facts.variant != "dora":
         reasons.append("magnitudes in the file, and the converter stops at them")
-    if facts.rslora and any(layer.rank != 1 for layer in facts.layers):
+    if facts.use_rslora and any(layer.rank != 1 for layer in facts.layers):
         reasons.append("use_rslora: not read, each layer would be scaled by alpha / rank")
     if len({layer.alpha for layer in facts.layers} | {config.get("lora_alpha")}) > 1:
         reasons.append("alpha_pattern: not read, every layer would get lora_alpha")

@@ -77,13 +77,13 @@ def _usual_and_patterns(numbers: Mapping[str, float], model: nn.Module) -> tuple
 
 def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
     """What peft's adapter_config.json says of these layers. ConfigError for layers that one file cannot hold."""
-    shared = {(layer.dropout, layer.rslora, layer.variant) for layer in layers.values()}
+    shared = {(layer.dropout, layer.use_rslora, layer.variant) for layer in layers.values()}
     if len(shared) != 1:
         raise ConfigError(
-            f"adapters in one file have the same dropout, rslora and variant; got (dropout, rslora, variant) "
+            f"adapters in one file have the same dropout, use_rslora and variant; got (dropout, use_rslora, variant) "
             f"{sorted(shared)}"
         )
-    ((dropout, rslora, variant),) = shared
+    ((dropout, use_rslora, variant),) = shared
     called = {name: patterned_name(name, layer) for name, layer in layers.items()}
     rank, rank_pattern = _usual_and_patterns({called[n]: layer.plain_rank for n, layer in layers.items()}, model)
     alpha, alpha_pattern = _usual_and_patterns({called[n]: layer.plain_alpha for n, layer in layers.items()}, model)
@@ -98,7 +98,7 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "use_rslora": rslora,
+        "use_rslora": use_rslora,
         "use_dora": variant == "dora",
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,

@@ -79,7 +79,7 @@ class AdapterFacts:
         return "dora" if self.config.get("use_dora") else "lora"
 
     @property
-    def rslora(self) -> bool:
+    def use_rslora(self) -> bool:
         return bool(self.config.get("use_rslora"))
 
     def to_json(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class AdapterFacts:
             "base_model": self.base,
             "trained_on": None if self.trained_on is None else self.trained_on.to_json(),
             "variant": self.variant,
-            "rslora": self.rslora,
+            "use_rslora": self.use_rslora,
             "layers": len(self.layers),
             "by_name": [group_json(group) for group in grouped(self.layers)],
             "beside": self.beside,
@@ -152,7 +152,7 @@ def _layer(
         kind,
         rank,
         alpha,
-        alpha / (math.sqrt(rank) if numbers.rslora else rank),
+        alpha / (math.sqrt(rank) if numbers.use_rslora else rank),
         sum(math.prod(tensor.shape) for tensor in tensors),
         sum(map(_bytes, tensors)),
     )

@@ -38,7 +38,7 @@ NUMBERS = {
     "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
-    "use_rslora": "rslora",
+    "use_rslora": "use_rslora",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
 }

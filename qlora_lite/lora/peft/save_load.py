@@ -77,7 +77,7 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False, 
     ordinary ones of twice the rank, for the plain base. An adapter on a base that LoftQ packed anew names no base and
     carries its SHA-256, by which `load_adapter_` and merges know it again; peft does not look at it. Raises
     CheckpointError for a folder with something in it unless `overwrite`, TargetError without adapters, ConfigError if
-    they differ in dropout or rslora.
+    they differ in dropout or use_rslora.
     name: of several adapters (multi_adapter.py), in use or not; None: the one in use.
     """
     with adapter_layers(model, name) as layers:
@@ -318,7 +318,11 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
     for name, layer in layers.items():
         layer.drop_start()
         layer.adapter_name = adapter
-        layer.alpha, layer.dropout, layer.rslora = numbers.alpha_of(called[name]), numbers.dropout, numbers.rslora
+        layer.alpha, layer.dropout, layer.use_rslora = (
+            numbers.alpha_of(called[name]),
+            numbers.dropout,
+            numbers.use_rslora,
+        )
         # On meta there is nothing to copy into.
         values = {part: tensor.view(getattr(layer, part).shape) for part, tensor in pairs[name].items()}
         layer.load_state_dict(values, strict=False, assign=layer.lora_A.is_meta)

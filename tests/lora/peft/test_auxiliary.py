@@ -22,11 +22,11 @@ from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled
 TOKENS = torch.arange(12).view(2, 6)
 PLAIN = QuantConfig(format="none")
 CASES: dict[str, dict[str, Any]] = {
-    "head": {"train_whole": ["lm_head"]},
-    "embedding": {"train_whole": ["embed_tokens", "input_layernorm"]},
-    "norms": {"train_whole": ["norm"], "bias": "lora_only", "variant": "dora"},
-    "biases": {"bias": "all", "train_whole": ["layers.1.self_attn.v_proj"]},
-    "tokens": {"train_tokens": [9, 3], "bias": "all"},
+    "head": {"modules_to_save": ["lm_head"]},
+    "embedding": {"modules_to_save": ["embed_tokens", "input_layernorm"]},
+    "norms": {"modules_to_save": ["norm"], "bias": "lora_only", "variant": "dora"},
+    "biases": {"bias": "all", "modules_to_save": ["layers.1.self_attn.v_proj"]},
+    "tokens": {"trainable_token_indices": [9, 3], "bias": "all"},
 }
 
 
@@ -134,8 +134,8 @@ def test_what_peft_trains_is_read_exported_and_given_back(
 
 
 EXPORTS = {
-    "packed": ({"train_whole": ["lm_head", "up_proj", "norm"], "bias": "all"}, True),
-    "rows": ({"train_tokens": [9, 3], "train_whole": ["input_layernorm"]}, False),
+    "packed": ({"modules_to_save": ["lm_head", "up_proj", "norm"], "bias": "all"}, True),
+    "rows": ({"trainable_token_indices": [9, 3], "modules_to_save": ["input_layernorm"]}, False),
 }
 
 
@@ -216,7 +216,9 @@ DAMAGES: list[tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str]] =
 @pytest.fixture(scope="module")
 def saved(folders: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "adapter"
-    save_adapter(trained(folders[True], train_whole=["norm"], train_tokens=[9, 3], bias="lora_only"), folder)
+    save_adapter(
+        trained(folders[True], modules_to_save=["norm"], trainable_token_indices=[9, 3], bias="lora_only"), folder
+    )
     return folder
 
 
@@ -235,7 +237,7 @@ def test_a_damaged_file_is_refused_whole(folders: Any, saved: Path, tmp_path: Pa
 
 
 def test_other_things_trained_are_not_loaded_over(folders: Any, saved: Path) -> None:
-    model = trained(folders[True], train_whole=["norm"], train_tokens=[9, 4], bias="lora_only")
+    model = trained(folders[True], modules_to_save=["norm"], trainable_token_indices=[9, 4], bias="lora_only")
     with pytest.raises(CheckpointError, match="trains other modules, biases or tokens"):
         load_adapter_(model, saved)
 
@@ -248,6 +250,6 @@ def test_names_that_peft_would_take_for_more_are_refused(tmp_path: Path) -> None
             self.norm, self.input_norm = torch.nn.LayerNorm(4), torch.nn.LayerNorm(4)
 
     model = Model()
-    add_lora_(model, LoraConfig(target_modules=["up"], train_whole=["norm"]))
+    add_lora_(model, LoraConfig(target_modules=["up"], modules_to_save=["norm"]))
     with pytest.raises(ConfigError, match="peft would take modules_to_save='norm' for input_norm too"):
         save_adapter(model, tmp_path / "adapter")

@@ -71,13 +71,13 @@ def test_dora_is_refused_by_both(ours: Callable[..., Any]) -> None:
 
 def test_scales_that_gguf_cannot_hold_are_refused_by_name(ours: Callable[..., Any]) -> None:
     for settings, reason in (
-        ({"rslora": True}, "use_rslora: not read, each layer would be scaled by alpha / rank"),
+        ({"use_rslora": True}, "use_rslora: not read, each layer would be scaled by alpha / rank"),
         ({"alpha_pattern": {"q_proj": 9}}, "alpha_pattern: not read, every layer would get lora_alpha"),
         ({"alpha": 0}, "lora_alpha 0: llama.cpp takes it for a scale of 1"),
     ):
         found = verdicts(ours(**settings))
         assert found[LLAMA_CPP].reasons == (reason,) and found[VLLM].accepted
-    assert llama_cpp_verdict(ours(1, rslora=True)).accepted
+    assert llama_cpp_verdict(ours(1, use_rslora=True)).accepted
 
 
 def test_what_peft_saves_beside_is_refused_by_name(theirs: Callable[..., Any]) -> None:

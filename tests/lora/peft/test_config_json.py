@@ -26,15 +26,17 @@ def test_layers_that_could_be_adapted_are_named_whether_they_are_or_not() -> Non
     assert adaptable_names(plain) == adaptable_names(adapted) == ends | {"table"}
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("init", ["normal", "pissa"])
-def test_peft_gives_each_layer_the_rank_and_scale_that_it_has(rslora: bool, init: str) -> None:
+def test_peft_gives_each_layer_the_rank_and_scale_that_it_has(use_rslora: bool, init: str) -> None:
     import peft
 
     ours = model()
     ranks, alphas = {"blocks.1.up": 3, "down": 2}, {"blocks.0.*": 5}
-    config = LoraConfig(4, 8, target_modules=["up", "down"], rank_pattern=ranks, alpha_pattern=alphas, rslora=rslora)
-    add_lora_(ours, LoraConfig(**{**vars(config), "init": init}))
+    config = LoraConfig(
+        4, 8, target_modules=["up", "down"], rank_pattern=ranks, alpha_pattern=alphas, use_rslora=use_rslora
+    )
+    add_lora_(ours, LoraConfig(**{**vars(config), "init_lora_weights": init}))
     layers = lora_layers(ours)
     said = peft_config(ours, layers)
     theirs = peft.get_peft_model(model(), peft.LoraConfig(**{k: v for k, v in said.items() if k != "peft_type"}))

@@ -99,7 +99,7 @@ def test_file_and_configuration_that_disagree_are_refused(
 
 def test_a_narrowed_file_that_lost_layers_is_refused(small_model: Callable[..., Any], tmp_path: Path) -> None:
     model = small_model("LlamaConfig")
-    add_lora_(model, LoraConfig(2, target_modules=["q_proj", "up_proj"], layers=[1]))
+    add_lora_(model, LoraConfig(2, target_modules=["q_proj", "up_proj"], layers_to_transform=[1]))
     save_adapter(model, tmp_path)
     config = {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}
     path = tmp_path / "adapter_config.json"

@@ -22,7 +22,7 @@ def test_facts_are_those_of_the_model_that_was_saved(small_model: Callable[..., 
     model = small_model("LlamaConfig")
     targets = ["q_proj", "down_proj", "embed_tokens"]
     ranks, alphas = {"layers.1.*q_proj": 6}, {"down_proj": 5}
-    config = LoraConfig(2, 7, target_modules=targets, rslora=True, rank_pattern=ranks, alpha_pattern=alphas)
+    config = LoraConfig(2, 7, target_modules=targets, use_rslora=True, rank_pattern=ranks, alpha_pattern=alphas)
     add_lora_(model, LoraConfig(**{**vars(config), "adapter_dtype": torch.bfloat16}))
     save_adapter(model, tmp_path)
     facts = adapter_facts(tmp_path)
@@ -32,7 +32,7 @@ def test_facts_are_those_of_the_model_that_was_saved(small_model: Callable[..., 
     }
     parameters = adapter_parameters(model).values()
     assert facts.parameters == sum(p.numel() for p in parameters) and facts.bytes == 2 * facts.parameters
-    assert (facts.dtypes, facts.rslora, facts.variant, facts.base) == (("bfloat16",), True, "lora", None)
+    assert (facts.dtypes, facts.use_rslora, facts.variant, facts.base) == (("bfloat16",), True, "lora", None)
     said = facts.to_json()
     assert json.loads(json.dumps(said)) == said and said["layers"] == 5
     embedding, down, query = said["by_name"]

@@ -22,7 +22,7 @@ TOKENS = torch.arange(14).view(2, 7)
 # Both stacks of other ranks than the rest; one of them; the one below and the one above in different layers.
 TARGETS: list[dict[str, Any]] = [
     {"target_modules": ["q_proj", "gate_up_proj", "experts.down_proj"], "rank_pattern": {"experts.down_proj": 2}},
-    {"target_modules": r".*0\.mlp\.experts\..*_proj|.*1\.mlp\.experts\.gate_up_proj", "rslora": True},
+    {"target_modules": r".*0\.mlp\.experts\..*_proj|.*1\.mlp\.experts\.gate_up_proj", "use_rslora": True},
 ]
 
 

@@ -63,8 +63,8 @@ def test_peft_reads_ours_and_we_read_pefts(tiny_folder: Path, tmp_path: Path, ta
 
 
 VARIANTS = [
-    {"rslora": True},
-    {"rslora": True, "rank_pattern": {"layers.0.*": 5, "v_proj": 2}, "alpha_pattern": {"^model.layers.1.*": 2.5}},
+    {"use_rslora": True},
+    {"use_rslora": True, "rank_pattern": {"layers.0.*": 5, "v_proj": 2}, "alpha_pattern": {"^model.layers.1.*": 2.5}},
     {"rank_pattern": {"layers.1.mlp.up_proj": 1}, "alpha_pattern": {"q_proj|k_proj": 11}},
 ]
 
@@ -92,8 +92,8 @@ def test_ranks_alphas_and_rslora_are_what_peft_makes_of_them(
     read = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
     torch.testing.assert_close(read(TOKENS).logits, ours(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
-    options = {**variant, "use_rslora": variant.get("rslora", False)}
-    options.pop("rslora", None)
+    options = {**variant, "use_rslora": variant.get("use_rslora", False)}
+    options.pop("use_rslora", None)
     plain = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     theirs = peft.get_peft_model(plain, peft.LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", **options))
     torch.manual_seed(1)
@@ -110,7 +110,7 @@ def test_ranks_alphas_and_rslora_are_what_peft_makes_of_them(
         assert layer.scaling == peer.scaling["default"]
     # Onto layers that have adapters already: their numbers become the file's.
     for layer in lora_layers(back).values():
-        layer.alpha, layer.rslora = 1.0, not layer.rslora
+        layer.alpha, layer.use_rslora = 1.0, not layer.use_rslora
     load_adapter_(back, tmp_path / "theirs")
     torch.testing.assert_close(back(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
@@ -144,15 +144,17 @@ class Nested(nn.Module):
 NUMBERS = st.lists(st.tuples(st.integers(1, 3), st.sampled_from([1, 2.5, 8])), min_size=5, max_size=5)
 
 
-@given(numbers=NUMBERS, rslora=st.booleans())
+@given(numbers=NUMBERS, use_rslora=st.booleans())
 @settings(max_examples=30)
-def test_any_ranks_and_alphas_come_back_and_peft_reads_the_same(numbers: list[tuple[int, float]], rslora: bool) -> None:
+def test_any_ranks_and_alphas_come_back_and_peft_reads_the_same(
+    numbers: list[tuple[int, float]], use_rslora: bool
+) -> None:
     from peft.utils.other import get_pattern_key
 
     model = Nested()
-    add_lora_(model, LoraConfig(rslora=rslora))
+    add_lora_(model, LoraConfig(use_rslora=use_rslora))
     for (name, old), (rank, alpha) in zip(lora_layers(model).items(), numbers, strict=True):
-        replacement = LoraLayer(rank, alpha, old.base_layer, dropout=0.0, rslora=rslora)
+        replacement = LoraLayer(rank, alpha, old.base_layer, dropout=0.0, use_rslora=use_rslora)
         model.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = replacement
     layers = lora_layers(with_values(model))
     with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +165,7 @@ def test_any_ranks_and_alphas_come_back_and_peft_reads_the_same(numbers: list[tu
         load_adapter_(back, Path(folder) / "a")
     for name, layer in lora_layers(back).items():
         saved = layers[name]
-        assert (layer.rank, layer.alpha, layer.rslora) == (saved.rank, saved.alpha, rslora)
+        assert (layer.rank, layer.alpha, layer.use_rslora) == (saved.rank, saved.alpha, use_rslora)
         assert torch.equal(layer.delta_weight(), saved.delta_weight())
         for patterns, usual, number in (
             ("rank_pattern", "r", saved.rank),
@@ -176,9 +178,9 @@ def test_any_ranks_and_alphas_come_back_and_peft_reads_the_same(numbers: list[tu
 def test_what_one_file_cannot_hold_is_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     add_lora_(model, LoraConfig(rank=2))
-    model[1].rslora = True
+    model[1].use_rslora = True
     with pytest.raises(
-        ConfigError, match=r"same dropout, rslora and variant; got .*\(0.0, False, .lora.\), \(0.0, True, .lora.\)"
+        ConfigError, match=r"same dropout, use_rslora and variant; got .*\(0.0, False, .lora.\), \(0.0, True, .lora.\)"
     ):
         save_adapter(model, tmp_path / "a")
 
@@ -271,7 +273,7 @@ def _two_kinds(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None
         (_stranger, "x is no layer of this model"),
         (_nan, "NaN or infinity"),
         (lambda tensors, config: config.update(use_dora=True), "has no magnitudes and use_dora says otherwise"),
-        (lambda tensors, config: config.update(use_rslora=1), "rslora must be True or False; got 1"),
+        (lambda tensors, config: config.update(use_rslora=1), "use_rslora must be True or False; got 1"),
         (lambda tensors, config: config.update(rank_pattern={"q": 2}), r"rank_pattern \['q'\] decides for no adapted"),
         (lambda tensors, config: config.update(rank_pattern={"q_proj": 2}), r"is \(3, 64\), the layer needs \(2, 64\)"),
         (lambda tensors, config: config.update(alpha_pattern={"(": 2}), r"alpha_pattern '\(' is not a regular"),
