@@ -62,7 +62,9 @@ VALUES = {
     **dict.fromkeys(("memory", "memory_budget", "max_shard_size", "beside"), SIZES),
     "checkpointing": ("most", "0", "-1"),
     "init_lora_weights": ("quux", "loftq:0", "loftq:5", "loftq:x"),
-    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), ("quux", ",", "q_proj;k_proj", "q_proj\nk_proj")),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "modules_to_save"), ("quux", ",", "q_proj;k_proj", "q_proj\nk_proj")
+    ),
     "layers_to_transform": ("a", "3-1", "-1", "1.5", "7", "0-99999999999", "9" * 5000),
     "trainable_token_indices": ("a", "-1", "1.5", "1,1", "107", HUGE, "9" * 5000),
 }

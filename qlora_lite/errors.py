@@ -1,5 +1,9 @@
 """What can go wrong, by whose hand: every error that qlora_lite raises on purpose is one of these."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class QLoRAError(Exception):
     """The common ancestor: `except QLoRAError` catches what this package refuses, and nothing else."""
@@ -54,3 +58,10 @@ class Stopped(SystemExit):
 
     def __str__(self) -> str:
         return self.sentence
+
+
+def listing(items: Iterable[object], most: int = 8, separator: str = ", ") -> str:
+    """Returns the first `most` items as text, and how many are left: `a, b, and 3 more`."""
+    texts = [str(item) for item in items]
+    left = len(texts) - most
+    return separator.join([*texts[:most], f"and {left} more"] if left > 0 else texts)

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qlora_lite.checkpoints.files import UNFINISHED, sync
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.signals import stoppable, unfinished
 
 # What a folder may hold that is replaced as a whole: the files that checkpoints, adapters and runs consist of.
@@ -50,7 +50,7 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
     files = sorted(path for path in target.rglob("*") if not path.is_dir())
     foreign = [str(path.relative_to(target)) for path in files if not _is_replaceable(path)]
     if foreign:
-        shown = ", ".join(foreign[:4]) + (" …" if len(foreign) > 4 else "")
+        shown = listing(foreign, 4)
         raise CheckpointError(
             f"{target} holds files that no checkpoint has, and they would be lost: {shown}; move them"
         )

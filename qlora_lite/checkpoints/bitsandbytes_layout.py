@@ -35,7 +35,7 @@ from qlora_lite.checkpoints.pack_source import READ_BYTES, slice_starts
 from qlora_lite.checkpoints.safetensors_read import StoredTensor
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor, planned
 from qlora_lite.checks import check_finite, is_count, is_finite
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.quantization.formats import BLOCKSIZES, NESTED_BLOCKSIZE, packed_bytes, row_step
 from qlora_lite.quantization.packed_weight import PackedWeight, code_values
 
@@ -164,9 +164,7 @@ def int8_rows(stored: Mapping[str, StoredTensor], absmax: Mapping[str, StoredTen
         or (rows.shape, rows.dtype) != (stored[name].shape[:1], torch.float32)
     ]
     if bad:
-        raise CheckpointError(
-            f"{ROWS_FILE} has no matching rows in the checkpoint for {', '.join(sorted(bad)[:SHOWN])}"
-        )
+        raise CheckpointError(f"{ROWS_FILE} has no matching rows in the checkpoint for {listing(sorted(bad), SHOWN)}")
     return {name: StoredInt8Rows(stored[name], rows) for name, rows in absmax.items()}
 
 
@@ -191,8 +189,7 @@ def packed_weights(stored: Mapping[str, StoredTensor]) -> tuple[dict[str, Stored
     groups += [(_eight_bit, name, parts) for name, parts in eight.items()]
     read = {name: _read(layout, name, stored, parts, problems) for layout, name, parts in groups}
     if problems:
-        more = f"; and {len(problems) - SHOWN} more" if problems[SHOWN:] else ""
-        raise CheckpointError(f"packed weights cannot be read: {'; '.join(problems[:SHOWN])}{more}")
+        raise CheckpointError(f"packed weights cannot be read: {listing(problems, SHOWN, '; ')}")
     return {name: weight for name, weight in read.items() if weight is not None}, statistics
 
 

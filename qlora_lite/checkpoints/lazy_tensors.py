@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite.compute.slicing import covering
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.signals import poll
 
 # What a view that has to pass over all of its source, to give a few rows, reads at once.
@@ -63,7 +63,7 @@ def _check_alike(name: str, parts: tuple[Source, ...], but: int | None) -> None:
     """CheckpointError unless the shapes are equal, except in dimension `but`."""
     kept = {tuple(size for dim, size in enumerate(part.shape) if dim != but) for part in parts}
     if len(kept) > 1 or (but is not None and any(but >= len(part.shape) for part in parts)):
-        shapes = ", ".join(f"{part.name} {part.shape}" for part in parts[:4])
+        shapes = listing((f"{part.name} {part.shape}" for part in parts), 4)
         raise CheckpointError(f"{name} is made of tensors whose shapes do not fit together: {shapes}")
 
 

@@ -32,7 +32,7 @@ from qlora_lite.checkpoints.pack_source import READ_BYTES, PackSource, ToBePacke
 from qlora_lite.checkpoints.safetensors_read import TensorFiles, tensors_in
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits
-from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
+from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, listing
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.quantize_model import Slot, slots
 from qlora_lite.signals import poll
@@ -43,7 +43,7 @@ BITSANDBYTES = "bitsandbytes"
 
 
 def _listed(what: str, names: set[str] | list[str]) -> str:
-    return f"{len(names)} tensors {what}: {', '.join(sorted(names)[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
+    return f"{len(names)} tensors {what}: {listing(sorted(names), SHOWN)}"
 
 
 Stored = StoredPacked | StoredInt8Rows
@@ -88,7 +88,7 @@ def fitting(
     )
     problems = [_listed(what, names) for what, names in kinds if names]
     problems += _torn_apart(model, tensors)
-    problems += found.problems[:SHOWN] + ([f"and {len(found.problems) - SHOWN} more"] if found.problems[SHOWN:] else [])
+    problems += [listing(found.problems, SHOWN, "; ")] if found.problems else []
     if problems:
         raise CheckpointError(f"{folder} does not fit this {type(model).__name__}: {'; '.join(problems)}")
     twins = {alias for alias, source in architecture.tied_pairs(model) if source in tensors}
@@ -207,7 +207,7 @@ def _as_stored(
         )
     layers = [name.removesuffix(".weight") for name in packed]
     if both := [name for name in layers for skip in wanted.skip_modules or () if answers_to(name, skip)]:
-        raise ConfigError(f"{folder} holds layers packed that skip_modules leaves unpacked: {', '.join(both[:SHOWN])}")
+        raise ConfigError(f"{folder} holds layers packed that skip_modules leaves unpacked: {listing(both, SHOWN)}")
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed_linear(m)]
     embedding = "int8" if rows else wanted.embedding_format
     unpacked = tuple(name for name in linears if name not in layers)
@@ -311,6 +311,6 @@ def fill_(model: Any, checkpoint: Filling, dtype: torch.dtype, device: torch.dev
         except QuantizationError as error:
             bad.append(str(error))
     if bad:
-        raise QuantizationError("; ".join(bad[:SHOWN]) + (f"; and {len(bad) - SHOWN} more" if bad[SHOWN:] else ""))
+        raise QuantizationError(listing(bad, SHOWN, "; "))
     architecture.fill_computed_buffers_(model, device)
     model.requires_grad_(False)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qlora_lite.checkpoints.files import LARGEST_JSON, excerpt, is_regular, open_regular, read_json
 from qlora_lite.checkpoints.safetensors_write import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.signals import poll
 
 DTYPE_OF = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
@@ -173,7 +173,7 @@ class TensorFiles:
             found = tensors_in(path)
             wanted = {name for name, where in listed.items() if where == file}
             if lost := sorted(wanted - found.keys()):
-                raise CheckpointError(f"{path} should hold {', '.join(lost[:8])} by the index but does not")
+                raise CheckpointError(f"{path} should hold {listing(lost)} by the index but does not")
             stored |= {name: tensor for name, tensor in found.items() if name in wanted}
         return stored
 

@@ -1,4 +1,4 @@
-"""`qlora-lite merge`: an adapter merged into its base, written as a plain checkpoint. Heavy imports stand inside the command."""
+"""`qlora-lite merge`: an adapter merged into its base, written as a plain checkpoint."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from qlora_lite.checkpoints.safetensors_write import (
     write_sharded,
 )
 from qlora_lite.checks import check_finite, is_count, require
-from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
+from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, listing
 from qlora_lite.export.plain_weights import weights_to_write
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.experts import PackedStack
@@ -92,8 +92,8 @@ def _skipped(model: nn.Module, layers: _Layers) -> list[str]:
     ]
     if lost:
         raise CheckpointError(
-            f"transformers would take these packed layers for unpacked ones by their names: {', '.join(lost[:SHOWN])}; "
-            f"pack {', '.join(patterns[:SHOWN])} too, or export_merged"
+            f"transformers would take these packed layers for unpacked ones by their names: {listing(lost, SHOWN)}; "
+            f"pack {listing(patterns, SHOWN)} too, or export_merged"
         )
     return skipped
 

@@ -4,9 +4,9 @@
 
 Both merges have the tensors as they are, or would be, written: W4 + s B A (`dequantized`, what was trained on) and
 W16 + s B A (`original`). Weights are streamed (streamed_model.py) and logits compared a block of the vocabulary at a
-time, so memory grows neither with the number of layers nor with that of prompts. Products are in fp32 and what is summed over
-the vocabulary in fp64, whatever dtype is exported, and not in integers where training was: what is measured is the
-difference of weights.
+time, so memory grows neither with the number of layers nor with that of prompts. Products are in fp32 and what is
+summed over the vocabulary in fp64, whatever dtype is exported, and not in integers where training was: what is measured
+is the difference of weights.
 """
 
 from __future__ import annotations

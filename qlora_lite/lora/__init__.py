@@ -52,7 +52,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "config": "LoraConfig",
         "layer": "LoraLayer LinearWithLoRA Embedding",
         "adapters": "add_lora_ remove_lora_ lora_layers adapter_parameters adapters_disabled",
-        "multi_adapter": "add_adapter_ use_adapter_ using_adapter combine_adapters_ delete_adapter_ active_adapter adapter_names",
+        "multi_adapter": "add_adapter_ use_adapter_ using_adapter combine_adapters_ delete_adapter_ active_adapter "
+        "adapter_names",
         "merge": "merge_lora_ unmerge_lora_",
         "peft.save_load": "save_adapter load_adapter_",
     },

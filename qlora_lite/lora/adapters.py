@@ -64,13 +64,15 @@ def adapted(name: str, layer: nn.Module, config: LoraConfig, dtype: torch.dtype)
 def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER) -> list[str]:
     """Puts a LoraLayer around every targeted layer, freezes all else, and returns the names of the adapted layers.
 
-    What is to be trained beside A and B (modules_to_save, bias, trainable_token_indices) gets trained copies beside its originals.
+    What is to be trained beside A and B (modules_to_save, bias, trainable_token_indices) gets trained copies beside
+    its originals.
     The model computes what it did before; with init `loftq` what it did before it was packed, more nearly. `loftq:N`
     also puts newly packed weights in the place of the targeted layers' own, one layer at a time, before its adapter
     stands on it: the one case in which a base is exchanged. `save_quantized` after `remove_lora_` keeps it. Raises
     TargetError for targets that match nothing or are adapted already, and for exclusions, layer numbers and patterns
     that decide nothing;
-    ConfigError, CheckpointError for layers that cannot start as `config.init_lora_weights` says. The model is then as it was.
+    ConfigError, CheckpointError for layers that cannot start as `config.init_lora_weights` says. The model is then
+    as it was.
     name: what the adapter is called; `named_adapters.add_adapter_` puts a further one beside those that are there.
     """
     check_name(model, name)

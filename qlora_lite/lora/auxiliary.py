@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qlora_lite import architecture
-from qlora_lite.errors import TargetError
+from qlora_lite.errors import TargetError, listing
 from qlora_lite.lora.auxiliary_layers import (
     TokenRows,
     TrainedCopy,
@@ -87,7 +87,7 @@ def units(modules: Mapping[str, nn.Module], chosen: Collection[str]) -> dict[str
 
 
 def trained_whole(model: nn.Module, wanted: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules that `modules_to_save` means. TargetError for names that nothing has, and for what has no parameters."""
+    """The modules that `modules_to_save` means. TargetError for unknown names and for modules without parameters."""
     modules = plain_modules(model)
     with_parameters = {name for name, module in modules.items() if name and parameter_names(module)}
     named = {want: [name for name in modules if answers_to(name, want)] for want in wanted}
@@ -149,7 +149,7 @@ class Beside:
         whole = trained_whole(model, config.modules_to_save)
         if both := sorted(chosen & whole.keys()):
             raise TargetError(
-                f"{', '.join(both[:4])} would be both adapted and trained whole; leave them out of target_modules or "
+                f"{listing(both, 4)} would be both adapted and trained whole; leave them out of target_modules or "
                 f"of modules_to_save"
             )
         holders = [name for name in biased(plain_modules(model)) if name not in whole]

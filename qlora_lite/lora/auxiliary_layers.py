@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qlora_lite.compute.lora_linear import check_features, product_dtype
-from qlora_lite.errors import TargetError
+from qlora_lite.errors import TargetError, listing
 from qlora_lite.lora.kinds import LinearKind, kind_of
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -172,7 +172,7 @@ def check_tokens(indices: Sequence[int], vocabulary: int) -> None:
     """TargetError for tokens that a weight of so many rows does not have."""
     if outside := [index for index in indices if index >= vocabulary]:
         raise TargetError(
-            f"trainable_token_indices {outside[:8]} are outside the vocabulary, which has {vocabulary} tokens: "
+            f"trainable_token_indices {listing(outside)} are outside the vocabulary, which has {vocabulary} tokens: "
             f"resize the model's embeddings first"
         )
 

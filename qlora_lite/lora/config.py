@@ -97,8 +97,8 @@ class LoraConfig:
     rank_pattern, alpha_pattern: {pattern: number} for layers that get another rank or alpha than the others, as in
         peft: a pattern is a regular expression for a layer's whole name or its last parts, and the first one that
         matches decides. One that decides for no adapted layer is an error (TargetError of `add_lora_`).
-    init_lora_weights: how A and B start (init.py): `normal` (A from N(0, 0.02), B zero); `kaiming`, `gaussian`, `orthogonal` as
-        peft does; `pissa`, with the principal part of the base; `loftq`, making up for the error of packing, which
+    init_lora_weights: how A and B start (init.py): `normal` (A from N(0, 0.02), B zero); `kaiming`, `gaussian`,
+        `orthogonal` as peft does; `pissa`, with the principal part of the base; `loftq`, making up for the error of packing, which
         reads the checkpoint that the model was loaded from; `loftq:5`, that in five iterations, which packs the base
         anew: the adapter then belongs to that base and to no other (base_identity.py).
     variant: `lora`; or `dora`, which also trains the norm of each row of the weight (see LoraLayer).
@@ -106,8 +106,8 @@ class LoraConfig:
         norms (`input_layernorm`, `model.norm`), an output head, a classifier. A trained copy in adapter_dtype lies,
         unpacked, beside each frozen original. One of two tied modules leaves the other as it is; both get a copy each.
     bias: trains biases too, copies of them: `lora_only` of the adapted layers, `all` of every module.
-    trainable_token_indices: tokens whose rows of the input embedding are trained, and those of a head that is tied to it (peft's
-        trainable_token_indices): memory for these rows only.
+    trainable_token_indices: tokens whose rows of the input embedding are trained, and those of a head that is tied
+        to it: memory for these rows only.
     """
 
     rank: int = 16

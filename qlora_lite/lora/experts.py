@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
+from qlora_lite.errors import listing
 from qlora_lite.lora.kinds import Kind, RouterKind, StackKind, kind_of
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.experts import DenseStack, RoutedExperts, packable_stacks
@@ -90,5 +91,5 @@ def option_problems(layers: Mapping[str, nn.Module], dropout: float, variant: st
         return []
     return [
         f"adapters on stacks of experts and on routers have neither dropout nor DoRA; got dropout {dropout} and "
-        f"variant {variant!r} for {', '.join(names[:4])}; set dropout=0 and variant='lora', or leave these out"
+        f"variant {variant!r} for {listing(names, 4)}; set dropout=0 and variant='lora', or leave these out"
     ]

@@ -30,7 +30,7 @@ from qlora_lite.checkpoints.load import fitting
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.lora_linear import dense
-from qlora_lite.errors import CheckpointError, ConfigError, TargetError
+from qlora_lite.errors import CheckpointError, ConfigError, TargetError, listing
 from qlora_lite.lora.config import LoraConfig, init_parts
 from qlora_lite.lora.kinds import EmbeddingKind, LinearKind, RouterKind, StackKind, kind_of
 from qlora_lite.lora.layer import LoraLayer
@@ -153,7 +153,7 @@ OF_WEIGHTS = ("pissa", "loftq")
 
 
 def check_start(model: nn.Module, targets: Mapping[str, nn.Module], config: LoraConfig) -> None:
-    """ConfigError or TargetError, listing all of them, for layers that cannot start as `config.init_lora_weights` says."""
+    """Raises ConfigError or TargetError, listing all layers that `config.init_lora_weights` cannot initialize."""
     problems: list[str] = []
     init, rounds = init_parts(config.init_lora_weights)
     for name, base in targets.items():
@@ -176,7 +176,7 @@ def check_start(model: nn.Module, targets: Mapping[str, nn.Module], config: Lora
         elif rounds > 1 and holders(model, weight) > 1:
             problems.append(f"{name} shares its packed weight with another module, which would be changed with it")
     if problems:
-        shown = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
+        shown = listing(problems, separator="; ")
         raise ConfigError(f"init_lora_weights {config.init_lora_weights!r} cannot be used: {shown}")
 
 
@@ -189,15 +189,19 @@ def originals_of(model: nn.Module, names: Iterable[str], init: str) -> Originals
         return {}
     folder = hub.source_folder(model)
     if folder is None or not (folder / hub.CONFIG_FILE).is_file():
-        raise CheckpointError("init_lora_weights 'loftq' needs the checkpoint that the model was packed from; it has none")
+        raise CheckpointError(
+            "init_lora_weights 'loftq' needs the checkpoint that the model was packed from; it has none"
+        )
     if hub.quantization_of(folder) is not None:
-        raise CheckpointError(f"init_lora_weights 'loftq' needs weights as they were before packing; {folder} holds packed ones")
+        raise CheckpointError(
+            f"init_lora_weights 'loftq' needs weights as they were before packing; {folder} holds packed ones"
+        )
     empty = hub.empty_model(hub.read_config(folder), torch.float32)
     architecture.tie(empty)
     stored: Any = fitting(empty, folder, TensorFiles(folder).stored)
     lost = [name for name in names if f"{name}.weight" not in stored]
     if lost:
-        raise CheckpointError(f"{folder} has no weight for: {', '.join(lost[:8])}")
+        raise CheckpointError(f"{folder} has no weight for: {listing(lost)}")
     return {f"{name}.weight": stored[f"{name}.weight"] for name in names}
 
 

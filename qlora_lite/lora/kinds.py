@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from qlora_lite.compute.lora_linear import Adapted, adapted_linear, check_features, multiplied
 from qlora_lite.compute.weight_update import Added, Delta, StackDelta
-from qlora_lite.errors import InputError
+from qlora_lite.errors import InputError, listing
 from qlora_lite.lora.convolution import CONVOLUTIONS, ConvKind, why_not
 from qlora_lite.surgery import has_own_forward, is_router, is_transposed_linear
 
@@ -161,8 +161,7 @@ class EmbeddingKind:
         except IndexError as error:
             bad = x[(x < 0) | (x >= base.num_embeddings)]
             raise InputError(
-                f"tokens must be in [0, {base.num_embeddings}); got {int(bad[0])}"
-                f"{f' and {bad.numel() - 1} more' if bad.numel() > 1 else ''}"
+                f"tokens must be in [0, {base.num_embeddings}); got {listing(bad.flatten().tolist(), 1)}"
             ) from error
         if lora is not None:
             lora_A, lora_B = lora

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.checks import is_finite, require
-from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.errors import ConfigError, TargetError, listing
 from qlora_lite.lora.adapters import (
     adapted,
     add_lora_,
@@ -68,7 +68,7 @@ def _check_parkable(model: nn.Module) -> None:
     whole = [name for name, module in switched(model).items() if not isinstance(module, LoraLayer)]
     if whole:
         raise ConfigError(
-            f"{', '.join(whole[:4])}: modules that are trained whole and rows of tokens belong to the adapter in use "
+            f"{listing(whole, 4)}: modules that are trained whole and rows of tokens belong to the adapter in use "
             f"and cannot be set aside with it; save it, and remove_lora_ before another is added"
         )
 
@@ -86,7 +86,7 @@ def _bases(model: nn.Module, name: str) -> dict[str, nn.Module]:
     found = {path: modules.get(path) for path in layers}
     bases: Any = {path: base.base_layer if isinstance(base, LoraLayer) else base for path, base in found.items()}
     if lost := [path for path, layer in layers.items() if not _fits(layer, bases[path])]:
-        raise TargetError(f"adapter {name!r} fits the model no more; replaced were: {', '.join(lost[:8])}")
+        raise TargetError(f"adapter {name!r} fits the model no more; replaced were: {listing(lost)}")
     return bases  # type: ignore[no-any-return]
 
 

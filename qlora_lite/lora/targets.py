@@ -1,4 +1,4 @@
-"""Which layers of a model get an adapter: `target_modules`, `exclude_modules` and `layers_to_transform` of LoraConfig."""
+"""Which layers of a model get an adapter, by `target_modules`, `exclude_modules` and `layers_to_transform`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.errors import ConfigError, TargetError, listing
 from qlora_lite.lora.config import ALL_LINEAR, LoraConfig, Targets
 from qlora_lite.lora.convolution import read_kernels, why_not
 from qlora_lite.lora.experts import open_stacks
@@ -51,7 +51,7 @@ def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
 def _check_no_linear_is_left_out(chosen: Mapping[str, nn.Module]) -> None:
     own = {name: layer for name, layer in chosen.items() if has_own_forward(layer) and kind_of(layer) is None}
     if own:
-        shown = ", ".join(f"{name} ({type(layer).__name__})" for name, layer in list(own.items())[:4])
+        shown = listing((f"{name} ({type(layer).__name__})" for name, layer in own.items()), 4)
         raise TargetError(
             f"all-linear meets {len(own)} layers with a forward of their own, {shown}; leave them out with "
             f"exclude_modules, or name the others"
@@ -63,7 +63,7 @@ def _check_no_strange_stack_is_meant(model: nn.Module, targets: Targets, layers:
     meant = [name for name in stacks(model) if name not in layers and any(answers_to(name, target) for target in names)]
     if meant:
         raise TargetError(
-            f"{', '.join(meant[:4])}: stacks of matrices in modules that are not known here cannot be adapted; "
+            f"{listing(meant, 4)}: stacks of matrices in modules that are not known here cannot be adapted; "
             f"leave them out"
         )
 
@@ -75,18 +75,18 @@ def _check_convolutions_meant(model: nn.Module, targets: Targets) -> None:
     reasons = {name: reason for name, module in model.named_modules() if (reason := why_not(module)) is not None}
     meant = _meant("target_modules", targets, {name: model.get_submodule(name) for name in reasons})
     if meant:
-        problems = "; ".join(f"{name}: {reasons[name]}" for name in meant[:4])
+        problems = listing((f"{name}: {reasons[name]}" for name in meant), 4, "; ")
         raise TargetError(f"{problems}; leave them out of target_modules")
 
 
 def _check_called(model: nn.Module, names: list[str]) -> None:
     """An adapter in a layer that its parent does not call would be ignored."""
     if unseen := read_kernels(model, names):
-        raise TargetError(f"{'; '.join(unseen[:4])}; leave them out of target_modules")
+        raise TargetError(f"{listing(unseen, 4, '; ')}; leave them out of target_modules")
     fast = [n for n in names if isinstance(model.get_submodule(n.rpartition(".")[0]), nn.TransformerEncoderLayer)]
     if fast:
         raise TargetError(
-            f"{', '.join(fast[:4])}: in eval, nn.TransformerEncoderLayer reads its layers' weights instead of calling "
+            f"{listing(fast, 4)}: in eval, nn.TransformerEncoderLayer reads its layers' weights instead of calling "
             f"them, which would leave an adapter out; leave them out of target_modules"
         )
 
@@ -152,7 +152,8 @@ def _idle(config: LoraConfig, targeted: Mapping[str, nn.Module], excluded: set[s
 
 
 def select_targets(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the layers that get an adapter: target_modules without exclude_modules, in `layers_to_transform` (see LoraConfig).
+    """Names of the layers that get an adapter: target_modules without exclude_modules, in the blocks of
+    `layers_to_transform` (see LoraConfig).
 
     Raises TargetError that lists what matched or decided nothing. The model has no adapters yet.
     """

@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from qlora_lite.checks import check_packable
-from qlora_lite.errors import ConfigError, TargetError
+from qlora_lite.errors import ConfigError, TargetError, listing
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.experts import PackedStack, RoutedExperts, packable_stacks, stacks
 from qlora_lite.quantization.formats import UNPACKED
@@ -165,7 +165,7 @@ def _stack_slots(model: nn.Module, config: QuantConfig) -> dict[Tensor, Slot]:
             unknown.append(f"{path} {tuple(weight.shape)} of a {type(module).__name__}")
     if unknown:
         raise TargetError(
-            f"{len(unknown)} stacks of matrices cannot be packed: {', '.join(unknown[:4])}; name them, and the output "
+            f"{len(unknown)} stacks of matrices cannot be packed: {listing(unknown, 4)}; name them, and the output "
             f"head, in skip_modules to leave them unpacked"
         )
     return found

@@ -23,7 +23,7 @@ from qlora_lite.checkpoints.files import UNFINISHED, excerpt, read_json, sync, w
 from qlora_lite.checkpoints.safetensors_read import read_safetensors
 from qlora_lite.compute.random_state import RandomState
 from qlora_lite.data.stream import Position
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.signals import poll
 
 CHECKPOINTS = "checkpoints"
@@ -203,7 +203,7 @@ def read_state_file(folder: Path) -> dict[str, Any]:
     if state.get("version") != VERSION:
         raise CheckpointError(f"{folder} is of version {excerpt(state.get('version'))}; this one reads {VERSION}")
     if wrong := list(unlike(state, STATE_SHAPE)):
-        shown = ", ".join(wrong[:SHOWN]) + (" …" if len(wrong) > SHOWN else "")
+        shown = listing(wrong, SHOWN)
         raise CheckpointError(f"{path} is no state of a run: {shown} is missing, or not what it should be")
     return state
 

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from qlora_lite.checkpoints.atomic_folder import check_replaceable
-from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped
+from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped, listing
 from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.signals import stoppable, unstopped
 from qlora_lite.training.run_checkpoints import (
@@ -184,7 +184,7 @@ def _check_writable(folder: Path, overwrite: bool, resume: bool) -> None:
         raise CheckpointError(f"{folder} is not empty; name another folder, or ask for overwrite")
     there -= {path.name for path in unfinished(folder)}
     if resume and there and not there & {METRICS_FILE, ADAPTER_FOLDER, CHECKPOINTS}:
-        raise CheckpointError(f"{folder} holds no run to go on with, but {', '.join(sorted(there)[:4])}")
+        raise CheckpointError(f"{folder} holds no run to go on with, but {listing(sorted(there), 4)}")
     check_replaceable(folder / ADAPTER_FOLDER, overwrite or resume)
 
 

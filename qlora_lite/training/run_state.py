@@ -26,7 +26,7 @@ from qlora_lite.checkpoints.safetensors_write import planned, raw_bytes, write_s
 from qlora_lite.compute.environment import arithmetic
 from qlora_lite.compute.random_state import RandomSources, RandomState
 from qlora_lite.data.stream import BatchStream, Position
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.peft.save_load import save_adapter
@@ -170,10 +170,9 @@ class RunState:
         ]
         problems += _differences("machine: ", state["machine"], here["machine"])
         if problems:
-            shown = "; ".join(problems[:SHOWN]) + (f" and {len(problems) - SHOWN} more" * (len(problems) > SHOWN))
             raise CheckpointError(
-                f"{folder} cannot be resumed exactly: {shown}; make it as it was, or begin a new run from "
-                f"{folder / ADAPTER_FOLDER} with load_adapter_"
+                f"{folder} cannot be resumed exactly: {listing(problems, SHOWN, '; ')}; make it as it was, "
+                f"or begin a new run from {folder / ADAPTER_FOLDER} with load_adapter_"
             )
 
     def restore_(self, folder: Path) -> None:
@@ -182,7 +181,7 @@ class RunState:
         kinds = [{n: (value.shape, value.dtype) for n, value in side.items()} for side in (found.trained, here)]
         if kinds[0] != kinds[1]:
             other = sorted(name for name in {*found.trained, *here} if kinds[0].get(name) != kinds[1].get(name))
-            raise CheckpointError(f"{folder} has other tensors that learn than the model: {', '.join(other[:SHOWN])}")
+            raise CheckpointError(f"{folder} has other tensors that learn than the model: {listing(other, SHOWN)}")
         with torch.no_grad():
             for name, value in here.items():
                 value.copy_(found.trained[name])

@@ -24,7 +24,7 @@ from qlora_lite.compute.devices import is_out_of_memory, on_cpu
 from qlora_lite.compute.host_memory import HoleLimit, release_freed_pages
 from qlora_lite.compute.random_state import RandomSources
 from qlora_lite.data.batching import Batch, labelled_tokens
-from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, TargetError, TrainingError
+from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, TargetError, TrainingError, listing
 from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, switched
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
 from qlora_lite.signals import poll
@@ -94,7 +94,7 @@ def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Paramet
 def _check_gradients(adapters: dict[str, nn.Parameter]) -> None:
     missing = [name for name, parameter in adapters.items() if parameter.grad is None]
     if missing:
-        shown = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
+        shown = listing(missing, 4)
         raise TrainingError(
             f"{len(missing)} of {len(adapters)} adapter matrices got no gradient in the first step: {shown}"
         )

@@ -21,7 +21,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_help_needs_nothing_heavy(run: Run) -> None:
-    program = "import sys, qlora_lite.cli.main; print([m for m in ('torch', 'transformers', 'rich.table') if m in sys.modules])"
+    heavy = "[name for name in ('torch', 'transformers', 'rich.table') if name in sys.modules]"
+    program = f"import sys, qlora_lite.cli.main; print({heavy})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     for command in ((), ("train",), ("merge",), ("quantize",), ("profile",), ("plan",), ("env",)):

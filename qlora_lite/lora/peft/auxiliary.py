@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qlora_lite import architecture
 from qlora_lite.checkpoints.lazy_tensors import Source
 from qlora_lite.compute.weight_update import Replaced, Rows
-from qlora_lite.errors import CheckpointError, ConfigError, TargetError
+from qlora_lite.errors import CheckpointError, ConfigError, TargetError, listing
 from qlora_lite.lora.auxiliary import biased, plain_modules, token_layers, trained_copies, units, with_token_rows
 from qlora_lite.lora.auxiliary_layers import TokenRows, TrainedCopy, WithTokenRows, parameter_names, plain_shape
 from qlora_lite.lora.config import BIASES
@@ -76,7 +76,7 @@ def beside_config(model: nn.Module) -> dict[str, Any]:
     for name in whole:
         if others := [other for other in plain_modules(model) if other != name and _means(other, name)]:
             raise ConfigError(
-                f"peft would take modules_to_save={name!r} for {', '.join(others[:4])} too, by the ends of their "
+                f"peft would take modules_to_save={name!r} for {listing(others, 4)} too, by the ends of their "
                 f"names; train these as well, or put the model into a container"
             )
     biases = "all" if len(copies) > len(whole) else "lora_only" if _layers_with_bias(model) else "none"
@@ -133,7 +133,7 @@ class StoredBeside:
             elif bias == "all" and key.endswith(SPARE):
                 del tensors[key]
         if both := sorted((taken.whole.keys() | taken.rows.keys()) & set(adapted)):
-            problems.append(f"{', '.join(both[:4])} has A and B and is trained itself")
+            problems.append(f"{listing(both, 4)} has A and B and is trained itself")
         taken._check_complete(modules, whole_units, holders, asked_for)
         if config.get("ensure_weight_tying"):
             taken._check_tied(model)
@@ -150,9 +150,7 @@ class StoredBeside:
         lost += [f"{name}.bias" for name in holders if name not in self.biases]
         lost += [f"the rows of {name}" for name in asked_for if name not in self.rows]
         if lost:
-            self.problems.append(
-                f"the file has nothing for {len(lost)} of what is trained whole: {', '.join(lost[:4])}"
-            )
+            self.problems.append(f"the file has nothing for {len(lost)} of what is trained whole: {listing(lost, 4)}")
         shaped = [
             (f"{n}.{p}", v, plain_shape(modules[n], p)) for n, parts in self.whole.items() for p, v in parts.items()
         ]
@@ -161,7 +159,7 @@ class StoredBeside:
             rows, width = plain_shape(modules[name], "weight") or (0, 0)
             shaped.append((f"the rows of {name}", values, (len(indices), width)))
             if outside := [index for index in indices if not 0 <= index < rows]:
-                self.problems.append(f"{name} has {rows} rows, and trainable_token_indices names {outside[:4]}")
+                self.problems.append(f"{name} has {rows} rows, and trainable_token_indices names {listing(outside, 4)}")
         for name, values, shape in shaped:
             if tuple(values.shape) != shape:
                 self.problems.append(f"{name} is {tuple(values.shape)}, the model needs {shape}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_lite.errors import ConfigError
+from qlora_lite.errors import ConfigError, listing
 from qlora_lite.lora.peft.describe import AdapterFacts
 from qlora_lite.lora.peft.keys import NOT_SET, base_changing_init
 
@@ -69,10 +69,6 @@ def _set(config: dict[str, Any], options: tuple[str, ...]) -> list[str]:
     return [option for option in options if config.get(option) not in NOT_SET]
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _other_base(facts: AdapterFacts) -> list[str]:
     """Both programs add B A to the base as it is, and peft had changed the base before it trained A and B."""
     start = base_changing_init(facts.config)
@@ -102,13 +98,13 @@ def vllm_verdict(facts: AdapterFacts, max_lora_rank: int = VLLM_DEFAULT_MAX_RANK
         reasons.append(f"rank {rank} is above max_lora_rank {max_lora_rank}; {help_}")
     foreign = [key for key in facts.keys if not key.endswith((*VLLM_KEY_ENDS, *VLLM_SKIPPED_ENDS))]
     if foreign:
-        reasons.append(f"unsupported LoRA weights: {_some(foreign)}")
+        reasons.append(f"unsupported LoRA weights: {listing(foreign, 3)}")
     # LoRAModel.from_local_checkpoint: layers that its model does not name are an error.
     embeddings = [layer for layer in facts.layers if layer.kind == "embedding" or layer.last == "lm_head"]
     if strange := [layer.name for layer in embeddings if layer.last not in VLLM_EMBEDDINGS]:
-        reasons.append(f"embeddings that vLLM's models do not name in embedding_modules: {_some(strange)}")
+        reasons.append(f"embeddings that vLLM's models do not name in embedding_modules: {listing(strange, 3)}")
     if convolutions := [layer.name for layer in facts.layers if layer.kind == "convolution"]:
-        reasons.append(f"convolutions, which vLLM has no adapters for: {_some(convolutions)}")
+        reasons.append(f"convolutions, which vLLM has no adapters for: {listing(convolutions, 3)}")
     notes = []
     if embeddings and not strange:
         notes.append("adapters on embedding or head: only for models with embedding_modules (Llama, Mistral, ...)")
@@ -137,7 +133,7 @@ def llama_cpp_verdict(facts: AdapterFacts) -> Verdict:
         if magnitude not in key and not any(part in key for part in (*LLAMA_CPP_PARTS, *LLAMA_CPP_KEPT))
     ]
     if foreign:
-        reasons.append(f"not a lora_A or lora_B tensor, the converter stops: {_some(foreign)}")
+        reasons.append(f"not a lora_A or lora_B tensor, the converter stops: {listing(foreign, 3)}")
     if any(magnitude in key for key in facts.keys) and facts.variant != "dora":
         reasons.append("magnitudes in the file, and the converter stops at them")
     if facts.use_rslora and any(layer.rank != 1 for layer in facts.layers):
@@ -148,7 +144,7 @@ def llama_cpp_verdict(facts: AdapterFacts) -> Verdict:
         reasons.append("lora_alpha 0: llama.cpp takes it for a scale of 1")
     reasons += [f"{option}: not read" for option in _set(config, LLAMA_CPP_UNREAD_OPTIONS)]
     if odd := [layer.name for layer in facts.layers if layer.kind in ("convolution", "experts")]:
-        reasons.append(f"A and B that are no pair of matrices of one layer: {_some(odd)}")
+        reasons.append(f"A and B that are no pair of matrices of one layer: {listing(odd, 3)}")
     notes = []
     if facts.base is None:
         notes.append("base_model_name_or_path is not set: give the converter --base")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from qlora_lite.errors import ConfigError
+from qlora_lite.errors import ConfigError, listing
 from qlora_lite.lora.config import ALL_LINEAR
 from qlora_lite.lora.experts import adaptable_stacks, patterned_name, routers_among, stacks_among
 from qlora_lite.lora.kinds import kind_of
@@ -189,5 +189,5 @@ def target_problems(model: nn.Module, in_file: Collection[str], config: dict[str
 
 
 def _told(names: set[str], what: str) -> str:
-    shown = ", ".join(sorted(names)[:4]) + (" …" if len(names) > 4 else "")
+    shown = listing(sorted(names), 4)
     return f"{len(names)} {what}: {shown}" if names else ""

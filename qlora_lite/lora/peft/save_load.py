@@ -26,7 +26,7 @@ from qlora_lite.checkpoints.base_identity import (
 )
 from qlora_lite.checkpoints.files import write_json
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor, planned, write_safetensors
-from qlora_lite.errors import CheckpointError, ConfigError, TargetError
+from qlora_lite.errors import CheckpointError, ConfigError, TargetError, listing
 from qlora_lite.lora.adapters import adapted, check_name, freeze_base_, lora_layers
 from qlora_lite.lora.auxiliary_layers import WithTokenRows
 from qlora_lite.lora.config import LoraConfig
@@ -153,10 +153,10 @@ def _pairs(tensors: dict[str, Tensor], path: Path) -> Pairs:
             continue
         pairs.setdefault(name, {})[part] = tensor
     if foreign:
-        shown = ", ".join(sorted(foreign)[:8])
+        shown = listing(sorted(foreign))
         raise CheckpointError(f"{path} has keys that belong to no adapter, or to one that is there already: {shown}")
     if single := sorted(name for name, pair in pairs.items() if not {"lora_A", "lora_B"} <= pair.keys()):
-        raise CheckpointError(f"{path} has only one of A and B for: {', '.join(single[:8])}")
+        raise CheckpointError(f"{path} has only one of A and B for: {listing(single)}")
     if not pairs:
         raise CheckpointError(f"{path} is empty")
     return pairs
@@ -302,7 +302,7 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
         problems.append(f"the model has adapters on other layers ({len(present)} there, {len(pairs)} in the file)")
     problems += beside.differences(model) if present and not problems else []
     if problems:
-        shown = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
+        shown = listing(problems, separator="; ")
         raise CheckpointError(f"{folder} does not fit this model: {shown}")
     _check_own_base_(model, pairs, config, folder)
 
