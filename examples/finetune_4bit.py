@@ -25,10 +25,8 @@ from qlora_lite import (
     save_adapter,
     train,
 )
-from qlora_lite.checkpoints.hub import load_tokenizer
-from qlora_lite.data.batching import batches
-from qlora_lite.data.records import read_records
-from qlora_lite.data.tokenization import tokenize_all
+from qlora_lite.checkpoints import load_tokenizer
+from qlora_lite.data import batches, read_records, tokenize_all
 
 
 def fine_tune(model_folder: Path, data: Path, output: Path, steps: int) -> dict[str, object]:

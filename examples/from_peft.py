@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qlora_lite import QuantConfig, TrainConfig, load_adapter_, load_quantized, save_adapter, train
-from qlora_lite.lora.adapters import adapters_disabled
+from qlora_lite.lora import adapters_disabled
 
 TOLERANCE = 1e-4
 LEARNING_RATE = 5e-3

@@ -35,10 +35,9 @@ from qlora_lite import (
     save_adapter,
     train,
 )
-from qlora_lite.checkpoints.hub import load_tokenizer
-from qlora_lite.data.batching import batches
-from qlora_lite.data.tokenization import tokenize_all
-from qlora_lite.memory.report import readable_bytes, render
+from qlora_lite.checkpoints import load_tokenizer
+from qlora_lite.data import batches, tokenize_all
+from qlora_lite.memory import readable_bytes, render
 
 ANSWER_TOKENS = 40
 PROMPTS_AT_ONCE = 32

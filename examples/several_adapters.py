@@ -20,10 +20,9 @@ from typing import Any
 import torch
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, load_quantized, merge_lora_, save_adapter, train
-from qlora_lite.checkpoints.hub import load_tokenizer
-from qlora_lite.data.batching import batches
-from qlora_lite.data.tokenization import tokenize_all
-from qlora_lite.lora.adapters import adapters_disabled
+from qlora_lite.checkpoints import load_tokenizer
+from qlora_lite.data import batches, tokenize_all
+from qlora_lite.lora import adapters_disabled
 from qlora_lite.lora.multi_adapter import (
     active_adapter,
     adapter_names,

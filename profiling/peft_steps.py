@@ -1,9 +1,9 @@
 """Training steps of transformers + peft + bitsandbytes, on a real model or on one of fake tensors.
 
 A step is set up as those libraries' documentation says, so that it can be rehearsed (`qlora_lite.planning.rehearsal`)
-and measured (`MemoryProfiler`) by the same code. `stand_in_` makes the model of a rehearsal. bitsandbytes' layers cannot
-be built of fake tensors (its parameters are of a class of their own), so they are built on meta, where nothing has
-bytes, and each tensor is exchanged inside of the rehearsal; packed ones come from bitsandbytes' own functions.
+and measured (`MemoryProfiler`) by the same code. `stand_in_` makes the model of a rehearsal. bitsandbytes' layers
+cannot be built of fake tensors (its parameters are of a class of their own), so they are built on meta, where nothing
+has bytes, and each tensor is exchanged inside of the rehearsal; packed ones come from bitsandbytes' own functions.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import ast
 import collections
 import functools
 import graphlib
+import importlib
 import re
 import subprocess
 import sys
@@ -251,10 +252,69 @@ def test_library_is_imported_by_its_keepers_alone(library: str) -> None:
     report(f"only {', '.join(sorted(KEEPERS[library]))} may import {library}", offenders)
 
 
-def test_memory_door_imports_the_standard_library_at_most() -> None:
-    door = [PACKAGE / "memory" / "__init__.py"]
-    offenders = unwanted_imports(door, lambda target: target.split(".")[0] not in sys.stdlib_module_names)
-    report("importing qlora_lite.memory has to stay cheap", offenders)
+def faces() -> dict[str, Path]:
+    """The `__init__.py` of every room by the room's name; the door is the empty string."""
+    files = [path for path in python_files("qlora_lite") if path.name == "__init__.py"]
+    return {".".join(path.parent.relative_to(PACKAGE).parts): path for path in files}
+
+
+def test_faces_import_nothing_but_the_lazy_mechanism() -> None:
+    """Names for type checkers aside: importing a room has to cost nothing."""
+    allowed = {"__future__.annotations", "typing.TYPE_CHECKING", "qlora_lite.lazy.lazy_names"}
+    offenders = [
+        f"{shown(path)}:{found.line} imports {found.target}"
+        for path in faces().values()
+        for found in imports(path)
+        if found.place != "typing" and found.target not in allowed
+    ]
+    report("faces that import more than they need", offenders)
+
+
+def test_faces_name_every_file_of_their_room() -> None:
+    offenders = []
+    for room, path in faces().items():
+        listed = set(re.findall(r"^(\w+) {2,}\S", ast.get_docstring(syntax(path)) or "", flags=re.MULTILINE))
+        files = {file.stem for file in path.parent.glob("*.py") if room and file != path}
+        offenders += [f"{shown(path)} does not name {name}" for name in sorted(files - listed)]
+        offenders += [f"{shown(path)} names {name}, which does not exist" for name in sorted(listed - files)]
+    report("faces that do not list their files", offenders)
+
+
+def test_faces_give_type_checkers_the_names_that_they_give_at_run_time() -> None:
+    offenders = []
+    for room, path in faces().items():
+        package = ".".join(["qlora_lite", room]).rstrip(".")
+        declared = {found.target for found in imports(path) if found.place == "typing"}
+        face = importlib.import_module(package)
+        names = getattr(face, "__all__", [])
+        homes = {f"{package}.{name}": getattr(face, name) for name in names}
+        assert len(declared) == len(homes), f"{package}: {sorted(declared)} declared, {sorted(homes)} handed on"
+        for target in declared:
+            module, _, name = target.rpartition(".")
+            if homes.get(f"{package}.{name}") is not getattr(importlib.import_module(module), name):
+                offenders.append(f"{shown(path)}: {target}")
+    report("names that a face declares and does not hand on", offenders)
+
+
+def test_public_names_are_no_files_of_their_room() -> None:
+    """Importing `room/name.py` would replace a public name `room.name` by the module."""
+    offenders = [
+        f"{shown(path)}: {name}"
+        for room, path in faces().items()
+        for name in getattr(importlib.import_module(".".join(["qlora_lite", room]).rstrip(".")), "__all__", [])
+        if (path.parent / f"{name}.py").is_file() or (path.parent / name).is_dir()
+    ]
+    report("public names that are also files", offenders)
+
+
+def test_examples_import_from_faces() -> None:
+    offenders = [
+        f"{shown(path)}:{found.line} imports {found.target}"
+        for path in python_files("examples")
+        for found in imports(path)
+        if own_module(found.target) not in (None, "", "errors")
+    ]
+    report("examples that import from below a face", offenders)
 
 
 def test_files_are_short() -> None:
@@ -405,13 +465,14 @@ def readme_tree(readme: str) -> list[TreeEntry]:
     return entries
 
 
-def test_readme_tree_names_what_is_on_disk() -> None:
+def test_readme_tree_names_every_room() -> None:
     entries = readme_tree((ROOT / "README.md").read_text(encoding="utf-8"))
     named = [entry.path for entry in entries]
     offenders = [f"{name} is named twice" for name in sorted(set(named)) if named.count(name) > 1]
     for name in named:
         there = (ROOT / name).is_dir() if name.endswith("/") else (ROOT / name).is_file()
         offenders += [] if there else [f"{name} is named and does not exist"]
-    offenders += [f"{shown(path)} is not named" for path in code_files() if shown(path) not in named]
-    offenders += [f"{name} has no comment" for name, comment in entries if not comment and not name.endswith("/")]
+    folders = {f"{shown(path.parent)}/" for path in code_files()}
+    offenders += [f"{folder} is not named" for folder in sorted(folders) if folder not in named]
+    offenders += [f"{name} has no comment" for name, comment in entries if not comment]
     report("README.md's tree and the disk disagree", offenders)

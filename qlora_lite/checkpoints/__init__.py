@@ -23,6 +23,7 @@ from qlora_lite.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qlora_lite.checkpoints.atomic_folder import new_folder as new_folder
+    from qlora_lite.checkpoints.atomic_folder import remove_abandoned as remove_abandoned
     from qlora_lite.checkpoints.hub import load_tokenizer as load_tokenizer
     from qlora_lite.checkpoints.hub import read_config as read_config
     from qlora_lite.checkpoints.load import load_quantized as load_quantized
@@ -37,7 +38,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "load": "load_quantized",
         "hub": "load_tokenizer read_config",
-        "atomic_folder": "new_folder",
+        "atomic_folder": "new_folder remove_abandoned",
         "safetensors_write": "write_safetensors write_sharded planned",
         "safetensors_read": "TensorFiles read_safetensors",
     },

@@ -98,9 +98,9 @@ class LoraConfig:
         peft: a pattern is a regular expression for a layer's whole name or its last parts, and the first one that
         matches decides. One that decides for no adapted layer is an error (TargetError of `add_lora_`).
     init_lora_weights: how A and B start (init.py): `normal` (A from N(0, 0.02), B zero); `kaiming`, `gaussian`,
-        `orthogonal` as peft does; `pissa`, with the principal part of the base; `loftq`, making up for the error of packing, which
-        reads the checkpoint that the model was loaded from; `loftq:5`, that in five iterations, which packs the base
-        anew: the adapter then belongs to that base and to no other (base_identity.py).
+        `orthogonal` as peft does; `pissa`, with the principal part of the base; `loftq`, making up for the error of
+        packing, which reads the checkpoint that the model was loaded from; `loftq:5`, that in five iterations, which
+        packs the base anew: the adapter then belongs to that base and to no other (base_identity.py).
     variant: `lora`; or `dora`, which also trains the norm of each row of the weight (see LoraLayer).
     modules_to_save: names of modules, whole or their last parts, that are trained themselves (peft's modules_to_save):
         norms (`input_layernorm`, `model.norm`), an output head, a classifier. A trained copy in adapter_dtype lies,
