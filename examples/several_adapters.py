@@ -22,10 +22,10 @@ import torch
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, load_quantized, merge_lora_, save_adapter, train
 from qlora_lite.checkpoints import load_tokenizer
 from qlora_lite.data import batches, tokenize_all
-from qlora_lite.lora import adapters_disabled
-from qlora_lite.lora.multi_adapter import (
+from qlora_lite.lora import (
     active_adapter,
     adapter_names,
+    adapters_disabled,
     add_adapter_,
     combine_adapters_,
     delete_adapter_,
