@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_lite.checkpoints import safetensors_write
+from qlora_lite.checkpoints import atomic_folder
 
 # Functions of `os` that change what is on a disk; shutil, tempfile and pathlib call them too.
 CHANGES = ("write", "fsync", "ftruncate", "rename", "replace", "mkdir", "unlink", "remove", "rmdir")
@@ -76,7 +76,7 @@ def arm(point: int, below: Path) -> None:
     for name in CHANGES:
         change = getattr(os, name)
         setattr(os, name, torn(change) if name == "write" else counted(change))
-    safetensors_write.exchanged = counted(safetensors_write.exchanged)
+    atomic_folder.exchanged = counted(atomic_folder.exchanged)
     sys.addaudithook(opened)
 
 

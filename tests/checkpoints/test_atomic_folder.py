@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qlora_lite.checkpoints.atomic_folder import exchanged
+from qlora_lite.checkpoints import atomic_folder
+from qlora_lite.checkpoints.atomic_folder import check_apart, exchanged, locked, new_folder
+from qlora_lite.errors import CheckpointError
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
@@ -20,3 +25,85 @@ def test_two_folders_trade_places_and_a_missing_one_is_an_error(tmp_path: Path) 
     other.mkdir()
     assert exchanged(one, other)
     assert [path.name for path in other.iterdir()] == ["first"] and not list(one.iterdir())
+
+
+def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(KeyError), new_folder(target) as folder:
+        (folder / "half").write_text("x")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(target) as folder:
+        (folder / "whole.json").write_text("x")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o777 & ~umask
+    with pytest.raises(CheckpointError, match="not empty"), new_folder(target):
+        pass
+    with new_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("x")
+    assert [path.name for path in target.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [target]
+    with pytest.raises(CheckpointError, match="would be lost: new"), new_folder(target, overwrite=True):
+        pass
+
+
+@pytest.mark.parametrize("system", [atomic_folder.exchanged, lambda one, other: False])
+def test_what_is_replaced_is_there_until_the_new_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: Callable[[Path, Path], bool]
+) -> None:
+    monkeypatch.setattr(atomic_folder, "exchanged", system)
+    for text in ("1", "2"):
+        with new_folder(tmp_path / "out", overwrite=True) as folder:
+            (folder / "x.json").write_text(text)
+    assert (tmp_path / "out" / "x.json").read_text() == "2" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_holds_is_not(tmp_path: Path) -> None:
+    for name in (".out.old1.partial", ".out.held1.partial", ".out.new1.partial", ".other.old1.partial"):
+        (tmp_path / name).mkdir()
+    for name in (".out.old1.partial", ".out.held1.partial", ".other.old1.partial"):
+        os.utime(tmp_path / name, (0, 0))
+    with locked(tmp_path / ".out.held1.partial"), new_folder(tmp_path / "out"):
+        pass
+    left = [".other.old1.partial", ".out.held1.partial", ".out.new1.partial", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_what_another_one_wrote_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    refused = pytest.raises(CheckpointError, match="not empty")
+    with refused, new_folder(tmp_path / "out"), new_folder(tmp_path / "out") as first:
+        (first / "config.json").write_text("first")
+    assert (tmp_path / "out" / "config.json").read_text() == "first"
+    with pytest.raises(CheckpointError, match="would be lost: notes"), new_folder(tmp_path / "out", overwrite=True):
+        (tmp_path / "out" / "notes").write_text("mine")
+    assert (tmp_path / "out" / "notes").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_folder_hands_its_parents_group_on(tmp_path: Path) -> None:
+    tmp_path.chmod(0o2775)
+    with new_folder(tmp_path / "out"):
+        pass
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_behind_a_link_the_folder_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for link, target in (("link", "real"), ("dangling", "later")):
+        (tmp_path / link).symlink_to(target)
+        with new_folder(tmp_path / link) as folder:
+            (folder / "x.json").write_text("{}")
+        assert (tmp_path / link).is_symlink() and (tmp_path / target / "x.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "later", "link", "real"]
+
+
+def test_an_output_over_an_input_is_refused(tmp_path: Path) -> None:
+    check_apart(tmp_path / "out", tmp_path / "base", None)
+    with pytest.raises(CheckpointError, match="would replace the input"):
+        check_apart(tmp_path, tmp_path / "base")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "model.safetensors").touch()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "model.safetensors").symlink_to(tmp_path / "store" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="store would replace the input"):
+        check_apart(tmp_path / "store", tmp_path / "linked")

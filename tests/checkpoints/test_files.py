@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lite.checkpoints.files import excerpt, is_regular, open_regular
+from qlora_lite.checkpoints.files import excerpt, is_regular, open_regular, read_json
 from qlora_lite.errors import CheckpointError
 
 
@@ -46,3 +46,14 @@ def test_all_else_is_one_sentence_and_is_never_waited_for(name: str, message: st
 
 def test_an_excerpt_is_short() -> None:
     assert excerpt("a" * 100) == "'" + "a" * 56 + "..." and excerpt([1]) == "[1]"
+
+
+def test_damaged_json_gets_one_sentence(tmp_path: Path) -> None:
+    for text, message in (
+        ("[1]", "JSON object"),
+        ("{", "cannot be read as JSON"),
+        ('{"r": ' + 5000 * "9" + "}", "cannot be read as JSON: Exceeds the limit"),
+    ):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            read_json(tmp_path / "x.json")
