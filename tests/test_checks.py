@@ -1,12 +1,14 @@
-"""What is said of NaN, infinity and overflow."""
+"""Checks of numbers, dtypes and sizes, and the errors for NaN, infinity and overflow."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from qlora_lite.checks import cast_finite, check_finite, check_packable
-from qlora_lite.errors import QuantizationError
+from qlora_lite.checks import cast_finite, check_finite, check_packable, dtype_named
+from qlora_lite.errors import ConfigError, QuantizationError
+from qlora_lite.lora.config import LoraConfig
+from qlora_lite.training.config import TrainConfig
 
 
 def test_cast_finite_names_what_does_not_fit() -> None:
@@ -36,3 +38,16 @@ def test_the_first_bad_index_is_named() -> None:
 def test_what_cannot_be_packed_is_said(weight: torch.Tensor, what: str) -> None:
     with pytest.raises(QuantizationError, match=what):
         check_packable(weight, "layer.weight", "int8")
+
+
+def test_dtype_names() -> None:
+    assert dtype_named("bf16") is torch.bfloat16 and dtype_named("float32") is torch.float32
+    with pytest.raises(ConfigError, match="got 'int8'"):
+        dtype_named("int8")
+
+
+def test_what_64_bits_do_not_hold_is_too_large() -> None:
+    with pytest.raises(ConfigError, match=r"steps must be an integer of at least 1 and below 2\*\*63; got 1000"):
+        TrainConfig(steps=10**30)
+    with pytest.raises(ConfigError, match="rank must be at most 65536; got 65537"):
+        LoraConfig(rank=2**16 + 1)

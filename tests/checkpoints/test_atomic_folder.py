@@ -1,4 +1,4 @@
-"""Two folders trade places."""
+"""A folder is written whole or not at all, and replaces another one in one move."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from qlora_lite.cli.main import main
 from qlora_lite.training.run_folder import RunFolder
@@ -27,47 +26,6 @@ def test_help_needs_nothing_heavy(run: Run) -> None:
     assert done.stdout.strip() == "[]"
     for command in ((), ("train",), ("merge",), ("quantize",), ("profile",), ("plan",), ("env",)):
         assert run(*command, "--help").returncode == 0
-
-
-def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from qlora_lite import QuantConfig, load_adapter_, load_quantized
-
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"text": f"number {n}"}) for n in range(8)))
-    words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--steps", 6)
-    where = ("--layers-to-transform", "0-1", "--exclude-modules", "k_proj, layers.1.mlp.up_proj")
-    beside = ("--modules-to-save", "model.norm", "--trainable-token-indices", "5,6")
-    done = run(*words, *where, *beside, "--rank", 2, "--use_rslora", "--learning-rate", 0.01, "--json")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["last_loss"] < figures["first_loss"] and figures["examples"] == 8
-    again = run(*words)
-    assert again.returncode == 1 and "not empty" in again.stderr and len(again.stderr.splitlines()) == 1
-
-    adapter = tmp_path / "run" / "adapter"
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    assert config["use_rslora"] is True and config["modules_to_save"] == ["model.norm"]
-    assert config["trainable_token_indices"] == {"model.embed_tokens": [5, 6]}
-    words = ("merge", "--model", tiny_folder, "--adapter", adapter, "--output", tmp_path / "merged")
-    done = run(*words, "--dtype", "fp32", "--json")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    # Eleven layers, a norm and the embedding.
-    assert figures["layers_merged"] == 13 and figures["embedding_and_head_untied"] is False
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"text": "number 9"}\n{"prompt": "number"}\n')
-    done = run(*words, "--verify", prompts, "--overwrite", "--json")
-    assert done.returncode == 0, done.stderr
-    said, found = done.stdout.splitlines(), json.loads(done.stdout.splitlines()[-1])["verify"]
-    assert found["sentence"] in said and "2 prompts" in done.stdout and found["adapter_loss"] < found["base_loss"]
-    assert found == json.loads((tmp_path / "merged" / "merge_report.json").read_text())["verify"]
-    ours = load_quantized(tiny_folder, QuantConfig())
-    load_adapter_(ours, adapter)
-    tokens = torch.arange(8).unsqueeze(0)
-    torch.testing.assert_close(merged(tokens).logits, ours.float().eval()(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_a_stopped_run_says_the_command_that_goes_on_with_it(
@@ -102,29 +60,6 @@ def test_a_stopped_run_says_the_command_that_goes_on_with_it(
     assert command(*words, memory_path / "whole")[0] == 0
     ends = [(memory_path / run / "adapter/adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
     assert ends[0] == ends[1]
-
-
-def test_quantize_writes_what_the_other_commands_read(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
-    from qlora_lite import QuantConfig, load_quantized
-
-    words = ("quantize", "--model", tiny_folder, "--output", tmp_path / "q", "--format", "fp4", "--no-double-quant")
-    done = run(*words, "--max-shard-size", "20kB", "--json")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    sizes = [(tmp_path / "q" / file).stat().st_size for file in figures["files"]]
-    assert figures["bytes"] == sum(sizes) and len(sizes) > 1
-    expected = load_quantized(tiny_folder, QuantConfig("fp4", double_quant=False)).state_dict()
-    held = load_quantized(tmp_path / "q").state_dict()
-    assert held.keys() == expected.keys() and all(torch.equal(held[name], value) for name, value in expected.items())
-    done = run("profile", "--model", tmp_path / "q", "--rank", 2, "--rows", 1, "--tokens", 16)
-    assert done.returncode == 2 and "is packed as fp4 already; format 'nf4' was asked for" in done.stderr
-    again = run(*words)
-    assert again.returncode == 1 and "not empty" in again.stderr
-
-
-def test_env_says_what_there_is(run: Run) -> None:
-    figures = json.loads(run("env", "--json").stdout.splitlines()[-1])
-    assert figures["torch"].startswith(torch.__version__.split("+")[0]) and figures["memory_bytes"] > 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from qlora_lite.compute.weight_update import Delta, StackDelta
 from qlora_lite.errors import CheckpointError, QuantizationError
 from qlora_lite.export.weight_rows import (
     DenseRows,
-    PackedRows,
     RepackedRows,
     Sources,
     StoredRows,
@@ -35,25 +34,6 @@ from qlora_lite.quantization.packed_weight import PackedWeight
 def stored(folder: Path, tensor: torch.Tensor) -> StoredTensor:
     save_file({"w": tensor}, folder / "w.safetensors")
     return tensors_in(folder / "w.safetensors")["w"]
-
-
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("shape", [(70, 64), (33, 40), (300, 96)])
-def test_packed_from_slices_of_a_file_it_is_packed_as_a_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, double_quant: bool, shape: tuple[int, int]
-) -> None:
-    weight = torch.randn(shape)
-    config = QuantConfig(format=format, double_quant=double_quant)
-    monkeypatch.setattr(pack_source, "READ_BYTES", 1)  # the least that the format allows at once
-    source = ToBePacked(stored(tmp_path, weight), config, format, torch.bfloat16)
-    ours, whole = source.pack(torch.device("cpu")), PackedWeight.of(weight.bfloat16(), config)
-    assert ours.state_dict().keys() == whole.state_dict().keys()
-    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in ours.state_dict().items())
-    values = whole.dequantize(torch.float32)
-    for rows in (RepackedRows(source), PackedRows(whole)):
-        pieces = [rows.rows(start, stop) for start, stop in slice_starts(rows.shape, rows.step, 1)]
-        assert torch.equal(torch.cat(pieces), values) and (len(pieces) > 1 or rows.step >= shape[0])
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
@@ -78,25 +58,6 @@ def test_a_file_is_rounded_as_loading_rounds_it(tmp_path: Path) -> None:
     assert torch.equal(StoredRows(kept, torch.bfloat16).rows(1, 4), weight[1:4].bfloat16().float())
     assert torch.equal(DenseRows(weight.bfloat16()).rows(1, 4), weight[1:4].bfloat16().float())
     assert DenseRows(torch.tensor(2.0)).rows(0, 1) == 2.0
-
-
-def test_what_cannot_be_packed_is_named_with_its_place_in_the_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weight = torch.randn(64, 64)
-    weight[40, 2] = torch.nan
-    monkeypatch.setattr(pack_source, "READ_BYTES", 1)
-    source = ToBePacked(stored(tmp_path, weight), QuantConfig(), "nf4", torch.float32)
-    with pytest.raises(QuantizationError, match=r"w holds nan at index \(40, 2\)"):
-        source.pack(torch.device("cpu"))
-
-
-@given(rows=st.integers(1, 50), columns=st.integers(1, 9), step=st.integers(1, 8), largest=st.integers(1, 400))
-def test_slices_cover_all_rows_once(rows: int, columns: int, step: int, largest: int) -> None:
-    starts = list(slice_starts((rows, columns), step, largest))
-    assert [row for start, stop in starts for row in range(start, stop)] == list(range(rows))
-    assert all(start % step == 0 for start, _ in starts)
-    assert all((stop - start) * columns * 4 <= largest or stop - start <= step for start, stop in starts)
 
 
 def test_a_common_step_is_a_multiple_of_each() -> None:
