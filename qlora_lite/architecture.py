@@ -74,22 +74,30 @@ def longest_sequence(config: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def vocabulary(model: Any) -> int | None:
-    """How many tokens the input embedding knows; None where the model does not say."""
-    ask = getattr(model, "get_input_embeddings", None)
-    return getattr(ask() if callable(ask) else None, "num_embeddings", None)
+def input_embedding(model: Any) -> nn.Module | None:
+    """Returns the input embedding, or None for a model without `get_input_embeddings()`."""
+    return _named_module(model, "get_input_embeddings")
+
+
+def output_head(model: Any) -> nn.Module | None:
+    """Returns the output head, or None for a model without `get_output_embeddings()`."""
+    return _named_module(model, "get_output_embeddings")
+
+
+def _named_module(model: Any, getter: str) -> nn.Module | None:
+    get = getattr(model, getter, None)
+    return get() if callable(get) else None
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """Returns the number of rows of the input embedding, or None for a model without one."""
+    return getattr(input_embedding(model), "num_embeddings", None)
 
 
 def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """What the output head is applied to: the last hidden state `(batch, tokens, features)`."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     return model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-
-
-def head_of(model: Any) -> nn.Module | None:
-    """The output head, or None for a model that names none."""
-    ask = getattr(model, "get_output_embeddings", None)
-    return ask() if callable(ask) else None
 
 
 def logit_options(model: Any) -> dict[str, float]:

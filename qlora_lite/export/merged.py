@@ -141,7 +141,7 @@ def _write(
 ) -> Exported:
     check_apart(folder, source)
     if examples is not None:
-        check_examples(examples, model.config, architecture.vocabulary(model))
+        check_examples(examples, model.config, architecture.vocabulary_size(model))
     with new_folder(folder, overwrite) as temporary:
         check_space(folder, sum(tensor.bytes for tensor in plan.tensors.values()))
         with plan.packed_ahead():

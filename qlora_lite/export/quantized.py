@@ -58,7 +58,7 @@ class _Layers:
             )
         packed = {name: module for name, module in modules.items() if isinstance(module, QuantizedLinear)}
         embeddings = {id(module.weight) for module in modules.values() if isinstance(module, QuantizedEmbedding)}
-        head = architecture.head_of(model)
+        head = architecture.output_head(model)
         own = [layer for layer in packed.values() if id(layer.weight) not in embeddings]
         is_rows = {id(layer) for layer in own if layer is head and layer.weight.format == "int8" and len(own) > 1}
         formats = sorted({layer.weight.format for layer in own if id(layer) not in is_rows})

@@ -107,7 +107,7 @@ class StreamedModel:
     """
 
     def __init__(self, model: Any, names: Iterable[str]) -> None:
-        head = architecture.head_of(model)
+        head = architecture.output_head(model)
         if head is None or not _is_plain(head, nn.Linear):
             got = "none" if head is None else type(head).__name__
             raise ConfigError(f"only a model with a plain linear output head can be verified; this head is {got}")

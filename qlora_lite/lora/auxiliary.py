@@ -107,8 +107,7 @@ def biased(modules: Mapping[str, nn.Module]) -> list[str]:
 
 def token_layers(model: Any) -> list[str]:
     """The input embedding, and the layers that are tied to it. TargetError for a model that does not name it."""
-    ask = getattr(model, "get_input_embeddings", None)
-    embedding = ask() if callable(ask) else None
+    embedding: Any = architecture.input_embedding(model)
     if embedding is None:
         raise TargetError(
             "the model does not say which module is its input embedding: trainable_token_indices needs to know"

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
+from qlora_lite.architecture import output_head
 from qlora_lite.errors import ConfigError, TargetError, listing
 from qlora_lite.lora.config import ALL_LINEAR, LoraConfig, Targets
 from qlora_lite.lora.convolution import read_kernels, why_not
@@ -106,8 +107,7 @@ def _meant(setting: str, targets: Targets, layers: Mapping[str, nn.Module]) -> l
 
 def _all_linear(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Every linear layer but the output head, those with a forward of their own too."""
-    ask_head = getattr(model, "get_output_embeddings", None)
-    head = ask_head() if callable(ask_head) else None
+    head = output_head(model)
     linear = {name: layer for name, layer in layers.items() if isinstance(kind_of(layer), LinearKind)}
     own = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and has_own_forward(m)}
     return {name: layer for name, layer in (linear | own).items() if layer is not head}

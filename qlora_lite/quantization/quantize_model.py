@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from qlora_lite.architecture import input_embedding, output_head
 from qlora_lite.checks import check_packable
 from qlora_lite.errors import ConfigError, TargetError, listing
 from qlora_lite.quantization.config import QuantConfig
@@ -37,12 +38,6 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return plain or is_transposed_linear(module)
 
 
-def _named_end(model: nn.Module, which: str) -> nn.Module | None:
-    """What `get_input_embeddings` or `get_output_embeddings` of a transformers model answers; None without it."""
-    ask = getattr(model, f"get_{which}_embeddings", None)
-    return ask() if callable(ask) else None
-
-
 def _skip_rule(model: nn.Module, config: QuantConfig) -> Any:
     if config.skip_modules is not None:
         linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or _is_plain_linear(m)]
@@ -50,13 +45,13 @@ def _skip_rule(model: nn.Module, config: QuantConfig) -> Any:
         owners = [name.rpartition(".")[0] for name in held]
         check_all_matched("skip_modules", config.skip_modules, [*linears, *held, *owners])
         return lambda name, module: any(answers_to(name, skip) for skip in config.skip_modules or ())
-    head = _named_end(model, "output")
+    head = output_head(model)
     return lambda name, module: module is head
 
 
 def _ends(model: nn.Module, config: QuantConfig) -> tuple[nn.Embedding, nn.Linear | None]:
     """The input embedding and the output head, if it is linear. Raises for kinds of them that cannot be packed."""
-    embedding, head = _named_end(model, "input"), _named_end(model, "output")
+    embedding, head = input_embedding(model), output_head(model)
     if not isinstance(embedding, nn.Embedding) or has_own_forward(embedding):
         got = "no get_input_embeddings()" if embedding is None else f"a {type(embedding).__name__}"
         raise ConfigError(f"embedding_format={config.embedding_format!r} needs a plain nn.Embedding; got {got}")
@@ -73,7 +68,7 @@ def _check_structure(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     merged = [name for name, module in model.named_modules() if getattr(module, "merged", False)]
     if merged:
         raise ConfigError(f"{len(merged)} layers are merged with the base that would be replaced; unmerge_lora_ first")
-    embedding = getattr(_named_end(model, "input"), "weight", None)
+    embedding = getattr(input_embedding(model), "weight", None)
     for name, module in targets.items():
         if has_own_forward(module) and not _is_bitsandbytes(module):
             kind = type(module).__name__

@@ -29,7 +29,7 @@ PROBE_TOLERANCE = 5e-3
 
 def headless_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Sum over labelled tokens of the cross-entropy, from the last hidden state and the head's weight."""
-    head: Any = architecture.head_of(model)
+    head: Any = architecture.output_head(model)
     hidden = architecture.hidden_states(model, batch)[:, :-1]
     lora = replaced = None
     if isinstance(head, LoraLayer) and head.adapter_enabled and not head.merged:
@@ -57,7 +57,7 @@ def _plain(head: nn.Module) -> nn.Module:
 
 def _why_not_headless(model: nn.Module) -> str | None:
     """Why the loss cannot be computed from the last hidden state and the head's weight; None if it can, so far."""
-    head = architecture.head_of(model)
+    head = architecture.output_head(model)
     if head is None or getattr(model, "base_model", model) is model:
         return "the model does not say which module is its output head"
     plain = _plain(head)

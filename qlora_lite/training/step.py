@@ -132,7 +132,7 @@ class Run:
         self.config, self.profiler = config, profiler
         self.adapters = _check_model(model, self.accelerator.device)
         freeze_base_(model)
-        self.vocabulary = architecture.vocabulary(model)
+        self.vocabulary = architecture.vocabulary_size(model)
         self.close()
         optimizer = make_optimizer(self.adapters, config)
         # `Module.to` cannot exchange fake tensors, and need not be called where there is nothing to move.

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora_lite.architecture import head_of, tied_names, tied_pairs
+from qlora_lite.architecture import output_head, tied_names, tied_pairs
 from qlora_lite.checkpoints.hub import (
     empty_model,
     load_tokenizer,
@@ -25,7 +25,7 @@ from qlora_lite.errors import CheckpointError
 def test_a_model_is_built_without_bytes(tiny_folder: Path) -> None:
     model = empty_model(read_config(tiny_folder), torch.bfloat16)
     assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    assert head_of(model) is model.lm_head
+    assert output_head(model) is model.lm_head
 
 
 def test_a_model_of_the_hub_leads_to_its_own_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
