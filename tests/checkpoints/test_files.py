@@ -1,14 +1,23 @@
-"""Opening files of strangers."""
+"""Tests of opening untrusted files, checking output paths, and writing single files atomically."""
 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from qlora_lite.checkpoints.files import excerpt, is_regular, open_regular, read_json
-from qlora_lite.errors import CheckpointError
+from qlora_lite.checkpoints.files import (
+    check_place,
+    check_writable,
+    excerpt,
+    is_regular,
+    new_file,
+    open_regular,
+    read_json,
+)
+from qlora_lite.errors import CheckpointError, ConfigError
 
 
 def test_a_regular_file_is_opened_and_a_link_to_one_too(tmp_path: Path) -> None:
@@ -57,3 +66,104 @@ def test_damaged_json_gets_one_sentence(tmp_path: Path) -> None:
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
             read_json(tmp_path / "x.json")
+
+
+def test_what_is_there_and_what_can_be_made_is_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "ahead").symlink_to(tmp_path / "new")
+    for name in ("there", "link", "link/new", "ahead", "new/below/it", "x" * 230):
+        check_place(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    check_place(Path("new"))
+    check_place(Path("/"))
+    assert sorted(os.listdir(tmp_path)) == ["ahead", "link", "there"]
+
+
+def test_each_reason_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "dangling").symlink_to(tmp_path / "file" / "new")
+    wrong = {
+        "file/new": f"{tmp_path / 'file'} is no folder that may be written to",
+        "circle": "Too many levels of symbolic links",
+        "circle/new": "Too many levels of symbolic links",
+        "dangling": f"{tmp_path / 'file'} is no folder that may be written to",
+        "x" * 300: "File name too long",
+        "x" * 250: "File name too long",  # which is that of what stands beside it until it is whole
+        "new\0": "null",
+    }
+    for name, sentence in wrong.items():
+        with pytest.raises(CheckpointError) as refused:
+            check_place(tmp_path / name)
+        assert sentence in str(refused.value), name
+
+
+def test_a_file_appears_whole_and_beside_it_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "page.html"
+    with new_file(path) as file:
+        file.write(b"all of it")
+        assert not path.exists()
+    assert path.read_bytes() == b"all of it" and list(path.parent.iterdir()) == [path]
+    usual = tmp_path / "usual"
+    usual.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(usual.stat().st_mode)
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+def test_what_fails_leaves_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "page.html"
+    path.write_bytes(b"old")
+    with pytest.raises(type(error)), new_file(path, overwrite=True) as file:
+        file.write(b"half")
+        file.flush()
+        raise error
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with new_file(path, overwrite=True) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_behind_a_link_stands_the_file_that_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with new_file(tmp_path / "link") as file:
+        file.write(b"x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"x"
+
+
+def test_a_disk_that_refuses_is_one_of_our_errors(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"page\.html cannot be written: "), new_file(tmp_path / "page.html"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_could_not_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    there = tmp_path / "there.html"
+    there.touch()
+    (tmp_path / "folder.html").mkdir()
+    check_writable(tmp_path / "new" / "page.html", ".html", overwrite=False)
+    check_writable(there, ".html", overwrite=True)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(CheckpointError, match=r"there\.html exists; name another file, or ask for overwrite"):
+        check_writable(there, ".html", overwrite=False)
+    with pytest.raises(CheckpointError, match=r"folder\.html is a folder; name a file"):
+        check_writable(tmp_path / "folder.html", ".html", overwrite=True)
+    with pytest.raises(ConfigError, match=r"the file must be named \*\.png; got .*page\.html"):
+        check_writable(tmp_path / "page.html", ".png", overwrite=False)
+    with pytest.raises(CheckpointError, match=r"there\.html is no folder that may be written to"):
+        check_writable(there / "page.html", ".html", overwrite=False)
+    with pytest.raises(CheckpointError, match=r"there\.html exists"), new_file(there):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_told(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(CheckpointError, match=r"is no folder that may be written to"):
+        check_writable(tmp_path / "page.html", ".html", overwrite=False)
+
+
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.html")
+    with pytest.raises(CheckpointError, match="is a pipe, socket or device, which would be replaced"):
+        check_writable(tmp_path / "a.html", ".html", overwrite=True)

@@ -1,4 +1,4 @@
-"""The limits of malloc and of oneDNN's programs."""
+"""Tests of the limits on freed heap pages and on oneDNN's cached programs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.compute import host_memory
 from qlora_lite.compute.devices import cpu_multiplies_bf16
-from qlora_lite.compute.host_memory import LOOSE, PROGRAM_CACHES, TIGHT, HoleLimit, set_host_limits
+from qlora_lite.compute.host_memory import LOOSE, PROGRAM_CACHES, TIGHT, HoleLimit, holes_limited, set_host_limits
+from qlora_lite.surgery import repeated_blocks
+from qlora_lite.training.activation_checkpointing import checkpointed
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 
@@ -99,3 +104,28 @@ def test_products_of_many_shapes_leave_few_programs_behind_and_the_users_own_lim
     few, usual = grown(), grown(**{names[0]: "1024" for names in PROGRAM_CACHES})
     assert usual > 100 and few < 0.6 * usual  # of 391 programs 96 are kept
     assert grown(DNNL_PRIMITIVE_CACHE_CAPACITY="16") < 0.8 * few  # the user's own limit, by its older name
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_each_block_is_checked_twice(kind: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_quantized(tiny_folder, QuantConfig()).train()
+    add_lora_(model, LoraConfig(rank=2))
+    blocks, tokens = repeated_blocks(model), torch.randint(100, (1, 8))
+    checks: list[int] = []
+    monkeypatch.setattr(HoleLimit, "check", lambda limit: bool(checks.append(1)))
+    with checkpointed(model, kind), holes_limited(model, CPU, kind):
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+        assert len(checks) == len(blocks)
+        loss.backward()
+    # Nothing before the first block is trained, but its own adapters are.
+    assert len(checks) == 2 * len(blocks)
+    assert not any("forward" in vars(block) for block in blocks)
+
+
+def test_an_accelerators_memory_is_left_alone(tiny_folder: Path) -> None:
+    model = load_quantized(tiny_folder, QuantConfig())
+    with holes_limited(model, torch.device("meta"), "full"):
+        assert not any("forward" in vars(block) for block in repeated_blocks(model))

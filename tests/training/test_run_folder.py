@@ -1,9 +1,13 @@
-"""What a run writes, and what it leaves when it goes wrong."""
+"""Tests of a run's folder: its files, the lock against a second process, and its contents after an error."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from torch import nn
 from qlora_lite import LinearWithLoRA
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped
 from qlora_lite.training import run_folder as module
-from qlora_lite.training.run_folder import run_folder
+from qlora_lite.training.run_folder import LOCK_FILE, only_run, run_folder
 
 
 @dataclass
@@ -132,3 +136,36 @@ def test_an_interrupt_at_once_saves_nothing_and_stopping_before_a_step_says_so(t
         raise Stopped(signal.SIGTERM, "stopped")
     with pytest.raises(ConfigError, match="ask for one of them"), run_folder(layers, tmp_path / "run", True, True):
         pass
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from qlora_lite.training.run_folder import only_run
+with only_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_second_is_told_the_first_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(CheckpointError, match=rf"another run \(process {other.pid}\)"), only_run(tmp_path):
+            pass
+        other.send_signal(signal.SIGKILL)
+    assert (tmp_path / LOCK_FILE).is_file()
+    with only_run(tmp_path), pytest.raises(CheckpointError, match=rf"process {os.getpid()}\)"), only_run(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_went_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with only_run(tmp_path / "run") as check:
+        check()
+        shutil.rmtree(tmp_path / "run")
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="was removed, or replaced, while a run was writing there"):
+                check()
+            (tmp_path / "run").mkdir(exist_ok=True)

@@ -1,7 +1,8 @@
-"""A run that goes on from a checkpoint does, bit for bit, what it would have done without one."""
+"""Tests of resuming: equal bit for bit to an uninterrupted run; another base, data or machine is refused."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
-from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
+from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, quantize_base_, train
 from qlora_lite.checkpoints.safetensors_read import read_safetensors
 from qlora_lite.errors import CheckpointError
+from qlora_lite.training.run_state import base_fingerprint
 
 Files = dict[str, dict[str, torch.Tensor]]
 
@@ -144,3 +147,26 @@ def test_another_run_is_refused_with_every_difference(tiny_folder: Path, memory_
 def changed_back(model: Any) -> Any:
     model.model.layers[0].mlp.up_proj.base_layer.weight.packed[0] ^= 1
     return model
+
+
+def packed_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64, bias=False))
+    quantize_base_(layers, QuantConfig("int8"))
+    add_lora_(layers, LoraConfig(rank=2, target_modules="all-linear"))
+    return layers
+
+
+def test_sums_tell_what_changed_and_do_not_see_adapters() -> None:
+    base, one = base_fingerprint(packed_layers()), packed_layers()
+    nn.init.normal_(one[0].lora_B)
+    one[0].keep_start()
+    assert base_fingerprint(one) == base and set(base) == {"layout", "values", "config"}
+    bit, fact, column = copy.deepcopy(one), copy.deepcopy(one), copy.deepcopy(one)
+    bit[2].base_layer.weight.packed[63, 63] ^= 1
+    fact[0].base_layer.weight.int8_activations = True
+    for changed, name in ((bit, "values"), (fact, "layout")):
+        assert {key for key, value in base_fingerprint(changed).items() if value != base[key]} == {name}
+    weight = column[1].weight.detach()
+    column[1].weight = nn.Parameter(torch.stack((weight, weight), 1)[:, 0], requires_grad=False)  # not contiguous
+    assert base_fingerprint(column) == base
