@@ -311,7 +311,7 @@ def test_too_little_room_is_seen_before_the_first_byte(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        safetensors_write.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000)
+        atomic_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000)
     )
     monkeypatch.setattr(merged, "write_sharded", lambda *given: pytest.fail("something was written"))
     with pytest.raises(CheckpointError, match=r"bytes and the disk of .* has 1,000 free"):

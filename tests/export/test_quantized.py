@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, quantize_base_
-from qlora_lite.checkpoints import atomic_folder, safetensors_write
+from qlora_lite.checkpoints import atomic_folder
 from qlora_lite.checkpoints.bitsandbytes_layout import ROWS_FILE
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
@@ -238,7 +238,7 @@ def test_folders_are_replaced_on_request_only(
     with pytest.raises(CheckpointError, match="would replace the input"):
         save_quantized(load_quantized(tmp_path / "out"), tmp_path / "out", overwrite=True)
     monkeypatch.setattr(
-        safetensors_write.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000)
+        atomic_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000)
     )
     with pytest.raises(CheckpointError, match="has 1,000 free"):
         save_quantized(model, tmp_path / "new")

@@ -214,7 +214,7 @@ def test_loftq_on_a_packed_conv1d_takes_the_weight_the_other_way_round(small_mod
 
 def test_what_cannot_start_so_is_refused_and_nothing_is_changed(tiny_folder: Path, tmp_path: Path) -> None:
     model = load_quantized(tiny_folder, QuantConfig(), dtype=torch.float32)
-    with pytest.raises(ConfigError, match=r"init must be one of normal.*got 'pisa'"):
+    with pytest.raises(ConfigError, match=r"init_lora_weights must be one of normal.*got 'pisa'"):
         LoraConfig(init_lora_weights="pisa")
     with pytest.raises(TargetError, match=r"'pissa' is for linear layers; model\.embed_tokens"):
         add_lora_(model, LoraConfig(2, target_modules=["embed_tokens"], init_lora_weights="pissa"))

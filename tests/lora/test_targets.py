@@ -86,7 +86,9 @@ def test_functions_and_numbers_compose_with_all_linear(small_model: Callable[...
         layers_to_transform=range(1, 3), exclude_modules=lambda name, layer: "mlp" in name or ".2." in name
     )
     # Number 2 decides nothing beside this function.
-    with pytest.raises(TargetError, match=r"layers \[2\] hold nothing to adapt; .* lies in blocks 0 to 1$"):
+    with pytest.raises(
+        TargetError, match=r"layers_to_transform \[2\] hold nothing to adapt; .* lies in blocks 0 to 1$"
+    ):
         select_targets(model, config)
     config = LoraConfig(layers_to_transform=[1], exclude_modules=config.exclude_modules)
     assert [name.rpartition(".")[2] for name in select_targets(model, config)] == [

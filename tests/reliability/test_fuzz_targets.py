@@ -37,7 +37,8 @@ def test_what_is_wrong_reaches_who_feeds(
     def broken(*given: Any) -> None:
         raise KeyError("a")
 
-    monkeypatch.setattr(f"qlora_lite.{'stored_state.read_json' if name == 'run' else 'tensor_files._state'}", broken)
+    reader = "training.run_checkpoints.read_json" if name == "run" else "checkpoints.safetensors_read._state"
+    monkeypatch.setattr(f"qlora_lite.{reader}", broken)
     with pytest.raises(KeyError):
         read(seeds[1 if name == "run" else 0])
 

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SCRIPT = Path(__file__).resolve().parents[2] / "profiling" / "endure_stops.py"
 
@@ -18,9 +20,17 @@ def test_stopped_commands_say_one_line_and_leave_nothing_half_done() -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == {"stopped": 4, "wrong": 0}, done.stdout
 
 
+def test_every_moment_is_in_a_function_that_exists(profiling_script: Callable[[str], Any]) -> None:
+    stops = profiling_script("endure_stops")
+    assert len(stops.MOMENTS) > 20
+    for moment in stops.MOMENTS:
+        owner, name = stops._owner(moment.function)
+        assert callable(getattr(owner, name)), moment.function
+
+
 SLEEPING = """
 import sys, time
-from qlora_lite import environment
+from qlora_lite.compute import environment
 from qlora_lite.cli.main import main
 
 def asleep():

@@ -42,7 +42,11 @@ def theirs(small_model: Callable[..., Any], tmp_path: Path) -> Callable[..., Ada
 
 
 def test_a_plain_adapter_is_accepted_by_both(ours: Callable[..., Any], theirs: Callable[..., Any]) -> None:
-    for facts in (ours(), ours(16, layers=[1], exclude_modules=["q_proj"]), theirs(target_modules="all-linear")):
+    for facts in (
+        ours(),
+        ours(16, layers_to_transform=[1], exclude_modules=["q_proj"]),
+        theirs(target_modules="all-linear"),
+    ):
         found = verdicts(facts)
         assert list(found) == [VLLM, LLAMA_CPP]
         assert found[VLLM].to_json() == {"accepted": True, "reasons": [], "notes": []}
