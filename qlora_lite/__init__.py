@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from qlora_lite.lora.layer import Embedding as Embedding
     from qlora_lite.lora.layer import LinearWithLoRA as LinearWithLoRA
     from qlora_lite.lora.layer import LoraLayer as LoraLayer
-    from qlora_lite.lora.merge import merge_lora_ as merge_lora_
-    from qlora_lite.lora.merge import unmerge_lora_ as unmerge_lora_
+    from qlora_lite.lora.multi_adapter import merge_lora_ as merge_lora_
+    from qlora_lite.lora.multi_adapter import unmerge_lora_ as unmerge_lora_
     from qlora_lite.lora.peft.save_load import load_adapter_ as load_adapter_
     from qlora_lite.lora.peft.save_load import save_adapter as save_adapter
     from qlora_lite.memory.measure import MemoryProfiler as MemoryProfiler
@@ -44,7 +44,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "quantization.quantize_model": "quantize_base_",
         "lora.adapters": "add_lora_",
         "training.loop": "train",
-        "lora.merge": "merge_lora_ unmerge_lora_",
+        "lora.multi_adapter": "merge_lora_ unmerge_lora_",
         "export.merged": "export_merged",
         "lora.peft.save_load": "save_adapter load_adapter_",
         "compute.cross_entropy": "linear_cross_entropy",

@@ -12,8 +12,7 @@ auxiliary_layers   trained copies of parameters, and trained rows of an embeddin
 auxiliary          modules_to_save, bias and trainable_token_indices on a model
 experts            stacks of experts made modules that adapters can stand around
 adapters           add_lora_, remove_lora_, lora_layers, adapters_disabled
-multi_adapter      several adapters on one base, by name
-merge              merge_lora_ and unmerge_lora_
+multi_adapter      several adapters on one base, by name; merge_lora_ and unmerge_lora_
 
 peft/ holds an adapter's files.
 """
@@ -34,13 +33,13 @@ if TYPE_CHECKING:
     from qlora_lite.lora.layer import Embedding as Embedding
     from qlora_lite.lora.layer import LinearWithLoRA as LinearWithLoRA
     from qlora_lite.lora.layer import LoraLayer as LoraLayer
-    from qlora_lite.lora.merge import merge_lora_ as merge_lora_
-    from qlora_lite.lora.merge import unmerge_lora_ as unmerge_lora_
     from qlora_lite.lora.multi_adapter import active_adapter as active_adapter
     from qlora_lite.lora.multi_adapter import adapter_names as adapter_names
     from qlora_lite.lora.multi_adapter import add_adapter_ as add_adapter_
     from qlora_lite.lora.multi_adapter import combine_adapters_ as combine_adapters_
     from qlora_lite.lora.multi_adapter import delete_adapter_ as delete_adapter_
+    from qlora_lite.lora.multi_adapter import merge_lora_ as merge_lora_
+    from qlora_lite.lora.multi_adapter import unmerge_lora_ as unmerge_lora_
     from qlora_lite.lora.multi_adapter import use_adapter_ as use_adapter_
     from qlora_lite.lora.multi_adapter import using_adapter as using_adapter
     from qlora_lite.lora.peft.save_load import load_adapter_ as load_adapter_
@@ -53,8 +52,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "layer": "LoraLayer LinearWithLoRA Embedding",
         "adapters": "add_lora_ remove_lora_ lora_layers adapter_parameters adapters_disabled",
         "multi_adapter": "add_adapter_ use_adapter_ using_adapter combine_adapters_ delete_adapter_ active_adapter "
-        "adapter_names",
-        "merge": "merge_lora_ unmerge_lora_",
+        "adapter_names merge_lora_ unmerge_lora_",
         "peft.save_load": "save_adapter load_adapter_",
     },
 )

@@ -238,3 +238,40 @@ def combine_adapters_(model: nn.Module, weights: Mapping[str, float], name: str,
 
     with room_for(model, name):
         return replace_modules_(model, make)
+
+
+def _adapted(model: nn.Module) -> dict[str, LoraLayer]:
+    layers = lora_layers(model)
+    if not layers:
+        raise TargetError("the model has no adapters, or none in use; add_lora_ or load_adapter_ puts them in")
+    return layers
+
+
+def merge_lora_(model: nn.Module, dtype: torch.dtype | None = None, *, name: str | None = None) -> None:
+    """Makes every adapted layer use its merged weight, unpacked, summed in fp32 and cast (see LoraLayer).
+
+    Costs one dense weight per adapted layer until `unmerge_lora_`. On QuantizationError (fp16 overflow, NaN) or
+    ConfigError (a layer that must not be merged) no layer is merged that was not before.
+    name: of several adapters, uses this one first (named_adapters.use_adapter_); None: the one in use.
+    """
+    before = active_adapter(model)
+    if name is not None:
+        use_adapter_(model, name)
+    done: list[LoraLayer] = []
+    try:
+        for path, layer in _adapted(model).items():
+            fresh = not layer.merged
+            layer.merge_weights(dtype, f"{path}.weight")
+            if fresh:
+                done.append(layer)
+    except Exception:
+        for layer in done:
+            layer.unmerge_weights()
+        use_adapter_(model, before)
+        raise
+
+
+def unmerge_lora_(model: nn.Module) -> None:
+    """Makes every adapted layer use W0 and its low-rank term apart again; W0 is what it was, bit for bit."""
+    for layer in _adapted(model).values():
+        layer.unmerge_weights()

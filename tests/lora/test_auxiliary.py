@@ -12,7 +12,7 @@ from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, freeze_base_, lora_layers, remove_lora_
 from qlora_lite.lora.auxiliary import plain_modules, trained_copies, trained_whole, with_token_rows
-from qlora_lite.lora.merge import merge_lora_, unmerge_lora_
+from qlora_lite.lora.multi_adapter import merge_lora_, unmerge_lora_
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.packed_weight import PackedWeight
