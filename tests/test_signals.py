@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from qlora_lite import LinearWithLoRA
-from qlora_lite.checkpoints.lazy_tensors import slices
-from qlora_lite.checkpoints.pack_source import slice_starts
+from qlora_lite.checkpoints.lazy_tensors import read_slices
 from qlora_lite.checkpoints.safetensors_read import read_safetensors
 from qlora_lite.checkpoints.safetensors_write import planned, write_safetensors
 from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import Stopped
+from qlora_lite.export.weight_rows import DenseRows, whole_slices
 from qlora_lite.lora.init import start_
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.signals import ended_by_signals, poll, stoppable, unfinished, unstopped
@@ -172,8 +172,8 @@ def _read(folder: Path) -> Any:
 
 LONG_WORK: dict[str, Callable[[Path], Any]] = {
     "reading files": _read,
-    "rows of files": lambda folder: list(slices(_Rows(), 16)),
-    "rows of weights": lambda folder: list(slice_starts((4, 4), 1, 16)),
+    "rows of files": lambda folder: list(read_slices(_Rows(), 16)),
+    "rows of weights": lambda folder: list(whole_slices([DenseRows(torch.zeros(4, 4))], None, 16)),
     "sums of a base": lambda folder: base_fingerprint(nn.Linear(2, 2).requires_grad_(False)),
     "sums of a checkpoint": lambda folder: what_is_wrong(folder),
     "batches": lambda folder: next(BatchStream([{}], None, None).group(1, 1, 1)),

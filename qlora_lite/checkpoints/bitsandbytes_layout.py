@@ -30,11 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_lite.checkpoints.lazy_tensors import slices
-from qlora_lite.checkpoints.pack_source import READ_BYTES, slice_starts
+from qlora_lite.checkpoints.lazy_tensors import read_slices
+from qlora_lite.checkpoints.pack_source import READ_BYTES
 from qlora_lite.checkpoints.safetensors_read import StoredTensor
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor, planned
 from qlora_lite.checks import check_finite, is_count, is_finite
+from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.quantization.formats import BLOCKSIZES, NESTED_BLOCKSIZE, packed_bytes, row_step
 from qlora_lite.quantization.packed_weight import PackedWeight, code_values
@@ -105,7 +106,7 @@ class StoredPacked:
         packed = self.empty(device)
         for key, stored in self.buffers.items():
             flat, place = getattr(packed, key).view(-1), 0
-            for first, rows in slices(stored, READ_BYTES):
+            for first, rows in read_slices(stored, READ_BYTES):
                 if key != "packed":  # codes may be stored as floats of the same bytes
                     check_finite(rows, stored.name, first)
                 part = rows.reshape(-1).view(flat.dtype)
@@ -139,11 +140,11 @@ class StoredInt8Rows:
         packed = PackedWeight((self.shape[0], self.shape[1]), "int8", device=device)
         packed.absmax.copy_(absmax)
         scale = torch.where(absmax > 0, LARGEST_CODE / absmax, 0).unsqueeze(1)
-        for start, stop in slice_starts(self.shape, 1, READ_BYTES):
-            rows = self.stored.rows(start, stop)
-            codes = (rows.float() * scale[start:stop]).round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
-            packed.packed[start:stop] = codes  # (NaN becomes some code, and differs below)
-            if not torch.equal(packed.dequantize_rows(start, stop, rows.dtype).cpu(), rows):
+        for part in slices_within(self.shape, torch.float32.itemsize, READ_BYTES):
+            rows = self.stored.rows(part.start, part.stop)
+            codes = (rows.float() * scale[part]).round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
+            packed.packed[part] = codes  # (NaN becomes some code, and differs below)
+            if not torch.equal(packed.dequantize_rows(part.start, part.stop, rows.dtype).cpu(), rows):
                 raise CheckpointError(f"{self.name} is not what {self.absmax.path} was written with; save it again")
         return packed
 

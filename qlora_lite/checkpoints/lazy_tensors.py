@@ -8,7 +8,6 @@ and gives its rows, or one matrix of a stack, without the rest.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlora_lite.compute.slicing import covering
+from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.signals import poll
 
@@ -44,14 +43,12 @@ class Source(Protocol):
         """What lies at this index of the first dimension: a matrix of a stack."""
 
 
-def slices(source: Source, largest_bytes: int, step: int = 1) -> Iterator[tuple[int, Tensor]]:
+def read_slices(source: Source, max_bytes: int, step: int = 1) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows) one after the other, of at most so many bytes, each beginning at a multiple of `step`."""
-    row_bytes = math.prod(source.shape[1:]) * source.dtype.itemsize
-    count = max(step, largest_bytes // max(1, row_bytes) // step * step)
-    stop = source.shape[0] if source.shape else 1
-    for part in covering(stop, count, torch.empty(0)):  # (fake where fake tensors are made)
+    fake_if_rehearsed = torch.empty(0)
+    for part in slices_within(source.shape, source.dtype.itemsize, max_bytes, step, like=fake_if_rehearsed):
         poll()
-        yield part.start, source.rows(part.start, min(part.stop, stop))
+        yield part.start, source.rows(part.start, part.stop)
 
 
 def _common_dtype(parts: tuple[Source, ...]) -> torch.dtype:
@@ -219,7 +216,7 @@ class Transposed:
     def rows(self, start: int, stop: int) -> Tensor:
         if self.dim0 > 0:
             return self.source.rows(start, stop).transpose(self.dim0, self.dim1)
-        pieces = slices(self.source, PASS_BYTES)
+        pieces = read_slices(self.source, PASS_BYTES)
         return torch.cat([piece.transpose(0, self.dim1)[start:stop].clone() for _, piece in pieces], dim=self.dim1)
 
     def part(self, index: int) -> Source:

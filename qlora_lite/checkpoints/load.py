@@ -6,7 +6,6 @@ transformers, or by `save_quantized`): then its bytes are taken as they are.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,11 +26,12 @@ from qlora_lite.checkpoints.bitsandbytes_layout import (
     packed_weights,
 )
 from qlora_lite.checkpoints.conversion import model_tensors
-from qlora_lite.checkpoints.lazy_tensors import Source, Transposed, slices
+from qlora_lite.checkpoints.lazy_tensors import Source, Transposed, read_slices
 from qlora_lite.checkpoints.pack_source import READ_BYTES, PackSource, ToBePacked
 from qlora_lite.checkpoints.safetensors_read import TensorFiles, tensors_in
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits
+from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, listing
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.quantize_model import Slot, slots
@@ -107,10 +107,8 @@ def _torn_apart(model: nn.Module, tensors: Mapping[str, Source | Stored]) -> lis
 def _same(one: Source | Stored, other: Source | Stored) -> bool:
     if isinstance(one, _PACKED) or isinstance(other, _PACKED) or one.shape != other.shape:
         return False
-    stop = one.shape[0] if one.shape else 1
-    step = max(1, READ_BYTES // max(1, math.prod(one.shape[1:]) * one.dtype.itemsize))
-    parts = ((first, min(first + step, stop)) for first in range(0, stop, step))
-    return all(bool((one.rows(*part) == other.rows(*part)).all()) for part in parts)
+    parts = slices_within(one.shape, one.dtype.itemsize, READ_BYTES)
+    return all(bool((one.rows(part.start, part.stop) == other.rows(part.start, part.stop)).all()) for part in parts)
 
 
 def _plain_shape(model: nn.Module, name: str, source: Source | Stored) -> tuple[int, ...]:
@@ -255,7 +253,7 @@ class _Placement:
         stored = self.checkpoint.plain(name)
         dtype = self.dtype if stored.dtype.is_floating_point else target.dtype
         placed = torch.empty(stored.shape, dtype=dtype, device=self.device)
-        for first, rows in slices(stored, READ_BYTES):
+        for first, rows in read_slices(stored, READ_BYTES):
             part = placed[first : first + rows.shape[0]] if placed.dim() else placed
             part.copy_(rows)
             check_finite(part, stored.name, first)

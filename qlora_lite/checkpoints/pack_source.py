@@ -5,7 +5,6 @@ What is written is computed from these alone, so a model in memory and a checkpo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,12 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlora_lite.checkpoints.lazy_tensors import Source, slices
+from qlora_lite.checkpoints.lazy_tensors import Source, read_slices
 from qlora_lite.checks import check_packable
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import row_step
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.signals import poll
 
 # Of a tensor on its way to be packed: so much is read at once.
 READ_BYTES = 4 << 20
@@ -55,7 +53,7 @@ class ToBePacked:
         return row_step(self.shape, self.format, self.config.blocksize)
 
     def slices(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        for first, rows in slices(self.stored, READ_BYTES, self.step):
+        for first, rows in read_slices(self.stored, READ_BYTES, self.step):
             moved = rows.to(device=device, dtype=self.dtype)
             check_packable(moved, self.stored.name, self.format, first)
             yield first, moved
@@ -63,14 +61,3 @@ class ToBePacked:
     def pack(self, device: torch.device) -> PackedWeight:
         """QuantizationError, naming the tensor, for values that the format cannot hold."""
         return PackedWeight.from_slices(self.stored.shape, device, self.slices(device), self.config, self.format)
-
-
-def slice_starts(shape: tuple[int, ...], step: int, largest_bytes: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of slices whose fp32 values take at most so many bytes, where one step of rows allows it."""
-    if not shape:
-        yield 0, 1
-        return
-    count = max(step, largest_bytes // max(1, 4 * math.prod(shape[1:])) // step * step)
-    for start in range(0, shape[0], count):
-        poll()
-        yield start, min(start + count, shape[0])

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lite.compute.lora_linear import product_dtype
-from qlora_lite.compute.slicing import covering
+from qlora_lite.compute.slicing import row_slices, rows_that_fit, slices_within
 
 # Rows of queries that meet their keys at once, and the bytes of fp32 scores that are held at once.
 BLOCK_ROWS = 128
@@ -68,23 +68,21 @@ def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _batch_parts(key: Tensor) -> Iterator[slice]:
     """Rows of the batch to take together."""
-    count = max(1, KEY_BYTES // (4 * key[0].numel()))
-    return covering(key.shape[0], count, key)
+    return slices_within(key.shape, torch.float32.itemsize, KEY_BYTES, like=key)
 
 
 def _blocks(tokens: int) -> Iterator[slice]:
     """The query tokens of one block of rows at a time; they see the keys up to `stop`."""
-    for start in range(0, tokens, BLOCK_ROWS):
-        yield slice(start, min(start + BLOCK_ROWS, tokens))
+    return row_slices(tokens, BLOCK_ROWS)
 
 
 def _pieces(rows: Tensor, seen: int) -> Iterator[slice]:
     """Which key heads of rows `(key heads, rows, d)` meet their keys at once; an even share for each thread, if any."""
     heads, threads = rows.shape[0], torch.get_num_threads()
-    count = max(1, SCORE_BYTES // (4 * rows.shape[1] * seen))
+    count = rows_that_fit(SCORE_BYTES, 4 * rows.shape[1] * seen)
     if threads < count < heads:
         count -= count % threads
-    return covering(heads, count, rows)
+    return row_slices(heads, count, rows)
 
 
 def _by_key_head(tensor: Tensor, key_heads: int) -> Tensor:

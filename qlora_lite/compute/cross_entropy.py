@@ -21,8 +21,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from qlora_lite.compute.lora_linear import Packed, product_dtype, row_slices
-from qlora_lite.compute.slicing import covering
+from qlora_lite.compute.lora_linear import Packed, dense_slices, product_dtype
+from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import InputError
 
 IGNORE_INDEX = -100
@@ -57,7 +57,7 @@ class _Sums(dict[str, Tensor]):
 def _logits(rows: Tensor, weight: Tensor | Packed, low: Tensor | None, lora_B: Any, o: _Options) -> Tensor:
     """The products of some rows with the head, in the dtype of the rows; bias, scale and softcap come later."""
     logits: Tensor | None = None
-    for part, dense in row_slices(weight, rows):
+    for part, dense in dense_slices(weight, rows):
         piece = rows @ dense.T
         if low is not None:
             piece.addmm_(low, lora_B[part].to(rows.dtype).T, alpha=o.lora_scaling)
@@ -106,8 +106,7 @@ def _loss_and_slope(
 def _chunk_loss(logits: Tensor, bias: Tensor | None, labels: Tensor, o: _Options, sums: _Sums | None) -> Tensor:
     """Sum of the losses of a chunk. With sums (of gradients), the logits become their derivative, and bias adds its."""
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-    count = max(1, SOFTMAX_BYTES // (4 * logits.shape[1]))
-    for part in covering(logits.shape[0], count, logits):
+    for part in slices_within(logits.shape, torch.float32.itemsize, SOFTMAX_BYTES, like=logits):
         part_loss, slope = _loss_and_slope(logits[part], bias, labels[part], o, sums is not None)
         loss += part_loss
         if sums is not None:
@@ -144,8 +143,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = product_dtype(hidden, None)
         gradient = torch.empty_like(hidden) if needs["hidden"] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        count = max(1, CHUNK_BYTES // (dtype.itemsize * weight.shape[0]))
-        for chunk in covering(hidden.shape[0], count, hidden):
+        logits_shape = (hidden.shape[0], weight.shape[0])
+        for chunk in slices_within(logits_shape, dtype.itemsize, CHUNK_BYTES, like=hidden):
             rows = hidden[chunk].to(dtype)
             low = None if lora_A is None else rows @ lora_A.to(dtype).T
             logits = _logits(rows, weight, low, lora_B, o)
@@ -198,7 +197,7 @@ def _gradients(
     """Adds a chunk's gradients of weight, A and B to the sums; returns that of its rows in fp32."""
     grad_rows = torch.zeros_like(rows, dtype=torch.float32)
     grad_low = None if low is None else torch.zeros_like(low, dtype=torch.float32)
-    for part, dense in row_slices(weight, rows):
+    for part, dense in dense_slices(weight, rows):
         piece = slope[:, part]
         grad_rows += piece @ dense
         sums.add("weight", part, functools.partial(torch.mm, piece.T, rows))

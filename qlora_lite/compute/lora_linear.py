@@ -20,7 +20,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite.compute.devices import cpu_multiplies_bf16, on_cpu
 from qlora_lite.compute.recompute import Recipe, recipe_of
-from qlora_lite.compute.slicing import covering
+from qlora_lite.compute.slicing import row_slices, rows_that_fit
 from qlora_lite.errors import InputError
 
 
@@ -73,19 +73,18 @@ def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
 SLICE_BYTES = 24 << 20
 
 
-def row_slices(weight: Tensor | Packed, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def dense_slices(weight: Tensor | Packed, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The weight in the dtype of `like` as slices of rows, (which rows, the rows), each made when its turn comes."""
     (rows, columns), dtype = weight.shape, like.dtype
     if isinstance(weight, Tensor) and weight.dtype == dtype:  # nothing is made
         yield slice(0, rows), weight
         return
     step = 1 if isinstance(weight, Tensor) else weight.row_step
-    count = max(step, SLICE_BYTES // (columns * dtype.itemsize) // step * step)
+    count = rows_that_fit(SLICE_BYTES, columns * dtype.itemsize, step)
     if count >= rows:
         yield slice(0, rows), dense(weight, dtype)
         return
-    for part in covering(rows, count, like):
-        part = slice(part.start, min(part.stop, rows))
+    for part in row_slices(rows, count, like):
         if isinstance(weight, Tensor):
             yield part, weight[part].to(dtype)
         else:
@@ -98,7 +97,7 @@ def _product(rows: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tens
     if own is not None:
         return own if bias is None else own.add_(bias.to(own.dtype))
     out = rows.new_empty(0)
-    for part, piece in row_slices(weight, rows):
+    for part, piece in dense_slices(weight, rows):
         offset = None if bias is None else bias[part].to(rows.dtype)
         if piece.shape[0] == weight.shape[0]:
             return F.linear(rows, piece, offset)
@@ -112,7 +111,7 @@ def _product(rows: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tens
 def _product_back(grad: Tensor, weight: Tensor | Packed) -> Tensor:
     """grad W0, slice by slice of W0."""
     total: Tensor | None = None
-    for part, piece in row_slices(weight, grad):
+    for part, piece in dense_slices(weight, grad):
         if total is None:
             total = grad[:, part] @ piece
         else:

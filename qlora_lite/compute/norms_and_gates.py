@@ -17,15 +17,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lite.compute.recompute import with_recipe
-from qlora_lite.compute.slicing import covering
+from qlora_lite.compute.slicing import slices_within
 
 # Of fp32 temporaries at once: what stays in a core's caches.
 SLICE_BYTES = 1 << 20
 
 
 def _row_slices(rows: Tensor) -> Iterator[slice]:
-    count = max(1, SLICE_BYTES // (4 * rows.shape[-1]))
-    return covering(rows.shape[0], count, rows)
+    return slices_within(rows.shape, torch.float32.itemsize, SLICE_BYTES, like=rows)
 
 
 def _widened(rows: Tensor) -> Tensor:

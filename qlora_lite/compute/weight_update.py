@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_lite.compute.slicing import row_slices
+
 Rows = Callable[[int, int], Tensor]
 Pieces = Iterable[tuple[int, Tensor]]
 
@@ -61,9 +63,9 @@ class Delta:
 
     def _tiles(self, rows: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(which rows of the weight, those of `rows`, those of left) of each tile."""
-        for start in range(0, rows.shape[0], self.TILE_ROWS):
-            tile = rows[start : start + self.TILE_ROWS].view(-1, self.right.shape[1])  # a kernel as a matrix
-            part = slice(first + start, first + start + tile.shape[0])
+        for taken in row_slices(rows.shape[0], self.TILE_ROWS):
+            tile = rows[taken].view(-1, self.right.shape[1])  # a kernel as a matrix
+            part = slice(first + taken.start, first + taken.stop)
             yield part, tile, self.left[part]
 
     def add_to_(self, rows: Tensor, first: int) -> Tensor:

@@ -21,7 +21,7 @@ from qlora_lite.checkpoints.atomic_folder import check_apart, check_space, new_f
 from qlora_lite.checkpoints.base_identity import DIGEST_KEY, HOW_TO, check_checkpoint_base, digest_of, own_weights
 from qlora_lite.checkpoints.conversion import model_tensors
 from qlora_lite.checkpoints.files import read_json, write_json
-from qlora_lite.checkpoints.lazy_tensors import Source, slices
+from qlora_lite.checkpoints.lazy_tensors import Source, read_slices
 from qlora_lite.checkpoints.load import Checkpoint
 from qlora_lite.checkpoints.pack_source import READ_BYTES
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
@@ -100,7 +100,7 @@ def _check_same_base(
         if not key.endswith(BASE_COPY) or name in packed:
             continue
         stored = checkpoint.plain(tied.get(f"{name}.weight", f"{name}.weight"))
-        for first, rows in slices(stored, READ_BYTES):
+        for first, rows in read_slices(stored, READ_BYTES):
             if not torch.equal(rows.to(dtype), copy.rows(first, first + rows.shape[0]).to(dtype)):
                 raise CheckpointError(f"{adapter}: {name} comes with a base weight that differs from the checkpoint's")
 

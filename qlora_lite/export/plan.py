@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.checkpoints.lazy_tensors import Source, slices
+from qlora_lite.checkpoints.lazy_tensors import Source, read_slices
 from qlora_lite.checkpoints.load import Checkpoint
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor
 from qlora_lite.checks import FLOAT_DTYPES
@@ -270,7 +270,7 @@ def _pieces(stored: Source, stacked: bool) -> list[Source]:
 
 
 def _read(stored: Source) -> Callable[[], Iterator[Tensor]]:
-    return lambda: (rows for _, rows in slices(stored, SLICE_BYTES))
+    return lambda: (rows for _, rows in read_slices(stored, SLICE_BYTES))
 
 
 @dataclass(frozen=True)

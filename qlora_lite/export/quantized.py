@@ -20,7 +20,7 @@ from qlora_lite.checkpoints.atomic_folder import check_apart, check_space, new_f
 from qlora_lite.checkpoints.base_identity import write_origin
 from qlora_lite.checkpoints.bitsandbytes_layout import ROWS_FILE, rows_survive, serialized
 from qlora_lite.checkpoints.load import BITSANDBYTES
-from qlora_lite.checkpoints.pack_source import READ_BYTES, slice_starts
+from qlora_lite.checkpoints.pack_source import READ_BYTES
 from qlora_lite.checkpoints.safetensors_write import (
     DEFAULT_SHARD_BYTES,
     PlannedTensor,
@@ -29,6 +29,7 @@ from qlora_lite.checkpoints.safetensors_write import (
     write_sharded,
 )
 from qlora_lite.checks import check_finite, is_count, require
+from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, listing
 from qlora_lite.export.plain_weights import weights_to_write
 from qlora_lite.lora.layer import LoraLayer
@@ -139,8 +140,8 @@ class _Plan:
 
 
 def _unpacked(packed: PackedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
-    for start, stop in slice_starts(tuple(packed.shape), packed.row_step, READ_BYTES):
-        yield packed.dequantize_rows(start, stop, dtype)
+    for part in slices_within(packed.shape, torch.float32.itemsize, READ_BYTES, packed.row_step):
+        yield packed.dequantize_rows(part.start, part.stop, dtype)
 
 
 def save_quantized(

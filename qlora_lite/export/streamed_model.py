@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_lite import architecture
+from qlora_lite.compute.slicing import regrouped_rows
 from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import ConfigError
 from qlora_lite.signals import poll
@@ -57,18 +58,6 @@ class Weights:
         """(left, right, scaling) of the delta of this weight, if it has one."""
         delta = self.deltas.get(name)
         return None if delta is None else (delta.left.cpu(), delta.right.cpu(), delta.scaling)
-
-
-def in_blocks(slices: Iterable[tuple[int, Tensor]], count: int) -> Iterator[tuple[int, Tensor]]:
-    """The same rows in blocks of `count`, the last one smaller: several models are then read side by side."""
-    first, waiting = 0, torch.empty(0)
-    for _, rows in slices:
-        waiting = torch.cat((waiting, rows)) if waiting.numel() else rows
-        while waiting.shape[0] >= count:
-            yield first, waiting[:count]
-            first, waiting = first + count, waiting[count:]
-    if waiting.numel():
-        yield first, waiting
 
 
 class _NoneUnread(TorchDispatchMode):
@@ -247,7 +236,7 @@ class StreamedModel:
         """(first token of the vocabulary, logits `(rows, at most count)` in fp64) of hidden `(rows, features)`."""
         name = self._name_of[id(self._head.weight)]
         bias, low = self._bias(weights, self._head), weights.low_rank(name)
-        for first, rows in in_blocks(weights.slices(name), count):
+        for first, rows in regrouped_rows(weights.slices(name), count):
             part = slice(first, first + rows.shape[0])
             block = F.linear(hidden, rows, None if bias is None else bias[part])
             if low is not None:

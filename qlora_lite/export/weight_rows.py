@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from qlora_lite.checkpoints.lazy_tensors import Source
-from qlora_lite.checkpoints.pack_source import READ_BYTES, PackSource, slice_starts
+from qlora_lite.checkpoints.pack_source import READ_BYTES, PackSource
 from qlora_lite.checks import cast_finite
+from qlora_lite.compute.slicing import slices_within
 from qlora_lite.compute.weight_update import Delta, Update
 from qlora_lite.errors import CheckpointError
 from qlora_lite.quantization.packed_weight import PackedWeight
+from qlora_lite.signals import poll
 
 
 class WeightRows(Protocol):
@@ -72,8 +74,10 @@ class TransposedRows:
 
     def rows(self, start: int, stop: int) -> Tensor:
         columns = torch.empty((stop - start, self.shape[1]), device=self._packed.device)
-        for first, last in slice_starts(tuple(self._packed.shape), self._packed.row_step, READ_BYTES):
-            columns[:, first:last] = self._packed.dequantize_rows(first, last, torch.float32)[:, start:stop].T
+        packed = self._packed
+        for part in slices_within(packed.shape, torch.float32.itemsize, READ_BYTES, packed.row_step):
+            poll()
+            columns[:, part] = packed.dequantize_rows(part.start, part.stop, torch.float32)[:, start:stop].T
         return columns
 
 
@@ -164,11 +168,6 @@ def packed_ahead(weights: Sequence[RepackedRows]) -> Iterator[None]:
             weight.forget()
 
 
-def common_step(*steps: int) -> int:
-    """The least number of rows that is a multiple of all."""
-    return functools.reduce(math.lcm, steps, 1)
-
-
 def aligned_slices(
     matrices: Iterable[tuple[WeightRows, ...]], update: Update | None, largest_bytes: int
 ) -> Iterator[tuple[int, list[Tensor], Update | None]]:
@@ -180,9 +179,10 @@ def aligned_slices(
     pieces = list(matrices)
     deltas = [None] * len(pieces) if update is None else update.matrices
     for forms, delta in zip(pieces, deltas, strict=True):
-        step = common_step(*(form.step for form in forms), 1 if delta is None else Delta.TILE_ROWS)
-        for start, stop in slice_starts(forms[0].shape, step, largest_bytes):
-            yield start, [form.rows(start, stop) for form in forms], delta
+        step = math.lcm(*(form.step for form in forms), 1 if delta is None else Delta.TILE_ROWS)
+        for part in slices_within(forms[0].shape, torch.float32.itemsize, largest_bytes, step):
+            poll()
+            yield part.start, [form.rows(part.start, part.stop) for form in forms], delta
 
 
 def whole_slices(

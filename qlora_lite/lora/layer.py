@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.checks import cast_finite, is_count, require
-from qlora_lite.compute.lora_linear import dense, row_slices
+from qlora_lite.compute.lora_linear import dense, dense_slices
 from qlora_lite.compute.weight_update import Added, Delta
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.config import check_lora_numbers, check_variant
@@ -199,7 +199,7 @@ class LoraLayer(nn.Module):
         """(first row, rows in fp32) of W0 as it is stored."""
         weight: Any = self.base_layer.weight
         weight = weight.flatten(1) if isinstance(weight, Tensor) else weight  # a kernel as a matrix
-        for part, rows in row_slices(weight, torch.empty(0, device=self.lora_A.device)):
+        for part, rows in dense_slices(weight, torch.empty(0, device=self.lora_A.device)):
             yield part.start, rows.detach()
 
     @torch.no_grad()

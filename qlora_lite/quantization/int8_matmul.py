@@ -7,9 +7,13 @@ reaches OUTLIER would spoil the steps of all others: they are left out and multi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from qlora_lite.compute.slicing import row_slices, rows_that_fit
 
 OUTLIER = 6.0  # the paper's threshold
 LARGEST = 127
@@ -18,9 +22,8 @@ LEAST_ROWS, MULTIPLE = 17, 8
 SLICE_VALUES = 1 << 19  # rows are converted in slices that stay in the caches
 
 
-def _slices(rows: int, columns: int) -> list[slice]:
-    count = max(1, SLICE_VALUES // columns)
-    return [slice(start, start + count) for start in range(0, rows, count)]
+def _slices(rows: int, columns: int) -> Iterator[slice]:
+    return row_slices(rows, rows_that_fit(SLICE_VALUES, columns))
 
 
 def outlier_columns(x: Tensor) -> Tensor:

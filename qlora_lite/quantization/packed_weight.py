@@ -24,7 +24,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite.checks import check_packable
 from qlora_lite.compute.devices import on_cpu
-from qlora_lite.compute.slicing import covering
+from qlora_lite.compute.slicing import row_slices, rows_that_fit
 from qlora_lite.quantization import int8_matmul
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import (
@@ -90,7 +90,7 @@ def _pack_blocks(into: PackedWeight, slices: Slices) -> None:
     absmax = torch.empty(block_count(values, into.blocksize), dtype=torch.float32, device=into.device)
     for first_row, rows in slices:
         flat, offset = rows.reshape(-1), first_row * into.shape[1]
-        for part in covering(flat.numel(), CHUNK_VALUES, flat):
+        for part in row_slices(flat.numel(), CHUNK_VALUES, flat):
             codes, chunk_absmax = _pack_chunk(flat[part], into.blocksize, into.format)
             place = (offset + part.start) // 2
             into.packed[place : place + codes.numel()] = codes.view(-1)
@@ -140,9 +140,9 @@ def _unpack_blocks(packed: PackedWeight, dtype: torch.dtype, first: int, last: i
 
 def _pack_rows(into: PackedWeight, slices: Slices) -> None:
     """Fills int8 codes and the absmax of each row; from fp16, as bitsandbytes does it on every device."""
-    count = max(1, CHUNK_VALUES // into.shape[1])
+    count = rows_that_fit(CHUNK_VALUES, into.shape[1])
     for first_row, rows in slices:
-        for part in covering(rows.shape[0], count, rows):
+        for part in row_slices(rows.shape[0], count, rows):
             codes, absmax, _ = bnb.int8_vectorwise_quant(rows[part].to(torch.float16))
             # A row of zeros has absmax 0 and its codes are 0 / 0.
             codes.masked_fill_((absmax == 0).unsqueeze(1), 0)
@@ -153,12 +153,11 @@ def _pack_rows(into: PackedWeight, slices: Slices) -> None:
 
 def _unpack_rows(packed: PackedWeight, dtype: torch.dtype, first: int, last: int) -> Tensor:
     values = torch.empty((last - first, packed.shape[1]), dtype=dtype, device=packed.packed.device)
-    rows = max(1, UNPACKED_AT_ONCE // packed.shape[1])
     scale = packed.absmax.unsqueeze(1)
-    for start in range(first, last, rows):
-        part = slice(start, min(start + rows, last))
+    for part in row_slices(last - first, rows_that_fit(UNPACKED_AT_ONCE, packed.shape[1])):
+        rows = slice(first + part.start, first + part.stop)
         # In the order of bitsandbytes' int8_vectorwise_dequant, which gives these very numbers.
-        values[part.start - first : part.stop - first] = (packed.packed[part] * scale[part]).mul_(INT8_STEP)
+        values[part] = (packed.packed[rows] * scale[rows]).mul_(INT8_STEP)
     return values
 
 

@@ -25,6 +25,7 @@ from qlora_lite.checkpoints.files import new_file, write_json
 from qlora_lite.checkpoints.safetensors_write import planned, raw_bytes, write_safetensors
 from qlora_lite.compute.environment import arithmetic
 from qlora_lite.compute.random_state import RandomSources, RandomState
+from qlora_lite.compute.slicing import rows_that_fit
 from qlora_lite.data.stream import BatchStream, Position
 from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.lora.adapters import lora_layers
@@ -216,7 +217,7 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
     if whole.dim() == 0 or (whole.is_contiguous() and whole.device.type == "cpu"):
         parts: Any = (whole,)
     else:
-        parts = whole.split(max(1, SLICE_BYTES // max(1, whole[:1].nbytes)))
+        parts = whole.split(rows_that_fit(SLICE_BYTES, whole[:1].nbytes))
     for part in parts:
         yield raw_bytes(part)
 

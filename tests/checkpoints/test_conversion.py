@@ -17,7 +17,7 @@ from torch import Tensor
 from qlora_lite import QuantConfig, load_quantized
 from qlora_lite.checkpoints import pack_source
 from qlora_lite.checkpoints.conversion import OPERATIONS, Conversion, model_tensors
-from qlora_lite.checkpoints.lazy_tensors import slices
+from qlora_lite.checkpoints.lazy_tensors import read_slices
 from qlora_lite.checkpoints.safetensors_read import StoredTensor, tensors_in
 from qlora_lite.errors import CheckpointError, QuantizationError
 
@@ -161,7 +161,7 @@ def made(folder: Path, rule: Any, tensors: dict[str, list[Tensor]], shapes: dict
     patterns = (tuple(rule.source_patterns), tuple(rule.target_patterns), tuple(rule.operations))
     plan = Conversion(rule.target_patterns[0], sources, *patterns)
     views = conversion._made(plan, tensors_in(folder / "x.safetensors"), shapes)
-    return {name: torch.cat([rows for _, rows in slices(view, 64)]) for name, view in views.items()}
+    return {name: torch.cat([rows for _, rows in read_slices(view, 64)]) for name, view in views.items()}
 
 
 @given(rows=st.integers(1, 3), columns=st.integers(1, 5), count=st.integers(1, 4))

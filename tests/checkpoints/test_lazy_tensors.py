@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_lite.checkpoints import lazy_tensors
-from qlora_lite.checkpoints.lazy_tensors import Joined, Narrowed, Source, Stacked, Transposed, slices
+from qlora_lite.checkpoints.lazy_tensors import Joined, Narrowed, Source, Stacked, Transposed, read_slices
 from qlora_lite.checkpoints.safetensors_read import tensors_in
 from qlora_lite.errors import CheckpointError
 
@@ -52,7 +52,7 @@ def test_rows_and_parts_are_those_of_the_tensor(
     try:
         for view, tensor in views(folder, torch.randn(sizes), torch.randn(sizes).bfloat16()):
             assert view.shape == tuple(tensor.shape) and view.dtype == tensor.dtype
-            assert torch.equal(torch.cat([rows for _, rows in slices(view, largest)]), tensor)
+            assert torch.equal(torch.cat([rows for _, rows in read_slices(view, largest)]), tensor)
             for index in range(tensor.shape[0]):
                 part = view.part(index)
                 assert part.shape == tuple(tensor.shape[1:])

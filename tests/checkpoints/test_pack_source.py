@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qlora_lite import QuantConfig
 from qlora_lite.checkpoints import pack_source
-from qlora_lite.checkpoints.pack_source import ToBePacked, slice_starts
+from qlora_lite.checkpoints.pack_source import ToBePacked
 from qlora_lite.checkpoints.safetensors_read import StoredTensor, tensors_in
+from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import QuantizationError
 from qlora_lite.export.weight_rows import (
     PackedRows,
@@ -42,7 +41,8 @@ def test_packed_from_slices_of_a_file_it_is_packed_as_a_whole(
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in ours.state_dict().items())
     values = whole.dequantize(torch.float32)
     for rows in (RepackedRows(source), PackedRows(whole)):
-        pieces = [rows.rows(start, stop) for start, stop in slice_starts(rows.shape, rows.step, 1)]
+        parts = slices_within(rows.shape, torch.float32.itemsize, 1, rows.step)
+        pieces = [rows.rows(part.start, part.stop) for part in parts]
         assert torch.equal(torch.cat(pieces), values) and (len(pieces) > 1 or rows.step >= shape[0])
 
 
@@ -55,11 +55,3 @@ def test_what_cannot_be_packed_is_named_with_its_place_in_the_whole(
     source = ToBePacked(stored(tmp_path, weight), QuantConfig(), "nf4", torch.float32)
     with pytest.raises(QuantizationError, match=r"w holds nan at index \(40, 2\)"):
         source.pack(torch.device("cpu"))
-
-
-@given(rows=st.integers(1, 50), columns=st.integers(1, 9), step=st.integers(1, 8), largest=st.integers(1, 400))
-def test_slices_cover_all_rows_once(rows: int, columns: int, step: int, largest: int) -> None:
-    starts = list(slice_starts((rows, columns), step, largest))
-    assert [row for start, stop in starts for row in range(start, stop)] == list(range(rows))
-    assert all(start % step == 0 for start, _ in starts)
-    assert all((stop - start) * columns * 4 <= largest or stop - start <= step for start, stop in starts)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qlora_lite.checkpoints.lazy_tensors import slices
+from qlora_lite.checkpoints.lazy_tensors import read_slices
 from qlora_lite.checkpoints.safetensors_read import TensorFiles, tensors_in
 from qlora_lite.checkpoints.safetensors_write import INDEX_FILE
 from qlora_lite.errors import CheckpointError
@@ -30,7 +30,7 @@ def test_slices_are_the_tensor(
     whole = load_file(path)
     for name, stored in tensors_in(path).items():
         assert torch.equal(stored.read(), whole[name]) and stored.read().dtype == whole[name].dtype
-        pieces = list(slices(stored, largest, step))
+        pieces = list(read_slices(stored, largest, step))
         assert torch.equal(torch.cat([piece for _, piece in pieces]) if stored.shape else pieces[0][1], whole[name])
         assert all(first % step == 0 for first, _ in pieces)
 
@@ -41,7 +41,7 @@ def test_what_was_read_does_not_stay_resident(tmp_path: Path) -> None:
     if not reset_resident_peak():
         pytest.skip("this system does not count resident peaks")
     start = resident_bytes() or 0
-    assert not any(piece.any() for _, piece in slices(stored, 1 << 20))
+    assert not any(piece.any() for _, piece in read_slices(stored, 1 << 20))
     assert (resident_bytes("VmHWM") or 0) - start < 64 << 20
 
 

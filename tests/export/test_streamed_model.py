@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import ConfigError
-from qlora_lite.export.streamed_model import StreamedModel, Weights, in_blocks
+from qlora_lite.export.streamed_model import StreamedModel, Weights
 
 SMALL = {
     "vocab_size": 40,
@@ -153,19 +150,3 @@ def test_logits_changed_in_an_unknown_way_are_refused() -> None:
 def test_a_model_without_a_plain_head_is_refused() -> None:
     with pytest.raises(ConfigError, match="plain linear output head can be verified; this head is none"):
         StreamedModel(nn.Linear(2, 2), [])
-
-
-@given(sizes=st.lists(st.integers(1, 9), max_size=6), count=st.integers(1, 12))
-def test_blocks_hold_the_same_rows(sizes: list[int], count: int) -> None:
-    rows = torch.arange(2.0 * sum(sizes)).view(-1, 2)
-
-    def slices() -> Iterator[tuple[int, Tensor]]:
-        first = 0
-        for size in sizes:
-            yield first, rows[first : first + size]
-            first += size
-
-    blocks = list(in_blocks(slices(), count))
-    assert [first for first, _ in blocks] == list(range(0, len(rows), count))
-    assert all(len(block) == count for _, block in blocks[:-1])
-    assert torch.equal(torch.cat([block for _, block in blocks] or [rows]), rows)

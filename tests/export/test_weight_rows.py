@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from qlora_lite import QuantConfig
 from qlora_lite.checkpoints import pack_source
 from qlora_lite.checkpoints.lazy_tensors import Transposed
-from qlora_lite.checkpoints.pack_source import ToBePacked, slice_starts
+from qlora_lite.checkpoints.pack_source import ToBePacked
 from qlora_lite.checkpoints.safetensors_read import StoredTensor, tensors_in
+from qlora_lite.compute.slicing import slices_within
 from qlora_lite.compute.weight_update import Delta, StackDelta
 from qlora_lite.errors import CheckpointError, QuantizationError
 from qlora_lite.export.weight_rows import (
@@ -24,7 +25,6 @@ from qlora_lite.export.weight_rows import (
     Sources,
     StoredRows,
     aligned_slices,
-    common_step,
     packed_ahead,
     packed_rows,
 )
@@ -47,7 +47,8 @@ def test_a_weight_that_was_turned_round_to_be_packed_gives_its_rows_back(
     values = whole.dequantize(torch.float32).T
     for rows in (RepackedRows(source, transposed=True), packed_rows(whole, transposed=True)):
         assert rows.shape == (40, 70)
-        pieces = [rows.rows(start, stop) for start, stop in slice_starts(rows.shape, rows.step, 4 * 70 * 9)]
+        parts = slices_within(rows.shape, torch.float32.itemsize, 4 * 70 * 9, rows.step)
+        pieces = [rows.rows(part.start, part.stop) for part in parts]
         assert len(pieces) == 5 and torch.equal(torch.cat(pieces), values)
 
 
@@ -58,10 +59,6 @@ def test_a_file_is_rounded_as_loading_rounds_it(tmp_path: Path) -> None:
     assert torch.equal(StoredRows(kept, torch.bfloat16).rows(1, 4), weight[1:4].bfloat16().float())
     assert torch.equal(DenseRows(weight.bfloat16()).rows(1, 4), weight[1:4].bfloat16().float())
     assert DenseRows(torch.tensor(2.0)).rows(0, 1) == 2.0
-
-
-def test_a_common_step_is_a_multiple_of_each() -> None:
-    assert common_step(4, 6, 1) == 12 and common_step() == 1
 
 
 @given(rows=st.integers(1, 40), largest=st.integers(1, 2000), seed=st.integers(0, 99))
