@@ -1,9 +1,9 @@
 """Files written before the package was divided into rooms still load: an adapter, a run, a packed checkpoint.
 
 `written_before/` was made at that time, in one thread, from the tiny model of examples/tiny_model.py with one layer of
-16 features: NF4 with double quantization, DoRA and rsLoRA of rank 4 on q_proj and down_proj, a trained `model.norm`, four
-steps of two rows. `run/` has its checkpoint of step 2 and its adapter of step 4; `expected.json` has the losses of all
-steps and the logits after the last one.
+16 features: NF4 with double quantization, DoRA and rsLoRA of rank 4 on q_proj and down_proj, a trained `model.norm`,
+four steps of two rows. `run/` has its checkpoint of step 2 and its adapter of step 4; `expected.json` has the losses of
+all steps and the logits after the last one.
 """
 
 from __future__ import annotations
