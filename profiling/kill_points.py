@@ -76,7 +76,7 @@ def arm(point: int, below: Path) -> None:
     for name in CHANGES:
         change = getattr(os, name)
         setattr(os, name, torn(change) if name == "write" else counted(change))
-    atomic_folder.exchanged = counted(atomic_folder.exchanged)
+    atomic_folder.exchange_names = counted(atomic_folder.exchange_names)
     sys.addaudithook(opened)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qlora_lite.checkpoints.atomic_folder import new_folder
-from qlora_lite.checkpoints.hub import empty_model, save_companions
+from qlora_lite.checkpoints.hub import empty_model, save_config_and_tokenizer
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor, write_sharded
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -113,7 +113,7 @@ def make_shape(name: str, layers: int | None = None) -> Path:
     largest_shard = sum(tensor.bytes for tensor in plan.values()) // SHARDS + (64 << 20)
     with new_folder(folder) as temporary:
         write_sharded(temporary, plan, largest_shard)
-        save_companions(model, None, temporary, torch.bfloat16)
+        save_config_and_tokenizer(model, None, temporary, torch.bfloat16)
     return folder
 
 

@@ -10,7 +10,7 @@ lazy_tensors          stacked, joined, cut or transposed views of tensors in fil
 hub                   what is asked of transformers: config, empty model, tokenizer
 conversion            tensors under the names of a model, as transformers converts them
 bitsandbytes_layout   packed weights under the names that bitsandbytes gives them
-pack_source           weights read for packing, a slice at a time
+pack_on_load           weights read for packing, a slice at a time
 load                  load_quantized
 base_identity         which checkpoint an adapter was trained on
 """
@@ -23,7 +23,7 @@ from qlora_lite.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qlora_lite.checkpoints.atomic_folder import new_folder as new_folder
-    from qlora_lite.checkpoints.atomic_folder import remove_abandoned as remove_abandoned
+    from qlora_lite.checkpoints.atomic_folder import remove_abandoned_folders as remove_abandoned_folders
     from qlora_lite.checkpoints.hub import load_tokenizer as load_tokenizer
     from qlora_lite.checkpoints.hub import read_config as read_config
     from qlora_lite.checkpoints.load import load_quantized as load_quantized
@@ -38,7 +38,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "load": "load_quantized",
         "hub": "load_tokenizer read_config",
-        "atomic_folder": "new_folder remove_abandoned",
+        "atomic_folder": "new_folder remove_abandoned_folders",
         "safetensors_write": "write_safetensors write_sharded planned",
         "safetensors_read": "TensorFiles read_safetensors",
     },

@@ -60,7 +60,7 @@ def _is_replaceable(path: Path) -> bool:
     return path.suffix in CHECKPOINT_SUFFIXES or path.name in CHECKPOINT_NAMES
 
 
-def check_space(target: Path, needed: int) -> None:
+def check_free_space(target: Path, needed: int) -> None:
     """Raises CheckpointError unless the disk that is to hold `target` has so many bytes free, and some to spare."""
     place = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
@@ -71,7 +71,7 @@ def check_space(target: Path, needed: int) -> None:
         )
 
 
-def check_apart(target: Path, *inputs: Path | None) -> None:
+def check_output_is_not_input(target: Path, *inputs: Path | None) -> None:
     """Raises CheckpointError if writing the folder `target` would replace one of the inputs, or what it links to."""
     target = Path(os.path.realpath(target))
     for path in inputs:
@@ -93,7 +93,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     check_replaceable(target, overwrite)
     with stoppable(), _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(target.parent, f".{glob.escape(target.name)}.*{UNFINISHED}")
+        remove_abandoned_folders(target.parent, f".{glob.escape(target.name)}.*{UNFINISHED}")
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent))
         with unfinished(temporary):
             # mkdtemp gives 0700; a folder made in the usual way follows the umask, and keeps the group of its parent's
@@ -118,7 +118,7 @@ def _put(temporary: Path, target: Path) -> None:
     """Gives a finished folder its name; what had it before goes, after that where the file system can exchange two."""
     if not target.exists():
         os.rename(temporary, target)
-    elif not exchanged(temporary, target):
+    elif not exchange_names(temporary, target):
         old = temporary.with_suffix(".old")  # no name of unfinished work: for an instant it is the only one there is
         os.rename(target, old)
         os.rename(temporary, target)
@@ -126,7 +126,7 @@ def _put(temporary: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def remove_abandoned(folder: Path, pattern: str) -> None:
+def remove_abandoned_folders(folder: Path, pattern: str) -> None:
     """Removes unfinished folders that killed processes left behind: those that nobody holds a lock on any more."""
     for left in folder.glob(pattern):
         if time.time() - left.stat().st_mtime > ABANDONED_AFTER_SECONDS:
@@ -151,7 +151,7 @@ def _umask() -> int:
     return current
 
 
-def exchanged(one: Path, other: Path) -> bool:
+def exchange_names(one: Path, other: Path) -> bool:
     """Has two existing names trade places, so that at no instant either is missing. False where that cannot be done.
 
     OSError for whatever else goes wrong.

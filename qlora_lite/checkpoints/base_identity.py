@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,12 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 KNOWN = "checkpoint_base"
 
 # In adapter_config.json, where peft passes over what it does not know.
-DIGEST_KEY = "packed_base_sha256"
-HOW_TO = "load the base that save_quantized wrote of the model under that adapter"
+PACKED_HASH_KEY = "packed_base_sha256"
+LOAD_REPACKED_HINT = "load the base that save_quantized wrote of the model under that adapter"
 
 
 @dataclass(frozen=True)
-class WeightSums:
+class WeightHashes:
     """SHA-256 sums of a checkpoint's tensors: of names and shapes, and of sampled values.
 
     packed: whether those are codes and statistics of something that is not known.
@@ -62,15 +62,15 @@ class WeightSums:
 
 
 @dataclass(frozen=True)
-class KnownBase:
+class BaseIdentity:
     """What is known of a base. model: kind and sizes; weights: None where there are no files to sum.
 
     written: of a packed checkpoint that says what it was packed from, sums of its own tensors.
     """
 
     model: Mapping[str, int | str]
-    weights: WeightSums | None
-    written: WeightSums | None = None
+    weights: WeightHashes | None
+    written: WeightHashes | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
@@ -102,13 +102,13 @@ def _rounded(values: Tensor) -> Tensor:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(torch.int16)
 
 
-def weight_sums(stored: Mapping[str, StoredTensor], packed: bool = False) -> WeightSums:
+def weight_hashes(stored: Mapping[str, StoredTensor], packed: bool = False) -> WeightHashes:
     """Sums of these tensors; 16 KiB of each are read at the most."""
     names, sample = sorted(stored), hashlib.sha256()
     for name in names:
         for run in _sampled(stored[name]):
             sample.update(raw_bytes(_rounded(run)))
-    return WeightSums(sum_of_json([[name, stored[name].shape] for name in names]), sample.hexdigest(), packed)
+    return WeightHashes(json_hash([[name, stored[name].shape] for name in names]), sample.hexdigest(), packed)
 
 
 def _facts(config: Any) -> dict[str, int | str]:
@@ -118,18 +118,18 @@ def _facts(config: Any) -> dict[str, int | str]:
     return {fact: value for fact, value in said.items() if isinstance(value, (int, str))}
 
 
-def base_of(folder: Path, config: Any) -> KnownBase:
+def checkpoint_identity(folder: Path, config: Any) -> BaseIdentity:
     """What a checkpoint's folder is; of one that `save_quantized` wrote, what it was packed from.
 
     config: transformers' of that folder. CheckpointError for damaged files, or a file that was written beside others.
     """
     files = TensorFiles.of(folder)
-    weights = None if files is None else weight_sums(files.stored, hub.quantization_of(folder) is not None)
+    weights = None if files is None else weight_hashes(files.stored, hub.quantization_config(folder) is not None)
     if weights is None or not weights.packed:
-        return KnownBase(_facts(config), weights)
-    said = read_base(folder)
+        return BaseIdentity(_facts(config), weights)
+    said = read_base_identity(folder)
     if said is None:
-        return KnownBase(_facts(config), weights)
+        return BaseIdentity(_facts(config), weights)
     if said.written != weights:
         raise CheckpointError(
             f"{folder / BASE_FILE} was written for other tensors than lie beside it; save the checkpoint again, or "
@@ -138,81 +138,76 @@ def base_of(folder: Path, config: Any) -> KnownBase:
     return replace(said, written=None)
 
 
-def what_is_known(folder: Path, config: Any) -> Callable[[], KnownBase]:
-    """`base_of`, read now, before there are weights whose peak it would add to; its error, if any, when this is called.
+def checkpoint_identity_or_error(folder: Path, config: Any) -> BaseIdentity | CheckpointError:
+    """`checkpoint_identity`, or the error that it raises, for a caller that loads the tensors next.
 
-    Who reads all of the tensors in between says better what is wrong with them.
+    The identity is computed before loading, so that it adds nothing to the peak of memory. Loading reads every tensor
+    and reports damage more precisely, so the caller raises this error only after it.
     """
     try:
-        base = base_of(folder, config)
+        return checkpoint_identity(folder, config)
     except CheckpointError as error:
-        wrong = error
-
-        def refuse() -> KnownBase:
-            raise wrong
-
-        return refuse
-    return lambda: base
+        return error
 
 
-def remember_base_(model: nn.Module, base: KnownBase) -> None:
+def set_base_identity_(model: nn.Module, base: BaseIdentity) -> None:
     """Notes on a model what its weights were read from."""
     setattr(model, KNOWN, base)
 
 
-def known_base(model: Any) -> KnownBase | None:
+def model_identity(model: Any) -> BaseIdentity | None:
     """What the checkpoint is that a model came from; None for a model without a config.
 
     A model that load_quantized made knows it. Of another one the folder that it names is summed when this is first
     asked, if it is there and can be read here; without one only the config is known. Nothing is said of weights that
     LoftQ packed anew.
     """
-    base: KnownBase | None = getattr(model, KNOWN, None)
+    base: BaseIdentity | None = getattr(model, KNOWN, None)
     if (config := getattr(model, "config", None)) is not None:
         base = base or _summed(model)
         if base is None or _facts(config) != base.model:  # it was changed since: tokens were added, say
-            return KnownBase(_facts(config), None)
-    return replace(base, weights=None) if base is not None and own_weights(model) else base
+            return BaseIdentity(_facts(config), None)
+    return replace(base, weights=None) if base is not None and repacked_weights(model) else base
 
 
-def _summed(model: Any) -> KnownBase | None:
+def _summed(model: Any) -> BaseIdentity | None:
     """What lies in the folder that a model names, as far as it can be read, which is remembered; None if it is gone."""
     if (folder := _folder_there(model)) is None:
         return None
     try:
-        base = base_of(folder, hub.read_config(folder))
+        base = checkpoint_identity(folder, hub.read_config(folder))
     except CheckpointError:  # code of its own, or tensors in fp8, say: its adapter is to be saved all the same
-        base = KnownBase(_facts(model.config), None)
-    remember_base_(model, base)
+        base = BaseIdentity(_facts(model.config), None)
+    set_base_identity_(model, base)
     return base
 
 
 def _folder_there(model: Any) -> Path | None:
     """The folder that a model came from; None if it is gone, since its adapter is to be saved all the same."""
     try:
-        folder = hub.source_folder(model)
+        folder = hub.model_folder(model)
     except CheckpointError:
         return None
     return folder if folder is not None and (folder / hub.CONFIG_FILE).is_file() else None
 
 
-def write_base(folder: Path, model: nn.Module) -> None:
+def write_base_identity(folder: Path, model: nn.Module) -> None:
     """Writes what a model came from beside its adapter; nothing for a model without a config."""
-    if (base := known_base(model)) is not None:
+    if (base := model_identity(model)) is not None:
         write_json(folder / BASE_FILE, base.to_json())
 
 
-def write_origin(folder: Path, model: nn.Module) -> None:
+def write_packed_base_identity(folder: Path, model: nn.Module) -> None:
     """Writes what a model came from beside its packed tensors, if that is known of its weights."""
-    base = known_base(model)
+    base = model_identity(model)
     # safetensors writes below a path that is no text, and reads from none.
     readable = os.fsencode(folder).decode(errors="replace") == str(folder)
     if base is not None and base.weights is not None and readable:
-        written = weight_sums(TensorFiles(folder).stored, packed=True)
+        written = weight_hashes(TensorFiles(folder).stored, packed=True)
         write_json(folder / BASE_FILE, replace(base, written=written).to_json())
 
 
-def _read_sums(said: Any, path: Path, what: str) -> WeightSums | None:
+def _read_sums(said: Any, path: Path, what: str) -> WeightHashes | None:
     if said is None:
         return None
     if not isinstance(said, dict) or set(said) != {"layout", "sample", "packed"} or type(said["packed"]) is not bool:
@@ -220,10 +215,10 @@ def _read_sums(said: Any, path: Path, what: str) -> WeightSums | None:
     for name in ("layout", "sample"):
         if not isinstance(said[name], str) or not SHA256.fullmatch(said[name]):
             raise CheckpointError(f"{path}: {name} of {what} should be a SHA-256 in hex; got {excerpt(said[name])}")
-    return WeightSums(**said)
+    return WeightHashes(**said)
 
 
-def read_base(folder: Path) -> KnownBase | None:
+def read_base_identity(folder: Path) -> BaseIdentity | None:
     """What the file in a folder says; None if it is not there. CheckpointError for one that says something else."""
     path = folder / BASE_FILE
     if not os.path.lexists(path):
@@ -242,10 +237,10 @@ def read_base(folder: Path) -> KnownBase | None:
             kind = "a string" if fact == KIND else "an integer"
             raise CheckpointError(f"{path}: {fact} should be {kind}; got {excerpt(value)}")
     weights, written = (_read_sums(said.get(key), path, key) for key in ("weights", "written"))
-    return KnownBase(model, weights, written)
+    return BaseIdentity(model, weights, written)
 
 
-def _unlike(there: KnownBase, here: KnownBase) -> str:
+def _unlike(there: BaseIdentity, here: BaseIdentity) -> str:
     """How two bases differ; empty if nothing says that they do."""
     both = [fact for fact in (KIND, *SIZES) if fact in there.model and fact in here.model]
     if other := [fact for fact in both if there.model[fact] != here.model[fact]]:
@@ -263,7 +258,7 @@ def _unlike(there: KnownBase, here: KnownBase) -> str:
     )
 
 
-def _compare(adapter: Path, there: KnownBase, here: KnownBase | None, base: str) -> list[str]:
+def _compare(adapter: Path, there: BaseIdentity, here: BaseIdentity | None, base: str) -> list[str]:
     """CheckpointError if what an adapter was trained on differs from `here`, which errors call `base`.
 
     Which of sizes and weights both say; nothing of a base of which nothing is known.
@@ -280,34 +275,38 @@ def _compare(adapter: Path, there: KnownBase, here: KnownBase | None, base: str)
     return ["sizes"] * bool(there.model.keys() & here.model.keys()) + ["weights"] * known
 
 
-def check_model_base(adapter: Path, model: nn.Module) -> None:
+def check_trained_on_model(adapter: Path, model: nn.Module) -> None:
     """CheckpointError if an adapter on disk was trained on another base than a model's. No tensor of either is read."""
-    there = read_base(adapter)
+    there = read_base_identity(adapter)
     if there is None:
         return
-    if there.weights is not None and own_weights(model):
+    if there.weights is not None and repacked_weights(model):
         raise CheckpointError(
             f"{adapter} was trained on weights as a checkpoint has them, and LoftQ packed this model's anew; load the "
             f"checkpoint, or ask for any_base (--any-base) if this model is meant"
         )
-    _compare(adapter, there, known_base(model), "this model's base")
+    _compare(adapter, there, model_identity(model), "this model's base")
 
 
-def check_checkpoint_base(adapter: Path, folder: Path) -> list[str]:
+def check_trained_on_checkpoint(adapter: Path, folder: Path) -> list[str]:
     """The same for a checkpoint's folder, of which config and samples are read.
 
     Gives which of "sizes" and "weights" both say, and are the same.
     """
-    there = read_base(adapter)
-    return [] if there is None else _compare(adapter, there, base_of(folder, hub.read_config(folder)), str(folder))
+    there = read_base_identity(adapter)
+    return (
+        []
+        if there is None
+        else _compare(adapter, there, checkpoint_identity(folder, hub.read_config(folder)), str(folder))
+    )
 
 
-def own_weights(model: nn.Module) -> list[PackedWeight]:
+def repacked_weights(model: nn.Module) -> list[PackedWeight]:
     """The packed weights of a model that are not its checkpoint's."""
     return [module for module in model.modules() if isinstance(module, PackedWeight) and not module.of_checkpoint]
 
 
-def digest_of(weights: Iterable[tuple[str, PackedWeight]]) -> str:
+def packed_weights_hash(weights: Iterable[tuple[str, PackedWeight]]) -> str:
     """SHA-256, in hex, of the names of layers and the bytes of their packed weights, in the order that they come in."""
     digest = hashlib.sha256()
     for name, weight in weights:
@@ -317,13 +316,13 @@ def digest_of(weights: Iterable[tuple[str, PackedWeight]]) -> str:
     return digest.hexdigest()
 
 
-def is_base_of(digest: str, weights: Mapping[str, Any]) -> bool:
+def packed_weights_match(digest: str, weights: Mapping[str, Any]) -> bool:
     """Whether these are the packed weights, by name of layer, that an adapter was saved for."""
     if not all(isinstance(weight, PackedWeight) for weight in weights.values()):
         return False
-    return digest_of(sorted(weights.items())) == digest
+    return packed_weights_hash(sorted(weights.items())) == digest
 
 
-def sum_of_json(value: object) -> str:
+def json_hash(value: object) -> str:
     """SHA-256, in hex, of plain data as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -15,7 +15,7 @@ and in 8 bits `X.weight` int8 (out, in), `X.SCB` fp32 (out,), the absmax of each
 bitsandbytes has no such names for an embedding. One that is packed as int8 rows, and a head that shares its rows, are
 stored unpacked, which every reader understands, with the absmax of each row in a file beside (`ROWS_FILE`). bf16 rounds
 code * absmax / 127 by less than 1 / 256 of it, so that 127 value / absmax is off by less than 127 / 256, and rounds to
-the code: all come back. fp16 is finer, but for values below 2**-14, whose steps are 2**-24 (`rows_survive`).
+the code: all come back. fp16 is finer, but for values below 2**-14, whose steps are 2**-24 (`int8_rows_recoverable`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite.checkpoints.lazy_tensors import read_slices
-from qlora_lite.checkpoints.pack_source import READ_BYTES
+from qlora_lite.checkpoints.pack_on_load import READ_BYTES
 from qlora_lite.checkpoints.safetensors_read import StoredTensor
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor, planned
 from qlora_lite.checks import check_finite, is_count, is_finite
@@ -59,7 +59,7 @@ def _as_tensor(facts: Mapping[str, Any]) -> Tensor:
     return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
 
 
-def serialized(name: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str, PlannedTensor]:
+def bitsandbytes_tensors(name: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str, PlannedTensor]:
     """The tensors that a checkpoint holds for the packed weight `name` (ends in `weight`), bytes as they are.
 
     dtype: what bitsandbytes unpacks it to for a product.
@@ -82,7 +82,7 @@ def serialized(name: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str,
 
 
 @dataclass(frozen=True)
-class StoredPacked:
+class StoredPackedWeight:
     """A packed weight in a file, checked against the sizes that its shape asks for. buffers: of `PackedWeight`."""
 
     name: str
@@ -101,7 +101,7 @@ class StoredPacked:
         nested = self.nested_offset is not None
         return PackedWeight((self.shape[0], self.shape[1]), self.format, self.blocksize, nested, device)
 
-    def pack(self, device: torch.device) -> PackedWeight:
+    def load(self, device: torch.device) -> PackedWeight:
         """The bytes as they are in the file. QuantizationError for statistics that are NaN or infinite."""
         packed = self.empty(device)
         for key, stored in self.buffers.items():
@@ -133,7 +133,7 @@ class StoredInt8Rows:
     def shape(self) -> tuple[int, ...]:
         return self.stored.shape
 
-    def pack(self, device: torch.device) -> PackedWeight:
+    def load(self, device: torch.device) -> PackedWeight:
         """CheckpointError if the two do not belong together."""
         absmax = self.absmax.read()
         check_finite(absmax, f"the absmax of {self.name}")
@@ -149,12 +149,14 @@ class StoredInt8Rows:
         return packed
 
 
-def rows_survive(absmax: Tensor, dtype: torch.dtype) -> bool:
+def int8_rows_recoverable(absmax: Tensor, dtype: torch.dtype) -> bool:
     """Whether int8 codes of rows with these absmax come back from values in `dtype`."""
     return dtype != torch.float16 or not bool(((absmax > 0) & (absmax <= SMALLEST_FP16_ABSMAX)).any())
 
 
-def int8_rows(stored: Mapping[str, StoredTensor], absmax: Mapping[str, StoredTensor]) -> dict[str, StoredInt8Rows]:
+def stored_int8_rows(
+    stored: Mapping[str, StoredTensor], absmax: Mapping[str, StoredTensor]
+) -> dict[str, StoredInt8Rows]:
     """The matrices whose codes the file of absmax gives back. CheckpointError lists what does not fit."""
     bad = [
         name
@@ -169,7 +171,7 @@ def int8_rows(stored: Mapping[str, StoredTensor], absmax: Mapping[str, StoredTen
     return {name: StoredInt8Rows(stored[name], rows) for name, rows in absmax.items()}
 
 
-def packed_weights(stored: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredPacked], set[str]]:
+def stored_packed_weights(stored: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredPackedWeight], set[str]]:
     """The weights that bitsandbytes packed, by name, and the names of their statistics.
 
     One CheckpointError lists every weight whose statistics are missing, damaged, or of a size that does not fit.
@@ -195,12 +197,12 @@ def packed_weights(stored: Mapping[str, StoredTensor]) -> tuple[dict[str, Stored
 
 
 def _read(
-    layout: Callable[..., StoredPacked],
+    layout: Callable[..., StoredPackedWeight],
     name: str,
     stored: Mapping[str, StoredTensor],
     parts: Mapping[str, StoredTensor],
     problems: list[str],
-) -> StoredPacked | None:
+) -> StoredPackedWeight | None:
     """A weight in one of the layouts; None, and one more problem, for one that cannot be read."""
     try:
         return _checked(layout(name, stored, parts))
@@ -233,7 +235,7 @@ def _facts(state: StoredTensor) -> dict[str, Any]:
     return facts  # type: ignore[no-any-return]
 
 
-def _four_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str, StoredTensor]) -> StoredPacked:
+def _four_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str, StoredTensor]) -> StoredPackedWeight:
     states = [part for part in parts if part.startswith(STATE)]
     _require(len(states) == 1, f"{name} should have one {STATE}nf4 or {STATE}fp4; got {', '.join(states) or 'none'}")
     state = parts[states[0]]
@@ -251,7 +253,7 @@ def _four_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str,
     buffers = _named(name, stored, parts, BUFFERS_NESTED if nested else BUFFERS_4BIT)
     _check_table(name, format, parts.get("quant_map"))
     offset = float(facts["nested_offset"]) if nested else None
-    return StoredPacked(name, format, tuple(facts["shape"]), facts["blocksize"], offset, buffers)
+    return StoredPackedWeight(name, format, tuple(facts["shape"]), facts["blocksize"], offset, buffers)
 
 
 def _check_table(name: str, format: str, table: StoredTensor | None) -> None:
@@ -262,17 +264,17 @@ def _check_table(name: str, format: str, table: StoredTensor | None) -> None:
     _require(same, f"{name}.quant_map is not the table of {format}")
 
 
-def _eight_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str, StoredTensor]) -> StoredPacked:
+def _eight_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str, StoredTensor]) -> StoredPackedWeight:
     buffers = _named(name, stored, parts, BUFFERS_8BIT)
     layout = parts.get("weight_format")
     order = 0 if layout is None else int(layout.read().sum())  # files without it are older, and in rows
     _require(order == 0, f"{name} is laid out for one kind of accelerator (weight_format {order}), not by rows")
     shape = buffers["packed"].shape
     _require(len(shape) == 2, f"{name} should be a matrix; got {shape}")
-    return StoredPacked(name, "int8", shape, BLOCKSIZES[0], None, buffers)
+    return StoredPackedWeight(name, "int8", shape, BLOCKSIZES[0], None, buffers)
 
 
-def _checked(weight: StoredPacked) -> StoredPacked:
+def _checked(weight: StoredPackedWeight) -> StoredPackedWeight:
     """The weight, once each of its tensors has the size and the dtype of the buffer that it is read into."""
     codes, needed = weight.buffers["packed"], packed_bytes(weight.shape, weight.format)
     got = math.prod(codes.shape) * codes.dtype.itemsize

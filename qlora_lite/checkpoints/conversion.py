@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlora_lite.checkpoints.lazy_tensors import Joined, Narrowed, Source, Stacked, Transposed
+from qlora_lite.checkpoints.lazy_tensors import Concatenated, LazyTensor, Narrowed, Stacked, Transposed
 from qlora_lite.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Views by the pattern of transformers' rule that their names match; several of a pattern with a star in it.
-Named = dict[str, list[Source]]
+ViewsByPattern = dict[str, list[LazyTensor]]
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Converted:
     problems: sentences about `failed`, tensors of the model that cannot be made of what is there.
     """
 
-    tensors: dict[str, Source] = field(default_factory=dict)
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)
     unexpected: dict[str, str] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
@@ -45,7 +45,7 @@ class _Rule:
     targets: list[str]
     shapes: Shapes
 
-    def only(self, views: Named, operation: Any) -> Source:
+    def only(self, views: ViewsByPattern, operation: Any) -> LazyTensor:
         """The one view there is, for operations on one."""
         found = [view for several in views.values() for view in several]
         if len(found) != 1:
@@ -58,25 +58,25 @@ class _Rule:
         return self.targets[0]
 
 
-def _stacked(operation: Any, views: Named, rule: _Rule) -> Named:
+def _stacked(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
     """MergeModulelist: the tensors of each pattern along a new first dimension."""
     if operation.dim != 0:
         raise CheckpointError(f"{rule.target}: {operation!r} is not known here, only stacks along dimension 0")
-    made: Named = {}
+    made: ViewsByPattern = {}
     for pattern, several in views.items():
         key = rule.one_target(operation) if len(views) == 1 else pattern
         made[key] = [Stacked(rule.target, tuple(several))]
     return made
 
 
-def _joined(operation: Any, views: Named, rule: _Rule) -> Named:
+def _joined(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
     """Concatenate: the tensors of all patterns, in the rule's order of patterns, one after the other."""
     parts = tuple(view for pattern in rule.sources for view in views.get(pattern, []))
-    return {rule.one_target(operation): [Joined(rule.target, parts, operation.dim)]}
+    return {rule.one_target(operation): [Concatenated(rule.target, parts, operation.dim)]}
 
 
-def _cut(source: Source, targets: list[str], sizes: list[int], dim: int) -> Named:
-    made: Named = {}
+def _cut(source: LazyTensor, targets: list[str], sizes: list[int], dim: int) -> ViewsByPattern:
+    made: ViewsByPattern = {}
     start = 0
     for target, size in zip(targets, sizes, strict=True):
         made[target] = [Narrowed(source.name, source, dim, start, size)]
@@ -84,7 +84,7 @@ def _cut(source: Source, targets: list[str], sizes: list[int], dim: int) -> Name
     return made
 
 
-def _in_chunks(operation: Any, views: Named, rule: _Rule) -> Named:
+def _in_chunks(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
     """Chunk: one tensor cut into equal parts, one for each target."""
     source, count = rule.only(views, operation), len(rule.targets)
     size, left = divmod(source.shape[operation.dim], count)
@@ -93,7 +93,7 @@ def _in_chunks(operation: Any, views: Named, rule: _Rule) -> Named:
     return _cut(source, rule.targets, [size] * count, operation.dim)
 
 
-def _in_pieces(operation: Any, views: Named, rule: _Rule) -> Named:
+def _in_pieces(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
     """Split: one tensor cut into parts of the targets' sizes."""
     source = rule.only(views, operation)
     names = [rule.target.replace(rule.targets[0], target) for target in rule.targets]
@@ -103,7 +103,7 @@ def _in_pieces(operation: Any, views: Named, rule: _Rule) -> Named:
     return _cut(source, rule.targets, sizes, operation.dim)
 
 
-def _transposed(operation: Any, views: Named, rule: _Rule) -> Named:
+def _transposed(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
     """Transpose: two dimensions exchanged; with check_dims only where the model has them so."""
     source = rule.only(views, operation)
     key = rule.targets[0] if len(rule.targets) == 1 else rule.sources[0]
@@ -113,7 +113,7 @@ def _transposed(operation: Any, views: Named, rule: _Rule) -> Named:
     return {key: [Transposed(source, first, second)]}
 
 
-OPERATIONS: dict[str, Callable[[Any, Named, _Rule], Named]] = {
+OPERATIONS: dict[str, Callable[[Any, ViewsByPattern, _Rule], ViewsByPattern]] = {
     "MergeModulelist": _stacked,
     "Concatenate": _joined,
     "Chunk": _in_chunks,
@@ -122,9 +122,9 @@ OPERATIONS: dict[str, Callable[[Any, Named, _Rule], Named]] = {
 }
 
 
-def _made(conversion: Conversion, files: Mapping[str, Source], shapes: Shapes) -> dict[str, Source]:
+def _made(conversion: Conversion, files: Mapping[str, LazyTensor], shapes: Shapes) -> dict[str, LazyTensor]:
     """The model's tensors that one rule makes. CheckpointError for an operation that is not known."""
-    views: Named = {pattern: [files[name] for name in names] for pattern, names in conversion.sources.items()}
+    views: ViewsByPattern = {pattern: [files[name] for name in names] for pattern, names in conversion.sources.items()}
     rule = _Rule(conversion.target, list(conversion.source_patterns), list(conversion.target_patterns), shapes)
     for operation in conversion.operations:
         act = OPERATIONS.get(type(operation).__name__)
@@ -140,7 +140,7 @@ def _made(conversion: Conversion, files: Mapping[str, Source], shapes: Shapes) -
     return {f"{before}{key}{behind}": several[0] for key, several in views.items()}
 
 
-def model_tensors(model: nn.Module, shapes: Shapes, files: Mapping[str, Source]) -> Converted:
+def converted_tensors(model: nn.Module, shapes: Shapes, files: Mapping[str, LazyTensor]) -> Converted:
     """What transformers would load into the model's tensors (`shapes`: by name) from a checkpoint's, as views.
 
     Nothing is read. What cannot be made is no error yet, but listed: the caller knows what it needs.
@@ -186,7 +186,7 @@ class Conversion:
         return {self.target.replace(patterns[0], pattern) for pattern in patterns}
 
 
-def checkpoint_tensors(model: Any) -> dict[str, Tensor]:
+def tensors_as_saved(model: Any) -> dict[str, Tensor]:
     """The tensors of a model on meta as a checkpoint has them: other names, and pieces, where transformers converts."""
     loading = importlib.import_module("transformers.core_model_loading")
     return loading.revert_weight_conversion(model, dict(model.state_dict()))  # type: ignore[no-any-return]

@@ -23,7 +23,7 @@ SHOWN = 60
 
 UNFINISHED = ".partial"
 # What is unfinished stands beside its place under a name that is longer by so much.
-BESIDE = f".{{}}.12345678{UNFINISHED}"
+UNFINISHED_NAME = f".{{}}.12345678{UNFINISHED}"
 
 
 def excerpt(value: object) -> str:
@@ -76,7 +76,7 @@ def check_writable(path: str | Path, suffix: str, overwrite: bool) -> None:
     path = Path(path)
     if path.suffix != suffix:
         raise ConfigError(f"the file must be named *{suffix}; got {path}")
-    check_place(path)
+    check_creatable(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; name a file")
     if path.exists() and not is_regular(path):
@@ -107,13 +107,13 @@ def new_file(path: str | Path, overwrite: bool = False) -> Iterator[BinaryIO]:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def check_place(path: Path) -> None:
+def check_creatable(path: Path) -> None:
     """CheckpointError where nothing can be made: behind a file, in a circle of links, under too long a name.
 
     Also where this user may not write.
     """
     path = path.absolute()
-    for name in (path, path.with_name(BESIDE.format(path.name)) if path.name else path):
+    for name in (path, path.with_name(UNFINISHED_NAME.format(path.name)) if path.name else path):
         if why_not := _wrong_with(name):
             raise CheckpointError(f"{path} cannot be written: {why_not}")
     path = Path(os.path.realpath(path))  # behind a link stands what is meant, there already or not

@@ -50,7 +50,7 @@ def _checkpoint_errors(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: {first_line}") from error
 
 
-def resolve(path_or_id: str | Path) -> Path:
+def checkpoint_folder(path_or_id: str | Path) -> Path:
     """The local folder of a checkpoint; a name that is no folder is looked up on (and fetched from) the hub."""
     folder = Path(path_or_id)
     if folder.is_dir():
@@ -72,7 +72,7 @@ def resolve(path_or_id: str | Path) -> Path:
 
 def read_config(folder: Path) -> Any:
     """The transformers config of a checkpoint folder, as if nothing in it were packed. No remote code is run."""
-    quantization_of(folder)
+    quantization_config(folder)
     with _checkpoint_errors(f"{folder} has no config that transformers knows"):
         config = _transformers().AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     _forget_quantization(config)
@@ -87,7 +87,7 @@ def _forget_quantization(config: Any) -> None:
         del config.quantization_config
 
 
-def quantization_of(folder: Path) -> dict[str, Any] | None:
+def quantization_config(folder: Path) -> dict[str, Any] | None:
     """How a checkpoint folder says that its weights are packed; None where it says nothing, or has no config.
 
     CheckpointError for a config that is no JSON object, or says it in another form.
@@ -108,7 +108,7 @@ def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
         return model.eval()
 
 
-def read_generation_config_(model: Any, folder: Path) -> None:
+def load_generation_config_(model: Any, folder: Path) -> None:
     """Gives a model the generation config of its checkpoint, if there is one."""
     if (folder / GENERATION_FILE).is_file():
         with _checkpoint_errors(f"{folder / GENERATION_FILE} is no generation config"):
@@ -117,7 +117,7 @@ def read_generation_config_(model: Any, folder: Path) -> None:
 
 def load_tokenizer(path_or_id: str | Path) -> Any:
     """The tokenizer of a checkpoint, with a padding token (its end token where there is none)."""
-    folder = resolve(path_or_id)
+    folder = checkpoint_folder(path_or_id)
     with _checkpoint_errors(f"{folder} has no tokenizer that transformers can load"):
         tokenizer = _transformers().AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     if tokenizer.pad_token_id is None:
@@ -125,7 +125,7 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
     return tokenizer
 
 
-def save_companions(
+def save_config_and_tokenizer(
     model: Any,
     source: Path | None,
     target: Path,
@@ -163,7 +163,7 @@ def save_companions(
             shutil.copyfile(template, target / TEMPLATE_FOLDER / template.name)
 
 
-def source_folder(model: Any) -> Path | None:
+def model_folder(model: Any) -> Path | None:
     """The folder that the model was loaded from, None for one that was not loaded. CheckpointError if it is gone."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     if not name or Path(name).is_dir():

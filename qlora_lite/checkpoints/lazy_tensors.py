@@ -23,7 +23,7 @@ from qlora_lite.signals import poll
 PASS_BYTES = 16 << 20
 
 
-class Source(Protocol):
+class LazyTensor(Protocol):
     """A tensor that is read when its rows are asked for."""
 
     @property
@@ -39,11 +39,11 @@ class Source(Protocol):
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start to stop along the first dimension; all of a tensor that has no dimensions."""
 
-    def part(self, index: int) -> Source:
+    def select(self, index: int) -> LazyTensor:
         """What lies at this index of the first dimension: a matrix of a stack."""
 
 
-def read_slices(source: Source, max_bytes: int, step: int = 1) -> Iterator[tuple[int, Tensor]]:
+def read_slices(source: LazyTensor, max_bytes: int, step: int = 1) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows) one after the other, of at most so many bytes, each beginning at a multiple of `step`."""
     fake_if_rehearsed = torch.empty(0)
     for part in slices_within(source.shape, source.dtype.itemsize, max_bytes, step, like=fake_if_rehearsed):
@@ -51,12 +51,12 @@ def read_slices(source: Source, max_bytes: int, step: int = 1) -> Iterator[tuple
         yield part.start, source.rows(part.start, part.stop)
 
 
-def _common_dtype(parts: tuple[Source, ...]) -> torch.dtype:
+def _common_dtype(parts: tuple[LazyTensor, ...]) -> torch.dtype:
     """One that holds the values of all exactly."""
     return functools.reduce(torch.promote_types, (part.dtype for part in parts))
 
 
-def _check_alike(name: str, parts: tuple[Source, ...], but: int | None) -> None:
+def _check_alike(name: str, parts: tuple[LazyTensor, ...], but: int | None) -> None:
     """CheckpointError unless the shapes are equal, except in dimension `but`."""
     kept = {tuple(size for dim, size in enumerate(part.shape) if dim != but) for part in parts}
     if len(kept) > 1 or (but is not None and any(but >= len(part.shape) for part in parts)):
@@ -65,10 +65,10 @@ def _check_alike(name: str, parts: tuple[Source, ...], but: int | None) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
+class Selected:
     """What lies at one index of another's first dimension, for sources without a shorter way to it."""
 
-    source: Source
+    source: LazyTensor
     index: int
 
     @property
@@ -87,8 +87,8 @@ class Part:
         whole = self.source.rows(self.index, self.index + 1)[0]
         return whole[start:stop] if self.shape else whole
 
-    def part(self, index: int) -> Source:
-        return Part(self, index)
+    def select(self, index: int) -> LazyTensor:
+        return Selected(self, index)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Stacked:
     """Tensors of one shape along a new first dimension. CheckpointError for different shapes."""
 
     name: str
-    parts: tuple[Source, ...]
+    parts: tuple[LazyTensor, ...]
 
     def __post_init__(self) -> None:
         _check_alike(self.name, self.parts, None)
@@ -113,16 +113,16 @@ class Stacked:
         length = self.shape[1] if len(self.shape) > 1 else 1
         return torch.stack([part.rows(0, length).to(self.dtype) for part in self.parts[start:stop]])
 
-    def part(self, index: int) -> Source:
+    def select(self, index: int) -> LazyTensor:
         return self.parts[index]
 
 
 @dataclass(frozen=True)
-class Joined:
+class Concatenated:
     """Tensors one after the other along a dimension. CheckpointError if they differ in another one."""
 
     name: str
-    parts: tuple[Source, ...]
+    parts: tuple[LazyTensor, ...]
     dim: int
 
     def __post_init__(self) -> None:
@@ -148,12 +148,12 @@ class Joined:
             begin += part.shape[0]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def part(self, index: int) -> Source:
+    def select(self, index: int) -> LazyTensor:
         if self.dim > 0:
-            return Joined(f"{self.name}[{index}]", tuple(part.part(index) for part in self.parts), self.dim - 1)
+            return Concatenated(f"{self.name}[{index}]", tuple(part.select(index) for part in self.parts), self.dim - 1)
         for part in self.parts:
             if index < part.shape[0]:
-                return part.part(index)
+                return part.select(index)
             index -= part.shape[0]
         raise IndexError(index)
 
@@ -163,7 +163,7 @@ class Narrowed:
     """`length` places of a dimension, from `start` on."""
 
     name: str
-    source: Source
+    source: LazyTensor
     dim: int
     start: int
     length: int
@@ -181,10 +181,10 @@ class Narrowed:
             return self.source.rows(self.start + start, self.start + stop)
         return self.source.rows(start, stop).narrow(self.dim, self.start, self.length)
 
-    def part(self, index: int) -> Source:
+    def select(self, index: int) -> LazyTensor:
         if self.dim == 0:
-            return self.source.part(self.start + index)
-        return Narrowed(f"{self.name}[{index}]", self.source.part(index), self.dim - 1, self.start, self.length)
+            return self.source.select(self.start + index)
+        return Narrowed(f"{self.name}[{index}]", self.source.select(index), self.dim - 1, self.start, self.length)
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Transposed:
     over the source, `PASS_BYTES` at a time.
     """
 
-    source: Source
+    source: LazyTensor
     dim0: int = 0
     dim1: int = 1
 
@@ -219,7 +219,7 @@ class Transposed:
         pieces = read_slices(self.source, PASS_BYTES)
         return torch.cat([piece.transpose(0, self.dim1)[start:stop].clone() for _, piece in pieces], dim=self.dim1)
 
-    def part(self, index: int) -> Source:
+    def select(self, index: int) -> LazyTensor:
         if self.dim0 > 0:
-            return Transposed(self.source.part(index), self.dim0 - 1, self.dim1 - 1)
-        return Part(self, index)
+            return Transposed(self.source.select(index), self.dim0 - 1, self.dim1 - 1)
+        return Selected(self, index)

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
-from qlora_lite.checkpoints.base_identity import remember_base_, what_is_known
+from qlora_lite.checkpoints.base_identity import checkpoint_identity_or_error, set_base_identity_
 from qlora_lite.checkpoints.bitsandbytes_layout import (
     ROWS_FILE,
     StoredInt8Rows,
-    StoredPacked,
-    int8_rows,
-    packed_weights,
+    StoredPackedWeight,
+    stored_int8_rows,
+    stored_packed_weights,
 )
-from qlora_lite.checkpoints.conversion import model_tensors
-from qlora_lite.checkpoints.lazy_tensors import Source, Transposed, read_slices
-from qlora_lite.checkpoints.pack_source import READ_BYTES, PackSource, ToBePacked
-from qlora_lite.checkpoints.safetensors_read import TensorFiles, tensors_in
+from qlora_lite.checkpoints.conversion import converted_tensors
+from qlora_lite.checkpoints.lazy_tensors import LazyTensor, Transposed, read_slices
+from qlora_lite.checkpoints.pack_on_load import READ_BYTES, LazyPackedWeight, PackedOnLoad
+from qlora_lite.checkpoints.safetensors_read import TensorFiles, stored_tensors
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits
 from qlora_lite.compute.slicing import slices_within
@@ -46,21 +46,21 @@ def _listed(what: str, names: set[str] | list[str]) -> str:
     return f"{len(names)} tensors {what}: {listing(sorted(names), SHOWN)}"
 
 
-Stored = StoredPacked | StoredInt8Rows
-_PACKED = (StoredPacked, StoredInt8Rows)
+Stored = StoredPackedWeight | StoredInt8Rows
+_PACKED = (StoredPackedWeight, StoredInt8Rows)
 
 
-def fitting(
-    model: nn.Module, folder: Path, files: Mapping[str, Source], packed: Mapping[str, Stored] | None = None
-) -> dict[str, Source | Stored]:
+def tensors_for_model(
+    model: nn.Module, folder: Path, files: Mapping[str, LazyTensor], packed: Mapping[str, Stored] | None = None
+) -> dict[str, LazyTensor | Stored]:
     """The checkpoint's tensors by the (empty) model's names, converted as transformers would, and those packed already.
 
     One CheckpointError lists what is missing, unexpected, mis-shaped, or made in a way that is not known here.
     """
     wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    found = model_tensors(model, shapes, files)
-    tensors: dict[str, Source | Stored] = {**found.tensors, **(packed or {})}
+    found = converted_tensors(model, shapes, files)
+    tensors: dict[str, LazyTensor | Stored] = {**found.tensors, **(packed or {})}
     ignorable = [re.compile(pattern) for pattern in architecture.ignorable_keys(model)]
     unexpected = [
         name
@@ -95,7 +95,7 @@ def fitting(
     return {name: source for name, source in tensors.items() if name in shapes and name not in twins}
 
 
-def _torn_apart(model: nn.Module, tensors: Mapping[str, Source | Stored]) -> list[str]:
+def _torn_apart(model: nn.Module, tensors: Mapping[str, LazyTensor | Stored]) -> list[str]:
     """Weights that are one by the config and two in the checkpoint: which of them the model has, nothing says."""
     return [
         f"{alias} and {source} are tied by the config and differ (with tie_word_embeddings false in it, they are two)"
@@ -104,14 +104,14 @@ def _torn_apart(model: nn.Module, tensors: Mapping[str, Source | Stored]) -> lis
     ]
 
 
-def _same(one: Source | Stored, other: Source | Stored) -> bool:
+def _same(one: LazyTensor | Stored, other: LazyTensor | Stored) -> bool:
     if isinstance(one, _PACKED) or isinstance(other, _PACKED) or one.shape != other.shape:
         return False
     parts = slices_within(one.shape, one.dtype.itemsize, READ_BYTES)
     return all(bool((one.rows(part.start, part.stop) == other.rows(part.start, part.stop)).all()) for part in parts)
 
 
-def _plain_shape(model: nn.Module, name: str, source: Source | Stored) -> tuple[int, ...]:
+def _plain_shape(model: nn.Module, name: str, source: LazyTensor | Stored) -> tuple[int, ...]:
     """The shape of a tensor in a plain checkpoint; what is packed is `(out, in)`, whatever the layer has."""
     turned = isinstance(source, _PACKED) and is_transposed_linear(model.get_submodule(name.rpartition(".")[0]))
     return source.shape[::-1] if turned else source.shape
@@ -123,40 +123,40 @@ class Checkpoint:
 
     folder: Path
     config: QuantConfig
-    tensors: Mapping[str, Source | Stored]
+    tensors: Mapping[str, LazyTensor | Stored]
 
     @classmethod
-    def of(cls, folder: Path, model: nn.Module, config: QuantConfig | None) -> Checkpoint:
+    def open(cls, folder: Path, model: nn.Module, config: QuantConfig | None) -> Checkpoint:
         """For a model on the meta device. ConfigError if the folder is packed otherwise than `config` asks for.
 
-        CheckpointError for tensors that do not fit the model (`fitting`), packing that is not bitsandbytes', and packed
-        weights that cannot be read.
+        CheckpointError for tensors that do not fit the model (`tensors_for_model`), packing that is not bitsandbytes',
+        and packed weights that cannot be read.
         """
-        quantization, files = hub.quantization_of(folder), TensorFiles(folder)
+        quantization, files = hub.quantization_config(folder), TensorFiles(folder)
         if quantization is None:
-            return cls(folder, config or QuantConfig(), fitting(model, folder, files.stored))
+            return cls(folder, config or QuantConfig(), tensors_for_model(model, folder, files.stored))
         _check_is_bitsandbytes(quantization, folder)
-        packed, statistics = packed_weights(files.stored)
-        absmax = tensors_in(folder / ROWS_FILE) if (folder / ROWS_FILE).is_file() else {}
-        rows = int8_rows(files.stored, absmax)
+        packed, statistics = stored_packed_weights(files.stored)
+        absmax = stored_tensors(folder / ROWS_FILE) if (folder / ROWS_FILE).is_file() else {}
+        rows = stored_int8_rows(files.stored, absmax)
         known: dict[str, Stored] = {**packed, **rows}
         plain = {name: tensor for name, tensor in files.stored.items() if name not in statistics.union(known)}
         settings = _as_stored(folder, model, config, packed, bool(rows))
-        return cls(folder, settings, fitting(model, folder, plain, known))
+        return cls(folder, settings, tensors_for_model(model, folder, plain, known))
 
     @property
-    def originals(self) -> dict[str, Source]:
+    def originals(self) -> dict[str, LazyTensor]:
         """The tensors that lie there as a model had them before anything was packed; none of a packed checkpoint."""
         sources = {name: stored for name, stored in self.tensors.items() if not isinstance(stored, _PACKED)}
         return sources if len(sources) == len(self.tensors) else {}
 
-    def plain(self, name: str) -> Source:
+    def plain(self, name: str) -> LazyTensor:
         """A tensor that the model holds as it is."""
         stored = self.tensors[name]
         assert not isinstance(stored, _PACKED)  # packed ones have a slot
         return stored
 
-    def sources(self, name: str, slot: Slot, dtype: torch.dtype) -> list[PackSource]:
+    def packed_weights(self, name: str, slot: Slot, dtype: torch.dtype) -> list[LazyPackedWeight]:
         """How the packed weight of a slot comes about: one, or one for each matrix of a stack.
 
         Each is turned round if the layer has it so; what is packed already lies as it is packed.
@@ -164,9 +164,9 @@ class Checkpoint:
         stored = self.tensors[name]
         if isinstance(stored, _PACKED):
             return [stored]
-        matrices = [stored] if slot.stack is None else [stored.part(index) for index in range(stored.shape[0])]
+        matrices = [stored] if slot.stack is None else [stored.select(index) for index in range(stored.shape[0])]
         turned = [Transposed(matrix) if slot.transposed else matrix for matrix in matrices]
-        return [ToBePacked(matrix, self.config, slot.format, dtype) for matrix in turned]
+        return [PackedOnLoad(matrix, self.config, slot.format, dtype) for matrix in turned]
 
     def slots(self, model: nn.Module) -> list[Slot]:
         """What is packed of the model. CheckpointError for packed weights that are not a linear layer's there."""
@@ -190,7 +190,7 @@ def _check_is_bitsandbytes(quantization: dict[str, Any], folder: Path) -> None:
 
 
 def _as_stored(
-    folder: Path, model: nn.Module, config: QuantConfig | None, packed: Mapping[str, StoredPacked], rows: bool
+    folder: Path, model: nn.Module, config: QuantConfig | None, packed: Mapping[str, StoredPackedWeight], rows: bool
 ) -> QuantConfig:
     """The settings that a packed folder is loaded with: format and layers are the file's, the rest is asked for."""
     formats = sorted({weight.format for weight in packed.values()})
@@ -212,7 +212,7 @@ def _as_stored(
     return replace(wanted, skip_modules=unpacked, embedding_format=embedding)
 
 
-class Filling(Protocol):
+class CheckpointLike(Protocol):
     """What a model is filled from: a `Checkpoint`, or what stands for one."""
 
     @property
@@ -221,9 +221,9 @@ class Filling(Protocol):
     @property
     def tensors(self) -> Mapping[str, Any]: ...
 
-    def plain(self, name: str) -> Source: ...
+    def plain(self, name: str) -> LazyTensor: ...
 
-    def sources(self, name: str, slot: Slot, dtype: torch.dtype) -> list[PackSource]: ...
+    def packed_weights(self, name: str, slot: Slot, dtype: torch.dtype) -> list[LazyPackedWeight]: ...
 
     def slots(self, model: nn.Module) -> list[Slot]: ...
 
@@ -231,7 +231,7 @@ class Filling(Protocol):
 class _Placement:
     """Where the tensors of a checkpoint go: into packed weights, or as they are to every module that has them."""
 
-    def __init__(self, model: nn.Module, checkpoint: Filling, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.checkpoint, self.dtype, self.device = model, checkpoint, dtype, device
         self._slots: dict[Tensor, Slot] = {slot.weight: slot for slot in checkpoint.slots(model)}
         self._names: dict[Tensor, list[str]] = {}
@@ -242,7 +242,7 @@ class _Placement:
         """Reads a tensor for the one on meta that it replaces. QuantizationError for values that are not finite."""
         slot, config = self._slots.get(target), self.checkpoint.config
         if slot is not None:
-            packed = [source.pack(self.device) for source in self.checkpoint.sources(name, slot, self.dtype)]
+            packed = [source.load(self.device) for source in self.checkpoint.packed_weights(name, slot, self.dtype)]
             for matrix in packed:
                 matrix.int8_activations = config.int8_activations and matrix.format == config.format
             if slot.stack is None:
@@ -283,20 +283,22 @@ def load_quantized(
     QuantizationError for values that are NaN, infinite, or too large for the format, with every tensor that has some.
     """
     set_host_limits()
-    folder = hub.resolve(path_or_id)
+    folder = hub.checkpoint_folder(path_or_id)
     described = hub.read_config(folder)
     model: Any = hub.empty_model(described, dtype)
     architecture.tie(model)
-    checkpoint, known = Checkpoint.of(folder, model, config), what_is_known(folder, described)
-    fill_(model, checkpoint, dtype, torch.device(device))
-    remember_base_(model, known())
-    hub.read_generation_config_(model, folder)
+    checkpoint, identity = Checkpoint.open(folder, model, config), checkpoint_identity_or_error(folder, described)
+    load_tensors_(model, checkpoint, dtype, torch.device(device))
+    if isinstance(identity, CheckpointError):
+        raise identity
+    set_base_identity_(model, identity)
+    hub.load_generation_config_(model, folder)
     model.config._name_or_path = str(folder.absolute())
     release_freed_pages()
     return model
 
 
-def fill_(model: Any, checkpoint: Filling, dtype: torch.dtype, device: torch.device) -> None:
+def load_tensors_(model: Any, checkpoint: CheckpointLike, dtype: torch.dtype, device: torch.device) -> None:
     """Gives a model on meta the tensors of a checkpoint that fits it, packed where they are to be, and freezes it."""
     targets = model.state_dict(keep_vars=True)
     placement = _Placement(model, checkpoint, dtype, device)

@@ -59,7 +59,7 @@ class StoredTensor:
             return self._read(self.begin, ())
         return self._read(self.begin + start * self.row_bytes, (stop - start, *self.shape[1:]))
 
-    def part(self, index: int) -> StoredTensor:
+    def select(self, index: int) -> StoredTensor:
         """What lies at this index of the first dimension."""
         begin = self.begin + index * self.row_bytes
         return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], begin=begin)
@@ -108,7 +108,7 @@ def _named_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def tensors_in(path: Path) -> dict[str, StoredTensor]:
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name, in the order of their bytes. CheckpointError for a file that is not sound."""
     with open_regular(path, "a safetensors file") as file:
         state = _state(os.fstat(file.fileno()))
@@ -137,7 +137,7 @@ def tensors_in(path: Path) -> dict[str, StoredTensor]:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one file. CheckpointError when it is missing or no safetensors file."""
-    return {name: stored.read() for name, stored in tensors_in(path).items()}
+    return {name: stored.read() for name, stored in stored_tensors(path).items()}
 
 
 class TensorFiles:
@@ -151,7 +151,7 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if (folder / SINGLE_FILE).is_file():
-            self.stored = tensors_in(folder / SINGLE_FILE)
+            self.stored = stored_tensors(folder / SINGLE_FILE)
         elif (folder / INDEX_FILE).is_file():
             self.stored = self._by_index()
         else:
@@ -170,7 +170,7 @@ class TensorFiles:
         paths = {file: self._checked(file) for file in dict.fromkeys(map(str, listed.values()))}
         stored: dict[str, StoredTensor] = {}
         for file, path in paths.items():
-            found = tensors_in(path)
+            found = stored_tensors(path)
             wanted = {name for name, where in listed.items() if where == file}
             if lost := sorted(wanted - found.keys()):
                 raise CheckpointError(f"{path} should hold {listing(lost)} by the index but does not")

@@ -54,10 +54,10 @@ def _said(verdict: Verdict) -> list[str]:
 
 
 def _compared(adapter: Path, model: str) -> list[str]:
-    from qlora_lite.checkpoints.base_identity import check_checkpoint_base
-    from qlora_lite.checkpoints.hub import resolve
+    from qlora_lite.checkpoints.base_identity import check_trained_on_checkpoint
+    from qlora_lite.checkpoints.hub import checkpoint_folder
 
-    return check_checkpoint_base(adapter, resolve(model))
+    return check_trained_on_checkpoint(adapter, checkpoint_folder(model))
 
 
 def inspect(

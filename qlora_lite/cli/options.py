@@ -75,11 +75,11 @@ def finish(figures: dict[str, Any], as_json: bool) -> None:
 
 def check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
     """CheckpointError for a folder that must not, or cannot, be written, before anything is read."""
-    from qlora_lite.checkpoints.atomic_folder import check_apart, check_replaceable
-    from qlora_lite.checkpoints.files import check_place
+    from qlora_lite.checkpoints.atomic_folder import check_output_is_not_input, check_replaceable
+    from qlora_lite.checkpoints.files import check_creatable
 
-    check_place(folder)
-    check_apart(folder, *(Path(path) for path in inputs))
+    check_creatable(folder)
+    check_output_is_not_input(folder, *(Path(path) for path in inputs))
     for path in inputs:
         if Path(path).is_dir() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path)):
             raise errors.CheckpointError(f"the output {folder} lies inside the input {path}; name another folder")

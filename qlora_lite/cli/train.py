@@ -45,16 +45,16 @@ def _check_init(init: str) -> None:
 
 def _check_run(output: Path, replaced: bool, model: str, data: Path, same_base: bool) -> None:
     """same_base: whether a run there must have been on this base; all bytes of that are compared once it is loaded."""
-    from qlora_lite.checkpoints.atomic_folder import check_apart
-    from qlora_lite.checkpoints.base_identity import check_checkpoint_base
-    from qlora_lite.checkpoints.hub import resolve
+    from qlora_lite.checkpoints.atomic_folder import check_output_is_not_input
+    from qlora_lite.checkpoints.base_identity import check_trained_on_checkpoint
+    from qlora_lite.checkpoints.hub import checkpoint_folder
     from qlora_lite.training.run_checkpoints import ADAPTER_FOLDER, METRICS_FILE
 
     if same_base:
-        check_checkpoint_base(output / ADAPTER_FOLDER, resolve(model))
+        check_trained_on_checkpoint(output / ADAPTER_FOLDER, checkpoint_folder(model))
     if not _is_first_process():  # the first one may have begun to write
         return
-    check_apart(output / METRICS_FILE, data)
+    check_output_is_not_input(output / METRICS_FILE, data)
     check_output(output / ADAPTER_FOLDER if replaced else output, replaced, model, data)
 
 

@@ -7,7 +7,7 @@ plain_weights    a model's weights under the names of a plain checkpoint
 plan             every tensor of an export, and where its rows come from
 merged           export_merged and merge_checkpoint
 report           what an export did to each weight, in numbers
-streamed_model   a model that reads each weight when it is called
+lazy_model   a model that reads each weight when it is called
 verify           logits of an export beside those of the adapter model
 quantized        save_quantized
 """

@@ -17,13 +17,19 @@ from torch import nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
-from qlora_lite.checkpoints.atomic_folder import check_apart, check_space, new_folder
-from qlora_lite.checkpoints.base_identity import DIGEST_KEY, HOW_TO, check_checkpoint_base, digest_of, own_weights
-from qlora_lite.checkpoints.conversion import model_tensors
+from qlora_lite.checkpoints.atomic_folder import check_free_space, check_output_is_not_input, new_folder
+from qlora_lite.checkpoints.base_identity import (
+    LOAD_REPACKED_HINT,
+    PACKED_HASH_KEY,
+    check_trained_on_checkpoint,
+    packed_weights_hash,
+    repacked_weights,
+)
+from qlora_lite.checkpoints.conversion import converted_tensors
 from qlora_lite.checkpoints.files import read_json, write_json
-from qlora_lite.checkpoints.lazy_tensors import Source, read_slices
+from qlora_lite.checkpoints.lazy_tensors import LazyTensor, read_slices
 from qlora_lite.checkpoints.load import Checkpoint
-from qlora_lite.checkpoints.pack_source import READ_BYTES
+from qlora_lite.checkpoints.pack_on_load import READ_BYTES
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checkpoints.safetensors_write import DEFAULT_SHARD_BYTES, write_sharded
 from qlora_lite.checks import FLOAT_DTYPES, is_count, require
@@ -31,7 +37,7 @@ from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.plain_weights import plain_weights
-from qlora_lite.export.plan import ExportPlan, InMemory, OnDisk, stored_deltas_
+from qlora_lite.export.plan import ExportPlan, ModelInMemory, ModelOnDisk, lazy_updates_
 from qlora_lite.export.report import MergeReport
 from qlora_lite.export.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
 from qlora_lite.lora.multi_adapter import active_adapter, using_adapter
@@ -64,27 +70,27 @@ def _check_options(base: str, dtype: torch.dtype, max_shard_bytes: int) -> None:
 
 
 def _check_has_originals(source: Path, base: str) -> None:
-    if base == ORIGINAL and hub.quantization_of(source) is not None:
+    if base == ORIGINAL and hub.quantization_config(source) is not None:
         raise CheckpointError(
             f"base='original' merges into full-precision weights and {source} holds packed ones; merge into "
             f"base='dequantized', or into the checkpoint that it was packed from"
         )
 
 
-def _originals(model: nn.Module, source: Path | None, base: str) -> Mapping[str, Source]:
+def _originals(model: nn.Module, source: Path | None, base: str) -> Mapping[str, LazyTensor]:
     """The full-precision tensors that a model was packed from, where its folder has them; by the model's names."""
     if source is not None:
         _check_has_originals(source, base)
-    packed = source is not None and hub.quantization_of(source) is not None
+    packed = source is not None and hub.quantization_config(source) is not None
     # What LoftQ packed is not the checkpoint's weight with an error, and its adapter belongs to that alone.
-    own = bool(own_weights(model))
+    own = bool(repacked_weights(model))
     if own and base == ORIGINAL:
         raise CheckpointError("base='original' has no meaning for an adapter on a base that LoftQ packed anew")
     stored = None if packed or own else TensorFiles.of(source)
     if base == ORIGINAL and stored is None:
         raise CheckpointError("base='original' needs the checkpoint that the model was loaded from; it has none")
     shapes = {weight.name: weight.shape for weight in plain_weights(model)}
-    return {} if stored is None else model_tensors(model, shapes, stored.stored).tensors
+    return {} if stored is None else converted_tensors(model, shapes, stored.stored).tensors
 
 
 def _check_same_base(
@@ -109,15 +115,16 @@ def _check_own_base(
     adapter: Path, names: list[str], checkpoint: Checkpoint, slots: list[Slot], dtype: torch.dtype
 ) -> None:
     """CheckpointError for an adapter on a base that LoftQ packed anew, unless that base is the checkpoint."""
-    digest = read_json(adapter / CONFIG_FILE).get(DIGEST_KEY)
+    digest = read_json(adapter / CONFIG_FILE).get(PACKED_HASH_KEY)
     if digest is None:
         return
     slot_of = {name: slot for slot in slots for name in slot.modules}
     ordered, there = sorted(names), not checkpoint.originals and slot_of.keys() >= set(names)
-    sources = ((name, checkpoint.sources(f"{name}.weight", slot_of[name], dtype)[0]) for name in ordered)
-    if not there or digest_of((name, source.pack(torch.device("cpu"))) for name, source in sources) != digest:
+    sources = ((name, checkpoint.packed_weights(f"{name}.weight", slot_of[name], dtype)[0]) for name in ordered)
+    if not there or packed_weights_hash((name, source.load(torch.device("cpu"))) for name, source in sources) != digest:
         raise CheckpointError(
-            f"{adapter} belongs to a base that LoftQ packed anew, which {checkpoint.folder} is not; {HOW_TO}"
+            f"{adapter} belongs to a base that LoftQ packed anew, which {checkpoint.folder} is not; "
+            f"{LOAD_REPACKED_HINT}"
         )
 
 
@@ -125,7 +132,7 @@ def _verified(folder: Path, plan: ExportPlan, examples: Sequence[TokenizedExampl
     """What transformers would build from the folder, on the folder's tensors, beside the model that was trained."""
     empty: Any = hub.empty_model(hub.read_config(folder), torch.float32)
     architecture.tie(empty)
-    written = Checkpoint.of(folder, empty, None)
+    written = Checkpoint.open(folder, empty, None)
     read_back = {name: written.plain(name) for name in written.tensors}
     return compare(empty, plan.compared(read_back), examples, plan.base)
 
@@ -139,14 +146,14 @@ def _write(
     overwrite: bool,
     examples: Sequence[TokenizedExample] | None,
 ) -> Exported:
-    check_apart(folder, source)
+    check_output_is_not_input(folder, source)
     if examples is not None:
         check_examples(examples, model.config, architecture.vocabulary_size(model))
     with new_folder(folder, overwrite) as temporary:
-        check_space(folder, sum(tensor.bytes for tensor in plan.tensors.values()))
-        with plan.packed_ahead():
+        check_free_space(folder, sum(tensor.bytes for tensor in plan.tensors.values()))
+        with plan.packing_ahead():
             files = write_sharded(temporary, plan.tensors, shard)
-        hub.save_companions(model, source, temporary, plan.dtype, untie=plan.untied)
+        hub.save_config_and_tokenizer(model, source, temporary, plan.dtype, untie=plan.untied)
         report = plan.report()
         found = None if examples is None else _verified(temporary, plan, examples)
         verify = {} if found is None else {"verify": found.to_json()}
@@ -184,9 +191,9 @@ def export_merged(
     _check_options(base, dtype, max_shard_bytes)
     if getattr(model, "config", None) is None:
         raise ConfigError(f"export needs a transformers model with a config; got a {type(model).__name__}")
-    source = hub.source_folder(model)
+    source = hub.model_folder(model)
     with using_adapter(model, active_adapter(model) if name is None else name):
-        plan = ExportPlan.of(model, base, dtype, InMemory(), _originals(model, source, base))
+        plan = ExportPlan.of(model, base, dtype, ModelInMemory(), _originals(model, source, base))
         return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)
 
 
@@ -213,19 +220,19 @@ def merge_checkpoint(
     """
     _check_options(base, dtype, max_shard_bytes)
     set_host_limits()
-    source = hub.resolve(path_or_id)
-    check_apart(Path(folder), source, Path(adapter))
+    source = hub.checkpoint_folder(path_or_id)
+    check_output_is_not_input(Path(folder), source, Path(adapter))
     if not any_base:
-        check_checkpoint_base(Path(adapter), source)
+        check_trained_on_checkpoint(Path(adapter), source)
     model: Any = hub.empty_model(hub.read_config(source), load_dtype)
     architecture.tie(model)
     _check_has_originals(source, base)
-    checkpoint = Checkpoint.of(source, model, config)
+    checkpoint = Checkpoint.open(source, model, config)
     slots = checkpoint.slots(model)
     adapted = load_adapter_(model, adapter, any_base=True)  # which was asked above
     _check_own_base(Path(adapter), adapted, checkpoint, slots, load_dtype)
     _check_same_base(Path(adapter), model, checkpoint, slots, load_dtype)
-    origin = OnDisk(slots, checkpoint, load_dtype, stored_deltas_(model, adapter))
-    hub.read_generation_config_(model, source)
+    origin = ModelOnDisk(slots, checkpoint, load_dtype, lazy_updates_(model, adapter))
+    hub.load_generation_config_(model, source)
     plan = ExportPlan.of(model, base, dtype, origin, checkpoint.originals)
     return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)

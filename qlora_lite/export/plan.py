@@ -1,7 +1,7 @@
 """What an export writes: every tensor of the plain checkpoint, where its rows come from, and what writing it cost.
 
-W0 comes from a model in memory or from a checkpoint on disk, packed or not; all of that is behind `Origin`. Nothing is
-read or made before the tensor's turn to be written, and then some rows at a time.
+W0 comes from a model in memory or from a checkpoint on disk, packed or not; all of that is behind `ModelWeights`.
+Nothing is read or made before the tensor's turn to be written, and then some rows at a time.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.checkpoints.lazy_tensors import Source, read_slices
+from qlora_lite.checkpoints.lazy_tensors import LazyTensor, read_slices
 from qlora_lite.checkpoints.load import Checkpoint
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor
 from qlora_lite.checks import FLOAT_DTYPES
 from qlora_lite.compute.host_memory import HoleLimit, release_freed_pages
 from qlora_lite.compute.weight_update import Delta, Replaced, StackDelta, Update
 from qlora_lite.errors import CheckpointError
+from qlora_lite.export.lazy_model import LazyWeights
 from qlora_lite.export.plain_weights import PlainWeight, weights_to_write
 from qlora_lite.export.report import MergeReport, TensorFigures
-from qlora_lite.export.streamed_model import Weights
-from qlora_lite.export.verify import DEQUANTIZED, ORIGINAL, Compared
+from qlora_lite.export.verify import DEQUANTIZED, ORIGINAL, ModelsToCompare
 from qlora_lite.export.weight_rows import (
     DenseRows,
+    MergeInputs,
     PackedRows,
     RepackedRows,
-    Sources,
     StoredRows,
     TransposedRows,
     WeightRows,
     aligned_slices,
     merged_rows,
-    packed_ahead,
     packed_rows,
+    packing_ahead,
     whole_slices,
 )
 from qlora_lite.lora.adapters import lora_layers
@@ -57,7 +57,7 @@ from qlora_lite.quantization.quantize_model import Slot
 SLICE_BYTES = 2 << 20
 
 
-class Origin(Protocol):
+class ModelWeights(Protocol):
     """Where the rows of a model's weights come from."""
 
     def trained(self, weight: PlainWeight) -> list[WeightRows]:
@@ -70,7 +70,7 @@ class Origin(Protocol):
         """A tensor that is no float, whole."""
 
 
-class InMemory:
+class ModelInMemory:
     """Of a model in memory."""
 
     def trained(self, weight: PlainWeight) -> list[WeightRows]:
@@ -90,11 +90,11 @@ class InMemory:
         return held
 
 
-class OnDisk:
+class ModelOnDisk:
     """Of an empty model that stands for a checkpoint: what `load_quantized` would have made of each tensor.
 
     slots: what the checkpoint packs of the model, before adapters were put onto it. deltas: those of the adapter on
-    disk, by the weights' names (`stored_deltas_`).
+    disk, by the weights' names (`lazy_updates_`).
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class OnDisk:
         if slot is None:
             stored = self._checkpoint.plain(name)
             return [StoredRows(piece, self._dtype) for piece in _pieces(stored, isinstance(weight.delta, StackDelta))]
-        sources = self._checkpoint.sources(name, slot, self._dtype)
+        sources = self._checkpoint.packed_weights(name, slot, self._dtype)
         return [RepackedRows(source, slot.transposed) for source in sources]
 
     def delta(self, weight: PlainWeight) -> Update:
@@ -124,7 +124,7 @@ class OnDisk:
         return stored.rows(0, stored.shape[0] if stored.shape else 1)
 
 
-def stored_deltas_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[], Update]]:
+def lazy_updates_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[], Update]]:
     """The updates that `load_adapter_` gave a model on meta, by the weights' names, each read again when asked for.
 
     The layers let go of their values, so an adapter takes no memory but for the layer at hand.
@@ -183,12 +183,12 @@ class ExportPlan:
     untied: bool
     tensors: dict[str, PlannedTensor] = field(default_factory=dict)
     figures: list[TensorFigures] = field(default_factory=list)
-    sources: list[Sources] = field(default_factory=list)
+    sources: list[MergeInputs] = field(default_factory=list)
     holes: HoleLimit = field(default_factory=HoleLimit)
 
     @classmethod
     def of(
-        cls, model: nn.Module, base: str, dtype: torch.dtype, origin: Origin, originals: Mapping[str, Source]
+        cls, model: nn.Module, base: str, dtype: torch.dtype, origin: ModelWeights, originals: Mapping[str, LazyTensor]
     ) -> ExportPlan:
         """The tensors of the model, from their origin and from the checkpoint's own (full-precision) tensors.
 
@@ -200,7 +200,7 @@ class ExportPlan:
             plan._add(weight, origin, originals)
         return plan
 
-    def _add(self, weight: PlainWeight, origin: Origin, originals: Mapping[str, Source]) -> None:
+    def _add(self, weight: PlainWeight, origin: ModelWeights, originals: Mapping[str, LazyTensor]) -> None:
         if isinstance(weight.holder, Tensor) and not weight.holder.is_floating_point():
             whole = functools.partial(origin.integers, weight)
             self.tensors[weight.name] = PlannedTensor(weight.shape, weight.holder.dtype, lambda: [whole()])
@@ -217,26 +217,26 @@ class ExportPlan:
         delta = None if weight.delta is None else functools.partial(origin.delta, weight)
         # A kernel's update is not applied apart.
         low_rank = weight.delta is None or (weight.delta.low_rank and len(weight.shape) == 2)
-        self.sources.append(Sources(weight.name, trained, original, delta, low_rank))
+        self.sources.append(MergeInputs(weight.name, trained, original, delta, low_rank))
         write = _Writing(chosen, other, delta, weight.name, self)
         self.tensors[weight.name] = PlannedTensor(weight.shape, self.dtype, write.slices)
 
-    def packed_ahead(self) -> AbstractContextManager[None]:
+    def packing_ahead(self) -> AbstractContextManager[None]:
         """Within the block, a weight that is packed again for the sake of its figures or its values is so in time."""
         weights = [rows for source in self.sources for rows in source.trained if isinstance(rows, RepackedRows)]
-        return packed_ahead(weights) if weights else nullcontext()
+        return packing_ahead(weights) if weights else nullcontext()
 
-    def compared(self, written: Mapping[str, Source]) -> Compared:
+    def compared(self, written: Mapping[str, LazyTensor]) -> ModelsToCompare:
         """The models that the export is verified against; the written one is read back from the files."""
         rest = {name: tensor.slices for name, tensor in self.tensors.items()}  # integers: the same in all
-        base = Weights(rest | {source.name: functools.partial(source.base, SLICE_BYTES) for source in self.sources})
+        base = LazyWeights(rest | {source.name: functools.partial(source.base, SLICE_BYTES) for source in self.sources})
         apart = {source.name: source.delta for source in self.sources if source.delta is not None and source.low_rank}
         whole = {
             source.name: functools.partial(source.merged, False, torch.float32, SLICE_BYTES)
             for source in self.sources
             if not source.low_rank
         }
-        merged = {self.base: Weights({name: _read(stored) for name, stored in written.items()})}
+        merged = {self.base: LazyWeights({name: _read(stored) for name, stored in written.items()})}
         missing: dict[str, str] = {}
         other = ORIGINAL if self.base == DEQUANTIZED else DEQUANTIZED
         lost = [source.name for source in self.sources if source.original is None]
@@ -248,8 +248,8 @@ class ExportPlan:
                 source.name: functools.partial(source.merged, from_original, self.dtype, SLICE_BYTES)
                 for source in self.sources
             }
-            merged[other] = Weights(rest | made)
-        return Compared(base, Weights({**base.tensors, **whole}, _Made(apart)), merged, missing)
+            merged[other] = LazyWeights(rest | made)
+        return ModelsToCompare(base, LazyWeights({**base.tensors, **whole}, _Made(apart)), merged, missing)
 
     def report(self) -> MergeReport:
         name = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == self.dtype)
@@ -259,17 +259,17 @@ class ExportPlan:
         return MergeReport(self.base, name, tuple(sorted(self.figures, key=lambda figures: place[figures.name])))
 
 
-def _as_stored(stored: Source, trained: list[WeightRows]) -> list[WeightRows]:
+def _as_stored(stored: LazyTensor, trained: list[WeightRows]) -> list[WeightRows]:
     """A tensor in the files in the same pieces as what was trained: whole, or the matrices of a stack."""
     return [StoredRows(piece) for piece in _pieces(stored, len(trained[0].shape) < len(stored.shape))]
 
 
-def _pieces(stored: Source, stacked: bool) -> list[Source]:
+def _pieces(stored: LazyTensor, stacked: bool) -> list[LazyTensor]:
     """A tensor whole, or its matrices."""
-    return [stored.part(index) for index in range(stored.shape[0])] if stacked else [stored]
+    return [stored.select(index) for index in range(stored.shape[0])] if stacked else [stored]
 
 
-def _read(stored: Source) -> Callable[[], Iterator[Tensor]]:
+def _read(stored: LazyTensor) -> Callable[[], Iterator[Tensor]]:
     return lambda: (rows for _, rows in read_slices(stored, SLICE_BYTES))
 
 

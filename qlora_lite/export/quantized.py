@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
-from qlora_lite.checkpoints.atomic_folder import check_apart, check_space, new_folder
-from qlora_lite.checkpoints.base_identity import write_origin
-from qlora_lite.checkpoints.bitsandbytes_layout import ROWS_FILE, rows_survive, serialized
+from qlora_lite.checkpoints.atomic_folder import check_free_space, check_output_is_not_input, new_folder
+from qlora_lite.checkpoints.base_identity import write_packed_base_identity
+from qlora_lite.checkpoints.bitsandbytes_layout import ROWS_FILE, bitsandbytes_tensors, int8_rows_recoverable
 from qlora_lite.checkpoints.load import BITSANDBYTES
-from qlora_lite.checkpoints.pack_source import READ_BYTES
+from qlora_lite.checkpoints.pack_on_load import READ_BYTES
 from qlora_lite.checkpoints.safetensors_write import (
     DEFAULT_SHARD_BYTES,
     PlannedTensor,
@@ -128,9 +128,9 @@ class _Plan:
             check_finite(holder, name)
             self.tensors[name] = planned(holder)
         elif id(holder) not in layers.row_weights:
-            self.tensors |= serialized(name, holder, compute)
+            self.tensors |= bitsandbytes_tensors(name, holder, compute)
         else:
-            if not rows_survive(holder.absmax, dtype):
+            if not int8_rows_recoverable(holder.absmax, dtype):
                 raise QuantizationError(f"{name} has rows too small for {dtype}; load the model in bfloat16 to save it")
             self.tensors[name] = PlannedTensor(tuple(holder.shape), dtype, lambda: _unpacked(holder, dtype))
             self.absmax[name] = planned(holder.absmax)
@@ -170,8 +170,8 @@ def save_quantized(
             f"{adapted} layers have adapters, which a packed checkpoint cannot hold; save_adapter writes them, "
             f"export_merged merges them, and after remove_lora_ save_quantized writes the base under them"
         )
-    source = hub.source_folder(model)
-    check_apart(Path(folder), source)
+    source = hub.model_folder(model)
+    check_output_is_not_input(Path(folder), source)
     layers = _Layers.of(model)
     dtype = model.dtype
     compute = next(iter(layers.linears.values())).compute_dtype or dtype
@@ -182,12 +182,12 @@ def save_quantized(
         poll()
         plan.add(weight.name, weight.holder, layers, dtype, compute)
     with new_folder(Path(folder), overwrite) as temporary:
-        check_space(Path(folder), plan.bytes())
+        check_free_space(Path(folder), plan.bytes())
         files = write_sharded(temporary, plan.tensors, max_shard_bytes)
         if plan.absmax:
             (temporary / ROWS_FILE).parent.mkdir()
             write_safetensors(temporary / ROWS_FILE, plan.absmax)
             files.append(ROWS_FILE)
-        hub.save_companions(model, source, temporary, dtype, quantization)
-        write_origin(temporary, model)
+        hub.save_config_and_tokenizer(model, source, temporary, dtype, quantization)
+        write_packed_base_identity(temporary, model)
     return files

@@ -3,7 +3,7 @@
     KL(p || q) = sum over the vocabulary of p (log p - log q)      p: adapter model, W4 x + s B (A x); q: a merged one
 
 Both merges have the tensors as they are, or would be, written: W4 + s B A (`dequantized`, what was trained on) and
-W16 + s B A (`original`). Weights are streamed (streamed_model.py) and logits compared a block of the vocabulary at a
+W16 + s B A (`original`). LazyWeights are streamed (lazy_model.py) and logits compared a block of the vocabulary at a
 time, so memory grows neither with the number of layers nor with that of prompts. Products are in fp32 and what is
 summed over the vocabulary in fp64, whatever dtype is exported, and not in integers where training was: what is measured
 is the difference of weights.
@@ -24,7 +24,7 @@ from qlora_lite.checks import require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import ConfigError, QuantizationError
-from qlora_lite.export.streamed_model import StreamedModel, Weights
+from qlora_lite.export.lazy_model import LazyModel, LazyWeights
 from qlora_lite.signals import poll
 
 BASE, ADAPTER = "base", "adapter"
@@ -37,12 +37,12 @@ NOISE = 2  # standard errors
 
 
 @dataclass(frozen=True)
-class Compared:
+class ModelsToCompare:
     """The models to compare: W4, and A and B beside it; the merge into each base, or why there is none of it."""
 
-    base: Weights
-    adapter: Weights
-    merged: Mapping[str, Weights]
+    base: LazyWeights
+    adapter: LazyWeights
+    merged: Mapping[str, LazyWeights]
     missing: Mapping[str, str]
 
 
@@ -205,7 +205,7 @@ class _Group:
         return cls({"input_ids": ids, "attention_mask": mask}, inside, after[inside], owner[inside])
 
 
-def _compare_group(model: StreamedModel, models: Mapping[str, Weights], group: _Group, sums: dict[str, _Sums]) -> None:
+def _compare_group(model: LazyModel, models: Mapping[str, LazyWeights], group: _Group, sums: dict[str, _Sums]) -> None:
     """Adds what one group gives to the sums; all models' logits are made side by side, block by block."""
     hidden = {name: model.head_inputs(weights, group.batch)[group.mask] for name, weights in models.items()}
     count = max(1, BLOCK_BYTES // (8 * len(group.labels)))
@@ -262,7 +262,7 @@ def check_examples(examples: Sequence[TokenizedExample], config: Any, vocabulary
 
 
 def compare(
-    empty: Any, compared: Compared, examples: Sequence[TokenizedExample], written: str = DEQUANTIZED
+    empty: Any, compared: ModelsToCompare, examples: Sequence[TokenizedExample], written: str = DEQUANTIZED
 ) -> Verification:
     """Runs the examples through the models of `compared`, whose shapes the `empty` (meta) model has.
 
@@ -270,7 +270,7 @@ def compare(
     without learned tokens it is not run. written: the base that the export has. Raises ConfigError for a model that
     cannot be streamed, QuantizationError for a merge that does not fit into the dtype and for logits not finite.
     """
-    model = StreamedModel(empty, compared.base.tensors)
+    model = LazyModel(empty, compared.base.tensors)
     learned = [example.learned_tokens for group in _groups(examples) for example in group]
     models = {ADAPTER: compared.adapter, **compared.merged}
     if sum(learned):

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlora_lite.checkpoints.lazy_tensors import Source
-from qlora_lite.checkpoints.pack_source import READ_BYTES, PackSource
+from qlora_lite.checkpoints.lazy_tensors import LazyTensor
+from qlora_lite.checkpoints.pack_on_load import READ_BYTES, LazyPackedWeight
 from qlora_lite.checks import cast_finite
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.compute.weight_update import Delta, Update
@@ -90,7 +90,7 @@ def packed_rows(packed: PackedWeight, transposed: bool) -> PackedRows | Transpos
 class StoredRows:
     """Of a tensor in a file; rounded to `through` first, if given: what a model holds that was loaded in that dtype."""
 
-    stored: Source
+    stored: LazyTensor
     through: torch.dtype | None = None
     step = 1
 
@@ -109,7 +109,7 @@ class RepackedRows:
     transposed: `source` is turned round to be packed, and the rows are those of the plain checkpoint.
     """
 
-    def __init__(self, source: PackSource, transposed: bool = False) -> None:
+    def __init__(self, source: LazyPackedWeight, transposed: bool = False) -> None:
         rows, columns = source.shape
         self.shape = (columns, rows) if transposed else (rows, columns)
         self.step = 1 if transposed else source.step
@@ -139,7 +139,7 @@ class RepackedRows:
         self._begun, self.then = None, _nothing
 
     def _packed(self) -> PackedRows | TransposedRows:
-        return packed_rows(self._source.pack(torch.device("cpu")), self._transposed)
+        return packed_rows(self._source.load(torch.device("cpu")), self._transposed)
 
 
 def _nothing() -> None:
@@ -147,7 +147,7 @@ def _nothing() -> None:
 
 
 @contextmanager
-def packed_ahead(weights: Sequence[RepackedRows]) -> Iterator[None]:
+def packing_ahead(weights: Sequence[RepackedRows]) -> Iterator[None]:
     """Within the block each of these is packed in a thread of its own while the one before it gives its rows.
 
     torch's threads are shared out between the two: much of packing is done by one of them however many there are. At
@@ -201,7 +201,7 @@ def merged_rows(rows: Tensor, first: int, delta: Update | None, dtype: torch.dty
 
 
 @dataclass(frozen=True)
-class Sources:
+class MergeInputs:
     """What a tensor can be made of: W0 as trained on, W0 of the checkpoint if it is at hand, the update.
 
     W0 comes in one piece, or as the matrices of a stack, one after the other. The update is made, or read, when it is

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
-from qlora_lite.checkpoints.lazy_tensors import Source
-from qlora_lite.checkpoints.load import fitting
+from qlora_lite.checkpoints.lazy_tensors import LazyTensor
+from qlora_lite.checkpoints.load import tensors_for_model
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.lora_linear import dense
@@ -44,7 +44,7 @@ EXACT_SIDE = 1024
 OVERSAMPLING = 8
 ROUNDS = 16
 
-Originals = Mapping[str, Source]
+Originals = Mapping[str, LazyTensor]
 
 
 def principal_pair(matrix: Tensor, rank: int, exact_side: int = EXACT_SIDE) -> tuple[Tensor, Tensor]:
@@ -187,18 +187,18 @@ def originals_of(model: nn.Module, names: Iterable[str], init: str) -> Originals
     """
     if init_parts(init)[0] != "loftq":
         return {}
-    folder = hub.source_folder(model)
+    folder = hub.model_folder(model)
     if folder is None or not (folder / hub.CONFIG_FILE).is_file():
         raise CheckpointError(
             "init_lora_weights 'loftq' needs the checkpoint that the model was packed from; it has none"
         )
-    if hub.quantization_of(folder) is not None:
+    if hub.quantization_config(folder) is not None:
         raise CheckpointError(
             f"init_lora_weights 'loftq' needs weights as they were before packing; {folder} holds packed ones"
         )
     empty = hub.empty_model(hub.read_config(folder), torch.float32)
     architecture.tie(empty)
-    stored: Any = fitting(empty, folder, TensorFiles(folder).stored)
+    stored: Any = tensors_for_model(empty, folder, TensorFiles(folder).stored)
     lost = [name for name in names if f"{name}.weight" not in stored]
     if lost:
         raise CheckpointError(f"{folder} has no weight for: {listing(lost)}")

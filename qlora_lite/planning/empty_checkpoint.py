@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import conversion
-from qlora_lite.checkpoints.conversion import model_tensors
-from qlora_lite.checkpoints.lazy_tensors import Source
+from qlora_lite.checkpoints.conversion import converted_tensors
+from qlora_lite.checkpoints.lazy_tensors import LazyTensor
 from qlora_lite.checkpoints.load import Checkpoint
-from qlora_lite.checkpoints.pack_source import PackSource
+from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import row_step
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -38,7 +38,7 @@ class UnreadTensor:
     def rows(self, start: int, stop: int) -> Tensor:
         return torch.empty((stop - start, *self.shape[1:]) if self.shape else (), dtype=self.dtype)
 
-    def part(self, index: int) -> UnreadTensor:
+    def select(self, index: int) -> UnreadTensor:
         return UnreadTensor(f"{self.name}[{index}]", self.dtype, self.shape[1:])
 
 
@@ -54,7 +54,7 @@ class LaidOut:
     def step(self) -> int:
         return row_step(self.shape, self.format, self.config.blocksize)
 
-    def pack(self, device: torch.device) -> PackedWeight:
+    def load(self, device: torch.device) -> PackedWeight:
         rows, columns = self.shape
         return PackedWeight((rows, columns), self.format, self.config.blocksize, self.config.double_quant, device)
 
@@ -69,20 +69,20 @@ class UnreadCheckpoint:
     def __init__(self, model: Any, config: QuantConfig, dtype: torch.dtype) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         tied = architecture.tied_names(model)
-        files = {name: _unread(name, tensor, dtype) for name, tensor in conversion.checkpoint_tensors(model).items()}
+        files = {name: _unread(name, tensor, dtype) for name, tensor in conversion.tensors_as_saved(model).items()}
         # Views as on a real one, and in the order of reading: what is resident by when decides on the peak.
-        made = model_tensors(model, shapes, files).tensors
+        made = converted_tensors(model, shapes, files).tensors
         self.config = config
-        self.tensors: Mapping[str, Source] = {name: made[name] for name in made if name not in tied}
+        self.tensors: Mapping[str, LazyTensor] = {name: made[name] for name in made if name not in tied}
         self._whole = Checkpoint(Path(), config, self.tensors)
         self._run: set[int] = set()
 
-    def plain(self, name: str) -> Source:
+    def plain(self, name: str) -> LazyTensor:
         return self._whole.plain(name)
 
-    def sources(self, name: str, slot: Slot, dtype: torch.dtype) -> list[PackSource]:
+    def packed_weights(self, name: str, slot: Slot, dtype: torch.dtype) -> list[LazyPackedWeight]:
         """Those that a checkpoint has, or what is left of them when they are packed."""
-        found = self._whole.sources(name, slot, dtype)
+        found = self._whole.packed_weights(name, slot, dtype)
         return found if id(slot) in self._run else [LaidOut(source.shape, slot.format, self.config) for source in found]
 
     def slots(self, model: nn.Module) -> list[Slot]:

@@ -11,7 +11,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
-from qlora_lite.checkpoints.load import fill_
+from qlora_lite.checkpoints.load import load_tensors_
 from qlora_lite.errors import CheckpointError, QLoRAError, RehearsalError
 from qlora_lite.lora.adapters import add_lora_
 from qlora_lite.lora.config import LoraConfig, init_parts
@@ -29,7 +29,7 @@ def read_config(path_or_id: str | Path) -> Any:
     path = Path(path_or_id)
     if path.is_file() and path.suffix != ".json":
         raise CheckpointError(f"{path} is no config; name a config.json, or a folder that has one")
-    return hub.read_config(path if path.is_file() else hub.resolve(path_or_id))
+    return hub.read_config(path if path.is_file() else hub.checkpoint_folder(path_or_id))
 
 
 def rehearse_steps(
@@ -71,7 +71,7 @@ def unread_model(
         architecture.tie(model)
     checkpoint = UnreadCheckpoint(model, quant, stored)
     with profiler.phase("load"):
-        fill_(model, checkpoint, dtype, torch.device("cpu"))
+        load_tensors_(model, checkpoint, dtype, torch.device("cpu"))
         # loftq reads weights to start A and B, which have the same size whatever they start with
         add_lora_(
             model,

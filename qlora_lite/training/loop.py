@@ -163,7 +163,7 @@ def profile_steps(
     Two steps at least show the optimizer's states beside the activations of a step. profiler: one that is not open;
     without it every storage is followed.
     """
-    check_batch_shape(hub.read_config(hub.resolve(model_folder)), rows, tokens)
+    check_batch_shape(hub.read_config(hub.checkpoint_folder(model_folder)), rows, tokens)
     profiler = MemoryProfiler() if profiler is None else profiler
     with profiler:
         with profiler.phase("load"):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.checkpoints.base_identity import sum_of_json
+from qlora_lite.checkpoints.base_identity import json_hash
 from qlora_lite.checkpoints.files import new_file, write_json
 from qlora_lite.checkpoints.safetensors_write import planned, raw_bytes, write_safetensors
 from qlora_lite.compute.environment import arithmetic
@@ -238,4 +238,4 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
         layout.append([name, type(module).__name__, {fact: getattr(module, fact, None) for fact in FACTS}])
     describe = getattr(getattr(model, "config", None), "to_dict", None)
     config = {} if describe is None else {key: value for key, value in describe().items() if key not in ORIGINS}
-    return {"layout": sum_of_json(layout), "values": values.hexdigest(), "config": sum_of_json(config)}
+    return {"layout": json_hash(layout), "values": values.hexdigest(), "config": json_hash(config)}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lite.checkpoints import atomic_folder
-from qlora_lite.checkpoints.atomic_folder import check_apart, exchanged, locked, new_folder
+from qlora_lite.checkpoints.atomic_folder import check_output_is_not_input, exchange_names, locked, new_folder
 from qlora_lite.errors import CheckpointError
 
 
@@ -21,9 +21,9 @@ def test_two_folders_trade_places_and_a_missing_one_is_an_error(tmp_path: Path) 
     one.mkdir()
     (one / "first").touch()
     with pytest.raises(FileNotFoundError):
-        exchanged(one, other)
+        exchange_names(one, other)
     other.mkdir()
-    assert exchanged(one, other)
+    assert exchange_names(one, other)
     assert [path.name for path in other.iterdir()] == ["first"] and not list(one.iterdir())
 
 
@@ -47,11 +47,11 @@ def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("system", [atomic_folder.exchanged, lambda one, other: False])
+@pytest.mark.parametrize("system", [atomic_folder.exchange_names, lambda one, other: False])
 def test_what_is_replaced_is_there_until_the_new_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: Callable[[Path, Path], bool]
 ) -> None:
-    monkeypatch.setattr(atomic_folder, "exchanged", system)
+    monkeypatch.setattr(atomic_folder, "exchange_names", system)
     for text in ("1", "2"):
         with new_folder(tmp_path / "out", overwrite=True) as folder:
             (folder / "x.json").write_text(text)
@@ -98,12 +98,12 @@ def test_behind_a_link_the_folder_is_replaced_and_the_link_stays(tmp_path: Path)
 
 
 def test_an_output_over_an_input_is_refused(tmp_path: Path) -> None:
-    check_apart(tmp_path / "out", tmp_path / "base", None)
+    check_output_is_not_input(tmp_path / "out", tmp_path / "base", None)
     with pytest.raises(CheckpointError, match="would replace the input"):
-        check_apart(tmp_path, tmp_path / "base")
+        check_output_is_not_input(tmp_path, tmp_path / "base")
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "model.safetensors").touch()
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "model.safetensors").symlink_to(tmp_path / "store" / "model.safetensors")
     with pytest.raises(CheckpointError, match="store would replace the input"):
-        check_apart(tmp_path / "store", tmp_path / "linked")
+        check_output_is_not_input(tmp_path / "store", tmp_path / "linked")

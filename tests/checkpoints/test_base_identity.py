@@ -27,11 +27,11 @@ from qlora_lite import (
 from qlora_lite.checkpoints import base_identity as module
 from qlora_lite.checkpoints.base_identity import (
     BASE_FILE,
-    check_checkpoint_base,
-    digest_of,
-    known_base,
-    own_weights,
-    read_base,
+    check_trained_on_checkpoint,
+    model_identity,
+    packed_weights_hash,
+    read_base_identity,
+    repacked_weights,
 )
 from qlora_lite.checkpoints.safetensors_read import StoredTensor
 from qlora_lite.cli.main import main
@@ -84,7 +84,7 @@ def test_copies_formats_and_shards_are_the_same_base(tiny_folder: Path, adapter:
     save_quantized(load_quantized(tiny_folder, QuantConfig("int8")), tmp_path / "int8")
     save_quantized(load_quantized(tmp_path / "int8"), tmp_path / "again")
     for folder in (tiny_folder, *(tmp_path / name for name in ("shards", "bf16", "int8", "again"))):
-        assert check_checkpoint_base(adapter, folder) == ["sizes", "weights"], folder
+        assert check_trained_on_checkpoint(adapter, folder) == ["sizes", "weights"], folder
     for folder, format in ((tiny_folder, "none"), (tmp_path / "shards", "nf4"), (tmp_path / "int8", "int8")):
         load_adapter_(load_quantized(folder, QuantConfig(format)), adapter)
     theirs = AutoModelForCausalLM.from_pretrained(tiny_folder)
@@ -126,7 +126,7 @@ def test_another_revision_is_told_before_weights_are_read(
 
     load_adapter_(model, adapter, any_base=True)
     save_adapter(model, tmp_path / "moved")
-    assert check_checkpoint_base(tmp_path / "moved", folder) == ["sizes", "weights"]
+    assert check_trained_on_checkpoint(tmp_path / "moved", folder) == ["sizes", "weights"]
     assert merge_checkpoint(folder, adapter, tmp_path / "merged", any_base=True).files
 
 
@@ -135,7 +135,7 @@ def test_other_sizes_and_kinds_have_their_sentences(
 ) -> None:
     wider = make_tiny_model(tmp_path / "wider", layers=3)
     with pytest.raises(CheckpointError, match=r"of another size \(num_hidden_layers 2 there and 3 here\) than .*wider"):
-        check_checkpoint_base(adapter, wider)
+        check_trained_on_checkpoint(adapter, wider)
     with pytest.raises(CheckpointError, match=r"another size .* than this model's base"):
         load_adapter_(load_quantized(wider), adapter)
     in_memory = small_model("Qwen2Config")
@@ -146,7 +146,7 @@ def test_other_sizes_and_kinds_have_their_sentences(
     other = shutil.copytree(adapter, tmp_path / "other")
     (other / BASE_FILE).write_text(json.dumps(renamed))
     # The same model, saved under other names: nothing is proved of its weights.
-    assert check_checkpoint_base(other, make_tiny_model(tmp_path / "same")) == ["sizes"]
+    assert check_trained_on_checkpoint(other, make_tiny_model(tmp_path / "same")) == ["sizes"]
 
 
 def test_what_nothing_is_known_of_is_not_refused(
@@ -162,12 +162,12 @@ def test_what_nothing_is_known_of_is_not_refused(
     in_memory = small_model("LlamaConfig")
     add_lora_(in_memory, LoraConfig(2, 4, target_modules=TARGETS))
     save_adapter(in_memory, tmp_path / "ours")
-    said = read_base(tmp_path / "ours")
+    said = read_base_identity(tmp_path / "ours")
     assert said is not None and said.weights is None and said.model["hidden_size"] == 32
     layers = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})
     add_lora_(layers, LoraConfig(2, 4, target_modules=["q_proj"]))
     save_adapter(layers, tmp_path / "layers")
-    assert known_base(layers) is None and not (tmp_path / "layers" / BASE_FILE).exists()
+    assert model_identity(layers) is None and not (tmp_path / "layers" / BASE_FILE).exists()
     gone = shutil.copytree(tiny_folder, tmp_path / "gone")
     model = AutoModelForCausalLM.from_pretrained(gone)
     shutil.rmtree(gone)
@@ -178,7 +178,7 @@ def test_weights_packed_anew_are_not_the_checkpoints(tiny_folder: Path, adapter:
     model = load_quantized(tiny_folder)
     add_lora_(model, LoraConfig(2, 4, target_modules=TARGETS, init_lora_weights="loftq:2"))
     save_adapter(model, tmp_path / "own")
-    said = read_base(tmp_path / "own")
+    said = read_base_identity(tmp_path / "own")
     assert said is not None and said.weights is None and said.model["model_type"] == "llama"
     remove_lora_(model)
     save_quantized(model, tmp_path / "base")
@@ -195,14 +195,14 @@ def test_a_packed_checkpoint_is_believed_beside_its_own_tensors_alone(tiny_folde
     with pytest.raises(CheckpointError, match="was written for other tensors than lie beside it"):
         load_quantized(tmp_path / "fp4")
     (tmp_path / "fp4" / BASE_FILE).unlink()
-    base = known_base(load_quantized(tmp_path / "fp4"))
+    base = model_identity(load_quantized(tmp_path / "fp4"))
     assert base is not None and base.weights is not None and base.weights.packed
 
 
 def test_a_base_is_summed_once(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sums: list[Any] = []
-    real = module.weight_sums
-    monkeypatch.setattr(module, "weight_sums", lambda *given: sums.append(given) or real(*given))
+    real = module.weight_hashes
+    monkeypatch.setattr(module, "weight_hashes", lambda *given: sums.append(given) or real(*given))
     model = load_quantized(tiny_folder)
     add_lora_(model, LoraConfig(2, 4, target_modules=TARGETS))
     for name in ("a", "b"):
@@ -233,7 +233,7 @@ STRANGE: tuple[tuple[Any, str], ...] = (
 def test_a_file_that_says_something_else_is_refused(said: Any, sentence: str, tmp_path: Path) -> None:
     (tmp_path / BASE_FILE).write_text(json.dumps(said))
     with pytest.raises(CheckpointError, match=sentence):
-        read_base(tmp_path)
+        read_base_identity(tmp_path)
 
 
 def test_a_file_that_is_none_is_refused(adapter: Path, tiny_folder: Path, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_of_a_checkpoint_that_only_transformers_reads_the_config_is_known(
     change(folder)
     add_lora_(model, LoraConfig(2, 4, target_modules=TARGETS))
     save_adapter(model, tmp_path / "adapter")
-    said = read_base(tmp_path / "adapter")
+    said = read_base_identity(tmp_path / "adapter")
     assert said is not None and said.weights is None and said.model["hidden_size"] == model.config.hidden_size
     remove_lora_(model)
     assert load_adapter_(model, tmp_path / "adapter")
@@ -324,9 +324,9 @@ def test_a_model_that_got_further_tokens_is_no_more_what_it_was_read_from(tiny_f
     model.save_pretrained(tmp_path / "more")
     add_lora_(model, LoraConfig(2, 4, target_modules=TARGETS))
     save_adapter(model, tmp_path / "adapter")
-    assert check_checkpoint_base(tmp_path / "adapter", tmp_path / "more") == ["sizes"]
+    assert check_trained_on_checkpoint(tmp_path / "adapter", tmp_path / "more") == ["sizes"]
     with pytest.raises(CheckpointError, match="vocab_size 128 there"):
-        check_checkpoint_base(tmp_path / "adapter", tiny_folder)
+        check_trained_on_checkpoint(tmp_path / "adapter", tiny_folder)
 
 
 TOKENS = torch.arange(12).view(2, 6)
@@ -383,13 +383,17 @@ def test_the_old_weight_is_left_as_it_was() -> None:
     assert (old.of_checkpoint, new.of_checkpoint) == (True, False)
     assert (new.format, new.blocksize, new.double_quant) == (old.format, old.blocksize, old.double_quant)
     assert all(torch.equal(buffer, before[name]) for name, buffer in old.state_dict().items())
-    assert digest_of([("layer", new)]) != digest_of([("layer", old)]) != digest_of([("other", old)])
+    assert (
+        packed_weights_hash([("layer", new)])
+        != packed_weights_hash([("layer", old)])
+        != packed_weights_hash([("other", old)])
+    )
 
 
 def test_an_adapter_comes_back_on_its_own_base_alone(tiny_folder: Path, tmp_path: Path) -> None:
     model = load_quantized(tiny_folder, QuantConfig(), dtype=torch.float32)
     add_lora_(model, LoraConfig(4, 8, target_modules=TARGETS, init_lora_weights="loftq:3"))
-    assert len(own_weights(model)) == len(lora_layers(model))
+    assert len(repacked_weights(model)) == len(lora_layers(model))
     expected = model(TOKENS).logits
     save_adapter(model, tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] is None
@@ -447,4 +451,4 @@ def test_what_cannot_be_packed_anew_is_refused(tiny_folder: Path) -> None:
     model = load_quantized(tiny_folder, QuantConfig(embedding_format="int8"))
     with pytest.raises(ConfigError, match=r"lm_head shares its packed weight with another module"):
         add_lora_(model, LoraConfig(2, target_modules=["lm_head"], init_lora_weights="loftq:2"))
-    assert not lora_layers(model) and not own_weights(model)
+    assert not lora_layers(model) and not repacked_weights(model)

@@ -18,12 +18,12 @@ from qlora_lite.checkpoints import bitsandbytes_layout
 from qlora_lite.checkpoints.bitsandbytes_layout import (
     SMALLEST_FP16_ABSMAX,
     STATE,
-    int8_rows,
-    packed_weights,
-    rows_survive,
-    serialized,
+    bitsandbytes_tensors,
+    int8_rows_recoverable,
+    stored_int8_rows,
+    stored_packed_weights,
 )
-from qlora_lite.checkpoints.safetensors_read import tensors_in
+from qlora_lite.checkpoints.safetensors_read import stored_tensors
 from qlora_lite.checkpoints.safetensors_write import write_safetensors
 from qlora_lite.errors import CheckpointError, QuantizationError
 from qlora_lite.quantization.config import QuantConfig
@@ -37,13 +37,13 @@ FLOATS = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 
 
 def as_state_dict(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    planned = serialized("x.weight", packed, dtype)
+    planned = bitsandbytes_tensors("x.weight", packed, dtype)
     return {name: next(iter(tensor.slices())) for name, tensor in planned.items()}
 
 
 def read_back(path: Path) -> PackedWeight:
-    found, _ = packed_weights(tensors_in(path))
-    return found["x.weight"].pack(CPU)
+    found, _ = stored_packed_weights(stored_tensors(path))
+    return found["x.weight"].load(CPU)
 
 
 def same(one: PackedWeight, other: PackedWeight) -> bool:
@@ -98,12 +98,12 @@ def test_codes_of_rows_come_back_from_unpacked_values(
     weight = torch.randn(shape) * size
     weight[0] = 0
     packed = PackedWeight.of(weight, QuantConfig("int8"))
-    assume(rows_survive(packed.absmax, dtype))
+    assume(int8_rows_recoverable(packed.absmax, dtype))
     path = tmp_path_factory.mktemp("rows") / "x.safetensors"
     save_file({"w": packed.dequantize(dtype), "absmax": packed.absmax}, path)
-    stored = tensors_in(path)
-    rows = int8_rows({"w": stored["w"]}, {"w": stored["absmax"]})["w"]
-    assert same(rows.pack(CPU), packed)
+    stored = stored_tensors(path)
+    rows = stored_int8_rows({"w": stored["w"]}, {"w": stored["absmax"]})["w"]
+    assert same(rows.load(CPU), packed)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -114,10 +114,10 @@ def test_every_code_survives_sixteen_bits(tmp_path: Path, dtype: torch.dtype) ->
     packed.absmax[:1024] *= 2**-14
     packed.absmax[0] = SMALLEST_FP16_ABSMAX * 1.01
     packed.absmax.copy_(torch.where(packed.absmax > SMALLEST_FP16_ABSMAX, packed.absmax, 1.0))
-    assert rows_survive(packed.absmax, dtype)
+    assert int8_rows_recoverable(packed.absmax, dtype)
     save_file({"w": packed.dequantize(dtype), "absmax": packed.absmax}, tmp_path / "x.safetensors")
-    stored = tensors_in(tmp_path / "x.safetensors")
-    assert same(int8_rows({"w": stored["w"]}, {"w": stored["absmax"]})["w"].pack(CPU), packed)
+    stored = stored_tensors(tmp_path / "x.safetensors")
+    assert same(stored_int8_rows({"w": stored["w"]}, {"w": stored["absmax"]})["w"].load(CPU), packed)
 
 
 def test_rows_that_were_changed_since_are_found(tmp_path: Path) -> None:
@@ -125,12 +125,12 @@ def test_rows_that_were_changed_since_are_found(tmp_path: Path) -> None:
     values = packed.dequantize(torch.bfloat16)
     values[3, 2] = 1.5 * packed.absmax[3] / 127
     save_file({"w": values, "codes": packed.packed, "absmax": packed.absmax}, tmp_path / "x.safetensors")
-    stored = tensors_in(tmp_path / "x.safetensors")
+    stored = stored_tensors(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"w is not what .* was written with"):
-        int8_rows({"w": stored["w"]}, {"w": stored["absmax"]})["w"].pack(CPU)
+        stored_int8_rows({"w": stored["w"]}, {"w": stored["absmax"]})["w"].load(CPU)
     for plain, name in (({}, "w"), ({"codes": stored["codes"]}, "codes"), ({"absmax": stored["absmax"]}, "absmax")):
         with pytest.raises(CheckpointError, match=f"no matching rows in the checkpoint for {name}"):
-            int8_rows(plain, {name: stored["absmax"]})
+            stored_int8_rows(plain, {name: stored["absmax"]})
 
 
 def test_codes_stored_as_another_dtype_are_the_same_bytes(tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_neither_slices_nor_strangers_matter(tmp_path: Path, monkeypatch: pytest
     tensors = as_state_dict(packed) | {"other.weight": torch.ones(3, 3)}
     save_file(tensors, tmp_path / "x.safetensors")
     monkeypatch.setattr(bitsandbytes_layout, "READ_BYTES", 1)
-    found, statistics = packed_weights(tensors_in(tmp_path / "x.safetensors"))
-    assert same(found["x.weight"].pack(CPU), packed)
+    found, statistics = stored_packed_weights(stored_tensors(tmp_path / "x.safetensors"))
+    assert same(found["x.weight"].load(CPU), packed)
     assert statistics == tensors.keys() - {"x.weight", "other.weight"}
 
 
@@ -202,7 +202,7 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[dict[str, Tensor]], N
     damage(tensors)
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=message):
-        packed_weights(tensors_in(tmp_path / "x.safetensors"))
+        stored_packed_weights(stored_tensors(tmp_path / "x.safetensors"))
 
 
 def test_damage_to_eight_bits_is_named_and_all_is_listed_at_once(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_damage_to_eight_bits_is_named_and_all_is_listed_at_once(tmp_path: Path)
     column = tensors | {"x.weight_format": torch.tensor(2, dtype=torch.uint8)}
     save_file(column, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"x\.weight is laid out for one kind of accelerator \(weight_format 2\)"):
-        packed_weights(tensors_in(tmp_path / "x.safetensors"))
+        stored_packed_weights(stored_tensors(tmp_path / "x.safetensors"))
     older = {name: value for name, value in tensors.items() if name != "x.weight_format"}
     save_file(older, tmp_path / "x.safetensors")
     assert read_back(tmp_path / "x.safetensors").format == "int8"
@@ -218,14 +218,14 @@ def test_damage_to_eight_bits_is_named_and_all_is_listed_at_once(tmp_path: Path)
         {"x.SCB": torch.ones(5), "x.weight": tensors["x.weight"], "y.SCB": torch.ones(1)}, tmp_path / "x.safetensors"
     )
     with pytest.raises(CheckpointError, match=r"x\.SCB is \(5,\) .*; y\.weight misses the weight itself"):
-        packed_weights(tensors_in(tmp_path / "x.safetensors"))
+        stored_packed_weights(stored_tensors(tmp_path / "x.safetensors"))
 
 
 @pytest.mark.parametrize("config", [QuantConfig(double_quant=False), QuantConfig("int8"), QuantConfig()])
 def test_statistics_that_are_not_finite_are_named(tmp_path: Path, config: QuantConfig) -> None:
     packed = PackedWeight.of(torch.randn(40, 64), config)
     (packed.nested_absmax if packed.double_quant else packed.absmax)[0] = torch.nan
-    write_safetensors(tmp_path / "x.safetensors", serialized("x.weight", packed, torch.float32))
+    write_safetensors(tmp_path / "x.safetensors", bitsandbytes_tensors("x.weight", packed, torch.float32))
     assert load_file(tmp_path / "x.safetensors").keys() == as_state_dict(packed).keys()
     with pytest.raises(QuantizationError, match=r"(absmax|SCB) holds nan at index \(0,\)"):
         read_back(tmp_path / "x.safetensors")

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_lite import QuantConfig, load_quantized
-from qlora_lite.checkpoints import pack_source
-from qlora_lite.checkpoints.conversion import OPERATIONS, Conversion, model_tensors
+from qlora_lite.checkpoints import pack_on_load
+from qlora_lite.checkpoints.conversion import OPERATIONS, Conversion, converted_tensors
 from qlora_lite.checkpoints.lazy_tensors import read_slices
-from qlora_lite.checkpoints.safetensors_read import StoredTensor, tensors_in
+from qlora_lite.checkpoints.safetensors_read import StoredTensor, stored_tensors
 from qlora_lite.errors import CheckpointError, QuantizationError
 
 TOKENS = torch.arange(14).view(2, 7)
@@ -91,7 +91,7 @@ def test_no_more_than_a_slice_is_read_at_once(mixtral: Path, monkeypatch: pytest
         return read(stored, offset, shape)
 
     monkeypatch.setattr(StoredTensor, "_read", noted)
-    monkeypatch.setattr(pack_source, "READ_BYTES", 1)
+    monkeypatch.setattr(pack_on_load, "READ_BYTES", 1)
     load_quantized(mixtral, QuantConfig())
     assert max(rows for name, rows in largest.items() if ".experts." in name) == 4  # 64 values, a block, in 4 rows
 
@@ -138,9 +138,9 @@ def test_an_operation_that_is_not_known_is_named(
 
     rule = WeightConverter("self_attn.q_proj", "self_attn.q_proj", operations=[Interleave(dim=0)])
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [rule])
-    files = {name: stored for name, stored in tensors_in(mixtral / "model.safetensors").items() if "q_proj" in name}
+    files = {name: stored for name, stored in stored_tensors(mixtral / "model.safetensors").items() if "q_proj" in name}
     model = load_quantized_empty(mixtral)
-    found = model_tensors(model, dict.fromkeys(files, (32, 32)), files)
+    found = converted_tensors(model, dict.fromkeys(files, (32, 32)), files)
     assert found.failed == set(files) and not found.tensors
     assert "transformers makes it by Interleave(dim=0), which is not known here" in found.problems[0]
 
@@ -160,7 +160,7 @@ def made(folder: Path, rule: Any, tensors: dict[str, list[Tensor]], shapes: dict
     sources = {key: [f"{n}.{i}" for i in range(len(ts))] for n, (key, ts) in enumerate(tensors.items())}
     patterns = (tuple(rule.source_patterns), tuple(rule.target_patterns), tuple(rule.operations))
     plan = Conversion(rule.target_patterns[0], sources, *patterns)
-    views = conversion._made(plan, tensors_in(folder / "x.safetensors"), shapes)
+    views = conversion._made(plan, stored_tensors(folder / "x.safetensors"), shapes)
     return {name: torch.cat([rows for _, rows in read_slices(view, 64)]) for name, view in views.items()}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lite.checkpoints.files import (
-    check_place,
+    check_creatable,
     check_writable,
     excerpt,
     is_regular,
@@ -73,10 +73,10 @@ def test_what_is_there_and_what_can_be_made_is_a_place(tmp_path: Path, monkeypat
     (tmp_path / "link").symlink_to(tmp_path / "there")
     (tmp_path / "ahead").symlink_to(tmp_path / "new")
     for name in ("there", "link", "link/new", "ahead", "new/below/it", "x" * 230):
-        check_place(tmp_path / name)
+        check_creatable(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    check_place(Path("new"))
-    check_place(Path("/"))
+    check_creatable(Path("new"))
+    check_creatable(Path("/"))
     assert sorted(os.listdir(tmp_path)) == ["ahead", "link", "there"]
 
 
@@ -95,7 +95,7 @@ def test_each_reason_is_said(tmp_path: Path) -> None:
     }
     for name, sentence in wrong.items():
         with pytest.raises(CheckpointError) as refused:
-            check_place(tmp_path / name)
+            check_creatable(tmp_path / name)
         assert sentence in str(refused.value), name
 
 

@@ -11,13 +11,13 @@ import torch
 
 from qlora_lite.architecture import output_head, tied_names, tied_pairs
 from qlora_lite.checkpoints.hub import (
+    checkpoint_folder,
     empty_model,
     load_tokenizer,
-    quantization_of,
+    model_folder,
+    quantization_config,
     read_config,
-    resolve,
-    save_companions,
-    source_folder,
+    save_config_and_tokenizer,
 )
 from qlora_lite.errors import CheckpointError
 
@@ -39,17 +39,17 @@ def test_a_model_of_the_hub_leads_to_its_own_revision(tmp_path: Path, monkeypatc
     (held / "refs" / "main").write_text("2" * 40)
     for commit, found in (("1" * 40, "1" * 40), (None, "2" * 40)):
         model = SimpleNamespace(config=SimpleNamespace(_name_or_path="some/model", _commit_hash=commit))
-        folder = source_folder(model)
+        folder = model_folder(model)
         assert folder is not None and folder.name == found
 
 
 def test_wrong_places_get_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        resolve(tmp_path)
+        checkpoint_folder(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
-        resolve(tmp_path / "nowhere")
+        checkpoint_folder(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="cannot be fetched"):
-        resolve("nobody/nothing")
+        checkpoint_folder("nobody/nothing")
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(CheckpointError, match="no config that transformers knows"):
         read_config(tmp_path)
@@ -75,14 +75,14 @@ def test_a_config_that_no_model_has_gets_one_sentence(
 
 
 def test_how_a_folder_is_packed_is_read_and_kept_out_of_the_model(tiny_folder: Path, tmp_path: Path) -> None:
-    assert quantization_of(tmp_path) is quantization_of(tiny_folder) is None
+    assert quantization_config(tmp_path) is quantization_config(tiny_folder) is None
     said = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     config = json.loads((tiny_folder / "config.json").read_text()) | {"quantization_config": said}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert quantization_of(tmp_path) == said
+    assert quantization_config(tmp_path) == said
     assert "quantization_config" not in read_config(tmp_path).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
-    assert quantization_of(tmp_path) is None
+    assert quantization_config(tmp_path) is None
     assert "quantization_config" not in read_config(tmp_path).to_dict()
 
 
@@ -97,7 +97,7 @@ def test_a_written_config_is_untied_on_request_and_the_models_own_is_left(tiny_f
     for given in (model, nested):
         before = given.config.to_dict()
         for untie in (False, True):
-            save_companions(given, None, tmp_path, torch.float16, untie=untie)
+            save_config_and_tokenizer(given, None, tmp_path, torch.float16, untie=untie)
             written = json.loads((tmp_path / "config.json").read_text())
             for part in (written, written.get("text_config", written)):
                 assert part.get("tie_word_embeddings", True) is not untie
@@ -109,7 +109,7 @@ def test_models_of_sentencepiece_are_copied_whatever_their_names(tiny_folder: Pa
     (tmp_path / "to").mkdir()
     for name in ("spiece.model", "sentencepiece.bpe.model", "tokenizer.json"):
         (tmp_path / "from" / name).write_text(name)
-    save_companions(
+    save_config_and_tokenizer(
         empty_model(read_config(tiny_folder), torch.bfloat16), tmp_path / "from", tmp_path / "to", torch.half
     )
     for name in ("spiece.model", "sentencepiece.bpe.model", "tokenizer.json"):

@@ -12,28 +12,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_lite.checkpoints import lazy_tensors
-from qlora_lite.checkpoints.lazy_tensors import Joined, Narrowed, Source, Stacked, Transposed, read_slices
-from qlora_lite.checkpoints.safetensors_read import tensors_in
+from qlora_lite.checkpoints.lazy_tensors import Concatenated, LazyTensor, Narrowed, Stacked, Transposed, read_slices
+from qlora_lite.checkpoints.safetensors_read import stored_tensors
 from qlora_lite.errors import CheckpointError
 
 
-def stored(folder: Path, **tensors: Tensor) -> dict[str, Source]:
+def stored(folder: Path, **tensors: Tensor) -> dict[str, LazyTensor]:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "x.safetensors")
-    return dict(tensors_in(folder / "x.safetensors"))
+    return dict(stored_tensors(folder / "x.safetensors"))
 
 
-def views(folder: Path, a: Tensor, b: Tensor) -> list[tuple[Source, Tensor]]:
+def views(folder: Path, a: Tensor, b: Tensor) -> list[tuple[LazyTensor, Tensor]]:
     """Views, of the stacks a and b of one shape, and what they are views of."""
     files = stored(folder, a=a, b=b)
     one, two = files["a"], files["b"]
     both = (one, two)
-    cases: list[tuple[Source, Tensor]] = [(Stacked("s", both), torch.stack((a, b)))]
+    cases: list[tuple[LazyTensor, Tensor]] = [(Stacked("s", both), torch.stack((a, b)))]
     for dim in range(3):
-        cases.append((Joined("j", both, dim), torch.cat((a, b), dim)))
+        cases.append((Concatenated("j", both, dim), torch.cat((a, b), dim)))
         length = a.shape[dim] - 1
         cases.append((Narrowed("n", one, dim, 1, length), a.narrow(dim, 1, length)))
     cases += [(Transposed(one, *dims), a.transpose(*dims)) for dims in ((0, 1), (0, 2), (1, 2))]
-    joined = Joined("j", tuple(Stacked("s", (part.part(0), part.part(1))) for part in both), 1)
+    joined = Concatenated("j", tuple(Stacked("s", (part.select(0), part.select(1))) for part in both), 1)
     cases.append((joined, torch.cat((a[:2], b[:2]), 1)))
     cases.append((Transposed(Narrowed("n", joined, 2, 1, a.shape[2] - 1), 1, 2), joined_tensor(a, b)))
     return cases
@@ -54,7 +54,7 @@ def test_rows_and_parts_are_those_of_the_tensor(
             assert view.shape == tuple(tensor.shape) and view.dtype == tensor.dtype
             assert torch.equal(torch.cat([rows for _, rows in read_slices(view, largest)]), tensor)
             for index in range(tensor.shape[0]):
-                part = view.part(index)
+                part = view.select(index)
                 assert part.shape == tuple(tensor.shape[1:])
                 assert torch.equal(part.rows(1, part.shape[0]), tensor[index][1:])
     finally:
@@ -67,5 +67,5 @@ def test_pieces_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"both is made of .* fit together: a \(2, 3\), b \(2, 4\)"):
         Stacked("both", pair)
     with pytest.raises(CheckpointError, match="do not fit together"):
-        Joined("both", pair, 0)
-    assert Joined("both", pair, 1).shape == (2, 7)
+        Concatenated("both", pair, 0)
+    assert Concatenated("both", pair, 1).shape == (2, 7)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qlora_lite.checkpoints.lazy_tensors import read_slices
-from qlora_lite.checkpoints.safetensors_read import TensorFiles, tensors_in
+from qlora_lite.checkpoints.safetensors_read import TensorFiles, stored_tensors
 from qlora_lite.checkpoints.safetensors_write import INDEX_FILE
 from qlora_lite.errors import CheckpointError
 from qlora_lite.memory.measure import reset_resident_peak, resident_bytes
@@ -28,7 +28,7 @@ def test_slices_are_the_tensor(
     tensors = {str(dtype): torch.randn(rows, columns).to(dtype) for dtype in DTYPES} | {"scalar": torch.tensor(3.0)}
     save_file(tensors, path)
     whole = load_file(path)
-    for name, stored in tensors_in(path).items():
+    for name, stored in stored_tensors(path).items():
         assert torch.equal(stored.read(), whole[name]) and stored.read().dtype == whole[name].dtype
         pieces = list(read_slices(stored, largest, step))
         assert torch.equal(torch.cat([piece for _, piece in pieces]) if stored.shape else pieces[0][1], whole[name])
@@ -37,7 +37,7 @@ def test_slices_are_the_tensor(
 
 def test_what_was_read_does_not_stay_resident(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(192 << 20, 1, dtype=torch.uint8)}, tmp_path / "x.safetensors")
-    stored = tensors_in(tmp_path / "x.safetensors")["a"]
+    stored = stored_tensors(tmp_path / "x.safetensors")["a"]
     if not reset_resident_peak():
         pytest.skip("this system does not count resident peaks")
     start = resident_bytes() or 0
@@ -48,7 +48,7 @@ def test_what_was_read_does_not_stay_resident(tmp_path: Path) -> None:
 def test_a_file_that_was_changed_after_it_was_opened(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(100)}, path)
-    stored = tensors_in(path)["a"]
+    stored = stored_tensors(path)["a"]
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="was changed while it was in use"):
         stored.read()

@@ -13,7 +13,7 @@ from qlora_lite.checkpoints.hub import empty_model, read_config
 from qlora_lite.checkpoints.load import Checkpoint
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError
-from qlora_lite.export.plan import ExportPlan, InMemory, OnDisk, stored_deltas_
+from qlora_lite.export.plan import ExportPlan, ModelInMemory, ModelOnDisk, lazy_updates_
 from qlora_lite.lora.adapters import lora_layers
 
 QUANT = QuantConfig(embedding_format="int8")
@@ -25,14 +25,14 @@ def plans(folder: Path, adapter: Path, base: str, dtype: torch.dtype = torch.flo
     live = load_quantized(folder, QUANT)
     empty = empty_model(read_config(folder), torch.bfloat16)
     tie(empty)
-    checkpoint = Checkpoint.of(folder, empty, QUANT)
+    checkpoint = Checkpoint.open(folder, empty, QUANT)
     slots = checkpoint.slots(empty)
     for model in (live, empty):
         load_adapter_(model, adapter)
-    on_disk = OnDisk(slots, checkpoint, torch.bfloat16, stored_deltas_(empty, adapter))
+    on_disk = ModelOnDisk(slots, checkpoint, torch.bfloat16, lazy_updates_(empty, adapter))
     assert all(parameter.is_meta for parameter in empty.parameters())  # the adapter is not held either
     return [
-        ExportPlan.of(live, base, dtype, InMemory(), originals),
+        ExportPlan.of(live, base, dtype, ModelInMemory(), originals),
         ExportPlan.of(empty, base, dtype, on_disk, originals),
     ]
 
@@ -83,6 +83,6 @@ def test_what_an_export_is_compared_with(tiny_folder: Path, adapter: Path) -> No
 def test_an_original_that_is_not_at_hand(tiny_folder: Path, adapter: Path) -> None:
     model = load_quantized(tiny_folder)
     with pytest.raises(CheckpointError, match=r"needs the checkpoint.s own model\.embed_tokens\.weight"):
-        ExportPlan.of(model, "original", torch.float16, InMemory(), {})
-    plan = ExportPlan.of(model, "dequantized", torch.float16, InMemory(), {})
+        ExportPlan.of(model, "original", torch.float16, ModelInMemory(), {})
+    plan = ExportPlan.of(model, "dequantized", torch.float16, ModelInMemory(), {})
     assert plan.compared({}).missing["original"] == "no checkpoint with its model.embed_tokens.weight is at hand"

@@ -12,28 +12,28 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qlora_lite import QuantConfig
-from qlora_lite.checkpoints import pack_source
+from qlora_lite.checkpoints import pack_on_load
 from qlora_lite.checkpoints.lazy_tensors import Transposed
-from qlora_lite.checkpoints.pack_source import ToBePacked
-from qlora_lite.checkpoints.safetensors_read import StoredTensor, tensors_in
+from qlora_lite.checkpoints.pack_on_load import PackedOnLoad
+from qlora_lite.checkpoints.safetensors_read import StoredTensor, stored_tensors
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.compute.weight_update import Delta, StackDelta
 from qlora_lite.errors import CheckpointError, QuantizationError
 from qlora_lite.export.weight_rows import (
     DenseRows,
+    MergeInputs,
     RepackedRows,
-    Sources,
     StoredRows,
     aligned_slices,
-    packed_ahead,
     packed_rows,
+    packing_ahead,
 )
 from qlora_lite.quantization.packed_weight import PackedWeight
 
 
 def stored(folder: Path, tensor: torch.Tensor) -> StoredTensor:
     save_file({"w": tensor}, folder / "w.safetensors")
-    return tensors_in(folder / "w.safetensors")["w"]
+    return stored_tensors(folder / "w.safetensors")["w"]
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
@@ -41,8 +41,8 @@ def test_a_weight_that_was_turned_round_to_be_packed_gives_its_rows_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
     weight, config = torch.randn(40, 70), QuantConfig(format=format)
-    monkeypatch.setattr(pack_source, "READ_BYTES", 1)
-    source = ToBePacked(Transposed(stored(tmp_path, weight)), config, format, torch.float32)
+    monkeypatch.setattr(pack_on_load, "READ_BYTES", 1)
+    source = PackedOnLoad(Transposed(stored(tmp_path, weight)), config, format, torch.float32)
     whole = PackedWeight.of(weight.T.contiguous(), config)
     values = whole.dequantize(torch.float32).T
     for rows in (RepackedRows(source, transposed=True), packed_rows(whole, transposed=True)):
@@ -69,14 +69,14 @@ def test_merged_slices_are_the_sum_of_the_base_that_is_asked_for(rows: int, larg
         torch.randn(rows, 6),
         Delta(torch.randn(rows, 2), torch.randn(2, 6), 3),
     )
-    sources = Sources("w", [DenseRows(trained)], [DenseRows(original)], lambda: delta)
+    sources = MergeInputs("w", [DenseRows(trained)], [DenseRows(original)], lambda: delta)
     update = 3 * delta.left @ delta.right
     assert torch.equal(torch.cat(list(sources.base(largest))), trained)
     for base, from_original in ((trained, False), (original, True)):
         merged = torch.cat(list(sources.merged(from_original, torch.float16, largest)))
         torch.testing.assert_close(merged, (base + update).half(), rtol=2e-3, atol=1e-4)
     with pytest.raises(CheckpointError, match="the checkpoint's own w is not at hand"):
-        Sources("w", [DenseRows(trained)], None, lambda: delta).merged(True, torch.float16, largest)
+        MergeInputs("w", [DenseRows(trained)], None, lambda: delta).merged(True, torch.float16, largest)
 
 
 class Counted:
@@ -88,7 +88,7 @@ class Counted:
         self._weight = torch.randn(self.shape, generator=torch.Generator().manual_seed(seed))
         self._damaged, self.threads, self.torch_threads = damaged, list[int](), list[int]()
 
-    def pack(self, device: torch.device) -> PackedWeight:
+    def load(self, device: torch.device) -> PackedWeight:
         self.threads.append(threading.get_ident())
         self.torch_threads.append(torch.get_num_threads())
         if self._damaged:
@@ -101,7 +101,7 @@ def test_packed_ahead_rows_are_the_same_and_packed_once() -> None:
     wanted = [RepackedRows(source).rows(0, 64) for source in sources]
     before = threading.active_count(), torch.get_num_threads()
     weights = [RepackedRows(source) for source in sources]
-    with packed_ahead(weights):
+    with packing_ahead(weights):
         got = [torch.cat((weight.rows(0, 32), weight.rows(32, 64))) for weight in weights]
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
     assert (threading.active_count(), torch.get_num_threads()) == before
@@ -117,7 +117,7 @@ def test_what_packing_ahead_fails_at_is_raised_at_its_turn() -> None:
     sources = [Counted(0), Counted(1), Counted(2, damaged=True), Counted(3)]
     weights, seen = [RepackedRows(source) for source in sources], 0
     before = threading.active_count(), torch.get_num_threads()
-    with pytest.raises(QuantizationError, match="w holds nan"), packed_ahead(weights):
+    with pytest.raises(QuantizationError, match="w holds nan"), packing_ahead(weights):
         for weight in weights:
             weight.rows(0, 64)
             seen += 1
@@ -128,7 +128,7 @@ def test_what_packing_ahead_fails_at_is_raised_at_its_turn() -> None:
 def test_interrupted_it_leaves_no_thread() -> None:
     weights = [RepackedRows(Counted(seed)) for seed in range(3)]
     before = threading.active_count(), torch.get_num_threads()
-    with pytest.raises(KeyboardInterrupt), packed_ahead(weights):
+    with pytest.raises(KeyboardInterrupt), packing_ahead(weights):
         weights[0].rows(0, 64)
         raise KeyboardInterrupt
     assert (threading.active_count(), torch.get_num_threads()) == before

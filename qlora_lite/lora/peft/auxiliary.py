@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import architecture
-from qlora_lite.checkpoints.lazy_tensors import Source
+from qlora_lite.checkpoints.lazy_tensors import LazyTensor
 from qlora_lite.compute.weight_update import Replaced, Rows
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError, listing
 from qlora_lite.lora.auxiliary import biased, plain_modules, token_layers, trained_copies, units, with_token_rows
@@ -271,13 +271,13 @@ def _asked_for(model: nn.Module, config: Mapping[str, Any], problems: list[str])
     return {n: tokens for n, tokens in found.items() if n not in layers[1:] or tokens != found.get(layers[0])}
 
 
-def stored_replacements_(model: nn.Module, stored: Mapping[str, Source]) -> dict[str, Callable[[], Replaced]]:
+def stored_replacements_(model: nn.Module, stored: Mapping[str, LazyTensor]) -> dict[str, Callable[[], Replaced]]:
     """What stands in the place of weights, read from the files some rows at a time, by the weights' names.
 
     The model lets go of its values.
     """
 
-    def rows_of(source: Source) -> Rows:
+    def rows_of(source: LazyTensor) -> Rows:
         return lambda start, stop: source.rows(start, stop)
 
     found: dict[str, Callable[[], Replaced]] = {}

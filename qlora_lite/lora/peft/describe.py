@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_lite.checkpoints.base_identity import KnownBase, read_base
+from qlora_lite.checkpoints.base_identity import BaseIdentity, read_base_identity
 from qlora_lite.checkpoints.safetensors_read import StoredTensor
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.config import LoraConfig
@@ -67,7 +67,7 @@ class AdapterFacts:
     parameters: int
     bytes: int
     dtypes: tuple[str, ...]
-    trained_on: KnownBase | None
+    trained_on: BaseIdentity | None
 
     @property
     def base(self) -> str | None:
@@ -184,5 +184,5 @@ def adapter_facts(folder: str | Path) -> AdapterFacts:
         sum(math.prod(tensor.shape) for tensor in tensors.values()),
         sum(map(_bytes, tensors.values())),
         tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
-        read_base(folder),
+        read_base_identity(folder),
     )

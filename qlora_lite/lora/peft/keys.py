@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.checkpoints.files import read_json
-from qlora_lite.checkpoints.safetensors_read import StoredTensor, tensors_in
+from qlora_lite.checkpoints.safetensors_read import StoredTensor, stored_tensors
 from qlora_lite.errors import CheckpointError
 
 TENSOR_FILE = "adapter_model.safetensors"
@@ -141,7 +141,7 @@ def written_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"{folder / PICKLED_FILE} is a pickle, which can run any code and is never opened here; if you trust it, "
             f"let peft write it anew: PeftModel.from_pretrained(base, folder).save_pretrained(folder)"
         )
-    return tensors_in(path)
+    return stored_tensors(path)
 
 
 def adapter_tensors(folder: Path) -> dict[str, StoredTensor]:

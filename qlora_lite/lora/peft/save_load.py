@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from qlora_lite import architecture
 from qlora_lite.checkpoints.atomic_folder import new_folder
 from qlora_lite.checkpoints.base_identity import (
-    DIGEST_KEY,
-    HOW_TO,
-    check_model_base,
-    digest_of,
-    is_base_of,
-    own_weights,
-    write_base,
+    LOAD_REPACKED_HINT,
+    PACKED_HASH_KEY,
+    check_trained_on_model,
+    packed_weights_hash,
+    packed_weights_match,
+    repacked_weights,
+    write_base_identity,
 )
 from qlora_lite.checkpoints.files import write_json
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor, planned, write_safetensors
@@ -105,14 +105,14 @@ def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrit
     if in_use:  # what is trained beside it is its own
         tensors |= {key: planned(values.detach()) for key, _, values in beside_keys(model)}
         config |= beside_config(model)
-    if own_weights(model):
+    if repacked_weights(model):
         # The checkpoint that the model came from is not what this adapter belongs to.
         config["base_model_name_or_path"] = None
-        config[DIGEST_KEY] = digest_of(sorted(_base_weights(model, layers).items()))
+        config[PACKED_HASH_KEY] = packed_weights_hash(sorted(_base_weights(model, layers).items()))
     with new_folder(folder, overwrite) as temporary:
         write_safetensors(temporary / TENSOR_FILE, tensors)
         write_json(temporary / CONFIG_FILE, config)
-        write_base(temporary, model)
+        write_base_identity(temporary, model)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -242,11 +242,13 @@ def _check_own_base_(model: nn.Module, names: Collection[str], config: dict[str,
 
     On meta there are no bytes to compare: merge_checkpoint does it with those on disk.
     """
-    weights = {} if DIGEST_KEY not in config else _base_weights(model, names)
+    weights = {} if PACKED_HASH_KEY not in config else _base_weights(model, names)
     if any(weight.device.type == "meta" for weight in weights.values()):
         return
-    if weights and not is_base_of(config[DIGEST_KEY], weights):
-        raise CheckpointError(f"{folder} belongs to a base that LoftQ packed anew, and the model has another; {HOW_TO}")
+    if weights and not packed_weights_match(config[PACKED_HASH_KEY], weights):
+        raise CheckpointError(
+            f"{folder} belongs to a base that LoftQ packed anew, and the model has another; {LOAD_REPACKED_HINT}"
+        )
     for weight in weights.values():
         weight.of_checkpoint = False
 
@@ -264,7 +266,7 @@ def load_adapter_(
     adapters have nothing there). Shapes are held against the model's all the same.
     """
     if not any_base:
-        check_model_base(Path(folder), model)
+        check_trained_on_model(Path(folder), model)
     if name is not None:
         with room_for(model, name):
             return _load_(model, Path(folder), name)

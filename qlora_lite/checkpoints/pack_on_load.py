@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlora_lite.checkpoints.lazy_tensors import Source, read_slices
+from qlora_lite.checkpoints.lazy_tensors import LazyTensor, read_slices
 from qlora_lite.checks import check_packable
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import row_step
@@ -22,7 +22,7 @@ from qlora_lite.quantization.packed_weight import PackedWeight
 READ_BYTES = 4 << 20
 
 
-class PackSource(Protocol):
+class LazyPackedWeight(Protocol):
     """A weight in a file that a model holds packed. `step`: a slice of its rows begins at a multiple of it."""
 
     @property
@@ -31,15 +31,15 @@ class PackSource(Protocol):
     @property
     def step(self) -> int: ...
 
-    def pack(self, device: torch.device) -> PackedWeight:
+    def load(self, device: torch.device) -> PackedWeight:
         """The packed weight that loading makes of it."""
 
 
 @dataclass(frozen=True)
-class ToBePacked:
+class PackedOnLoad:
     """How a tensor in a file is packed when it is loaded: from slices, rounded to the dtype that it is loaded in."""
 
-    stored: Source
+    stored: LazyTensor
     config: QuantConfig
     format: str
     dtype: torch.dtype
@@ -58,6 +58,6 @@ class ToBePacked:
             check_packable(moved, self.stored.name, self.format, first)
             yield first, moved
 
-    def pack(self, device: torch.device) -> PackedWeight:
+    def load(self, device: torch.device) -> PackedWeight:
         """QuantizationError, naming the tensor, for values that the format cannot hold."""
         return PackedWeight.from_slices(self.stored.shape, device, self.slices(device), self.config, self.format)

@@ -13,7 +13,7 @@ from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import ConfigError
-from qlora_lite.export.streamed_model import StreamedModel, Weights
+from qlora_lite.export.lazy_model import LazyModel, LazyWeights
 
 SMALL = {
     "vocab_size": 40,
@@ -53,19 +53,19 @@ def sliced(tensor: Tensor) -> Any:
     return lambda: iter(tensor.split(3) if tensor.dim() else [tensor])
 
 
-def weights_of(model: Any, **deltas: Delta) -> Weights:
+def weights_of(model: Any, **deltas: Delta) -> LazyWeights:
     aliases = architecture.tied_names(model)
     tensors = {name: sliced(tensor.clone()) for name, tensor in model.state_dict().items() if name not in aliases}
-    return Weights(tensors, {name.replace("__", "."): delta for name, delta in deltas.items()})
+    return LazyWeights(tensors, {name.replace("__", "."): delta for name, delta in deltas.items()})
 
 
-def streamed(config: Any, weights: Weights) -> StreamedModel:
+def streamed(config: Any, weights: LazyWeights) -> LazyModel:
     empty = hub.empty_model(config, torch.float32)
     architecture.tie(empty)
-    return StreamedModel(empty, weights.tensors)
+    return LazyModel(empty, weights.tensors)
 
 
-def logits(model: StreamedModel, weights: Weights, batch: dict[str, Tensor], count: int = 7) -> Tensor:
+def logits(model: LazyModel, weights: LazyWeights, batch: dict[str, Tensor], count: int = 7) -> Tensor:
     hidden = model.head_inputs(weights, batch).flatten(0, 1)
     return torch.cat([block for _, block in model.logits(weights, hidden, count)], 1)
 
@@ -102,9 +102,9 @@ def test_updates_apart_are_those_of_the_summed_weights(kind: str, names: list[st
     deltas = {
         name: Delta(torch.randn(rows, 2), torch.randn(2, columns), 0.3) for name, (rows, columns) in sizes.items()
     }
-    weights = Weights(weights_of(plain).tensors, deltas)
+    weights = LazyWeights(weights_of(plain).tensors, deltas)
     model = streamed(config, weights)
-    without = logits(model, Weights(weights.tensors), BATCH)
+    without = logits(model, LazyWeights(weights.tensors), BATCH)
     with torch.no_grad():
         for name, delta in deltas.items():
             plain.get_parameter(name).add_(0.3 * delta.left @ delta.right)
@@ -120,10 +120,10 @@ def test_a_stack_may_come_as_rows_of_its_matrices_and_takes_no_adapter() -> None
     weights = weights_of(plain)
     name = next(name for name, tensor in plain.named_parameters() if tensor.dim() == 3)
     rows = plain.get_parameter(name).detach().flatten(0, 1)
-    flat = Weights({**weights.tensors, name: sliced(rows)})
+    flat = LazyWeights({**weights.tensors, name: sliced(rows)})
     model = streamed(config, weights)
     assert torch.equal(logits(model, flat, BATCH), logits(model, weights, BATCH))
-    adapted = Weights(weights.tensors, {name: Delta(torch.ones(1, 1), torch.ones(1, 1), 1.0)})
+    adapted = LazyWeights(weights.tensors, {name: Delta(torch.ones(1, 1), torch.ones(1, 1), 1.0)})
     with pytest.raises(ConfigError, match="has an adapter on a MixtralExperts, which cannot be verified"):
         model.head_inputs(adapted, BATCH)
 
@@ -149,4 +149,4 @@ def test_logits_changed_in_an_unknown_way_are_refused() -> None:
 
 def test_a_model_without_a_plain_head_is_refused() -> None:
     with pytest.raises(ConfigError, match="plain linear output head can be verified; this head is none"):
-        StreamedModel(nn.Linear(2, 2), [])
+        LazyModel(nn.Linear(2, 2), [])

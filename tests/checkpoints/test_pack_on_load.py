@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_lite import QuantConfig
-from qlora_lite.checkpoints import pack_source
-from qlora_lite.checkpoints.pack_source import ToBePacked
-from qlora_lite.checkpoints.safetensors_read import StoredTensor, tensors_in
+from qlora_lite.checkpoints import pack_on_load
+from qlora_lite.checkpoints.pack_on_load import PackedOnLoad
+from qlora_lite.checkpoints.safetensors_read import StoredTensor, stored_tensors
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import QuantizationError
 from qlora_lite.export.weight_rows import (
@@ -23,7 +23,7 @@ from qlora_lite.quantization.packed_weight import PackedWeight
 
 def stored(folder: Path, tensor: torch.Tensor) -> StoredTensor:
     save_file({"w": tensor}, folder / "w.safetensors")
-    return tensors_in(folder / "w.safetensors")["w"]
+    return stored_tensors(folder / "w.safetensors")["w"]
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
@@ -34,9 +34,9 @@ def test_packed_from_slices_of_a_file_it_is_packed_as_a_whole(
 ) -> None:
     weight = torch.randn(shape)
     config = QuantConfig(format=format, double_quant=double_quant)
-    monkeypatch.setattr(pack_source, "READ_BYTES", 1)  # the least that the format allows at once
-    source = ToBePacked(stored(tmp_path, weight), config, format, torch.bfloat16)
-    ours, whole = source.pack(torch.device("cpu")), PackedWeight.of(weight.bfloat16(), config)
+    monkeypatch.setattr(pack_on_load, "READ_BYTES", 1)  # the least that the format allows at once
+    source = PackedOnLoad(stored(tmp_path, weight), config, format, torch.bfloat16)
+    ours, whole = source.load(torch.device("cpu")), PackedWeight.of(weight.bfloat16(), config)
     assert ours.state_dict().keys() == whole.state_dict().keys()
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in ours.state_dict().items())
     values = whole.dequantize(torch.float32)
@@ -51,7 +51,7 @@ def test_what_cannot_be_packed_is_named_with_its_place_in_the_whole(
 ) -> None:
     weight = torch.randn(64, 64)
     weight[40, 2] = torch.nan
-    monkeypatch.setattr(pack_source, "READ_BYTES", 1)
-    source = ToBePacked(stored(tmp_path, weight), QuantConfig(), "nf4", torch.float32)
+    monkeypatch.setattr(pack_on_load, "READ_BYTES", 1)
+    source = PackedOnLoad(stored(tmp_path, weight), QuantConfig(), "nf4", torch.float32)
     with pytest.raises(QuantizationError, match=r"w holds nan at index \(40, 2\)"):
-        source.pack(torch.device("cpu"))
+        source.load(torch.device("cpu"))

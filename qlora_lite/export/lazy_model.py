@@ -32,7 +32,7 @@ SAME = 1e-5
 
 
 @dataclass(frozen=True)
-class Weights:
+class LazyWeights:
     """What a model computes with, by the names of a plain checkpoint.
 
     tensors: each gives slices of its rows, in order, together all of them. deltas: scaling * B A that are applied
@@ -88,7 +88,7 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and not has_own_forward(module) and getattr(module, "max_norm", None) is None
 
 
-class StreamedModel:
+class LazyModel:
     """A transformers model on the meta device, called with the weights that it is given for that call.
 
     `names`: what the checkpoint has; a tied weight is read under the one of its names that is there. Raises
@@ -115,10 +115,10 @@ class StreamedModel:
                 if tensor is not None and id(tensor) in self._name_of:
                     yield store, key, self._name_of[id(tensor)]
 
-    def _bias(self, weights: Weights, module: Any) -> Tensor | None:
+    def _bias(self, weights: LazyWeights, module: Any) -> Tensor | None:
         return None if module.bias is None else weights.whole(self._name_of[id(module.bias)])
 
-    def _linear(self, module: Any, weights: Weights) -> Callable[[Tensor], Tensor]:
+    def _linear(self, module: Any, weights: LazyWeights) -> Callable[[Tensor], Tensor]:
         name = self._name_of[id(module.weight)]
 
         def forward(x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class StreamedModel:
 
         return forward
 
-    def _embedding(self, module: Any, weights: Weights) -> Callable[[Tensor], Tensor]:
+    def _embedding(self, module: Any, weights: LazyWeights) -> Callable[[Tensor], Tensor]:
         name = self._name_of[id(module.weight)]
 
         def forward(tokens: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class StreamedModel:
 
         return forward
 
-    def _transposed_linear(self, module: Any, weights: Weights) -> Callable[[Tensor], Tensor]:
+    def _transposed_linear(self, module: Any, weights: LazyWeights) -> Callable[[Tensor], Tensor]:
         """y = x W + bias, as GPT-2 has it: W is `(in, out)`, and each of its slices adds to all of y."""
         name = self._name_of[id(module.weight)]
 
@@ -166,7 +166,7 @@ class StreamedModel:
 
         return forward
 
-    def _other(self, module: nn.Module, weights: Weights) -> Callable[..., Any]:
+    def _other(self, module: nn.Module, weights: LazyWeights) -> Callable[..., Any]:
         usual = module.forward
         if adapted := [name for _, _, name in self._stored(module) if weights.low_rank(name) is not None]:
             raise ConfigError(f"{adapted[0]} has an adapter on a {type(module).__name__}, which cannot be verified")
@@ -185,7 +185,7 @@ class StreamedModel:
         return forward
 
     @contextmanager
-    def _reading(self, weights: Weights) -> Iterator[None]:
+    def _reading(self, weights: LazyWeights) -> Iterator[None]:
         """Within the block every module but the head reads these weights when it is called."""
         with ExitStack() as stack:
             for module in self._model.modules():
@@ -203,7 +203,7 @@ class StreamedModel:
             yield
 
     @torch.no_grad()
-    def head_inputs(self, weights: Weights, batch: Mapping[str, Tensor]) -> Tensor:
+    def head_inputs(self, weights: LazyWeights, batch: Mapping[str, Tensor]) -> Tensor:
         """What the output head is given for this batch: `(rows, tokens, features)`.
 
         ConfigError for a model that reads a weight other than by calling the module which holds it, or that makes
@@ -232,7 +232,7 @@ class StreamedModel:
         return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
     @torch.no_grad()
-    def logits(self, weights: Weights, hidden: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
+    def logits(self, weights: LazyWeights, hidden: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
         """(first token of the vocabulary, logits `(rows, at most count)` in fp64) of hidden `(rows, features)`."""
         name = self._name_of[id(self._head.weight)]
         bias, low = self._bias(weights, self._head), weights.low_rank(name)
