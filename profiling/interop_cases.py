@@ -222,7 +222,7 @@ CONVERTED = tuple(name for name, variant in VARIANTS.items() if variant.converte
 KNOWN_REFUSALS = (
     Refusal(
         "what peft's stacks have neither",
-        r"have neither dropout nor DoRA",
+        r"variant must be lora on a ",
         ("stacks", "router"),
         variants=("dora", "rsdora"),
     ),

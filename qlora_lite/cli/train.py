@@ -96,7 +96,7 @@ def train(
     rank: Rank = 16,
     alpha: Alpha = 32.0,
     use_rslora: RankStabilized = False,
-    variant: Annotated[str, typer.Option(help="lora, or dora.")] = "lora",
+    variant: Annotated[str, typer.Option(help="lora, or a variant of it, such as dora.")] = "lora",
     init_lora_weights: Annotated[
         str, typer.Option(help="normal, kaiming, gaussian, orthogonal, pissa or loftq.")
     ] = "normal",

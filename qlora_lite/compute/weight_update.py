@@ -1,7 +1,7 @@
 """What an adapter makes of a weight, as a merge computes it: in tiles, so that slices and wholes come out the same.
 
-LoRA    W0 + scaling * B A
-DoRA    m * (W0 + scaling * B A) / ||W0 + scaling * B A||      norms of the rows of `(out, in)`, m: magnitudes
+    W = W0 + scaling * B A
+    W' = m * W / ||W||              norms of the rows of `(out, in)`, for a variant of LoRA that gives them norms m
 
 A stack of matrices has an update for each of them.
 """
@@ -25,8 +25,9 @@ Pieces = Iterable[tuple[int, Tensor]]
 class Delta:
     """scaling * left right, the update of a stored weight: left `(rows, rank)`, right `(rank, columns)`, both fp32.
 
-    magnitude: DoRA's m (arXiv:2402.09353, equation 5), fp32, one for each row of the stored weight, or for each column
-    with `by_columns`, where it lies as `(in, out)`. norms: of the columns, which no slice of rows has: `measured`.
+    output_norms: the norms `(out,)` in fp32 that the weights of each output are then given, if any: those of the rows
+    of the stored weight, or of its columns with `by_columns`, where it is stored as `(in, out)`. norms: those that the
+    columns have before, for which a slice of rows is not enough (`measured`).
 
     Sums are always computed in the same tiles of rows, so that a weight which is merged a slice at a time is, bit for
     bit, the one that is merged at once.
@@ -35,7 +36,7 @@ class Delta:
     left: Tensor
     right: Tensor
     scaling: float
-    magnitude: Tensor | None = None
+    output_norms: Tensor | None = None
     by_columns: bool = False
     norms: Tensor | None = None
 
@@ -53,13 +54,18 @@ class Delta:
     @property
     def low_rank(self) -> bool:
         """Whether it can be applied to an input apart from the weight, as a product with left and right."""
-        return self.magnitude is None
+        return self.output_norms is None
+
+    @property
+    def additive(self) -> bool:
+        """Whether it adds the same to every weight, so that its size does not depend on W0."""
+        return self.output_norms is None
 
     @property
     def transposed(self) -> Delta:
         """The update of the weight the other way round."""
         left, right = self.right.T.contiguous(), self.left.T.contiguous()
-        return Delta(left, right, self.scaling, self.magnitude, not self.by_columns)
+        return Delta(left, right, self.scaling, self.output_norms, not self.by_columns)
 
     def _tiles(self, rows: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(which rows of the weight, those of `rows`, those of left) of each tile."""
@@ -72,13 +78,13 @@ class Delta:
         """Makes what the adapter makes of these rows of W0 (fp32), from `first` on, a multiple of TILE_ROWS."""
         for part, tile, left in self._tiles(rows, first):
             tile.addmm_(left, self.right, alpha=self.scaling)
-            if self.magnitude is None:
+            if self.output_norms is None:
                 continue
             if self.by_columns:
                 assert self.norms is not None  # measured
-                tile.mul_(self.magnitude / self.norms)
+                tile.mul_(self.output_norms / self.norms)
             else:
-                tile.mul_((self.magnitude[part] / _not_zero(torch.linalg.vector_norm(tile, dim=1)))[:, None])
+                tile.mul_((self.output_norms[part] / _not_zero(torch.linalg.vector_norm(tile, dim=1)))[:, None])
         return rows
 
     def norms_of(self, pieces: Pieces) -> Tensor:
@@ -99,7 +105,7 @@ class Delta:
 
     def measured(self, pieces: Callable[[], Pieces]) -> Delta:
         """With the norms of the columns, for which all of W0 is read once if they are needed."""
-        if self.magnitude is None or not self.by_columns:
+        if self.output_norms is None or not self.by_columns:
             return self
         return replace(self, norms=self.norms_of(pieces()))
 
@@ -123,6 +129,7 @@ class Replaced:
     indices: tuple[int, ...] | None = None
 
     low_rank = False
+    additive = False
 
     @property
     def matrices(self) -> tuple[Replaced, ...]:
@@ -146,12 +153,12 @@ class Replaced:
 
 @dataclass(frozen=True)
 class StackDelta:
-    """The updates of the matrices of a stack, `(matrices, rows, columns)`; none of them has magnitudes."""
+    """The updates of the matrices of a stack, `(matrices, rows, columns)`; none of them gives norms."""
 
     matrices: tuple[Delta, ...]
 
-    magnitude = None
     low_rank = False
+    additive = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -164,7 +171,7 @@ class StackDelta:
         return stack
 
     def measured(self, pieces: Callable[[], Pieces]) -> StackDelta:
-        """Itself: without magnitudes nothing is measured."""
+        """Itself: nothing of W0 is needed."""
         return self
 
     def squared_norm(self) -> float:

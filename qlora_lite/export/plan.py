@@ -131,20 +131,21 @@ def lazy_updates_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[]
     """
     stored = adapter_tensors(Path(folder))
 
-    def delta(layer: LoraLayer, keys: list[str]) -> Update:
-        lora_A, lora_B, *sizes = (stored[key].read() for key in keys)
+    def delta(layer: LoraLayer, keys: dict[str, str]) -> Update:
+        values = {part: stored[key].read() for part, key in keys.items()}
+        lora_A, lora_B = values["lora_A"], values["lora_B"]
         if isinstance(layer.kind, StackKind):
             experts = layer.lora_A.shape[0]
-            return layer.kind.delta(matrices_of_A(lora_A, experts), matrices_of_B(lora_B, experts), layer.scaling)
-        magnitude = sizes[0].float().flatten() if sizes else None
-        return layer.kind.delta(lora_A.flatten(1), lora_B.flatten(1), layer.scaling, magnitude)
+            lora_A, lora_B = matrices_of_A(lora_A, experts), matrices_of_B(lora_B, experts)
+        else:
+            lora_A, lora_B = lora_A.flatten(1), lora_B.flatten(1)
+        return layer.variant.updated(layer.kind.delta(lora_A, lora_B, layer.scaling), values)
 
     found: dict[str, Callable[[], Update]] = {**stored_replacements_(model, stored)}
     layers = lora_layers(model)
     places = places_in_files(model, stacks_among(layers))
     for name, layer in layers.items():
-        parts = ("A", "B") if layer.lora_magnitude is None else ("A", "B", "magnitude")
-        keys = [peft_key(places.get(name, name), layer.kind, part) for part in parts]
+        keys = {part: peft_key(places.get(name, name), layer.kind, part) for part in layer.lora_parameters}
         weight = name if isinstance(layer.kind, StackKind) else f"{name}.weight"
         found[weight] = functools.partial(delta, layer, keys)
         layer.to("meta")
@@ -292,7 +293,7 @@ class _Writing:
         update = None if self.delta is None else self.delta()
         if update is not None:
             update = update.measured(lambda: whole_slices(self.chosen, update, SLICE_BYTES))
-            if not isinstance(update, Replaced) and update.magnitude is None:
+            if not isinstance(update, Replaced) and update.additive:
                 figures.update = update.squared_norm()
             else:
                 figures.update = 0.0  # summed up slice by slice
@@ -310,7 +311,7 @@ class _Writing:
         if other is not None:
             figures.add_quantization(rows, other)
         without_update = None if delta is None else rows.to(self.plan.dtype, copy=True)
-        before = None if delta is None or delta.low_rank else rows.clone()
+        before = None if delta is None or delta.additive else rows.clone()
         written = merged_rows(rows, start, delta, self.plan.dtype, self.name)
         if before is not None:
             figures.add_update(before.sub_(rows))

@@ -31,7 +31,7 @@ class TensorFigures:
     """Sums over the values of one exported tensor; norms are their roots. None: not measured, or nothing to measure.
 
     weight: W0, the base that was written into. quantization: W0 as it was packed, less the checkpoint's; None without
-    a checkpoint. update: scaling B A (DoRA: what W0 is changed by), None without an adapter. rounding: what was written
+    a checkpoint. update: what the adapter adds to W0, None without an adapter. rounding: what was written
     less what was computed. moved: values that the update changed after the cast.
     """
 

@@ -5,6 +5,7 @@ In reading order:
 config             LoraConfig
 kinds              how linear layers, embeddings, stacks of experts and routers apply A and B
 convolution        how convolutions apply them
+variants           what DoRA and other variants of LoRA train, compute and merge, and their names in peft's files
 layer              LoraLayer, LinearWithLoRA, Embedding
 targets            which layers are adapted
 init               how A and B start: normal, kaiming, gaussian, orthogonal, PiSSA, LoftQ

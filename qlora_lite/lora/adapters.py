@@ -14,10 +14,11 @@ from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.auxiliary import WRAPPERS, Beside, beside_parameters, left_of
 from qlora_lite.lora.auxiliary_layers import TrainedCopy, WithTokenRows
 from qlora_lite.lora.config import LoraConfig
-from qlora_lite.lora.experts import hold_stacks_, open_stacks, option_problems, plain_again_
+from qlora_lite.lora.experts import hold_stacks_, kinds_of, open_stacks, plain_again_
 from qlora_lite.lora.init import check_start, originals_of, start_
 from qlora_lite.lora.layer import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.lora.targets import select_targets
+from qlora_lite.lora.variants import VARIANTS, combination_problems
 from qlora_lite.surgery import replace_modules_
 
 ATTRIBUTE = "parked_adapters"
@@ -30,12 +31,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All that is trained, by name: A and B of every LoraLayer, DoRA's magnitudes, and what is trained beside them."""
+    """All that is trained, by name: the parameters of every LoraLayer, and what is trained beside them."""
     adapters = {
-        f"{name}.{part}" if name else part: getattr(layer, part)
+        f"{name}.{part}" if name else part: parameter
         for name, layer in lora_layers(model).items()
-        for part in ("lora_A", "lora_B", "lora_magnitude")
-        if getattr(layer, part) is not None
+        for part, parameter in layer.lora_parameters.items()
     }
     return adapters | beside_parameters(model)
 
@@ -84,7 +84,7 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
     targets = {name: module for name, module in everything.items() if name in chosen}
     if idle := config.idle_patterns(targets):
         raise TargetError("; ".join(idle))
-    if problems := option_problems(targets, config.dropout, config.variant):
+    if problems := combination_problems(kinds_of(targets), config.dropout, VARIANTS[config.variant]):
         raise ConfigError(problems[0])
     check_start(model, targets, config)
     beside = Beside.of(model, config, set(targets))

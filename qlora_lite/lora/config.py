@@ -11,10 +11,10 @@ import torch
 
 from qlora_lite.checks import FLOAT_DTYPES, is_count, is_finite, require
 from qlora_lite.errors import ConfigError
+from qlora_lite.lora.variants import check_variant
 from qlora_lite.surgery import first_pattern, layer_pattern
 
 ALL_LINEAR = "all-linear"
-VARIANTS = ("lora", "dora")
 BIASES = ("none", "all", "lora_only")
 INITS = ("normal", "kaiming", "gaussian", "orthogonal", "pissa", "loftq")
 LOFTQ_ROUNDS = re.compile(r"loftq:([1-9][0-9]{0,3})")
@@ -73,11 +73,6 @@ def init_parts(init: str) -> tuple[str, int]:
     return (init, 1) if rounds is None else ("loftq", int(rounds[1]))
 
 
-def check_variant(variant: object) -> None:
-    """ConfigError for what is no variant of LoRA that is known here."""
-    require(variant in VARIANTS, f"variant must be one of {', '.join(VARIANTS)}", variant)
-
-
 @dataclass(frozen=True)
 class LoraConfig:
     """Which layers get an adapter, and of what size and scale (see LoraLayer).
@@ -87,7 +82,7 @@ class LoraConfig:
         that must match a layer's whole name; a list names layers by their whole name or its last parts;
         these may mean convolutions too; a function `(name, module) -> bool` decides itself. A stack of experts'
         matrices is a layer of its own name, `model.layers.0.mlp.experts.gate_up_proj`: peft's target_parameters. It
-        has neither dropout nor DoRA.
+        has no dropout and only the variant `lora`.
     exclude_modules: which of those are left out, said in the same ways but `"all-linear"`.
     layers_to_transform: numbers of the repeated blocks that get adapters: the first number in a layer's name, 7 in
         `model.layers.7.mlp.up_proj`. Layers outside of the blocks then get none. A number or an exclusion that
@@ -101,7 +96,7 @@ class LoraConfig:
         `orthogonal` as peft does; `pissa`, with the principal part of the base; `loftq`, making up for the error of
         packing, which reads the checkpoint that the model was loaded from; `loftq:5`, that in five iterations, which
         packs the base anew: the adapter then belongs to that base and to no other (base_identity.py).
-    variant: `lora`; or `dora`, which also trains the norm of each row of the weight (see LoraLayer).
+    variant: of LoRA, by its name (variants.py): `lora` is the plain one.
     modules_to_save: names of modules, whole or their last parts, that are trained themselves (peft's modules_to_save):
         norms (`input_layernorm`, `model.norm`), an output head, a classifier. A trained copy in adapter_dtype lies,
         unpacked, beside each frozen original. One of two tied modules leaves the other as it is; both get a copy each.

@@ -16,7 +16,7 @@ import dis
 import inspect
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +110,8 @@ def _check_input(base: Any, x: object) -> None:
 
 
 class ConvKind:
+    title: ClassVar[str] = "a convolution"
+
     def features(self, base: Any) -> tuple[int, int]:
         return base.weight[0].numel(), base.out_channels
 
@@ -148,10 +150,10 @@ class ConvKind:
     def upright(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
-        return Delta(lora_B.float(), lora_A.float(), scaling, magnitude)
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
+        return Delta(lora_B.float(), lora_A.float(), scaling)
 
     def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
         out, *rest = base.weight.shape
         ones = (1,) * (len(rest) - 1)
-        return {"lora_A": (rank, *rest), "lora_B": (out, rank, *ones), "lora_magnitude": (1, out, *ones)}
+        return {"lora_A": (rank, *rest), "lora_B": (out, rank, *ones)}

@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from qlora_lite.errors import listing
 from qlora_lite.lora.kinds import Kind, RouterKind, StackKind, kind_of
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.experts import DenseStack, RoutedExperts, packable_stacks
@@ -30,6 +29,11 @@ def open_stacks(model: nn.Module) -> dict[str, DenseStack]:
 
 def _kind(module: nn.Module) -> Kind | None:
     return module.kind if isinstance(module, LoraLayer) else kind_of(module)
+
+
+def kinds_of(layers: Mapping[str, nn.Module]) -> dict[str, Kind | None]:
+    """The kind of each layer, adapted or not, by name."""
+    return {name: _kind(layer) for name, layer in layers.items()}
 
 
 def is_stack_layer(module: nn.Module) -> bool:
@@ -82,14 +86,3 @@ def routers_among(layers: Mapping[str, nn.Module]) -> list[str]:
 def patterned_name(name: str, layer: nn.Module) -> str:
     """What peft's rank_pattern, alpha_pattern and target_parameters call this layer: a router by its weight."""
     return f"{name}.weight" if is_router_layer(layer) else name
-
-
-def option_problems(layers: Mapping[str, nn.Module], dropout: float, variant: str) -> list[str]:
-    """A sentence for options that adapters on stacks and routers cannot have; peft has them neither."""
-    names = [*stacks_among(layers), *routers_among(layers)]
-    if not names or (dropout == 0 and variant == "lora"):
-        return []
-    return [
-        f"adapters on stacks of experts and on routers have neither dropout nor DoRA; got dropout {dropout} and "
-        f"variant {variant!r} for {listing(names, 4)}; set dropout=0 and variant='lora', or leave these out"
-    ]

@@ -32,8 +32,9 @@ from qlora_lite.checks import check_finite
 from qlora_lite.compute.lora_linear import dense
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError, listing
 from qlora_lite.lora.config import LoraConfig, init_parts
-from qlora_lite.lora.kinds import EmbeddingKind, LinearKind, RouterKind, StackKind, kind_of
+from qlora_lite.lora.kinds import EmbeddingKind, LinearKind, StackKind, kind_of
 from qlora_lite.lora.layer import LoraLayer
+from qlora_lite.lora.variants import set_reference_
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.signals import poll
@@ -121,7 +122,7 @@ def _original_weight(layer: LoraLayer, name: str, originals: Originals) -> Tenso
 def _pissa(layer: LoraLayer, name: str, originals: Originals) -> None:
     """A = sqrt(S / scaling) V^T, B = U sqrt(S / scaling) of the r largest singular values S of W0 (equations 2, 3)."""
     _fill(layer, f"{name}.weight", _base_weight(layer))
-    layer.keep_start()
+    set_reference_(layer)
 
 
 @torch.no_grad()
@@ -160,10 +161,10 @@ def check_start(model: nn.Module, targets: Mapping[str, nn.Module], config: Lora
         kind, rank = kind_of(base), config.rank_of(name)
         weight: Any = base.weight
         if not isinstance(kind, LinearKind) and init in LINEAR_ONLY:
-            others = {EmbeddingKind: "an embedding", StackKind: "a stack of experts", RouterKind: "a router"}
-            what = others.get(type(kind), "a convolution")
+            assert kind is not None
             raise TargetError(
-                f"init_lora_weights {config.init_lora_weights!r} is for linear layers; {name} is {what}: leave it out"
+                f"init_lora_weights {config.init_lora_weights!r} is for linear layers; {name} is {kind.title}: "
+                f"leave it out"
             )
         if config.init_lora_weights == "orthogonal" and rank % 2:
             problems.append(f"{name} has the odd rank {rank}")
@@ -214,7 +215,7 @@ def start_(layer: LoraLayer, name: str, init: str, originals: Originals) -> None
         poll()
         _pack_beside_(layer, name, originals)
         STARTS[start](layer, name, originals)
-    layer.reset_magnitude()
+    layer.variant.reset_parameters_(layer)
 
 
 def packed_anew(old: PackedWeight, matrix: Tensor, name: str) -> PackedWeight:

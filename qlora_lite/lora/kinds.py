@@ -9,7 +9,7 @@ input, and how the update lies in the orientation of the stored weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,9 @@ MAX_NORM_EPS = 1e-7  # torch.nn.functional.embedding's own
 
 
 class Kind(Protocol):
-    """How one kind of layer applies a weight and a low-rank term to its input."""
+    """How one kind of layer applies a weight and a low-rank term to its input; `title` is its name in messages."""
+
+    title: ClassVar[str]
 
     def features(self, base: Any) -> tuple[int, int]:
         """(in, out) of the weight update B A, whose shape is (out, in)."""
@@ -39,19 +41,21 @@ class Kind(Protocol):
     def upright(self, weight: Tensor) -> Tensor:
         """The stored weight as `(out, in)`."""
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Added:
-        """scaling * B A `(out, in)`, and DoRA's magnitudes `(out,)`, in the orientation of the stored weight."""
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Added:
+        """scaling * B A `(out, in)`, in the orientation of the stored weight."""
 
     def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of A, B and magnitudes in peft's files, by our names of them."""
+        """The shapes of A and B in peft's files, by our names of them."""
 
 
 def matrix_shapes(width: int, height: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Those of A, B and magnitudes of a matrix `(height, width)`."""
-    return {"lora_A": (rank, width), "lora_B": (height, rank), "lora_magnitude": (height,)}
+    """Those of A and B of a matrix `(height, width)`."""
+    return {"lora_A": (rank, width), "lora_B": (height, rank)}
 
 
 class LinearKind:
+    title: ClassVar[str] = "a linear layer"
+
     def features(self, base: Any) -> tuple[int, int]:
         return base.in_features, base.out_features
 
@@ -82,8 +86,8 @@ class LinearKind:
     def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
         return matrix_shapes(*self.features(base), rank)
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
-        return Delta(lora_B.float(), lora_A.float(), scaling, magnitude)
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
+        return Delta(lora_B.float(), lora_A.float(), scaling)
 
 
 class TransposedLinearKind(LinearKind):
@@ -100,8 +104,8 @@ class TransposedLinearKind(LinearKind):
     def upright(self, weight: Tensor) -> Tensor:
         return weight.T
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
-        return super().delta(lora_A, lora_B, scaling, magnitude).transposed
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
+        return super().delta(lora_A, lora_B, scaling).transposed
 
 
 class _TokenColumns(torch.autograd.Function):
@@ -143,6 +147,8 @@ def _scale_of(base: Any) -> Tensor:
 
 
 class EmbeddingKind:
+    title: ClassVar[str] = "an embedding"
+
     def features(self, base: Any) -> tuple[int, int]:
         return base.num_embeddings, base.embedding_dim
 
@@ -185,9 +191,9 @@ class EmbeddingKind:
     def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
         return matrix_shapes(*self.features(base), rank)
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
         left, right = lora_A.float().T.contiguous(), lora_B.float().T.contiguous()
-        return Delta(left, right, scaling, magnitude, by_columns=True)
+        return Delta(left, right, scaling, by_columns=True)
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,7 @@ class StackKind:
     """
 
     transposed: bool
+    title: ClassVar[str] = "a stack of experts"
 
     def features(self, base: Any) -> tuple[int, int]:
         _, rows, columns = base.weight.shape
@@ -212,7 +219,7 @@ class StackKind:
     def upright(self, weight: Tensor) -> Tensor:
         return weight.mT if self.transposed else weight
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> StackDelta:
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> StackDelta:
         pairs = zip(lora_A.float(), lora_B.float(), strict=True)
         matrices = (Delta(matrix_B, matrix_A, scaling) for matrix_A, matrix_B in pairs)
         return StackDelta(tuple(matrix.transposed if self.transposed else matrix for matrix in matrices))
@@ -250,6 +257,8 @@ def kind_of(base: nn.Module) -> Kind | None:
 
 
 class RouterKind:
+    title: ClassVar[str] = "a router"
+
     def features(self, base: Any) -> tuple[int, int]:
         return base.weight.shape[1], base.weight.shape[0]
 
@@ -278,5 +287,5 @@ class RouterKind:
         width, experts = self.features(base)
         return {"lora_A": (rank, width), "lora_B": (experts, rank)}
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Delta:
-        return Delta(lora_B.float(), lora_A.float(), scaling, magnitude)
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
+        return Delta(lora_B.float(), lora_A.float(), scaling)

@@ -19,11 +19,19 @@ from torch import Tensor, nn
 
 from qlora_lite.checks import cast_finite, is_count, require
 from qlora_lite.compute.lora_linear import dense, dense_slices
-from qlora_lite.compute.weight_update import Added, Delta
+from qlora_lite.compute.weight_update import Added
 from qlora_lite.errors import ConfigError, TargetError
-from qlora_lite.lora.config import check_lora_numbers, check_variant
+from qlora_lite.lora.config import check_lora_numbers
 from qlora_lite.lora.convolution import OPTIONS, why_not
 from qlora_lite.lora.kinds import RouterKind, StackKind, kind_of
+from qlora_lite.lora.variants import (
+    REFERENCE,
+    VARIANTS,
+    check_variant,
+    clear_reference_,
+    combination_problems,
+    factors_from_reference,
+)
 from qlora_lite.surgery import is_transposed_linear
 
 INIT_STD = 0.02
@@ -41,17 +49,16 @@ class LoraLayer(nn.Module):
     convolution, in is all that its kernel has for one output channel (convolution.py). Only A and B are trainable: the
     base is frozen here. dropout acts in training, on the input of A, or on the looked-up columns of A (embedding).
 
-    variant: `lora`, or `dora` (arXiv:2402.09353): y = m * (W0 x + scaling * B A x) / n, n `(out,)` the norms of the
-    rows of W0 + scaling * B A, through which no gradient goes (section 4.3); the magnitudes m, lora_magnitude `(out,)`,
-    are trained too and begin as n. Dropout acts on what is added, as without.
+    variant: what else is trained, and how it changes y, by the variant's name (variants.py). Dropout acts on the
+    low-rank term, whatever the variant.
 
     In a stack of experts' matrices each has its own A and B, lora_A `(experts, rank, in)`, lora_B
-    `(experts, out, rank)`, without dropout and DoRA, as peft's files have it. Who routes tokens asks for `in_use`.
-    A router (kinds.py) has neither, and returns what it returns.
+    `(experts, out, rank)`, without dropout and as plain LoRA, as peft's files have it. Who routes tokens asks for
+    `in_use`. A router (kinds.py) is adapted without them too, and returns what it returns.
 
     trained_bias: used in place of the base's bias (`train_bias`), or None.
 
-    start_A, start_B: values of A and B that what is added is counted from, as PiSSA has it (init.py); or None.
+    start_A, start_B: the values of A and B that the update is counted from (variants.py), or None.
 
     merge_weights: permits the method of that name. Raises ConfigError for rank < 1, alpha that is not finite or
     dropout outside [0, 1), TargetError for a base of another kind.
@@ -59,7 +66,6 @@ class LoraLayer(nn.Module):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    lora_magnitude: nn.Parameter | None
     trained_bias: nn.Parameter | None
     start_A: Tensor | None
     start_B: Tensor | None
@@ -79,6 +85,7 @@ class LoraLayer(nn.Module):
     ) -> None:
         super().__init__()
         check_variant(variant)
+        self.variant = VARIANTS[variant]
         check_lora_numbers(rank, alpha, dropout)
         require(isinstance(use_rslora, bool), "use_rslora must be True or False", use_rslora)
         if not isinstance(adapter_dtype, torch.dtype) or not adapter_dtype.is_floating_point:
@@ -90,12 +97,9 @@ class LoraLayer(nn.Module):
                 or f"a {type(base_layer).__name__} cannot be adapted; LoraLayer takes linear layers, embeddings and "
                 f"convolutions without a forward of their own (quantize_base_ takes over bitsandbytes' layers)"
             )
-        stacked = isinstance(kind, StackKind)
-        plain = stacked or isinstance(kind, RouterKind)
-        require(not plain or dropout == 0, "dropout must be 0 for a stack of experts or a router", dropout)
-        require(not plain or variant == "lora", "variant must be lora for a stack of experts or a router", variant)
+        if problems := combination_problems({type(base_layer).__name__: kind}, dropout, self.variant):
+            raise ConfigError("; ".join(problems))
         self.rank, self.alpha, self.dropout, self.use_rslora = rank, alpha, float(dropout), use_rslora
-        self.variant = variant
         self.merge_permitted = merge_weights
         self.adapter_enabled = True
         self.adapter_name = DEFAULT_ADAPTER
@@ -103,14 +107,15 @@ class LoraLayer(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.in_features, self.out_features = kind.features(base_layer)
         weight: Any = base_layer.weight
-        device, each = weight.device, weight.shape[:1] if stacked else ()
+        device, each = weight.device, weight.shape[:1] if isinstance(kind, StackKind) else ()
         self.lora_A = nn.Parameter(torch.empty(*each, rank, self.in_features, dtype=adapter_dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(*each, self.out_features, rank, dtype=adapter_dtype, device=device))
-        sizes = torch.empty(self.out_features, dtype=adapter_dtype, device=device)
-        self.register_parameter("lora_magnitude", nn.Parameter(sizes) if variant == "dora" else None)
+        for extra in self.variant.parameters:
+            vector = torch.empty(self.out_features, dtype=adapter_dtype, device=device)
+            self.register_parameter(extra.name, nn.Parameter(vector))
         self.register_parameter("trained_bias", None)
-        self.register_buffer("start_A", None)
-        self.register_buffer("start_B", None)
+        for name in REFERENCE:
+            self.register_buffer(name, None)
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_load_state_dict_post_hook(_merge_again)
         LoraLayer.reset_parameters(self)
@@ -121,32 +126,14 @@ class LoraLayer(nn.Module):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of what is added to W0, of rank 2 r if it is counted from a start: B A - B_0 A_0.
-
-        As (B - B_0) A + B_0 (A - A_0): the differences are formed before anything is rounded, and begin as 0.
-        """
-        if self.start_A is None or self.start_B is None:
-            return self.lora_A, self.lora_B
-        lora_A = torch.cat((self.lora_A, self.lora_A - self.start_A))
-        return lora_A, torch.cat((self.lora_B - self.start_B, self.start_B), dim=1)
+        """A and B of the update: lora_A and lora_B, or those of rank 2 r where it is counted from a reference."""
+        return (self.lora_A, self.lora_B) if self.start_A is None else factors_from_reference(self)
 
     @property
-    def plain_rank(self) -> int:
-        """The rank of `factors`."""
-        return self.rank if self.start_A is None else 2 * self.rank
-
-    @property
-    def plain_alpha(self) -> float:
-        """The alpha with which `factors` are an ordinary adapter of the same scaling."""
-        return self.alpha if self.start_A is None else self.alpha * (math.sqrt(2) if self.use_rslora else 2)
-
-    def keep_start(self) -> None:
-        """Counts what is added from the values that A and B have now: the layer computes what its base does."""
-        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
-
-    def drop_start(self) -> None:
-        """Adds B A whole again."""
-        self.start_A = self.start_B = None
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """A, B and the variant's other parameters, by name."""
+        names = ("lora_A", "lora_B", *(extra.name for extra in self.variant.parameters))
+        return {name: getattr(self, name) for name in names}
 
     @property
     def merged(self) -> bool:
@@ -185,40 +172,22 @@ class LoraLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """A from N(0, 0.02), B zero: the layer computes what its base does. An embedding's padding token has A = 0."""
-        self.drop_start()
+        clear_reference_(self)
         nn.init.normal_(self.lora_A, mean=0, std=INIT_STD)
         nn.init.zeros_(self.lora_B)
         padding_idx = getattr(self.base_layer, "padding_idx", None)
         if padding_idx is not None:
             with torch.no_grad():
                 self.lora_A[:, padding_idx].zero_()
-        self.reset_magnitude()
+        self.variant.reset_parameters_(self)
         _merge_again(self, None)
 
-    def _pieces(self) -> Iterator[tuple[int, Tensor]]:
+    def base_rows(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows in fp32) of W0 as it is stored."""
         weight: Any = self.base_layer.weight
         weight = weight.flatten(1) if isinstance(weight, Tensor) else weight  # a kernel as a matrix
         for part, rows in dense_slices(weight, torch.empty(0, device=self.lora_A.device)):
             yield part.start, rows.detach()
-
-    @torch.no_grad()
-    def norms(self) -> Tensor:
-        """n `(out,)` in fp32: the norms of the rows of W0 + scaling * B A, from slices of W0."""
-        with torch.autocast(self.lora_A.device.type, enabled=False):
-            delta = self.delta
-            assert isinstance(delta, Delta)  # a stack has no magnitudes to begin as norms
-            return delta.norms_of(self._pieces())
-
-    @torch.no_grad()
-    def reset_magnitude(self) -> None:
-        """m = n with A and B as they are: the layer then computes what it would without m. Nothing for `lora`."""
-        if self.lora_magnitude is not None and not self.lora_magnitude.is_meta:
-            self.lora_magnitude.copy_(self.norms())
-
-    def _gain(self) -> Tensor | None:
-        """m / n - 1 `(out,)` in fp32."""
-        return None if self.lora_magnitude is None else self.lora_magnitude.float() / self.norms() - 1
 
     def in_use(self) -> tuple[Any, tuple[Tensor, Tensor] | None]:
         """The weight, and A and B beside it or None, that a call computes with now."""
@@ -228,34 +197,35 @@ class LoraLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, lora = self.in_use()
-        return self.kind.apply(self, x, weight, lora, self._gain() if lora else None)
+        gain = None if lora is None or self.variant.gain is None else self.variant.gain(self)
+        return self.kind.apply(self, x, weight, lora, gain)
 
     @property
     def delta(self) -> Added:
-        """scaling * B A, and m, in the orientation of the base weight."""
+        """The update of the base weight, in its orientation: scaling * B A, as the variant changes it."""
         lora_A, lora_B = self.factors
-        sizes = None if self.lora_magnitude is None else self.lora_magnitude.detach().float()
-        return self.kind.delta(lora_A.detach(), lora_B.detach(), self.scaling, sizes)
+        low_rank = self.kind.delta(lora_A.detach(), lora_B.detach(), self.scaling)
+        return self.variant.updated(low_rank, self.lora_parameters)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """What the adapter adds to W0, scaling * B A but for DoRA, in fp32 and the orientation of the base weight."""
+        """What the adapter adds to W0, in fp32 and the orientation of the base weight."""
         delta = self.delta
-        if delta.magnitude is not None:
+        if not delta.additive:
             return self.effective_weight(torch.float32) - dense(self.base_layer.weight, torch.float32)  # type: ignore[arg-type]
         weight: Any = self.base_layer.weight
         return delta.add_to_(torch.zeros(weight.shape, device=self.lora_A.device), 0)
 
     @torch.no_grad()
     def effective_weight(self, dtype: torch.dtype, name: str = "the merged weight") -> Tensor:
-        """W0 + scaling * B A (DoRA: times m / n), unpacked and summed in fp32, then cast.
+        """W0 with its update (`delta`), unpacked and summed in fp32, then cast.
 
         QuantizationError, naming it, on overflow.
         """
         base: Any = self.base_layer.weight
         weight = base.detach().to(torch.float32, copy=True) if isinstance(base, Tensor) else dense(base, torch.float32)
         weight = weight.contiguous()  # so that a kernel can be seen as a matrix
-        return cast_finite(self.delta.measured(self._pieces).add_to_(weight, 0), dtype, name)
+        return cast_finite(self.delta.measured(self.base_rows).add_to_(weight, 0), dtype, name)
 
     def merge_weights(self, dtype: torch.dtype | None = None, name: str = "the merged weight") -> None:
         """Uses W0 + scaling * B A from now on; does nothing if it does already.
@@ -281,7 +251,8 @@ class LoraLayer(nn.Module):
         return getattr(base, "compute_dtype", None) or getattr(base, "output_dtype", None) or torch.float32
 
     def extra_repr(self) -> str:
-        facts = {name: getattr(self, name) for name in ("rank", "alpha", "use_rslora", "variant", "dropout", "merged")}
+        shown = ("rank", "alpha", "use_rslora", "variant", "dropout", "merged")
+        facts = {name: getattr(self, name) for name in shown} | {"variant": self.variant.name}
         return ", ".join(f"{name}={value}" for name, value in facts.items())
 
 

@@ -207,8 +207,8 @@ def combine_adapters_(model: nn.Module, weights: Mapping[str, float], name: str,
     `add_weighted_adapter` with `cat`). rank: layers of a larger one get the nearest update of this rank, by singular
     values (peft's `svd`). peft's `linear`, which sums A and B and not the updates, is not offered.
 
-    Raises TargetError for names that are not there, ConfigError for DoRA, which is no sum of updates, or a weight that
-    is no finite number, and what `add_adapter_` raises. The adapters that are combined stay.
+    Raises TargetError for names that are not there, ConfigError for a variant with more parameters than A and B, or a
+    weight that is not a finite number, and what `add_adapter_` raises. The adapters that are combined stay.
     """
     given = isinstance(weights, Mapping) and bool(weights) and all(map(is_finite, weights.values()))
     require(given, "combine_adapters_ takes {name of an adapter: a finite weight}", weights)
@@ -220,8 +220,9 @@ def combine_adapters_(model: nn.Module, weights: Mapping[str, float], name: str,
     with ExitStack() as looked_at:
         for known, weight in weights.items():
             for path, layer in looked_at.enter_context(adapter_layers(model, known)).items():
-                if layer.variant != "lora" or layer.trained_bias is not None:
-                    what = "has trained biases" if layer.variant == "lora" else f"is of variant {layer.variant}"
+                variant = layer.variant
+                if variant.parameters or layer.trained_bias is not None:
+                    what = f"is of variant {variant.name}" if variant.parameters else "has trained biases"
                     raise ConfigError(f"adapter {known!r} {what}, which cannot be summed")
                 terms.setdefault(path, []).append((weight, layer))
         factors = {path: _summed(its, rank) for path, its in terms.items()}

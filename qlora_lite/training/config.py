@@ -27,11 +27,11 @@ class TrainConfig:
     steps: optimizer steps; each uses `gradient_accumulation` batches.
     warmup_steps: the learning rate rises linearly to `learning_rate` over them, then falls as a cosine to 0.
     weight_decay: AdamW's, of all matrices: A, B, modules trained whole, rows of tokens. None of vectors: biases,
-        weights of norms, DoRA's magnitudes. (As transformers' Trainer has it, but for magnitudes, which it decays: they
-        begin as the norms of the base's rows, and towards 0 the base itself would go.)
+        weights of norms, a variant's parameters (lora/variants.py). (As transformers' Trainer has it, but for the last,
+        which it decays: where they scale the base, the base itself would go towards 0.)
     max_grad_norm: the joint 2-norm of all gradients is clipped to it; None clips nothing.
     lora_plus_ratio: how many times the learning rate of A that of B is, and of vectors (biases, weights of norms,
-        DoRA's magnitudes): LoRA+ (arXiv:2402.12354), where 16 is proposed with a smaller `learning_rate`; 1 has all
+        a variant's parameters): LoRA+ (arXiv:2402.12354), which proposes 16 with a smaller `learning_rate`; with 1 all
         learn at one rate. Other matrices, modules trained whole and rows of tokens, learn at that of A, as in peft.
     optimizer: `adamw` (fp32 states) or `adamw8bit` (bitsandbytes' blockwise 8-bit states).
     checkpointing: `full` keeps only the inputs of each block for backward, computing the rest again; `none` keeps

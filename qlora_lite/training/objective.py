@@ -63,8 +63,8 @@ def _why_not_headless(model: nn.Module) -> str | None:
     plain = _plain(head)
     if not (hasattr(plain, "in_features") and hasattr(plain, "weight")) or has_own_forward(plain):
         return f"its output head is a {type(head).__name__}"
-    if isinstance(head, LoraLayer) and head.lora_magnitude is not None:
-        return "the adapter of its output head is DoRA's"
+    if isinstance(head, LoraLayer) and head.variant.gain is not None:
+        return f"the adapter of its output head is of variant {head.variant.name}"
     if isinstance(head, LoraLayer) and head.dropout > 0:
         return "the adapter of its output head has dropout"
     return None

@@ -31,6 +31,7 @@ from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.peft.save_load import save_adapter
+from qlora_lite.lora.variants import reference_tensors
 from qlora_lite.signals import poll
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.optim import load_optimizer_state_, optimizer_state
@@ -114,7 +115,7 @@ class RunState:
             self._base = base_fingerprint(self.model)
         settings = {name: value for name, value in asdict(self.config).items() if name not in FREE_SETTINGS}
         adapters = {
-            name: [layer.rank, layer.alpha, layer.dropout, layer.use_rslora, layer.variant, layer.lora_A.dtype]
+            name: [layer.rank, layer.alpha, layer.dropout, layer.use_rslora, layer.variant.name, layer.lora_A.dtype]
             for name, layer in lora_layers(self.model).items()
         }
         parts = {"settings": settings, "adapters": adapters, "base": self._base}
@@ -124,8 +125,7 @@ class RunState:
         starts = {
             f"{name}.{part}": value
             for name, layer in lora_layers(self.model).items()
-            for part in ("start_A", "start_B")
-            if (value := getattr(layer, part)) is not None
+            for part, value in reference_tensors(layer).items()
         }
         return {**self.trained, **starts}
 

@@ -44,7 +44,7 @@ def warm_(model: nn.Module, scale: float = 0.3) -> nn.Module:
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.lora_A, std=scale)
         nn.init.normal_(layer.lora_B, std=scale)
-        if layer.lora_magnitude is not None:
+        if layer.variant.name == "dora":
             with torch.no_grad():
                 layer.lora_magnitude.mul_(torch.rand_like(layer.lora_magnitude) + 0.5)
     return model
@@ -54,7 +54,7 @@ def kernel_of(layer: LoraLayer) -> Tensor:
     """K + scaling B A, or DoRA's m (K + scaling B A) / n with n held fast, with gradients to A, B and m."""
     base: Any = layer.base_layer
     total = base.weight.flatten(1) + layer.scaling * layer.lora_B @ layer.lora_A
-    if layer.lora_magnitude is not None:
+    if layer.variant.name == "dora":
         total = total * (layer.lora_magnitude / total.detach().norm(dim=1))[:, None]
     return total.view(base.weight.shape)
 

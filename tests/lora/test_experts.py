@@ -161,8 +161,11 @@ def test_targets_and_what_stacks_cannot_have(small_model: Callable[..., Any]) ->
     model = small_model("Qwen2MoeConfig", shared_expert_intermediate_size=24)
     before = list(model.state_dict())
     for wrong, message in (
-        ({"dropout": 0.1}, "neither dropout nor DoRA; got dropout 0.1"),
-        ({"variant": "dora"}, "variant 'dora' for model.layers.0.mlp.experts.down_proj"),
+        ({"dropout": 0.1}, "dropout must be 0 on a stack of experts; got 0.1"),
+        (
+            {"variant": "dora"},
+            "variant must be lora on a stack of experts; got 'dora' for .*0.mlp.experts.down_proj",
+        ),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is for linear layers; .* is a stack"),
     ):
         with pytest.raises((ConfigError, TargetError), match=message):

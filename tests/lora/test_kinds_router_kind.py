@@ -106,8 +106,8 @@ def test_it_is_merged_exported_and_taken_off(small_model: Callable[..., Any], tm
 
 
 def test_a_router_has_neither_dropout_nor_dora_and_is_no_linear_layer(small_model: Callable[..., Any]) -> None:
-    for wrong in ({"dropout": 0.1}, {"variant": "dora"}):
-        with pytest.raises(ConfigError, match="routers have neither dropout nor DoRA"):
+    for wrong, message in (({"dropout": 0.1}, "dropout must be 0"), ({"variant": "dora"}, "variant must be lora")):
+        with pytest.raises(ConfigError, match=f"{message} on a router; got .* for model.layers.0.mlp.gate"):
             add_lora_(make(small_model), LoraConfig(**{"target_modules": ["gate"], "dropout": 0.0, **wrong}))  # type: ignore[arg-type]
     model = make(small_model)
     assert not [name for name in add_lora_(model, LoraConfig(dropout=0)) if name.endswith("gate")]

@@ -11,6 +11,7 @@ from typing import Any
 from qlora_lite.errors import ConfigError, listing
 from qlora_lite.lora.peft.describe import AdapterFacts
 from qlora_lite.lora.peft.keys import NOT_SET, base_changing_init
+from qlora_lite.lora.variants import PEFT_OPTIONS, VARIANTS
 
 VLLM, LLAMA_CPP = "vllm", "llama.cpp"
 # vllm/config/lora.py: MaxLoRARanks, and the default of max_lora_rank.
@@ -26,7 +27,6 @@ VLLM_EMBEDDINGS = ("embed_tokens", "lm_head")
 # bias. Of modules_to_save, heads of classifiers (`classifier`, `score`) are let through there, for such models.
 VLLM_REFUSED_OPTIONS = (
     "modules_to_save",
-    "use_dora",
     "bias",
     "lora_bias",
     "alora_invocation_tokens",
@@ -87,7 +87,8 @@ def vllm_verdict(facts: AdapterFacts, max_lora_rank: int = VLLM_DEFAULT_MAX_RANK
     # PEFTHelper.from_dict: fields without a default.
     lost = [name for name in ("r", "lora_alpha", "target_modules") if name not in config]
     reasons = [f"{', '.join(lost)}: missing in adapter_config.json"] if lost else []
-    reasons += [f"{option}: vLLM does not support it" for option in _set(config, VLLM_REFUSED_OPTIONS)]
+    options = tuple(dict.fromkeys((*PEFT_OPTIONS, *VLLM_REFUSED_OPTIONS)))  # no variant is supported there
+    reasons += [f"{option}: vLLM does not support it" for option in _set(config, options)]
     reasons += _other_base(facts)
     # validate_legal; rank_pattern counts, used or not.
     patterns = [number for number in (config.get("rank_pattern") or {}).values() if isinstance(number, int)]
@@ -124,18 +125,14 @@ def llama_cpp_verdict(facts: AdapterFacts) -> Verdict:
     config = facts.config
     reasons = [] if "lora_alpha" in config else ["lora_alpha: missing in adapter_config.json"]
     reasons += _other_base(facts)
-    if facts.variant == "dora":
-        reasons.append("use_dora: magnitudes are no lora_A or lora_B, and the converter stops at them")
-    magnitude = ".lora_magnitude_vector"
-    foreign = [
-        key
-        for key in facts.keys
-        if magnitude not in key and not any(part in key for part in (*LLAMA_CPP_PARTS, *LLAMA_CPP_KEPT))
-    ]
+    variant = VARIANTS[facts.variant]
+    if variant.parameters:
+        titles = " and ".join(extra.title for extra in variant.parameters)
+        reasons.append(f"{variant.peft_option}: {titles} are not lora_A or lora_B, and the converter stops at them")
+    passed = (*LLAMA_CPP_PARTS, *LLAMA_CPP_KEPT, *(f".{extra.peft_key}" for extra in variant.parameters))
+    foreign = [key for key in facts.keys if not any(part in key for part in passed)]
     if foreign:
         reasons.append(f"not a lora_A or lora_B tensor, the converter stops: {listing(foreign, 3)}")
-    if any(magnitude in key for key in facts.keys) and facts.variant != "dora":
-        reasons.append("magnitudes in the file, and the converter stops at them")
     if facts.use_rslora and any(layer.rank != 1 for layer in facts.layers):
         reasons.append("use_rslora: not read, each layer would be scaled by alpha / rank")
     if len({layer.alpha for layer in facts.layers} | {config.get("lora_alpha")}) > 1:

@@ -14,6 +14,7 @@ from qlora_lite.lora.config import ALL_LINEAR
 from qlora_lite.lora.experts import adaptable_stacks, patterned_name, routers_among, stacks_among
 from qlora_lite.lora.kinds import kind_of
 from qlora_lite.lora.layer import LoraLayer
+from qlora_lite.lora.variants import VARIANTS, ordinary_alpha, ordinary_rank, peft_options
 from qlora_lite.surgery import answers_to
 
 # peft 0.21's reading of the number of a block (tuners_utils.py, check_target_module_exists): without a pattern the
@@ -77,7 +78,7 @@ def _usual_and_patterns(numbers: Mapping[str, float], model: nn.Module) -> tuple
 
 def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
     """What peft's adapter_config.json says of these layers. ConfigError for layers that one file cannot hold."""
-    shared = {(layer.dropout, layer.use_rslora, layer.variant) for layer in layers.values()}
+    shared = {(layer.dropout, layer.use_rslora, layer.variant.name) for layer in layers.values()}
     if len(shared) != 1:
         raise ConfigError(
             f"adapters in one file have the same dropout, use_rslora and variant; got (dropout, use_rslora, variant) "
@@ -85,8 +86,8 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
         )
     ((dropout, use_rslora, variant),) = shared
     called = {name: patterned_name(name, layer) for name, layer in layers.items()}
-    rank, rank_pattern = _usual_and_patterns({called[n]: layer.plain_rank for n, layer in layers.items()}, model)
-    alpha, alpha_pattern = _usual_and_patterns({called[n]: layer.plain_alpha for n, layer in layers.items()}, model)
+    rank, rank_pattern = _usual_and_patterns({called[n]: ordinary_rank(layer) for n, layer in layers.items()}, model)
+    alpha, alpha_pattern = _usual_and_patterns({called[n]: ordinary_alpha(layer) for n, layer in layers.items()}, model)
     stacks, routers = stacks_among(layers), routers_among(layers)
     linear = [name for name in layers if name not in stacks and name not in routers]
     parameters = [*(_common_ends(stacks, model) or sorted(stacks)), *_router_weights(routers, model)]
@@ -99,7 +100,7 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
         "lora_alpha": alpha,
         "lora_dropout": dropout,
         "use_rslora": use_rslora,
-        "use_dora": variant == "dora",
+        **peft_options(VARIANTS[variant]),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "target_modules": _target_modules({name: layers[name] for name in linear}, model),

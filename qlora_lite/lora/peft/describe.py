@@ -22,6 +22,7 @@ from qlora_lite.lora.peft.keys import (
     written_tensors,
 )
 from qlora_lite.lora.peft.save_load import lora_numbers
+from qlora_lite.lora.variants import variant_of
 from qlora_lite.surgery import answers_to
 
 # peft's names for the adapters on stacks of experts (target_parameters), which hold A of all experts in one matrix.
@@ -31,7 +32,7 @@ STACK_ENDS = (".experts", ".experts.base_layer")
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One layer's A and B; bytes with the magnitudes.
+    """One layer's adapter; `bytes` is the size of all its tensors.
 
     kind: `linear`, `router`, `embedding`, `convolution` or `experts`.
     """
@@ -54,8 +55,8 @@ class AdaptedLayer:
 class AdapterFacts:
     """An adapter as its files say it.
 
-    layers: in the order of their names. keys: as the file has them. beside: {key: bytes} of tensors that are neither
-    A, B nor magnitudes: modules that were trained whole, biases, copies of base weights. parameters and bytes are of
+    layers: in the order of their names. keys: as the file has them. beside: {key: bytes} of tensors that belong
+    to no LoraLayer: modules that were trained whole, biases, copies of base weights. parameters and bytes are of
     all tensors. base: where the model came from, None if that is not said; trained_on: what it was (base_identity.py).
     """
 
@@ -76,7 +77,7 @@ class AdapterFacts:
 
     @property
     def variant(self) -> str:
-        return "dora" if self.config.get("use_dora") else "lora"
+        return variant_of(self.config).name
 
     @property
     def use_rslora(self) -> bool:

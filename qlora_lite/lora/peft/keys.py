@@ -1,7 +1,8 @@
 """The two files of an adapter, as any release of peft wrote them, under the keys that today's writes.
 
 `base_model.model.<layer>.lora_A.weight` and `.lora_B.weight` for linear layers, `….lora_embedding_A` and `_B` for
-embeddings, `….lora_magnitude_vector` for DoRA, `….base_layer.weight` for the base weight of an adapted embedding.
+embeddings, `….base_layer.weight` for the base weight of an adapted embedding; variants of LoRA have other keys in
+addition (variants.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from qlora_lite.checkpoints.files import read_json
 from qlora_lite.checkpoints.safetensors_read import StoredTensor, stored_tensors
 from qlora_lite.errors import CheckpointError
+from qlora_lite.lora.variants import EXTRA_PARAMETERS, PEFT_OPTIONS
 
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
@@ -27,11 +29,11 @@ SUFFIXES = {
     "lora_B.weight": "lora_B",
     "lora_embedding_A": "lora_A",
     "lora_embedding_B": "lora_B",
-    "lora_magnitude_vector": "lora_magnitude",
+    **{extra.peft_key: name for name, extra in EXTRA_PARAMETERS.items()},
 }
 # Of a model's own state_dict, which some training programs write: peft itself takes its adapter's name out.
-NAMED_ADAPTER = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.default(?=\.|$)")
-MAGNITUDE_MODULE = ".lora_magnitude_vector.weight"
+NAMED_ADAPTER = re.compile(r"(\.lora_\w+)\.default(?=\.|$)")
+OLDER_SUFFIXES = {older: extra.peft_key for extra in EXTRA_PARAMETERS.values() for older in extra.older_peft_keys}
 
 # Options that say what the adapter computes, each with the LoraConfig field that means the same.
 NUMBERS = {
@@ -72,7 +74,6 @@ HARMLESS_OPTIONS = frozenset(
         "target_parameters",
         "task_type",
         "trainable_token_indices",
-        "use_dora",
         "velora_config",  # another backward pass, the same forward
     }
 )
@@ -101,16 +102,17 @@ def todays_key(key: str) -> str:
     """The key that today's peft writes for this tensor.
 
     Without the adapter's name (`lora_A.default.weight`); with the prefix, which transformers' own loading of adapters
-    does without; and DoRA's magnitudes as the parameter that they were in peft 0.9 (a module since 0.11).
+    does without; and a variant's other parameters as today's peft names them.
     """
     key = NAMED_ADAPTER.sub(r"\1", key)
-    if key.endswith(MAGNITUDE_MODULE):
-        key = key.removesuffix(".weight")
+    for older, today in OLDER_SUFFIXES.items():
+        if key.endswith("." + older):
+            key = key.removesuffix(older) + today
     return key if key.startswith(PREFIX) else PREFIX + key
 
 
 def layer_and_part(key: str) -> tuple[str, str] | None:
-    """(layer, lora_A | lora_B | lora_magnitude) of one of today's keys; None for a key of something else."""
+    """(layer, the name of a LoraLayer's parameter) of one of today's keys; None for a key of something else."""
     suffix = next((suffix for suffix in SUFFIXES if key.endswith("." + suffix)), None)
     if suffix is None or not key.startswith(PREFIX):
         return None
@@ -168,7 +170,7 @@ def base_changing_init(config: dict[str, Any]) -> str | None:
 
 def refused_options(config: dict[str, Any]) -> list[str]:
     """Names of the options that are set and not known to be harmless, unknown ones included."""
-    known = HARMLESS_OPTIONS | OWN_OPTIONS | NUMBERS.keys()
+    known = HARMLESS_OPTIONS | OWN_OPTIONS | NUMBERS.keys() | PEFT_OPTIONS.keys()
     refused = sorted(key for key, value in config.items() if value not in NOT_SET and key not in known)
     start = base_changing_init(config)
     return refused if start is None else [*refused, f"init_lora_weights={start!r}"]

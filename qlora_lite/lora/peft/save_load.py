@@ -31,7 +31,7 @@ from qlora_lite.lora.adapters import adapted, check_name, freeze_base_, lora_lay
 from qlora_lite.lora.auxiliary_layers import WithTokenRows
 from qlora_lite.lora.config import LoraConfig
 from qlora_lite.lora.convolution import read_kernels
-from qlora_lite.lora.experts import hold_stacks_, open_stacks, option_problems, patterned_name, stacks_among
+from qlora_lite.lora.experts import hold_stacks_, kinds_of, open_stacks, patterned_name, stacks_among
 from qlora_lite.lora.kinds import EmbeddingKind, Kind, kind_of
 from qlora_lite.lora.layer import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.lora.multi_adapter import active_adapter, adapter_layers, room_for
@@ -50,6 +50,15 @@ from qlora_lite.lora.peft.keys import (
     read_peft_config,
     refused_options,
 )
+from qlora_lite.lora.variants import (
+    EXTRA_PARAMETERS,
+    VARIANTS,
+    clear_reference_,
+    combination_problems,
+    ordinary_rank,
+    variant_contradictions,
+    variant_of,
+)
 from qlora_lite.surgery import replace_modules_
 
 Pairs = dict[str, dict[str, Tensor]]
@@ -60,16 +69,16 @@ GROUPED = " (an A that reads the inputs of all groups, as peft's does, is no upd
 
 
 def peft_key(name: str, kind: Kind, part: str) -> str:
-    """peft's key of a layer's matrix; part: A, B or magnitude."""
-    if part == "magnitude":
-        return f"{PREFIX}{name}.lora_magnitude_vector"
+    """Returns peft's key of a parameter of a layer; part: its name on a LoraLayer."""
+    if part in EXTRA_PARAMETERS:
+        return f"{PREFIX}{name}.{EXTRA_PARAMETERS[part].peft_key}"
     if isinstance(kind, EmbeddingKind):
-        return f"{PREFIX}{name}.lora_embedding_{part}"
-    return f"{PREFIX}{name}.lora_{part}.weight"
+        return f"{PREFIX}{name}.{part.replace('lora_', 'lora_embedding_')}"
+    return f"{PREFIX}{name}.{part}.weight"
 
 
 def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False, *, name: str | None = None) -> None:
-    """Writes A, B, magnitudes, what is trained beside them, and their configuration.
+    """Writes A, B, the variant's other parameters, what is trained beside them, and their configuration.
 
     `peft.PeftModel.from_pretrained(base, folder)` reads them. Beside them lies what their base is (base_identity.py).
 
@@ -94,13 +103,12 @@ def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrit
     tensors: dict[str, PlannedTensor] = {}
     places = places_in_files(model, stacks_among(layers))
     for name, layer in layers.items():
-        shapes = layer.kind.file_shapes(layer.base_layer, layer.plain_rank)
-        parts = zip(("A", "B", "magnitude"), (*layer.factors, layer.lora_magnitude), strict=True)
-        for part, tensor in parts:
-            if tensor is not None:
-                flat = {"A": flat_A, "B": flat_B}[part] if name in places else None
-                shaped = tensor.detach().view(shapes[f"lora_{part}"]) if flat is None else flat(tensor.detach())
-                tensors[peft_key(places.get(name, name), layer.kind, part)] = planned(shaped)
+        shapes = layer.variant.file_shapes(layer.kind, layer.base_layer, ordinary_rank(layer))
+        parts = dict(zip(("lora_A", "lora_B"), layer.factors, strict=True))
+        for part, tensor in {**layer.lora_parameters, **parts}.items():
+            flat = {"lora_A": flat_A, "lora_B": flat_B}[part] if name in places else None
+            shaped = tensor.detach().view(shapes[part]) if flat is None else flat(tensor.detach())
+            tensors[peft_key(places.get(name, name), layer.kind, part)] = planned(shaped)
     config = {"bias": "none"} | peft_config(model, layers)
     if in_use:  # what is trained beside it is its own
         tensors |= {key: planned(values.detach()) for key, _, values in beside_keys(model)}
@@ -127,9 +135,9 @@ def lora_numbers(config: dict[str, Any], path: Path) -> LoraConfig:
     """Rank, alpha and all else that decides what A and B compute; which layers have them, their keys say."""
     config = {**PEFT_DEFAULTS, **config}
     given: dict[str, Any] = {field: config.get(option) for option, field in NUMBERS.items()}
-    given["variant"] = "dora" if config.get("use_dora") else "lora"
     required = [NUMBERS[option] for option in PEFT_DEFAULTS]
     try:
+        given["variant"] = variant_of(config).name
         return LoraConfig(**{field: value for field, value in given.items() if value is not None or field in required})
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -169,7 +177,7 @@ def _mismatches(
     keys: Collection[str],
     places: Mapping[str, str],
 ) -> list[str]:
-    problems = []
+    problems, variant = [], VARIANTS[numbers.variant]
     for name, pair in pairs.items():
         module = modules.get(name)
         base: Any = module.base_layer if isinstance(module, LoraLayer) else module
@@ -178,17 +186,17 @@ def _mismatches(
             problems.append(f"{name} is no layer of this model that can be adapted")
             continue
         place = places.get(name, name)
-        if lost := [key for part in "AB" if (key := peft_key(place, kind, part)) not in keys]:
+        if lost := [key for part in ("lora_A", "lora_B") if (key := peft_key(place, kind, part)) not in keys]:
             problems.append(f"{name} is another kind of layer here: {' and '.join(lost)} should be in the file")
             continue
-        if ("lora_magnitude" in pair) != (numbers.variant == "dora"):
-            problems.append(f"{name} has {'no ' * (len(pair) < 3)}magnitudes and use_dora says otherwise")
+        if contradictions := variant_contradictions(pair, variant):
+            problems += [f"{name} {contradiction}" for contradiction in contradictions]
             continue
-        if isinstance(module, LoraLayer) and module.variant != numbers.variant:
-            problems.append(f"{name} has a {module.variant} adapter, the file a {numbers.variant} one")
+        if isinstance(module, LoraLayer) and module.variant is not variant:
+            problems.append(f"{name} has a {module.variant.name} adapter, the file a {variant.name} one")
             continue
         grouped = "" if getattr(base, "groups", 1) == 1 else GROUPED
-        shapes = kind.file_shapes(base, numbers.rank_of(patterned_name(name, base)))
+        shapes = variant.file_shapes(kind, base, numbers.rank_of(patterned_name(name, base)))
         for part, tensor in pair.items():
             if tuple(tensor.shape) != shapes[part]:
                 problems.append(f"{name}.{part} is {tuple(tensor.shape)}, the layer needs {shapes[part]}{grouped}")
@@ -296,7 +304,8 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
     ]
     problems += target_problems(model, pairs.keys() - meant.keys(), config)
     problems += [f"{name} is targeted and has nothing in the file" for name in meant if name not in pairs]
-    problems += option_problems(meant, numbers.dropout, numbers.variant)
+    chosen = {name: modules[name] for name in {*pairs, *meant} if name in modules}
+    problems += combination_problems(kinds_of(chosen), numbers.dropout, VARIANTS[numbers.variant])
     if config.get("ensure_weight_tying"):
         problems += _apart(model, pairs)
     present = set(lora_layers(model))
@@ -318,7 +327,7 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
     replace_modules_(model, make)
     layers = lora_layers(model)
     for name, layer in layers.items():
-        layer.drop_start()
+        clear_reference_(layer)
         layer.adapter_name = adapter
         layer.alpha, layer.dropout, layer.use_rslora = (
             numbers.alpha_of(called[name]),

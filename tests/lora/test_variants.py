@@ -31,6 +31,7 @@ from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.lora.adapters import adapter_parameters, lora_layers
+from qlora_lite.lora.variants import DORA, LORA
 from qlora_lite.quantization.quantize_model import quantize_base_
 
 TOKENS = torch.arange(12).view(2, 6)
@@ -164,7 +165,7 @@ def test_files_go_both_ways_with_peft(tiny_folder: Path, tmp_path: Path, targets
     back = load_quantized(tiny_folder, QuantConfig(format="none"), dtype=torch.float32)
     load_adapter_(back, tmp_path / "theirs")
     torch.testing.assert_close(back.eval()(TOKENS).logits, ours(TOKENS).logits, rtol=1e-4, atol=1e-4)
-    assert {layer.variant for layer in lora_layers(back).values()} == {"dora"}
+    assert {layer.variant for layer in lora_layers(back).values()} == {DORA}
 
 
 @pytest.mark.parametrize("format", ["none", "nf4"])
@@ -271,7 +272,7 @@ def test_what_does_not_fit_is_refused(tiny_folder: Path, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="has magnitudes and use_dora says otherwise"):
         load_adapter_(other, tmp_path / "dora")
     name, layer = next(iter(lora_layers(model).items()))
-    layer.variant = "lora"
+    layer.variant = LORA
     with pytest.raises(ConfigError, match="the same dropout, use_rslora and variant"):
         save_adapter(model, tmp_path / name)
 
