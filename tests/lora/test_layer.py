@@ -149,7 +149,7 @@ def test_dropout_acts_in_training_only() -> None:
         (lambda: LinearWithLoRA(4, 4, 2)(None), InputError, "takes floats with 4 features"),
         (lambda: LoraLayer(2, 2, nn.LayerNorm(4)), TargetError, "LayerNorm cannot be adapted"),
         (lambda: LoraLayer(2, 2, LinearWithLoRA(4, 4, 2)), TargetError, "cannot be adapted"),
-        (lambda: Embedding(10, 4, 2)(torch.tensor([3, 10, -1])), InputError, r"in \[0, 10\); got 10 and 1 more"),
+        (lambda: Embedding(10, 4, 2)(torch.tensor([3, 10, -1])), InputError, r"in \[0, 10\); got 10, and 1 more"),
         (lambda: Embedding(10, 4, 2)(torch.tensor([0.5])), InputError, "int64 or int32; got torch.float32"),
         (lambda: LinearWithLoRA(4, 4, 2)(torch.tensor([[1, 2, 3, 4]])), InputError, "takes floats with 4 features"),
         (lambda: LinearWithLoRA(4, 4, 2)(torch.randn(2, 5)), InputError, "takes floats with 4 features"),
