@@ -6,14 +6,19 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: install test demo bench lint types format clean
+.PHONY: install test docs demo bench lint types format clean
 
 install: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(RUN) -m pytest -q --numprocesses 2 --dist loadfile
+
+docs: $(DOCS_INSTALLED)
+	$(RUN) -m sphinx --fresh-env -W --keep-going -q -b html docs docs/_build/html
+	@echo 'open docs/_build/html/index.html'
 
 demo: $(INSTALLED)
 	$(RUN) examples/quickstart.py
@@ -47,6 +52,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(INSTALL) --no-build-isolation --editable '.[hf,plot,test,dev]'
 	touch $@
 
+# Sphinx is for `make docs` alone: no test needs it.
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(INSTALL) --no-build-isolation --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find qlora_lite profiling examples tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -44,3 +44,7 @@ def test_example_trains_and_exports_a_checkpoint(tmp_path: Path, monkeypatch: py
 
 def test_example_has_fifteen_lines_or_so() -> None:
     assert len([line for line in python_example().splitlines() if line.strip()]) <= 17
+
+
+def test_readme_is_one_page() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
