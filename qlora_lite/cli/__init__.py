@@ -1,14 +1,14 @@
-"""The command line: a file a command, named as the command. It parses options and calls the other rooms.
+"""The command line: one file for each command, with its name. Commands parse options and call the other rooms.
 
 In reading order:
 
-main       the commands, errors as one line, exit status
+main       the entry point: commands, errors, exit status
 options    options that several commands share
-plan       what fits into a memory
-train      adapters on a data file
-profile    the memory of some steps
-merge      an adapter merged into its base
-quantize   a packed checkpoint
-inspect    an adapter on disk
-env        versions and machine
+plan       predicts whether training fits into a memory
+train      trains adapters on a JSONL file
+profile    measures the memory of two training steps
+merge      merges an adapter into its base
+quantize   writes a packed checkpoint
+inspect    shows an adapter on disk
+env        shows versions and the machine
 """

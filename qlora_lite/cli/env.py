@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from qlora_lite.cli.options import (
-    Json,
-    finish,
-)
+from qlora_lite.cli.options import Json, finish
 
 
 def env(json: Json = False) -> None:
-    """Show versions, the machine, and whether its CPU multiplies bf16."""
+    """Show the versions of the libraries, the machine, and whether its CPU has bf16 instructions."""
     from qlora_lite.compute.environment import environment
 
     finish(environment(), json)

@@ -1,19 +1,21 @@
-"""The command `inspect`: what an adapter is, and which programs take it.
+"""`qlora-lite inspect`: the contents of an adapter, and the programs that accept it.
 
-Exit status: 0 read, 1 not read or not accepted by a program that was required, 2 wrong usage.
+Exit status: 0 read, 1 not readable or not accepted by a program of `--require`, 2 wrong usage.
 """
 
 from __future__ import annotations
 
 import json as json_lines
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlora_lite.cli.options import Json
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from qlora_lite.lora.peft.compatibility import Verdict
     from qlora_lite.lora.peft.describe import AdapterFacts
 
@@ -21,11 +23,11 @@ if TYPE_CHECKING:
 NOT_ACCEPTED = 1
 
 
-def _numbers(values: list[float]) -> str:
+def _joined(values: list[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _layers(facts: AdapterFacts) -> Any:
+def _layer_table(facts: AdapterFacts) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -37,7 +39,7 @@ def _layers(facts: AdapterFacts) -> Any:
         table.add_column(column, justify="left" if column in ("layers", "kind") else "right")
     for group in grouped(facts.layers):
         line = group_json(group)
-        numbers = [_numbers(line[column]) for column in ("ranks", "alphas", "scalings")]
+        numbers = [_joined(line[column]) for column in ("ranks", "alphas", "scalings")]
         sizes = f"{line['parameters']:,}", readable_bytes(line["bytes"])
         table.add_row(line["name"], line["kind"], str(line["layers"]), *numbers, *sizes)
     for key, size in facts.beside.items():
@@ -47,10 +49,10 @@ def _layers(facts: AdapterFacts) -> Any:
     return table
 
 
-def _said(verdict: Verdict) -> list[str]:
-    said = [f"{verdict.program}: {'accepted' if verdict.accepted else 'not accepted'}"]
-    said += [f"  because of {reason}" for reason in verdict.reasons]
-    return said + [f"  note: {note}" for note in verdict.notes]
+def _verdict_lines(verdict: Verdict) -> list[str]:
+    lines = [f"{verdict.program}: {'accepted' if verdict.accepted else 'not accepted'}"]
+    lines += [f"  because of {reason}" for reason in verdict.reasons]
+    return lines + [f"  note: {note}" for note in verdict.notes]
 
 
 def _compared(adapter: Path, model: str) -> list[str]:
@@ -63,15 +65,17 @@ def _compared(adapter: Path, model: str) -> list[str]:
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter saved here or by peft.")],
     require: Annotated[
-        list[str] | None, typer.Option(help="vllm or llama.cpp: exit status 1 if it is not accepted; repeatable.")
+        list[str] | None,
+        typer.Option(help="Program that must accept the adapter, else exit status 1: vllm or llama.cpp; repeatable."),
     ] = None,
-    max_lora_rank: Annotated[int, typer.Option(help="vLLM's setting of that name: 8, 16, 32, 64, ...")] = 16,
+    max_lora_rank: Annotated[int, typer.Option(help="vLLM's setting of the same name: 8, 16, 32, 64, ...")] = 16,
     model: Annotated[
-        str | None, typer.Option(help="A checkpoint: exit status 1 if the adapter was trained on another one.")
+        str | None,
+        typer.Option(help="Checkpoint folder or hub id; exit status 1 if the adapter was trained on another one."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show what an adapter is, without a model, and whether vLLM and llama.cpp take it."""
+    """Show the contents of an adapter, without a model, and whether vLLM and llama.cpp accept it."""
     from rich.console import Console
 
     from qlora_lite.lora.peft.compatibility import LLAMA_CPP, VLLM, verdicts
@@ -88,9 +92,9 @@ def inspect(
     print(f"trained on: {'unknown' if facts.trained_on is None else facts.trained_on.described()}")
     if compared is not None:
         print(f"{model}: {'the same ' + ' and '.join(compared) if compared else 'nothing says whether it is the base'}")
-    Console(width=120, highlight=False, markup=False).print(_layers(facts))
+    Console(width=120, highlight=False, markup=False).print(_layer_table(facts))
     for verdict in found.values():
-        print("\n".join(_said(verdict)))
+        print("\n".join(_verdict_lines(verdict)))
     if json:
         named = {name: verdict.to_json() for name, verdict in found.items()}
         print(json_lines.dumps({**facts.to_json(), "same_as_model": compared, "verdicts": named}))

@@ -1,4 +1,6 @@
-"""The command line: parses and wires, computes nothing. Heavy imports stand inside the commands, for quick help.
+"""The entry point `qlora-lite`: runs a command, and turns errors and signals into one line and an exit status.
+
+Heavy imports are inside the commands, so that `--help` is quick.
 
 Exit status: 0 done, 1 failed, 2 wrong usage (one line on stderr says what was wrong), 3 does not fit (plan),
 130 interrupted, 143 terminated.
@@ -13,7 +15,7 @@ import shlex
 import signal
 import sys
 import traceback
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -44,54 +46,57 @@ for command in (plan, train, profile, merge, quantize, inspect, env):
     app.command(cls=StrictCommand)(command)
 
 
-# typer has no name of its own for the ancestor of all wrong usage, nor a module that holds it in every version.
-UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+# The class of all usage errors has no name in typer, and its module differs between typer's versions. It has the
+# methods of BadParameter that are used here.
+UsageError: type[typer.BadParameter] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"
+)
 
 
-def _refusal(error: Exception) -> tuple[str, int]:
-    """(one line, exit status) for what a command raised."""
+def _message_and_status(error: Exception) -> tuple[str, int]:
+    """Returns one line and the exit status for an error of a command."""
     from qlora_lite.errors import ConfigError, QLoRAError, TargetError
 
     if isinstance(error, UsageError):
-        where = f"; see {error.ctx.command_path} --help" if getattr(error, "ctx", None) else ""
-        said, status = f"{error.format_message().rstrip('.')}{where}", 2
+        where = "" if error.ctx is None else f"; see {error.ctx.command_path} --help"
+        message, status = f"{error.format_message().rstrip('.')}{where}", 2
     else:
         name = "" if isinstance(error, (QLoRAError, OSError)) else f"{type(error).__name__}: "
-        said, status = f"{name}{error}", 2 if isinstance(error, (ConfigError, TargetError)) else 1
-    return " ".join(said.split()), status
+        message, status = f"{name}{error}", 2 if isinstance(error, (ConfigError, TargetError)) else 1
+    return " ".join(message.split()), status
 
 
-def _where_to_go_on(said: str, words: list[str]) -> str:
-    """What was stopped, and for a run the command that goes on with it."""
+def _with_resume_command(message: str, words: list[str]) -> str:
+    """Returns the message, for a training run with the command that resumes it."""
     command = next((word for word in words if not word.startswith("-")), None)
     if command != "train":
-        return said
+        return message
     again = [word for word in words if word not in ("--overwrite", "--resume")]
-    return f"{said}; go on with: {shlex.join(['qlora-lite', *again, '--resume'])}"
+    return f"{message}; go on with: {shlex.join(['qlora-lite', *again, '--resume'])}"
 
 
-def _leave(number: int, frame: object) -> None:
+def _exit_at_once(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
 def main() -> None:
-    """Runs a command; what it refuses becomes one line on stderr and an exit status."""
+    """Runs the command of `sys.argv`. An error becomes one line on stderr and the exit status."""
     words = sys.argv[1:]
     if not words:
         sys.argv.append("--help")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not UTF-8
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _leave)  # what comes while the interpreter ends is no traceback
+        signal.signal(signal.SIGINT, _exit_at_once)  # no traceback while the interpreter shuts down
     try:
-        with ended_by_signals(_where_to_go_on("stopped at once; nothing was saved", words)):
+        with ended_by_signals(_with_resume_command("stopped at once; nothing was saved", words)):
             status = app(prog_name="qlora-lite", standalone_mode=False)
     except Stopped as stop:
-        print(_where_to_go_on(str(stop), words), file=sys.stderr)
+        print(_with_resume_command(str(stop), words), file=sys.stderr)
         sys.exit(stop.code)
     except Exception as error:
         if "--debug" in itertools.takewhile(lambda word: word.startswith("-"), words):
             traceback.print_exc()
-        line, status = _refusal(error)
+        line, status = _message_and_status(error)
         print(f"error: {line}", file=sys.stderr)
     sys.exit(status)

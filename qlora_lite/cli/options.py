@@ -1,41 +1,56 @@
-"""What several commands have, each said once: options, checks of what is written, the end."""
+"""Options that several commands share, checks of output folders, and the last lines of a command."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
 
 from qlora_lite import errors
 
-Model = Annotated[str, typer.Option("--model", help="Folder of a transformers checkpoint, or a hub id.")]
+Settings = TypeVar("Settings")
+
+Model = Annotated[str, typer.Option("--model", help="Folder of a transformers checkpoint, or an id on the hub.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
-AnyBase = Annotated[bool, typer.Option("--any-base", help="Take a base that the adapter was not trained on.")]
-Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")]
-Format = Annotated[str, typer.Option("--format", help="How the base is stored: nf4, fp4, int8 or none.")]
-EmbeddingFormat = Annotated[str, typer.Option(help="int8 also packs embedding and head; none leaves them.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the contents of the output folder.")]
+AnyBase = Annotated[bool, typer.Option("--any-base", help="Accept a base that the adapter was not trained on.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
+Format = Annotated[str, typer.Option("--format", help="Format of the base weights: nf4, fp4, int8 or none.")]
+EmbeddingFormat = Annotated[
+    str, typer.Option(help="Format of input embedding and output head: int8, or none to leave them unpacked.")
+]
 Blocksize = Annotated[int, typer.Option(help="Values per block of the 4-bit formats.")]
-DoubleQuant = Annotated[bool, typer.Option(help="Pack the statistics of the 4-bit formats too.")]
-Int8Activations = Annotated[bool, typer.Option(help="With int8, multiply in integers too: faster, less exact.")]
-MaxShardSize = Annotated[str, typer.Option(help="Largest size of a tensor file: 5GB, 500MiB, ...")]
+DoubleQuant = Annotated[bool, typer.Option(help="Quantize the block statistics of the 4-bit formats too.")]
+Int8Activations = Annotated[
+    bool, typer.Option(help="With format int8, multiply in integers (LLM.int8()): faster, less exact.")
+]
+MaxShardSize = Annotated[str, typer.Option(help="Largest size of one tensor file, as 5GB or 500MiB.")]
 Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]
-Alpha = Annotated[float, typer.Option(help="The adapters' scale is alpha / rank.")]
-RankStabilized = Annotated[bool, typer.Option("--use_rslora", help="Scale by alpha / sqrt(rank) instead.")]
-Checkpointing = Annotated[str, typer.Option(help="full recomputes blocks, none keeps all, 300MiB what fits.")]
+Alpha = Annotated[float, typer.Option(help="The adapters are scaled by alpha / rank.")]
+UseRslora = Annotated[bool, typer.Option("--use-rslora", help="Scale the adapters by alpha / sqrt(rank) instead.")]
+Optimizer = Annotated[str, typer.Option(help="adamw (32-bit states) or adamw8bit (8-bit states).")]
+Checkpointing = Annotated[
+    str,
+    typer.Option(
+        help="Activation checkpointing: full recomputes all blocks in backward, none recomputes no block, and a size "
+        "such as 300MiB limits the bytes above those of the model."
+    ),
+]
 
 
 class StrictCommand(TyperCommand):
-    """A command that refuses what would silently mean something else than it says.
+    """A command that refuses an option given twice and an empty value.
 
-    An option that is given twice, of which one would be left out; an empty text, which as a path is this folder.
+    Of an option given twice, typer would use the last one. An empty path would mean the current folder.
     """
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # typer itself has no public name for ctx's class
         given, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for param in order:
             name, several = param.opts[0], getattr(param, "multiple", False)
@@ -47,34 +62,43 @@ class StrictCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+def settings(kind: Callable[..., Settings], options: Mapping[str, object], **parsed: object) -> Settings:
+    """Returns an instance of the dataclass `kind`, made of the options that have the names of its fields.
+
+    parsed: fields whose option is text that was parsed before.
+    """
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in options.items() if name in names} | parsed)
+
+
 def listed(text: str) -> list[str]:
-    """Names between commas; none in an empty text."""
+    """Returns the names in a text of names separated by commas; an empty text has none."""
     return [name.strip() for name in text.split(",")] if text.strip() else []
 
 
 def listed_tokens(text: str) -> list[int]:
-    """Token numbers between commas. ConfigError for what is none."""
+    """Returns the token ids in a text of ids separated by commas. Raises ConfigError for anything else."""
     try:
         return [int(name) for name in listed(text)]
     except ValueError as error:
         raise errors.ConfigError(
-            f"--trainable-token-indices must be token numbers with commas; got {text!r}"
+            f"--trainable-token-indices must be token ids separated by commas; got {text!r}"
         ) from error
 
 
-def finish(figures: dict[str, Any], as_json: bool) -> None:
-    """Ends a command: its figures as a JSON line, or for a person."""
+def finish(figures: Mapping[str, object], as_json: bool) -> None:
+    """Prints the figures of a command, as one JSON line or as one line for each."""
     if as_json:
         print(json.dumps(figures))
         return
     width = max(len(name) for name in figures)
     for name, value in figures.items():
-        said = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        print(f"{name.replace('_', ' '):<{width}}  {'-' if said is None else said}")
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        print(f"{name.replace('_', ' '):<{width}}  {'-' if text is None else text}")
 
 
 def check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
-    """CheckpointError for a folder that must not, or cannot, be written, before anything is read."""
+    """Raises CheckpointError if the folder cannot or must not be written, before any input is read."""
     from qlora_lite.checkpoints.atomic_folder import check_output_is_not_input, check_replaceable
     from qlora_lite.checkpoints.files import check_creatable
 
@@ -87,7 +111,7 @@ def check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
 
 
 def shard_bytes(size: str) -> int:
-    """Bytes of `--max-shard-size`. ConfigError for what is no size, or nothing."""
+    """Returns the bytes of `--max-shard-size`. Raises ConfigError if it is not a size above 0."""
     from qlora_lite.checks import byte_count, require
 
     found = byte_count("--max-shard-size must be", size)

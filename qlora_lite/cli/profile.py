@@ -1,4 +1,4 @@
-"""The command `profile`: what two training steps take, beside what was predicted of them."""
+"""`qlora-lite profile`: measures the memory of two training steps and compares it with the prediction."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ def profile(
     rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 2,
     tokens: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
     checkpointing: Checkpointing = "full",
-    mode: Annotated[str, typer.Option(help="full follows every tensor; phases reads counters only.")] = "full",
-    predict: Annotated[bool, typer.Option(help="In full mode, rehearse the steps too and compare.")] = True,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page with charts: report.html.")] = None,
-    png: Annotated[Path | None, typer.Option("--png", help="Write the memory over time: timeline.png.")] = None,
-    snapshot: Annotated[
-        Path | None, typer.Option("--snapshot", help="Write torch's record of an accelerator: memory.pickle.")
+    mode: Annotated[str, typer.Option(help="full follows every tensor; phases only reads memory counters.")] = "full",
+    predict: Annotated[bool, typer.Option(help="With --mode full, also predict the memory and compare.")] = True,
+    html: Annotated[Path | None, typer.Option("--html", help="HTML file to write, with charts: report.html.")] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="PNG file to write, with the memory over time: timeline.png.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of --html and --png.")] = False,
+    snapshot: Annotated[
+        Path | None,
+        typer.Option("--snapshot", help="File for torch's memory snapshot of an accelerator: memory.pickle."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files of --html and --png.")] = False,
     json: Json = False,
 ) -> None:
-    """Run two training steps on made-up tokens, show where the bytes are in each phase, and what was predicted."""
+    """Run two training steps on random tokens; show the memory of each phase, measured and predicted."""
     from contextlib import nullcontext
     from json import dumps
 

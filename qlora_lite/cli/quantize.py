@@ -1,4 +1,4 @@
-"""`qlora-lite quantize`: a packed checkpoint. Heavy imports stand inside the command."""
+"""`qlora-lite quantize`: writes a checkpoint with packed weights."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ from qlora_lite.cli.options import (
 def quantize(
     model: Model,
     output: Output,
-    format: Annotated[str, typer.Option("--format", help="How the linear layers are stored: nf4, fp4 or int8.")] = (
-        "nf4"
-    ),
+    format: Annotated[str, typer.Option("--format", help="Format of the linear layers: nf4, fp4 or int8.")] = "nf4",
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
     embedding_format: EmbeddingFormat = "none",
@@ -42,7 +40,7 @@ def quantize(
     from qlora_lite.signals import stoppable
 
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
-    format_named(format)  # "none" packs nothing
+    format_named(format)  # refuses "none", which packs nothing
     shard = shard_bytes(max_shard_size)
     check_output(output, overwrite, model)
     with stoppable():

@@ -1,10 +1,9 @@
-"""`qlora-lite train`: adapters on a JSONL file. Heavy imports stand inside the command, for quick help."""
+"""`qlora-lite train`: trains adapters on a JSONL file."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,57 +17,61 @@ from qlora_lite.cli.options import (
     Int8Activations,
     Json,
     Model,
+    Optimizer,
     Output,
     Overwrite,
     Rank,
-    RankStabilized,
+    UseRslora,
     check_output,
     finish,
     listed,
     listed_tokens,
+    settings,
 )
-from qlora_lite.cli.plan import chosen_checkpointing
+from qlora_lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qlora_lite.data.tokenization import TokenizedSet
+    from qlora_lite.lora.config import LoraConfig
+    from qlora_lite.planning.memory_budget import BudgetedConfig
+    from qlora_lite.training.loop import TrainResult
 
 
-def _is_first_process() -> bool:
-    """Whether this is the one of a run's processes that writes and says (torchrun and accelerate launch set RANK)."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _check_init(init: str) -> None:
-    from qlora_lite.errors import ConfigError
+def _check_options(lora: LoraConfig, memory_budget: str | None, checkpointing: str | None) -> None:
     from qlora_lite.lora.config import init_parts
 
-    if init_parts(init)[1] > 1:
-        raise ConfigError(f"init {init!r} packs the base anew, and this command writes no base; use it from Python")
+    if init_parts(lora.init_lora_weights)[1] > 1:
+        raise ConfigError(
+            f"init {lora.init_lora_weights!r} packs the base anew, and this command writes no base; use it from Python"
+        )
+    if memory_budget is not None and checkpointing is not None:
+        raise ConfigError("--memory-budget chooses the checkpointing itself; leave out it or --checkpointing")
 
 
 def _check_run(output: Path, replaced: bool, model: str, data: Path, same_base: bool) -> None:
-    """same_base: whether a run there must have been on this base; all bytes of that are compared once it is loaded."""
+    """Raises CheckpointError if the run cannot be written there.
+
+    same_base: an adapter of an earlier run in `output` must belong to this base. Sizes and samples of the base are
+    compared here, all its bytes once it is loaded.
+    """
     from qlora_lite.checkpoints.atomic_folder import check_output_is_not_input
     from qlora_lite.checkpoints.base_identity import check_trained_on_checkpoint
     from qlora_lite.checkpoints.hub import checkpoint_folder
+    from qlora_lite.training.distributed import is_first_process
     from qlora_lite.training.run_checkpoints import ADAPTER_FOLDER, METRICS_FILE
 
     if same_base:
         check_trained_on_checkpoint(output / ADAPTER_FOLDER, checkpoint_folder(model))
-    if not _is_first_process():  # the first one may have begun to write
+    if not is_first_process():  # the first one may have begun to write
         return
     check_output_is_not_input(output / METRICS_FILE, data)
     check_output(output / ADAPTER_FOLDER if replaced else output, replaced, model, data)
 
 
-def _target_settings(targets: str, exclude: str | None, layers: str | None) -> dict[str, Any]:
-    from qlora_lite.lora.targets import layer_numbers
-
-    named = {"target_modules": targets, "exclude_modules": exclude}
-    lists: dict[str, Any] = {setting: listed(text) for setting, text in named.items() if text is not None}
-    every = {"target_modules": targets} if targets == "all-linear" else {}
-    return {**lists, **every, "layers_to_transform": None if layers is None else layer_numbers(layers)}
-
-
-def _train_figures(result: Any, tokenized: Any, output: Path, predicted: int | None) -> dict[str, Any]:
-    foreseen = {} if predicted is None else {"predicted_peak_bytes": predicted}
+def _figures(
+    result: TrainResult, tokenized: TokenizedSet, budgeted: BudgetedConfig | None, output: Path
+) -> dict[str, object]:
+    predicted = {} if budgeted is None else {"predicted_peak_bytes": budgeted.predicted_peak}
     return {
         "examples": len(tokenized.examples),
         "examples_shortened": tokenized.truncated,
@@ -77,7 +80,7 @@ def _train_figures(result: Any, tokenized: Any, output: Path, predicted: int | N
         "last_loss": result.losses[-1],
         "seconds": round(result.seconds, 1),
         "peak_bytes": result.steps[-1].peak_bytes,
-        **foreseen,
+        **predicted,
         "own_loss_because": result.own_loss_because,
         "batches_halved_from_step": result.halved_at,
         "adapter": str(output / "adapter"),
@@ -85,8 +88,15 @@ def _train_figures(result: Any, tokenized: Any, output: Path, predicted: int | N
 
 
 def train(
+    ctx: typer.Context,
     model: Model,
-    data: Annotated[Path, typer.Option("--data", help="JSONL with messages, prompt/completion, instruction or text.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            help="JSONL file of records with messages; prompt and completion; instruction and output; or text.",
+        ),
+    ],
     output: Output,
     format: Format = "nf4",
     blocksize: Blocksize = 64,
@@ -95,113 +105,113 @@ def train(
     int8_activations: Int8Activations = False,
     rank: Rank = 16,
     alpha: Alpha = 32.0,
-    use_rslora: RankStabilized = False,
+    use_rslora: UseRslora = False,
     variant: Annotated[str, typer.Option(help="lora, or a variant of it, such as dora.")] = "lora",
     init_lora_weights: Annotated[
-        str, typer.Option(help="normal, kaiming, gaussian, orthogonal, pissa or loftq.")
+        str, typer.Option(help="Start of A and B: normal, kaiming, gaussian, orthogonal, pissa or loftq.")
     ] = "normal",
-    dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
-    target_modules: Annotated[str, typer.Option(help="all-linear, or layer names with commas.")] = "all-linear",
-    exclude_modules: Annotated[str | None, typer.Option(help="Layer names with commas that get no adapters.")] = None,
-    layers_to_transform: Annotated[
-        str | None, typer.Option(help="Numbers of the blocks that get adapters: 0-7,12.")
+    dropout: Annotated[float, typer.Option(help="Dropout probability on the input of the adapters.")] = 0.0,
+    target_modules: Annotated[
+        str, typer.Option(help="Layers that get adapters: all-linear, or names separated by commas.")
+    ] = "all-linear",
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="Layers of these that get no adapter: names separated by commas.")
     ] = None,
-    modules_to_save: Annotated[str, typer.Option(help="Modules to train whole, with commas: norm,lm_head.")] = "",
+    layers_to_transform: Annotated[
+        str | None,
+        typer.Option(help="Numbers of the blocks that get adapters, as 0-7,12. Default: all blocks."),
+    ] = None,
+    modules_to_save: Annotated[
+        str, typer.Option(help="Modules that are trained themselves, without adapters: norm,lm_head.")
+    ] = "",
     bias: Annotated[str, typer.Option(help="Biases to train: none, lora_only (of adapted layers) or all.")] = "none",
     trainable_token_indices: Annotated[
-        str, typer.Option(help="Tokens whose embedding is trained, with commas: 50001,50002.")
+        str, typer.Option(help="Token ids whose embeddings are trained: 50001,50002.")
     ] = "",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-4,
-    lora_plus_ratio: Annotated[float, typer.Option(help="LoRA+: B learns at so many times A's rate.")] = 1.0,
-    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate, reached after the warm-up.")] = 2e-4,
+    lora_plus_ratio: Annotated[
+        float, typer.Option(help="LoRA+: learning rate of B divided by the learning rate of A.")
+    ] = 1.0,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up of the learning rate.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 2,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
-    max_length: Annotated[int, typer.Option(help="Longer examples are cut to it.")] = 512,
-    packing: Annotated[bool, typer.Option(help="Put several examples into a row.")] = False,
+    max_length: Annotated[int, typer.Option(help="Tokens that longer examples are truncated to.")] = 512,
+    packing: Annotated[bool, typer.Option(help="Put several examples into one row of up to --max-length tokens.")] = (
+        False
+    ),
     completion_only: Annotated[bool, typer.Option(help="Learn the answers only, or all tokens.")] = True,
-    optimizer: Annotated[str, typer.Option(help="adamw or adamw8bit.")] = "adamw",
+    optimizer: Optimizer = "adamw",
     checkpointing: Annotated[
-        str | None, typer.Option(help="full (recompute blocks, the default), none (keep all), 300MiB (what fits).")
+        str | None,
+        typer.Option(
+            help="Activation checkpointing: full recomputes all blocks in backward, none recomputes no block, and a "
+            "size such as 300MiB limits the bytes above those of the model. Default: full."
+        ),
     ] = None,
     memory_budget: Annotated[
-        str | None, typer.Option(help="Recompute as little as fits into 20GiB, ..., by prediction.")
+        str | None,
+        typer.Option(help="Choose --checkpointing by prediction: the least that fits into this memory, as 20GiB."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of data order, adapters and dropout.")] = 0,
-    save_steps: Annotated[int | None, typer.Option(help="Write a checkpoint after so many steps.")] = None,
-    keep_last: Annotated[int, typer.Option(help="Newest checkpoints to keep.")] = 2,
-    keep_best: Annotated[int, typer.Option(help="Of the older ones, those of the lowest loss to keep.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of data order, adapters and dropout.")] = 0,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between two checkpoints. Default: one when a signal stops the run.")
+    ] = None,
+    keep_last: Annotated[int, typer.Option(help="Number of newest checkpoints to keep.")] = 2,
+    keep_best: Annotated[int, typer.Option(help="Number of older checkpoints to keep, those of the lowest loss.")] = 0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the output folder's newest sound checkpoint, if it has one.")
+        bool, typer.Option("--resume", help="Continue from the newest intact checkpoint in the output folder, if any.")
     ] = False,
     any_base: AnyBase = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Train adapters on a JSONL file; writes metrics.jsonl and adapter/ into the output folder."""
-    from dataclasses import replace
-
     import torch
 
     from qlora_lite.checkpoints.hub import load_tokenizer
     from qlora_lite.checkpoints.load import load_quantized
+    from qlora_lite.checks import byte_count
     from qlora_lite.data.batching import batches
-    from qlora_lite.data.records import read_records
-    from qlora_lite.data.tokenization import tokenize_all
+    from qlora_lite.data.tokenization import tokenize_file
     from qlora_lite.lora.adapters import add_lora_
     from qlora_lite.lora.config import LoraConfig
-    from qlora_lite.planning.forecast import Wanted
+    from qlora_lite.lora.targets import layer_numbers
+    from qlora_lite.planning.memory_budget import config_within, device_memory
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import stoppable
-    from qlora_lite.training.config import TrainConfig
+    from qlora_lite.training.config import TrainConfig, checkpointing_named
+    from qlora_lite.training.distributed import is_first_process
     from qlora_lite.training.loop import train as train_model
 
-    quant = QuantConfig(
-        format, blocksize, double_quant, int8_activations=int8_activations, embedding_format=embedding_format
+    quant = settings(QuantConfig, ctx.params)
+    lora = settings(
+        LoraConfig,
+        ctx.params,
+        target_modules=target_modules if target_modules == "all-linear" else listed(target_modules),
+        exclude_modules=None if exclude_modules is None else listed(exclude_modules),
+        layers_to_transform=None if layers_to_transform is None else layer_numbers(layers_to_transform),
+        modules_to_save=listed(modules_to_save),
+        trainable_token_indices=listed_tokens(trainable_token_indices),
     )
-    chosen = _target_settings(target_modules, exclude_modules, layers_to_transform)
-    beside: Any = {
-        "modules_to_save": listed(modules_to_save),
-        "bias": bias,
-        "trainable_token_indices": listed_tokens(trainable_token_indices),
-    }
-    lora = LoraConfig(
-        rank,
-        alpha,
-        dropout,
-        use_rslora=use_rslora,
-        init_lora_weights=init_lora_weights,
-        variant=variant,
-        **chosen,
-        **beside,
-    )
-    _check_init(init_lora_weights)
-    config = TrainConfig(
-        steps=steps,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        lora_plus_ratio=lora_plus_ratio,
-        gradient_accumulation=gradient_accumulation,
-        optimizer=optimizer,
-        seed=seed,
-        save_steps=save_steps,
-        keep_last=keep_last,
-        keep_best=keep_best,
-    )
+    config = settings(TrainConfig, ctx.params, checkpointing=checkpointing_named(checkpointing or "full"))
+    _check_options(lora, memory_budget, checkpointing)
     _check_run(output, overwrite or resume, model, data, same_base=resume and not any_base)
-    records = read_records(data)
     tokenizer = load_tokenizer(model)
-    tokenized = tokenize_all(records, tokenizer, max_length, completion_only)
-    longest = max_length if packing else max(len(example.input_ids) for example in tokenized.examples)
-    wanted = Wanted(quant, lora, batch_size, longest, optimizer, accumulated=gradient_accumulation > 1)
-    padding = tokenizer.pad_token_id
-    stream = batches(tokenized.examples, batch_size, seed, pad_token_id=padding, packing=packing, max_length=max_length)
+    tokenized = tokenize_file(data, tokenizer, max_length, completion_only)
+    pad = tokenizer.pad_token_id
+    stream = batches(tokenized.examples, batch_size, seed, pad_token_id=pad, packing=packing, max_length=max_length)
+    budgeted = None
     with stoppable():
-        dial, predicted = chosen_checkpointing(memory_budget, checkpointing, model, wanted)
+        if memory_budget is not None:
+            memory = device_memory(byte_count("--memory-budget must be", memory_budget))
+            tokens = max_length if packing else tokenized.longest
+            budgeted = config_within(memory, model, quant, lora, config, rows=batch_size, tokens=tokens)
+            print(budgeted.described())
         torch.manual_seed(seed)
         loaded = load_quantized(model, quant)
         add_lora_(loaded, lora)
-        config = replace(config, checkpointing=dial)
-        result = train_model(loaded, stream, config, output_dir=output, overwrite=overwrite, resume=resume)
-    if _is_first_process():
-        finish(_train_figures(result, tokenized, output, predicted), json)
+        chosen = config if budgeted is None else budgeted.config
+        result = train_model(loaded, stream, chosen, output_dir=output, overwrite=overwrite, resume=resume)
+    if is_first_process():
+        finish(_figures(result, tokenized, budgeted, output), json)

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from qlora_lite.data.records import read_records as read_records
     from qlora_lite.data.stream import BatchStream as BatchStream
     from qlora_lite.data.tokenization import TokenizedExample as TokenizedExample
+    from qlora_lite.data.tokenization import TokenizedSet as TokenizedSet
     from qlora_lite.data.tokenization import tokenize_all as tokenize_all
+    from qlora_lite.data.tokenization import tokenize_file as tokenize_file
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "records": "read_records",
-        "tokenization": "tokenize_all TokenizedExample",
+        "tokenization": "tokenize_file tokenize_all TokenizedExample TokenizedSet",
         "batching": "batches Batch labelled_tokens",
         "stream": "BatchStream",
     },

@@ -1,7 +1,4 @@
-"""Which loss a model is trained with: the one without logits where it equals the model's own, else the model's.
-
-Both are sums over labelled tokens, so that gradients of several batches add up to those of one large batch.
-"""
+"""Batches of tokenized examples: shuffled by epoch, padded, or packed with several examples in a row."""
 
 from __future__ import annotations
 
@@ -17,26 +14,27 @@ from qlora_lite.data.tokenization import TokenizedExample
 
 Batch = dict[str, Tensor]
 
-# First-fit looks at this many of the newest rows, so that packing n examples takes time proportional to n.
+# First-fit tries this many of the newest rows, so that packing n examples takes time proportional to n.
 OPEN_ROWS = 256
 
 
 def labelled_tokens(batch: Batch) -> Tensor:
-    """How many tokens of the batch are predicted (int64 scalar); the first of a row never is."""
+    """Returns the number of labelled tokens (int64 scalar), without the first of each row, which is not predicted."""
     return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of `count` examples in one epoch; a function of its arguments alone, so that a run can be resumed."""
+    """Returns the order of `count` examples in one epoch. It depends on the arguments only, so a run can be resumed."""
     order = list(range(count))
     random.Random(f"{seed} {epoch}").shuffle(order)
     return order
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Indices of examples put first-fit, in the given order, into rows of at most `max_length` tokens.
+    """Returns the indices of the examples in each row, packed first-fit in the given order.
 
-    Every index occurs once. Only the newest OPEN_ROWS rows are tried. Raises ConfigError for a longer example.
+    A row has at most `max_length` tokens. Every index occurs once. Only the newest OPEN_ROWS rows are tried.
+    Raises ConfigError if an example is longer than `max_length`.
     """
     longest = max(lengths, default=0)
     require(longest <= max_length, "max_length must hold the longest example", f"{max_length} for {longest} tokens")
@@ -63,18 +61,21 @@ def batches(
     packing: bool = False,
     max_length: int | None = None,
 ) -> Iterator[Batch]:
-    """int64 tensors `input_ids`, `labels` of shape (rows <= batch_size, longest row), reshuffled in each epoch.
+    """Returns an iterator of batches, in a new order in each epoch.
 
-    Rows are filled at the end: labels IGNORE_INDEX there. With one example per row there is an `attention_mask`, 1 on
-    tokens and 0 on filling. With `packing`, a row holds several examples, at most `max_length` tokens, and there are
-    `position_ids` that begin anew with each, and no `attention_mask`: from these transformers builds a mask that
-    lets no example see another, **if the model is called with `use_cache=False`**.
-    epochs: None goes on without end. Raises ConfigError for settings that cannot be, before the first batch.
+    A batch has int64 tensors `input_ids` and `labels` of shape (rows, tokens): rows <= batch_size, tokens of the
+    longest row. Shorter rows are padded at the end, with label IGNORE_INDEX.
+    Without `packing`, a row is one example, and `attention_mask` is 1 on tokens and 0 on padding.
+    With `packing`, a row has several examples, of at most `max_length` tokens together. `position_ids` start at 0 for
+    each example, and there is no `attention_mask`: transformers builds a mask from the positions in which no example
+    attends to another, **if the model is called with `use_cache=False`**.
+    epochs: None repeats without end.
+    Raises ConfigError for wrong settings before the first batch is made.
     """
     require(len(examples) > 0, "batches needs at least one example", len(examples))
     require(is_count(batch_size, 1), "batch_size must be an integer of at least 1", batch_size)
     require(is_count(seed, 0), "seed must be an integer of at least 0", seed)
-    require(is_count(pad_token_id, 0), "pad_token_id must be a token id; eos serves as well as any", pad_token_id)
+    require(is_count(pad_token_id, 0), "pad_token_id must be a token id, such as that of eos", pad_token_id)
     require(epochs is None or is_count(epochs, 1), "epochs must be None or an integer of at least 1", epochs)
     if packing or max_length is not None:
         require(is_count(max_length, 2), "max_length must be at least 2, and packing needs it", max_length)
@@ -98,7 +99,7 @@ def _batches(
         rows = [[index] for index in order]
         if packed_length is not None:
             lengths = [len(examples[index].input_ids) for index in order]
-            rows = [[order[place] for place in row] for row in pack(lengths, packed_length)]
+            rows = [[order[position] for position in row] for row in pack(lengths, packed_length)]
         for first in range(0, len(rows), batch_size):
             chosen = [[examples[index] for index in row] for row in rows[first : first + batch_size]]
             yield _collate(chosen, pad_token_id, with_positions=packed_length is not None)
@@ -107,18 +108,18 @@ def _batches(
 
 def _collate(rows: list[list[TokenizedExample]], pad_token_id: int, with_positions: bool) -> Batch:
     lengths = [sum(len(example.input_ids) for example in row) for row in rows]
-    filling = [max(lengths) - length for length in lengths]
+    padding = [max(lengths) - length for length in lengths]
     ids = [[token for example in row for token in example.input_ids] for row in rows]
-    # The first token of an example has nothing before it; in a packed row the example in front must not predict it.
+    # In a packed row, the last token of one example must not learn to predict the first token of the next one.
     labels = [[label for example in row for label in (IGNORE_INDEX, *example.labels[1:])] for row in rows]
     batch = {
-        "input_ids": torch.tensor([row + [pad_token_id] * n for row, n in zip(ids, filling, strict=True)]),
-        "labels": torch.tensor([row + [IGNORE_INDEX] * n for row, n in zip(labels, filling, strict=True)]),
+        "input_ids": torch.tensor([row + [pad_token_id] * n for row, n in zip(ids, padding, strict=True)]),
+        "labels": torch.tensor([row + [IGNORE_INDEX] * n for row, n in zip(labels, padding, strict=True)]),
     }
     if not with_positions:
-        masks = [[1] * length + [0] * n for length, n in zip(lengths, filling, strict=True)]
+        masks = [[1] * length + [0] * n for length, n in zip(lengths, padding, strict=True)]
         return batch | {"attention_mask": torch.tensor(masks)}
-    # The filling counts from 0 too: as one more example it sees, and is seen by, none of the others.
-    sizes = [[*(len(example.input_ids) for example in row), n] for row, n in zip(rows, filling, strict=True)]
+    # The positions of the padding start at 0 too, so that it is masked as one more example.
+    sizes = [[*(len(example.input_ids) for example in row), n] for row, n in zip(rows, padding, strict=True)]
     positions = [[position for size in row for position in range(size)] for row in sizes]
     return batch | {"position_ids": torch.tensor(positions)}

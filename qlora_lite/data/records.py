@@ -1,23 +1,23 @@
-"""JSONL on disk -> checked records.
+"""Records of training data, read from a JSONL file and checked.
 
-A record is a JSON object of one of these shapes, tried in this order; other keys are ignored:
+A record is a JSON object with the keys of one of these shapes, tried in this order. Other keys are ignored:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
     {"prompt": "...", "completion": "..."}
-    {"instruction": "...", "input": "...", "output": "..."}        `input` may be absent or empty
+    {"instruction": "...", "input": "...", "output": "..."}        `input` is optional
     {"text": "..."}
 
-Where nothing has to be learned, `{"prompt": "..."}` alone is one too. One file may mix them. What is none of them
-raises CheckpointError with the file and the line.
+Where no answer is needed, `{"prompt": "..."}` is a record too. A file may mix the shapes. Any other line raises
+CheckpointError with the file and the line number.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from qlora_lite.checkpoints.files import excerpt, open_regular, reason
 from qlora_lite.errors import CheckpointError
@@ -25,18 +25,34 @@ from qlora_lite.errors import CheckpointError
 SHAPES: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",))
 SHAPES_IN_WORDS = "messages | prompt, completion | instruction, input (optional), output | text"
 PROMPT_ALONE = ("prompt",)
-# A record of 32 MiB has some ten million tokens.
+# 32 MiB of text are about ten million tokens.
 LONGEST_LINE = 32 << 20
 
-Record = dict[str, Any]
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Record(TypedDict, total=False):
+    """A checked record. It has the keys of one shape, and maybe others."""
+
+    messages: list[Message]
+    prompt: str
+    completion: str
+    instruction: str
+    input: str | None
+    output: str
+    text: str
 
 
 def read_records(path: str | Path, prompts_too: bool = False) -> list[Record]:
-    """The records of a JSONL file, one per line that is not blank, each checked.
+    """Returns the records of a JSONL file, one for each line that is not blank.
 
-    prompts_too: a prompt without a completion is a record as well.
-
-    Raises CheckpointError with file and line for what is not UTF-8, not an object, or of none of the four shapes.
+    prompts_too: also accept a prompt without a completion.
+    Raises CheckpointError with the file and the line for what is not UTF-8, not a JSON object or of none of the shapes.
     """
     records = [
         _parse_line(line, f"{path}, line {number}", prompts_too)
@@ -49,7 +65,7 @@ def read_records(path: str | Path, prompts_too: bool = False) -> list[Record]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines one by one, without a byte order mark; one that is too long is an error before it is read whole."""
+    """Yields the lines without a byte order mark. A line above LONGEST_LINE is refused before all of it is read."""
     with open_regular(path, "a JSONL file") as file:
         for number in itertools.count(1):
             try:
@@ -70,7 +86,7 @@ def _parse_line(line: bytes, place: str, prompts_too: bool) -> Record:
         bad = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
         raise CheckpointError(f"{place}: not UTF-8 ({bad}); save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        # The decoder's own sentence counts lines from this one.
+        # str(error) of a JSONDecodeError would count lines from this one.
         why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         wrong = f"not valid JSON ({why}), got {excerpt(line.decode('utf-8'))}"
         raise CheckpointError(f"{place}: {wrong}; write one JSON object per line") from error
@@ -78,8 +94,8 @@ def _parse_line(line: bytes, place: str, prompts_too: bool) -> Record:
     return record
 
 
-def check_record(record: Any, place: str = "record", prompts_too: bool = False) -> None:
-    """Raises CheckpointError, beginning with `place`, unless `record` is an object of one of the shapes."""
+def check_record(record: object, place: str = "record", prompts_too: bool = False) -> None:
+    """Raises CheckpointError unless `record` is an object of one of the shapes. The message begins with `place`."""
     if not isinstance(record, dict):
         got = f"{type(record).__name__} {excerpt(record)}"
         raise CheckpointError(f"{place}: expected a JSON object, got {got}; write one JSON object per line")
@@ -93,8 +109,8 @@ def check_record(record: Any, place: str = "record", prompts_too: bool = False) 
         _check_string(record["input"], "input", place)
 
 
-def shape_of(record: Record, place: str, prompts_too: bool = False) -> tuple[str, ...]:
-    """The keys of the first of SHAPES (or PROMPT_ALONE) that the record has; CheckpointError if it has none."""
+def shape_of(record: Mapping[str, object], place: str, prompts_too: bool = False) -> tuple[str, ...]:
+    """Returns the keys of the record's shape, one of SHAPES or PROMPT_ALONE. Raises CheckpointError if it has none."""
     for shape in (*SHAPES, PROMPT_ALONE) if prompts_too else SHAPES:
         if all(key in record for key in shape):
             return shape

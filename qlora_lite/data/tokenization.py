@@ -1,44 +1,44 @@
-"""Records -> token batches.
+"""Tokenizes records, with labels on the tokens that are learned.
 
     read_records(path) -> records -> tokenize_all(records, tokenizer) -> examples -> batches(examples, ...) -> tensors
 
-What is wrong in a record, or in the way a tokenizer's chat template writes it, raises CheckpointError;
-a setting that cannot be, ConfigError. The tokenizer is any object with the methods of `Tokenizer`.
+A wrong record, or a chat template that cannot be used for it, raises CheckpointError; a wrong setting raises
+ConfigError. The tokenizer is any object with the methods of `Tokenizer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from qlora_lite.checkpoints.files import excerpt
 from qlora_lite.checks import is_count, require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.records import PROMPT_ALONE, Record, check_record, shape_of
+from qlora_lite.data.records import PROMPT_ALONE, Message, Record, check_record, read_records, shape_of
 from qlora_lite.errors import CheckpointError
-
-Batch = dict[str, torch.Tensor]
 
 
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is used here."""
 
-    chat_template: Any
-    eos_token_id: Any
+    chat_template: Any  # a string, or several by name
+    eos_token_id: Any  # None, or the token id
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
     def apply_chat_template(
-        self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> Any: ...
-    def decode(self, token_ids: list[int]) -> Any: ...
+        self, conversation: Sequence[Message], *, tokenize: bool, add_generation_prompt: bool
+    ) -> object: ...
+    def decode(self, token_ids: list[int]) -> object: ...
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """Token ids, and for each token itself where it is to be learned, IGNORE_INDEX elsewhere (not shifted)."""
+    """Token ids and labels of one example.
+
+    labels: the token id where a token is learned, IGNORE_INDEX elsewhere; not shifted.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -49,29 +49,38 @@ class TokenizedExample:
 
     @property
     def learned_tokens(self) -> int:
-        """How many tokens the loss counts; never the first, because nothing precedes it that could predict it."""
+        """The number of tokens that the loss counts. The first token is not predicted, so it never counts."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
 class TokenizedSet:
-    """Examples, and what `max_length` did: how many were cut, and how many left out as nothing learned remained."""
+    """Examples, and the effect of `max_length` on them.
+
+    truncated: the number of examples that were truncated.
+    dropped: the number of records left out because no learned token was within `max_length`.
+    """
 
     examples: list[TokenizedExample]
     truncated: int
     dropped: int
 
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest example."""
+        return max(len(example.input_ids) for example in self.examples)
+
 
 def tokenize(
     record: Record, tokenizer: Tokenizer, max_length: int | None = None, completion_only: bool = True
 ) -> TokenizedExample:
-    """The tokens of one record, cut to `max_length`, with labels on what is to be learned.
+    """Returns the tokens of one record, truncated to `max_length`, with labels on the tokens that are learned.
 
     completion_only: learn the assistant's turns, or the completion, up to and including the token that ends it;
-        False learns every token. `text` is always learned whole.
-    With a chat template, prompt and completion become a user and an assistant message; without one they are
-    written one after the other, as they are, and closed with EOS (instruction, input and output with a blank
-    line between). Raises CheckpointError for a wrong record, or one of which nothing learned is left.
+        False learns every token. All tokens of a `text` are learned in either case.
+    With a chat template, prompt and completion become a user and an assistant message. Without one they are
+    concatenated and closed with EOS; instruction, input and output are separated by a blank line.
+    Raises CheckpointError for a wrong record, and for one without a learned token within `max_length`.
     """
     found = tokenize_all([record], tokenizer, max_length, completion_only)
     return found.examples[0]
@@ -84,10 +93,10 @@ def tokenize_all(
     completion_only: bool = True,
     prompts_too: bool = False,
 ) -> TokenizedSet:
-    """`tokenize` for many records; one whose learned tokens are all cut off is left out and counted.
+    """Returns `tokenize` of many records. A record without a learned token within `max_length` is left out and counted.
 
-    prompts_too: such a one stays, as does what has nothing to learn, a prompt alone or messages without an answer.
-    Raises CheckpointError, with the record's number counted from 1, for a wrong one, and when none is left.
+    prompts_too: keep records without a learned token, such as a prompt alone or messages without an answer.
+    Raises CheckpointError, with the record's number from 1, for a wrong record, and if no example is left.
     """
     require(max_length is None or is_count(max_length, 2), "max_length must be None or at least 2", max_length)
     examples: list[TokenizedExample] = []
@@ -109,6 +118,17 @@ def tokenize_all(
     return TokenizedSet(examples, truncated, dropped)
 
 
+def tokenize_file(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    max_length: int | None = None,
+    completion_only: bool = True,
+    prompts_too: bool = False,
+) -> TokenizedSet:
+    """Returns `tokenize_all` of the records of a JSONL file."""
+    return tokenize_all(read_records(path, prompts_too), tokenizer, max_length, completion_only, prompts_too)
+
+
 def _encode(
     record: Record, tokenizer: Tokenizer, completion_only: bool, place: str, prompts_too: bool
 ) -> TokenizedExample:
@@ -119,23 +139,25 @@ def _encode(
         return _encode_messages(record["messages"], tokenizer, completion_only, place)
     if shape == ("text",):
         return _encode_plain("", record["text"], tokenizer, completion_only, place)
-    prompt, completion = record[shape[0]], record[shape[1]]
-    templated = tokenizer.chat_template is not None
+    has_template = tokenizer.chat_template is not None
     if shape == ("instruction", "output"):
-        given = (prompt, record.get("input") or "")
-        prompt = "\n\n".join(part for part in given if part) + ("" if templated else "\n\n")
-    if not templated:
+        parts = (record["instruction"], record.get("input") or "")
+        prompt = "\n\n".join(part for part in parts if part) + ("" if has_template else "\n\n")
+        completion = record["output"]
+    else:
+        prompt, completion = record["prompt"], record["completion"]
+    if not has_template:
         return _encode_plain(prompt, completion, tokenizer, completion_only, place)
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    messages: list[Message] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     return _encode_messages(messages, tokenizer, completion_only, place)
 
 
 def _encode_prompt(prompt: str, tokenizer: Tokenizer, place: str) -> TokenizedExample:
-    """A question as a model sees it that is about to answer; nothing in it is learned."""
+    """Returns a prompt as a model gets it for generation; no token is learned."""
     if tokenizer.chat_template is None:
         ids = _without_end(_token_ids(prompt, tokenizer, add_special_tokens=True), _end_token(tokenizer, place))
     else:
-        text = _written([{"role": "user", "content": prompt}], tokenizer, True, place)
+        text = _render([{"role": "user", "content": prompt}], tokenizer, True, place)
         ids = _token_ids(text, tokenizer, add_special_tokens=False)
     if not ids:
         raise CheckpointError(f"{place}: the prompt has no tokens; got {excerpt(prompt)}; write one that is not empty")
@@ -145,13 +167,13 @@ def _encode_prompt(prompt: str, tokenizer: Tokenizer, place: str) -> TokenizedEx
 def _encode_plain(
     prompt: str, completion: str, tokenizer: Tokenizer, completion_only: bool, place: str
 ) -> TokenizedExample:
-    """`prompt` then `completion` then EOS; an empty prompt leaves everything to be learned."""
+    """Returns `prompt`, `completion` and EOS. With an empty prompt every token is learned."""
     end = _end_token(tokenizer, place)
-    # Some tokenizers close what they are given themselves.
+    # Some tokenizers append EOS themselves.
     prompt_ids = _without_end(_token_ids(prompt, tokenizer, add_special_tokens=True), end)
     ids = _without_end(_token_ids(prompt + completion, tokenizer, add_special_tokens=True), end)
     if ids[: len(prompt_ids)] != prompt_ids:
-        # A token merges across the border; a model that is asked later sees the prompt's tokens as they are alone.
+        # A token merged across the border. For generation a model gets the tokens of the prompt alone.
         ids = prompt_ids + _without_end(_token_ids(completion, tokenizer, add_special_tokens=False), end)
     ids = [*ids, end]
     ignored = len(prompt_ids) if completion_only and prompt else 0
@@ -163,21 +185,21 @@ def _without_end(ids: list[int], end: int) -> list[int]:
 
 
 def _encode_messages(
-    messages: list[dict[str, Any]], tokenizer: Tokenizer, completion_only: bool, place: str
+    messages: list[Message], tokenizer: Tokenizer, completion_only: bool, place: str
 ) -> TokenizedExample:
-    """A conversation as the chat template writes it, closed with EOS if the template itself closes no turn.
+    """Returns a conversation rendered by the chat template, closed with EOS if the template does not close turns.
 
-    White space that a template writes after the token that ends a turn is not learned: generation has stopped there.
-    A token that merges across the start of an answer counts to the answer.
+    White space after the token that ends a turn is not learned, because generation has stopped there. A token that
+    merges across the start of an answer counts to the answer.
     """
-    text = _written(messages, tokenizer, False, place)
+    text = _render(messages, tokenizer, False, place)
     ids = _token_ids(text, tokenizer, add_special_tokens=False)
     learned = [not completion_only] * len(ids)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"] if completion_only else []
     for turn in turns:
         before, through = _turn_borders(messages, turn, text, tokenizer, place)
-        start = _common_start(ids, _token_ids(before, tokenizer, add_special_tokens=False))
-        stop = _common_start(ids, _token_ids(through, tokenizer, add_special_tokens=False))
+        start = _common_prefix(ids, _token_ids(before, tokenizer, add_special_tokens=False))
+        stop = _common_prefix(ids, _token_ids(through, tokenizer, add_special_tokens=False))
         while stop > start and str(tokenizer.decode([ids[stop - 1]])).isspace():
             stop -= 1
         learned[start:stop] = [True] * (stop - start)
@@ -189,26 +211,24 @@ def _encode_messages(
     return TokenizedExample(ids, [token if keep else IGNORE_INDEX for token, keep in zip(ids, learned, strict=True)])
 
 
-def _turn_borders(
-    messages: list[dict[str, Any]], turn: int, text: str, tokenizer: Tokenizer, place: str
-) -> tuple[str, str]:
-    """The beginnings of `text` up to where the answer messages[turn] starts, and up to where it ends.
+def _turn_borders(messages: list[Message], turn: int, text: str, tokenizer: Tokenizer, place: str) -> tuple[str, str]:
+    """Returns the prefixes of `text` up to the start and up to the end of the answer `messages[turn]`.
 
-    Raises CheckpointError when the template writes these messages differently with others behind them.
+    Raises CheckpointError if the template renders these messages differently when others follow.
     """
-    before = _written(messages[:turn], tokenizer, True, place)
-    through = _written(messages[: turn + 1], tokenizer, False, place)
+    before = _render(messages[:turn], tokenizer, True, place)
+    through = _render(messages[: turn + 1], tokenizer, False, place)
     if not (through.startswith(before) and text.startswith(through)):
         raise CheckpointError(
-            f"{place}: the chat template writes a conversation up to messages[{turn}] differently when it goes on,"
+            f"{place}: the chat template renders a conversation up to messages[{turn}] differently when it continues,"
             f" so the answer's tokens cannot be told apart; got {excerpt(through[-40:])} at its end;"
             " split the conversation into one record per answer, or pass completion_only=False"
         )
     return before, through
 
 
-def _written(messages: list[dict[str, Any]], tokenizer: Tokenizer, for_generation: bool, place: str) -> str:
-    """The conversation as text, by the tokenizer's chat template."""
+def _render(messages: Sequence[Message], tokenizer: Tokenizer, for_generation: bool, place: str) -> str:
+    """Returns the conversation as text, by the tokenizer's chat template."""
     if tokenizer.chat_template is None:
         raise CheckpointError(
             f"{place}: got messages, but this tokenizer has no chat template; use an instruct model's tokenizer,"
@@ -216,12 +236,12 @@ def _written(messages: list[dict[str, Any]], tokenizer: Tokenizer, for_generatio
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_generation))
-    # A template is a program of the checkpoint's, and may raise anything.
+    # A template is a program that comes with the checkpoint, and may raise anything.
     except Exception as error:
         roles = ", ".join(message["role"] for message in messages)
-        said = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{place}: the chat template refuses roles {roles} ({said}); change the record to what it accepts"
+            f"{place}: the chat template refuses roles {roles} ({reason}); change the record to one that it accepts"
         ) from error
 
 
@@ -238,9 +258,9 @@ def _end_token(tokenizer: Tokenizer, place: str) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _common_start(whole: list[int], beginning: list[int]) -> int:
-    """How many tokens both begin with: less than all of `beginning` where a token merges across its end."""
+def _common_prefix(ids: list[int], start: list[int]) -> int:
+    """Returns how many tokens both begin with. These are fewer than all of `start` if a token merges across its end."""
     shared = 0
-    while shared < min(len(whole), len(beginning)) and whole[shared] == beginning[shared]:
+    while shared < min(len(ids), len(start)) and ids[shared] == start[shared]:
         shared += 1
     return shared

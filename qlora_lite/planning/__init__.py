@@ -11,6 +11,7 @@ training_rehearsal   rehearse_steps: the memory of training, from a config
 layer_growth         the peaks of many layers from those of a few
 forecast             peaks of many batches and settings
 memory_plan          plan: what fits into a memory
+memory_budget        config_within: the activation checkpointing that fits into a memory
 plan_report          a plan as text
 """
 
@@ -23,6 +24,9 @@ from qlora_lite.lazy import lazy_names
 if TYPE_CHECKING:
     from qlora_lite.planning.forecast import Forecasts as Forecasts
     from qlora_lite.planning.forecast import Wanted as Wanted
+    from qlora_lite.planning.memory_budget import BudgetedConfig as BudgetedConfig
+    from qlora_lite.planning.memory_budget import config_within as config_within
+    from qlora_lite.planning.memory_budget import device_memory as device_memory
     from qlora_lite.planning.memory_plan import Memory as Memory
     from qlora_lite.planning.memory_plan import Plan as Plan
     from qlora_lite.planning.memory_plan import plan as plan
@@ -37,6 +41,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "training_rehearsal": "rehearse_steps",
         "forecast": "Wanted Forecasts",
         "memory_plan": "plan Plan Memory",
+        "memory_budget": "config_within device_memory BudgetedConfig",
         "plan_report": "render_plan",
     },
 )

@@ -97,7 +97,7 @@ def _how(plan: Plan, forecast: Forecast, width: int) -> list[str]:
     if plan.memory.accelerator:
         how += " What the allocator reserves is an estimate."
     if plan.memory.beside_is == "assumed":
-        how += " The context of the device cannot be known without it: --beside sets another size."
+        how += " The context of the device cannot be known without it: --overhead sets another size."
     return textwrap.wrap(how, width)
 
 

@@ -9,6 +9,7 @@ Every process goes through the same batches and takes its rows, so that none has
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -21,6 +22,11 @@ from qlora_lite.errors import Stopped, TrainingError
 from qlora_lite.training.config import SEED_LIMIT
 
 Made = TypeVar("Made")
+
+
+def is_first_process() -> bool:
+    """Returns whether this process is the first one of a run, by the variable RANK that launchers set."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def share(batch: dict[str, Tensor], process: int, processes: int) -> dict[str, Tensor] | None:

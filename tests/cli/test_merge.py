@@ -22,7 +22,7 @@ def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--steps", 6)
     where = ("--layers-to-transform", "0-1", "--exclude-modules", "k_proj, layers.1.mlp.up_proj")
     beside = ("--modules-to-save", "model.norm", "--trainable-token-indices", "5,6")
-    done = run(*words, *where, *beside, "--rank", 2, "--use_rslora", "--learning-rate", 0.01, "--json")
+    done = run(*words, *where, *beside, "--rank", 2, "--use-rslora", "--learning-rate", 0.01, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["last_loss"] < figures["first_loss"] and figures["examples"] == 8

@@ -1,26 +1,52 @@
-"""`qlora-lite train`: what its words mean, and what it must not write over. (Whole runs: test_cli.py.)"""
+"""`qlora-lite train`: how its options become settings, the choice of checkpointing, and what it must not write over.
+
+Whole runs are in test_merge.py.
+"""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qlora_lite.cli.train import _target_settings
+from qlora_lite import LoraConfig
+from qlora_lite.cli import train as module
+from qlora_lite.cli.main import app
 from qlora_lite.errors import ConfigError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_words_are_lists_of_names_and_numbers() -> None:
-    assert _target_settings("all-linear", None, None) == {"target_modules": "all-linear", "layers_to_transform": None}
-    chosen = _target_settings("q_proj, v_proj", "layers.0.q_proj", "0-2,5")
-    assert chosen["target_modules"] == ["q_proj", "v_proj"] and chosen["exclude_modules"] == ["layers.0.q_proj"]
-    assert list(chosen["layers_to_transform"]) == [0, 1, 2, 5]
+class Parsed(Exception):
+    pass
+
+
+def test_options_become_the_settings_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[LoraConfig] = []
+
+    def keep(lora: LoraConfig, *rest: object) -> None:
+        made.append(lora)
+        raise Parsed
+
+    monkeypatch.setattr(module, "_check_options", keep)
+
+    def parsed(*words: str) -> LoraConfig:
+        with pytest.raises(Parsed):
+            app(["train", "--model", "m", "--data", "d", "--output", "o", *words], standalone_mode=False)
+        return made[-1]
+
+    assert parsed() == LoraConfig(modules_to_save=[], trainable_token_indices=[])
+    lora = parsed("--target-modules", "q_proj, v_proj", "--exclude-modules", "layers.0.q_proj", "--rank", "3")
+    assert lora.target_modules == ["q_proj", "v_proj"] and lora.exclude_modules == ["layers.0.q_proj"]
+    assert lora.rank == 3 and lora.alpha == 32 and not lora.use_rslora
+    lora = parsed("--layers-to-transform", "0-2,5", "--use-rslora", "--bias", "all", "--trainable-token-indices", "7,9")
+    assert list(lora.layers_to_transform or ()) == [0, 1, 2, 5] and list(lora.trainable_token_indices) == [7, 9]
+    assert lora.use_rslora and lora.bias == "all" and lora.target_modules == "all-linear"
     with pytest.raises(ConfigError, match="layers"):
-        _target_settings("all-linear", None, "first")
+        parsed("--layers-to-transform", "first")
 
 
 def test_the_data_is_never_overwritten(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
@@ -29,3 +55,18 @@ def test_the_data_is_never_overwritten(run: Run, tiny_folder: Path, tmp_path: Pa
     done = run("train", "--model", tiny_folder, "--data", data, "--output", tmp_path, "--overwrite", "--steps", 1)
     assert done.returncode == 1 and "would replace the input" in done.stderr
     assert data.read_text() == '{"text": "mine"}\n'
+
+
+def test_training_within_a_budget_chooses_the_checkpointing(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"number {n}"}) for n in range(8)))
+    words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--rank", 2, "--steps", 1)
+    done = run(*words, "--memory-budget", "4GiB", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert "2 x 9 tokens within 4,096.0 MiB: checkpointing none, predicted peak" in done.stdout
+    assert 0 < figures["predicted_peak_bytes"] < 4 << 30 and figures["peak_bytes"] > 0
+    refused = run(*words, "--memory-budget", "4GiB", "--checkpointing", "full", "--overwrite")
+    assert refused.returncode == 2 and "leave out it or --checkpointing" in refused.stderr
+    small = run(*words, "--memory-budget", "1MiB", "--overwrite")
+    assert small.returncode == 2 and "not even two tokens fit" in small.stderr and len(small.stderr.splitlines()) == 1

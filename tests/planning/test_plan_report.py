@@ -48,7 +48,7 @@ int8 embedding and head   not possible: it has no head
 
 Rehearsed with 3 and 4 layers and continued to all of them by straight lines; compared with a
 rehearsal of 5 layers: equal to the byte. What the allocator reserves is an estimate. The context of
-the device cannot be known without it: --beside sets another size.
+the device cannot be known without it: --overhead sets another size.
 """
 
 
