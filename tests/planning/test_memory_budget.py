@@ -29,12 +29,11 @@ def test_the_config_gets_the_checkpointing_of_the_plan(tiny_folder: Path, spare:
     quant, lora, config = QuantConfig(), LoraConfig(rank=2), TrainConfig(steps=3, gradient_accumulation=2)
     found = read_config(tiny_folder)
     wanted = Wanted(quant, lora, 2, 16, accumulated=True)
-    roomy = Memory(1 << 30, 0, False)
-    full = checkpointing_within(found, wanted, roomy)
-    assert full.checkpointing == "none" and full.needed is not None
-    memory = Memory(full.needed + spare, 0, False)
+    least = checkpointing_within(found, wanted, Memory(1 << 30, 0, False))
+    assert least.checkpointing == "none" and least.needed is not None
+    memory = Memory(least.needed + spare, 0, False)
     budgeted = config_within(memory, tiny_folder, quant, lora, config, rows=2, tokens=16)
-    assert budgeted.predicted_peak == full.needed and budgeted.config.checkpointing == "none"
+    assert budgeted.predicted_peak == least.needed and budgeted.config.checkpointing == "none"
     assert (budgeted.config.steps, budgeted.config.gradient_accumulation) == (3, 2)
     with pytest.raises(ConfigError, match=r"even if every block is recomputed, .*not even two tokens fit"):
         config_within(Memory(1 << 10, 0, False), tiny_folder, quant, lora, config, rows=2, tokens=16)
@@ -46,5 +45,5 @@ def test_the_choice_is_one_sentence() -> None:
     assert none.described() == (
         "2 x 9 tokens within 4,096.0 MiB: checkpointing none, predicted peak 200.0 MiB, 100.0 MiB of it besides tensors"
     )
-    some = BudgetedConfig(TrainConfig(checkpointing=3 << 20), memory, 2, 9, 200 << 20)
-    assert "checkpointing 3.0 MiB, predicted peak at most 200.0 MiB," in some.described()
+    some = BudgetedConfig(TrainConfig(checkpointing=30 << 20), memory, 2, 9, 200 << 20)
+    assert "checkpointing 30.0 MiB, predicted peak at most 200.0 MiB," in some.described()
