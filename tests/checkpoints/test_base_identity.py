@@ -34,8 +34,7 @@ from qlora_lite.checkpoints.base_identity import (
     repacked_weights,
 )
 from qlora_lite.checkpoints.safetensors_read import StoredTensor
-from qlora_lite.cli.main import main
-from qlora_lite.cli.train import train
+from qlora_lite.cli.main import app, main
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.export.quantized import save_quantized
@@ -447,7 +446,8 @@ def test_what_cannot_be_packed_anew_is_refused(tiny_folder: Path) -> None:
         with pytest.raises(ConfigError, match=r"init_lora_weights must be one of .*or loftq:N; got"):
             LoraConfig(init_lora_weights=wrong)
     with pytest.raises(ConfigError, match="writes no base; use it from Python"):
-        train(str(tiny_folder), tiny_folder / "data.jsonl", tiny_folder / "out", init_lora_weights="loftq:2")
+        words = ["train", "--model", tiny_folder, "--data", tiny_folder / "data.jsonl", "--output", tiny_folder / "out"]
+        app([*map(str, words), "--init-lora-weights", "loftq:2"], standalone_mode=False)
     model = load_quantized(tiny_folder, QuantConfig(embedding_format="int8"))
     with pytest.raises(ConfigError, match=r"lm_head shares its packed weight with another module"):
         add_lora_(model, LoraConfig(2, target_modules=["lm_head"], init_lora_weights="loftq:2"))
