@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from message_records import exact_match, generate, prompt_messages
-from real_model import fetch
 
+from message_records import exact_match, generate, prompt_messages
 from qlora_lite import (
     LoraConfig,
     MemoryProfiler,
@@ -38,6 +37,7 @@ from qlora_lite import (
 from qlora_lite.checkpoints import load_tokenizer
 from qlora_lite.data import batches, tokenize_all
 from qlora_lite.memory import readable_bytes, render
+from real_model import fetch
 
 ANSWER_TOKENS = 40
 PROMPTS_AT_ONCE = 32

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,13 +23,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from parts.example_models import model_folder
+from parts.perplexity import perplexity
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.checkpoints.hub import load_tokenizer
 from qlora_lite.compute.host_memory import set_host_limits
-from qlora_lite.training.fused_forward import lean
-from qlora_lite.training.objective import headless_loss
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 WINDOW, WINDOWS = 512, 16
 TINY_WINDOW, TINY_WINDOWS = 32, 2
@@ -55,15 +51,6 @@ def text_windows(folder: Path, window: int, windows: int) -> torch.Tensor:
 def base_bytes(model: Any) -> int:
     """Bytes of all that the model holds, tied tensors once."""
     return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
-
-
-def perplexity(model: Any, windows: torch.Tensor) -> float:
-    """exp of the mean loss over the tokens of `(windows, tokens)`, of each window all but the first."""
-    total = 0.0
-    with torch.no_grad(), lean(model):
-        for window in windows.split(2):
-            total += float(headless_loss(model, {"input_ids": window, "labels": window}))
-    return math.exp(total / (windows.numel() - len(windows)))
 
 
 def measure(folder: Path, config: QuantConfig, windows: torch.Tensor) -> dict[str, float]:
@@ -98,14 +85,8 @@ def main() -> None:
     given = parser.parse_args()
     window, windows = (TINY_WINDOW, TINY_WINDOWS) if given.tiny else (WINDOW, WINDOWS)
     with tempfile.TemporaryDirectory() as scratch:
-        if given.tiny:
-            from tiny_model import make_tiny_model
-
-            given.model = make_tiny_model(Path(scratch) / "tiny")
-        elif given.model is None:
-            from real_model import fetch
-
-            given.model = fetch()
+        if given.tiny or given.model is None:
+            given.model = model_folder(given.tiny, Path(scratch))
         tokens = text_windows(given.model, window, windows)
         figures = {name: measure(given.model, config, tokens) for name, config in FORMATS.items()}
     table = Table("base", "perplexity", "MiB", "forward (s)", "step (s)", title=f"{tokens.numel():,} tokens")

@@ -15,21 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from io_worker import measured, peer_model
 from rich.console import Console
 from rich.table import Table
-from step_worker import ALPHA, LEARNING_RATE, RANK, TOKEN_IDS
 
+from parts.example_models import make_tiny_model
+from parts.io_worker import measured, peer_model
+from parts.model_shapes import make_shape
+from parts.step_worker import ALPHA, LEARNING_RATE, RANK, TOKEN_IDS
 from qlora_lite.memory.measure import resident_bytes
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 TOKENS = 256
 STEPS = 4
@@ -131,9 +130,6 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a random model of two small layers")
     given = parser.parse_args()
     torch.set_num_threads(2)
-    from model_shapes import make_shape
-    from tiny_model import make_tiny_model
-
     with tempfile.TemporaryDirectory() as scratch:
         model = make_tiny_model(Path(scratch) / "tiny") if given.tiny else make_shape("llama3-8b")
         results = run(Peer() if given.peer else Ours(), str(model), Path(scratch) / "merged")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from parts.example_models import make_tiny_model
+from parts.model_shapes import SHAPES
 from qlora_lite import LoraConfig, QuantConfig
 from qlora_lite.checks import byte_count
 from qlora_lite.planning.forecast import Forecasts, Wanted
 from qlora_lite.planning.memory_plan import Memory, largest_batch
 from qlora_lite.planning.rehearsal import fake_tensors
 from qlora_lite.planning.training_rehearsal import read_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 SETTINGS = {
     "nf4": QuantConfig(),
@@ -39,7 +38,6 @@ CHECKPOINTING = ("full", "none")
 
 def shape_config(folder: Path) -> Any:
     """The config of an 8B Llama-3."""
-    from model_shapes import SHAPES
     from transformers import LlamaConfig
 
     LlamaConfig(**SHAPES["llama3-8b"]).save_pretrained(folder)
@@ -58,8 +56,6 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if given.tiny:
-            from tiny_model import make_tiny_model
-
             given.model, given.memory, given.lengths = make_tiny_model(Path(scratch)), "516MiB", [16]
         found = read_config(given.model) if given.model else shape_config(Path(scratch))
     memory = Memory(byte_count("--memory must be", given.memory), byte_count("--context must be", given.context), True)

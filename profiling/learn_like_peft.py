@@ -29,15 +29,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent / "examples"))
+from parts.example_models import fetch
+from parts.learning_worker import Work
+
+WORKER = Path(__file__).resolve().parent / "parts" / "learning_worker.py"
 MIB = 1 << 20
 HELD_OUT, TINY_HELD_OUT = 32, 2  # rows of held-out text
 SHORT_STEPS = 20  # of the schedule, in fp32 on the peer's side
@@ -61,36 +63,6 @@ PAIRS = {
 YARDSTICKS = ("ours - ours in fp32", "ours - ours, start moved")
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a worker does, over which checkpoint, and where its files lie.
-
-    taken: steps until the training is left, None for all of the schedule's. fp32: products and activations in fp32 over
-    the same packed base. moved: A begins half a step of bf16 away, up or down, which is a change by rounding alone.
-    settings: fields of LoraConfig that are not the usual. adapters: names of those to be judged.
-    """
-
-    name: str
-    kind: str
-    model: str
-    folder: str
-    steps: int
-    rows: int
-    tokens: int
-    held_out: int
-    learning_rate: float = 2e-4
-    lora_plus_ratio: float = 1.0
-    format: str = "nf4"
-    taken: int | None = None
-    fp32: bool = False
-    moved: bool = False
-    settings: dict[str, Any] = field(default_factory=dict)
-    adapters: tuple[str, ...] = ()
-
-    def path(self, name: str) -> Path:
-        return Path(self.folder) / name
-
-
 def works(usual: Work, variants: list[str]) -> list[Work]:
     """All that is run, in order; `usual` is plain LoRA, ours."""
     short = min(SHORT_STEPS, usual.steps)
@@ -111,7 +83,7 @@ def works(usual: Work, variants: list[str]) -> list[Work]:
 def run(group: list[Work]) -> Iterator[dict[str, Any]]:
     """The figures of works that share a process, each when it is done."""
     order = json.dumps([asdict(work) for work in group])
-    command = [sys.executable, str(FOLDER / "learning_worker.py"), order]
+    command = [sys.executable, str(WORKER), order]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{', '.join(work.name for work in group)} ended:\n{done.stderr.strip()[-2000:]}")
@@ -207,8 +179,6 @@ def main() -> None:
         if given.tiny:
             given.steps, given.tokens, model = 3, 32, Path(scratch) / "tiny"  # which the worker makes
         else:
-            from real_model import fetch
-
             model = fetch()
         held_out = TINY_HELD_OUT if given.tiny else HELD_OUT
         usual = Work("ours", "ours", str(model), scratch, given.steps, given.rows, given.tokens, held_out)

@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from comparisons import compare_others, compare_ours, compare_peft, compare_published
+from parts.comparisons import compare_others, compare_ours, compare_peft, compare_published
 
 PARTS = {"ours": compare_ours, "peft": compare_peft, "published": compare_published, "others": compare_others}
 FIGURES = (

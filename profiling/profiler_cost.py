@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from parts.example_models import model_folder
 from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add_lora_, load_quantized, train
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 ROUNDS, STEPS = 4, 4
 MODES = {"plain": None, "phases": False, "full": True}
@@ -44,17 +42,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a random model of two small layers, 2 x 32 tokens")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        if given.tiny:
-            from tiny_model import make_tiny_model
-
-            folder, tokens = make_tiny_model(Path(scratch) / "tiny"), 32
-        else:
-            from real_model import fetch
-
-            folder, tokens = fetch(), 512
-        model = load_quantized(folder, QuantConfig())
+        model = load_quantized(model_folder(given.tiny, Path(scratch)), QuantConfig())
     add_lora_(model, LoraConfig(rank=16, alpha=32))
-    ids = torch.randint(model.config.vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        model.config.vocab_size, (2, 32 if given.tiny else 512), generator=torch.Generator().manual_seed(0)
+    )
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(ROUNDS):
         for mode, trace in MODES.items():

@@ -23,7 +23,6 @@ import functools
 import json
 import os
 import socket
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,11 +40,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from parts.example_models import make_tiny_model
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.surgery import repeated_blocks
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 PROCESSES = 2
 SECONDS = 10  # that a process waits for others
@@ -231,8 +229,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="one process, two cases")
     tiny = parser.parse_args().tiny
-    from tiny_model import make_tiny_model
-
     count = 1 if tiny else PROCESSES
     names = [case.name for case in (TINY_CASES if tiny else CASES)]
     with tempfile.TemporaryDirectory() as place:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from step_worker import Work
-from versus_peft import MIB, measure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from parts.example_models import make_tiny_model
+from parts.model_shapes import make_shape
+from parts.step_processes import measure
+from parts.step_worker import Work
 
+MIB = 1 << 20
 SHAPE = "smollm2-135m"
 TOKENS, TINY_TOKENS = (256, 512, 1024, 2048), (16, 32, 64)
 LAYERS, TINY_LAYERS = (1, 2, 4, 8, 16), (1, 2)
@@ -77,13 +78,9 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if given.tiny:
-            from tiny_model import make_tiny_model
-
             folders = {n: make_tiny_model(Path(scratch) / f"tiny{n}", layers=n) for n in TINY_LAYERS}
             lengths, length = TINY_TOKENS, TINY_TOKENS[0]
         else:
-            from model_shapes import make_shape
-
             folders = {n: make_shape(SHAPE, layers=n) for n in LAYERS}
             lengths, length = TOKENS, 512
         deepest = str(folders[max(folders)])

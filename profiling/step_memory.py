@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
+from parts.example_models import model_folder
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig
 from qlora_lite.memory.report import render
 from qlora_lite.training.config import checkpointing_named
 from qlora_lite.training.loop import profile_steps
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 
 def main() -> None:
@@ -35,13 +33,9 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if given.tiny:
-            from tiny_model import make_tiny_model
-
-            given.model, given.tokens = make_tiny_model(Path(scratch) / "tiny"), 32
-        elif given.model is None:
-            from real_model import fetch
-
-            given.model = fetch()
+            given.tokens = 32
+        if given.tiny or given.model is None:
+            given.model = model_folder(given.tiny, Path(scratch))
         report = profile_steps(
             given.model,
             QuantConfig(format=given.format),

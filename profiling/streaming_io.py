@@ -23,8 +23,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent / "examples"))
+from parts.example_models import make_tiny_model
+from parts.model_shapes import make_adapter, make_shape
+
+WORKER = Path(__file__).resolve().parent / "parts" / "io_worker.py"
 
 MIB = 1 << 20
 GROWTH = ("llama-300m", "llama-1b", "llama-3b")
@@ -44,7 +46,7 @@ def work(what: str, model: Path, adapter: Path, scratch: Path) -> dict[str, Any]
     """The figures of one worker."""
     output = scratch / what
     given = {"what": what, "model": str(model), "adapter": str(adapter), "output": str(output)}
-    command = [sys.executable, str(FOLDER / "io_worker.py"), json.dumps(given)]
+    command = [sys.executable, str(WORKER), json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{what} ended:\n{done.stderr.strip()[-2000:]}")
@@ -94,9 +96,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="random models of a few small layers")
     given = parser.parse_args()
-    from model_shapes import make_adapter, make_shape
-    from tiny_model import make_tiny_model
-
     with tempfile.TemporaryDirectory() as scratch:
         if given.tiny:
             folders = [make_tiny_model(Path(scratch) / f"tiny-{layers}", layers=layers) for layers in (1, 2, 3)]

@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,13 +27,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from step_worker import Work
-from versus_peft import MIB, Worker
 
+from parts.example_models import model_folder
+from parts.step_processes import Worker
+from parts.step_worker import Work
 from qlora_lite.compute.host_memory import PROGRAM_CACHES
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
+MIB = 1 << 20
 STEPS, TINY_STEPS = 60, 4
 TOKENS, TINY_TOKENS = 256, 32
 LENGTHS = 192
@@ -83,14 +82,7 @@ def main() -> None:
     for name in itertools.chain(*PROGRAM_CACHES):
         os.environ.pop(name, None)  # the caller's own would count for all
     with tempfile.TemporaryDirectory() as scratch:
-        if tiny:
-            from tiny_model import make_tiny_model
-
-            model = make_tiny_model(Path(scratch) / "model")
-        else:
-            from real_model import fetch
-
-            model = fetch()
+        model = model_folder(tiny, Path(scratch))
         steps, tokens = (TINY_STEPS, TINY_TOKENS) if tiny else (STEPS, TOKENS)
         words = {"checkpointing": "none", "rows": 1, "tokens": tokens, "steps": steps, "lengths": given.lengths}
         ours = Work("ours", str(model), **words)

@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,14 +22,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from step_worker import Work
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent / "examples"))
+from parts.example_models import fetch, make_tiny_model
+from parts.model_shapes import make_shape
+from parts.step_processes import WARM_UP_STEPS, measure
+from parts.step_worker import Work
 
-HALF_OF_PEER = "half of the peer's peak"
-WARM_UP_STEPS = 1
 MIB = 1 << 20
+HALF_OF_PEER = "half of the peer's peak"
 
 
 @dataclass(frozen=True)
@@ -68,57 +65,6 @@ def cases(small: str, large: str, rows: int = 2, tokens: int = 512) -> dict[str,
         "dropout": Case(replace(ours, dropout=0.1), ours, 1.03, 1.00),
         "floor": Case(ours, replace(ours, side="floor"), 1.25, None),
     }
-
-
-class Worker:
-    """A worker process and the figures that it has given."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        command = [sys.executable, str(FOLDER / "step_worker.py"), work.to_json()]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.figures: list[dict[str, Any]] = []
-        self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                self.figures.append(json.loads(line))
-                return self.figures[-1]
-        assert self.process.stderr is not None
-        raise SystemExit(f"the worker {self.work} ended:\n{self.process.stderr.read().strip()[-2000:]}")
-
-    def step(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self._answer()
-
-    def finish(self) -> dict[str, Any]:
-        """The figures of the whole: median seconds, peaks, first loss."""
-        self.step()  # the traced one
-        last = self._answer()
-        self.process.communicate()
-        steps = [figures for figures in self.figures if "seconds" in figures]
-        return {
-            "seconds": statistics.median(figures["seconds"] for figures in steps[WARM_UP_STEPS:]),
-            "rss_peak": steps[-1]["peak"],
-            "live_peak": self.figures[-2]["live_peak"],
-            "live_resident": self.figures[-2]["live_resident"],
-            "first_loss": last["first_loss"],
-        }
-
-
-def measure(works: list[Work]) -> dict[Work, dict[str, Any]]:
-    """Runs the works side by side, a step of each in turn."""
-    workers = [Worker(work) for work in works]
-    for _ in range(works[0].steps):
-        for worker in workers:
-            worker.step()
-    return {worker.work: worker.finish() for worker in workers}
 
 
 def resolve_budgets(chosen: dict[str, Case]) -> dict[str, Case]:
@@ -210,14 +156,9 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if given.tiny:
-            from tiny_model import make_tiny_model
-
             small = str(make_tiny_model(Path(scratch) / "tiny"))
             every = cases(small, small, tokens=32)
         else:
-            from model_shapes import make_shape
-            from real_model import fetch
-
             needs_large = not given.cases or any(name.startswith("1b") for name in given.cases)
             every = cases(str(fetch()), str(make_shape("llama-1b")) if needs_large else "")
         unknown = [name for name in given.cases if name not in every]

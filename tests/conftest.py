@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import signal
 import subprocess
@@ -79,13 +78,24 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def make_tiny_model() -> Callable[..., Path]:
-    """examples/tiny_model.py's function."""
-    specification = importlib.util.spec_from_file_location("tiny_model", ROOT / "examples" / "tiny_model.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module.make_tiny_model
+def import_script() -> Callable[[str], Any]:
+    """Imports a script by its path from the root. It finds the scripts of its folder as it does when it is run."""
+
+    def imported(path: str) -> Any:
+        folder = str((ROOT / path).parent)
+        sys.path.insert(0, folder)
+        try:
+            return importlib.import_module(Path(path).stem)
+        finally:
+            sys.path.remove(folder)
+
+    return imported
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model(import_script: Callable[[str], Any]) -> Callable[..., Path]:
+    """The function of examples/tiny_model.py."""
+    return import_script("examples/tiny_model.py").make_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +151,7 @@ def killed_while_writing() -> Callable[..., None]:
     """(point, folder, program, its words): runs a program that is killed at its change of the disk of this number."""
 
     def run(point: int, below: Path, program: str, *words: object) -> None:
-        arguments = [str(ROOT / "profiling"), str(point), str(below), *map(str, words)]
+        arguments = [str(ROOT / "tests" / "reliability"), str(point), str(below), *map(str, words)]
         command = [sys.executable, "-c", KILLED + program, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
@@ -159,18 +169,3 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     return start
-
-
-@pytest.fixture(scope="session")
-def profiling_script() -> Callable[[str], Any]:
-    """Imports a script of profiling/ by its name, which finds those beside it as it does when it is run."""
-
-    def imported(name: str) -> Any:
-        folder = str(ROOT / "profiling")
-        sys.path.insert(0, folder)
-        try:
-            return importlib.import_module(name)
-        finally:
-            sys.path.remove(folder)  # and not what the script itself put there, which it imports from later
-
-    return imported

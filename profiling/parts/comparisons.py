@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from peft_steps import PeftWork, load_base, skeleton, stand_in_, take_steps
-from published_runs import BLOG, FMS, T4_BYTES, not_known, published_runs, replayed, steps_peak, work_of
 from rich.console import Console
 from rich.table import Table
-from training_cases import CASES, TINY_CASES, Difference, differences, make_model
 
+from parts.example_models import fetch
+from parts.peft_steps import PeftWork, load_base, skeleton, stand_in_, take_steps
+from parts.published_runs import BLOG, FMS, T4_BYTES, not_known, published_runs, replayed, steps_peak, work_of
+from parts.training_cases import CASES, TINY_CASES, Difference, differences, make_model
 from qlora_lite.checkpoints.hub import read_config
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.planning.rehearsal import rehearse
 from qlora_lite.planning.training_rehearsal import rehearse_steps
 from qlora_lite.training.loop import profile_steps
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 PEFT_WORKS = tuple(
     PeftWork(format=format, checkpointing=checkpointing, tokens=256)
@@ -46,8 +44,6 @@ def _share(value: float) -> str:
 
 def _folder(model: str, scratch: Path) -> Path:
     if model == "smollm2":
-        from real_model import fetch
-
         return fetch()
     return make_model(model, scratch)
 

@@ -18,17 +18,20 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import torch
-from base_formats import perplexity
-from learn_like_peft import Work
-from peft_steps import load_base
-from safetensors.torch import load_file, save_file
-from step_worker import ALPHA, RANK, peer_step, say, settled_bytes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path, it finds the other parts
 
+import torch
+from safetensors.torch import load_file, save_file
+
+from parts.example_models import make_tiny_model
+from parts.peft_steps import load_base
+from parts.perplexity import perplexity
+from parts.step_worker import ALPHA, RANK, peer_step, say, settled_bytes
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_adapter_, load_quantized, save_adapter
 from qlora_lite import train as train_ours
 from qlora_lite.checkpoints.hub import load_tokenizer
@@ -41,6 +44,36 @@ HELD_OUT = 10  # every tenth topic, by length
 START, TOKENS = "start", "tokens.safetensors"
 BF16_HALF_STEP = 2.0**-9
 Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker does, over which checkpoint, and where its files lie.
+
+    taken: steps until the training is left, None for all of the schedule's. fp32: products and activations in fp32 over
+    the same packed base. moved: A begins half a step of bf16 away, up or down, which is a change by rounding alone.
+    settings: fields of LoraConfig that are not the usual. adapters: names of those to be judged.
+    """
+
+    name: str
+    kind: str
+    model: str
+    folder: str
+    steps: int
+    rows: int
+    tokens: int
+    held_out: int
+    learning_rate: float = 2e-4
+    lora_plus_ratio: float = 1.0
+    format: str = "nf4"
+    taken: int | None = None
+    fp32: bool = False
+    moved: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+
+    def path(self, name: str) -> Path:
+        return Path(self.folder) / name
 
 
 def training(work: Work) -> TrainConfig:
@@ -83,8 +116,6 @@ def split_texts() -> tuple[str, str]:
 
 def prepare(work: Work) -> dict[str, Any]:
     if not Path(work.model).exists():
-        from tiny_model import make_tiny_model
-
         make_tiny_model(Path(work.model))
     tokenizer, parts = load_tokenizer(work.model), {}
     for part, text in zip(("train", "held_out"), split_texts(), strict=True):

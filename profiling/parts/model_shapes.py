@@ -15,15 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path, it finds the other parts
+
 import torch
 
+from parts.example_models import cache_folder
 from qlora_lite.checkpoints.atomic_folder import new_folder
 from qlora_lite.checkpoints.hub import empty_model, save_config_and_tokenizer
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor, write_sharded
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-from real_model import cache_folder
 
 # llama-1b is TinyLlama-1.1B's, llama3-8b Llama-3-8B's; the other llamas lie between in size.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -29,9 +29,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft_steps import PeftWork, skeleton, stand_in_, take_steps
 from torch import Tensor, nn
 
+from parts.peft_steps import PeftWork, skeleton, stand_in_, take_steps
 from qlora_lite.planning.cuda_allocator import Replay, replay
 from qlora_lite.planning.rehearsal import rehearsal
 

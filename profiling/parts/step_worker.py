@@ -17,7 +17,10 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path, it finds the other parts
 
 import torch
 
@@ -167,7 +170,7 @@ def peer(work: Work, watch: Watch) -> list[float]:
 
 
 def floor(work: Work, watch: Watch) -> list[None]:
-    from machine_floor import Floor
+    from parts.machine_floor import Floor
 
     machine = Floor(work.model, work.rows, work.tokens, RANK)
     set_host_limits()

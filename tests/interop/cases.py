@@ -1,4 +1,4 @@
-"""The cases of interop_matrix.py: small models, ways to adapt them in peft's words and in ours, what may be refused.
+"""The cases of matrix.py: small models, ways to adapt them in peft's words and in ours, what may be refused.
 
 A subject is a family x a variant x a choice of targets x a base; a case is a subject in one direction. Options of
 `LoraConfig` that this version does not have are found by its fields, and their cases are reported as not built yet.
@@ -226,7 +226,11 @@ KNOWN_REFUSALS = (
         ("stacks", "router"),
         variants=("dora", "rsdora"),
     ),
-    Refusal("a start for linear layers alone", r"^init '\w+' is for linear layers", ("embedding", "stacks", "router")),
+    Refusal(
+        "a start for linear layers alone",
+        r"^init_lora_weights '\w+' is for linear layers",
+        ("embedding", "stacks", "router"),
+    ),
     Refusal("layers that peft lost when it converted", r"answer to no layer in the file", ("embedding",), CONVERTED),
     Refusal("LoftQ without a packed layer", r"is not packed and has no error", variants=("loftq",)),
     Refusal("a base that was changed", r"init_lora_weights=.*cannot honour", variants=("pissa_as_trained",)),

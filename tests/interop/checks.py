@@ -1,4 +1,4 @@
-"""What interop_matrix.py asks of peft and of us: adapters made on each side, and a check for each direction.
+"""What matrix.py asks of peft and of us: adapters made on each side, and a check for each direction.
 
 A side that does not take what it is asked raises; peft's errors, whatever they are, and those of ours that the table
 of known refusals has, become Refused. Everything else that a check raises fails its case.
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interop_cases import Subject, known_refusal
-from interop_sides import Workshop, disturb_, logits, our_trained, peft_loaded, peft_trained, saved_values
 from torch import Tensor
 
+from cases import Subject, known_refusal
 from qlora_lite import QLoRAError, export_merged, load_adapter_, save_adapter
+from trained_adapters import Workshop, disturb_, logits, our_trained, peft_loaded, peft_trained, saved_values
 
 PASSED, BY_PEFT, BY_US, FAILED = "passed", "refused_by_peft", "refused_by_us", "failed"
 RELOADED = "peft loads from its own file another model than it trained; ours is the loaded one"

@@ -1,12 +1,12 @@
 """Do peft and this library read each other's adapters, and compute the same with them?
 
-    python profiling/interop_matrix.py                          # every case; some minutes on two cores
-    python profiling/interop_matrix.py --family gpt2 --base nf4 --variant dora
-    python profiling/interop_matrix.py --quick                  # a few cases, in seconds
-    python profiling/interop_matrix.py --quick --disturb value  # every case must fail
+    python tests/interop/matrix.py                          # every case; some minutes on two cores
+    python tests/interop/matrix.py --family gpt2 --base nf4 --variant dora
+    python tests/interop/matrix.py --quick                  # a few cases, in seconds
+    python tests/interop/matrix.py --quick --disturb value  # every case must fail
 
 Small random models are adapted and trained a few steps on each side, by real peft over transformers and bitsandbytes
-and by this library, and saved; the other side loads. A case is one subject (interop_cases.py) in one direction:
+and by this library, and saved; the other side loads. A case is one subject (cases.py) in one direction:
 
     from_peft  peft's adapter here: equal logits in fp32
     to_peft    our adapter in peft: equal logits in fp32
@@ -37,11 +37,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from interop_cases import BASES, FAMILIES, VARIANTS, Subject, subjects, target_options
-from interop_checks import BY_PEFT, BY_US, FAILED, PASSED, Result, results
-from interop_sides import Workshop
 from rich.console import Console
 from rich.table import Table
+
+from cases import BASES, FAMILIES, VARIANTS, Subject, subjects, target_options
+from checks import BY_PEFT, BY_US, FAILED, PASSED, Result, results
+from trained_adapters import Workshop
 
 LETTERS = {PASSED: "+", BY_PEFT: "p", BY_US: "u", FAILED: "F"}
 STATUSES = tuple(LETTERS)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
-from endure_inputs import Wrong, limited, listing
 
+from bad_inputs import Wrong, limited, listing
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, save_adapter
 from qlora_lite.cli.main import app, main
 

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from bad_files import STRANGE, TENSORS, canary, damaged_safetensors, damaged_text, nested, pickled
 
+from bad_files import STRANGE, TENSORS, canary, damaged_safetensors, damaged_text, nested, pickled
+from example_model import make_tiny_model
 from qlora_lite import QuantConfig, load_quantized
 from qlora_lite.export.quantized import save_quantized
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 CONFIG = "config.json"
 OPTIONS = (
@@ -37,8 +35,6 @@ QUANTIZATION_OPTIONS = (
 @functools.cache
 def good_folder(packed: bool) -> Path:
     """A small checkpoint, made once in a process."""
-    from tiny_model import make_tiny_model
-
     folder = Path(tempfile.mkdtemp(prefix="good-"))
     plain = make_tiny_model(folder / "plain")
     if not packed:

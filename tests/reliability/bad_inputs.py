@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import bad_checkpoints
-import bad_files
 import safetensors.torch
 import torch
 from torch import nn
 
+import bad_checkpoints
+import bad_files
 from qlora_lite import QuantConfig, load_adapter_, load_quantized
 from qlora_lite.checkpoints.safetensors_read import TensorFiles, read_safetensors
 from qlora_lite.data.records import read_records

@@ -1,17 +1,17 @@
 """What is lost to kills and bad files, is resuming exact, and does a long run stay as it is?
 
-    python profiling/endure.py            # all of it: about ten minutes on two cores
-    python profiling/endure.py --tiny     # a sample, in a minute or two
+    python tests/reliability/endure.py            # all of it: about ten minutes on two cores
+    python tests/reliability/endure.py --tiny     # a sample, in a minute or two
 
 stops         commands that got SIGTERM, Ctrl-C or two of them in a chosen function; stops_wrong: after how many
-              the exit status, what was said or what was left was another than promised (endure_stops.py)
+              the exit status, what was said or what was left was another than promised (stopped_commands.py)
 kills         processes killed (SIGKILL) at every change that a run, a resumed run, an export, a merge, a packed
               checkpoint makes on the disk, in the middle of writes, and at random times; kills_lost: after how many
               something was neither old nor new, or did not finish
 bad_inputs    damaged and lying files of five kinds, and wrong arguments of every command; bad_inputs_wrong: with how
-              many a reader or a command did what none may (endure_inputs.py, bad_arguments.py)
+              many a reader or a command did what none may (bad_inputs.py, bad_arguments.py)
 full_disks    exports, packed checkpoints, runs and metrics that were written onto disks too full for them, or
-              read-only (endure_disks.py); full_disks_wrong: how often something was lost, left behind, or did not
+              read-only (full_disks.py); full_disks_wrong: how often something was lost, left behind, or did not
               finish; null where mounting is not permitted
 resume_cases  kinds of runs that were interrupted and resumed; resume_unequal: how many differed in a bit
 soak_steps    steps of a long run; soak_slope_bytes_per_step: how resident memory grew over the last three quarters
@@ -22,24 +22,23 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from bad_arguments import bad_arguments
-from endurance_kills import MOMENTS, kills_of_a_run
-from endure_disks import full_disks
-from endure_inputs import FAMILIES, run_cases
-from endure_resume import cases, unequal
-from endure_saves import SAVES, killed_saves
-from endure_soak import soak
-from endure_stops import all_stops
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from bad_arguments import bad_arguments
+from bad_inputs import FAMILIES, run_cases
+from example_model import make_tiny_model
+from full_disks import full_disks
+from killed_runs import MOMENTS, kills_of_a_run
+from killed_saves import SAVES, killed_saves
+from long_run import soak
+from resumed_runs import cases, unequal
+from stopped_commands import all_stops
 
 # Seeds of each family: safetensors, index, adapter, records; whole checkpoints take longer.
 INPUTS, CHECKPOINT_INPUTS, SOAK_STEPS = 5000, 1500, 2000
@@ -50,8 +49,6 @@ TINY_ARGUMENTS_EVERY, TINY_STOPS = 40, 2
 
 
 def _kills(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
-    from tiny_model import make_tiny_model
-
     model = make_tiny_model(place / "model", hidden=32)
     killed, lost = 0, 0
     every, moments, save_moments = (TINY_EVERY, TINY_MOMENTS, TINY_MOMENTS) if tiny else (1, MOMENTS, SAVE_MOMENTS)
@@ -69,8 +66,6 @@ def _kills(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
 
 
 def _inputs(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
-    from tiny_model import make_tiny_model
-
     small = functools.partial(make_tiny_model, hidden=32)
     arguments, refused_wrong = bad_arguments(place, small, TINY_ARGUMENTS_EVERY if tiny else 1)
     counts = (TINY_INPUTS, TINY_CHECKPOINT_INPUTS) if tiny else (INPUTS, CHECKPOINT_INPUTS)
@@ -81,8 +76,6 @@ def _inputs(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
 
 
 def _stops(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
-    from tiny_model import make_tiny_model
-
     found = all_stops(place, functools.partial(make_tiny_model, hidden=32), TINY_STOPS if tiny else None)
     for name, problems in found:
         for problem in problems:
@@ -91,8 +84,6 @@ def _stops(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
 
 
 def _resumes(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
-    from tiny_model import make_tiny_model
-
     model, tried, wrong = make_tiny_model(place / "resumed"), 0, 0
     for case in cases(tiny):
         with tempfile.TemporaryDirectory() as folder:
@@ -105,8 +96,6 @@ def _resumes(place: Path, tiny: bool, console: Console) -> tuple[int, int]:
 
 
 def _disks(place: Path, tiny: bool, console: Console) -> tuple[int | None, int | None]:
-    from tiny_model import make_tiny_model
-
     tried, wrong = full_disks(make_tiny_model(place / "on_disks", hidden=32), place / "disks", tiny)
     for problem in wrong[:20]:
         console.print(problem, markup=False)

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from endurance_kills import final_files, run, wrong_after_kill
-from endure_inputs import adaptable
-from endure_saves import SAVES, Save, files_of
-from kill_points import ended
 
+from bad_inputs import adaptable
+from kill_points import ended
+from killed_runs import final_files, run, wrong_after_kill
+from killed_saves import SAVES, Save, files_of
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.checkpoints import atomic_folder
 from qlora_lite.errors import CheckpointError

@@ -1,12 +1,12 @@
 """Does any file of a stranger end a reader by an error that is none of ours? Inputs are led by coverage (atheris).
 
     python -m pip install atheris              # into an environment of your own: nothing else here needs it
-    python profiling/fuzz_files.py             # two minutes for each target
-    python profiling/fuzz_files.py --seconds 10 --targets index run
+    python tests/reliability/fuzz_files.py             # two minutes for each target
+    python tests/reliability/fuzz_files.py --seconds 10 --targets index run
 
 Each target runs in a process of its own, from a corpus of sound files and of those of bad_files.py, with the package
 instrumented. A reader may raise an error of ours, or give what an independent reader of the format gives
-(endure_inputs.py); whatever else it does is kept as a file `crash-*` in the folder that the table names. The last line
+(bad_inputs.py); whatever else it does is kept as a file `crash-*` in the folder that the table names. The last line
 is JSON: executions, seconds and findings of each target.
 """
 

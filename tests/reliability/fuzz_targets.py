@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bad_files
 import safetensors.torch
 import torch
-from endure_inputs import FAMILIES, adaptable
 
+import bad_files
+from bad_inputs import FAMILIES, adaptable
 from qlora_lite import LoraConfig, TrainConfig, add_lora_
 from qlora_lite.compute.random_state import RandomSources
 from qlora_lite.data.stream import BatchStream
@@ -67,7 +67,7 @@ def _parted(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _of_family(number: int, *files: str) -> Callable[[Path], Reader]:
-    """The reader of one of endure_inputs' families, of one file or of two joined ones."""
+    """The reader of one of bad_inputs' families, of one file or of two joined ones."""
 
     def make(folder: Path) -> Reader:
         if files == (bad_files.INDEX,):

@@ -1,6 +1,6 @@
 """Kills a process at a chosen change of the disk: before a write, sync, rename or removal, or in the middle of a write.
 
-Or at a chosen time. A part of endurance_kills.py; tests have programs of theirs begin with `arm`.
+Or at a chosen time. A part of killed_runs.py; tests have programs of theirs begin with `arm`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Does a run that is killed at any instant lose more than the steps since its last checkpoint?
 
-    python profiling/endurance_kills.py            # at every change of the disk
-    python profiling/endurance_kills.py --tiny     # at some of them
+    python tests/reliability/killed_runs.py            # at every change of the disk
+    python tests/reliability/killed_runs.py --tiny     # at some of them
 
 A small run with checkpoints is killed (SIGKILL) before each of its writes, syncs, renames and removals, in the middle
 of writes, and at random times; so is the call that resumes one that was killed half-way. After each kill every
@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kill_points import Kill, all_kills, ended
 
+from example_model import make_tiny_model
+from kill_points import Kill, all_kills, ended
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.errors import QLoRAError
 from qlora_lite.lora.peft.save_load import load_adapter_
 from qlora_lite.training.run_checkpoints import checkpoints, what_is_wrong
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 TINY_STEP, TINY_MOMENTS = 34, 2
 MOMENTS = 40
 CONFIG = TrainConfig(steps=3, learning_rate=1e-2, save_steps=1, keep_last=1, gradient_accumulation=2)
@@ -129,8 +129,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help=f"at every {TINY_STEP}th instant")
     tiny = parser.parse_args().tiny
-    from tiny_model import make_tiny_model
-
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         model = make_tiny_model(Path(place) / "model", hidden=32)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from kill_points import Kill, all_kills, ended
 
+from kill_points import Kill, all_kills, ended
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_quantized, save_adapter
 from qlora_lite.checkpoints import atomic_folder
 from qlora_lite.export.merged import merge_checkpoint

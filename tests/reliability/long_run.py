@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from example_model import make_tiny_model
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 PAGE = 4096
 SETTLED = 1 / 4
@@ -64,8 +62,6 @@ def _live_tensors() -> list[torch.Tensor]:
 
 def soak(folder: Path, steps: int) -> Soak:
     """Trains a tiny nf4 model for so many steps, with batches of changing lengths, dropout and metrics on disk."""
-    from tiny_model import make_tiny_model
-
     # Tensors of whoever else lives in this process may go at any time, which would hide as many that stay.
     others = {id(tensor): weakref.ref(tensor) for tensor in _live_tensors()}
     model = load_quantized(make_tiny_model(folder / "model"), QuantConfig())

@@ -1,7 +1,7 @@
 """What does a signal leave, at each place that a command can be in?
 
-    python profiling/endure_stops.py            # SIGTERM, SIGINT and two SIGINT at all of them
-    python profiling/endure_stops.py --tiny     # some of them
+    python tests/reliability/stopped_commands.py            # SIGTERM, SIGINT and two SIGINT at all of them
+    python tests/reliability/stopped_commands.py --tiny     # some of them
 
 Each command runs in a process of its own that gets the signal while it is in a chosen function: reading, training,
 saving, packing in another thread, verifying, rehearsing, in a finalizer. It has to end with 143 or 130, with one last
@@ -30,12 +30,12 @@ from typing import Any
 
 import torch
 
+from example_model import make_tiny_model
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, save_adapter
 from qlora_lite.checkpoints.files import UNFINISHED
 from qlora_lite.cli.main import main as command_line
 from qlora_lite.training.run_checkpoints import newest_sound
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 SECONDS = 120.0
 ONCE, TWICE = 1, 2
 TINY_MOMENTS = 4
@@ -220,8 +220,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="some of them")
     tiny = parser.parse_args().tiny
-    from tiny_model import make_tiny_model
-
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         found = all_stops(Path(folder), functools.partial(make_tiny_model, hidden=32), TINY_MOMENTS if tiny else None)

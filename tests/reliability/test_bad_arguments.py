@@ -1,4 +1,4 @@
-"""Wrong arguments: a sample of the cases of profiling/bad_arguments.py, which knows every option of every command."""
+"""Wrong arguments: a sample of the cases of tests/reliability/bad_arguments.py, which knows every option of every command."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def corpus(profiling_script: Callable[[str], Any]) -> Any:
-    return profiling_script("bad_arguments")
+def corpus(import_script: Callable[[str], Any]) -> Any:
+    return import_script("tests/reliability/bad_arguments.py")
 
 
 @pytest.fixture

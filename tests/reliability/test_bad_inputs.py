@@ -1,4 +1,4 @@
-"""Bad files: a sample of the cases of profiling/endure_inputs.py, other ones each time that hypothesis draws others."""
+"""Bad files: a sample of the cases of tests/reliability/bad_inputs.py, other ones each time that hypothesis draws others."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from qlora_lite.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
-def endure_inputs(profiling_script: Callable[[str], Any]) -> Any:
-    return profiling_script("endure_inputs")
+def bad_inputs(import_script: Callable[[str], Any]) -> Any:
+    return import_script("tests/reliability/bad_inputs.py")
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_files_in_pieces_or_in_lies_are_refused_or_read_right(number: int, endure_inputs: Any) -> None:
+def test_files_in_pieces_or_in_lies_are_refused_or_read_right(number: int, bad_inputs: Any) -> None:
     @settings(max_examples=150)
     @given(st.integers(0, 2**32))
     def check(seed: int) -> None:
-        assert endure_inputs.run_case(endure_inputs.FAMILIES[number], seed) is None
+        assert bad_inputs.run_case(bad_inputs.FAMILIES[number], seed) is None
 
     check()
 
 
-def test_checkpoints_in_pieces_or_in_lies_are_refused(endure_inputs: Any) -> None:
-    assert endure_inputs.run_cases(endure_inputs.FAMILIES[4:], range(60)) == []
+def test_checkpoints_in_pieces_or_in_lies_are_refused(bad_inputs: Any) -> None:
+    assert bad_inputs.run_cases(bad_inputs.FAMILIES[4:], range(60)) == []
 
 
 def _opens_pickles(folder: Path) -> None:
@@ -43,11 +43,11 @@ def _opens_pickles(folder: Path) -> None:
         (folder.parent / "canary").mkdir()  # what opening it would do
 
 
-def test_the_check_itself_bites(endure_inputs: Any) -> None:
+def test_the_check_itself_bites(bad_inputs: Any) -> None:
     """Readers that do what none may are caught, each for what it does."""
 
     def damage(folder: Path, chance: random.Random) -> str:
-        (folder / "model.safetensors").write_bytes(endure_inputs.bad_files.canary(folder))
+        (folder / "model.safetensors").write_bytes(bad_inputs.bad_files.canary(folder))
         return "a pickle"
 
     def slow(folder: Path) -> None:
@@ -62,7 +62,7 @@ def test_the_check_itself_bites(endure_inputs: Any) -> None:
 
     readers = {_opens_pickles: "wrote", slow: "took more than", large: "bytes for a file of", other_error: "KeyError"}
     for reader, sentence in readers.items():
-        problem = endure_inputs.run_case(endure_inputs.Family("made up", damage, reader), 0)
+        problem = bad_inputs.run_case(bad_inputs.Family("made up", damage, reader), 0)
         assert problem is not None and sentence in problem and problem.startswith("made up 0 (a pickle)")
 
 

@@ -1,4 +1,4 @@
-"""The readers that profiling/fuzz_files.py feeds, without atheris: sound files, those to begin with, and a few more."""
+"""The readers that tests/reliability/fuzz_files.py feeds, without atheris: sound files, those to begin with, and a few more."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def fuzz_targets(profiling_script: Callable[[str], Any]) -> Any:
-    return profiling_script("fuzz_targets")
+def fuzz_targets(import_script: Callable[[str], Any]) -> Any:
+    return import_script("tests/reliability/fuzz_targets.py")
 
 
 @pytest.mark.parametrize("name", ["header", "index", "adapter", "records", "run"])
@@ -44,9 +44,9 @@ def test_what_is_wrong_reaches_who_feeds(
 
 
 def test_without_atheris_it_says_how_to_get_it(
-    profiling_script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    import_script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = profiling_script("fuzz_files")
+    script = import_script("tests/reliability/fuzz_files.py")
     monkeypatch.setitem(sys.modules, "atheris", None)
     with pytest.raises(SystemExit, match="atheris is not installed here: python -m pip install atheris"):
         script.main()

@@ -1,4 +1,4 @@
-"""Processes that are killed at their writes, syncs and renames (profiling/endurance_kills.py has all such instants)."""
+"""Processes that are killed at their writes, syncs and renames (tests/reliability/killed_runs.py has all such instants)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "profiling" / "endurance_kills.py"
+SCRIPT = Path(__file__).with_name("killed_runs.py")
 
 
 def test_a_killed_run_is_finished_by_the_same_call_to_the_same_files() -> None:

@@ -1,4 +1,4 @@
-"""Commands that get a signal in the middle of their work (profiling/endure_stops.py has all such places)."""
+"""Commands that get a signal in the middle of their work (tests/reliability/stopped_commands.py has all such places)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).resolve().parents[2] / "profiling" / "endure_stops.py"
+SCRIPT = Path(__file__).with_name("stopped_commands.py")
 
 
 def test_stopped_commands_say_one_line_and_leave_nothing_half_done() -> None:

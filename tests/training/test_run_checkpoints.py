@@ -91,8 +91,8 @@ def test_what_was_left_half_way_goes(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def fuzz_targets(profiling_script: Callable[[str], Any]) -> Any:
-    return profiling_script("fuzz_targets")
+def fuzz_targets(import_script: Callable[[str], Any]) -> Any:
+    return import_script("tests/reliability/fuzz_targets.py")
 
 
 @pytest.fixture

@@ -82,10 +82,10 @@ def test_what_a_launch_asks_for_is_refused_where_accelerate_passes_over_it(
 
 @pytest.mark.parametrize(("name", "kept"), [("ours nf4, as it is", 1.0), ("ours nf4, bytes as parameters", 0.5)])
 def test_torch_leaves_a_packed_base_whole_and_would_hold_it_as_parameters(
-    name: str, kept: float, tiny_folder: Path, profiling_script: Callable[[str], Any]
+    name: str, kept: float, tiny_folder: Path, import_script: Callable[[str], Any]
 ) -> None:
     """Why FSDP is refused: the first of two processes, with a second one that is pretended; then one that is real."""
-    script = profiling_script("sharded_base")
+    script = import_script("profiling/sharded_base.py")
     case = next(case for case in script.CASES if case.name == name)
     seen = {}
     for backend, count in (("fake", 2), ("gloo", 1)):

@@ -1,4 +1,4 @@
-"""The two sides of interop_matrix.py: models, training and files of peft, and the same of ours.
+"""The two sides of matrix.py: models, training and files of peft, and the same of ours.
 
 Both sides have the same weights: small random ones that bfloat16 holds exactly, packed on the one side by bitsandbytes
 through transformers and on the other by `load_quantized`, to the same codes. Every forward pass is one in training mode
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interop_cases import FAMILIES, TOKENS_TRAINED, VARIANTS, Subject
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cases import FAMILIES, TOKENS_TRAINED, VARIANTS, Subject
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.lora.peft.save_load import CONFIG_FILE, TENSOR_FILE
 

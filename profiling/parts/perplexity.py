@@ -1,0 +1,20 @@
+"""Perplexity of a model on windows of text."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from qlora_lite.training.fused_forward import lean
+from qlora_lite.training.objective import headless_loss
+
+
+def perplexity(model: Any, windows: torch.Tensor) -> float:
+    """exp of the mean loss over the tokens of `(windows, tokens)`, of each window all but the first."""
+    total = 0.0
+    with torch.no_grad(), lean(model):
+        for window in windows.split(2):
+            total += float(headless_loss(model, {"input_ids": window, "labels": window}))
+    return math.exp(total / (windows.numel() - len(windows)))

@@ -1,0 +1,66 @@
+"""Runs the workers of `step_worker.py` side by side, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from parts.step_worker import Work
+
+WORKER = Path(__file__).with_name("step_worker.py")
+WARM_UP_STEPS = 1
+
+
+class Worker:
+    """A worker process and the figures that it has given."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        command = [sys.executable, str(WORKER), work.to_json()]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.figures: list[dict[str, Any]] = []
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                self.figures.append(json.loads(line))
+                return self.figures[-1]
+        assert self.process.stderr is not None
+        raise SystemExit(f"the worker {self.work} ended:\n{self.process.stderr.read().strip()[-2000:]}")
+
+    def step(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self._answer()
+
+    def finish(self) -> dict[str, Any]:
+        """The figures of the whole: median seconds, peaks, first loss."""
+        self.step()  # the traced one
+        last = self._answer()
+        self.process.communicate()
+        steps = [figures for figures in self.figures if "seconds" in figures]
+        return {
+            "seconds": statistics.median(figures["seconds"] for figures in steps[WARM_UP_STEPS:]),
+            "rss_peak": steps[-1]["peak"],
+            "live_peak": self.figures[-2]["live_peak"],
+            "live_resident": self.figures[-2]["live_resident"],
+            "first_loss": last["first_loss"],
+        }
+
+
+def measure(works: list[Work]) -> dict[Work, dict[str, Any]]:
+    """Runs the works side by side, a step of each in turn."""
+    workers = [Worker(work) for work in works]
+    for _ in range(works[0].steps):
+        for worker in workers:
+            worker.step()
+    return {worker.work: worker.finish() for worker in workers}
