@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: install test docs demo bench lint types format clean
+.PHONY: install test docs demo bench endure interop lint types format clean
 
 install: $(INSTALLED)
 
@@ -31,6 +31,14 @@ bench: $(INSTALLED)
 	$(RUN) profiling/streaming_io.py
 	$(RUN) profiling/versus_peft.py
 	$(RUN) profiling/learn_like_peft.py
+
+# Kills, signals, full disks, damaged files, wrong arguments, resumed and long runs: about ten minutes on two cores.
+endure: $(INSTALLED)
+	$(RUN) tests/reliability/endure.py
+
+# Adapters of every kind between peft and qlora_lite, both ways: some minutes on two cores.
+interop: $(INSTALLED)
+	$(RUN) tests/interop/matrix.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

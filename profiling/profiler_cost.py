@@ -44,9 +44,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = load_quantized(model_folder(given.tiny, Path(scratch)), QuantConfig())
     add_lora_(model, LoraConfig(rank=16, alpha=32))
-    ids = torch.randint(
-        model.config.vocab_size, (2, 32 if given.tiny else 512), generator=torch.Generator().manual_seed(0)
-    )
+    shape = (2, 32 if given.tiny else 512)
+    ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(ROUNDS):
         for mode, trace in MODES.items():

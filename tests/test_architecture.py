@@ -72,8 +72,14 @@ def python_files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
+def script_files() -> list[Path]:
+    """Programs that are run by path, and their parts."""
+    checks = [path for path in python_files("tests/interop", "tests/reliability") if not path.name.startswith("test_")]
+    return python_files("examples", "profiling") + checks
+
+
 def code_files() -> list[Path]:
-    return python_files("qlora_lite", "examples", "profiling")
+    return python_files("qlora_lite") + script_files()
 
 
 def shown(path: Path) -> str:
@@ -240,7 +246,7 @@ def unwanted_imports(paths: list[Path], unwanted: Callable[[str], bool]) -> list
 
 
 def test_package_imports_nothing_from_above_it() -> None:
-    above = {"profiling", "examples", "tests", *(path.stem for path in python_files("profiling", "examples"))}
+    above = {"profiling", "examples", "tests", *(path.stem for path in script_files())}
     offenders = unwanted_imports(python_files("qlora_lite"), lambda target: target.split(".")[0] in above)
     report("the package imports scripts or tests", offenders)
 
@@ -367,9 +373,14 @@ def test_profiling_is_no_package() -> None:
 
 
 def test_scripts_shadow_no_standard_module() -> None:
-    scripts = python_files("profiling", "examples")
-    offenders = [shown(path) for path in scripts if path.stem in sys.stdlib_module_names]
+    offenders = [shown(path) for path in script_files() if path.stem in sys.stdlib_module_names]
     report("scripts named after a module of the standard library", offenders)
+
+
+def test_scripts_have_different_names() -> None:
+    """They import one another by name, and the tests import them into one process."""
+    named = collections.Counter(path.stem for path in script_files())
+    report("scripts of one name", [shown(path) for path in script_files() if named[path.stem] > 1])
 
 
 DOOR_CODE = """

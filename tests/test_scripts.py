@@ -47,7 +47,7 @@ SCRIPTS = {
         "export_seconds",
         "export_above_resident",
     },
-    "profiling/endure.py": {
+    "tests/reliability/endure.py": {
         "kills",
         "kills_lost",
         "full_disks",
@@ -61,7 +61,7 @@ SCRIPTS = {
         "soak_steps",
         "soak_slope_bytes_per_step",
     },
-    "profiling/interop_matrix.py": {"cases", "passed", "refused_by_peft", "refused_by_us", "failed"},
+    "tests/interop/matrix.py": {"cases", "passed", "refused_by_peft", "refused_by_us", "failed"},
     "profiling/largest_batch.py": {"memory", "rows"},
     "profiling/learn_like_peft.py": {
         "base_perplexity",
@@ -118,47 +118,19 @@ ARGUMENTS = {
     "profiling/learn_like_peft.py": ["--variants", "pissa"],
     "profiling/versus_peft.py": ["nf4_full", "floor"],  # every case would take a minute of starting processes
 }
-# Looked at by tests of their own, or no programs.
+# Tested elsewhere, or not a program.
 NOT_RUN_HERE = {
     "examples/real_model.py",
     "examples/message_records.py",
     "examples/tiny_model.py",
-    "profiling/bad_arguments.py",
-    "profiling/bad_checkpoints.py",
-    "profiling/bad_files.py",
-    "profiling/comparisons.py",
-    "profiling/endure_disks.py",
-    "profiling/endure_inputs.py",
-    "profiling/endure_resume.py",
-    "profiling/endure_saves.py",
-    "profiling/endure_soak.py",
-    "profiling/endure_stops.py",
-    "profiling/endurance_kills.py",
-    "profiling/fuzz_files.py",
-    "profiling/fuzz_targets.py",
-    "profiling/interop_cases.py",
-    "profiling/interop_checks.py",
-    "profiling/interop_sides.py",
-    "profiling/io_worker.py",
-    "profiling/kill_points.py",
-    "profiling/learning_worker.py",
-    "profiling/machine_floor.py",
-    "profiling/model_shapes.py",
-    "profiling/peft_steps.py",
-    "profiling/published_runs.py",
     "profiling/sharded_base.py",
-    "profiling/step_worker.py",
-    "profiling/training_cases.py",
 }
 
 
 def test_no_script_is_forgotten() -> None:
-    found = {
-        path.relative_to(ROOT).as_posix()
-        for folder in ("examples", "profiling")
-        for path in (ROOT / folder).glob("*.py")
-    }
-    assert found == set(SCRIPTS) | NOT_RUN_HERE
+    scripts = [path for folder in ("examples", "profiling") for path in (ROOT / folder).glob("*.py")]
+    found = {path.relative_to(ROOT).as_posix() for path in scripts}
+    assert found == {name for name in {*SCRIPTS, *NOT_RUN_HERE} if not name.startswith("tests/")}
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS))

@@ -1,6 +1,6 @@
 """One side of a comparison of loading and exporting, in a process of its own; `streaming_io.py` starts it.
 
-    python profiling/io_worker.py '{"what": "ours_load", "model": "..."}'
+    python profiling/parts/io_worker.py '{"what": "ours_load", "model": "..."}'
 
 Prints a JSON line: seconds of the work alone (libraries are imported before), `peak` (VmHWM) above what was resident
 before it, `process_peak` of the whole process.

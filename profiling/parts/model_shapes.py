@@ -1,6 +1,6 @@
 """Checkpoints of known shapes with random weights, written shard by shard into the cache folder, once.
 
-    python profiling/model_shapes.py llama-1b       prints the folder (2.2 GB)
+    python profiling/parts/model_shapes.py llama-1b       prints the folder (2.2 GB)
 
 What a step costs does not depend on the values of the weights, so a shape stands for the model that has it.
 """

@@ -1,6 +1,6 @@
 """One side of a comparison of training steps, in a process of its own, one step at each line of standard input.
 
-`versus_peft.py` starts it; `python profiling/step_worker.py '{"side": "ours", ...}'` runs it by hand (press Enter for
+`versus_peft.py` starts it; `python profiling/parts/step_worker.py '{"side": "ours", ...}'` runs it by hand (press Enter for
 a step). After set-up, after each step and at the end it prints a JSON line.
 
 ours: `load_quantized`, `add_lora_`, `train`, as a user calls them.

@@ -227,7 +227,7 @@ KNOWN_REFUSALS = (
         variants=("dora", "rsdora"),
     ),
     Refusal(
-        "a start for linear layers alone",
+        "an initialization for linear layers alone",
         r"^init_lora_weights '\w+' is for linear layers",
         ("embedding", "stacks", "router"),
     ),

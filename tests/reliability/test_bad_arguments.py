@@ -1,4 +1,4 @@
-"""Wrong arguments: a sample of the cases of tests/reliability/bad_arguments.py, which knows every option of every command."""
+"""A sample of the cases of bad_arguments.py, which knows every option of every command."""
 
 from __future__ import annotations
 

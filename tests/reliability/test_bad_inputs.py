@@ -1,4 +1,4 @@
-"""Bad files: a sample of the cases of tests/reliability/bad_inputs.py, other ones each time that hypothesis draws others."""
+"""Damaged files: cases of bad_inputs.py, drawn anew by hypothesis in each run."""
 
 from __future__ import annotations
 

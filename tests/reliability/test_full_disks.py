@@ -1,4 +1,4 @@
-"""Disks that are full, folders that are read-only or vanish: one sentence, and what was saved is still there."""
+"""Full disks, read-only folders and folders that vanish: one error, and the saved files stay whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The readers that tests/reliability/fuzz_files.py feeds, without atheris: sound files, those to begin with, and a few more."""
+"""The readers that fuzz_files.py feeds, without atheris: sound files, its first inputs, and some more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that are killed at their writes, syncs and renames (tests/reliability/killed_runs.py has all such instants)."""
+"""A sample of the kills of killed_runs.py: processes killed at their writes, syncs and renames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A long run in small: no file and no tensor stays behind, and the slope that the long one reports is a slope."""
+"""A short version of long_run.py: no file or tensor is left behind, and the fitted slope is right."""
 
 from __future__ import annotations
 

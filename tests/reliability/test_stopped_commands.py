@@ -1,4 +1,4 @@
-"""Commands that get a signal in the middle of their work (tests/reliability/stopped_commands.py has all such places)."""
+"""A sample of the moments of stopped_commands.py: commands that get a signal during their work."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def test_stopped_commands_say_one_line_and_leave_nothing_half_done() -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == {"stopped": 4, "wrong": 0}, done.stdout
 
 
-def test_every_moment_is_in_a_function_that_exists(profiling_script: Callable[[str], Any]) -> None:
-    stops = profiling_script("endure_stops")
+def test_every_moment_is_in_a_function_that_exists(import_script: Callable[[str], Any]) -> None:
+    stops = import_script("tests/reliability/stopped_commands.py")
     assert len(stops.MOMENTS) > 20
     for moment in stops.MOMENTS:
         owner, name = stops._owner(moment.function)
