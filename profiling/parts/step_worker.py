@@ -1,12 +1,14 @@
-"""One side of a comparison of training steps, in a process of its own, one step at each line of standard input.
+"""Takes the training steps of one side of a comparison, in a process of its own: a step for each line of input.
 
-`versus_peft.py` starts it; `python profiling/parts/step_worker.py '{"side": "ours", ...}'` runs it by hand (press Enter for
-a step). After set-up, after each step and at the end it prints a JSON line.
+    python profiling/parts/step_worker.py '{"side": "ours", "model": "..."}'     # by hand: Enter takes a step
 
-ours: `load_quantized`, `add_lora_`, `train`, as a user calls them.
-peer: transformers + peft + bitsandbytes as their documentation says: BitsAndBytesConfig (NF4 with double
-quantization or 8 bits, bf16 compute), prepare_model_for_kbit_training, non-reentrant checkpointing, torch's AdamW.
-floor: the machine's own matrix products and attention calls of such a step.
+`step_processes.py` starts it for the scripts. It prints a JSON line after set-up, after each step and at the end.
+
+ours: `load_quantized`, `add_lora_` and `train`, as a user calls them.
+peer: transformers + peft + bitsandbytes as their documentation recommends: `BitsAndBytesConfig` (NF4 with double
+quantization, or 8 bits, computing in bf16), `prepare_model_for_kbit_training`, non-reentrant checkpointing and torch's
+AdamW.
+floor: the matrix products and attention calls of such a step, and nothing else.
 """
 
 from __future__ import annotations
