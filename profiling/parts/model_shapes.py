@@ -109,7 +109,7 @@ def make_shape(name: str, layers: int | None = None) -> Path:
         key: PlannedTensor(tuple(tensor.shape), torch.bfloat16, partial(_slices, tuple(tensor.shape), seed))
         for seed, (key, tensor) in enumerate(model.state_dict().items())
     }
-    largest_shard = sum(tensor.bytes for tensor in plan.values()) // SHARDS + (64 << 20)
+    largest_shard = sum(tensor.nbytes for tensor in plan.values()) // SHARDS + (64 << 20)
     with new_folder(folder) as temporary:
         write_sharded(temporary, plan, largest_shard)
         save_config_and_tokenizer(model, None, temporary, torch.bfloat16)

@@ -1,8 +1,7 @@
-"""Folders of safetensors files: writing that never leaves half a folder. (Reading: tensor_files.py.)
+"""Writes a folder as a whole: it gets its name once it is complete, and disappears if writing fails.
 
-Files are written here, not by the safetensors package, because that one needs every tensor of a file in memory at
-once. The format is a length (8 bytes, little endian), a JSON header of that length with the dtype, shape and byte
-range of each tensor, and the bytes (https://github.com/huggingface/safetensors#format).
+The last step of a weight on its way out: safetensors_write.py writes the files into such a folder. Adapters and runs
+are written the same way.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ from qlora_lite.checkpoints.files import UNFINISHED, sync
 from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.signals import stoppable, unfinished
 
-# What a folder may hold that is replaced as a whole: the files that checkpoints, adapters and runs consist of.
+# The files of checkpoints, adapters and runs. A folder that holds other files is never replaced.
 CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jsonl", ".jinja", ".model")
-# A folder whose maker holds no lock on it is abandoned; one so young may not have its lock yet.
+CHECKPOINT_NAMES = ("merges.txt", "vocab.txt", "README.md")
+# An unfinished folder that nobody holds a lock on is abandoned, unless it is too young to have been locked.
 ABANDONED_AFTER_SECONDS = 60
 SPARE_BYTES = 64 << 20
-CHECKPOINT_NAMES = ("merges.txt", "vocab.txt", "README.md")
 
+# Arguments of renameat2(2), and the errors of a system or file system that cannot exchange names.
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
-# What says that the system, or the file system, cannot do it: that is no failure of this move.
-UNABLE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 def check_replaceable(target: Path, overwrite: bool) -> None:
-    """Raises CheckpointError for a folder that must not, or cannot, be replaced as a whole."""
+    """Raises CheckpointError if `target` must not be replaced by a new folder, or cannot be."""
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; name a folder")
     if not target.is_dir():
@@ -61,7 +60,7 @@ def _is_replaceable(path: Path) -> bool:
 
 
 def check_free_space(target: Path, needed: int) -> None:
-    """Raises CheckpointError unless the disk that is to hold `target` has so many bytes free, and some to spare."""
+    """Raises CheckpointError if the disk of `target` has fewer than `needed` + `SPARE_BYTES` bytes free."""
     place = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < needed + SPARE_BYTES:
@@ -72,7 +71,7 @@ def check_free_space(target: Path, needed: int) -> None:
 
 
 def check_output_is_not_input(target: Path, *inputs: Path | None) -> None:
-    """Raises CheckpointError if writing the folder `target` would replace one of the inputs, or what it links to."""
+    """Raises CheckpointError if writing the folder `target` would replace an input, or a file that it links to."""
     target = Path(os.path.realpath(target))
     for path in inputs:
         if path is None:
@@ -84,42 +83,45 @@ def check_output_is_not_input(target: Path, *inputs: Path | None) -> None:
 
 @contextmanager
 def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes it when the block ends well, and disappears when it does not.
+    """Yields a temporary folder that is renamed to `target` at the end of the block, and removed if the block raises.
 
-    Raises CheckpointError if `target` is a file, a mount point, a folder with something in it and `overwrite` is not
-    set, or one with files that are no checkpoint's.
+    Raises CheckpointError if `target` is a file, a mount point, a folder that is not empty (unless `overwrite`), or a
+    folder with files that no checkpoint has.
     """
-    target = Path(os.path.realpath(target))  # behind a link stands the folder that is meant
+    target = Path(os.path.realpath(target))  # a link is followed, not replaced
     check_replaceable(target, overwrite)
-    with stoppable(), _writing(target):
+    with stoppable(), _write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned_folders(target.parent, f".{glob.escape(target.name)}.*{UNFINISHED}")
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent))
         with unfinished(temporary):
-            # mkdtemp gives 0700; a folder made in the usual way follows the umask, and keeps the group of its parent's
-            # files where the parent says so (setgid, which is inherited).
+            # mkdtemp gives mode 0700. Here the mode follows the umask, and the setgid bit inherited from the parent is
+            # kept, as for a folder made by mkdir.
             os.chmod(temporary, temporary.stat().st_mode & stat.S_ISGID | 0o777 & ~_umask())
             with locked(temporary):
                 yield temporary
             sync(temporary)
-            check_replaceable(target, overwrite)  # again: others may have written there meanwhile
-            _put(temporary, target)
+            check_replaceable(target, overwrite)  # again, since another process may have written there meanwhile
+            _rename_over(temporary, target)
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def _write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
 
 
-def _put(temporary: Path, target: Path) -> None:
-    """Gives a finished folder its name; what had it before goes, after that where the file system can exchange two."""
+def _rename_over(temporary: Path, target: Path) -> None:
+    """Renames a finished folder to `target` and removes the folder that had this name.
+
+    The two names are exchanged if the file system can do it, so that `target` exists at every instant.
+    """
     if not target.exists():
         os.rename(temporary, target)
     elif not exchange_names(temporary, target):
-        old = temporary.with_suffix(".old")  # no name of unfinished work: for an instant it is the only one there is
+        old = temporary.with_suffix(".old")  # not UNFINISHED: for an instant it is the only copy
         os.rename(target, old)
         os.rename(temporary, target)
         shutil.rmtree(old)
@@ -127,16 +129,19 @@ def _put(temporary: Path, target: Path) -> None:
 
 
 def remove_abandoned_folders(folder: Path, pattern: str) -> None:
-    """Removes unfinished folders that killed processes left behind: those that nobody holds a lock on any more."""
-    for left in folder.glob(pattern):
-        if time.time() - left.stat().st_mtime > ABANDONED_AFTER_SECONDS:
-            with suppress(BlockingIOError), locked(left):
-                shutil.rmtree(left, ignore_errors=True)
+    """Removes the unfinished folders of killed processes: those matching `pattern` that nobody holds a lock on."""
+    for abandoned in folder.glob(pattern):
+        if time.time() - abandoned.stat().st_mtime > ABANDONED_AFTER_SECONDS:
+            with suppress(BlockingIOError), locked(abandoned):
+                shutil.rmtree(abandoned, ignore_errors=True)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder, which goes with the process however it ends. BlockingIOError if another holds it."""
+    """Holds an exclusive lock on a folder. It ends with the block, or with the process if that is killed.
+
+    Raises BlockingIOError if another process holds the lock.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,9 +157,9 @@ def _umask() -> int:
 
 
 def exchange_names(one: Path, other: Path) -> bool:
-    """Has two existing names trade places, so that at no instant either is missing. False where that cannot be done.
+    """Exchanges two existing names in one step, so that neither is missing at any instant.
 
-    OSError for whatever else goes wrong.
+    Returns False if the system or the file system cannot do it. Raises OSError for any other failure.
     """
     move = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux, glibc 2.28 or musl 1.2.5
     if move is None:
@@ -162,6 +167,6 @@ def exchange_names(one: Path, other: Path) -> bool:
     if move(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in UNABLE:
+    if number in NOT_SUPPORTED:
         return False
     raise OSError(number, os.strerror(number), str(one), None, str(other))

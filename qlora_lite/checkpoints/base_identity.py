@@ -1,13 +1,13 @@
-"""Which checkpoint an adapter was trained on, in a small file beside it: a wrong base is told before it is loaded.
+"""Identifies the checkpoint that an adapter was trained on, so that a wrong base is refused before it is loaded.
 
-`qlora_lite_base.json` holds the sizes in the checkpoint's config, and two SHA-256 sums of its tensors in the order of
-their names: of names and shapes, and of a sample of the values. The sample is all of a tensor of up to 4,096 values,
-and of a larger one 4 runs of 1,024 values, evenly spread from its first to its last, each rounded to bf16. So one file
-or shards, and copies in bf16 or in a wider dtype, are the same base. Another revision, or one tensor that was trained,
-is another one; a change that lies wholly between the runs, or is below bf16's steps, is not seen.
+An adapter's folder holds `qlora_lite_base.json` with the sizes in the checkpoint's config and two SHA-256 hashes of its
+tensors in the order of their names: one of names and shapes, one of sampled values. A tensor of up to 4,096 values is
+sampled whole, a larger one by 4 runs of 1,024 values, spread evenly from its first value to its last; values are
+rounded to bf16. One file and shards, bf16 and wider dtypes therefore have the same identity. Another revision, or one
+trained tensor, changes it. A change between the runs, or smaller than bf16 resolves, is not detected.
 
-A checkpoint that `save_quantized` wrote has this file too: it says what was packed, and sums of what was written, so
-that the file is not believed beside other tensors. Other programs read none of it.
+`save_quantized` writes the file too: it identifies the checkpoint that was packed, and holds hashes of the packed
+tensors, so that a file next to other tensors is refused. Other programs ignore the file.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.files import excerpt, read_json, write_json
 from qlora_lite.checkpoints.safetensors_read import StoredTensor, TensorFiles
 from qlora_lite.checkpoints.safetensors_write import raw_bytes
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.quantization.packed_weight import PackedWeight
 
 BASE_FILE = "qlora_lite_base.json"
 VERSION = 1
-KIND = "model_type"
+MODEL_TYPE = "model_type"
 SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "vocab_size"),
 )
 RUNS, RUN_VALUES = 4, 1024
 SHA256 = re.compile(r"[0-9a-f]{64}")
-# On a model: what the checkpoint was that its weights were read from.
-KNOWN = "checkpoint_base"
+# The attribute of a model that holds the identity of its checkpoint.
+IDENTITY_ATTRIBUTE = "checkpoint_base"
 
-# In adapter_config.json, where peft passes over what it does not know.
+# The key in adapter_config.json for the hash of weights that LoftQ packed; peft ignores keys that it does not know.
 PACKED_HASH_KEY = "packed_base_sha256"
 LOAD_REPACKED_HINT = "load the base that save_quantized wrote of the model under that adapter"
 
 
 @dataclass(frozen=True)
 class WeightHashes:
-    """SHA-256 sums of a checkpoint's tensors: of names and shapes, and of sampled values.
+    """SHA-256 hashes of a checkpoint's tensors: of names and shapes (layout), and of sampled values (sample).
 
-    packed: whether those are codes and statistics of something that is not known.
+    packed: whether the tensors are packed, and what they were packed from is unknown.
     """
 
     layout: str
@@ -63,27 +63,29 @@ class WeightHashes:
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """What is known of a base. model: kind and sizes; weights: None where there are no files to sum.
+    """The identity of a base checkpoint.
 
-    written: of a packed checkpoint that says what it was packed from, sums of its own tensors.
+    model: type and sizes from its config. weights: hashes of its tensors, None without safetensors files. written: in
+    the file of a packed checkpoint, hashes of the packed tensors; `weights` are then those of what was packed.
     """
 
     model: Mapping[str, int | str]
     weights: WeightHashes | None
     written: WeightHashes | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for `json.dumps`."""
+    def to_json(self) -> dict[str, object]:
+        """The contents of `qlora_lite_base.json`."""
         return {"version": VERSION, **asdict(self)}
 
     def described(self) -> str:
-        """One line for a person."""
-        facts = ", ".join(f"{fact} {self.model[fact]}" for fact in (KIND, *SIZES) if fact in self.model)
+        """Returns one line for people to read."""
+        sizes = ", ".join(f"{key} {self.model[key]}" for key in (MODEL_TYPE, *SIZES) if key in self.model)
         weights = "unknown" if self.weights is None else self.weights.sample[:12]
-        return f"{facts or 'a model of unknown kind'}; weights {weights}"
+        return f"{sizes or 'a model of unknown type'}; weights {weights}"
 
 
 def _sampled(stored: StoredTensor) -> Iterator[Tensor]:
+    """Yields the values of a tensor that are hashed."""
     count = math.prod(stored.shape)
     flat = replace(stored, shape=(count,))
     if count <= RUNS * RUN_VALUES:
@@ -95,7 +97,10 @@ def _sampled(stored: StoredTensor) -> Iterator[Tensor]:
 
 
 def _rounded(values: Tensor) -> Tensor:
-    """The bits of floats in bf16, to nearest and even; in whole numbers, since processors differ in the smallest."""
+    """Returns the bits of floats rounded to bf16 (nearest, ties to even).
+
+    In integer arithmetic, because processors treat subnormal numbers differently.
+    """
     if not values.is_floating_point():
         return values
     bits = values.float().view(torch.int32)
@@ -103,7 +108,7 @@ def _rounded(values: Tensor) -> Tensor:
 
 
 def weight_hashes(stored: Mapping[str, StoredTensor], packed: bool = False) -> WeightHashes:
-    """Sums of these tensors; 16 KiB of each are read at the most."""
+    """Returns the hashes of these tensors. At most 16 KiB of each are read."""
     names, sample = sorted(stored), hashlib.sha256()
     for name in names:
         for run in _sampled(stored[name]):
@@ -111,31 +116,32 @@ def weight_hashes(stored: Mapping[str, StoredTensor], packed: bool = False) -> W
     return WeightHashes(json_hash([[name, stored[name].shape] for name in names]), sample.hexdigest(), packed)
 
 
-def _facts(config: Any) -> dict[str, int | str]:
-    """Kind and sizes of the language model that a transformers config describes, those that it says."""
+def _type_and_sizes(config: Any) -> dict[str, int | str]:
+    """Returns model type and sizes of the language model of a transformers config, those that it has."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    said = {fact: getattr(text, fact, None) for fact in (KIND, *SIZES)}
-    return {fact: value for fact, value in said.items() if isinstance(value, (int, str))}
+    found = {key: getattr(text, key, None) for key in (MODEL_TYPE, *SIZES)}
+    return {key: value for key, value in found.items() if isinstance(value, (int, str))}
 
 
 def checkpoint_identity(folder: Path, config: Any) -> BaseIdentity:
-    """What a checkpoint's folder is; of one that `save_quantized` wrote, what it was packed from.
+    """Returns the identity of a checkpoint folder; for one that `save_quantized` wrote, of what was packed.
 
-    config: transformers' of that folder. CheckpointError for damaged files, or a file that was written beside others.
+    config: the transformers config of that folder. Raises CheckpointError for damaged files, and for a
+    `qlora_lite_base.json` that was written for other tensors.
     """
     files = TensorFiles.of(folder)
     weights = None if files is None else weight_hashes(files.stored, hub.quantization_config(folder) is not None)
     if weights is None or not weights.packed:
-        return BaseIdentity(_facts(config), weights)
-    said = read_base_identity(folder)
-    if said is None:
-        return BaseIdentity(_facts(config), weights)
-    if said.written != weights:
+        return BaseIdentity(_type_and_sizes(config), weights)
+    packed_from = read_base_identity(folder)
+    if packed_from is None:
+        return BaseIdentity(_type_and_sizes(config), weights)
+    if packed_from.written != weights:
         raise CheckpointError(
-            f"{folder / BASE_FILE} was written for other tensors than lie beside it; save the checkpoint again, or "
-            f"remove that file, and nothing says what it was packed from"
+            f"{folder / BASE_FILE} was written for other tensors than {folder} holds; save the checkpoint again, or "
+            f"remove that file to go without a record of what was packed"
         )
-    return replace(said, written=None)
+    return replace(packed_from, written=None)
 
 
 def checkpoint_identity_or_error(folder: Path, config: Any) -> BaseIdentity | CheckpointError:
@@ -151,39 +157,38 @@ def checkpoint_identity_or_error(folder: Path, config: Any) -> BaseIdentity | Ch
 
 
 def set_base_identity_(model: nn.Module, base: BaseIdentity) -> None:
-    """Notes on a model what its weights were read from."""
-    setattr(model, KNOWN, base)
+    """Stores on a model the identity of the checkpoint that its weights were read from."""
+    setattr(model, IDENTITY_ATTRIBUTE, base)
 
 
 def model_identity(model: Any) -> BaseIdentity | None:
-    """What the checkpoint is that a model came from; None for a model without a config.
+    """Returns the identity of the checkpoint that a model was loaded from; None for a model without a config.
 
-    A model that load_quantized made knows it. Of another one the folder that it names is summed when this is first
-    asked, if it is there and can be read here; without one only the config is known. Nothing is said of weights that
-    LoftQ packed anew.
+    `load_quantized` stores it on the model. For any other model the folder that its config names is hashed on the first
+    call, if it exists and can be read; otherwise only the config is known. Weights that LoftQ packed have no hashes.
     """
-    base: BaseIdentity | None = getattr(model, KNOWN, None)
+    base: BaseIdentity | None = getattr(model, IDENTITY_ATTRIBUTE, None)
     if (config := getattr(model, "config", None)) is not None:
-        base = base or _summed(model)
-        if base is None or _facts(config) != base.model:  # it was changed since: tokens were added, say
-            return BaseIdentity(_facts(config), None)
+        base = base or _hashed_folder(model)
+        if base is None or _type_and_sizes(config) != base.model:  # the model was changed, e.g. by adding tokens
+            return BaseIdentity(_type_and_sizes(config), None)
     return replace(base, weights=None) if base is not None and repacked_weights(model) else base
 
 
-def _summed(model: Any) -> BaseIdentity | None:
-    """What lies in the folder that a model names, as far as it can be read, which is remembered; None if it is gone."""
-    if (folder := _folder_there(model)) is None:
+def _hashed_folder(model: Any) -> BaseIdentity | None:
+    """Computes the identity of the folder that a model names, and stores it on the model; None if it is gone."""
+    if (folder := _existing_folder(model)) is None:
         return None
     try:
         base = checkpoint_identity(folder, hub.read_config(folder))
-    except CheckpointError:  # code of its own, or tensors in fp8, say: its adapter is to be saved all the same
-        base = BaseIdentity(_facts(model.config), None)
+    except CheckpointError:  # e.g. remote code, or fp8 tensors; the adapter is saved anyway
+        base = BaseIdentity(_type_and_sizes(model.config), None)
     set_base_identity_(model, base)
     return base
 
 
-def _folder_there(model: Any) -> Path | None:
-    """The folder that a model came from; None if it is gone, since its adapter is to be saved all the same."""
+def _existing_folder(model: Any) -> Path | None:
+    """Returns the folder that a model came from; None, not an error, if it is gone: the adapter is saved anyway."""
     try:
         folder = hub.model_folder(model)
     except CheckpointError:
@@ -192,63 +197,67 @@ def _folder_there(model: Any) -> Path | None:
 
 
 def write_base_identity(folder: Path, model: nn.Module) -> None:
-    """Writes what a model came from beside its adapter; nothing for a model without a config."""
+    """Writes the identity of a model's base to its adapter's folder; nothing for a model without a config."""
     if (base := model_identity(model)) is not None:
         write_json(folder / BASE_FILE, base.to_json())
 
 
 def write_packed_base_identity(folder: Path, model: nn.Module) -> None:
-    """Writes what a model came from beside its packed tensors, if that is known of its weights."""
+    """Writes the identity of what was packed to the folder of the packed checkpoint, if its hashes are known."""
     base = model_identity(model)
-    # safetensors writes below a path that is no text, and reads from none.
+    # safetensors writes to a path that is not valid UTF-8, but cannot read from it.
     readable = os.fsencode(folder).decode(errors="replace") == str(folder)
     if base is not None and base.weights is not None and readable:
         written = weight_hashes(TensorFiles(folder).stored, packed=True)
         write_json(folder / BASE_FILE, replace(base, written=written).to_json())
 
 
-def _read_sums(said: Any, path: Path, what: str) -> WeightHashes | None:
-    if said is None:
+def _parsed_hashes(value: object, path: Path, key: str) -> WeightHashes | None:
+    if value is None:
         return None
-    if not isinstance(said, dict) or set(said) != {"layout", "sample", "packed"} or type(said["packed"]) is not bool:
-        raise CheckpointError(f"{path}: {what} should be an object of layout, sample and packed; got {excerpt(said)}")
+    if not isinstance(value, dict) or set(value) != {"layout", "sample", "packed"} or type(value["packed"]) is not bool:
+        raise CheckpointError(f"{path}: {key} should be an object of layout, sample and packed; got {excerpt(value)}")
     for name in ("layout", "sample"):
-        if not isinstance(said[name], str) or not SHA256.fullmatch(said[name]):
-            raise CheckpointError(f"{path}: {name} of {what} should be a SHA-256 in hex; got {excerpt(said[name])}")
-    return WeightHashes(**said)
+        if not isinstance(value[name], str) or not SHA256.fullmatch(value[name]):
+            raise CheckpointError(f"{path}: {name} of {key} should be a SHA-256 in hex; got {excerpt(value[name])}")
+    return WeightHashes(**value)
 
 
 def read_base_identity(folder: Path) -> BaseIdentity | None:
-    """What the file in a folder says; None if it is not there. CheckpointError for one that says something else."""
+    """Reads `qlora_lite_base.json` of a folder; None if there is none. Raises CheckpointError for a malformed one."""
     path = folder / BASE_FILE
     if not os.path.lexists(path):
         return None
-    said = read_json(path)
-    if type(said.get("version")) is not int or said["version"] != VERSION:
-        got = excerpt(said.get("version"))
-        raise CheckpointError(f"{path} is of version {got}; this one reads {VERSION}; remove it to go without")
-    if unknown := sorted(said.keys() - {"version", "model", "weights", "written"}):
-        raise CheckpointError(f"{path} says {excerpt(unknown[0])}, which is not known; remove the file to go without")
-    model = said.get("model")
-    if not isinstance(model, dict) or not model.keys() <= {KIND, *SIZES}:
-        raise CheckpointError(f"{path}: model should be an object of {KIND}, {', '.join(SIZES)}; got {excerpt(model)}")
-    for fact, value in model.items():
-        if type(value) is not (str if fact == KIND else int):
-            kind = "a string" if fact == KIND else "an integer"
-            raise CheckpointError(f"{path}: {fact} should be {kind}; got {excerpt(value)}")
-    weights, written = (_read_sums(said.get(key), path, key) for key in ("weights", "written"))
+    value = read_json(path)
+    if type(value.get("version")) is not int or value["version"] != VERSION:
+        got = excerpt(value.get("version"))
+        raise CheckpointError(f"{path} has version {got}; only version {VERSION} can be read; remove it to go without")
+    if unknown := sorted(value.keys() - {"version", "model", "weights", "written"}):
+        raise CheckpointError(
+            f"{path} has unknown keys: {listing(map(excerpt, unknown), 4)}; remove the file to go without"
+        )
+    model = value.get("model")
+    if not isinstance(model, dict) or not model.keys() <= {MODEL_TYPE, *SIZES}:
+        keys = ", ".join((MODEL_TYPE, *SIZES))
+        raise CheckpointError(f"{path}: model should be an object of {keys}; got {excerpt(model)}")
+    for key, size in model.items():
+        if type(size) is not (str if key == MODEL_TYPE else int):
+            expected = "a string" if key == MODEL_TYPE else "an integer"
+            raise CheckpointError(f"{path}: {key} should be {expected}; got {excerpt(size)}")
+    weights, written = (_parsed_hashes(value.get(key), path, key) for key in ("weights", "written"))
     return BaseIdentity(model, weights, written)
 
 
-def _unlike(there: BaseIdentity, here: BaseIdentity) -> str:
-    """How two bases differ; empty if nothing says that they do."""
-    both = [fact for fact in (KIND, *SIZES) if fact in there.model and fact in here.model]
-    if other := [fact for fact in both if there.model[fact] != here.model[fact]]:
-        kind = "another model" if KIND in other else "a model of another size"
-        said = (f"{fact} {excerpt(there.model[fact])} there and {excerpt(here.model[fact])} here" for fact in other)
-        return f"{kind} ({', '.join(said)})"
-    one, two = there.weights, here.weights
-    # One model may be saved under other names, with tied weights once or twice, or packed: then nothing is proved.
+def _difference(trained_on: BaseIdentity, given: BaseIdentity) -> str:
+    """Describes how two bases differ; empty if no difference is known."""
+    both = [key for key in (MODEL_TYPE, *SIZES) if key in trained_on.model and key in given.model]
+    if different := [key for key in both if trained_on.model[key] != given.model[key]]:
+        model = "another model" if MODEL_TYPE in different else "a model of another size"
+        values = (f"{key} {excerpt(trained_on.model[key])}, not {excerpt(given.model[key])}" for key in different)
+        return f"{model} ({'; '.join(values)})"
+    one, two = trained_on.weights, given.weights
+    # One model may be saved under other names, with tied weights once or twice, or packed. A different layout therefore
+    # proves nothing.
     if one is None or two is None or one.layout != two.layout:
         return ""
     return (
@@ -258,56 +267,54 @@ def _unlike(there: BaseIdentity, here: BaseIdentity) -> str:
     )
 
 
-def _compare(adapter: Path, there: BaseIdentity, here: BaseIdentity | None, base: str) -> list[str]:
-    """CheckpointError if what an adapter was trained on differs from `here`, which errors call `base`.
+def _check_same(adapter: Path, trained_on: BaseIdentity, given: BaseIdentity | None, base: str) -> list[str]:
+    """Returns which of "sizes" and "weights" were compared and are equal. base: the name of `given` in the error.
 
-    Which of sizes and weights both say; nothing of a base of which nothing is known.
+    Raises CheckpointError if they differ.
     """
-    if here is None:
+    if given is None:
         return []
-    if unlike := _unlike(there, here):
+    if difference := _difference(trained_on, given):
         raise CheckpointError(
-            f"{adapter} was trained on {unlike} than {base}; name the base that it was trained on, or ask for any_base "
-            f"(--any-base) if this one is meant"
+            f"{adapter} was trained on {difference} than {base}; name the base that it was trained on, or ask for "
+            f"any_base (--any-base) if this one is meant"
         )
-    weights, others = there.weights, here.weights
-    known = weights is not None and others is not None and weights.layout == others.layout
-    return ["sizes"] * bool(there.model.keys() & here.model.keys()) + ["weights"] * known
+    weights, others = trained_on.weights, given.weights
+    compared = weights is not None and others is not None and weights.layout == others.layout
+    return ["sizes"] * bool(trained_on.model.keys() & given.model.keys()) + ["weights"] * compared
 
 
 def check_trained_on_model(adapter: Path, model: nn.Module) -> None:
-    """CheckpointError if an adapter on disk was trained on another base than a model's. No tensor of either is read."""
-    there = read_base_identity(adapter)
-    if there is None:
+    """Raises CheckpointError if an adapter on disk was trained on another base than a model's. Reads no tensor."""
+    trained_on = read_base_identity(adapter)
+    if trained_on is None:
         return
-    if there.weights is not None and repacked_weights(model):
+    if trained_on.weights is not None and repacked_weights(model):
         raise CheckpointError(
-            f"{adapter} was trained on weights as a checkpoint has them, and LoftQ packed this model's anew; load the "
+            f"{adapter} was trained on the weights of a checkpoint, and this model's were packed by LoftQ; load the "
             f"checkpoint, or ask for any_base (--any-base) if this model is meant"
         )
-    _compare(adapter, there, model_identity(model), "this model's base")
+    _check_same(adapter, trained_on, model_identity(model), "this model's base")
 
 
 def check_trained_on_checkpoint(adapter: Path, folder: Path) -> list[str]:
-    """The same for a checkpoint's folder, of which config and samples are read.
+    """Raises CheckpointError if an adapter was trained on another base than the checkpoint in `folder`.
 
-    Gives which of "sizes" and "weights" both say, and are the same.
+    Reads the config and the sampled values of the checkpoint. Returns which of "sizes" and "weights" were compared.
     """
-    there = read_base_identity(adapter)
-    return (
-        []
-        if there is None
-        else _compare(adapter, there, checkpoint_identity(folder, hub.read_config(folder)), str(folder))
-    )
+    trained_on = read_base_identity(adapter)
+    if trained_on is None:
+        return []
+    return _check_same(adapter, trained_on, checkpoint_identity(folder, hub.read_config(folder)), str(folder))
 
 
 def repacked_weights(model: nn.Module) -> list[PackedWeight]:
-    """The packed weights of a model that are not its checkpoint's."""
+    """Returns the packed weights of a model that differ from its checkpoint's, because LoftQ packed them."""
     return [module for module in model.modules() if isinstance(module, PackedWeight) and not module.of_checkpoint]
 
 
 def packed_weights_hash(weights: Iterable[tuple[str, PackedWeight]]) -> str:
-    """SHA-256, in hex, of the names of layers and the bytes of their packed weights, in the order that they come in."""
+    """Returns the SHA-256, in hex, of the names of layers and the bytes of their packed weights, in the order given."""
     digest = hashlib.sha256()
     for name, weight in weights:
         digest.update(f"{name} {weight.format} {weight.blocksize} {tuple(weight.shape)}\n".encode())
@@ -316,13 +323,12 @@ def packed_weights_hash(weights: Iterable[tuple[str, PackedWeight]]) -> str:
     return digest.hexdigest()
 
 
-def packed_weights_match(digest: str, weights: Mapping[str, Any]) -> bool:
-    """Whether these are the packed weights, by name of layer, that an adapter was saved for."""
-    if not all(isinstance(weight, PackedWeight) for weight in weights.values()):
-        return False
-    return packed_weights_hash(sorted(weights.items())) == digest
+def packed_weights_match(digest: str, weights: Mapping[str, object]) -> bool:
+    """Whether these weights, by name of layer, are the packed ones that an adapter was saved for."""
+    packed = {name: weight for name, weight in weights.items() if isinstance(weight, PackedWeight)}
+    return len(packed) == len(weights) and packed_weights_hash(sorted(packed.items())) == digest
 
 
 def json_hash(value: object) -> str:
-    """SHA-256, in hex, of plain data as JSON with sorted keys."""
+    """Returns the SHA-256, in hex, of plain data as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

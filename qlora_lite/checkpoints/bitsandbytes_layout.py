@@ -30,8 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_lite.checkpoints.lazy_tensors import read_slices
-from qlora_lite.checkpoints.pack_on_load import READ_BYTES
+from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, read_slices
 from qlora_lite.checkpoints.safetensors_read import StoredTensor
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor, planned
 from qlora_lite.checks import check_finite, is_count, is_finite

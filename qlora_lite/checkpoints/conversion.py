@@ -1,8 +1,8 @@
-"""The tensors that a model wants, as views on those that its checkpoint has: other names, stacks, joints, cuts.
+"""Builds a model's tensors from those of its checkpoint: renamed, stacked, concatenated, cut or transposed.
 
-Which names and operations those are, transformers says (hub.py asks it). Each operation has a row in `OPERATIONS`,
-which does to views what transformers' own does to tensors that were read whole; a checkpoint that needs another one
-is refused by the operation's name.
+The step of a weight on its way in between lazy_tensors.py and pack_on_load.py. `conversions` asks transformers which
+tensors of the checkpoint make which tensor of the model, by which operations; `converted_tensors` applies these to lazy
+tensors. `OPERATIONS` has a row for each known operation; an error names any other.
 """
 
 from __future__ import annotations
@@ -18,16 +18,63 @@ from qlora_lite.checkpoints.lazy_tensors import Concatenated, LazyTensor, Narrow
 from qlora_lite.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
-# Views by the pattern of transformers' rule that their names match; several of a pattern with a star in it.
+# Lazy tensors by the pattern of transformers' rule that their names match; several if the pattern has a star.
 ViewsByPattern = dict[str, list[LazyTensor]]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How transformers makes one or several tensors of a model from those of a checkpoint.
+
+    target: the model's name of the first one. sources: names in the checkpoint by the pattern that they match.
+    operations: transformers' objects, in order; none if only the name differs.
+    """
+
+    target: str
+    sources: dict[str, list[str]]
+    source_patterns: tuple[str, ...] = ()
+    target_patterns: tuple[str, ...] = ()
+    operations: tuple[Any, ...] = ()
+
+    @property
+    def targets(self) -> set[str]:
+        """The names in the model of all tensors that are made."""
+        patterns = self.target_patterns or (self.target,)
+        return {self.target.replace(patterns[0], pattern) for pattern in patterns}
+
+
+def conversions(model: Any, wanted: Iterable[str], names: Iterable[str]) -> list[Conversion]:
+    """Returns how transformers makes the tensors of a model from those of a checkpoint.
+
+    wanted: names in the model's `state_dict`. names: in the checkpoint. A tensor that the model does not need comes as
+    a conversion whose target is not in `wanted`.
+    """
+    loading = importlib.import_module("transformers.core_model_loading")
+    rules = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    model_names = {name: name for name in wanted}
+    found: dict[tuple[str, int], Conversion] = {}
+    for name in sorted(names, key=loading.dot_natural_key):  # matrices of a stack in the order of their numbers
+        target, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, model_names)
+        if target not in model_names and name in model_names:  # already under the model's name
+            target, pattern = name, None
+        rule = by_pattern.get(pattern)
+        made = Conversion(target, {})
+        if rule is not None:
+            patterns = (tuple(rule.source_patterns), tuple(rule.target_patterns), tuple(rule.operations))
+            made = Conversion(target, {}, *patterns)
+        found.setdefault((target, id(rule)), made).sources.setdefault(pattern or "", []).append(name)
+    return list(found.values())
 
 
 @dataclass
 class Converted:
-    """Views by the model's names, and what is wrong.
+    """The result of `converted_tensors`.
 
-    unexpected: tensors that nothing of the model is made of, and the name that each would have in it.
-    problems: sentences about `failed`, tensors of the model that cannot be made of what is there.
+    tensors: by the model's names. unexpected: tensors of the checkpoint that the model does not need, with the name
+    that each would have in it. failed: tensors of the model that cannot be made. problems: why, in sentences.
     """
 
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
@@ -38,30 +85,34 @@ class Converted:
 
 @dataclass(frozen=True)
 class _Rule:
-    """One of transformers' rules, at work on the model's tensor `target`."""
+    """One of transformers' rules, applied to make the model's tensor `target`.
+
+    sources, targets: the patterns of the rule. shapes: of the model's tensors, by name.
+    """
 
     target: str
     sources: list[str]
     targets: list[str]
     shapes: Shapes
 
-    def only(self, views: ViewsByPattern, operation: Any) -> LazyTensor:
-        """The one view there is, for operations on one."""
+    def only(self, views: ViewsByPattern, operation: object) -> LazyTensor:
+        """Returns the single tensor that the operation takes. Raises CheckpointError if there are several."""
         found = [view for several in views.values() for view in several]
         if len(found) != 1:
-            raise CheckpointError(f"{self.target}: {operation!r} of {len(found)} tensors is not known here")
+            raise CheckpointError(f"{self.target}: {operation!r} of {len(found)} tensors is not supported")
         return found[0]
 
-    def one_target(self, operation: Any) -> str:
+    def one_target(self, operation: object) -> str:
+        """Returns the single target of the rule. Raises CheckpointError if there are several."""
         if len(self.targets) != 1:
-            raise CheckpointError(f"{self.target}: {operation!r} into {len(self.targets)} tensors is not known here")
+            raise CheckpointError(f"{self.target}: {operation!r} into {len(self.targets)} tensors is not supported")
         return self.targets[0]
 
 
 def _stacked(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
-    """MergeModulelist: the tensors of each pattern along a new first dimension."""
+    """MergeModulelist: stacks the tensors of each pattern along a new first dimension."""
     if operation.dim != 0:
-        raise CheckpointError(f"{rule.target}: {operation!r} is not known here, only stacks along dimension 0")
+        raise CheckpointError(f"{rule.target}: {operation!r} is not supported, only stacks along dimension 0")
     made: ViewsByPattern = {}
     for pattern, several in views.items():
         key = rule.one_target(operation) if len(views) == 1 else pattern
@@ -70,7 +121,7 @@ def _stacked(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPatte
 
 
 def _joined(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
-    """Concatenate: the tensors of all patterns, in the rule's order of patterns, one after the other."""
+    """Concatenate: joins the tensors of all patterns, in the order of the rule's patterns."""
     parts = tuple(view for pattern in rule.sources for view in views.get(pattern, []))
     return {rule.one_target(operation): [Concatenated(rule.target, parts, operation.dim)]}
 
@@ -85,16 +136,18 @@ def _cut(source: LazyTensor, targets: list[str], sizes: list[int], dim: int) -> 
 
 
 def _in_chunks(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
-    """Chunk: one tensor cut into equal parts, one for each target."""
+    """Chunk: cuts one tensor into equal parts, one for each target."""
     source, count = rule.only(views, operation), len(rule.targets)
     size, left = divmod(source.shape[operation.dim], count)
     if operation.num_shards_attribute is not None or left:
-        raise CheckpointError(f"{rule.target}: {operation!r} of {source.name} {source.shape} into {count} is not known")
+        raise CheckpointError(
+            f"{rule.target}: {operation!r} of {source.name} {source.shape} into {count} is not supported"
+        )
     return _cut(source, rule.targets, [size] * count, operation.dim)
 
 
 def _in_pieces(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
-    """Split: one tensor cut into parts of the targets' sizes."""
+    """Split: cuts one tensor into parts of the sizes of the targets."""
     source = rule.only(views, operation)
     names = [rule.target.replace(rule.targets[0], target) for target in rule.targets]
     sizes = [rule.shapes[name][operation.dim] for name in names if name in rule.shapes]
@@ -104,7 +157,7 @@ def _in_pieces(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPat
 
 
 def _transposed(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
-    """Transpose: two dimensions exchanged; with check_dims only where the model has them so."""
+    """Transpose: exchanges two dimensions; with check_dims only if the shape differs from the model's."""
     source = rule.only(views, operation)
     key = rule.targets[0] if len(rule.targets) == 1 else rule.sources[0]
     first, second = sorted(dim % len(source.shape) for dim in (operation.dim0, operation.dim1))
@@ -123,27 +176,28 @@ OPERATIONS: dict[str, Callable[[Any, ViewsByPattern, _Rule], ViewsByPattern]] = 
 
 
 def _made(conversion: Conversion, files: Mapping[str, LazyTensor], shapes: Shapes) -> dict[str, LazyTensor]:
-    """The model's tensors that one rule makes. CheckpointError for an operation that is not known."""
+    """Returns the model's tensors that one conversion makes. Raises CheckpointError for an unknown operation."""
     views: ViewsByPattern = {pattern: [files[name] for name in names] for pattern, names in conversion.sources.items()}
     rule = _Rule(conversion.target, list(conversion.source_patterns), list(conversion.target_patterns), shapes)
     for operation in conversion.operations:
-        act = OPERATIONS.get(type(operation).__name__)
-        if act is None:
+        apply = OPERATIONS.get(type(operation).__name__)
+        if apply is None:
             raise CheckpointError(
-                f"{conversion.target}: transformers makes it by {operation!r}, which is not known here "
-                f"(known are {', '.join(OPERATIONS)}); save the model once with transformers' save_pretrained("
+                f"{conversion.target}: transformers makes it by {operation!r}, which is not supported "
+                f"(supported: {', '.join(OPERATIONS)}); save the model once with transformers' save_pretrained("
                 f"save_original_format=False)"
             )
-        views = act(operation, views, rule)
-    # As in transformers, the first key that is part of the name says what stands before and behind each of them.
-    before, _, behind = next(rule.target.partition(key) for key in views if key in rule.target)
-    return {f"{before}{key}{behind}": several[0] for key, several in views.items()}
+        views = apply(operation, views, rule)
+    # As in transformers, all results get the prefix and suffix of the target around the first key that it contains.
+    prefix, _, suffix = next(rule.target.partition(key) for key in views if key in rule.target)
+    return {f"{prefix}{key}{suffix}": several[0] for key, several in views.items()}
 
 
 def converted_tensors(model: nn.Module, shapes: Shapes, files: Mapping[str, LazyTensor]) -> Converted:
-    """What transformers would load into the model's tensors (`shapes`: by name) from a checkpoint's, as views.
+    """Returns what transformers would load into the model's tensors from a checkpoint's, as lazy tensors.
 
-    Nothing is read. What cannot be made is no error yet, but listed: the caller knows what it needs.
+    shapes: of the model's tensors, by name. files: the checkpoint's tensors, by name. Nothing is read. Problems are
+    listed in the result and not raised, because the caller knows which tensors it needs.
     """
     found = Converted()
     for conversion in conversions(model, shapes, files):
@@ -160,58 +214,12 @@ def converted_tensors(model: nn.Module, shapes: Shapes, files: Mapping[str, Lazy
         twice = [*names[:4]] if not conversion.operations and len(names) > 1 else []
         twice += sorted(made.keys() & found.tensors.keys())
         if twice:
-            found.problems.append(f"{conversion.target} is there more than once: {', '.join(twice)}")
+            found.problems.append(f"{conversion.target} is in the checkpoint more than once: {', '.join(twice)}")
         found.tensors |= made
     return found
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """How transformers makes one or more tensors of a model from those of a checkpoint.
-
-    target: the model's name of the first; sources: the checkpoint's names by the pattern that they match;
-    operations: transformers' own, in order, none where only the name differs.
-    """
-
-    target: str
-    sources: dict[str, list[str]]
-    source_patterns: tuple[str, ...] = ()
-    target_patterns: tuple[str, ...] = ()
-    operations: tuple[Any, ...] = ()
-
-    @property
-    def targets(self) -> set[str]:
-        """The model's names of all that is made."""
-        patterns = self.target_patterns or (self.target,)
-        return {self.target.replace(patterns[0], pattern) for pattern in patterns}
-
-
 def tensors_as_saved(model: Any) -> dict[str, Tensor]:
-    """The tensors of a model on meta as a checkpoint has them: other names, and pieces, where transformers converts."""
+    """Returns the tensors of a model on meta as its checkpoint has them, converted back by transformers."""
     loading = importlib.import_module("transformers.core_model_loading")
     return loading.revert_weight_conversion(model, dict(model.state_dict()))  # type: ignore[no-any-return]
-
-
-def conversions(model: Any, wanted: Iterable[str], names: Iterable[str]) -> list[Conversion]:
-    """What transformers makes of a checkpoint's tensors, by name, for a model that wants these (its `state_dict`).
-
-    A tensor that the model has no place for comes as a conversion to a target that is not wanted.
-    """
-    loading = importlib.import_module("transformers.core_model_loading")
-    rules = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    places = {name: name for name in wanted}
-    found: dict[tuple[str, int], Conversion] = {}
-    for name in sorted(names, key=loading.dot_natural_key):  # a stack's matrices come in the order of their numbers
-        target, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, places)
-        if target not in places and name in places:  # it lies under the model's own name already
-            target, pattern = name, None
-        rule = by_pattern.get(pattern)
-        made = Conversion(target, {})
-        if rule is not None:
-            patterns = (tuple(rule.source_patterns), tuple(rule.target_patterns), tuple(rule.operations))
-            made = Conversion(target, {}, *patterns)
-        found.setdefault((target, id(rule)), made).sources.setdefault(pattern or "", []).append(name)
-    return list(found.values())

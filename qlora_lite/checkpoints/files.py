@@ -1,6 +1,7 @@
-"""Opening what strangers made: regular files only, and no larger than what they are can be.
+"""Reads files from untrusted sources, and writes files and JSON as a whole.
 
-A pipe would be waited for without end, and a device such as /dev/zero never ends.
+The lowest file of the room. Only regular files of limited size are opened: reading a pipe may wait forever, and a
+device such as /dev/zero never ends.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from typing import Any, BinaryIO
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.signals import stoppable, unfinished
 
-# Configurations and indexes: the index of a model of a hundred thousand tensors has 10 MB.
+# For configs and indexes. The index of a model with a hundred thousand tensors has 10 MB.
 LARGEST_JSON = 32 << 20
 SHOWN = 60
 
+# The suffix of files and folders that are not complete, and the form of their names, next to the final one.
 UNFINISHED = ".partial"
-# What is unfinished stands beside its place under a name that is longer by so much.
 UNFINISHED_NAME = f".{{}}.12345678{UNFINISHED}"
 
 
 def excerpt(value: object) -> str:
-    """A value as an error shows it: its repr, cut to 60 characters."""
+    """Returns the repr of a value for an error, cut to 60 characters."""
     shown = repr(value)
     return shown if len(shown) <= SHOWN else shown[: SHOWN - 3] + "..."
 
 
 def is_regular(path: Path) -> bool:
-    """Whether there is a regular file, or a link to one; False too for a name that no file can have."""
+    """Whether the path is a regular file, or a link to one. False for a name that no file can have."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
@@ -41,9 +42,10 @@ def is_regular(path: Path) -> bool:
 
 
 def open_regular(path: Path, what: str, largest: int | None = None) -> BinaryIO:
-    """The file, opened for reading. CheckpointError if it is missing, is no regular file, or is larger than `largest`.
+    """Opens a file for reading.
 
-    what: the kind of file that is expected, for the error.
+    Raises CheckpointError if it is missing, not a regular file, or has more than `largest` bytes. what: the kind of
+    file that is expected, for the error.
     """
     try:
         state = os.stat(path)
@@ -63,15 +65,15 @@ def open_regular(path: Path, what: str, largest: int | None = None) -> BinaryIO:
 
 
 def reason(error: Exception) -> str:
-    """What the system says was wrong, without the path."""
+    """Returns the system's description of an error, without the path."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def check_writable(path: str | Path, suffix: str, overwrite: bool) -> None:
-    """Raises before any work is done if the file could not be written in the end.
+    """Checks, before any work is done, that a file can be written.
 
-    ConfigError for a name without its suffix; CheckpointError for a folder, a pipe or device, a file that exists and is
-    not to be overwritten, and a place where none can be made.
+    Raises ConfigError for a name without the suffix; CheckpointError for a folder, a pipe or device, an existing file
+    unless `overwrite`, and a path where no file can be created.
     """
     path = Path(path)
     if path.suffix != suffix:
@@ -87,13 +89,13 @@ def check_writable(path: str | Path, suffix: str, overwrite: bool) -> None:
 
 @contextmanager
 def new_file(path: str | Path, overwrite: bool = False) -> Iterator[BinaryIO]:
-    """A file beside `path` that becomes it when the block ends well, and disappears when it does not.
+    """Yields a temporary file that is renamed to `path` at the end of the block, and removed if the block raises.
 
-    Raises as `check_writable` does, and CheckpointError if writing fails.
+    Raises the errors of `check_writable`, and CheckpointError if writing fails.
     """
     path = Path(path)
     check_writable(path, path.suffix, overwrite)
-    path = Path(os.path.realpath(path))  # behind a link stands the file that is meant
+    path = Path(os.path.realpath(path))  # a link is followed, not replaced
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         with stoppable(), unfinished(temporary):
@@ -108,22 +110,22 @@ def new_file(path: str | Path, overwrite: bool = False) -> Iterator[BinaryIO]:
 
 
 def check_creatable(path: Path) -> None:
-    """CheckpointError where nothing can be made: behind a file, in a circle of links, under too long a name.
+    """Raises CheckpointError if nothing can be created at `path`.
 
-    Also where this user may not write.
+    The reasons are a parent that is a file, a circle of links, a name that is too long, and missing permission.
     """
     path = path.absolute()
     for name in (path, path.with_name(UNFINISHED_NAME.format(path.name)) if path.name else path):
-        if why_not := _wrong_with(name):
-            raise CheckpointError(f"{path} cannot be written: {why_not}")
-    path = Path(os.path.realpath(path))  # behind a link stands what is meant, there already or not
+        if problem := _name_problem(name):
+            raise CheckpointError(f"{path} cannot be written: {problem}")
+    path = Path(os.path.realpath(path))  # a link is followed, whether or not its target exists
     place = next(parent for parent in path.parents if parent.exists()) if path.name else path
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{path} cannot be written: {place} is no folder that may be written to")
+        raise CheckpointError(f"{path} cannot be written: {place} is not a folder that may be written to")
 
 
-def _wrong_with(path: Path) -> str | None:
-    """What the system has against a name, whether or not there is something of that name."""
+def _name_problem(path: Path) -> str | None:
+    """The reason why the system rejects a name, whether or not a file of that name exists; None if it accepts it."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -134,7 +136,7 @@ def _wrong_with(path: Path) -> str | None:
 
 
 def sync(path: Path) -> None:
-    """Has a file, or the names in a folder, reach the disk."""
+    """Flushes a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -143,7 +145,7 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes indented JSON and syncs it to disk."""
+    """Writes indented JSON and flushes it to the disk."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, sort_keys=True)
         file.write("\n")
@@ -152,11 +154,15 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from disk. CheckpointError when the file is missing, unreadable, or holds something else."""
+    """Reads a JSON object. Raises CheckpointError if the file is missing, unreadable, or holds something else."""
     try:
         with open_regular(path, "a JSON file", LARGEST_JSON) as file:
             value = json.loads(file.read().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and numbers of too many digits, too
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: bad JSON, bad UTF-8, numbers with too many digits
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error

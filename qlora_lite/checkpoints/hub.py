@@ -1,13 +1,13 @@
-"""What is asked of transformers: a config, an empty model, a tokenizer, which module is the head.
+"""Configs, empty models and tokenizers from transformers, and the companion files of a checkpoint.
 
-The only file that imports transformers; it does so when it is first needed.
+Of this room, only this file and conversion.py import transformers, when it is first needed.
 """
 
 from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
-# Each is built before anything is compared with the files; the deepest known models have some hundred.
-MOST_LAYERS = 4096
+# Layers are built before anything is compared with the files. The deepest known models have a few hundred.
+MAX_LAYERS = 4096
 
 
 def _transformers() -> Any:
@@ -38,8 +38,11 @@ def _transformers() -> Any:
 
 
 @contextmanager
-def _checkpoint_errors(what: str) -> Iterator[None]:
-    """transformers reports bad files by any exception, in paragraphs: the first line is the fact, or leads to it."""
+def _errors_of_transformers(problem: str) -> Iterator[None]:
+    """Turns any exception, as transformers raises for bad files, into a CheckpointError with its first line.
+
+    If that line ends in a colon, the second line follows.
+    """
     try:
         yield
     except (QLoRAError, MemoryError):
@@ -47,11 +50,14 @@ def _checkpoint_errors(what: str) -> Iterator[None]:
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         first_line = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
-        raise CheckpointError(f"{what}: {first_line}") from error
+        raise CheckpointError(f"{problem}: {first_line}") from error
 
 
 def checkpoint_folder(path_or_id: str | Path) -> Path:
-    """The local folder of a checkpoint; a name that is no folder is looked up on (and fetched from) the hub."""
+    """Returns the local folder of a checkpoint; an id that is not a folder is fetched from the hub.
+
+    Raises CheckpointError if there is no such checkpoint.
+    """
     folder = Path(path_or_id)
     if folder.is_dir():
         if not (folder / CONFIG_FILE).is_file():
@@ -67,58 +73,58 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
         return Path(snapshot_download(str(path_or_id), allow_patterns=CHECKPOINT_PATTERNS))
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path_or_id} is no local folder and cannot be fetched: {first_line}") from error
+        raise CheckpointError(f"{path_or_id} is not a local folder and cannot be fetched: {first_line}") from error
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config of a checkpoint folder, as if nothing in it were packed. No remote code is run."""
+    """Reads the transformers config of a checkpoint folder, less `quantization_config`. No remote code is run."""
     quantization_config(folder)
-    with _checkpoint_errors(f"{folder} has no config that transformers knows"):
+    with _errors_of_transformers(f"{folder} has no config that transformers knows"):
         config = _transformers().AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    _forget_quantization(config)
+    _delete_quantization_config(config)
     layers = getattr(config, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise CheckpointError(f"{folder} has num_hidden_layers {layers}; at most {MOST_LAYERS} are built")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise CheckpointError(f"{folder} has num_hidden_layers {layers}; at most {MAX_LAYERS} are built")
     return config
 
 
-def _forget_quantization(config: Any) -> None:
+def _delete_quantization_config(config: Any) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
 
 
-def quantization_config(folder: Path) -> dict[str, Any] | None:
-    """How a checkpoint folder says that its weights are packed; None where it says nothing, or has no config.
+def quantization_config(folder: Path) -> dict[str, object] | None:
+    """Reads `quantization_config` of a checkpoint folder's config; None if there is none, or no config.
 
-    CheckpointError for a config that is no JSON object, or says it in another form.
+    Raises CheckpointError if the config, or this entry, is not a JSON object.
     """
     if not (folder / CONFIG_FILE).is_file():
         return None
-    said = read_json(folder / CONFIG_FILE).get("quantization_config")
-    if said is not None and not isinstance(said, dict):
-        raise CheckpointError(f"quantization_config in {folder / CONFIG_FILE} should be a JSON object; got {said!r}")
-    return said
+    found = read_json(folder / CONFIG_FILE).get("quantization_config")
+    if found is not None and not isinstance(found, dict):
+        raise CheckpointError(f"quantization_config in {folder / CONFIG_FILE} should be a JSON object; got {found!r}")
+    return found
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The causal language model of a config on the meta device: shapes without bytes."""
-    with _checkpoint_errors(f"no causal language model can be built for model type {config.model_type!r}"):
+    """Returns the causal language model of a config on the meta device: shapes without values."""
+    with _errors_of_transformers(f"no causal language model can be built for model type {config.model_type!r}"):
         with torch.device("meta"):
             model: nn.Module = _transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
         return model.eval()
 
 
 def load_generation_config_(model: Any, folder: Path) -> None:
-    """Gives a model the generation config of its checkpoint, if there is one."""
+    """Sets `model.generation_config` from the checkpoint folder, if it has one."""
     if (folder / GENERATION_FILE).is_file():
-        with _checkpoint_errors(f"{folder / GENERATION_FILE} is no generation config"):
+        with _errors_of_transformers(f"{folder / GENERATION_FILE} is not a generation config"):
             model.generation_config = _transformers().GenerationConfig.from_pretrained(str(folder))
 
 
 def load_tokenizer(path_or_id: str | Path) -> Any:
-    """The tokenizer of a checkpoint, with a padding token (its end token where there is none)."""
+    """Returns the tokenizer of a checkpoint. Its end token serves for padding if it has no padding token."""
     folder = checkpoint_folder(path_or_id)
-    with _checkpoint_errors(f"{folder} has no tokenizer that transformers can load"):
+    with _errors_of_transformers(f"{folder} has no tokenizer that transformers can load"):
         tokenizer = _transformers().AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -130,51 +136,55 @@ def save_config_and_tokenizer(
     source: Path | None,
     target: Path,
     dtype: torch.dtype,
-    quantization: dict[str, Any] | None = None,
+    quantization: Mapping[str, object] | None = None,
     *,
     untie: bool = False,
 ) -> None:
-    """Writes what a checkpoint has beside its tensors: config (new dtype), generation config, tokenizer, template.
+    """Writes config (with a new dtype), generation config, tokenizer and chat templates to the folder `target`.
 
-    quantization: how its weights are packed, for the config; None for a plain checkpoint. untie: whether the written
-    config says that no weights are tied. The model's own config is left as it is.
+    source: the folder that the tokenizer's files are copied from. quantization: the `quantization_config` of a packed
+    checkpoint. untie: sets `tie_word_embeddings` to False in the written config. The model is not changed.
     """
     config = type(model.config).from_dict(model.config.to_dict())
     config.dtype = dtype
-    _forget_quantization(config)
+    _delete_quantization_config(config)
     if quantization is not None:
-        config.quantization_config = quantization
+        config.quantization_config = dict(quantization)
     if untie:
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
     config.architectures = [type(model).__name__]
     config.save_pretrained(str(target))
     if getattr(model, "generation_config", None) is not None:
-        with _checkpoint_errors("the generation config cannot be saved"):
+        with _errors_of_transformers("the generation config cannot be saved"):
             model.generation_config.save_pretrained(str(target))
     if source is not None:
-        # sentencepiece's models have a name of their own in many a family: spiece, sentencepiece.bpe, spm, …
+        # The name of sentencepiece's model differs between families: spiece, sentencepiece.bpe, spm, ...
         for name in sorted({*TOKENIZER_FILES, *(path.name for path in source.glob("*.model"))}):
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
-        # Chat templates that have a name of their own lie in a folder beside the default one.
+        # Chat templates other than the default one lie in a folder of their own.
         for template in sorted((source / TEMPLATE_FOLDER).glob("*.jinja")):
             (target / TEMPLATE_FOLDER).mkdir(exist_ok=True)
             shutil.copyfile(template, target / TEMPLATE_FOLDER / template.name)
 
 
 def model_folder(model: Any) -> Path | None:
-    """The folder that the model was loaded from, None for one that was not loaded. CheckpointError if it is gone."""
+    """Returns the folder that a model was loaded from, None if it was not loaded from one.
+
+    Raises CheckpointError if the folder does not exist any more.
+    """
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     if not name or Path(name).is_dir():
         return Path(name) if name else None
     from huggingface_hub import snapshot_download
 
-    at: Any = {"revision": getattr(model.config, "_commit_hash", None), "allow_patterns": CHECKPOINT_PATTERNS}
+    revision = getattr(model.config, "_commit_hash", None)
     try:
-        return Path(snapshot_download(name, local_files_only=True, **at))
+        found = snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=CHECKPOINT_PATTERNS)
+        return Path(found)
     except Exception as error:  # the hub client raises its own and ValueError
         raise CheckpointError(
-            f"the model came from {name}, which is not there any more, and its tokenizer would be missing; "
+            f"the model came from {name}, which does not exist any more, so its tokenizer cannot be copied; "
             f"set model.config._name_or_path to its folder, or to '' to export without a tokenizer"
         ) from error

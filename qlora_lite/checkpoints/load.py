@@ -26,8 +26,8 @@ from qlora_lite.checkpoints.bitsandbytes_layout import (
     stored_packed_weights,
 )
 from qlora_lite.checkpoints.conversion import converted_tensors
-from qlora_lite.checkpoints.lazy_tensors import LazyTensor, Transposed, read_slices
-from qlora_lite.checkpoints.pack_on_load import READ_BYTES, LazyPackedWeight, PackedOnLoad
+from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, Transposed, read_slices
+from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight, PackedOnLoad
 from qlora_lite.checkpoints.safetensors_read import TensorFiles, stored_tensors
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits

@@ -1,6 +1,7 @@
-"""A weight as something that gives its rows in fp32, a slice at a time, wherever it is: in memory, packed, or on disk.
+"""Packs a weight while it is read, a slice at a time.
 
-What is written is computed from these alone, so a model in memory and a checkpoint on disk are exported by one path.
+The step of a weight on its way in between conversion.py, which gives its `LazyTensor`, and load.py. A weight that lies
+packed in the file is read by bitsandbytes_layout.py instead.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlora_lite.checkpoints.lazy_tensors import LazyTensor, read_slices
+from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, read_slices
 from qlora_lite.checks import check_packable
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import row_step
 from qlora_lite.quantization.packed_weight import PackedWeight
 
-# Of a tensor on its way to be packed: so much is read at once.
-READ_BYTES = 4 << 20
-
 
 class LazyPackedWeight(Protocol):
-    """A weight in a file that a model holds packed. `step`: a slice of its rows begins at a multiple of it."""
+    """A weight in a file that a model holds packed; `load` makes it.
+
+    step: a slice of its rows has to start at a multiple of so many rows.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -32,12 +33,12 @@ class LazyPackedWeight(Protocol):
     def step(self) -> int: ...
 
     def load(self, device: torch.device) -> PackedWeight:
-        """The packed weight that loading makes of it."""
+        """Reads the weight, and packs it unless it is packed in the file."""
 
 
 @dataclass(frozen=True)
 class PackedOnLoad:
-    """How a tensor in a file is packed when it is loaded: from slices, rounded to the dtype that it is loaded in."""
+    """A tensor in a file that is packed when it is loaded, after rounding to `dtype`, in which the model is loaded."""
 
     stored: LazyTensor
     config: QuantConfig
@@ -52,12 +53,12 @@ class PackedOnLoad:
     def step(self) -> int:
         return row_step(self.shape, self.format, self.config.blocksize)
 
-    def slices(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    def _slices(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         for first, rows in read_slices(self.stored, READ_BYTES, self.step):
             moved = rows.to(device=device, dtype=self.dtype)
             check_packable(moved, self.stored.name, self.format, first)
             yield first, moved
 
     def load(self, device: torch.device) -> PackedWeight:
-        """QuantizationError, naming the tensor, for values that the format cannot hold."""
-        return PackedWeight.from_slices(self.stored.shape, device, self.slices(device), self.config, self.format)
+        """Raises QuantizationError, naming the tensor, for values that the format cannot hold."""
+        return PackedWeight.from_slices(self.stored.shape, device, self._slices(device), self.config, self.format)

@@ -1,8 +1,10 @@
 """Reads the tensors of a safetensors checkpoint, whole or a few rows at a time.
 
-Bytes are read into memory of ours (pread(2)) instead of mapped: pages of a mapped file count as resident until the
-kernel takes them back, so that a process which only passes through a checkpoint would grow to its size. The safetensors
-package checks each file first (sizes, overlaps, the header), without touching its tensors.
+The first step of a weight on its way in: `StoredTensor` is the `LazyTensor` (lazy_tensors.py) that lies in a file.
+
+Bytes are read with pread(2), not mapped: pages of a mapped file count as resident memory until the kernel reclaims
+them, so a process that reads through a checkpoint would grow to its size. The safetensors package checks each file
+first (sizes, overlaps, the header), without reading its tensors.
 """
 
 from __future__ import annotations
@@ -13,10 +15,9 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -31,11 +32,18 @@ HEADER_LENGTH_BYTES = 8
 METADATA = "__metadata__"
 
 
+class _HeaderEntry(TypedDict):
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: where its bytes begin, and what they are. Reading it leaves nothing open.
+    """A tensor in a file. Each read opens and closes the file.
 
-    state: of the file when that was found out (`_state`); in one that has changed since, other bytes may lie there.
+    begin: offset of its first byte. state: size and modification time of the file when its header was read; a file
+    that has changed since is refused, because other bytes may lie at this offset.
     """
 
     path: Path
@@ -50,57 +58,56 @@ class StoredTensor:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The whole tensor."""
+        """Reads the whole tensor."""
         return self.rows(0, self.shape[0] if self.shape else 1)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start to stop, along the first dimension; all of a tensor that has no dimensions."""
+        """Reads rows `start` to `stop` of the first dimension; the whole tensor if it has no dimensions."""
         if not self.shape:
             return self._read(self.begin, ())
         return self._read(self.begin + start * self.row_bytes, (stop - start, *self.shape[1:]))
 
     def select(self, index: int) -> StoredTensor:
-        """What lies at this index of the first dimension."""
+        """Returns the tensor at this index of the first dimension, without reading it."""
         begin = self.begin + index * self.row_bytes
         return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], begin=begin)
 
     def _read(self, offset: int, shape: tuple[int, ...]) -> Tensor:
         poll()
         tensor = torch.empty(shape, dtype=self.dtype)
-        left = tensor.view(-1).view(torch.uint8).numpy().data
+        unfilled = tensor.view(-1).view(torch.uint8).numpy().data
         try:
             with open(self.path, "rb", buffering=0) as file:
                 if _state(os.fstat(file.fileno())) != self.state:
                     raise CheckpointError(f"{self.path} was changed while it was in use; start again")
-                while left:
-                    got = os.preadv(file.fileno(), [left], offset)
+                while unfilled:
+                    got = os.preadv(file.fileno(), [unfilled], offset)
                     if got == 0:
                         raise CheckpointError(f"{self.path} ends inside {self.name}")
-                    left, offset = left[got:], offset + got
+                    unfilled, offset = unfilled[got:], offset + got
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
         return tensor
 
 
 def _state(file: os.stat_result) -> tuple[int, int]:
-    """What changes when a file is written to or replaced: its size, and when it was written (ns)."""
+    """Returns size and modification time (ns), which change when a file is written to or replaced."""
     return file.st_size, file.st_mtime_ns
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """safetensors' own reader of a file; CheckpointError for a file that is not one."""
+def _check_format(path: Path) -> None:
+    """Raises CheckpointError unless the safetensors package accepts the file. Reads no tensor."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
+        with safe_open(str(path), framework="pt"):
+            pass
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _named_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; readers differ in which of two values of one name they take."""
+def _without_duplicates(path: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Returns a JSON object. Raises CheckpointError for a repeated key, of which readers take different values."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -109,18 +116,21 @@ def _named_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file by name, in the order of their bytes. CheckpointError for a file that is not sound."""
+    """Returns the tensors of one file by name, in the order of their bytes, without reading them.
+
+    Raises CheckpointError if the file is missing, damaged, or has a dtype that torch does not have.
+    """
     with open_regular(path, "a safetensors file") as file:
         state = _state(os.fstat(file.fileno()))
         length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
         if length > LARGEST_JSON:
             raise CheckpointError(
-                f"{path} is no readable safetensors file: its header is said to have {length:,} bytes, of which at "
-                f"most {LARGEST_JSON:,} are read"
+                f"{path} is not a readable safetensors file: its header claims {length:,} bytes; at most "
+                f"{LARGEST_JSON:,} are read"
             )
-        with _opened(path):
-            pass
-        header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=functools.partial(_named_once, path))
+        _check_format(path)
+        check_keys = functools.partial(_without_duplicates, path)
+        header: dict[str, _HeaderEntry] = json.loads(file.read(length), object_pairs_hook=check_keys)
     header.pop(METADATA, None)
     unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPE_OF.keys())
     if unknown:
@@ -136,16 +146,16 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file. CheckpointError when it is missing or no safetensors file."""
+    """Reads all tensors of one file. Raises CheckpointError if it is missing or not a safetensors file."""
     return {name: stored.read() for name, stored in stored_tensors(path).items()}
 
 
 class TensorFiles:
-    """The tensors of a checkpoint folder by name, in the order of the files; each is read when asked for.
+    """The tensors of a checkpoint folder by name, in the order of the files; `stored` holds them unread.
 
-    Reads the single `model.safetensors`, or `model.safetensors.index.json` and the shards it names; the first where
-    both are there, as transformers does. Every file must be a plain `.safetensors` name inside the folder. Raises
-    CheckpointError for anything else, before reading.
+    The folder has a single `model.safetensors`, or `model.safetensors.index.json` and the shards that it names. The
+    single file is taken if both exist, as in transformers. Raises CheckpointError if neither exists, if the index names
+    anything but `.safetensors` files inside the folder, or if a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -159,9 +169,10 @@ class TensorFiles:
 
     @classmethod
     def of(cls, folder: Path | None) -> TensorFiles | None:
-        """Those of a folder; None without a folder, and for one that holds no safetensors."""
-        there = folder is not None and any((folder / name).is_file() for name in (INDEX_FILE, SINGLE_FILE))
-        return cls(folder) if there and folder is not None else None
+        """The tensors of a folder; None for no folder, or for one without safetensors files."""
+        if folder is None or not any((folder / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)):
+            return None
+        return cls(folder)
 
     def _by_index(self) -> dict[str, StoredTensor]:
         listed = read_json(self.folder / INDEX_FILE).get("weight_map")
@@ -180,14 +191,16 @@ class TensorFiles:
     def _checked(self, file: str) -> Path:
         if file != os.path.basename(file) or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{self.folder / INDEX_FILE} names {excerpt(file)}, which is no plain .safetensors file name"
+                f"{self.folder / INDEX_FILE} names {excerpt(file)}, which is not a plain .safetensors file name"
             )
         path = self.folder / file
         if not is_regular(path):
-            raise CheckpointError(f"{self.folder / INDEX_FILE} names {excerpt(file)}, which is no file in its folder")
+            raise CheckpointError(
+                f"{self.folder / INDEX_FILE} names {excerpt(file)}, which is not a file in its folder"
+            )
         return path
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with its name, file by file, one in memory at a time."""
+        """Reads and yields each tensor with its name, file by file."""
         for name, stored in self.stored.items():
             yield name, stored.read()

@@ -1,8 +1,10 @@
-"""Folders of safetensors files: writing that never leaves half a folder. (Reading: tensor_files.py.)
+"""Writes safetensors files a few rows of a tensor at a time.
 
-Files are written here, not by the safetensors package, because that one needs every tensor of a file in memory at
-once. The format is a length (8 bytes, little endian), a JSON header of that length with the dtype, shape and byte
-range of each tensor, and the bytes (https://github.com/huggingface/safetensors#format).
+The step of a weight on its way out between export/plan.py, which plans each tensor, and atomic_folder.py.
+
+The safetensors package is not used for this, because it needs all tensors of a file in memory at once. The format is a
+length (8 bytes, little endian), a JSON header of that length with the dtype, shape and byte range of each tensor, and
+the bytes (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -45,9 +47,10 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor that is made when its turn to be written comes, some rows at a time; its layout is known before.
+    """A tensor to be written: its layout is known beforehand, its values are computed when it is written.
 
-    The rows may be those of the matrices of a stack, one matrix after the other.
+    slices: yields the rows in order, some at a time. For a stack of matrices it may yield the rows of each matrix, one
+    matrix after the other.
     """
 
     shape: tuple[int, ...]
@@ -55,25 +58,25 @@ class PlannedTensor:
     slices: Callable[[], Iterable[Tensor]]
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def planned(tensor: Tensor) -> PlannedTensor:
-    """An existing tensor as a plan."""
+    """Returns the `PlannedTensor` that writes an existing tensor."""
     return PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: [tensor])
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's values, row by row; of one in this process's memory, and whole, without a copy."""
+    """Returns the bytes of a tensor in row-major order; without a copy if it is contiguous and on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header(tensors: Mapping[str, PlannedTensor]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
-        end = offset + tensor.bytes
+        end = offset + tensor.nbytes
         dtype = SAFETENSORS_DTYPES[tensor.dtype]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
@@ -83,7 +86,10 @@ def _header(tensors: Mapping[str, PlannedTensor]) -> bytes:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
-    """Writes one file, a slice of a tensor at a time in the order given, and syncs it to disk."""
+    """Writes one file, tensor by tensor and slice by slice, and flushes it to the disk.
+
+    Raises CheckpointError if the slices of a tensor differ from its plan in dtype, shape or size.
+    """
     with open(path, "wb", buffering=0) as file, _Writer(file) as writer:
         writer.write(_header(tensors))
         for name, plan in tensors.items():
@@ -93,25 +99,26 @@ def write_safetensors(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
                 piece = rows.detach().cpu().contiguous()
                 written += piece.nbytes
                 fits = tuple(piece.shape[1:]) == plan.shape[len(plan.shape) - piece.dim() + 1 :]
-                if piece.dtype != plan.dtype or not fits or written > plan.bytes:
+                if piece.dtype != plan.dtype or not fits or written > plan.nbytes:
                     got = f"{tuple(piece.shape)} of {piece.dtype}"
                     raise CheckpointError(f"{name} was planned as {plan.shape} of {plan.dtype}; got {got}")
                 writer.write(raw_bytes(piece))
-            if written != plan.bytes:
-                raise CheckpointError(f"{name} was planned as {plan.bytes} bytes; got {written}")
+            if written != plan.nbytes:
+                raise CheckpointError(f"{name} was planned as {plan.nbytes} bytes; got {written}")
 
 
 class _Writer:
-    """Writes pieces to a new file in a thread of its own, so that the next one is made meanwhile, and syncs the file.
+    """Writes pieces to a new file in a separate thread, so that the caller can compute the next piece meanwhile.
 
-    Bytes go to the disk past the page cache (open(2), O_DIRECT) where the file system has it, in whole blocks from
-    memory at a page's border: a large file would cost more time in pages that the kernel has to find and fill than in
-    the disk, and would drive out what others have read. At most one piece waits: memory is that of two, and a block.
+    Bypasses the page cache (open(2), O_DIRECT) where the file system allows it, and writes whole blocks from
+    page-aligned memory: with a large file the kernel would spend more time on finding and filling pages than on the
+    disk, and would evict the pages of other files. At most one piece waits, so memory is that of two pieces and a
+    block.
     """
 
     BLOCK_BYTES = 4 << 20
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._descriptor = file.fileno()
         self._direct = _set_direct(self._descriptor, True)
         self._block, self._filled = memoryview(mmap.mmap(-1, self.BLOCK_BYTES)), 0
@@ -119,7 +126,7 @@ class _Writer:
         self._last: Future[None] | None = None
 
     def write(self, piece: bytes | memoryview) -> None:
-        """Waits for the piece before, and raises what went wrong with it."""
+        """Queues a piece, once the piece before it is written; raises the error of that one."""
         if self._last is not None:
             self._last.result()
         self._last = self._pool.submit(self._gather, memoryview(piece))
@@ -140,12 +147,12 @@ class _Writer:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._direct = _set_direct(self._descriptor, False)  # it took the flag, and cannot do it
-            if block and self._direct:  # what is left begins at no border
+                self._direct = _set_direct(self._descriptor, False)  # the flag was accepted, but is not supported
+            if block and self._direct:  # the rest of the block is not aligned
                 self._direct = _set_direct(self._descriptor, False)
 
     def _finish(self) -> None:
-        self._direct = _set_direct(self._descriptor, False)  # the last bytes are no whole block
+        self._direct = _set_direct(self._descriptor, False)  # the last block is not full
         self._write(self._block[: self._filled])
         os.fsync(self._descriptor)
 
@@ -161,7 +168,7 @@ class _Writer:
 
 
 def _set_direct(descriptor: int, wanted: bool) -> bool:
-    """Has writes go past the page cache, or not; whether they do."""
+    """Sets or clears O_DIRECT; returns whether writes now bypass the page cache."""
     flag = getattr(os, "O_DIRECT", 0)  # Linux only
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     try:
@@ -172,9 +179,9 @@ def _set_direct(descriptor: int, wanted: bool) -> bool:
 
 
 def write_sharded(folder: Path, tensors: Mapping[str, PlannedTensor], max_shard_bytes: int) -> list[str]:
-    """Writes tensors as one file, or as shards of at most that size with an index; returns the file names.
+    """Writes tensors as one file, or as shards of at most `max_shard_bytes` with an index; returns the file names.
 
-    A tensor larger than a shard gets one of its own. The layout is transformers' (huggingface_hub plans it).
+    A larger tensor gets a shard of its own. huggingface_hub plans the shards, as it does for transformers.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -183,6 +190,6 @@ def write_sharded(folder: Path, tensors: Mapping[str, PlannedTensor], max_shard_
     for file, names in split.filename_to_tensors.items():
         write_safetensors(folder / file, {name: tensors[name] for name in names})
     if split.is_sharded:
-        total = sum(plan.bytes for plan in tensors.values())
+        total = sum(plan.nbytes for plan in tensors.values())
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename})
     return list(split.filename_to_tensors)

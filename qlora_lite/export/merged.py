@@ -27,9 +27,8 @@ from qlora_lite.checkpoints.base_identity import (
 )
 from qlora_lite.checkpoints.conversion import converted_tensors
 from qlora_lite.checkpoints.files import read_json, write_json
-from qlora_lite.checkpoints.lazy_tensors import LazyTensor, read_slices
+from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, read_slices
 from qlora_lite.checkpoints.load import Checkpoint
-from qlora_lite.checkpoints.pack_on_load import READ_BYTES
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checkpoints.safetensors_write import DEFAULT_SHARD_BYTES, write_sharded
 from qlora_lite.checks import FLOAT_DTYPES, is_count, require
@@ -150,7 +149,7 @@ def _write(
     if examples is not None:
         check_examples(examples, model.config, architecture.vocabulary_size(model))
     with new_folder(folder, overwrite) as temporary:
-        check_free_space(folder, sum(tensor.bytes for tensor in plan.tensors.values()))
+        check_free_space(folder, sum(tensor.nbytes for tensor in plan.tensors.values()))
         with plan.packing_ahead():
             files = write_sharded(temporary, plan.tensors, shard)
         hub.save_config_and_tokenizer(model, source, temporary, plan.dtype, untie=plan.untied)

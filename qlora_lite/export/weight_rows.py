@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlora_lite.checkpoints.lazy_tensors import LazyTensor
-from qlora_lite.checkpoints.pack_on_load import READ_BYTES, LazyPackedWeight
+from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor
+from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight
 from qlora_lite.checks import cast_finite
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.compute.weight_update import Delta, Update

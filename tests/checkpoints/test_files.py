@@ -85,10 +85,10 @@ def test_each_reason_is_said(tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     (tmp_path / "dangling").symlink_to(tmp_path / "file" / "new")
     wrong = {
-        "file/new": f"{tmp_path / 'file'} is no folder that may be written to",
+        "file/new": f"{tmp_path / 'file'} is not a folder that may be written to",
         "circle": "Too many levels of symbolic links",
         "circle/new": "Too many levels of symbolic links",
-        "dangling": f"{tmp_path / 'file'} is no folder that may be written to",
+        "dangling": f"{tmp_path / 'file'} is not a folder that may be written to",
         "x" * 300: "File name too long",
         "x" * 250: "File name too long",  # which is that of what stands beside it until it is whole
         "new\0": "null",
@@ -150,7 +150,7 @@ def test_what_could_not_be_written_is_told_before_the_work(tmp_path: Path) -> No
         check_writable(tmp_path / "folder.html", ".html", overwrite=True)
     with pytest.raises(ConfigError, match=r"the file must be named \*\.png; got .*page\.html"):
         check_writable(tmp_path / "page.html", ".png", overwrite=False)
-    with pytest.raises(CheckpointError, match=r"there\.html is no folder that may be written to"):
+    with pytest.raises(CheckpointError, match=r"there\.html is not a folder that may be written to"):
         check_writable(there / "page.html", ".html", overwrite=False)
     with pytest.raises(CheckpointError, match=r"there\.html exists"), new_file(there):
         pass
@@ -159,7 +159,7 @@ def test_what_could_not_be_written_is_told_before_the_work(tmp_path: Path) -> No
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission_is_told(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(CheckpointError, match=r"is no folder that may be written to"):
+    with pytest.raises(CheckpointError, match=r"is not a folder that may be written to"):
         check_writable(tmp_path / "page.html", ".html", overwrite=False)
 
 

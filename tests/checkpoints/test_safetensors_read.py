@@ -84,7 +84,7 @@ def test_an_index_that_promises_more_than_there_is(tmp_path: Path) -> None:
 def test_index_may_only_name_plain_files(tmp_path: Path, name: object) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(CheckpointError, match=r"no plain \.safetensors file name"):
+    with pytest.raises(CheckpointError, match=r"not a plain \.safetensors file name"):
         TensorFiles(tmp_path)
 
 
@@ -92,5 +92,5 @@ def test_damaged_and_missing_files_get_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds neither"):
         TensorFiles(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
-    with pytest.raises(CheckpointError, match="no readable safetensors file"):
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         TensorFiles(tmp_path)

@@ -134,7 +134,7 @@ def test_the_generation_config_and_the_tokenizer_travel(
     assert {name: exported.get(name) for name in written} == written
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(CheckpointError, match="is not there any more"):
+    with pytest.raises(CheckpointError, match="does not exist any more"):
         export_merged(model, tmp_path / "again")
 
 

@@ -77,7 +77,7 @@ MOMENTS = (
     Moment(MERGE, "export.merged:load_adapter_"),
     Moment(MERGE, "export.weight_rows:RepackedRows._packed", 2),
     Moment(MERGE, "checkpoints.hub:save_config_and_tokenizer"),
-    Moment(MERGE, "checkpoints.atomic_folder:_put"),
+    Moment(MERGE, "checkpoints.atomic_folder:_rename_over"),
     Moment(QUANTIZE, "checkpoints.safetensors_write:_Writer.write", 5),
     Moment(PLAN, "planning.training_rehearsal:rehearsed_training", 2),
     Moment(PROFILE, "memory.trace:StorageTrace._gone", 100),

@@ -74,5 +74,5 @@ def test_damaged_files_are_one_sentence(small_model: Callable[..., Any], tmp_pat
     with pytest.raises(CheckpointError, match=r"has no matrix lora_A for model\.layers\.0\.self_attn\.q_proj"):
         adapter_facts(tmp_path)
     weights.write_bytes(b"no tensors")
-    with pytest.raises(CheckpointError, match="is no readable safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a readable safetensors file"):
         adapter_facts(tmp_path)
