@@ -1,18 +1,20 @@
-"""Checkpoint folders: reading, writing, converting and loading them, and telling which base they are.
+"""Checkpoint folders: reading, converting, packing and loading their tensors, writing them, and identifying a base.
 
-In reading order:
+A weight on its way in goes through safetensors_read, lazy_tensors, conversion, pack_on_load or bitsandbytes_layout,
+checkpoint and load; on its way out through safetensors_write and atomic_folder. In reading order:
 
-files                 regular files and JSON, read with care and written whole
-atomic_folder         a folder that is written whole or not at all
-safetensors_write     safetensors files, some rows at a time
-safetensors_read      the same, checked and read some rows at a time
-lazy_tensors          stacked, joined, cut or transposed views of tensors in files
-hub                   what is asked of transformers: config, empty model, tokenizer
-conversion            tensors under the names of a model, as transformers converts them
+files                 regular files and JSON, read with limits and written as a whole
+atomic_folder         a folder that is written completely or not at all
+safetensors_write     safetensors files, written some rows at a time
+safetensors_read      tensors in safetensors files, read some rows at a time
+lazy_tensors          stacked, concatenated, narrowed or transposed views of tensors in files
+hub                   config, empty model and tokenizer from transformers
+conversion            a model's tensors, built from a checkpoint's as transformers converts them
+pack_on_load          a plain weight, packed while it is read
 bitsandbytes_layout   packed weights under the names that bitsandbytes gives them
-pack_on_load           weights read for packing, a slice at a time
+checkpoint            the tensors of a folder, checked against a model
+base_identity         the checkpoint that an adapter was trained on
 load                  load_quantized
-base_identity         which checkpoint an adapter was trained on
 """
 
 from __future__ import annotations

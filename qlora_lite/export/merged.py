@@ -25,10 +25,10 @@ from qlora_lite.checkpoints.base_identity import (
     packed_weights_hash,
     repacked_weights,
 )
+from qlora_lite.checkpoints.checkpoint import Checkpoint
 from qlora_lite.checkpoints.conversion import converted_tensors
 from qlora_lite.checkpoints.files import read_json, write_json
 from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, read_slices
-from qlora_lite.checkpoints.load import Checkpoint
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checkpoints.safetensors_write import DEFAULT_SHARD_BYTES, write_sharded
 from qlora_lite.checks import FLOAT_DTYPES, is_count, require

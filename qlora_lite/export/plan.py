@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from qlora_lite.checkpoints.checkpoint import Checkpoint
 from qlora_lite.checkpoints.lazy_tensors import LazyTensor, read_slices
-from qlora_lite.checkpoints.load import Checkpoint
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor
 from qlora_lite.checks import FLOAT_DTYPES
 from qlora_lite.compute.host_memory import HoleLimit, release_freed_pages

@@ -19,8 +19,8 @@ from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.atomic_folder import check_free_space, check_output_is_not_input, new_folder
 from qlora_lite.checkpoints.base_identity import write_packed_base_identity
 from qlora_lite.checkpoints.bitsandbytes_layout import ROWS_FILE, bitsandbytes_tensors, int8_rows_recoverable
+from qlora_lite.checkpoints.checkpoint import BITSANDBYTES
 from qlora_lite.checkpoints.lazy_tensors import READ_BYTES
-from qlora_lite.checkpoints.load import BITSANDBYTES
 from qlora_lite.checkpoints.safetensors_write import (
     DEFAULT_SHARD_BYTES,
     PlannedTensor,

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
+from qlora_lite.checkpoints.checkpoint import tensors_for_model
 from qlora_lite.checkpoints.lazy_tensors import LazyTensor
-from qlora_lite.checkpoints.load import tensors_for_model
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.lora_linear import dense

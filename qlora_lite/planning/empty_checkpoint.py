@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import conversion
+from qlora_lite.checkpoints.checkpoint import Checkpoint
 from qlora_lite.checkpoints.conversion import converted_tensors
 from qlora_lite.checkpoints.lazy_tensors import LazyTensor
-from qlora_lite.checkpoints.load import Checkpoint
 from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import row_step

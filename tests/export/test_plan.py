@@ -9,8 +9,8 @@ import torch
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, load_quantized, save_adapter
 from qlora_lite.architecture import tie
+from qlora_lite.checkpoints.checkpoint import Checkpoint
 from qlora_lite.checkpoints.hub import empty_model, read_config
-from qlora_lite.checkpoints.load import Checkpoint
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError
 from qlora_lite.export.plan import ExportPlan, ModelInMemory, ModelOnDisk, lazy_updates_

@@ -10,7 +10,7 @@ import torch
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
-from qlora_lite.checkpoints.load import Checkpoint
+from qlora_lite.checkpoints.checkpoint import Checkpoint
 from qlora_lite.checkpoints.pack_on_load import PackedOnLoad
 from qlora_lite.planning.empty_checkpoint import LaidOut, UnreadCheckpoint, UnreadTensor
 from qlora_lite.planning.rehearsal import rehearsal

@@ -1,0 +1,216 @@
+"""The tensors of a checkpoint folder, checked against a model before anything is read.
+
+The step of a weight on its way in that brings together its forms on disk: plain tensors (conversion.py), which are
+packed on load (pack_on_load.py), and weights that bitsandbytes packed (bitsandbytes_layout.py), whose bytes are kept.
+load.py fills a model from it, and export/ reads it row by row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite import architecture
+from qlora_lite.checkpoints import hub
+from qlora_lite.checkpoints.bitsandbytes_layout import (
+    ROWS_FILE,
+    StoredInt8Rows,
+    StoredPackedWeight,
+    stored_int8_rows,
+    stored_packed_weights,
+)
+from qlora_lite.checkpoints.conversion import converted_tensors
+from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, Transposed
+from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight, PackedOnLoad
+from qlora_lite.checkpoints.safetensors_read import TensorFiles, stored_tensors
+from qlora_lite.compute.slicing import slices_within
+from qlora_lite.errors import CheckpointError, ConfigError, listing
+from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.quantize_model import Slot, slots
+from qlora_lite.surgery import answers_to, is_transposed_linear
+
+SHOWN = 8
+BITSANDBYTES = "bitsandbytes"
+
+
+# A weight that is packed in the files.
+StoredPacked = StoredPackedWeight | StoredInt8Rows
+_STORED_PACKED = (StoredPackedWeight, StoredInt8Rows)
+
+
+def _listed(problem: str, names: set[str] | list[str]) -> str:
+    return f"{len(names)} tensors {problem}: {listing(sorted(names), SHOWN)}"
+
+
+def tensors_for_model(
+    model: nn.Module, folder: Path, files: Mapping[str, LazyTensor], packed: Mapping[str, StoredPacked] | None = None
+) -> dict[str, LazyTensor | StoredPacked]:
+    """Returns the checkpoint's tensors by the names of an (empty) model, converted as transformers converts them.
+
+    files: plain tensors, by name. packed: weights that are packed in the files. Raises one CheckpointError that lists
+    all tensors that are missing, unexpected, of the wrong shape, or converted by an operation that is not supported.
+    """
+    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    found = converted_tensors(model, shapes, files)
+    tensors: dict[str, LazyTensor | StoredPacked] = {**found.tensors, **(packed or {})}
+    ignorable = [re.compile(pattern) for pattern in architecture.ignorable_keys(model)]
+    unexpected = [
+        name
+        for name, target in found.unexpected.items()
+        if not any(pattern.search(name) or pattern.search(target) for pattern in ignorable)
+    ]
+    unexpected += [name for name in packed or {} if name not in shapes]
+    missing = shapes.keys() - tensors.keys() - architecture.tied_names(model) - found.failed
+    wrong = [
+        f"{name} is {tensor.shape}, the model has {shapes[name]}"
+        for name, tensor in tensors.items()
+        if name in shapes and _plain_shape(model, name, tensor) != shapes[name]
+    ]
+    # int8 codes without their statistics have the shape of a weight, and would be loaded as one.
+    codes = [
+        f"{name} is {tensor.dtype}"
+        for name, tensor in found.tensors.items()
+        if name in wanted and wanted[name].is_floating_point() and not tensor.dtype.is_floating_point
+    ]
+    lists = (
+        ("are missing", missing),
+        ("belong to no module", unexpected),
+        ("have the wrong shape", wrong),
+        ("hold integers where the model has floats", codes),
+    )
+    problems = [_listed(problem, names) for problem, names in lists if names]
+    problems += _untied_pairs(model, tensors)
+    problems += [listing(found.problems, SHOWN, "; ")] if found.problems else []
+    if problems:
+        raise CheckpointError(f"{folder} does not fit this {type(model).__name__}: {'; '.join(problems)}")
+    aliases = {alias for alias, name in architecture.tied_pairs(model) if name in tensors}
+    return {name: tensor for name, tensor in tensors.items() if name in shapes and name not in aliases}
+
+
+def _untied_pairs(model: nn.Module, tensors: Mapping[str, LazyTensor | StoredPacked]) -> list[str]:
+    """Describes weights that the config ties and whose values differ in the checkpoint."""
+    return [
+        f"{alias} and {name} are tied by the config and differ; set tie_word_embeddings to false in it to load both"
+        for alias, name in architecture.tied_pairs(model)
+        if alias in tensors and name in tensors and not _equal(tensors[alias], tensors[name])
+    ]
+
+
+def _equal(one: LazyTensor | StoredPacked, other: LazyTensor | StoredPacked) -> bool:
+    if isinstance(one, _STORED_PACKED) or isinstance(other, _STORED_PACKED) or one.shape != other.shape:
+        return False
+    parts = slices_within(one.shape, one.dtype.itemsize, READ_BYTES)
+    return all(bool((one.rows(part.start, part.stop) == other.rows(part.start, part.stop)).all()) for part in parts)
+
+
+def _plain_shape(model: nn.Module, name: str, tensor: LazyTensor | StoredPacked) -> tuple[int, ...]:
+    """Returns the shape of a tensor in a plain checkpoint. Packed, it is `(out, in)`, also for a transposed layer."""
+    layer = name.rpartition(".")[0]
+    transposed = isinstance(tensor, _STORED_PACKED) and is_transposed_linear(model.get_submodule(layer))
+    return tensor.shape[::-1] if transposed else tensor.shape
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint folder by a model's names, and the settings by which the model is packed."""
+
+    folder: Path
+    config: QuantConfig
+    tensors: Mapping[str, LazyTensor | StoredPacked]
+
+    @classmethod
+    def open(cls, folder: Path, model: nn.Module, config: QuantConfig | None) -> Checkpoint:
+        """Reads the headers of a folder's files for a model on the meta device.
+
+        Raises ConfigError if the folder is packed in another format than `config` asks for; CheckpointError if the
+        tensors do not fit the model (`tensors_for_model`), if another library than bitsandbytes packed them, or if
+        packed weights are damaged.
+        """
+        quantization, files = hub.quantization_config(folder), TensorFiles(folder)
+        if quantization is None:
+            return cls(folder, config or QuantConfig(), tensors_for_model(model, folder, files.stored))
+        _check_is_bitsandbytes(quantization, folder)
+        packed, statistics = stored_packed_weights(files.stored)
+        absmax = stored_tensors(folder / ROWS_FILE) if (folder / ROWS_FILE).is_file() else {}
+        rows = stored_int8_rows(files.stored, absmax)
+        known: dict[str, StoredPacked] = {**packed, **rows}
+        plain = {name: tensor for name, tensor in files.stored.items() if name not in statistics.union(known)}
+        settings = _as_stored(folder, model, config, packed, bool(rows))
+        return cls(folder, settings, tensors_for_model(model, folder, plain, known))
+
+    @property
+    def originals(self) -> dict[str, LazyTensor]:
+        """The full-precision tensors by name; empty if any tensor of the checkpoint is packed."""
+        plain = {name: stored for name, stored in self.tensors.items() if not isinstance(stored, _STORED_PACKED)}
+        return plain if len(plain) == len(self.tensors) else {}
+
+    def plain(self, name: str) -> LazyTensor:
+        """Returns a tensor that the model does not pack."""
+        stored = self.tensors[name]
+        assert not isinstance(stored, _STORED_PACKED)  # packed tensors belong to a slot
+        return stored
+
+    def packed_weights(self, name: str, slot: Slot, dtype: torch.dtype) -> list[LazyPackedWeight]:
+        """Returns the packed weight of a slot, unread; for a stack of experts, one for each matrix.
+
+        dtype: what a plain weight is rounded to before it is packed. A transposed layer's weight is packed as
+        `(out, in)`.
+        """
+        stored = self.tensors[name]
+        if isinstance(stored, _STORED_PACKED):
+            return [stored]
+        matrices: list[LazyTensor] = [stored]
+        if slot.stack is not None:
+            matrices = [stored.select(index) for index in range(stored.shape[0])]
+        if slot.transposed:
+            matrices = [Transposed(matrix) for matrix in matrices]
+        return [PackedOnLoad(matrix, self.config, slot.format, dtype) for matrix in matrices]
+
+    def slots(self, model: nn.Module) -> list[Slot]:
+        """Returns the slots of a model that are packed. Raises CheckpointError for packed weights without a layer."""
+        found = slots(model, self.config)
+        names = {f"{name}.{slot.stack or 'weight'}" for slot in found for name in slot.modules}
+        unused = [n for n, tensor in self.tensors.items() if isinstance(tensor, _STORED_PACKED) and n not in names]
+        if unused:
+            raise CheckpointError(f"{self.folder}: {_listed('are packed and belong to no linear layer', unused)}")
+        return found
+
+
+def _check_is_bitsandbytes(quantization: Mapping[str, object], folder: Path) -> None:
+    # Older configs have no quant_method and name only the bits.
+    bits = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    method = quantization.get("quant_method") or (BITSANDBYTES if bits else None)
+    if method != BITSANDBYTES:
+        raise CheckpointError(
+            f"{folder} is packed by {method or 'a method that its config does not name'}, which cannot be read; "
+            f"name a checkpoint that is not packed, or one packed by {BITSANDBYTES}"
+        )
+
+
+def _as_stored(
+    folder: Path, model: nn.Module, config: QuantConfig | None, packed: Mapping[str, StoredPackedWeight], rows: bool
+) -> QuantConfig:
+    """Returns the settings for a packed folder: format and packed layers as in its files, the rest as in `config`."""
+    formats = sorted({weight.format for weight in packed.values()})
+    if len(formats) != 1:
+        got = f"packed weights in {' and '.join(formats)}" if formats else "no packed weight"
+        raise CheckpointError(f"the config of {folder} says that {BITSANDBYTES} packed it, in one format; it has {got}")
+    wanted = config or QuantConfig(format=formats[0])
+    if wanted.format != formats[0]:
+        raise ConfigError(
+            f"{folder} is packed as {formats[0]} already; format {wanted.format!r} was asked for: ask for "
+            f"{formats[0]!r}, or name the checkpoint that it was packed from"
+        )
+    layers = [name.removesuffix(".weight") for name in packed]
+    if both := [name for name in layers for skip in wanted.skip_modules or () if answers_to(name, skip)]:
+        raise ConfigError(f"{folder} has packed layers that skip_modules excludes from packing: {listing(both, SHOWN)}")
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed_linear(m)]
+    embedding = "int8" if rows else wanted.embedding_format
+    unpacked = tuple(name for name in linears if name not in layers)
+    return replace(wanted, skip_modules=unpacked, embedding_format=embedding)
