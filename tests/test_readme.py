@@ -21,16 +21,16 @@ def python_example() -> str:
     return blocks[0]
 
 
-def test_example_trains_and_exports_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_trains_and_exports_a_checkpoint(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
     from tiny_model import make_tiny_model
 
-    monkeypatch.chdir(tmp_path)
-    make_tiny_model(tmp_path / "path" / "to" / "model")
+    monkeypatch.chdir(memory_path)
+    make_tiny_model(memory_path / "path" / "to" / "model")
     lines = [{"prompt": f"what is {n}", "completion": f"it is {n}"} for n in range(8)]
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    (memory_path / "data.jsonl").write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
     names: dict[str, object] = {}
     exec(compile(python_example(), "README.md", "exec"), names)
     assert len(names["result"].losses) == 4  # type: ignore[attr-defined]

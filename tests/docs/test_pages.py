@@ -72,15 +72,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Path:
+def workplace(memory_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Path:
     """A folder with the files that pages name: a model, training data and held-out data."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(memory_path)
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
-    shutil.copytree(tiny_model, tmp_path / MODEL)
+    shutil.copytree(tiny_model, memory_path / MODEL)
     lines = [{"prompt": f"what is {n}", "completion": f"it is {n}"} for n in range(12)]
     for file, some in (("data.jsonl", lines[:8]), ("heldout.jsonl", lines[8:])):
-        (tmp_path / file).write_text("\n".join(map(json.dumps, some)), encoding="utf-8")
-    return tmp_path
+        (memory_path / file).write_text("\n".join(map(json.dumps, some)), encoding="utf-8")
+    return memory_path
 
 
 def run_command(words: list[str]) -> None:
