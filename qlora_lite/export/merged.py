@@ -40,7 +40,8 @@ from qlora_lite.export.plan import ExportPlan, ModelInMemory, ModelOnDisk, lazy_
 from qlora_lite.export.report import MergeReport
 from qlora_lite.export.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
 from qlora_lite.lora.multi_adapter import active_adapter, using_adapter
-from qlora_lite.lora.peft.keys import BASE_COPY, CONFIG_FILE, PREFIX, TOKEN_ADAPTER, adapter_tensors
+from qlora_lite.lora.peft.keys import BASE_COPY, PREFIX, TOKEN_ADAPTER, adapter_tensors
+from qlora_lite.lora.peft.options import CONFIG_FILE
 from qlora_lite.lora.peft.save_load import load_adapter_
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.quantize_model import Slot

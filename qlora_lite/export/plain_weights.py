@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.compute.weight_update import Delta, Replaced, Rows, Update
-from qlora_lite.lora.auxiliary_layers import TrainedCopy, WithTokenRows
+from qlora_lite.lora.auxiliary_layers import TrainableTokensLayer, TrainedCopy
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.experts import DenseStack, PackedStack
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -50,7 +50,7 @@ def _trained(module: nn.Module) -> dict[str, Replaced]:
 
     if isinstance(module, TrainedCopy):
         return {name: Replaced(rows_of(values), values) for name, values in module.trained.items()}
-    if isinstance(module, WithTokenRows):
+    if isinstance(module, TrainableTokensLayer):
         return {"weight": Replaced(rows_of(module.rows.values), module.rows, module.rows.indices)}
     assert isinstance(module, LoraLayer)
     bias = module.trained_bias
@@ -81,7 +81,7 @@ def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
         yield from (weight for weight in visit(layer.base_layer, prefix) if weight.name != f"{prefix}weight")
 
     def visit(module: nn.Module, prefix: str) -> Iterator[PlainWeight]:
-        if isinstance(module, (LoraLayer, TrainedCopy, WithTokenRows)):
+        if isinstance(module, (LoraLayer, TrainedCopy, TrainableTokensLayer)):
             trained = {f"{prefix}{name}": update for name, update in _trained(module).items()}
             own = visit_base(module, prefix) if isinstance(module, LoraLayer) else visit(module.base_layer, prefix)
             yield from (replace(weight, delta=trained.get(weight.name, weight.delta)) for weight in own)

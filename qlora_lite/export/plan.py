@@ -42,13 +42,11 @@ from qlora_lite.export.weight_rows import (
     whole_slices,
 )
 from qlora_lite.lora.adapters import lora_layers
-from qlora_lite.lora.experts import stacks_among
 from qlora_lite.lora.kinds import StackKind
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.peft.auxiliary import stored_replacements_
-from qlora_lite.lora.peft.experts import matrices_of_A, matrices_of_B, places_in_files
-from qlora_lite.lora.peft.keys import adapter_tensors
-from qlora_lite.lora.peft.save_load import peft_key
+from qlora_lite.lora.peft.experts import stack_key_names, unflatten_A, unflatten_B
+from qlora_lite.lora.peft.keys import adapter_tensors, peft_key
 from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantization.quantize_model import Slot
@@ -136,14 +134,14 @@ def lazy_updates_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[]
         lora_A, lora_B = values["lora_A"], values["lora_B"]
         if isinstance(layer.kind, StackKind):
             experts = layer.lora_A.shape[0]
-            lora_A, lora_B = matrices_of_A(lora_A, experts), matrices_of_B(lora_B, experts)
+            lora_A, lora_B = unflatten_A(lora_A, experts), unflatten_B(lora_B, experts)
         else:
             lora_A, lora_B = lora_A.flatten(1), lora_B.flatten(1)
         return layer.variant.updated(layer.kind.delta(lora_A, lora_B, layer.scaling), values)
 
     found: dict[str, Callable[[], Update]] = {**stored_replacements_(model, stored)}
     layers = lora_layers(model)
-    places = places_in_files(model, stacks_among(layers))
+    places = stack_key_names(model, [name for name, layer in layers.items() if isinstance(layer.kind, StackKind)])
     for name, layer in layers.items():
         keys = {part: peft_key(places.get(name, name), layer.kind, part) for part in layer.lora_parameters}
         weight = name if isinstance(layer.kind, StackKind) else f"{name}.weight"

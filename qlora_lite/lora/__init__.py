@@ -1,4 +1,4 @@
-"""Adapters: the layer y = W0 x + scaling B A x, which layers get one, how they start, and merging in memory.
+"""Adapters: the layer y = W0 x + scaling B A x, the layers that get one, their initialization, and merging in memory.
 
 In reading order:
 
@@ -7,15 +7,15 @@ kinds              how linear layers, embeddings, stacks of experts and routers 
 convolution        how convolutions apply them
 variants           what DoRA and other variants of LoRA train, compute and merge, and their names in peft's files
 layer              LoraLayer, LinearWithLoRA, Embedding
-targets            which layers are adapted
+auxiliary_layers   modules with trained copies of their parameters, or with trained token rows
+auxiliary          modules_to_save, bias and trainable_token_indices of a model
+experts            turns stacks of experts into modules that an adapter can be put around
+targets            TargetedLayer, select_targets: the layers that get an adapter, with kind, rank and alpha
 init               how A and B start: normal, kaiming, gaussian, orthogonal, PiSSA, LoftQ
-auxiliary_layers   trained copies of parameters, and trained rows of an embedding
-auxiliary          modules_to_save, bias and trainable_token_indices on a model
-experts            stacks of experts made modules that adapters can stand around
 adapters           add_lora_, remove_lora_, lora_layers, adapters_disabled
 multi_adapter      several adapters on one base, by name; merge_lora_ and unmerge_lora_
 
-peft/ holds an adapter's files.
+peft/ saves and loads adapters as files.
 """
 
 from __future__ import annotations

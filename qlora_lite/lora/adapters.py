@@ -1,103 +1,101 @@
-"""Verbs on a model's adapters: add, remove, freeze what is beside them, list them, switch them off for a while."""
+"""Adds, removes, lists and switches off the adapter of a model, and stores the adapters that are not in use."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_lite.errors import ConfigError, TargetError
-from qlora_lite.lora.auxiliary import WRAPPERS, Beside, beside_parameters, left_of
-from qlora_lite.lora.auxiliary_layers import TrainedCopy, WithTokenRows
+from qlora_lite.lora.auxiliary import WRAPPERS, AuxiliaryTargets, auxiliary_parameters
+from qlora_lite.lora.auxiliary_layers import TrainableTokensLayer, TrainedCopy
 from qlora_lite.lora.config import LoraConfig
-from qlora_lite.lora.experts import hold_stacks_, kinds_of, open_stacks, plain_again_
+from qlora_lite.lora.experts import unwrap_stacks_, wrap_stacks_
 from qlora_lite.lora.init import check_start, originals_of, start_
 from qlora_lite.lora.layer import DEFAULT_ADAPTER, LoraLayer
-from qlora_lite.lora.targets import select_targets
+from qlora_lite.lora.targets import TargetedLayer, select_targets
 from qlora_lite.lora.variants import VARIANTS, combination_problems
 from qlora_lite.surgery import replace_modules_
 
-ATTRIBUTE = "parked_adapters"
-Layers = dict[str, Any]
+# The attribute of a model that holds its inactive adapters.
+ATTRIBUTE = "inactive_adapters"
+Layers = dict[str, LoraLayer]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Every LoraLayer of the model by name, each once."""
+    """Returns every LoraLayer of the model by name, each once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All that is trained, by name: the parameters of every LoraLayer, and what is trained beside them."""
+    """Returns every trained parameter by name: those of every LoraLayer and the auxiliary ones (auxiliary.py)."""
     adapters = {
         f"{name}.{part}" if name else part: parameter
         for name, layer in lora_layers(model).items()
         for part, parameter in layer.lora_parameters.items()
     }
-    return adapters | beside_parameters(model)
+    return adapters | auxiliary_parameters(model)
 
 
 def freeze_base_(model: nn.Module) -> None:
-    """Lets gradients go to what `adapter_parameters` gives and to nothing else."""
+    """Sets requires_grad for the parameters that `adapter_parameters` returns, and clears it for all others."""
     model.requires_grad_(False)
     for parameter in adapter_parameters(model).values():
         parameter.requires_grad_(True)
 
 
-def adapted(name: str, layer: nn.Module, config: LoraConfig, dtype: torch.dtype) -> LoraLayer:
-    """A LoraLayer around the layer of this name: of the rank and alpha that are its own, in the layer's mode."""
+def wrap_layer(layer: TargetedLayer, config: LoraConfig, dtype: torch.dtype) -> LoraLayer:
+    """Returns a LoraLayer around this layer, in its training mode. dtype: that of A and B."""
     wrapped = LoraLayer(
-        config.rank_of(name),
-        config.alpha_of(name),
-        layer,
+        layer.rank,
+        layer.alpha,
+        layer.module,
         dropout=config.dropout,
         adapter_dtype=dtype,
         use_rslora=config.use_rslora,
         variant=config.variant,
     )
-    return wrapped.train(layer.training)
+    return wrapped.train(layer.module.training)
 
 
 def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER) -> list[str]:
-    """Puts a LoraLayer around every targeted layer, freezes all else, and returns the names of the adapted layers.
+    """Puts a LoraLayer around every targeted layer and freezes everything else; returns the names of those layers.
 
-    What is to be trained beside A and B (modules_to_save, bias, trainable_token_indices) gets trained copies beside
-    its originals.
-    The model computes what it did before; with init `loftq` what it did before it was packed, more nearly. `loftq:N`
-    also puts newly packed weights in the place of the targeted layers' own, one layer at a time, before its adapter
-    stands on it: the one case in which a base is exchanged. `save_quantized` after `remove_lora_` keeps it. Raises
-    TargetError for targets that match nothing or are adapted already, and for exclusions, layer numbers and patterns
-    that decide nothing;
-    ConfigError, CheckpointError for layers that cannot start as `config.init_lora_weights` says. The model is then
-    as it was.
-    name: what the adapter is called; `named_adapters.add_adapter_` puts a further one beside those that are there.
+    The parameters that modules_to_save, bias and trainable_token_indices select get trained copies; the originals stay
+    frozen. The model computes what it did before; with init_lora_weights `loftq`, the outputs move towards those of the
+    unpacked base. `loftq:N` also replaces the packed weights of the targeted layers, one layer at a time, before the
+    adapter is put around each. It is the only setting that changes a base; `save_quantized` after `remove_lora_` writes
+    that base.
+
+    name: the adapter's name; `multi_adapter.add_adapter_` adds a further adapter to a model that has one.
+
+    Raises TargetError if the model is adapted already, and for targets, exclusions, block numbers and patterns that
+    have no effect; ConfigError or CheckpointError for layers that `config.init_lora_weights` cannot initialize. The
+    model is then unchanged.
     """
-    check_name(model, name)
-    if there := lora_layers(model):
-        raise TargetError(f"{len(there)} layers have adapters already; remove_lora_ drops them")
-    chosen = left_of(set(select_targets(model, config)), model, config)
-    # A layer that has several names is adapted under its first.
-    everything = dict(model.named_modules()) | open_stacks(model)
-    targets = {name: module for name, module in everything.items() if name in chosen}
-    if idle := config.idle_patterns(targets):
-        raise TargetError("; ".join(idle))
-    if problems := combination_problems(kinds_of(targets), config.dropout, VARIANTS[config.variant]):
+    check_adapter_name(model, name)
+    if present := lora_layers(model):
+        raise TargetError(f"{len(present)} layers have adapters already; remove_lora_ removes them")
+    layers = select_targets(model, config)
+    kinds = {layer.name: layer.kind for layer in layers}
+    if problems := combination_problems(kinds, config.dropout, VARIANTS[config.variant]):
         raise ConfigError(problems[0])
-    check_start(model, targets, config)
-    beside = Beside.of(model, config, set(targets))
+    check_start(model, layers, config.init_lora_weights)
+    targets = {layer.name: layer for layer in layers}
+    auxiliary = AuxiliaryTargets.of(model, config, targets.keys())
     originals = originals_of(model, targets, config.init_lora_weights)
 
-    def make(name: str, layer: nn.Module) -> nn.Module | None:
-        if name not in chosen:
-            return beside.wrapped(name, layer)
-        return adapted(name, layer, config, config.adapter_dtype)
+    def make(path: str, module: nn.Module) -> nn.Module | None:
+        if path not in targets:
+            return auxiliary.wrap(path, module)
+        return wrap_layer(targets[path], config, config.adapter_dtype)
 
-    hold_stacks_(model, targets)
-    added = [path for path in replace_modules_(model, make) if path in chosen]
-    beside.train_biases_(lora_layers(model))
+    wrap_stacks_(model, {layer.name: layer.module for layer in layers})
+    added = [path for path in replace_modules_(model, make) if path in targets]
+    auxiliary.train_biases_(lora_layers(model))
     for path, layer in lora_layers(model).items():
         start_(layer, path, config.init_lora_weights, originals)
         layer.adapter_name = name
@@ -106,32 +104,33 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
 
 
 def remove_lora_(model: nn.Module) -> list[str]:
-    """Puts the base layers back, and drops all that was trained; returns the names of the layers that had A and B.
+    """Restores the base layers and drops all adapters and auxiliary parameters; returns the names of the layers that
+    the adapter in use had adapted.
 
-    A and B of every adapter are dropped (`named_adapters.delete_adapter_` drops one of several).
+    `multi_adapter.delete_adapter_` drops one of several adapters.
     """
-    unpark_(model, *parked(model))
-    removed = bare_(model)
-    plain_again_(model)
+    drop_inactive_(model, *inactive_adapters(model))
+    removed = unwrap_layers_(model)
+    unwrap_stacks_(model)
     return removed
 
 
-def bare_(model: nn.Module) -> list[str]:
-    """Puts the base layers back in place of all that is trained; returns the names of those that had A and B."""
+def unwrap_layers_(model: nn.Module) -> list[str]:
+    """Restores the layers inside all wrappers (`WRAPPERS`); returns the names of those that had A and B."""
     layers = lora_layers(model)
-    put_back = replace_modules_(model, lambda name, layer: layer.base_layer if isinstance(layer, WRAPPERS) else None)
-    return [name for name in put_back if name in layers]
+    restored = replace_modules_(model, lambda name, layer: layer.base_layer if isinstance(layer, WRAPPERS) else None)
+    return [name for name in restored if name in layers]
 
 
-def switched(model: nn.Module) -> dict[str, LoraLayer | TrainedCopy | WithTokenRows]:
-    """Every module that computes with adapters or without, as its `adapter_enabled` says, by name."""
+def wrapped_layers(model: nn.Module) -> dict[str, LoraLayer | TrainedCopy | TrainableTokensLayer]:
+    """Returns every module by name that has an `adapter_enabled` switch."""
     return {name: module for name, module in model.named_modules() if isinstance(module, WRAPPERS)}
 
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block the model computes what its base does, merged or not; afterwards each layer is as it was."""
-    before = {layer: layer.adapter_enabled for layer in switched(model).values()}
+    """Within the block the model computes what its base does, merged or not; then each layer's switch is restored."""
+    before = {layer: layer.adapter_enabled for layer in wrapped_layers(model).values()}
     for layer in before:
         layer.adapter_enabled = False
     try:
@@ -141,51 +140,57 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             layer.adapter_enabled = enabled
 
 
-class ParkedAdapters(nn.Module):
-    """{adapter: {layer: its LoraLayer}}, which `parameters`, `state_dict` and `named_modules` do not see."""
+class InactiveAdapters(nn.Module):
+    """Holds {adapter: {layer: its LoraLayer}} hidden from `parameters`, `state_dict` and `named_modules` of the model.
+
+    As a submodule it follows the model through `to` and `deepcopy`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.adapters: dict[str, Layers] = {}
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ParkedAdapters:
-        """What `Module.to` and its like go through."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InactiveAdapters:
+        """Applies `fn` to the adapters' parameters; `Module.to` and the like call this."""
         super()._apply(fn, recurse)
         for layers in self.adapters.values():
             for layer in layers.values():
-                # A base that is there for the moment has its own place in the model.
+                # A base that is attached for the moment is moved as a part of the model.
                 layer._apply(fn, recurse=False)
         return self
 
 
-def parked(model: nn.Module) -> dict[str, Layers]:
-    """The parked adapters of a model by name, each as {layer: LoraLayer without a base}."""
+def inactive_adapters(model: nn.Module) -> dict[str, Layers]:
+    """Returns the adapters that are not in use by name, each as {layer: LoraLayer without a base}."""
     holder = getattr(model, ATTRIBUTE, None)
-    return dict(holder.adapters) if isinstance(holder, ParkedAdapters) else {}
+    return dict(holder.adapters) if isinstance(holder, InactiveAdapters) else {}
 
 
-def park_(model: nn.Module, name: str, layers: Layers) -> None:
-    """Keeps these layers as the adapter of this name."""
-    if not isinstance(getattr(model, ATTRIBUTE, None), ParkedAdapters):
-        model.add_module(ATTRIBUTE, ParkedAdapters())
+def keep_inactive_(model: nn.Module, name: str, layers: Layers) -> None:
+    """Stores these layers as an adapter that is not in use."""
+    if not isinstance(getattr(model, ATTRIBUTE, None), InactiveAdapters):
+        model.add_module(ATTRIBUTE, InactiveAdapters())
     getattr(model, ATTRIBUTE).adapters[name] = layers
 
 
-def unpark_(model: nn.Module, *names: str) -> None:
-    """Lets go of the adapters of these names."""
+def drop_inactive_(model: nn.Module, *names: str) -> None:
+    """Removes these adapters from those that are not in use."""
     holder = getattr(model, ATTRIBUTE, None)
+    if not isinstance(holder, InactiveAdapters):
+        return
     for name in names:
-        del holder.adapters[name]  # type: ignore[union-attr]
-    if isinstance(holder, ParkedAdapters) and not holder.adapters:
+        del holder.adapters[name]
+    if not holder.adapters:
         delattr(model, ATTRIBUTE)
 
 
-def check_name(model: nn.Module, name: str) -> None:
-    """ConfigError for what is no name of an adapter, TargetError if a parked one has it."""
+def check_adapter_name(model: nn.Module, name: str) -> None:
+    """Raises ConfigError for a name with other characters than letters, digits, _ and -, TargetError if an inactive
+    adapter has it."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
-        raise ConfigError(f"an adapter's name must be of letters, digits, _ and -; got {name!r}")
-    if name in parked(model):
+        raise ConfigError(f"an adapter's name must consist of letters, digits, _ and -; got {name!r}")
+    if name in inactive_adapters(model):
         raise TargetError(
-            f"the model keeps an adapter named {name!r} already; add or load the new one under another name, "
-            f"or delete_adapter_ drops the old one"
+            f"the model has an adapter named {name!r} already; add or load the new one under another name, "
+            f"or remove the old one with delete_adapter_"
         )

@@ -31,9 +31,10 @@ from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.lora_linear import dense
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError, listing
-from qlora_lite.lora.config import LoraConfig, init_parts
-from qlora_lite.lora.kinds import EmbeddingKind, LinearKind, StackKind, kind_of
+from qlora_lite.lora.config import init_parts
+from qlora_lite.lora.kinds import EmbeddingKind, LinearKind, StackKind
 from qlora_lite.lora.layer import LoraLayer
+from qlora_lite.lora.targets import TargetedLayer
 from qlora_lite.lora.variants import set_reference_
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -153,24 +154,22 @@ LINEAR_ONLY = ("orthogonal", "pissa", "loftq")
 OF_WEIGHTS = ("pissa", "loftq")
 
 
-def check_start(model: nn.Module, targets: Mapping[str, nn.Module], config: LoraConfig) -> None:
-    """Raises ConfigError or TargetError, listing all layers that `config.init_lora_weights` cannot initialize."""
+def check_start(model: nn.Module, layers: Iterable[TargetedLayer], init_lora_weights: str) -> None:
+    """Raises ConfigError or TargetError, listing all layers that `init_lora_weights` cannot initialize."""
     problems: list[str] = []
-    init, rounds = init_parts(config.init_lora_weights)
-    for name, base in targets.items():
-        kind, rank = kind_of(base), config.rank_of(name)
-        weight: Any = base.weight
+    init, rounds = init_parts(init_lora_weights)
+    for layer in layers:
+        name, kind, rank = layer.name, layer.kind, layer.rank
+        weight: Any = layer.module.weight
         if not isinstance(kind, LinearKind) and init in LINEAR_ONLY:
-            assert kind is not None
             raise TargetError(
-                f"init_lora_weights {config.init_lora_weights!r} is for linear layers; {name} is {kind.title}: "
-                f"leave it out"
+                f"init_lora_weights {init_lora_weights!r} is for linear layers; {name} is {kind.title}: leave it out"
             )
-        if config.init_lora_weights == "orthogonal" and rank % 2:
+        if init == "orthogonal" and rank % 2:
             problems.append(f"{name} has the odd rank {rank}")
         if init in OF_WEIGHTS and rank > min(weight.shape):
             problems.append(f"{name} of shape {tuple(weight.shape)} has no {rank} singular values")
-        if init in OF_WEIGHTS and config.alpha_of(name) == 0:
+        if init in OF_WEIGHTS and layer.alpha == 0:
             problems.append(f"{name} has alpha 0")
         if init == "loftq" and isinstance(weight, Tensor):
             problems.append(f"{name} is not packed and has no error to make up for")
@@ -178,7 +177,7 @@ def check_start(model: nn.Module, targets: Mapping[str, nn.Module], config: Lora
             problems.append(f"{name} shares its packed weight with another module, which would be changed with it")
     if problems:
         shown = listing(problems, separator="; ")
-        raise ConfigError(f"init_lora_weights {config.init_lora_weights!r} cannot be used: {shown}")
+        raise ConfigError(f"init_lora_weights {init_lora_weights!r} cannot be used: {shown}")
 
 
 def originals_of(model: nn.Module, names: Iterable[str], init: str) -> Originals:

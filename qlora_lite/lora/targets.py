@@ -1,38 +1,88 @@
-"""Which layers of a model get an adapter, by `target_modules`, `exclude_modules` and `layers_to_transform`."""
+"""Selects the layers that get an adapter, and resolves each layer's kind, rank and alpha.
+
+`select_targets` reads `target_modules`, `exclude_modules`, `layers_to_transform`, `rank_pattern` and `alpha_pattern` of
+a LoraConfig and returns one `TargetedLayer` for each layer. The functions that add, initialize, save and load adapters
+take TargetedLayers.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
-from qlora_lite.architecture import output_head
+from qlora_lite import architecture
 from qlora_lite.errors import ConfigError, TargetError, listing
+from qlora_lite.lora.auxiliary import find_modules_to_save
 from qlora_lite.lora.config import ALL_LINEAR, LoraConfig, Targets
 from qlora_lite.lora.convolution import read_kernels, why_not
-from qlora_lite.lora.experts import open_stacks
-from qlora_lite.lora.kinds import LinearKind, kind_of
+from qlora_lite.lora.experts import adaptable_stacks, unpacked_stacks
+from qlora_lite.lora.kinds import Kind, LinearKind, RouterKind, StackKind, kind_of
+from qlora_lite.lora.layer import LoraLayer
+from qlora_lite.lora.variants import ordinary_alpha, ordinary_rank
 from qlora_lite.quantization.experts import stacks
 from qlora_lite.surgery import answers_to, check_all_matched, has_own_forward
 
 BLOCK = re.compile(r"(?:^|.*?\.)[^.]+\.(?P<number>\d+)\.")
-# Five digits: no model has more blocks, and a range is written out.
+# Five digits: no model has more blocks, and a range is expanded to a list.
 LAYER_RANGE = re.compile(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?")
 
 
-def block_number(name: str) -> int | None:
-    """The number of the repeated block that a layer is in: the first one in its name that follows a name.
+@dataclass(frozen=True)
+class TargetedLayer:
+    """A layer that has or gets an adapter, with the numbers of that adapter.
 
-    `model.layers.7.mlp.experts.0.up_proj` -> 7; None for a layer outside of the blocks. Numbers as peft's
-    `layers_to_transform` has them, which also counts the blocks of a model that holds them itself (`layers.7.mlp…`).
+    name: the layer's first name in the model. module: the layer without an adapter. kind: how it applies A and B.
+    rank, alpha: those of this layer's adapter, with rank_pattern and alpha_pattern applied.
+    """
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    rank: int
+    alpha: float
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, config: LoraConfig) -> TargetedLayer | None:
+        """Returns the layer with the rank and alpha that `config` gives it, or None if it cannot be adapted."""
+        kind = kind_of(module)
+        return None if kind is None else cls(name, module, kind, config.rank_of(name), config.alpha_of(name))
+
+    @classmethod
+    def of_adapter(cls, name: str, layer: LoraLayer) -> TargetedLayer:
+        """Returns the base layer of a LoraLayer, with the rank and alpha of its `factors`."""
+        return cls(name, layer.base_layer, layer.kind, ordinary_rank(layer), ordinary_alpha(layer))
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the layer is a stack of experts' matrices."""
+        return isinstance(self.kind, StackKind)
+
+    @property
+    def is_router(self) -> bool:
+        """Whether the layer is a router of experts."""
+        return isinstance(self.kind, RouterKind)
+
+    @property
+    def peft_name(self) -> str:
+        """The layer's name in peft's rank_pattern, alpha_pattern and target_parameters: of a router, its weight's."""
+        return f"{self.name}.weight" if self.is_router else self.name
+
+
+def block_number(name: str) -> int | None:
+    """Returns the number of the repeated block that a layer is in, or None for a layer outside of the blocks.
+
+    The first number in the name that follows another part counts, as in peft's `layers_to_transform`:
+    `model.layers.7.mlp.experts.0.up_proj` and `layers.7.mlp.up_proj` are in block 7.
     """
     found = BLOCK.match(name)
     return None if found is None else int(found["number"])
 
 
 def layer_numbers(text: str) -> list[int]:
-    """`"0-3,12"` -> [0, 1, 2, 3, 12]. ConfigError for anything that is no list of numbers and rising ranges."""
+    """Parses numbers and ranges: `"0-3,12"` -> [0, 1, 2, 3, 12]. Raises ConfigError for any other text."""
     numbers: list[int] = []
     for part in text.split(","):
         match = LAYER_RANGE.fullmatch(part)
@@ -43,57 +93,68 @@ def layer_numbers(text: str) -> list[int]:
     return numbers
 
 
-def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers that could get an adapter, by every name they have."""
+def adaptable_names(model: nn.Module) -> set[str]:
+    """Returns the names of the layers that have an adapter or could get one."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, LoraLayer) or kind_of(module) is not None) and not name.endswith(".base_layer")
+    } | adaptable_stacks(model)
+
+
+def _adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers of a model without adapters that could get one, under every name that they have."""
     modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if kind_of(module) is not None} | open_stacks(model)
+    return {name: module for name, module in modules if kind_of(module) is not None} | unpacked_stacks(model)
 
 
-def _check_no_linear_is_left_out(chosen: Mapping[str, nn.Module]) -> None:
-    own = {name: layer for name, layer in chosen.items() if has_own_forward(layer) and kind_of(layer) is None}
-    if own:
-        shown = listing((f"{name} ({type(layer).__name__})" for name, layer in own.items()), 4)
+def _check_no_custom_forward(chosen: Mapping[str, nn.Module]) -> None:
+    custom = {name: layer for name, layer in chosen.items() if has_own_forward(layer) and kind_of(layer) is None}
+    if custom:
+        shown = listing((f"{name} ({type(layer).__name__})" for name, layer in custom.items()), 4)
         raise TargetError(
-            f"all-linear meets {len(own)} layers with a forward of their own, {shown}; leave them out with "
-            f"exclude_modules, or name the others"
+            f"target_modules 'all-linear' includes {len(custom)} layers with a forward of their own, which cannot be "
+            f"adapted: {shown}; leave them out with exclude_modules, or list the other layers in target_modules"
         )
 
 
-def _check_no_strange_stack_is_meant(model: nn.Module, targets: Targets, layers: Collection[str]) -> None:
-    names = [] if isinstance(targets, str) or callable(targets) else list(targets)
-    meant = [name for name in stacks(model) if name not in layers and any(answers_to(name, target) for target in names)]
-    if meant:
+def _check_no_unknown_stack(model: nn.Module, targets: Targets, layers: Collection[str]) -> None:
+    listed = [] if isinstance(targets, str) or callable(targets) else list(targets)
+    unknown = [
+        name for name in stacks(model) if name not in layers and any(answers_to(name, target) for target in listed)
+    ]
+    if unknown:
         raise TargetError(
-            f"{listing(meant, 4)}: stacks of matrices in modules that are not known here cannot be adapted; "
-            f"leave them out"
+            f"target_modules names stacks of matrices in modules of an unknown type, which cannot be adapted: "
+            f"{listing(unknown, 4)}; leave them out"
         )
 
 
-def _check_convolutions_meant(model: nn.Module, targets: Targets) -> None:
-    """Convolutions that are named and cannot be adapted would else be passed over."""
+def _check_convolutions(model: nn.Module, targets: Targets) -> None:
+    """Raises TargetError for targeted convolutions that cannot be adapted; they would be skipped silently otherwise."""
     if callable(targets):
         return
     reasons = {name: reason for name, module in model.named_modules() if (reason := why_not(module)) is not None}
-    meant = _meant("target_modules", targets, {name: model.get_submodule(name) for name in reasons})
-    if meant:
-        problems = listing((f"{name}: {reasons[name]}" for name in meant), 4, "; ")
+    targeted = _matching("target_modules", targets, {name: model.get_submodule(name) for name in reasons})
+    if targeted:
+        problems = listing((f"{name}: {reasons[name]}" for name in targeted), 4, "; ")
         raise TargetError(f"{problems}; leave them out of target_modules")
 
 
 def _check_called(model: nn.Module, names: list[str]) -> None:
-    """An adapter in a layer that its parent does not call would be ignored."""
+    """Raises TargetError for layers whose parent reads their weight instead of calling them: it would skip A and B."""
     if unseen := read_kernels(model, names):
         raise TargetError(f"{listing(unseen, 4, '; ')}; leave them out of target_modules")
     fast = [n for n in names if isinstance(model.get_submodule(n.rpartition(".")[0]), nn.TransformerEncoderLayer)]
     if fast:
         raise TargetError(
-            f"{listing(fast, 4)}: in eval, nn.TransformerEncoderLayer reads its layers' weights instead of calling "
-            f"them, which would leave an adapter out; leave them out of target_modules"
+            f"{listing(fast, 4)}: in eval, nn.TransformerEncoderLayer reads the weights of its layers instead of "
+            f"calling them, which would skip an adapter; leave them out of target_modules"
         )
 
 
-def _meant(setting: str, targets: Targets, layers: Mapping[str, nn.Module]) -> list[str]:
-    """Names of these layers that a regular expression, a function or a list of names means."""
+def _matching(setting: str, targets: Targets, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the names of the layers that a regular expression, a function or a list of names selects."""
     if callable(targets):
         return [name for name, layer in layers.items() if targets(name, layer)]
     if isinstance(targets, str):
@@ -106,62 +167,74 @@ def _meant(setting: str, targets: Targets, layers: Mapping[str, nn.Module]) -> l
 
 
 def _all_linear(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Every linear layer but the output head, those with a forward of their own too."""
-    head = output_head(model)
+    """Returns every linear layer but the output head, those with a forward of their own included."""
+    head = architecture.output_head(model)
     linear = {name: layer for name, layer in layers.items() if isinstance(kind_of(layer), LinearKind)}
-    own = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and has_own_forward(m)}
-    return {name: layer for name, layer in (linear | own).items() if layer is not head}
+    custom = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and has_own_forward(m)}
+    return {name: layer for name, layer in (linear | custom).items() if layer is not head}
 
 
 def _targeted(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
-    layers = _adaptable(model)
-    _check_no_strange_stack_is_meant(model, targets, layers)
+    """Returns the layers that target_modules selects, before any exclusion."""
+    layers = _adaptable_layers(model)
+    _check_no_unknown_stack(model, targets, layers)
     if targets == ALL_LINEAR:
         targeted = _all_linear(model, layers)
     else:
-        _check_convolutions_meant(model, targets)
+        _check_convolutions(model, targets)
         if not isinstance(targets, str) and not callable(targets):
             check_all_matched("target_modules", targets, layers)
-        targeted = {name: layers[name] for name in _meant("target_modules", targets, layers)}
+        targeted = {name: layers[name] for name in _matching("target_modules", targets, layers)}
     if not targeted:
         check_all_matched("target_modules", [str(targets)], layers)
         raise TargetError(f"target_modules {targets!r} matched no layer")
     return targeted
 
 
-def _idle(config: LoraConfig, targeted: Mapping[str, nn.Module], excluded: set[str]) -> list[str]:
-    """A sentence for each of `layers_to_transform` and `exclude_modules` with something in it that decides nothing."""
+def _unused_settings(config: LoraConfig, targeted: Mapping[str, nn.Module], excluded: set[str]) -> list[str]:
+    """Returns a sentence for each of layers_to_transform and exclude_modules with an entry that has no effect."""
     sentences = []
     within = list(targeted)
     if config.layers_to_transform is not None:
         has = {number for name in targeted if name not in excluded and (number := block_number(name)) is not None}
-        if idle := sorted(set(config.layers_to_transform) - has):
-            blocks = f"blocks {min(has)} to {max(has)}" if has else "no numbered block"
-            sentences.append(f"layers_to_transform {idle} hold nothing to adapt; what is targeted lies in {blocks}")
+        if unused := sorted(set(config.layers_to_transform) - has):
+            blocks = f"in blocks {min(has)} to {max(has)}" if has else "in no numbered block"
+            sentences.append(
+                f"layers_to_transform {unused} contain no targeted layer; the targeted layers are {blocks}"
+            )
         within = [name for name in within if block_number(name) in config.layers_to_transform]
     exclude = config.exclude_modules
     if exclude is not None:
-        whole = isinstance(exclude, str) or callable(exclude)
-        left = [str(exclude)] if whole and not excluded.intersection(within) else []
-        if not isinstance(exclude, str) and not callable(exclude):
-            left = [entry for entry in exclude if not any(answers_to(name, entry) for name in within)]
-        if left:
+        if isinstance(exclude, str) or callable(exclude):
+            without_effect = [] if excluded.intersection(within) else [str(exclude)]
+        else:
+            without_effect = [entry for entry in exclude if not any(answers_to(name, entry) for name in within)]
+        if without_effect:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in within})) or "none"
-            sentences.append(f"exclude_modules {left} excludes no targeted layer; targeted are: {ends}")
+            sentences.append(f"exclude_modules {without_effect} excludes no targeted layer; targeted are: {ends}")
     return sentences
 
 
-def select_targets(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the layers that get an adapter: target_modules without exclude_modules, in the blocks of
-    `layers_to_transform` (see LoraConfig).
+def _without_modules_to_save(chosen: Collection[str], model: nn.Module, config: LoraConfig) -> set[str]:
+    """Returns the chosen names; `all-linear` leaves out the modules that modules_to_save names."""
+    if config.target_modules != ALL_LINEAR or not config.modules_to_save:
+        return set(chosen)
+    return set(chosen) - find_modules_to_save(model, config.modules_to_save).keys()
 
-    Raises TargetError that lists what matched or decided nothing. The model has no adapters yet.
+
+def select_targets(model: nn.Module, config: LoraConfig) -> list[TargetedLayer]:
+    """Returns the layers that get an adapter: target_modules without exclude_modules, in the blocks of
+    layers_to_transform (see LoraConfig).
+
+    A layer with several names is returned once, under its first. The model must not have adapters yet. Raises
+    TargetError that lists every entry of target_modules, exclude_modules, layers_to_transform, rank_pattern and
+    alpha_pattern that has no effect, and for targeted layers that cannot be adapted.
     """
     targeted = _targeted(model, config.target_modules)
     excluded: set[str] = set()
     if config.exclude_modules is not None:
-        excluded.update(_meant("exclude_modules", config.exclude_modules, targeted))
-    if sentences := _idle(config, targeted, excluded):
+        excluded.update(_matching("exclude_modules", config.exclude_modules, targeted))
+    if sentences := _unused_settings(config, targeted, excluded):
         raise TargetError("; ".join(sentences))
     chosen = {
         name: layer
@@ -171,6 +244,12 @@ def select_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     }
     if not chosen:
         raise TargetError(f"exclude_modules leaves none of the {len(targeted)} targeted layers")
-    _check_no_linear_is_left_out(chosen)
+    _check_no_custom_forward(chosen)
     _check_called(model, list(chosen))
-    return list(chosen)
+    names = _without_modules_to_save(chosen, model, config)
+    modules = dict(model.named_modules()) | unpacked_stacks(model)
+    found = [TargetedLayer.of(name, module, config) for name, module in modules.items() if name in names]
+    layers = [layer for layer in found if layer is not None]
+    if unused := config.idle_patterns([layer.name for layer in layers]):
+        raise TargetError("; ".join(unused))
+    return layers

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from qlora_lite.lora.adapters import ParkedAdapters
+from qlora_lite.lora.adapters import InactiveAdapters
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -81,8 +81,8 @@ class Ownership:
             trace.follow(model)
             for name, module in model.named_modules():
                 self._label_module(trace, name, module, owners)
-                if isinstance(module, ParkedAdapters):
-                    _label_parked(trace, module)
+                if isinstance(module, InactiveAdapters):
+                    _label_inactive(trace, module)
         if optimizer is not None:
             for parameter, state in optimizer.state.items():
                 for tensor in _tensors_in(state):
@@ -115,9 +115,9 @@ class Ownership:
                 self._gradient_hooks[parameter] = _hook_gradient(trace, parameter, owner)
 
 
-def _label_parked(trace: StorageTrace, parked: ParkedAdapters) -> None:
+def _label_inactive(trace: StorageTrace, inactive: InactiveAdapters) -> None:
     """Adapters that are not in use are adapters of their layers all the same."""
-    for layers in parked.adapters.values():
+    for layers in inactive.adapters.values():
         for name, layer in layers.items():
             for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
                 trace.label(tensor, Category.ADAPTER, name)

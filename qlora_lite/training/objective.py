@@ -17,7 +17,7 @@ from qlora_lite import architecture
 from qlora_lite.compute.cross_entropy import linear_cross_entropy
 from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import ConfigError
-from qlora_lite.lora.auxiliary_layers import TrainedCopy, WithTokenRows
+from qlora_lite.lora.auxiliary_layers import TrainableTokensLayer, TrainedCopy
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.signals import poll
 from qlora_lite.surgery import has_own_forward
@@ -34,7 +34,7 @@ def headless_loss(model: nn.Module, batch: Batch) -> Tensor:
     lora = replaced = None
     if isinstance(head, LoraLayer) and head.adapter_enabled and not head.merged:
         lora = (*head.factors, head.scaling)
-    if isinstance(head, WithTokenRows) and head.adapter_enabled:
+    if isinstance(head, TrainableTokensLayer) and head.adapter_enabled:
         replaced = (head.rows.tokens, head.rows.values)
     hidden = hidden.to(getattr(_plain(head), "compute_dtype", None) or hidden.dtype)
     options: Any = architecture.logit_options(model)
@@ -52,7 +52,7 @@ def headless_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def _plain(head: nn.Module) -> nn.Module:
     """The head without what is trained on it."""
-    return head.base_layer if isinstance(head, (LoraLayer, TrainedCopy, WithTokenRows)) else head
+    return head.base_layer if isinstance(head, (LoraLayer, TrainedCopy, TrainableTokensLayer)) else head
 
 
 def _why_not_headless(model: nn.Module) -> str | None:

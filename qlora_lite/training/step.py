@@ -25,7 +25,7 @@ from qlora_lite.compute.host_memory import HoleLimit, release_freed_pages
 from qlora_lite.compute.random_state import RandomSources
 from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, TargetError, TrainingError, listing
-from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, switched
+from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, wrapped_layers
 from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
 from qlora_lite.signals import poll
 from qlora_lite.training.activation_checkpointing import Dial
@@ -77,7 +77,7 @@ def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Paramet
         raise ConfigError(
             f"{len(merged)} layers are merged, so their adapters would get no gradient; unmerge_lora_ first"
         )
-    if off := [name for name, layer in switched(model).items() if not layer.adapter_enabled]:
+    if off := [name for name, layer in wrapped_layers(model).items() if not layer.adapter_enabled]:
         raise ConfigError(f"{len(off)} adapters are switched off (adapters_disabled) and would get no gradient")
     frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
     if on_cpu(device) and any(parameter.dtype == torch.float16 for parameter in frozen):

@@ -231,16 +231,16 @@ KNOWN_REFUSALS = (
         r"^init_lora_weights '\w+' is for linear layers",
         ("embedding", "stacks", "router"),
     ),
-    Refusal("layers that peft lost when it converted", r"answer to no layer in the file", ("embedding",), CONVERTED),
+    Refusal("layers that peft lost when it converted", r"match no layer in the file", ("embedding",), CONVERTED),
     Refusal("LoftQ without a packed layer", r"is not packed and has no error", variants=("loftq",)),
-    Refusal("a base that was changed", r"init_lora_weights=.*cannot honour", variants=("pissa_as_trained",)),
-    Refusal("another method", r"cannot honour", variants=("lora_bias", "kasa", "alora")),
+    Refusal("a base that was changed", r"init_lora_weights=.*does not support", variants=("pissa_as_trained",)),
+    Refusal("another method", r"does not support", variants=("lora_bias", "kasa", "alora")),
 )
 
 
 def known_refusal(subject: Subject, sentence: str) -> str | None:
     """The kind of a refusal that is expected of this subject; None for any other sentence."""
-    if subject.not_built() and (sentence == subject.not_built() or "cannot honour" in sentence):
+    if subject.not_built() and (sentence == subject.not_built() or "does not support" in sentence):
         return "not built yet"
     for known in KNOWN_REFUSALS:
         if known.is_for(subject) and re.search(known.sentence, sentence):

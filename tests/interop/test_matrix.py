@@ -53,7 +53,9 @@ def test_refusals_are_known_by_their_sentence_and_subject(matrix: Any, checks: A
         checks.asked_of_us(matrix.Subject("gpt2", "pissa", "attention", "none"), refuse(start))
     subject = matrix.Subject("llama", "lora", "attention", "none")
     with pytest.raises(CheckpointError):
-        checks.asked_of_us(subject, refuse(CheckpointError("a.json sets lora_bias, which this version cannot honour")))
+        checks.asked_of_us(
+            subject, refuse(CheckpointError("a.json sets lora_bias, which this version does not support"))
+        )
     with pytest.raises(KeyError):
         checks.asked_of_us(subject, refuse(KeyError("lora_A")))
 

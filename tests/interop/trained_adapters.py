@@ -19,7 +19,8 @@ from torch import Tensor
 
 from cases import FAMILIES, TOKENS_TRAINED, VARIANTS, Subject
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
-from qlora_lite.lora.peft.save_load import CONFIG_FILE, TENSOR_FILE
+from qlora_lite.lora.peft.keys import TENSOR_FILE
+from qlora_lite.lora.peft.options import CONFIG_FILE
 
 STEPS = 3
 LEARNING_RATE = 2e-2

@@ -1,4 +1,4 @@
-"""What is parked beside a model, and what does not see it."""
+"""Tests of inactive adapters: what follows the model, and what does not see them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import nn
 
 from qlora_lite import LinearWithLoRA
 from qlora_lite.errors import ConfigError, TargetError
-from qlora_lite.lora.adapters import ATTRIBUTE, check_name, park_, parked, unpark_
+from qlora_lite.lora.adapters import ATTRIBUTE, check_adapter_name, drop_inactive_, inactive_adapters, keep_inactive_
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.ownership import Ownership
 from qlora_lite.memory.trace import StorageTrace
 
 
-def with_parked() -> tuple[nn.Module, LinearWithLoRA]:
+def with_inactive() -> tuple[nn.Module, LinearWithLoRA]:
     model, layer = nn.Sequential(nn.Linear(4, 4)), LinearWithLoRA(4, 4, 2)
     layer.start_A = torch.zeros(2, 4)
     del layer.base_layer
-    park_(model, "one", {"0": layer})
+    keep_inactive_(model, "one", {"0": layer})
     return model, layer
 
 
 def test_the_model_neither_trains_counts_nor_saves_it() -> None:
-    plain, (model, layer) = nn.Sequential(nn.Linear(4, 4)), with_parked()
+    plain, (model, layer) = nn.Sequential(nn.Linear(4, 4)), with_inactive()
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert len(list(model.parameters())) == 2 and not list(model.buffers())
     assert layer not in list(model.modules())
@@ -33,17 +33,17 @@ def test_the_model_neither_trains_counts_nor_saves_it() -> None:
 
 
 def test_it_follows_the_model_and_its_copies_and_stays_the_same_parameter() -> None:
-    model, layer = with_parked()
+    model, layer = with_inactive()
     other = copy.deepcopy(model)
     parameter = layer.lora_A
     model.to(torch.bfloat16)
     assert layer.lora_A is parameter and parameter.dtype == layer.start_A.dtype == torch.bfloat16
-    copied = parked(other)["one"]["0"]
+    copied = inactive_adapters(other)["one"]["0"]
     assert copied is not layer and copied.lora_A.dtype == torch.float32
 
 
 def test_it_is_an_adapter_of_its_layer_in_a_trace() -> None:
-    model, _ = with_parked()
+    model, _ = with_inactive()
     model.requires_grad_(False)
     ownership, trace = Ownership(), StorageTrace()
     ownership.track(model)
@@ -55,18 +55,18 @@ def test_it_is_an_adapter_of_its_layer_in_a_trace() -> None:
 
 
 def test_nothing_is_left_when_the_last_one_goes() -> None:
-    model, layer = with_parked()
-    park_(model, "two", {"0": layer})
-    unpark_(model, "one")
-    assert list(parked(model)) == ["two"]
-    unpark_(model, "two")
-    assert not hasattr(model, ATTRIBUTE) and not parked(model)
+    model, layer = with_inactive()
+    keep_inactive_(model, "two", {"0": layer})
+    drop_inactive_(model, "one")
+    assert list(inactive_adapters(model)) == ["two"]
+    drop_inactive_(model, "two")
+    assert not hasattr(model, ATTRIBUTE) and not inactive_adapters(model)
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "a b", 3, None])
 def test_names_are_checked(name: str) -> None:
-    model, _ = with_parked()
-    with pytest.raises(ConfigError, match="letters, digits, _ and -; got"):
-        check_name(model, name)
-    with pytest.raises(TargetError, match="keeps an adapter named 'one' already"):
-        check_name(model, "one")
+    model, _ = with_inactive()
+    with pytest.raises(ConfigError, match="must consist of letters, digits, _ and -; got"):
+        check_adapter_name(model, name)
+    with pytest.raises(TargetError, match="has an adapter named 'one' already"):
+        check_adapter_name(model, "one")

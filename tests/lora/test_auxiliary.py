@@ -1,4 +1,4 @@
-"""Which modules, biases and rows are trained beside A and B, and that nothing of the base moves with them."""
+"""Tests of modules_to_save, bias and trainable_token_indices on a model, whose base must not change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add_lora_, quantize_base_, train
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, freeze_base_, lora_layers, remove_lora_
-from qlora_lite.lora.auxiliary import plain_modules, trained_copies, trained_whole, with_token_rows
+from qlora_lite.lora.auxiliary import find_modules_to_save, trainable_tokens_layers, trained_copies, unwrapped_modules
 from qlora_lite.lora.multi_adapter import merge_lora_, unmerge_lora_
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.quantization.experts import PackedStack
@@ -22,7 +22,7 @@ BATCH = {"input_ids": TOKENS, "labels": TOKENS}
 ALL = {"modules_to_save": ["norm", "lm_head", "input_layernorm"], "bias": "all", "trainable_token_indices": [3, 9]}
 
 
-def beside(model: Any, **options: Any) -> Any:
+def with_auxiliary(model: Any, **options: Any) -> Any:
     add_lora_(model, LoraConfig(**{"rank": 2, "target_modules": ["q_proj"], **options}))
     return model
 
@@ -70,9 +70,9 @@ def test_all_that_is_trained_learns_and_the_base_is_there_again_bit_for_bit(smal
 
 
 def test_a_tied_head_shares_the_rows_and_memory_is_that_of_the_rows(small_model: Any) -> None:
-    model = beside(small_model("LlamaConfig", tie_word_embeddings=True), trainable_token_indices=[5, 3])
-    one, other = with_token_rows(model).values()
-    assert one.rows is other.rows and list(with_token_rows(model)) == ["model.embed_tokens", "lm_head"]
+    model = with_auxiliary(small_model("LlamaConfig", tie_word_embeddings=True), trainable_token_indices=[5, 3])
+    one, other = trainable_tokens_layers(model).values()
+    assert one.rows is other.rows and list(trainable_tokens_layers(model)) == ["model.embed_tokens", "lm_head"]
     rows = [name for name in adapter_parameters(model) if "lora" not in name]
     assert rows == ["model.embed_tokens.rows.values"]
     profiler = MemoryProfiler()
@@ -100,32 +100,35 @@ def test_biases_are_those_of_peft(small_model: Any, bias: str) -> None:
     options: dict[str, Any] = {"target_modules": ["c_attn"], "bias": bias}
     theirs = peft.get_peft_model(small_model("GPT2Config"), peft.LoraConfig(**options))
     expected = {name for name, p in theirs.named_parameters() if p.requires_grad and "lora" not in name}
-    model = beside(small_model("GPT2Config"), **options)
+    model = with_auxiliary(small_model("GPT2Config"), **options)
     ours = {f"base_model.model.{name}" for name in adapter_parameters(model) if "lora" not in name}
     as_pefts = {n.replace("trained_bias", "base_layer.bias").replace("trained.bias", "bias") for n in ours}
     assert as_pefts == expected and len(expected) == (13 if bias == "all" else 2)
 
 
-def test_a_module_that_is_trained_whole_is_left_out_of_all_linear(small_model: Any) -> None:
+def test_modules_to_save_are_left_out_of_all_linear(small_model: Any) -> None:
     model = small_model("LlamaConfig", num_hidden_layers=1)
-    beside(model, target_modules="all-linear", modules_to_save=["mlp"])
+    with_auxiliary(model, target_modules="all-linear", modules_to_save=["mlp"])
     assert len(lora_layers(model)) == 4
     assert [name.rpartition(".")[2] for name in trained_copies(model)] == ["gate_proj", "up_proj", "down_proj"]
 
 
 REFUSED = [
-    ({"modules_to_save": ["q_proj"]}, r"self_attn\.q_proj would be both adapted and trained whole"),
+    ({"modules_to_save": ["q_proj"]}, r"self_attn\.q_proj would be both adapted and trained by modules_to_save"),
     ({"modules_to_save": ["nrom"]}, r"modules_to_save \['nrom'\] matched no module; this model has: .*norm"),
     ({"modules_to_save": ["act_fn"]}, r"modules_to_save \['act_fn'\] has no parameters to train"),
     (
         {"trainable_token_indices": [1, 64]},
-        r"trainable_token_indices \[64\] are outside the vocabulary, which has 64 tokens",
+        r"trainable_token_indices 64 are outside the vocabulary, which has 64 tokens",
     ),
     (
         {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
-        "model.embed_tokens is trained whole, so rows of it",
+        "model.embed_tokens is trained by modules_to_save, so trainable_token_indices cannot train rows of it",
     ),
-    ({"trainable_token_indices": [1], "target_modules": ["lm_head"]}, "lm_head is adapted, so rows of it"),
+    (
+        {"trainable_token_indices": [1], "target_modules": ["lm_head"]},
+        "lm_head is adapted, so trainable_token_indices cannot train rows of it",
+    ),
     ({"bias": "all"}, "bias='all' has nothing to train: no layer of this model has a bias"),
     ({"bias": "lora_only"}, "none of the adapted layers has a bias"),
 ]
@@ -138,7 +141,7 @@ def test_what_contradicts_itself_is_refused_before_the_model_is_touched(
     model = small_model("LlamaConfig", num_hidden_layers=1, tie_word_embeddings=True)
     before = list(model.named_modules())
     with pytest.raises(TargetError, match=message):
-        beside(model, **options)
+        with_auxiliary(model, **options)
     assert list(model.named_modules()) == before
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -157,7 +160,7 @@ def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], message
         LoraConfig(**options)
 
 
-def test_modules_that_cannot_be_trained_beside_their_originals_are_refused() -> None:
+def test_modules_that_cannot_be_trained_as_copies_are_refused() -> None:
     weight = PackedWeight.of(torch.randn(4, 8), QuantConfig(format="int8"))
     model = nn.ModuleDict(
         {
@@ -171,15 +174,15 @@ def test_modules_that_cannot_be_trained_beside_their_originals_are_refused() -> 
         ("experts", "experts.up is a packed stack"),
         ("batch", "batch keeps buffers .running_mean"),
         ("limited", "limited has max_norm"),
-        ("attention", "attention has parameters of its own beside those of out_proj"),
+        ("attention", "attention has parameters of its own and in its submodules out_proj"),
     ):
         with pytest.raises(TargetError, match=message):
-            trained_whole(model, [name])
-    assert set(plain_modules(model)) >= {"experts.up", "batch", "attention.out_proj"}
+            find_modules_to_save(model, [name])
+    assert set(unwrapped_modules(model)) >= {"experts.up", "batch", "attention.out_proj"}
 
 
 def test_freezing_leaves_what_is_trained(small_model: Any) -> None:
-    model = beside(small_model("LlamaConfig", num_hidden_layers=1), modules_to_save=["model.norm"])
+    model = with_auxiliary(small_model("LlamaConfig", num_hidden_layers=1), modules_to_save=["model.norm"])
     model.requires_grad_(True)
     freeze_base_(model)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(adapter_parameters(model))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_lite.lora.auxiliary_layers import TrainedCopy, copied, parameter_names, plain_shape
+from qlora_lite.lora.auxiliary_layers import TrainedCopy, checkpoint_shape, copy_parameters, parameter_names
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -20,7 +20,7 @@ from qlora_lite.training.fused_forward import lean
 
 
 def whole(module: nn.Module, dtype: torch.dtype = torch.float32) -> TrainedCopy:
-    return TrainedCopy(module, copied(module, parameter_names(module), dtype))
+    return TrainedCopy(module, copy_parameters(module, parameter_names(module), dtype))
 
 
 def packed_linear(format: str) -> QuantizedLinear:
@@ -73,7 +73,7 @@ def test_copies_are_unpacked_and_lie_as_the_plain_checkpoint_has_them() -> None:
     plain = model[0].weight.detach().clone()
     quantize_base_(model, QuantConfig(format="int8", skip_modules=()))
     packed: Any = model[0]
-    assert packed.transposed and plain_shape(packed, "weight") == (64, 6) == tuple(plain.shape)
+    assert packed.transposed and checkpoint_shape(packed, "weight") == (64, 6) == tuple(plain.shape)
     copy, x = whole(packed), torch.randn(2, 64)
     torch.testing.assert_close(copy.trained["weight"], plain, rtol=0.02, atol=0.02)
     torch.testing.assert_close(copy(x), packed(x), rtol=1e-5, atol=1e-5)

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from qlora_lite.compute.cross_entropy import linear_cross_entropy
 from qlora_lite.errors import TargetError
-from qlora_lite.lora.auxiliary_layers import TokenRows, WithTokenRows, check_takes_rows, check_tokens, rows_of
+from qlora_lite.lora.auxiliary_layers import (
+    TokenRows,
+    TrainableTokensLayer,
+    check_takes_token_rows,
+    check_tokens,
+    unpacked_rows,
+)
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.layers import QuantizedEmbedding
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -35,7 +41,7 @@ def test_an_embedding_with_rows_is_the_embedding_of_the_changed_matrix(base: str
     if base == "int8":
         embedding = QuantizedEmbedding(PackedWeight.of(weight, QuantConfig(format="int8")), torch.float32)
         weight = embedding.weight.dequantize(torch.float32)
-    layer = WithTokenRows(embedding, TokenRows(TRAINED, rows_of(embedding, TRAINED, torch.float32)))
+    layer = TrainableTokensLayer(embedding, TokenRows(TRAINED, unpacked_rows(embedding, TRAINED, torch.float32)))
     assert torch.equal(layer(TOKENS), embedding(TOKENS))
     with torch.no_grad():
         layer.rows.values.normal_()
@@ -56,7 +62,7 @@ def test_a_tied_head_has_the_rows_too_with_and_without_logits(bias: bool) -> Non
     embedding, head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS, bias=bias).requires_grad_(False)
     head.weight = embedding.weight
     rows = TokenRows(TRAINED, torch.randn(len(TRAINED), WIDTH))
-    layer, hidden = WithTokenRows(head, rows), torch.randn(5, WIDTH, requires_grad=True)
+    layer, hidden = TrainableTokensLayer(head, rows), torch.randn(5, WIDTH, requires_grad=True)
     labels = torch.tensor([7, 3, 19, -100, 2])
     whole = changed(head.weight, rows.values)
     reference = F.linear(hidden, whole, head.bias)
@@ -80,8 +86,8 @@ def test_a_tied_head_has_the_rows_too_with_and_without_logits(bias: bool) -> Non
 
 def test_a_scaled_embedding_scales_trained_rows_too(small_model: Any) -> None:
     embedding = small_model("Gemma3TextConfig").get_input_embeddings()
-    check_takes_rows("embed_tokens", embedding)
-    layer = WithTokenRows(embedding, TokenRows([5, 9], rows_of(embedding, [5, 9], torch.float32)))
+    check_takes_token_rows("embed_tokens", embedding)
+    layer = TrainableTokensLayer(embedding, TokenRows([5, 9], unpacked_rows(embedding, [5, 9], torch.float32)))
     tokens = torch.tensor([[5, 6, 9]])
     assert torch.equal(layer(tokens), embedding(tokens)) and float(embedding.embed_scale) != 1
     with torch.no_grad():
@@ -98,13 +104,13 @@ class Shifted(nn.Embedding):
 def test_what_cannot_have_rows_is_refused() -> None:
     odd = Shifted(4, 4)
     with pytest.raises(TargetError, match="wte, a Shifted, computes more than rows"):
-        check_takes_rows("wte", odd)
+        check_takes_token_rows("wte", odd)
     odd.embed_scale = 1.0
-    with pytest.raises(TargetError, match="train it whole"):
-        check_takes_rows("wte", odd)
+    with pytest.raises(TargetError, match="name it in modules_to_save"):
+        check_takes_token_rows("wte", odd)
     with pytest.raises(TargetError, match="Embedding, computes more"):
-        check_takes_rows("wte", nn.Embedding(4, 4, max_norm=1.0))
+        check_takes_token_rows("wte", nn.Embedding(4, 4, max_norm=1.0))
     with pytest.raises(
-        TargetError, match=r"trainable_token_indices \[20\] are outside the vocabulary, which has 20 tokens"
+        TargetError, match=r"trainable_token_indices 20 are outside the vocabulary, which has 20 tokens"
     ):
         check_tokens([3, 20], 20)

@@ -32,7 +32,7 @@ from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.export.plain_weights import plain_weights
 from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, lora_layers, remove_lora_
-from qlora_lite.lora.experts import open_stacks
+from qlora_lite.lora.experts import unpacked_stacks
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.planning.training_rehearsal import rehearse_steps
@@ -170,14 +170,14 @@ def test_targets_and_what_stacks_cannot_have(small_model: Callable[..., Any]) ->
     ):
         with pytest.raises((ConfigError, TargetError), match=message):
             add_lora_(model, LoraConfig(target_modules=["experts.down_proj"], **wrong))
-    assert list(model.state_dict()) == before and len(open_stacks(model)) == 4
+    assert list(model.state_dict()) == before and len(unpacked_stacks(model)) == 4
     one = "model.layers.1.mlp.experts.gate_up_proj"
     assert add_lora_(model, LoraConfig(target_modules=r".*\.1\.mlp\.experts\.gate.*", init_lora_weights="kaiming")) == [
         one
     ]
     bound = lora_layers(model)[one].lora_A.abs().amax((1, 2))
     assert ((bound > 0.9 / 32**0.5) & (bound <= 1 / 32**0.5)).all()
-    assert sorted(open_stacks(model)) == sorted(
+    assert sorted(unpacked_stacks(model)) == sorted(
         ["model.layers.1.mlp.experts.down_proj"]
         + [f"model.layers.0.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")]
     )

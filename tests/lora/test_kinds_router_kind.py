@@ -14,7 +14,7 @@ from torch import nn
 from qlora_lite import LoraConfig, add_lora_, export_merged, load_adapter_, merge_lora_, save_adapter
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.adapters import lora_layers, remove_lora_
-from qlora_lite.lora.peft.describe import adapter_facts
+from qlora_lite.lora.peft.describe import describe_adapter
 
 TOKENS = torch.arange(14).view(2, 7)
 CONFIG = LoraConfig(rank=3, alpha=7, target_modules=["q_proj", "gate"], dropout=0, rank_pattern={"gate": 2})
@@ -75,7 +75,7 @@ def test_peft_reads_what_is_written_here_and_the_other_way_round(
     again = make(small_model, family)
     assert set(load_adapter_(again, tmp_path / "theirs")) == lora_layers(ours).keys()
     assert torch.equal(ours(TOKENS).logits, again(TOKENS).logits)
-    kinds = {layer.last: (layer.kind, layer.rank) for layer in adapter_facts(tmp_path / "theirs").layers}
+    kinds = {layer.last: (layer.kind, layer.rank) for layer in describe_adapter(tmp_path / "theirs").layers}
     assert kinds == {"q_proj": ("linear", 3), "gate": ("router", 2)}
 
 

@@ -26,7 +26,7 @@ from qlora_lite import (
     unmerge_lora_,
 )
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, TargetError
-from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, lora_layers, parked, remove_lora_
+from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, inactive_adapters, lora_layers, remove_lora_
 from qlora_lite.lora.multi_adapter import (
     active_adapter,
     adapter_names,
@@ -188,7 +188,7 @@ def test_no_byte_of_the_base_changes(folder: Path, tmp_path: Path, format: str) 
     for name in ("sum", "second", "again", "default"):
         delete_adapter_(model, name)
     assert torch.equal(logits(model), start) and base_digest(model) == digest
-    assert not lora_layers(model) and not hasattr(model, "parked_adapters")
+    assert not lora_layers(model) and not hasattr(model, "inactive_adapters")
 
 
 def test_state_dict_is_of_the_adapter_in_use_and_saving_of_any(folder: Path, tmp_path: Path) -> None:
@@ -202,13 +202,13 @@ def test_state_dict_is_of_the_adapter_in_use_and_saving_of_any(folder: Path, tmp
     unmerge_lora_(model)
     use_adapter_(model, "first")
     assert torch.equal(logits(alone), logits(model))
-    assert all(not hasattr(layer, "base_layer") for layer in parked(model)["second"].values())
+    assert all(not hasattr(layer, "base_layer") for layer in inactive_adapters(model)["second"].values())
 
 
 def test_training_moves_the_adapter_in_use_alone(folder: Path) -> None:
     model = with_two(folder, "nf4")
     use_adapter_(model, "first")
-    held = parked(model)["second"].values()
+    held = inactive_adapters(model)["second"].values()
     before = [parameter.clone() for layer in held for parameter in layer.parameters()]
     old = {name: value.detach().clone() for name, value in adapter_parameters(model).items()}
     batch = {"input_ids": TOKENS, "labels": TOKENS}
@@ -256,7 +256,9 @@ def test_within_a_block_and_after_a_failure_it_is_as_before(folder: Path, tmp_pa
         assert (active_adapter(model), adapter_names(model)) == ("second", ["first", "second"])
         assert torch.equal(logits(model), second)
     model.model.layers[1].self_attn.v_proj = nn.Linear(8, 8)
-    with pytest.raises(TargetError, match=r"'first' fits the model no more; replaced were: .*1\.self_attn\.v_proj"):
+    with pytest.raises(
+        TargetError, match=r"'first' no longer fits the model, in which were replaced: .*1\.self_attn\.v_proj"
+    ):
         use_adapter_(model, "first")
     assert active_adapter(model) == "second" and len(lora_layers(model)) == 4
 
@@ -290,7 +292,7 @@ def test_nothing_moves_while_layers_are_merged_or_off(folder: Path) -> None:
         lambda: combine_adapters_(model, {"first": 1.0}, "third"),
         lambda: merge_lora_(model, name="first"),
     ):
-        with pytest.raises(ConfigError, match=r"layers are merged, .*; unmerge_lora_ before"):
+        with pytest.raises(ConfigError, match=r"layers are merged, .*; call unmerge_lora_ before"):
             change()
     assert torch.equal(logits(model), merged)
     unmerge_lora_(model)
@@ -308,7 +310,7 @@ def test_the_unnamed_one_is_called_default_and_is_not_doubled(folder: Path, tmp_
         add_lora_(model, SECOND)
     use_adapter_(model, None)
     for again in (lambda: add_lora_(model, SECOND), lambda: load_adapter_(model, tmp_path / "first")):
-        with pytest.raises(TargetError, match="keeps an adapter named 'default' already"):
+        with pytest.raises(TargetError, match="has an adapter named 'default' already"):
             again()
     with pytest.raises(TargetError, match="none in use"):
         merge_lora_(model)
@@ -322,9 +324,9 @@ def test_the_unnamed_one_is_called_default_and_is_not_doubled(folder: Path, tmp_
 def test_what_is_trained_whole_is_not_left_behind_silently() -> None:
     model = torch.nn.ModuleDict({"first": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4)})
     add_lora_(model, LoraConfig(rank=2, target_modules=["first"], modules_to_save=["norm"]))
-    with pytest.raises(ConfigError, match=r"norm: modules that are trained whole .* cannot be set aside"):
+    with pytest.raises(ConfigError, match=r"norm: an adapter with modules_to_save.* cannot be switched away from"):
         use_adapter_(model, None)
-    with pytest.raises(ConfigError, match="cannot be set aside"):
+    with pytest.raises(ConfigError, match="cannot be switched away from"):
         add_adapter_(model, "second", LoraConfig(rank=2, target_modules=["first"]))
     assert active_adapter(model) == "default" and adapter_names(model) == ["default"]
     biased = torch.nn.ModuleDict({"first": torch.nn.Linear(4, 4)})

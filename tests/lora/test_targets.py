@@ -20,7 +20,7 @@ TOKENS = torch.arange(12).view(2, 6)
 
 def test_names_patterns_and_predicates(small_model: Callable[..., Any]) -> None:
     model = small_model("LlamaConfig")
-    names = select_targets(model, LoraConfig())
+    names = [layer.name for layer in select_targets(model, LoraConfig())]
     assert len(names) == 14 and "lm_head" not in names
     for targets, count in (
         (["q_proj", "v_proj"], 4),
@@ -87,11 +87,11 @@ def test_functions_and_numbers_compose_with_all_linear(small_model: Callable[...
     )
     # Number 2 decides nothing beside this function.
     with pytest.raises(
-        TargetError, match=r"layers_to_transform \[2\] hold nothing to adapt; .* lies in blocks 0 to 1$"
+        TargetError, match=r"layers_to_transform \[2\] contain no targeted layer; .* are in blocks 0 to 1$"
     ):
         select_targets(model, config)
     config = LoraConfig(layers_to_transform=[1], exclude_modules=config.exclude_modules)
-    assert [name.rpartition(".")[2] for name in select_targets(model, config)] == [
+    assert [layer.name.rpartition(".")[2] for layer in select_targets(model, config)] == [
         "q_proj",
         "k_proj",
         "v_proj",
@@ -104,11 +104,11 @@ def test_functions_and_numbers_compose_with_all_linear(small_model: Callable[...
     [
         (
             {"layers_to_transform": [1, 2, 7]},
-            r"layers_to_transform \[2, 7\] hold nothing to adapt; what is targeted lies in blocks 0 to 1$",
+            r"layers_to_transform \[2, 7\] contain no targeted layer; the targeted layers are in blocks 0 to 1$",
         ),
         (
             {"layers_to_transform": [0], "target_modules": ["lm_head"]},
-            r"layers_to_transform \[0\] hold .* lies in no numbered block",
+            r"layers_to_transform \[0\] contain .* are in no numbered block",
         ),
         (
             {"exclude_modules": ["lm_head", "self_attn", "q_proj"]},
@@ -137,9 +137,43 @@ def test_a_layer_with_a_forward_of_its_own_can_be_excluded() -> None:
             return 2 * super().forward(x)
 
     model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4))
-    with pytest.raises(TargetError, match=r"meets 1 layers .*1 \(Doubled\); leave them out with exclude_modules"):
+    with pytest.raises(
+        TargetError, match=r"'all-linear' includes 1 layers .*: 1 \(Doubled\); leave them out with exclude_modules"
+    ):
         select_targets(model, LoraConfig())
-    assert select_targets(model, LoraConfig(exclude_modules=["1"])) == ["0"]
+    assert [layer.name for layer in select_targets(model, LoraConfig(exclude_modules=["1"]))] == ["0"]
+
+
+def test_each_target_is_resolved_once_with_its_own_numbers(small_model: Callable[..., Any]) -> None:
+    model = small_model("MixtralConfig")
+    config = LoraConfig(
+        rank=4,
+        alpha=8,
+        target_modules=["q_proj", "embed_tokens", "mlp.gate", "experts.down_proj"],
+        rank_pattern={"down_proj": 2, "layers.1.*q_proj": 3},
+        alpha_pattern={"embed_tokens": 1.5},
+    )
+    layers = {layer.name: layer for layer in select_targets(model, config)}
+    assert {name: (layer.rank, layer.alpha) for name, layer in layers.items() if ".1." in name or "emb" in name} == {
+        "model.embed_tokens": (4, 1.5),
+        "model.layers.1.self_attn.q_proj": (3, 8),
+        "model.layers.1.mlp.gate": (4, 8),
+        "model.layers.1.mlp.experts.down_proj": (2, 8),
+    }
+    modules = dict(model.named_modules())
+    for name, layer in layers.items():
+        assert layer.is_stack == ("experts" in name) and layer.is_router == name.endswith("gate")
+        assert layer.is_stack or layer.module is modules[name]
+        assert layer.peft_name == (f"{name}.weight" if layer.is_router else name)
+        assert layer.is_stack or layer.kind.features(layer.module)[0] == (64 if "embed" in name else 32)
+
+
+def test_all_linear_leaves_out_what_modules_to_save_names(small_model: Callable[..., Any]) -> None:
+    model = small_model("LlamaConfig")
+    layers = select_targets(model, LoraConfig(modules_to_save=["down_proj"]))
+    assert len(layers) == 12 and not any("down_proj" in layer.name for layer in layers)
+    named = LoraConfig(target_modules=["down_proj"], modules_to_save=["down_proj"])
+    assert len(select_targets(model, named)) == 2
 
 
 def test_number_of_a_block_is_the_first_in_the_name() -> None:

@@ -85,7 +85,7 @@ MOMENTS = (
     Moment(f"{PROFILE} --mode phases", "training.step:Run._update", 1),
     Moment(PROFILE, "planning.training_rehearsal:rehearsed_training"),
     Moment(PROFILE, "checkpoints.files:check_writable", 2),
-    Moment("inspect {adapter}", "lora.peft.describe:adapter_facts"),
+    Moment("inspect {adapter}", "lora.peft.describe:describe_adapter"),
     Moment("env", "compute.environment:environment"),
 )
 

@@ -1,14 +1,17 @@
-"""An adapter in the two files of peft, and which other programs accept it.
+"""Saves, loads and describes adapters in peft's two files, adapter_model.safetensors and adapter_config.json.
 
 In reading order:
 
-keys            names of tensors, and the options of peft's LoraConfig
-config_json     adapter_config.json, and which layers it means
-auxiliary       modules_to_save, biases and token rows in the files
-experts         stacks of experts in the files
+keys            the names of tensors in adapter_model.safetensors
+options         the options in adapter_config.json: read, ignored or refused
+config_json     writes adapter_config.json for the adapted layers of a model
+targets         the layers that target_modules and target_parameters select, as peft reads them
+experts         the keys and the layout of stacks of experts
+auxiliary       modules_to_save, biases and token rows
+stored_adapter  an adapter read from the files and matched to a model
 save_load       save_adapter and load_adapter_
-describe        what an adapter on disk is, without a model
-compatibility   whether vLLM and llama.cpp accept it
+describe        describes an adapter on disk, without a model
+compatibility   whether vLLM and llama.cpp accept an adapter
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ from typing import TYPE_CHECKING
 from qlora_lite.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from qlora_lite.lora.peft.compatibility import Verdict as Verdict
-    from qlora_lite.lora.peft.compatibility import verdicts as verdicts
-    from qlora_lite.lora.peft.describe import AdapterFacts as AdapterFacts
-    from qlora_lite.lora.peft.describe import adapter_facts as adapter_facts
+    from qlora_lite.lora.peft.compatibility import Compatibility as Compatibility
+    from qlora_lite.lora.peft.compatibility import check_compatibility as check_compatibility
+    from qlora_lite.lora.peft.describe import AdapterDescription as AdapterDescription
+    from qlora_lite.lora.peft.describe import describe_adapter as describe_adapter
     from qlora_lite.lora.peft.save_load import load_adapter_ as load_adapter_
     from qlora_lite.lora.peft.save_load import save_adapter as save_adapter
 
@@ -29,7 +32,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "save_load": "save_adapter load_adapter_",
-        "describe": "adapter_facts AdapterFacts",
-        "compatibility": "verdicts Verdict",
+        "describe": "describe_adapter AdapterDescription",
+        "compatibility": "check_compatibility Compatibility",
     },
 )

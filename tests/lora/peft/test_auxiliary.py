@@ -1,4 +1,4 @@
-"""Modules trained whole, biases and rows of tokens: in peft's files both ways, and in exports from memory and disk."""
+"""Tests of modules_to_save, biases and token rows in peft's files, both ways, and in exports from memory and disk."""
 
 from __future__ import annotations
 
@@ -201,15 +201,18 @@ def with_nan(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
 
 
 DAMAGES: list[tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str]] = [
-    (without("model.norm"), "nothing for 1 of what is trained whole: model.norm.weight"),
-    (without("q_proj.base_layer.bias"), r"nothing for 2 of what .*: model.layers.0.self_attn.q_proj.bias"),
-    (without("token_adapter"), "the rows of model.embed_tokens"),
+    (
+        without("model.norm"),
+        "lacks 1 tensors that modules_to_save, bias or trainable_token_indices name: model.norm.weight",
+    ),
+    (without("q_proj.base_layer.bias"), r"lacks 2 tensors that .*: model.layers.0.self_attn.q_proj.bias"),
+    (without("token_adapter"), "the token rows of model.embed_tokens"),
     (with_nan, "model.norm.weight holds NaN or infinity"),
-    (lambda t, c: c.update(trainable_token_indices=[1, 2, 3]), r"rows of model.embed_tokens is \(2, 32\)"),
-    (lambda t, c: c.update(trainable_token_indices=[1, 99]), r"has 64 rows, and trainable_token_indices names \[99\]"),
-    (lambda t, c: c.update(trainable_token_indices={"wte": [1]}), "has 'wte': .1., no layer of this model"),
+    (lambda t, c: c.update(trainable_token_indices=[1, 2, 3]), r"token rows of model.embed_tokens is \(2, 32\)"),
+    (lambda t, c: c.update(trainable_token_indices=[1, 99]), r"has 64 rows, and trainable_token_indices names 99$"),
+    (lambda t, c: c.update(trainable_token_indices={"wte": [1]}), "has 'wte': .1., which is not a layer of this model"),
     (lambda t, c: c.update(modules_to_save=None), "keys that belong to no adapter.*model.norm.weight"),
-    (lambda t, c: c.update(bias="boft_only"), "bias='boft_only' is not known here"),
+    (lambda t, c: c.update(bias="boft_only"), "bias='boft_only' is not supported"),
 ]
 
 
@@ -238,7 +241,7 @@ def test_a_damaged_file_is_refused_whole(folders: Any, saved: Path, tmp_path: Pa
 
 def test_other_things_trained_are_not_loaded_over(folders: Any, saved: Path) -> None:
     model = trained(folders[True], modules_to_save=["norm"], trainable_token_indices=[9, 4], bias="lora_only")
-    with pytest.raises(CheckpointError, match="trains other modules, biases or tokens"):
+    with pytest.raises(CheckpointError, match="trains other modules_to_save, biases or token rows"):
         load_adapter_(model, saved)
 
 
@@ -251,5 +254,5 @@ def test_names_that_peft_would_take_for_more_are_refused(tmp_path: Path) -> None
 
     model = Model()
     add_lora_(model, LoraConfig(target_modules=["up"], modules_to_save=["norm"]))
-    with pytest.raises(ConfigError, match="peft would take modules_to_save='norm' for input_norm too"):
+    with pytest.raises(ConfigError, match="peft would apply modules_to_save='norm' to input_norm too"):
         save_adapter(model, tmp_path / "adapter")

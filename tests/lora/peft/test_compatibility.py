@@ -12,31 +12,37 @@ from safetensors.torch import load_file, save_file
 
 from qlora_lite import LoraConfig, add_lora_, save_adapter
 from qlora_lite.errors import ConfigError
-from qlora_lite.lora.peft.compatibility import LLAMA_CPP, VLLM, llama_cpp_verdict, verdicts, vllm_verdict
-from qlora_lite.lora.peft.describe import AdapterFacts, adapter_facts
+from qlora_lite.lora.peft.compatibility import (
+    LLAMA_CPP,
+    VLLM,
+    check_compatibility,
+    llama_cpp_compatibility,
+    vllm_compatibility,
+)
+from qlora_lite.lora.peft.describe import AdapterDescription, describe_adapter
 
 
 @pytest.fixture
-def ours(small_model: Callable[..., Any], tmp_path: Path) -> Callable[..., AdapterFacts]:
-    def make(rank: int = 2, alpha: float = 4, **settings: Any) -> AdapterFacts:
+def ours(small_model: Callable[..., Any], tmp_path: Path) -> Callable[..., AdapterDescription]:
+    def make(rank: int = 2, alpha: float = 4, **settings: Any) -> AdapterDescription:
         model = small_model("LlamaConfig")
         add_lora_(model, LoraConfig(rank, alpha, **settings))
         save_adapter(model, tmp_path / "ours", overwrite=True)
-        return adapter_facts(tmp_path / "ours")
+        return describe_adapter(tmp_path / "ours")
 
     return make
 
 
 @pytest.fixture
-def theirs(small_model: Callable[..., Any], tmp_path: Path) -> Callable[..., AdapterFacts]:
-    def make(family: str = "LlamaConfig", change: dict[str, Any] | None = None, **options: Any) -> AdapterFacts:
+def theirs(small_model: Callable[..., Any], tmp_path: Path) -> Callable[..., AdapterDescription]:
+    def make(family: str = "LlamaConfig", change: dict[str, Any] | None = None, **options: Any) -> AdapterDescription:
         import peft
 
         model = peft.get_peft_model(small_model(family), peft.LoraConfig(**{"r": 2, "lora_alpha": 4, **options}))
         model.save_pretrained(tmp_path / "theirs")
         path = tmp_path / "theirs" / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **(change or {})}))
-        return adapter_facts(tmp_path / "theirs")
+        return describe_adapter(tmp_path / "theirs")
 
     return make
 
@@ -47,29 +53,29 @@ def test_a_plain_adapter_is_accepted_by_both(ours: Callable[..., Any], theirs: C
         ours(16, layers_to_transform=[1], exclude_modules=["q_proj"]),
         theirs(target_modules="all-linear"),
     ):
-        found = verdicts(facts)
+        found = check_compatibility(facts)
         assert list(found) == [VLLM, LLAMA_CPP]
         assert found[VLLM].to_json() == {"accepted": True, "reasons": [], "notes": []}
         assert found[LLAMA_CPP].accepted
-    assert "base_model_name_or_path is not set" in llama_cpp_verdict(ours()).notes[0]
+    assert "base_model_name_or_path is not set" in llama_cpp_compatibility(ours()).notes[0]
 
 
 def test_ranks_are_held_against_vllms_setting(ours: Callable[..., Any]) -> None:
     facts = ours(4, rank_pattern={"q_proj": 24})
-    (reason,) = vllm_verdict(facts).reasons
+    (reason,) = vllm_compatibility(facts).reasons
     assert reason == "rank 24 is above max_lora_rank 16; --max-lora-rank 32 is enough"
-    fits = vllm_verdict(facts, 32)
+    fits = vllm_compatibility(facts, 32)
     assert fits.accepted and "older vLLM does not read them" in fits.notes[0]
     # Each layer's rank is read from its matrix there.
-    assert llama_cpp_verdict(facts).accepted
+    assert llama_cpp_compatibility(facts).accepted
     with pytest.raises(ConfigError, match=r"max_lora_rank must be one of 1, 8, 16, .*; got 24"):
-        vllm_verdict(facts, 24)
+        vllm_compatibility(facts, 24)
 
 
 def test_dora_is_refused_by_both(ours: Callable[..., Any]) -> None:
-    found = verdicts(ours(variant="dora"))
+    found = check_compatibility(ours(variant="dora"))
     refused, foreign = found[VLLM].reasons
-    assert refused == "use_dora: vLLM does not support it" and "lora_magnitude_vector and 11 more" in foreign
+    assert refused == "use_dora: vLLM does not support it" and "lora_magnitude_vector, and 11 more" in foreign
     assert found[LLAMA_CPP].reasons[0].startswith("use_dora: magnitudes")
 
 
@@ -79,13 +85,13 @@ def test_scales_that_gguf_cannot_hold_are_refused_by_name(ours: Callable[..., An
         ({"alpha_pattern": {"q_proj": 9}}, "alpha_pattern: not read, every layer would get lora_alpha"),
         ({"alpha": 0}, "lora_alpha 0: llama.cpp takes it for a scale of 1"),
     ):
-        found = verdicts(ours(**settings))
+        found = check_compatibility(ours(**settings))
         assert found[LLAMA_CPP].reasons == (reason,) and found[VLLM].accepted
-    assert llama_cpp_verdict(ours(1, use_rslora=True)).accepted
+    assert llama_cpp_compatibility(ours(1, use_rslora=True)).accepted
 
 
 def test_what_peft_saves_beside_is_refused_by_name(theirs: Callable[..., Any]) -> None:
-    found = verdicts(theirs(target_modules=["q_proj"], modules_to_save=["lm_head"], bias="all"))
+    found = check_compatibility(theirs(target_modules=["q_proj"], modules_to_save=["lm_head"], bias="all"))
     key = "base_model.model.lm_head.weight"
     assert set(found[VLLM].reasons) == {
         "modules_to_save: vLLM does not support it",
@@ -93,11 +99,13 @@ def test_what_peft_saves_beside_is_refused_by_name(theirs: Callable[..., Any]) -
         f"unsupported LoRA weights: {key}",
     }
     assert found[LLAMA_CPP].reasons == (f"not a lora_A or lora_B tensor, the converter stops: {key}",)
-    found = verdicts(theirs(target_modules=["q_proj"], trainable_token_indices=[1]))
+    found = check_compatibility(theirs(target_modules=["q_proj"], trainable_token_indices=[1]))
     assert (
         "trainable_tokens_delta" in found[VLLM].reasons[0] and "trainable_tokens_delta" in found[LLAMA_CPP].reasons[0]
     )
-    found = verdicts(theirs(target_modules=["q_proj"], change={"init_lora_weights": "pissa", "layer_replication": [1]}))
+    found = check_compatibility(
+        theirs(target_modules=["q_proj"], change={"init_lora_weights": "pissa", "layer_replication": [1]})
+    )
     assert found[LLAMA_CPP].reasons[1] == "layer_replication: not read"
     for verdict in found.values():
         assert any(reason.startswith("init_lora_weights='pissa'") for reason in verdict.reasons)
@@ -105,9 +113,12 @@ def test_what_peft_saves_beside_is_refused_by_name(theirs: Callable[..., Any]) -
 
 def test_embeddings_go_where_they_are_named_as_llamas(theirs: Callable[..., Any], tmp_path: Path) -> None:
     llama = theirs(target_modules=["embed_tokens", "lm_head"])
-    assert vllm_verdict(llama).accepted and "only for models with embedding_modules" in vllm_verdict(llama).notes[0]
-    assert "lm_head: refused for bases" in llama_cpp_verdict(llama).notes[-1]
-    gpt = vllm_verdict(theirs("GPT2Config", target_modules=["wte"]))
+    assert (
+        vllm_compatibility(llama).accepted
+        and "only for models with embedding_modules" in vllm_compatibility(llama).notes[0]
+    )
+    assert "lm_head: refused for bases" in llama_cpp_compatibility(llama).notes[-1]
+    gpt = vllm_compatibility(theirs("GPT2Config", target_modules=["wte"]))
     assert gpt.reasons == ("embeddings that vLLM's models do not name in embedding_modules: transformer.wte",)
 
 
@@ -115,7 +126,7 @@ def test_keys_that_name_the_adapter_are_read_here_and_by_neither(ours: Callable[
     ours(target_modules=["q_proj"])
     path = tmp_path / "ours" / "adapter_model.safetensors"
     save_file({key.replace(".weight", ".default.weight"): t for key, t in load_file(path).items()}, path)
-    facts = adapter_facts(tmp_path / "ours")
+    facts = describe_adapter(tmp_path / "ours")
     assert len(facts.layers) == 2
-    for verdict in verdicts(facts).values():
+    for verdict in check_compatibility(facts).values():
         assert "q_proj.lora_A.default.weight" in verdict.reasons[0]

@@ -8,7 +8,8 @@ from torch import nn
 from qlora_lite import LoraConfig, add_lora_
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.adapters import lora_layers
-from qlora_lite.lora.peft.config_json import adaptable_names, peft_config
+from qlora_lite.lora.peft.config_json import peft_config
+from qlora_lite.lora.targets import adaptable_names
 
 
 def block() -> nn.Module:

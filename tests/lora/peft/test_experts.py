@@ -15,7 +15,7 @@ from torch import nn
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, merge_lora_, quantize_base_, save_adapter
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.adapters import adapter_parameters, lora_layers
-from qlora_lite.lora.peft.experts import flat_A, flat_B, matrices_of_A, matrices_of_B
+from qlora_lite.lora.peft.experts import flatten_A, flatten_B, unflatten_A, unflatten_B
 from qlora_lite.quantization.experts import PackedStack
 
 TOKENS = torch.arange(14).view(2, 7)
@@ -113,11 +113,11 @@ def test_what_does_not_fit_is_named(small_model: Callable[..., Any], tmp_path: P
     refused("lora_A is .*7, 32.*, the layer needs .*4, 2, 32", tensors | {inner: torch.zeros(7, 32)})
     refused("lora_A is .*4, 3, 32.*, the layer needs .*4, 2, 32", tensors | {inner: torch.zeros(12, 32)})
     less = {key: tensor for key, tensor in tensors.items() if "layers.1.mlp.experts.lora" not in key}
-    refused("layers.1.mlp.experts.down_proj is targeted and has nothing in the file", less)
-    refused("experts.base_layer is no layer of this model", tensors, target_parameters=["down_proj"])
-    refused("target_parameters \\['gate.bias'\\] mean no stack", tensors, target_parameters=["gate.bias"])
+    refused("layers.1.mlp.experts.down_proj is targeted and has no tensors in the file", less)
+    refused("experts.base_layer is not a layer of this model", tensors, target_parameters=["down_proj"])
+    refused("target_parameters \\['gate.bias'\\] match no stack", tensors, target_parameters=["gate.bias"])
     refused(
-        "0.mlp.gate is targeted and has nothing",
+        "0.mlp.gate is targeted and has no tensors",
         tensors,
         target_parameters=["gate.weight", "down_proj", "gate_up_proj"],
     )
@@ -126,6 +126,6 @@ def test_what_does_not_fit_is_named(small_model: Callable[..., Any], tmp_path: P
 
 def test_the_layouts_are_each_others_inverse() -> None:
     lora_A, lora_B = torch.randn(4, 2, 5), torch.randn(4, 6, 2)
-    assert torch.equal(matrices_of_A(flat_A(lora_A), 4), lora_A)
-    assert torch.equal(matrices_of_B(flat_B(lora_B), 4), lora_B)
-    assert torch.equal(flat_B(lora_B)[:, 1 * 4 + 3], lora_B[3, :, 1])
+    assert torch.equal(unflatten_A(flatten_A(lora_A), 4), lora_A)
+    assert torch.equal(unflatten_B(flatten_B(lora_B), 4), lora_B)
+    assert torch.equal(flatten_B(lora_B)[:, 1 * 4 + 3], lora_B[3, :, 1])

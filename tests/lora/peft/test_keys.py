@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qlora_lite import load_adapter_
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.adapters import lora_layers
-from qlora_lite.lora.peft.keys import layer_and_part, todays_key
+from qlora_lite.lora.peft.keys import current_key, layer_and_part
 
 TOKENS = torch.arange(12).view(2, 6)
 # What peft 0.2 wrote, in whole.
@@ -178,11 +178,11 @@ def test_options_that_are_not_honoured_are_named(
     small_model: Callable[..., Any], tmp_path: Path, option: dict[str, Any]
 ) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({**FIRST_CONFIG, **option}))
-    with pytest.raises(CheckpointError, match=f"sets {next(iter(option))}, which this version cannot honour"):
+    with pytest.raises(CheckpointError, match=f"sets {next(iter(option))}, which this version does not support"):
         load_adapter_(small_model("LlamaConfig"), tmp_path)
 
 
 def test_keys_are_todays() -> None:
     today = "base_model.model.default.lora_A.weight"
-    assert todays_key("base_model.model.default.lora_A.default.weight") == todays_key(today) == today
+    assert current_key("base_model.model.default.lora_A.default.weight") == current_key(today) == today
     assert layer_and_part(today) == ("default", "lora_A") and layer_and_part("base_model.model.x.weight") is None

@@ -14,7 +14,7 @@ from torch import nn
 from qlora_lite import LoraConfig, add_lora_, load_adapter_, save_adapter
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.adapters import lora_layers
-from qlora_lite.lora.peft.config_json import peft_meaning, target_problems
+from qlora_lite.lora.peft.targets import layers_peft_adapts, target_problems
 
 NAMES = [
     "model.layers.0.self_attn.q_proj",
@@ -45,7 +45,7 @@ def test_meaning_is_pefts(options: dict[str, Any]) -> None:
 
     config = peft.LoraConfig(**options)
     theirs = {name for name in NAMES if check_target_module_exists(config, name)}
-    assert theirs and peft_meaning(options, NAMES) == theirs != set(NAMES)
+    assert theirs and layers_peft_adapts(options, NAMES) == theirs != set(NAMES)
 
 
 def test_names_that_others_end_with_are_told_apart_for_peft(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_names_that_others_end_with_are_told_apart_for_peft(tmp_path: Path) -> N
         ({"exclude_modules": ["up_proj"]}, r"2 layers in the file are left out .*: model\.layers\.0\.mlp\.up_proj, "),
         (
             {"target_modules": ["up_proj", "q_proj", "k_proj"], "exclude_modules": ["1.self_attn.k_proj"]},
-            r"\['k_proj'\] an",
+            r"\['k_proj'\] match no layer",
         ),
         ({"layers_to_transform": ["0"]}, r"layers_to_transform must be a number .*; got \['0'\]"),
         ({"exclude_modules": "("}, r"exclude_modules '\(' is not a regular expression"),
@@ -107,12 +107,12 @@ def test_a_narrowed_file_that_lost_layers_is_refused(small_model: Callable[..., 
     assert len(load_adapter_(small_model("LlamaConfig"), tmp_path)) == 2
     weights = tmp_path / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(weights).items() if "up_proj" not in key}, weights)
-    with pytest.raises(CheckpointError, match=r"target_modules .* answer to no layer in the file"):
+    with pytest.raises(CheckpointError, match=r"target_modules .* match no layer in the file"):
         load_adapter_(small_model("LlamaConfig"), tmp_path)
     plain = small_model("LlamaConfig")
     half = ["model.layers.1.self_attn.q_proj"]
     assert target_problems(plain, half, {**config, "target_modules": r".*(q|up)_proj", "exclude_modules": [".0."]}) == [
-        "3 targeted layers have nothing in the file: model.layers.0.mlp.up_proj, model.layers.0.self_attn.q_proj, "
+        "3 targeted layers have no tensors in the file: model.layers.0.mlp.up_proj, model.layers.0.self_attn.q_proj, "
         "model.layers.1.mlp.up_proj"
     ]
 

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from qlora_lite.lora.peft.keys import HARMLESS_OPTIONS, NUMBERS, REFUSED_OPTIONS, base_changing_init, refused_options
+from qlora_lite.lora.peft.options import (
+    IGNORED_OPTIONS,
+    LORA_CONFIG_FIELDS,
+    REFUSED_OPTIONS,
+    base_changing_init,
+    refused_options,
+)
 from qlora_lite.lora.variants import PEFT_OPTIONS
 
 # Of peft 0.2 and 0.3, gone since.
@@ -18,7 +24,7 @@ def test_every_option_of_the_installed_peft_is_in_one_class() -> None:
     import peft
 
     theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    classes = (set(NUMBERS), set(HARMLESS_OPTIONS), set(REFUSED_OPTIONS), set(PEFT_OPTIONS))
+    classes = (set(LORA_CONFIG_FIELDS), set(IGNORED_OPTIONS), set(REFUSED_OPTIONS), set(PEFT_OPTIONS))
     assert theirs | FORMER_OPTIONS == set.union(*classes)
     assert sum(map(len, classes)) == len(set.union(*classes))
 
