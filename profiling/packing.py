@@ -24,7 +24,8 @@ from qlora_lite import QuantConfig
 from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.compute.lora_linear import adapted_linear
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.quantization.packed_weight import PackedWeight, bnb
+from qlora_lite.quantization.kernels import bnb
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 SHAPE, TINY_SHAPE = (4096, 14336), (256, 512)
 ROWS = 16

@@ -72,21 +72,6 @@ def check_finite(tensor: Tensor, name: str, first_row: int = 0) -> float:
     return float(torch.maximum(high, -low))
 
 
-def check_packable(weight: Tensor, name: str, format: str, first_row: int = 0) -> None:
-    """Raises QuantizationError, naming the tensor, unless it is a matrix of finite floats that the format can hold.
-
-    first_row: where these rows begin in the tensor that has the name.
-    """
-    if weight.dim() != 2 or not weight.is_floating_point():
-        got = f"{tuple(weight.shape)} of {weight.dtype}"
-        raise QuantizationError(f"{name} must be a matrix of floats to be packed; got {got}")
-    if weight.numel() == 0:
-        raise QuantizationError(f"{name} has no values: {tuple(weight.shape)}; leave it unpacked (skip_modules)")
-    largest, half = check_finite(weight, name, first_row), torch.finfo(torch.float16).max
-    if format == "int8" and largest > half:
-        raise QuantizationError(f"{name} reaches {largest:g}, above {half:g}, the limit of int8 rows; use nf4")
-
-
 def cast_finite(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor in another floating dtype; QuantizationError if a value is, or becomes, NaN or infinite."""
     result = tensor.to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora_lite.checks import cast_finite, check_finite, check_packable, dtype_named
+from qlora_lite.checks import cast_finite, check_finite, dtype_named
 from qlora_lite.errors import ConfigError, QuantizationError
 from qlora_lite.lora.config import LoraConfig
 from qlora_lite.training.config import TrainConfig
@@ -24,20 +24,6 @@ def test_the_first_bad_index_is_named() -> None:
     weight[1, 2] = float("inf")
     with pytest.raises(QuantizationError, match=r"layer.weight holds inf at index \(1, 2\)"):
         check_finite(weight, "layer.weight")
-
-
-@pytest.mark.parametrize(
-    ("weight", "what"),
-    [
-        (torch.ones(3), "must be a matrix of floats"),
-        (torch.ones(3, 3, dtype=torch.int64), "must be a matrix of floats"),
-        (torch.ones(0, 3), "has no values"),
-        (torch.full((2, 2), 1e5), "above 65504, the limit of int8 rows"),
-    ],
-)
-def test_what_cannot_be_packed_is_said(weight: torch.Tensor, what: str) -> None:
-    with pytest.raises(QuantizationError, match=what):
-        check_packable(weight, "layer.weight", "int8")
 
 
 def test_dtype_names() -> None:

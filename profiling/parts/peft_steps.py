@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.memory.measure import MemoryProfiler
-from qlora_lite.quantization.packed_weight import import_bitsandbytes
+from qlora_lite.quantization.kernels import import_bitsandbytes
 
 BLOCKSIZE = 64
 STEPS = 2  # the second shows the optimizer's states beside the activations of a step

@@ -36,8 +36,16 @@ from qlora_lite.checkpoints.safetensors_write import PlannedTensor, planned
 from qlora_lite.checks import check_finite, is_count, is_finite
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import CheckpointError, listing
-from qlora_lite.quantization.formats import BLOCKSIZES, NESTED_BLOCKSIZE, packed_bytes, row_step
-from qlora_lite.quantization.packed_weight import PackedWeight, code_values
+from qlora_lite.quantization.formats import (
+    eight_bit_format,
+    either,
+    format_named,
+    formats_where,
+    packed_bytes,
+    row_step,
+)
+from qlora_lite.quantization.layouts import BLOCKSIZES, NESTED_BLOCKSIZE
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 ROWS_FILE = "int8_rows/absmax.safetensors"
 STATE = "quant_state.bitsandbytes__"
@@ -58,17 +66,23 @@ def _as_tensor(facts: Mapping[str, Any]) -> Tensor:
     return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
 
 
+def _code_values(format: str) -> tuple[float, ...]:
+    values = format_named(format).kernels().code_values
+    assert values is not None  # every format of the 4-bit layout has a table
+    return values(format)
+
+
 def bitsandbytes_tensors(name: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str, PlannedTensor]:
     """The tensors that a checkpoint holds for the packed weight `name` (ends in `weight`), bytes as they are.
 
     dtype: what bitsandbytes unpacks it to for a product.
     """
-    if packed.format == "int8":
+    if format_named(packed.format).bitsandbytes == "8bit":
         layer = name.removesuffix("weight")
         row_major = torch.zeros((), dtype=torch.uint8)
         tensors = {name: packed.packed, f"{layer}SCB": packed.absmax, f"{layer}weight_format": row_major}
         return {key: planned(tensor) for key, tensor in tensors.items()}
-    table = torch.tensor(code_values(packed.format))
+    table = torch.tensor(_code_values(packed.format))
     tensors = {name: packed.packed.view(-1, 1), f"{name}.absmax": packed.absmax, f"{name}.quant_map": table}
     kind, shape = str(dtype).removeprefix("torch."), list(packed.shape)
     facts = {"quant_type": packed.format, "blocksize": packed.blocksize, "dtype": kind, "shape": shape}
@@ -136,7 +150,7 @@ class StoredInt8Rows:
         """CheckpointError if the two do not belong together."""
         absmax = self.absmax.read()
         check_finite(absmax, f"the absmax of {self.name}")
-        packed = PackedWeight((self.shape[0], self.shape[1]), "int8", device=device)
+        packed = PackedWeight((self.shape[0], self.shape[1]), eight_bit_format().name, device=device)
         packed.absmax.copy_(absmax)
         scale = torch.where(absmax > 0, LARGEST_CODE / absmax, 0).unsqueeze(1)
         for part in slices_within(self.shape, torch.float32.itemsize, READ_BYTES):
@@ -236,12 +250,14 @@ def _facts(state: StoredTensor) -> dict[str, Any]:
 
 def _four_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str, StoredTensor]) -> StoredPackedWeight:
     states = [part for part in parts if part.startswith(STATE)]
-    _require(len(states) == 1, f"{name} should have one {STATE}nf4 or {STATE}fp4; got {', '.join(states) or 'none'}")
+    formats = formats_where(lambda row: row.bitsandbytes == "4bit")
+    choice = either(*(STATE + format for format in formats))
+    _require(len(states) == 1, f"{name} should have one {choice}; got {', '.join(states) or 'none'}")
     state = parts[states[0]]
     facts, format = _facts(state), states[0].removeprefix(STATE)
     nested = any(key.startswith("nested_") for key in (*facts, *parts))
     checks: dict[str, Callable[[Any], bool]] = {
-        "quant_type": lambda value: value == format and format in ("nf4", "fp4"),
+        "quant_type": lambda value: value == format and format in formats,
         "blocksize": lambda value: is_count(value, 1) and value in BLOCKSIZES,
         "shape": lambda value: isinstance(value, list) and len(value) == 2 and all(is_count(n, 1) for n in value),
     }
@@ -256,7 +272,7 @@ def _four_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str,
 
 
 def _check_table(name: str, format: str, table: StoredTensor | None) -> None:
-    ours = torch.tensor(code_values(format))
+    ours = torch.tensor(_code_values(format))
     _require(table is not None, f"{name} misses quant_map")
     same = table is not None and table.shape == tuple(ours.shape) and table.dtype == ours.dtype
     same = same and table is not None and torch.allclose(table.read(), ours, rtol=0, atol=SAME_TABLE)
@@ -270,7 +286,7 @@ def _eight_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str
     _require(order == 0, f"{name} is laid out for one kind of accelerator (weight_format {order}), not by rows")
     shape = buffers["packed"].shape
     _require(len(shape) == 2, f"{name} should be a matrix; got {shape}")
-    return StoredPackedWeight(name, "int8", shape, BLOCKSIZES[0], None, buffers)
+    return StoredPackedWeight(name, eight_bit_format().name, shape, BLOCKSIZES[0], None, buffers)
 
 
 def _checked(weight: StoredPackedWeight) -> StoredPackedWeight:
@@ -283,7 +299,7 @@ def _checked(weight: StoredPackedWeight) -> StoredPackedWeight:
     for key, stored in weight.buffers.items():
         buffer: Tensor = getattr(layout, key)
         # 4-bit codes may be stored as another dtype of the same bytes (bnb_4bit_quant_storage).
-        as_bytes = key == "packed" and weight.format != "int8"
+        as_bytes = key == "packed" and format_named(weight.format).bitsandbytes == "4bit"
         size = math.prod(stored.shape) * stored.dtype.itemsize
         if size != buffer.nbytes or not (as_bytes or stored.dtype == buffer.dtype):
             wrong.append(f"{stored.name} is {_layout(stored)}, {buffer.numel():,} of {buffer.dtype} are needed")

@@ -31,6 +31,7 @@ from qlora_lite.checkpoints.safetensors_read import TensorFiles, stored_tensors
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import CheckpointError, ConfigError, listing
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.formats import eight_bit_format
 from qlora_lite.quantization.quantize_model import Slot, slots
 from qlora_lite.surgery import answers_to, is_transposed_linear
 
@@ -211,6 +212,6 @@ def _as_stored(
     if both := [name for name in layers for skip in wanted.skip_modules or () if answers_to(name, skip)]:
         raise ConfigError(f"{folder} has packed layers that skip_modules excludes from packing: {listing(both, SHOWN)}")
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed_linear(m)]
-    embedding = "int8" if rows else wanted.embedding_format
+    embedding = eight_bit_format().name if rows else wanted.embedding_format
     unpacked = tuple(name for name in linears if name not in layers)
     return replace(wanted, skip_modules=unpacked, embedding_format=embedding)

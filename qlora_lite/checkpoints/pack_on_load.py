@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, read_slices
-from qlora_lite.checks import check_packable
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import row_step
-from qlora_lite.quantization.packed_weight import PackedWeight
+from qlora_lite.quantization.packed_weight import PackedWeight, check_packable
 
 
 class LazyPackedWeight(Protocol):

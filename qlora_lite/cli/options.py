@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from qlora_lite import errors
+from qlora_lite.quantization.formats import FORMATS, UNPACKED, either, embedding_formats, formats_where
 
 Settings = TypeVar("Settings")
 
@@ -21,14 +22,21 @@ Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the contents of the output folder.")]
 AnyBase = Annotated[bool, typer.Option("--any-base", help="Accept a base that the adapter was not trained on.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
-Format = Annotated[str, typer.Option("--format", help="Format of the base weights: nf4, fp4, int8 or none.")]
+_FORMATS = [f"{row.name} ({row.help})" for row in FORMATS.values()]
+_EMBEDDING_FORMATS = either(*embedding_formats())
+_INTEGER_FORMATS = either(*formats_where(lambda row: row.integer_product))
+Format = Annotated[str, typer.Option("--format", help=f"Format of the base weights: {either(*_FORMATS, UNPACKED)}.")]
+PackedFormat = Annotated[str, typer.Option("--format", help=f"Format of the linear layers: {either(*_FORMATS)}.")]
 EmbeddingFormat = Annotated[
-    str, typer.Option(help="Format of input embedding and output head: int8, or none to leave them unpacked.")
+    str,
+    typer.Option(
+        help=f"Format of input embedding and output head: {_EMBEDDING_FORMATS}, or none to leave them unpacked."
+    ),
 ]
 Blocksize = Annotated[int, typer.Option(help="Values per block of the 4-bit formats.")]
 DoubleQuant = Annotated[bool, typer.Option(help="Quantize the block statistics of the 4-bit formats too.")]
 Int8Activations = Annotated[
-    bool, typer.Option(help="With format int8, multiply in integers (LLM.int8()): faster, less exact.")
+    bool, typer.Option(help=f"With format {_INTEGER_FORMATS}, multiply in integers (LLM.int8()): faster, less exact.")
 ]
 MaxShardSize = Annotated[str, typer.Option(help="Largest size of one tensor file, as 5GB or 500MiB.")]
 Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]

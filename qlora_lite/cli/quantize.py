@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from qlora_lite.cli.options import (
     Blocksize,
     DoubleQuant,
@@ -15,6 +11,7 @@ from qlora_lite.cli.options import (
     Model,
     Output,
     Overwrite,
+    PackedFormat,
     check_output,
     finish,
     shard_bytes,
@@ -24,7 +21,7 @@ from qlora_lite.cli.options import (
 def quantize(
     model: Model,
     output: Output,
-    format: Annotated[str, typer.Option("--format", help="Format of the linear layers: nf4, fp4 or int8.")] = "nf4",
+    format: PackedFormat = "nf4",
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
     embedding_format: EmbeddingFormat = "none",

@@ -34,11 +34,16 @@ from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, l
 from qlora_lite.export.plain_weights import weights_to_write
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.experts import PackedStack
+from qlora_lite.quantization.formats import format_named
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.signals import poll
 
 SHOWN = 8
+
+
+def _is_8bit(format: str) -> bool:
+    return format_named(format).bitsandbytes == "8bit"
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,21 @@ class _Layers:
         embeddings = {id(module.weight) for module in modules.values() if isinstance(module, QuantizedEmbedding)}
         head = architecture.output_head(model)
         own = [layer for layer in packed.values() if id(layer.weight) not in embeddings]
-        is_rows = {id(layer) for layer in own if layer is head and layer.weight.format == "int8" and len(own) > 1}
+        is_rows = {id(layer) for layer in own if layer is head and _is_8bit(layer.weight.format) and len(own) > 1}
         formats = sorted({layer.weight.format for layer in own if id(layer) not in is_rows})
         if len(formats) != 1:
             got = (
                 f"layers in {' and '.join(formats)}" if formats else "no packed layer; export_merged writes plain ones"
             )
             raise ConfigError(f"a packed checkpoint holds layers in one format; this model has {got}")
+        tables = [module.weight for module in modules.values() if isinstance(module, QuantizedEmbedding)]
+        unnamed = {weight.format for weight in tables if not _is_8bit(weight.format)}
+        unnamed |= {format for format in formats if format_named(format).bitsandbytes is None}
+        if unnamed:
+            raise ConfigError(
+                f"bitsandbytes has no names for weights in {listing(sorted(unnamed))}; "
+                f"export_merged writes them unpacked"
+            )
         row_weights = embeddings | {id(layer.weight) for layer in own if layer.weight.format != formats[0]}
         linears = {name: layer for name, layer in packed.items() if id(layer.weight) not in row_weights}
         return cls(linears, row_weights)
@@ -102,7 +115,7 @@ def _skipped(model: nn.Module, layers: _Layers) -> list[str]:
 def _quantization_config(layers: _Layers, skipped: list[str], compute: torch.dtype) -> dict[str, Any]:
     """What transformers' BitsAndBytesConfig would save."""
     said: dict[str, Any] = {"quant_method": BITSANDBYTES, "llm_int8_skip_modules": skipped}
-    if layers.format == "int8":
+    if _is_8bit(layers.format):
         return {**said, "load_in_8bit": True, "load_in_4bit": False}
     return {
         **said,

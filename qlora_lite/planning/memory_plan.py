@@ -16,7 +16,7 @@ from qlora_lite.errors import ConfigError, QLoRAError, RehearsalError
 from qlora_lite.planning.forecast import Forecast, Forecasts, Wanted, own_bytes
 from qlora_lite.planning.rehearsal import fake_profiler, fake_tensors
 from qlora_lite.planning.training_rehearsal import unread_model
-from qlora_lite.quantization.formats import FORMATS, UNPACKED
+from qlora_lite.quantization.formats import DEFAULT_FORMAT, FORMATS, UNPACKED, embedding_formats
 from qlora_lite.training.loop import check_batch_shape
 
 # Longer searches end here: such a batch is one that nobody trains with.
@@ -266,11 +266,13 @@ def _changes(wanted: Wanted) -> list[tuple[str, Wanted]]:
     quant, lora = wanted.quant, wanted.lora
     found = []
     if quant.embedding_format == UNPACKED:
-        found.append(("int8 embedding and head", wanted.changed(quant=replace(quant, embedding_format="int8"))))
-    if quant.format not in FORMATS or not FORMATS[quant.format].blockwise:
-        packed = replace(quant, format="nf4", int8_activations=False)
-        found.append((f"nf4 in place of {quant.format}", wanted.changed(quant=packed)))
-    elif not quant.double_quant:
+        rows = embedding_formats()[0]
+        found.append((f"{rows} embedding and head", wanted.changed(quant=replace(quant, embedding_format=rows))))
+    row, smallest = FORMATS.get(quant.format), FORMATS[DEFAULT_FORMAT]
+    if row is None or row.bits > smallest.bits:
+        packed = replace(quant, format=smallest.name, int8_activations=False)
+        found.append((f"{smallest.name} in place of {quant.format}", wanted.changed(quant=packed)))
+    elif row.nests and not quant.double_quant:
         found.append(("double quantization", wanted.changed(quant=replace(quant, double_quant=True))))
     if wanted.optimizer == "adamw":
         found.append(("adamw8bit", wanted.changed(optimizer="adamw8bit")))

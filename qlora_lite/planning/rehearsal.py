@@ -33,7 +33,7 @@ from qlora_lite.memory.report import MemoryReport, PhaseMemory
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.planning.cuda_allocator import replay
 from qlora_lite.planning.kernel_workspaces import hidden_bytes, kept_bytes
-from qlora_lite.quantization.packed_weight import bnb
+from qlora_lite.quantization.kernels import bnb
 
 WHOLE = "step"
 UNKNOWABLE = (

@@ -2,11 +2,13 @@
 
 In reading order:
 
-formats             one row per format: bits, blocks, names in files, bytes
+layouts             buffers of a packed weight, by blocks or by rows
+formats             one row per format: bits, layout, kernels, names in files
 config              QuantConfig
 pack_4bit           the nearest 4-bit code of each value, by table
-packed_weight       PackedWeight: packs a matrix, unpacks some of its rows
 int8_matmul         products of int8 activations and int8 weights
+kernels             functions that pack and unpack the layouts
+packed_weight       PackedWeight: packs a matrix, unpacks some of its rows
 layers              QuantizedLinear and QuantizedEmbedding
 experts             stacks of experts' matrices, packed or dense, and the module that calls them
 from_bitsandbytes   layers that bitsandbytes packed, taken over

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from qlora_lite.checks import FLOAT_DTYPES, require
-from qlora_lite.quantization.formats import FORMATS, UNPACKED, check_blocksize
+from qlora_lite.quantization.formats import DEFAULT_FORMAT, FORMATS, UNPACKED, either, embedding_formats, formats_where
+from qlora_lite.quantization.layouts import check_blocksize
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class QuantConfig:
         skips the output head.
     """
 
-    format: str = "nf4"
+    format: str = DEFAULT_FORMAT
     blocksize: int = 64
     double_quant: bool = True
     compute_dtype: torch.dtype | None = None
@@ -44,9 +45,12 @@ class QuantConfig:
         require(self.compute_dtype in dtypes, "compute_dtype must be None or a 16/32-bit float", self.compute_dtype)
         integers = self.int8_activations
         require(isinstance(integers, bool), "int8_activations must be True or False", integers)
-        require(not integers or self.format == "int8", "int8_activations need format int8", self.format)
-        embedding = self.embedding_format
-        require(embedding in ("int8", UNPACKED), "embedding_format must be int8 or none", embedding)
+        multiplying = formats_where(lambda row: row.integer_product)
+        needed = f"int8_activations need format {either(*multiplying)}"
+        require(not integers or self.format in multiplying, needed, self.format)
+        embeddings = (*embedding_formats(), UNPACKED)
+        choice = f"embedding_format must be {either(*embeddings)}"
+        require(self.embedding_format in embeddings, choice, self.embedding_format)
         if self.skip_modules is not None:
             skip = self.skip_modules
             names_only = isinstance(skip, (tuple, list)) and all(isinstance(name, str) for name in skip)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from qlora_lite.errors import QuantizationError
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.formats import eight_bit_format
+from qlora_lite.quantization.kernels import bnb
 from qlora_lite.quantization.layers import QuantizedLinear
-from qlora_lite.quantization.packed_weight import PackedWeight, bnb
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 BNB_4BIT_MODULES = ("Linear4bit", "LinearNF4", "LinearFP4")
 BNB_8BIT_MODULE = "Linear8bitLt"
@@ -73,7 +75,8 @@ def adopt_8bit(module: Any, name: str) -> PackedWeight:
         raise QuantizationError(
             f"{name} is a {type(module).__name__} without packed data; move the model to its device"
         )
-    empty = PackedWeight((codes.shape[0], codes.shape[1]), "int8", device=torch.device("meta"))
+    shape, format = (codes.shape[0], codes.shape[1]), eight_bit_format().name
+    empty = PackedWeight(shape, format, device=torch.device("meta"))
     return _assign(empty, packed=codes, absmax=absmax)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qlora_lite.compute.lora_linear import adapted_linear, check_features
 from qlora_lite.errors import InputError, QuantizationError
+from qlora_lite.quantization.formats import either, embedding_formats, format_named
 from qlora_lite.quantization.packed_weight import PackedWeight
 
 
@@ -57,8 +58,9 @@ class QuantizedEmbedding(nn.Module):
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, padding_idx: int | None = None) -> None:
         super().__init__()
-        if weight.format != "int8":
-            raise QuantizationError(f"an embedding is packed by rows, as int8; got {weight.format}")
+        if not format_named(weight.format).holds_embeddings:
+            formats = either(*embedding_formats())
+            raise QuantizationError(f"an embedding is packed by rows, as {formats}; got {weight.format}")
         self.num_embeddings, self.embedding_dim = weight.shape
         self.output_dtype = dtype
         self.padding_idx = padding_idx

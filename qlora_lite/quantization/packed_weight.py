@@ -1,196 +1,54 @@
-"""Packs frozen weights with bitsandbytes' functions and unpacks them again, under modules of our own.
+"""`PackedWeight`: a frozen matrix in one of the packed formats.
 
-bitsandbytes' modules are not used: on a CPU with AVX512-BF16 the forward pass of its `Linear4bit`, called once
-in eval mode, re-packs the weight in place, after which gradients and merges are wrong without a word. Its codes
-and statistics are kept: what is packed here unpacks there, bit for bit.
-
-Reading order: how one weight is packed and unpacked in each format -> `PackedWeight` -> the two layers that hold one.
+bitsandbytes' functions pack and unpack (kernels.py), but its modules are not used: on a CPU with AVX512-BF16 the
+forward pass of `Linear4bit`, called once in eval mode, re-packs the weight in place, after which gradients and merges
+are silently wrong. Codes and statistics are the same: what is packed here, bitsandbytes unpacks, bit for bit.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import logging
-import math
-import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._mode_utils import no_dispatch
 
-from qlora_lite.checks import check_packable
-from qlora_lite.compute.devices import on_cpu
-from qlora_lite.compute.slicing import row_slices, rows_that_fit
-from qlora_lite.quantization import int8_matmul
+from qlora_lite.checks import check_finite
+from qlora_lite.errors import QuantizationError
 from qlora_lite.quantization.config import QuantConfig
-from qlora_lite.quantization.formats import (
-    NESTED_BLOCKSIZE,
-    block_count,
-    format_named,
-    packed_bytes,
-    row_step,
-    storage_bytes,
-)
-from qlora_lite.quantization.pack_4bit import pack_4bit
+from qlora_lite.quantization.formats import either, embedding_formats, format_named, row_step, storage_bytes
+from qlora_lite.quantization.kernels import Slices, nested_code
 
 
-def import_bitsandbytes(module: str) -> Any:
-    """A module of bitsandbytes, without the warning logged at import on CPUs whose optional kernels we do not use."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        return importlib.import_module(module)
-    finally:
-        logger.disabled = disabled
+def check_packable(weight: Tensor, name: str, format: str, first_row: int = 0) -> None:
+    """Raises QuantizationError, naming the tensor, unless it is a matrix of finite floats that the format can hold.
 
-
-bnb = import_bitsandbytes("bitsandbytes.functional")
-ops = torch.ops.bitsandbytes
-
-# A multiple of every block size; the fp32 temporaries of packing are a few times 1 MiB, and stay in the caches.
-CHUNK_VALUES = 1 << 18
-# So many fp32 values stay in the caches while they are unpacked.
-UNPACKED_AT_ONCE = 1 << 19
-SUMMED_AT_ONCE = 1 << 14  # torch shares out longer sums among its threads
-INT8_STEP = 1 / 127
-# The AVX-512 kernel is inexact from 2048 on and falls back to a compiled one; a block of 2048 with one absmax is
-# two blocks of 1024 with that absmax.
-LARGEST_KERNEL_BLOCK = 1024
-Slices = Iterable[tuple[int, Tensor]]
-
-
-@functools.cache
-def _nested_code() -> tuple[float, ...]:
-    with no_dispatch():  # under fake tensors too, the table has values
-        return tuple(bnb.create_dynamic_map().tolist())
-
-
-@functools.cache
-def code_values(format: str) -> tuple[float, ...]:
-    """The 16 values that a 4-bit format's codes stand for, times their block's absmax."""
-    with no_dispatch():
-        return tuple(bnb.get_4bit_type(format, device="cpu").tolist())
-
-
-def _pack_chunk(chunk: Tensor, blocksize: int, format: str) -> tuple[Tensor, Tensor]:
-    """bitsandbytes' codes and absmax of a flat chunk; whole blocks on a CPU by the faster search, to the same codes."""
-    if on_cpu(chunk.device) and chunk.numel() % blocksize == 0 and sys.byteorder == "little":
-        return pack_4bit(chunk, blocksize, code_values(format))
-    codes, absmax = ops.quantize_4bit(chunk, blocksize, format, torch.uint8)
-    return codes, absmax
-
-
-def _pack_blocks(into: PackedWeight, slices: Slices) -> None:
-    """Fills packed codes and absmax, `CHUNK_VALUES` values at a time; slices begin where blocks do."""
-    values = math.prod(into.shape)
-    absmax = torch.empty(block_count(values, into.blocksize), dtype=torch.float32, device=into.device)
-    for first_row, rows in slices:
-        flat, offset = rows.reshape(-1), first_row * into.shape[1]
-        for part in row_slices(flat.numel(), CHUNK_VALUES, flat):
-            codes, chunk_absmax = _pack_chunk(flat[part], into.blocksize, into.format)
-            place = (offset + part.start) // 2
-            into.packed[place : place + codes.numel()] = codes.view(-1)
-            first = (offset + part.start) // into.blocksize
-            absmax[first : first + chunk_absmax.numel()] = chunk_absmax
-    if not into.double_quant:
-        into.absmax.copy_(absmax)
-        return
-    # bitsandbytes' mean, but the same however many threads torch has.
-    offset_of_all = torch.stack([part.sum() for part in absmax.split(SUMMED_AT_ONCE)]).sum() / absmax.numel()
-    codes, state = bnb.quantize_blockwise(absmax - offset_of_all, blocksize=NESTED_BLOCKSIZE)
-    into.absmax.copy_(codes)
-    into.nested_absmax.copy_(state.absmax)
-    into.nested_offset.copy_(offset_of_all)
-
-
-def _block_absmax(packed: PackedWeight, first: int, last: int) -> Tensor:
-    """The fp32 statistics of blocks first to last."""
-    if not packed.double_quant:
-        return packed.absmax[first:last]
-    # Statistics are packed in blocks too, so the slice is taken from the first whole one on.
-    skipped = first % NESTED_BLOCKSIZE
-    start = first - skipped
-    nested = packed.nested_absmax[start // NESTED_BLOCKSIZE : block_count(last, NESTED_BLOCKSIZE)]
-    absmax: Tensor = ops.dequantize_blockwise(
-        packed.absmax[start:last], nested, packed.nested_code, NESTED_BLOCKSIZE, torch.float32
-    )
-    return absmax.add_(packed.nested_offset)[skipped:]
-
-
-def _unpack_blocks(packed: PackedWeight, dtype: torch.dtype, first: int, last: int) -> Tensor:
-    columns, blocksize = packed.shape[1], packed.blocksize
-    values = (last - first) * columns
-    start = first * columns
-    codes = packed.packed[start // 2 : block_count(start + values, 2)]
-    absmax = _block_absmax(packed, start // blocksize, block_count(start + values, blocksize))
-    if blocksize > LARGEST_KERNEL_BLOCK:
-        absmax = absmax.repeat_interleave(blocksize // LARGEST_KERNEL_BLOCK)
-        blocksize = LARGEST_KERNEL_BLOCK
-    target = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
-    # The AVX-512 kernel takes the statistics of wrong blocks for a row that does not end where a block ends. Codes
-    # are laid out flat, so the kernel is told of rows of one block; or, with a shorter last block, of one even row.
-    rows = (values // blocksize, blocksize) if values % blocksize == 0 else (1, values + values % 2)
-    flat: Tensor = ops.dequantize_4bit(codes, absmax, blocksize, packed.format, rows, target)
-    return flat.view(-1)[:values].view(last - first, columns).to(dtype)
-
-
-def _pack_rows(into: PackedWeight, slices: Slices) -> None:
-    """Fills int8 codes and the absmax of each row; from fp16, as bitsandbytes does it on every device."""
-    count = rows_that_fit(CHUNK_VALUES, into.shape[1])
-    for first_row, rows in slices:
-        for part in row_slices(rows.shape[0], count, rows):
-            codes, absmax, _ = bnb.int8_vectorwise_quant(rows[part].to(torch.float16))
-            # A row of zeros has absmax 0 and its codes are 0 / 0.
-            codes.masked_fill_((absmax == 0).unsqueeze(1), 0)
-            place = slice(first_row + part.start, first_row + part.start + len(codes))
-            into.packed[place] = codes
-            into.absmax[place] = absmax
-
-
-def _unpack_rows(packed: PackedWeight, dtype: torch.dtype, first: int, last: int) -> Tensor:
-    values = torch.empty((last - first, packed.shape[1]), dtype=dtype, device=packed.packed.device)
-    scale = packed.absmax.unsqueeze(1)
-    for part in row_slices(last - first, rows_that_fit(UNPACKED_AT_ONCE, packed.shape[1])):
-        rows = slice(first + part.start, first + part.stop)
-        # In the order of bitsandbytes' int8_vectorwise_dequant, which gives these very numbers.
-        values[part] = (packed.packed[rows] * scale[rows]).mul_(INT8_STEP)
-    return values
-
-
-def _multiply_int8(packed: PackedWeight, rows: Tensor) -> Tensor | None:
-    if not (packed.int8_activations and int8_matmul.suits(rows.shape[0], packed.shape)):
-        return None
-    return int8_matmul.int8_product(rows, packed.packed, packed.absmax)
-
-
-@dataclass(frozen=True)
-class Actions:
-    """One row of actions: fill a `PackedWeight` from rows, make a tensor from it, multiply without making one."""
-
-    pack: Callable[[PackedWeight, Slices], None]
-    unpack: Callable[[PackedWeight, torch.dtype, int, int], Tensor]
-    multiply: Callable[[PackedWeight, Tensor], Tensor | None] = lambda packed, rows: None
-
-
-ACTIONS = {
-    "nf4": Actions(_pack_blocks, _unpack_blocks),
-    "fp4": Actions(_pack_blocks, _unpack_blocks),
-    "int8": Actions(_pack_rows, _unpack_rows, _multiply_int8),
-}
+    first_row: number of the first of these rows in the tensor that has the name.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        got = f"{tuple(weight.shape)} of {weight.dtype}"
+        raise QuantizationError(f"{name} must be a matrix of floats to be packed; got {got}")
+    if weight.numel() == 0:
+        raise QuantizationError(f"{name} has no values: {tuple(weight.shape)}; leave it unpacked (skip_modules)")
+    largest, limit = check_finite(weight, name, first_row), format_named(format).largest
+    if largest > limit:
+        raise QuantizationError(f"{name} reaches {largest:g}, above {limit:g}, the limit of {format}; use nf4")
 
 
 class PackedWeight(nn.Module):
-    """A frozen matrix of shape `(rows, columns)` in one of the packed formats (equations in formats.py).
+    """A frozen matrix of shape `(rows, columns)` in one of the packed formats.
 
-    Its buffers are exactly `storage_bytes()` bytes. They move between devices with the model, and nothing casts
-    them: `.half()` or `.to(dtype)` on a model leaves every bit in place. A new one holds zeros.
+        W_i = code[index_i] * absmax[i // blocksize]      nf4, fp4: i is the position in the flattened weight
+        W_ij = index_ij * absmax_i / 127                  int8
+
+    `packed` holds the indices, `absmax` the statistics; with double quantization `absmax` holds 8-bit codes, and the
+    fp32 statistic of block b is nested_code[absmax[b]] * nested_absmax[b // 256] + nested_offset. The buffers
+    take exactly `storage_bytes()` bytes. They move between devices with the model, and no cast changes them: `.half()`
+    or `.to(dtype)` on a model leaves every bit in place. A new instance holds zeros.
+
+    int8_activations: whether `own_product` multiplies in integers.
     """
 
-    of_checkpoint = True  # whether it holds what the checkpoint does, and not what LoftQ made of it (base_identity.py)
+    of_checkpoint = True  # False once an initialization such as LoftQ has replaced the checkpoint's values
     packed: Tensor
     absmax: Tensor
     nested_absmax: Tensor
@@ -206,26 +64,17 @@ class PackedWeight(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        facts = format_named(format)
+        row = format_named(format)
         self.shape, self.format, self.blocksize = torch.Size(shape), format, blocksize
-        self.double_quant = double_quant and facts.blockwise
+        self.double_quant = double_quant and row.nests
         self.int8_activations = False
-
-        def buffer(name: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
-            self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device))
-
-        if not facts.blockwise:
-            buffer("packed", shape, torch.int8)
-            buffer("absmax", (shape[0],), torch.float32)
-            return
-        blocks = block_count(math.prod(shape), blocksize)
-        buffer("packed", (packed_bytes(shape, format),), torch.uint8)
-        buffer("absmax", (blocks,), torch.uint8 if self.double_quant else torch.float32)
-        if self.double_quant:
-            buffer("nested_absmax", (block_count(blocks, NESTED_BLOCKSIZE),), torch.float32)
-            buffer("nested_offset", (), torch.float32)
-            code = torch.tensor(_nested_code(), dtype=torch.float32).to(device or "cpu")
-            self.register_buffer("nested_code", code, persistent=False)
+        for name, buffer in row.buffers(shape, blocksize, double_quant).items():
+            if name == "nested_code":  # a constant
+                code = torch.tensor(nested_code(), dtype=torch.float32).to(device or "cpu")
+                self.register_buffer(name, code, persistent=False)
+            else:
+                dtype: torch.dtype = getattr(torch, buffer.dtype)
+                self.register_buffer(name, torch.zeros(buffer.shape, dtype=dtype, device=device))
 
     @classmethod
     def of(cls, weight: Tensor, config: QuantConfig, format: str | None = None, name: str = "weight") -> PackedWeight:
@@ -237,16 +86,19 @@ class PackedWeight(nn.Module):
     def from_slices(
         cls, shape: tuple[int, ...], device: torch.device, slices: Slices, config: QuantConfig, format: str | None
     ) -> PackedWeight:
-        """Packs (first row, finite rows) of a matrix, slices at multiples of `row_step`, to the codes of the whole."""
+        """Packs a matrix from (first row, rows) slices, to the same codes as the whole at once.
+
+        Slices begin at multiples of `row_step`; their values must be finite.
+        """
         new = cls((shape[0], shape[1]), format or config.format, config.blocksize, config.double_quant, device)
         new.int8_activations = config.int8_activations and new.format == config.format
         narrow = ((first, rows.float() if rows.dtype == torch.float64 else rows) for first, rows in slices)
-        ACTIONS[new.format].pack(new, narrow)
+        format_named(new.format).kernels().pack(new, narrow)
         return new
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the values are stored as: uint8 or int8."""
+        """The dtype of the codes: uint8 or int8."""
         return self.packed.dtype
 
     @property
@@ -254,32 +106,37 @@ class PackedWeight(nn.Module):
         return self.packed.device
 
     def storage_bytes(self) -> int:
-        """Bytes of values and statistics, from the formula; equal to what the buffers hold."""
+        """Returns the bytes of codes and statistics by the formula; equal to the bytes of the buffers."""
         return storage_bytes(tuple(self.shape), self.format, self.blocksize, self.double_quant)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The whole matrix in this dtype, as a new tensor."""
-        return ACTIONS[self.format].unpack(self, dtype, 0, self.shape[0])
+        """Returns the whole matrix in this dtype, as a new tensor."""
+        return self.dequantize_rows(0, self.shape[0], dtype)
 
     @property
     def row_step(self) -> int:
-        """Rows that together fill whole blocks; a slice of rows must begin at a multiple of them."""
+        """The number of rows that together fill whole blocks; a slice of rows must begin at a multiple of it."""
         return row_step(self.shape, self.format, self.blocksize)
 
     def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows start to stop of the matrix; start, and stop unless it is the end, are multiples of `row_step`."""
-        return ACTIONS[self.format].unpack(self, dtype, start, stop)
+        """Returns rows start to stop; start, and stop unless it is the end, are multiples of `row_step`."""
+        return format_named(self.format).kernels().unpack(self, dtype, start, stop)
 
     def own_product(self, rows: Tensor) -> Tensor | None:
-        """rows W^T without unpacking, where the format has a way and `int8_activations` asks for it; else None."""
-        return ACTIONS[self.format].multiply(self, rows)
+        """Returns rows W^T in integers if `int8_activations` asks for it and format and shapes allow it, else None."""
+        product = format_named(self.format).kernels().integer_product if self.int8_activations else None
+        return None if product is None else product(self, rows)
 
     def rows(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of an int8 matrix by number: tokens of any shape -> `(*tokens.shape, columns)`."""
-        flat = tokens.reshape(-1)
-        codes = self.packed.index_select(0, flat)
-        values: Tensor = ops.int8_vectorwise_dequant(codes, self.absmax.index_select(0, flat))
-        return values.to(dtype).view(*tokens.shape, self.shape[1])
+        """Returns rows by number: tokens of any shape -> `(*tokens.shape, columns)`.
+
+        Raises QuantizationError for a format that does not store rows apart.
+        """
+        select = format_named(self.format).kernels().select_rows
+        if select is None:
+            formats = either(*embedding_formats())
+            raise QuantizationError(f"rows can be selected from a weight in format {formats}; got {self.format}")
+        return select(self, tokens.reshape(-1)).to(dtype).view(*tokens.shape, self.shape[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         def move_only(tensor: Tensor) -> Tensor:
@@ -289,5 +146,6 @@ class PackedWeight(nn.Module):
         return super()._apply(move_only, recurse)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        blocks = f", blocksize={self.blocksize}, double_quant={self.double_quant}" if self.format != "int8" else ""
+        has_blocks = format_named(self.format).layout.has_blocks
+        blocks = f", blocksize={self.blocksize}, double_quant={self.double_quant}" if has_blocks else ""
         return f"{tuple(self.shape)}, format={self.format}{blocks}"

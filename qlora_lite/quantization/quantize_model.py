@@ -14,14 +14,13 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from qlora_lite.architecture import input_embedding, output_head
-from qlora_lite.checks import check_packable
 from qlora_lite.errors import ConfigError, TargetError, listing
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.experts import PackedStack, RoutedExperts, packable_stacks, stacks
 from qlora_lite.quantization.formats import UNPACKED
 from qlora_lite.quantization.from_bitsandbytes import _forget_bitsandbytes, _is_bitsandbytes, _taken_over
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
-from qlora_lite.quantization.packed_weight import PackedWeight
+from qlora_lite.quantization.packed_weight import PackedWeight, check_packable
 from qlora_lite.surgery import (
     answers_to,
     check_all_matched,

@@ -85,7 +85,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) 
     if config.optimizer == "adamw":
         # foreach=False: the grouped kernels make temporaries of the size of all parameters at once.
         return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, foreach=False)
-    from qlora_lite.quantization.packed_weight import import_bitsandbytes
+    from qlora_lite.quantization.kernels import import_bitsandbytes
 
     adamw8bit = import_bitsandbytes("bitsandbytes.optim").AdamW8bit
     return adamw8bit(groups, lr=rate, weight_decay=decay)  # type: ignore[no-any-return]

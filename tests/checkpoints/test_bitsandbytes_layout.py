@@ -27,7 +27,7 @@ from qlora_lite.checkpoints.safetensors_read import stored_tensors
 from qlora_lite.checkpoints.safetensors_write import write_safetensors
 from qlora_lite.errors import CheckpointError, QuantizationError
 from qlora_lite.quantization.config import QuantConfig
-from qlora_lite.quantization.formats import BLOCKSIZES
+from qlora_lite.quantization.layouts import BLOCKSIZES
 from qlora_lite.quantization.packed_weight import PackedWeight
 
 CPU = torch.device("cpu")

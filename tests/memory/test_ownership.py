@@ -14,8 +14,9 @@ from qlora_lite.memory.ownership import Ownership
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import packed_bytes, statistics_bytes
+from qlora_lite.quantization.kernels import bnb, import_bitsandbytes
 from qlora_lite.quantization.layers import QuantizedLinear
-from qlora_lite.quantization.packed_weight import PackedWeight, bnb, import_bitsandbytes
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 OUT, IN = 96, 128
 FLOAT = 4

@@ -22,7 +22,7 @@ from qlora_lite.memory.measure import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
 from qlora_lite.planning.kernel_workspaces import CUBLAS_WORKSPACE
 from qlora_lite.planning.rehearsal import rehearsal, rehearse
-from qlora_lite.quantization.packed_weight import bnb
+from qlora_lite.quantization.kernels import bnb
 
 
 class Blocks(nn.Module):

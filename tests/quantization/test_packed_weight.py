@@ -1,12 +1,10 @@
-"""Packed weights against bitsandbytes' own, and through everything that moves or copies a module."""
+"""Packed weights through everything that moves or copies a module, and what cannot be packed."""
 
 from __future__ import annotations
 
 import copy
 import io
 
-import bitsandbytes.functional as bnb
-import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -16,85 +14,7 @@ from torch import Tensor
 from qlora_lite.errors import QuantizationError
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.layers import QuantizedLinear
-from qlora_lite.quantization.packed_weight import PackedWeight
-
-SHAPES = [(64, 64), (33, 65), (7, 1000), (1, 1), (3, 3), (300, 500), (100, 96)]
-
-
-def reference(weight: Tensor, format: str, blocksize: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """bitsandbytes' codes and statistics, and the values by the definition: code[index] * absmax of the block."""
-    codes, state = bnb.quantize_4bit(weight, blocksize=blocksize, compress_statistics=double_quant, quant_type=format)
-    absmax = state.absmax
-    if double_quant:
-        absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    nibbles = torch.stack((codes.view(-1) >> 4, codes.view(-1) & 15), 1).view(-1)[: weight.numel()].long()
-    table = bnb.get_4bit_type(format, device="cpu")
-    values = table[nibbles] * absmax.repeat_interleave(blocksize)[: weight.numel()]
-    return codes.view(-1), state.absmax, values.view_as(weight)
-
-
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
-@pytest.mark.parametrize("blocksize", [64, 1024, 4096])
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_codes_statistics_and_values_are_bitsandbytes(format: str, blocksize: int, double_quant: bool) -> None:
-    torch.manual_seed(0)
-    for shape in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            weight = torch.randn(shape).to(dtype)
-            packed = PackedWeight.of(weight, QuantConfig(format, blocksize, double_quant))
-            codes, absmax, values = reference(weight, format, blocksize, double_quant)
-            assert torch.equal(packed.packed, codes) and torch.equal(packed.absmax, absmax)
-            torch.testing.assert_close(packed.dequantize(torch.float32), values, rtol=1e-5, atol=1e-6)
-
-
-def test_the_number_of_threads_changes_no_bit() -> None:
-    weight, threads = torch.randn(1600, 2048), torch.get_num_threads()  # more statistics than torch sums in one thread
-    packed = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            packed.append(PackedWeight.of(weight, QuantConfig()).state_dict())
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(value, packed[1][name]) for name, value in packed[0].items())
-
-
-@hypothesis.settings(max_examples=150)
-@given(
-    st.tuples(st.integers(1, 130), st.integers(1, 260)),
-    st.sampled_from(["nf4", "fp4"]),
-    st.sampled_from([64, 128, 256, 512, 1024, 2048, 4096]),
-)
-def test_values_are_right_wherever_rows_and_blocks_end(shape: tuple[int, int], format: str, blocksize: int) -> None:
-    weight = torch.linspace(-3, 3, shape[0] * shape[1]).view(shape)
-    values = reference(weight, format, blocksize, False)[2]
-    packed = PackedWeight.of(weight, QuantConfig(format, blocksize, False))
-    assert torch.equal(packed.dequantize(torch.float32), values)
-    assert torch.equal(packed.dequantize(torch.bfloat16), values.bfloat16())
-
-
-def test_weights_larger_than_a_chunk_are_packed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(100, 321)
-    whole = PackedWeight.of(weight, QuantConfig())
-    rows = PackedWeight.of(weight, QuantConfig(format="int8"))
-    monkeypatch.setattr("qlora_lite.quantization.packed_weight.CHUNK_VALUES", 4096)
-    assert torch.equal(PackedWeight.of(weight, QuantConfig()).packed, whole.packed)
-    again = PackedWeight.of(weight, QuantConfig(format="int8"))
-    assert torch.equal(again.packed, rows.packed)
-    assert torch.equal(again.dequantize(torch.float32), rows.dequantize(torch.float32))
-
-
-def test_int8_rows_are_bitsandbytes_and_zero_rows_stay_zero() -> None:
-    weight = torch.randn(20, 30)
-    weight[4] = 0
-    packed = PackedWeight.of(weight, QuantConfig(format="int8"))
-    codes, absmax, _ = bnb.int8_vectorwise_quant(weight.half())
-    assert torch.equal(packed.absmax, absmax)
-    assert torch.equal(packed.packed[:4], codes[:4]) and torch.equal(packed.packed[5:], codes[5:])
-    values = packed.dequantize(torch.float32)
-    assert not values[4].any() and (values - weight).abs().max() <= weight.abs().max() / 127
-    assert torch.equal(packed.rows(torch.tensor([[3, 4]]), torch.float32), values[[3, 4]].unsqueeze(0))
+from qlora_lite.quantization.packed_weight import PackedWeight, check_packable
 
 
 @pytest.mark.parametrize(("format", "error", "relative"), [("nf4", 0.0728, 0.203), ("fp4", 0.0965, 0.260)])
@@ -149,3 +69,17 @@ def test_slices_of_rows_are_those_of_the_whole(
     start = data.draw(st.integers(0, (rows - 1) // packed.row_step)) * packed.row_step
     stop = min(rows, start + data.draw(st.integers(1, rows)) * packed.row_step)
     assert torch.equal(packed.dequantize_rows(start, stop, torch.float32), whole[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("weight", "what"),
+    [
+        (torch.ones(3), "must be a matrix of floats"),
+        (torch.ones(3, 3, dtype=torch.int64), "must be a matrix of floats"),
+        (torch.ones(0, 3), "has no values"),
+        (torch.full((2, 2), 1e5), "above 65504, the limit of int8; use nf4"),
+    ],
+)
+def test_what_cannot_be_packed_is_said(weight: Tensor, what: str) -> None:
+    with pytest.raises(QuantizationError, match=what):
+        check_packable(weight, "layer.weight", "int8")

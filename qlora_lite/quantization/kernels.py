@@ -1,0 +1,208 @@
+"""Kernels of the formats: functions that pack rows of a matrix, unpack them, and multiply without unpacking.
+
+Codes and statistics are those of bitsandbytes, bit for bit: its functions are called, except on a CPU, where
+`pack_4bit` finds the same codes faster. For a weight W of shape `(rows, columns)`:
+
+blocks  W_i = code[index_i] * absmax[i // blocksize]      i: position in the flattened weight
+rows    W_ij = index_ij * absmax_i / 127                  index in [-127, 127]
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
+
+from qlora_lite.compute.devices import on_cpu
+from qlora_lite.compute.slicing import row_slices, rows_that_fit
+from qlora_lite.quantization.int8_matmul import int8_product, suits
+from qlora_lite.quantization.layouts import NESTED_BLOCKSIZE, block_count
+from qlora_lite.quantization.pack_4bit import pack_4bit
+
+# (first row, rows) of a matrix, in order.
+Slices = Iterable[tuple[int, Tensor]]
+
+
+class PackedBuffers(Protocol):
+    """What kernels see of a `PackedWeight`; `absmax` is uint8 with double quantization, fp32 otherwise."""
+
+    shape: torch.Size
+    format: str
+    blocksize: int
+    double_quant: bool
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    nested_offset: Tensor
+    nested_code: Tensor
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What can be done with a packed weight of a format.
+
+    pack: fills the buffers from slices of rows; slices begin at multiples of the layout's `row_step`.
+    unpack: (weight, dtype, first, last) -> rows first to last as a new tensor.
+    code_values: name of a 4-bit format -> the 16 values that its codes stand for, times the block's absmax.
+    select_rows: (weight, numbers `(n,)`) -> those rows, `(n, columns)`, for embeddings.
+    integer_product: (weight, x `(n, columns)`) -> x W^T in int8, None where the shapes do not suit it.
+    """
+
+    pack: Callable[[PackedBuffers, Slices], None]
+    unpack: Callable[[PackedBuffers, torch.dtype, int, int], Tensor]
+    code_values: Callable[[str], tuple[float, ...]] | None = None
+    select_rows: Callable[[PackedBuffers, Tensor], Tensor] | None = None
+    integer_product: Callable[[PackedBuffers, Tensor], Tensor | None] | None = None
+
+
+def import_bitsandbytes(module: str) -> Any:
+    """Returns a module of bitsandbytes.
+
+    Suppresses the warning that it logs at import on CPUs without its optional kernels, which are not used here.
+    """
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        return importlib.import_module(module)
+    finally:
+        logger.disabled = disabled
+
+
+bnb = import_bitsandbytes("bitsandbytes.functional")
+ops = torch.ops.bitsandbytes
+
+# Values that are packed at once: a multiple of every block size. The fp32 temporaries, a few MiB, stay in the caches.
+CHUNK_VALUES = 1 << 18
+# int8 codes that are unpacked at once: their fp32 values stay in the caches.
+UNPACKED_AT_ONCE = 1 << 19
+# torch splits longer sums among its threads, and the result would depend on their number.
+SUMMED_AT_ONCE = 1 << 14
+INT8_STEP = 1 / 127
+# The AVX-512 kernel is inexact for blocks of 2048 values and more, and falls back to a compiled kernel. A block of
+# 2048 values is therefore passed as two blocks of 1024 with the same absmax.
+LARGEST_KERNEL_BLOCK = 1024
+
+
+@functools.cache
+def nested_code() -> tuple[float, ...]:
+    """Returns the 256 values that the codes of nested statistics stand for."""
+    with no_dispatch():  # the table has values under fake tensors too
+        return tuple(bnb.create_dynamic_map().tolist())
+
+
+@functools.cache
+def code_values(format: str) -> tuple[float, ...]:
+    """Returns the 16 values that the codes of a 4-bit format stand for, times their block's absmax."""
+    with no_dispatch():
+        return tuple(bnb.get_4bit_type(format, device="cpu").tolist())
+
+
+def _pack_chunk(chunk: Tensor, blocksize: int, format: str) -> tuple[Tensor, Tensor]:
+    """Returns bitsandbytes' codes and absmax of a flat chunk; `pack_4bit` finds the same for whole blocks on a CPU."""
+    if on_cpu(chunk.device) and chunk.numel() % blocksize == 0 and sys.byteorder == "little":
+        return pack_4bit(chunk, blocksize, code_values(format))
+    codes, absmax = ops.quantize_4bit(chunk, blocksize, format, torch.uint8)
+    return codes, absmax
+
+
+def _pack_blocks(into: PackedBuffers, slices: Slices) -> None:
+    """Fills codes and absmax, `CHUNK_VALUES` values at a time."""
+    values = math.prod(into.shape)
+    absmax = torch.empty(block_count(values, into.blocksize), dtype=torch.float32, device=into.device)
+    for first_row, rows in slices:
+        flat, offset = rows.reshape(-1), first_row * into.shape[1]
+        for part in row_slices(flat.numel(), CHUNK_VALUES, flat):
+            codes, chunk_absmax = _pack_chunk(flat[part], into.blocksize, into.format)
+            place = (offset + part.start) // 2
+            into.packed[place : place + codes.numel()] = codes.view(-1)
+            first = (offset + part.start) // into.blocksize
+            absmax[first : first + chunk_absmax.numel()] = chunk_absmax
+    if not into.double_quant:
+        into.absmax.copy_(absmax)
+        return
+    # The mean that bitsandbytes takes, but independent of the number of threads.
+    offset_of_all = torch.stack([part.sum() for part in absmax.split(SUMMED_AT_ONCE)]).sum() / absmax.numel()
+    codes, state = bnb.quantize_blockwise(absmax - offset_of_all, blocksize=NESTED_BLOCKSIZE)
+    into.absmax.copy_(codes)
+    into.nested_absmax.copy_(state.absmax)
+    into.nested_offset.copy_(offset_of_all)
+
+
+def _block_absmax(packed: PackedBuffers, first: int, last: int) -> Tensor:
+    """Returns the fp32 absmax of blocks first to last."""
+    if not packed.double_quant:
+        return packed.absmax[first:last]
+    # Statistics are packed in blocks as well, so the slice is taken from the beginning of one.
+    skipped = first % NESTED_BLOCKSIZE
+    start = first - skipped
+    nested = packed.nested_absmax[start // NESTED_BLOCKSIZE : block_count(last, NESTED_BLOCKSIZE)]
+    absmax: Tensor = ops.dequantize_blockwise(
+        packed.absmax[start:last], nested, packed.nested_code, NESTED_BLOCKSIZE, torch.float32
+    )
+    return absmax.add_(packed.nested_offset)[skipped:]
+
+
+def _unpack_blocks(packed: PackedBuffers, dtype: torch.dtype, first: int, last: int) -> Tensor:
+    columns, blocksize = packed.shape[1], packed.blocksize
+    values = (last - first) * columns
+    start = first * columns
+    codes = packed.packed[start // 2 : block_count(start + values, 2)]
+    absmax = _block_absmax(packed, start // blocksize, block_count(start + values, blocksize))
+    if blocksize > LARGEST_KERNEL_BLOCK:
+        absmax = absmax.repeat_interleave(blocksize // LARGEST_KERNEL_BLOCK)
+        blocksize = LARGEST_KERNEL_BLOCK
+    target = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+    # The AVX-512 kernel reads the absmax of the wrong block for a row that does not end where a block ends. Codes
+    # lie flat, so the kernel is given rows of one block each; or, with a shorter last block, one row of even length.
+    rows = (values // blocksize, blocksize) if values % blocksize == 0 else (1, values + values % 2)
+    flat: Tensor = ops.dequantize_4bit(codes, absmax, blocksize, packed.format, rows, target)
+    return flat.view(-1)[:values].view(last - first, columns).to(dtype)
+
+
+def _pack_rows(into: PackedBuffers, slices: Slices) -> None:
+    """Fills int8 codes and the absmax of each row; from fp16 values, as bitsandbytes does on every device."""
+    count = rows_that_fit(CHUNK_VALUES, into.shape[1])
+    for first_row, rows in slices:
+        for part in row_slices(rows.shape[0], count, rows):
+            codes, absmax, _ = bnb.int8_vectorwise_quant(rows[part].to(torch.float16))
+            # A row of zeros has absmax 0 and its codes are 0 / 0.
+            codes.masked_fill_((absmax == 0).unsqueeze(1), 0)
+            place = slice(first_row + part.start, first_row + part.start + len(codes))
+            into.packed[place] = codes
+            into.absmax[place] = absmax
+
+
+def _unpack_rows(packed: PackedBuffers, dtype: torch.dtype, first: int, last: int) -> Tensor:
+    values = torch.empty((last - first, packed.shape[1]), dtype=dtype, device=packed.packed.device)
+    scale = packed.absmax.unsqueeze(1)
+    for part in row_slices(last - first, rows_that_fit(UNPACKED_AT_ONCE, packed.shape[1])):
+        rows = slice(first + part.start, first + part.stop)
+        # The order of operations of bitsandbytes' int8_vectorwise_dequant, so that the numbers are the same.
+        values[part] = (packed.packed[rows] * scale[rows]).mul_(INT8_STEP)
+    return values
+
+
+def _select_rows(packed: PackedBuffers, numbers: Tensor) -> Tensor:
+    codes = packed.packed.index_select(0, numbers)
+    values: Tensor = ops.int8_vectorwise_dequant(codes, packed.absmax.index_select(0, numbers))
+    return values
+
+
+def _integer_product(packed: PackedBuffers, rows: Tensor) -> Tensor | None:
+    return int8_product(rows, packed.packed, packed.absmax) if suits(rows.shape[0], packed.shape) else None
+
+
+BLOCK_KERNELS = Kernels(_pack_blocks, _unpack_blocks, code_values=code_values)
+ROW_KERNELS = Kernels(_pack_rows, _unpack_rows, select_rows=_select_rows, integer_product=_integer_product)
