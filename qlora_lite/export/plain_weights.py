@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.compute.weight_update import Delta, Replaced, Rows, Update
+from qlora_lite.errors import ConfigError, listing
+from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.auxiliary_layers import TrainableTokensLayer, TrainedCopy
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.experts import DenseStack, PackedStack
@@ -42,8 +44,8 @@ class PlainWeight:
         return next((name for name in (self.name, *self.tied_to) if name in checkpoint), None)
 
 
-def _trained(module: nn.Module) -> dict[str, Replaced]:
-    """What was trained of a module's parameters as wholes, or rows of them; by the parameters' names."""
+def _trained(module: nn.Module) -> Mapping[str, Update]:
+    """The updates of a module's own parameters by name: those trained whole, rows of them, and biases."""
 
     def rows_of(values: Tensor) -> Rows:
         return lambda start, stop: values.detach()[start:stop] if values.dim() else values.detach()
@@ -54,7 +56,10 @@ def _trained(module: nn.Module) -> dict[str, Replaced]:
         return {"weight": Replaced(rows_of(module.rows.values), module.rows, module.rows.indices)}
     assert isinstance(module, LoraLayer)
     bias = module.trained_bias
-    return {} if bias is None else {"bias": Replaced(rows_of(bias), bias)}
+    if bias is not None:
+        return {"bias": Replaced(rows_of(bias), bias)}
+    added = module.variant.bias_update(module.scaling, module.lora_parameters)
+    return {} if added is None else {"bias": added}
 
 
 def _own(module: nn.Module, prefix: str) -> Iterator[PlainWeight]:
@@ -105,11 +110,23 @@ def _differ(updates: list[Update | None]) -> bool:
     return not shared
 
 
+def _check_biases(model: nn.Module) -> None:
+    """Raises ConfigError, listing all layers whose variant adds to a bias that the plain checkpoint does not have."""
+    lost = [
+        name
+        for name, layer in lora_layers(model).items()
+        if layer.variant.added_bias is not None and getattr(layer.base_layer, "bias", None) is None
+    ]
+    if lost:
+        raise ConfigError(f"the adapter adds a bias to layers that have none in a plain checkpoint: {listing(lost, 4)}")
+
+
 def weights_to_write(model: nn.Module) -> tuple[list[PlainWeight], bool]:
     """What the checkpoint holds, and whether it is untied: tied weights are written once, or all if one is adapted.
 
     All of the model's, since a config unties every pair or none.
     """
+    _check_biases(model)
     weights = list(plain_weights(model))
     sharing: dict[int, list[PlainWeight]] = {}
     for weight in weights:

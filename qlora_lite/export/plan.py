@@ -139,6 +139,11 @@ def lazy_updates_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[]
             lora_A, lora_B = lora_A.flatten(1), lora_B.flatten(1)
         return layer.variant.updated(layer.kind.delta(lora_A, lora_B, layer.scaling), values)
 
+    def bias_delta(layer: LoraLayer, keys: dict[str, str]) -> Update:
+        update = layer.variant.bias_update(layer.scaling, {part: stored[key].read() for part, key in keys.items()})
+        assert update is not None
+        return update
+
     found: dict[str, Callable[[], Update]] = {**stored_replacements_(model, stored)}
     layers = lora_layers(model)
     places = stack_key_names(model, [name for name, layer in layers.items() if isinstance(layer.kind, StackKind)])
@@ -146,6 +151,8 @@ def lazy_updates_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[]
         keys = {part: peft_key(places.get(name, name), layer.kind, part) for part in layer.lora_parameters}
         weight = name if isinstance(layer.kind, StackKind) else f"{name}.weight"
         found[weight] = functools.partial(delta, layer, keys)
+        if layer.variant.added_bias is not None:
+            found[f"{name}.bias"] = functools.partial(bias_delta, layer, keys)
         layer.to("meta")
     release_freed_pages()
     return found

@@ -11,7 +11,7 @@ import torch
 
 from qlora_lite.checks import FLOAT_DTYPES, is_count, is_finite, require
 from qlora_lite.errors import ConfigError
-from qlora_lite.lora.variants import check_variant
+from qlora_lite.lora.variants import VARIANTS, check_bias, check_variant
 from qlora_lite.surgery import first_pattern, layer_pattern
 
 ALL_LINEAR = "all-linear"
@@ -139,6 +139,7 @@ class LoraConfig:
             start in INITS, f"init_lora_weights must be one of {', '.join(INITS)}, or loftq:N", self.init_lora_weights
         )
         require(self.bias in BIASES, f"bias must be one of {', '.join(BIASES)}", self.bias)
+        check_bias(VARIANTS[self.variant], self.bias)
         whole = self.modules_to_save
         names_only = not isinstance(whole, str) and all(isinstance(name, str) and name for name in whole)
         require(names_only, "modules_to_save must be a sequence of module names", whole)

@@ -161,10 +161,15 @@ class LoraLayer(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """What is added to the product: the trained bias, if there is one and adapters are on, else the base's."""
-        if self.trained_bias is not None and self.adapter_enabled:
-            return self.trained_bias
-        return getattr(self.base_layer, "bias", None)
+        """What is added to the product: the base's bias; with adapters on, the trained one and the variant's."""
+        bias: Tensor | None = getattr(self.base_layer, "bias", None)
+        if not self.adapter_enabled:
+            return bias
+        bias = bias if self.trained_bias is None else self.trained_bias
+        if self.variant.added_bias is None:
+            return bias
+        added = self.variant.added_bias(self.scaling, self.lora_parameters)
+        return added if bias is None else bias + added
 
     def train_bias(self, values: Tensor) -> None:
         """Trains a bias that begins as these values, beside the base's own, which it stands for."""

@@ -2,14 +2,14 @@
 
 With A and B, the base weight W0 and the base's bias b, an adapted layer computes
 
-    y = (1 + gain) * (W0 x + scaling * B A x) + b
+    y = (1 + gain) * (W0 x + scaling * B A x) + b + added_bias
 
-    lora    gain = 0
-    dora    gain = m / n - 1,   n = ||W0 + scaling * B A||, the norms of the rows of `(out, in)`
+    lora    gain = 0            added_bias = 0
+    dora    gain = m / n - 1    added_bias = 0    n `(out,)`: the norms of the rows of W0 + scaling * B A
 
-A `Variant` names the parameters that a layer has in addition to A and B, computes the gain from them, and says what
-merging makes of the weight, how peft's files name the parameters and the option, and which layers cannot have it.
-The functions at the end count the update of any variant from the values that A and B began with (PiSSA).
+A `Variant` names the parameters that a layer has in addition to A and B and computes gain and added_bias from them. It
+says what merging makes of the weight, how peft's files name the parameters and the option, and which layers cannot have
+it. The functions at the end count the update of any variant from the values that A and B began with (PiSSA).
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class Variant:
     chooses it. excluded: kinds of layers that cannot have it.
     gain: `(out,)` in fp32, with gradients for the extra parameters. None where it is 0.
     weight_update: the update of the weight, from scaling * B A and the extra parameters. None where that is all of it.
+    added_bias: `(out,)`, from the scaling and the extra parameters, with gradients for them. None where it is 0.
     """
 
     name: str
@@ -89,6 +90,14 @@ class Variant:
     excluded: tuple[type, ...] = PLAIN_ONLY
     gain: Callable[[VariantLayer], Tensor] | None = None
     weight_update: Callable[[Delta, Values], Delta] | None = None
+    added_bias: Callable[[float, Values], Tensor] | None = None
+
+    def bias_update(self, scaling: float, values: Values) -> Delta | None:
+        """Returns the update of the base's bias, taken as a matrix of one column. None where it stays as it is."""
+        if self.added_bias is None:
+            return None
+        added = self.added_bias(scaling, values).detach().float()
+        return Delta(added[:, None], torch.ones(1, 1, device=added.device), 1.0)
 
     def updated(self, low_rank: Added, values: Values) -> Added:
         """Returns the update of the stored weight, from scaling * B A and the extra parameters by name."""
@@ -158,6 +167,12 @@ PEFT_OPTIONS = {variant.peft_option: variant for variant in VARIANTS.values() if
 def check_variant(name: object) -> None:
     """Raises ConfigError if there is no variant of this name."""
     require(name in VARIANTS, f"variant must be one of {', '.join(VARIANTS)}", name)
+
+
+def check_bias(variant: Variant, bias: object) -> None:
+    """Raises ConfigError if the base's bias is to be trained, by LoraConfig's `bias`, and the variant adds to it."""
+    allowed = variant.added_bias is None or bias == "none"
+    require(allowed, f"bias must be none with variant {variant.name}, which trains one of its own", bias)
 
 
 def combination_problems(layers: Mapping[str, Kind | None], dropout: float, variant: Variant) -> list[str]:

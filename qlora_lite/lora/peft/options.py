@@ -13,7 +13,7 @@ from typing import Any
 from qlora_lite.checkpoints.files import read_json
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.lora.config import LoraConfig
-from qlora_lite.lora.variants import PEFT_OPTIONS, variant_of
+from qlora_lite.lora.variants import PEFT_OPTIONS, check_bias, variant_of
 
 CONFIG_FILE = "adapter_config.json"
 # Options that decide what A and B compute, each with the LoraConfig field of the same meaning.
@@ -108,7 +108,9 @@ def lora_config(config: Mapping[str, object], path: Path) -> LoraConfig:
     given: dict[str, Any] = {field: config.get(option) for option, field in LORA_CONFIG_FIELDS.items()}
     required = [LORA_CONFIG_FIELDS[option] for option in PEFT_DEFAULTS]
     try:
-        given["variant"] = variant_of(config).name
+        variant = variant_of(config)
+        check_bias(variant, config.get("bias") or "none")
+        given["variant"] = variant.name
         return LoraConfig(**{field: value for field, value in given.items() if value is not None or field in required})
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -172,7 +172,7 @@ def test_a_pickle_is_not_opened(small_model: Callable[..., Any], tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "option", [{"enable_lora": [True, False, True]}, {"layer_replication": [[0, 2]]}, {"lora_bias": True}]
+    "option", [{"enable_lora": [True, False, True]}, {"layer_replication": [[0, 2]]}, {"kasa_config": {"beta": 0.1}}]
 )
 def test_options_that_are_not_honoured_are_named(
     small_model: Callable[..., Any], tmp_path: Path, option: dict[str, Any]
