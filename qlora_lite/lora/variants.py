@@ -4,8 +4,9 @@ With A and B, the base weight W0 and the base's bias b, an adapted layer compute
 
     y = (1 + gain) * (W0 x + scaling * B A x) + b + added_bias
 
-    lora    gain = 0            added_bias = 0
-    dora    gain = m / n - 1    added_bias = 0    n `(out,)`: the norms of the rows of W0 + scaling * B A
+    lora         gain = 0            added_bias = 0
+    dora         gain = m / n - 1    added_bias = 0            n `(out,)`: the norms of the rows of W0 + scaling * B A
+    lora_bias    gain = 0            added_bias = scaling * c  c `(out,)`: a bias that B has
 
 A `Variant` names the parameters that a layer has in addition to A and B and computes gain and added_bias from them. It
 says what merging makes of the weight, how peft's files name the parameters and the option, and which layers cannot have
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from qlora_lite.checks import require
 from qlora_lite.compute.weight_update import Added, Delta
 from qlora_lite.errors import ConfigError, listing
-from qlora_lite.lora.kinds import Kind, RouterKind, StackKind
+from qlora_lite.lora.kinds import EmbeddingKind, Kind, RouterKind, StackKind
 
 # The buffers of a LoraLayer that hold the initial A and B, and their names in a run's checkpoints.
 REFERENCE = ("start_A", "start_B")
@@ -159,7 +160,23 @@ DORA = Variant(
     weight_update=_dora_update,
 )
 
-VARIANTS = {variant.name: variant for variant in (LORA, DORA)}
+LORA_BIAS = Variant(
+    "lora_bias",
+    "also trains a bias of B, as adapters have that were extracted from a model whose biases were trained",
+    peft_option="lora_bias",
+    parameters=(
+        ExtraParameter(
+            "lora_bias",
+            "biases of B",
+            initial=lambda layer: torch.zeros_like(layer.lora_parameters["lora_bias"]),
+            peft_key="lora_B.bias",
+        ),
+    ),
+    excluded=(*PLAIN_ONLY, EmbeddingKind),  # peft's B of an embedding has no bias
+    added_bias=lambda scaling, values: scaling * values["lora_bias"],
+)
+
+VARIANTS = {variant.name: variant for variant in (LORA, DORA, LORA_BIAS)}
 EXTRA_PARAMETERS = {extra.name: extra for variant in VARIANTS.values() for extra in variant.parameters}
 PEFT_OPTIONS = {variant.peft_option: variant for variant in VARIANTS.values() if variant.peft_option is not None}
 

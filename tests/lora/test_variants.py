@@ -1,8 +1,9 @@
-"""DoRA beside its equation under plain autograd, beside real peft, and through files, merges and exports."""
+"""DoRA and biases of B against their equations under plain autograd, against real peft, and in files and exports."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.lora.adapters import adapter_parameters, lora_layers
-from qlora_lite.lora.variants import DORA, LORA
+from qlora_lite.lora.variants import DORA, LORA, LORA_BIAS
 from qlora_lite.quantization.quantize_model import quantize_base_
 
 TOKENS = torch.arange(12).view(2, 6)
@@ -259,7 +260,7 @@ def test_training_moves_a_b_and_the_magnitudes(tiny_folder: Path, checkpointing:
 
 
 def test_what_does_not_fit_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="variant must be one of lora, dora; got 'dara'"):
+    with pytest.raises(ConfigError, match="variant must be one of lora, dora, lora_bias; got 'dara'"):
         LoraConfig(variant="dara")
     model = adapted(tiny_folder, "none", ["q_proj"])
     save_adapter(model, tmp_path / "dora")
@@ -283,3 +284,172 @@ def test_a_row_of_zeros_stays_one() -> None:
         base.weight[1].zero_()
     layer, x = dora(base), torch.randn(3, 8)
     assert torch.equal(layer(x), base(x)) and layer.effective_weight(torch.float32).isfinite().all()
+
+
+BIASED = {"linear": nn.Linear, "conv1d": conv1d, "convolution": lambda fan_in, fan_out: nn.Conv2d(fan_in, fan_out, 3)}
+
+
+def with_biases_of_B(base: nn.Module) -> LoraLayer:
+    layer = LoraLayer(4, 6, base, dropout=0.0, variant="lora_bias", use_rslora=True)
+    assert not layer.lora_bias.any()
+    for parameter in layer.lora_parameters.values():
+        nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def biased_inputs(kind: str) -> Tensor:
+    return torch.randn(2, 24, 5, 5) if kind == "convolution" else torch.randn(2, 6, 24)
+
+
+@pytest.mark.parametrize("format", ["none", "nf4", "fp4", "int8"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bias_of_B_is_scaled_and_added(format: str, bias: bool) -> None:
+    holder = nn.Sequential(nn.Linear(64, 96, bias=bias))
+    quantize_base_(holder, QuantConfig(format=format))
+    layer, x = with_biases_of_B(holder[0]), torch.randn(3, 64, requires_grad=True)
+    stored: Any = layer.base_layer.weight
+    weight = lora_linear.dense(stored, torch.float32).detach()
+    low = F.linear(F.linear(x, layer.lora_A), layer.lora_B, layer.lora_bias)
+    ours, theirs = layer(x), F.linear(x, weight, layer.base_layer.bias) + 6 / 2 * low
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    wanted = [*layer.lora_parameters.values(), x]
+    expected = torch.autograd.grad(theirs.square().sum(), wanted)
+    for mine, other in zip(torch.autograd.grad(ours.square().sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+    layer.merge_weights()
+    torch.testing.assert_close(layer(x), theirs, rtol=1e-5, atol=1e-5)
+    layer.adapter_enabled = False
+    torch.testing.assert_close(layer(x), F.linear(x, weight, layer.base_layer.bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", BIASED)
+def test_output_and_gradients_with_a_bias_of_B_are_pefts(kind: str) -> None:
+    import peft
+
+    base, x = BIASED[kind](24, 16), biased_inputs(kind)
+    layer = with_biases_of_B(base)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["0"], lora_bias=True, use_rslora=True, fan_in_fan_out=kind == "conv1d"
+    )
+    theirs = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
+    values = [theirs.lora_A["default"].weight, theirs.lora_B["default"].weight, theirs.lora_B["default"].bias]
+    for mine, other in zip(layer.lora_parameters.values(), values, strict=True):
+        other.data.copy_(mine.view(other.shape))
+    ours, reference = layer(x), theirs(x)
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+    ramp = torch.linspace(-1, 1, ours.numel()).view(ours.shape)
+    found = torch.autograd.grad((ours * ramp).sum(), list(layer.lora_parameters.values()))
+    for mine, other in zip(found, torch.autograd.grad((reference * ramp).sum(), values), strict=True):
+        torch.testing.assert_close(mine.view(other.shape), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def biased_folder(small_model: Callable[..., Any], tmp_path: Path) -> Path:
+    """A checkpoint whose linear layers have biases, of values other than 0."""
+    model = small_model("OPTConfig", ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "biased")
+    return tmp_path / "biased"
+
+
+def adapted_with_biases(folder: Path, format: str, targets: Any = "all-linear") -> Any:
+    model = load_quantized(folder, QuantConfig(format=format), dtype=torch.float32)
+    add_lora_(model, LoraConfig(3, 7, target_modules=targets, variant="lora_bias"))
+    torch.manual_seed(0)
+    for parameter in adapter_parameters(model).values():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def test_files_with_biases_of_B_go_both_ways_with_peft(biased_folder: Path, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    ours = adapted_with_biases(biased_folder, "none")
+    expected = ours(TOKENS).logits
+    save_adapter(ours, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["lora_bias"] is True
+    plain = AutoModelForCausalLM.from_pretrained(biased_folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = load_quantized(biased_folder, QuantConfig(format="none"), dtype=torch.float32)
+    load_adapter_(back, tmp_path / "theirs")
+    assert torch.equal(back.eval()(TOKENS).logits, expected)
+    assert {layer.variant for layer in lora_layers(back).values()} == {LORA_BIAS}
+    merged = theirs.merge_and_unload()
+    export_merged(ours, tmp_path / "merged", torch.float32)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(exported.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_only_adapters_with_biases_of_B_name_the_option(tiny_folder: Path, tmp_path: Path) -> None:
+    model = load_quantized(tiny_folder, QuantConfig())
+    add_lora_(model, LoraConfig(2))
+    save_adapter(model, tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert config["use_dora"] is False and "lora_bias" not in config
+
+
+@pytest.mark.parametrize("format", ["none", "nf4", "int8"])
+def test_merges_and_exports_add_biases_of_B(biased_folder: Path, tmp_path: Path, format: str) -> None:
+    model = adapted_with_biases(biased_folder, format)
+    apart = model(TOKENS).logits
+    save_adapter(model, tmp_path / "adapter")
+    examples = [TokenizedExample(list(range(3, 15)), list(range(3, 15)))]
+    done = export_merged(model, tmp_path / "memory", torch.float32, verify=examples)
+    assert done.verification is not None and done.verification.merged["dequantized"].mean_kl < 1e-6
+    merge_checkpoint(
+        biased_folder, tmp_path / "adapter", tmp_path / "disk", QuantConfig(format=format), torch.float32,
+        load_dtype=torch.float32,
+    )  # fmt: skip
+    memory, disk = tensors(tmp_path / "memory"), tensors(tmp_path / "disk")
+    assert memory.keys() == disk.keys() and all(torch.equal(memory[name], disk[name]) for name in memory)
+    rows = {row["name"]: row for row in done.report.to_json()["tensors"]}
+    for name, layer in lora_layers(model).items():
+        added = layer.scaling * layer.lora_bias.detach()
+        torch.testing.assert_close(memory[f"{name}.bias"], layer.base_layer.bias + added)
+        assert rows[f"{name}.bias"]["update_norm"] == pytest.approx(added.norm().item(), rel=1e-4)
+    exported = load_quantized(tmp_path / "memory", QuantConfig(format="none"), dtype=torch.float32).eval()
+    torch.testing.assert_close(exported(TOKENS).logits, apart, rtol=1e-4, atol=1e-4)
+    merge_lora_(model)
+    torch.testing.assert_close(model(TOKENS).logits, apart, rtol=1e-4, atol=1e-4)
+    unmerge_lora_(model)
+    assert torch.equal(model(TOKENS).logits, apart)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_training_moves_biases_of_B(tiny_folder: Path, head: bool) -> None:
+    model = load_quantized(tiny_folder, QuantConfig())
+    targets = ["q_proj", "down_proj", *(["lm_head"] if head else [])]
+    add_lora_(model, LoraConfig(4, 8, target_modules=targets, variant="lora_bias"))
+    batch = {"input_ids": TOKENS, "labels": TOKENS}
+    result = train(model, [batch], TrainConfig(steps=4, learning_rate=0.02), progress=False)
+    assert result.losses[-1] < result.losses[0]
+    assert all(layer.lora_bias.any() for layer in lora_layers(model).values())
+
+
+def test_what_biases_of_B_cannot_be_combined_with(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="bias must be none with variant lora_bias"):
+        LoraConfig(variant="lora_bias", bias="lora_only")
+    model = load_quantized(tiny_folder, QuantConfig(format="none"), dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"variant must be lora on an embedding; got 'lora_bias' for .*embed_tokens"):
+        add_lora_(model, LoraConfig(target_modules=["embed_tokens"], variant="lora_bias"))
+    model = adapted_with_biases(tiny_folder, "none", ["q_proj"])
+    with pytest.raises(ConfigError, match=r"adds a bias to layers that have none in a plain checkpoint: .*0.*q_proj"):
+        export_merged(model, tmp_path / "merged", torch.float32)
+    save_adapter(model, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for wrong, message in (
+        ({"use_dora": True}, "use_dora and lora_bias are set, and an adapter has one variant"),
+        ({"bias": "all"}, "bias must be none with variant lora_bias"),
+        ({"lora_bias": False}, "has biases of B and lora_bias says otherwise"),
+    ):
+        path.write_text(json.dumps(config | wrong))
+        with pytest.raises(CheckpointError, match=message):
+            load_adapter_(load_quantized(tiny_folder, QuantConfig(format="none")), tmp_path / "adapter")

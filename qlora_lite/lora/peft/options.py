@@ -71,7 +71,6 @@ REFUSED_OPTIONS = frozenset(
         "enable_lora",  # peft 0.2: A and B for some thirds of a joined projection only
         "kasa_config",
         "layer_replication",
-        "lora_bias",
         "monteclora_config",
         "use_bdlora",
         "use_qalora",
