@@ -110,7 +110,7 @@ VARIANTS = {
     ),
     "mica": Variant({"init_lora_weights": "mica"}, None, everywhere=False),
     "pissa_as_trained": Variant({"init_lora_weights": "pissa"}, None, everywhere=False),
-    "lora_bias": Variant({"lora_bias": True}, None, everywhere=False),
+    "lora_bias": Variant({"lora_bias": True}, {"variant": "lora_bias"}, everywhere=False),
     "kasa": Variant({"kasa_config": {}}, None, everywhere=False),
     "alora": Variant({"alora_invocation_tokens": [2], "task_type": "CAUSAL_LM"}, None, everywhere=False),
 }
@@ -234,7 +234,8 @@ KNOWN_REFUSALS = (
     Refusal("layers that peft lost when it converted", r"match no layer in the file", ("embedding",), CONVERTED),
     Refusal("LoftQ without a packed layer", r"is not packed and has no error", variants=("loftq",)),
     Refusal("a base that was changed", r"init_lora_weights=.*does not support", variants=("pissa_as_trained",)),
-    Refusal("another method", r"does not support", variants=("lora_bias", "kasa", "alora")),
+    Refusal("another method", r"does not support", variants=("kasa", "alora")),
+    Refusal("a bias that the checkpoint lacks", r"adds a bias to layers that have none", variants=("lora_bias",)),
 )
 
 

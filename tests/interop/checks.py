@@ -203,7 +203,8 @@ def merge(trial: Trial) -> str:
     import transformers
 
     found, folder, _ = trial.by_peft()
-    export_merged(trial.loaded(trial.handed(folder)), trial.scratch / "merged", torch.float32)
+    model = trial.loaded(trial.handed(folder))
+    asked_of_us(trial.subject, lambda: export_merged(model, trial.scratch / "merged", torch.float32))
     exported = transformers.AutoModelForCausalLM.from_pretrained(trial.scratch / "merged", dtype=torch.float32)
     check_equal("logits of the export", logits(exported), found, FP32_LOGITS)
     merged = asked_of_peft(peft_loaded(trial.workshop, trial.subject, folder).merge_and_unload)
