@@ -266,7 +266,7 @@ def test_what_does_not_fit_is_refused(tiny_folder: Path, tmp_path: Path) -> None
     save_adapter(model, tmp_path / "dora")
     other = load_quantized(tiny_folder, QuantConfig(format="none"), dtype=torch.float32)
     add_lora_(other, LoraConfig(3, 7, target_modules=["q_proj"]))
-    with pytest.raises(CheckpointError, match="has a lora adapter, the file a dora one"):
+    with pytest.raises(CheckpointError, match="has an adapter of variant lora, and the file one of variant dora"):
         load_adapter_(other, tmp_path / "dora")
     config = json.loads((tmp_path / "dora" / "adapter_config.json").read_text())
     (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": False}))
