@@ -28,7 +28,7 @@ from parts.example_models import make_tiny_model
 from parts.io_worker import measured, peer_model
 from parts.model_shapes import make_shape
 from parts.step_worker import ALPHA, LEARNING_RATE, RANK, TOKEN_IDS
-from qlora_lite.memory.measure import resident_bytes
+from qlora_lite.memory.counters import resident_bytes
 
 TOKENS = 256
 STEPS = 4

@@ -23,8 +23,8 @@ from parts.example_models import make_tiny_model
 from parts.model_shapes import SHAPES
 from qlora_lite import LoraConfig, QuantConfig
 from qlora_lite.checks import byte_count
-from qlora_lite.planning.forecast import Forecasts, Wanted
-from qlora_lite.planning.memory_plan import Memory, largest_batch
+from qlora_lite.planning.forecast import Forecaster, TrainingSetup
+from qlora_lite.planning.memory_plan import DeviceMemory, largest_batch
 from qlora_lite.planning.rehearsal import fake_tensors
 from qlora_lite.planning.training_rehearsal import read_config
 
@@ -58,13 +58,15 @@ def main() -> None:
         if given.tiny:
             given.model, given.memory, given.lengths = make_tiny_model(Path(scratch)), "516MiB", [16]
         found = read_config(given.model) if given.model else shape_config(Path(scratch))
-    memory = Memory(byte_count("--memory must be", given.memory), byte_count("--context must be", given.context), True)
+    memory = DeviceMemory(
+        byte_count("--memory must be", given.memory), byte_count("--context must be", given.context), True
+    )
     rows: dict[str, dict[str, int]] = {}
     with fake_tensors(accelerator=True):
-        forecasts = Forecasts(found, accelerator=True)
+        forecasts = Forecaster(found, accelerator=True)
         for name, quant in SETTINGS.items():
             for kind in CHECKPOINTING:
-                wanted = Wanted(quant, LoraConfig(16, 32), 1, given.lengths[0], checkpointing=kind)
+                wanted = TrainingSetup(quant, LoraConfig(16, 32), 1, given.lengths[0], checkpointing=kind)
                 found_rows = {n: largest_batch(forecasts, wanted, memory, n).rows for n in given.lengths}
                 rows[f"{name}, checkpointing {kind}"] = {str(length): count for length, count in found_rows.items()}
     table = Table(f"rows that fit into {given.memory}", *map(str, given.lengths))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qlora_lite.lora.multi_adapter import unmerge_lora_ as unmerge_lora_
     from qlora_lite.lora.peft.save_load import load_adapter_ as load_adapter_
     from qlora_lite.lora.peft.save_load import save_adapter as save_adapter
-    from qlora_lite.memory.measure import MemoryProfiler as MemoryProfiler
+    from qlora_lite.memory.profiler import MemoryProfiler as MemoryProfiler
     from qlora_lite.planning.rehearsal import rehearse as rehearse
     from qlora_lite.quantization.config import QuantConfig as QuantConfig
     from qlora_lite.quantization.quantize_model import quantize_base_ as quantize_base_
@@ -48,7 +48,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "export.merged": "export_merged",
         "lora.peft.save_load": "save_adapter load_adapter_",
         "compute.cross_entropy": "linear_cross_entropy",
-        "memory.measure": "MemoryProfiler",
+        "memory.profiler": "MemoryProfiler",
         "planning.rehearsal": "rehearse",
         "errors": "QLoRAError",
     },

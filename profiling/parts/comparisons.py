@@ -15,7 +15,7 @@ from parts.peft_steps import PeftWork, load_base, skeleton, stand_in_, take_step
 from parts.published_runs import BLOG, FMS, T4_BYTES, not_known, published_runs, replayed, steps_peak, work_of
 from parts.training_cases import CASES, TINY_CASES, Difference, differences, make_model
 from qlora_lite.checkpoints.hub import read_config
-from qlora_lite.memory.measure import MemoryProfiler
+from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.planning.rehearsal import rehearse
 from qlora_lite.planning.training_rehearsal import rehearse_steps
 from qlora_lite.training.loop import profile_steps

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from qlora_lite.compute.host_memory import release_freed_pages
-from qlora_lite.memory.measure import reset_resident_peak, resident_bytes
+from qlora_lite.memory.counters import reset_resident_peak, resident_bytes
 
 
 def whole_peak() -> int:

@@ -36,7 +36,7 @@ from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_ada
 from qlora_lite import train as train_ours
 from qlora_lite.checkpoints.hub import load_tokenizer
 from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled
-from qlora_lite.memory.measure import resident_bytes
+from qlora_lite.memory.counters import resident_bytes
 from qlora_lite.training.optim import learning_rate_factor
 
 SEED = 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
-from qlora_lite.memory.measure import MemoryProfiler
+from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.quantization.kernels import import_bitsandbytes
 
 BLOCKSIZE = 64

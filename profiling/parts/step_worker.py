@@ -28,7 +28,7 @@ import torch
 
 from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.measure import reset_resident_peak, resident_bytes
+from qlora_lite.memory.counters import reset_resident_peak, resident_bytes
 from qlora_lite.memory.trace import StorageTrace
 
 RANK, ALPHA = 16, 32

@@ -46,7 +46,7 @@ def plan(
     from qlora_lite.checks import byte_count
     from qlora_lite.errors import ConfigError
     from qlora_lite.lora.config import LoraConfig
-    from qlora_lite.planning.forecast import Wanted
+    from qlora_lite.planning.forecast import TrainingSetup
     from qlora_lite.planning.memory_budget import device_memory
     from qlora_lite.planning.memory_plan import plan as make_plan
     from qlora_lite.planning.plan_report import render_plan
@@ -57,7 +57,7 @@ def plan(
 
     quant = QuantConfig(format, double_quant=double_quant, embedding_format=embedding_format)
     config = TrainConfig(optimizer=optimizer, checkpointing=checkpointing_named(checkpointing))
-    wanted = Wanted(quant, LoraConfig(rank, 2 * rank), rows, tokens, optimizer, config.checkpointing)
+    wanted = TrainingSetup(quant, LoraConfig(rank, 2 * rank), rows, tokens, optimizer, config.checkpointing)
     size = byte_count("--memory must be", memory)
     if device not in ("accelerator", "cpu"):
         raise ConfigError(f"--device must be accelerator or cpu; got {device!r}")

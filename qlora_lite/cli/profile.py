@@ -41,10 +41,10 @@ def profile(
     from qlora_lite.memory.comparison import render_comparison
     from qlora_lite.memory.drawing.page import write_page
     from qlora_lite.memory.drawing.png import require_matplotlib, write_chart
-    from qlora_lite.memory.measure import MemoryProfiler
+    from qlora_lite.memory.profiler import MemoryProfiler
     from qlora_lite.memory.report import render
     from qlora_lite.memory.snapshot import memory_snapshot
-    from qlora_lite.planning.training_rehearsal import prediction_or_why_not
+    from qlora_lite.planning.training_rehearsal import try_rehearse_steps
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import stoppable
     from qlora_lite.training.config import TrainConfig, checkpointing_named
@@ -69,7 +69,7 @@ def profile(
     predicted = None
     if predict and mode == "full":
         with stoppable():
-            predicted, why_not = prediction_or_why_not(model, quant, lora, config, rows=rows, tokens=tokens)
+            predicted, why_not = try_rehearse_steps(model, quant, lora, config, rows=rows, tokens=tokens)
         print(why_not if predicted is None else render_comparison(predicted, report))
     if html is not None:
         write_page(html, report, predicted, title=f"Two training steps of {model}", overwrite=overwrite)

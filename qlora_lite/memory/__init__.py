@@ -1,18 +1,19 @@
-"""Observed memory: bytes counted by category and module, followed through a step, and reported by phase.
+"""Measured memory: bytes by category and module, traced through a step, and reported by phase.
 
 In reading order:
 
-breakdown    Category and MemoryBreakdown
-ownership    the category of each tensor of a model and an optimizer
-running      which module is running, in forward and in backward
-trace        StorageTrace: follows every storage through a step, real or fake
-timeline     a run's timeline, thinned to what a picture can show
-report       MemoryReport: each phase, and its text
-comparison   predicted beside measured
-measure      MemoryProfiler
-snapshot     torch's record of an accelerator's allocations
+breakdown        Category and MemoryBreakdown
+module_tracker   which module is running, in forward and in backward
+trace            StorageTrace: follows every storage through a step, real or fake
+tensor_labels    the category of each tensor of a model and an optimizer
+timeline         a trace downsampled to the points that a picture can show
+report           MemoryReport: the memory of each phase, and its text
+comparison       predicted and measured sizes side by side
+counters         counters of the process and the accelerator
+profiler         MemoryProfiler
+snapshot         torch's record of an accelerator's allocations
 
-drawing/ holds a report's HTML page and pictures.
+drawing/ draws a report as an HTML page and as pictures.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from qlora_lite.memory.breakdown import MemoryBreakdown as MemoryBreakdown
     from qlora_lite.memory.comparison import compare as compare
     from qlora_lite.memory.comparison import render_comparison as render_comparison
-    from qlora_lite.memory.measure import MemoryProfiler as MemoryProfiler
+    from qlora_lite.memory.profiler import MemoryProfiler as MemoryProfiler
     from qlora_lite.memory.report import MemoryReport as MemoryReport
     from qlora_lite.memory.report import PhaseMemory as PhaseMemory
     from qlora_lite.memory.report import readable_bytes as readable_bytes
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "measure": "MemoryProfiler",
+        "profiler": "MemoryProfiler",
         "report": "MemoryReport PhaseMemory readable_bytes render",
         "breakdown": "Category MemoryBreakdown",
         "comparison": "compare render_comparison",

@@ -1,4 +1,4 @@
-"""Two reports of the same work beside each other: what was predicted of each phase, and what was measured."""
+"""Compares a predicted and a measured report of the same work, phase by phase and size by size."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from qlora_lite.memory.report import (
     MemoryReport,
     PhaseMemory,
     difference,
-    is_known,
+    format_size,
+    has_values,
     unit_for,
-    written,
 )
 
-COMPARED = (ALLOCATED, RESERVED, RESIDENT, TENSORS, *CATEGORY_COLUMNS)
+COMPARED_COLUMNS = (ALLOCATED, RESERVED, RESIDENT, TENSORS, *CATEGORY_COLUMNS)
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One size of one phase in both reports, in bytes; None where a report does not know it."""
+class SizeComparison:
+    """One size of one phase in both reports, in bytes; None where a report does not have it."""
 
     phase: str
     name: str
@@ -35,41 +35,41 @@ class Compared:
 
     @property
     def difference(self) -> int | None:
-        """Bytes predicted too much, or, below zero, too little."""
+        """predicted - measured, in bytes."""
         return difference(self.predicted, self.measured)
 
     @property
     def percent(self) -> float | None:
-        """The difference in percent of what was measured; None if that is nothing."""
+        """The difference in percent of the measured size; None if that is 0 or unknown."""
         return None if self.difference is None or not self.measured else 100 * self.difference / self.measured
 
 
-def compare(predicted: MemoryReport, measured: MemoryReport) -> list[Compared]:
-    """Every size that both reports know of some phase, where it is not 0 in both, phase by phase.
+def compare(predicted: MemoryReport, measured: MemoryReport) -> list[SizeComparison]:
+    """Returns every size that both reports have of some phase, phase by phase, without those that are 0 in both.
 
-    The phases stand in the measured order, those that were only predicted after them.
+    Phases are in the measured order, followed by those that were only predicted.
     """
-    shared = [column for column in COMPARED if is_known(column, predicted) and is_known(column, measured)]
+    shared = [column for column in COMPARED_COLUMNS if has_values(column, predicted) and has_values(column, measured)]
     names = dict.fromkeys(phase.name for phase in (*measured.phases, *predicted.phases))
     return [row for name in names for row in _compared(name, shared, predicted.phase(name), measured.phase(name))]
 
 
 def _compared(
     name: str, columns: list[Column], predicted: PhaseMemory | None, measured: PhaseMemory | None
-) -> Iterator[Compared]:
+) -> Iterator[SizeComparison]:
     for column in columns:
-        one, other = (None if phase is None else column.size(phase) for phase in (predicted, measured))
-        if one or other:
-            yield Compared(name, column.name, one, other)
+        sizes = [None if phase is None else column.size(phase) for phase in (predicted, measured)]
+        if any(sizes):
+            yield SizeComparison(name, column.name, *sizes)
 
 
-def written_percent(percent: float | None) -> str:
-    """`+1.2 %`, or that it is unknown."""
+def format_percent(percent: float | None) -> str:
+    """Returns `+1.2 %`; `-` if it is unknown."""
     return NOT_MEASURED if percent is None else f"{round(percent, 1) + 0.0:+,.1f} %"
 
 
 def render_comparison(predicted: MemoryReport, measured: MemoryReport, width: int = 120) -> str:
-    """A table of both, one row for each phase and size that `compare` gives; `width` characters wide at most."""
+    """Returns a table with one row for each size that `compare` returns, at most `width` characters wide."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -86,8 +86,8 @@ def render_comparison(predicted: MemoryReport, measured: MemoryReport, width: in
         table.add_column(heading, justify="right", overflow="fold")
     last = None
     for row in rows:
-        sizes = (written(size, unit) for size in (row.predicted, row.measured, row.difference))
-        table.add_row(Text("" if row.phase == last else row.phase), row.name, *sizes, written_percent(row.percent))
+        sizes = (format_size(size, unit) for size in (row.predicted, row.measured, row.difference))
+        table.add_row(Text("" if row.phase == last else row.phase), row.name, *sizes, format_percent(row.percent))
         last = row.phase
     console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
     with console.capture() as captured:

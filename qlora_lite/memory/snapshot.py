@@ -1,4 +1,4 @@
-"""torch's own record of every allocation on an accelerator, as a file for the viewer at pytorch.org/memory_viz."""
+"""Writes torch's record of every allocation on a CUDA device, as a file for the viewer at pytorch.org/memory_viz."""
 
 from __future__ import annotations
 
@@ -6,38 +6,39 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 
 from qlora_lite.errors import CheckpointError, ConfigError
 
-# Allocations that are remembered; a step of a large model has some ten thousand.
-MOST_ENTRIES = 1_000_000
+# The number of allocations that torch remembers. A step of a large model makes some ten thousand.
+MAX_ENTRIES = 1_000_000
 
 
-def _recorder() -> Any:
-    """The module that records (torch.cuda.memory). ConfigError where there is no such device."""
+def _recorder() -> ModuleType:
+    """Returns the torch module whose private functions record allocations and write them to a file."""
     if not torch.cuda.is_available():
         raise ConfigError(
-            "a snapshot of allocations is made by torch for CUDA devices, and there is none here; leave it out"
+            "torch records snapshots of allocations on CUDA devices only, and none is available; leave the snapshot out"
         )
     return torch.cuda.memory
 
 
 @contextmanager
 def memory_snapshot(path: Path) -> Iterator[None]:
-    """Records the allocations within the block, with their stacks, and writes them to `path` at its end, error or not.
+    """Records the allocations of the block with their stacks, and writes them to `path` at its end.
 
-    An out-of-memory is what one wants to look at. ConfigError without a CUDA device, CheckpointError for a path that
-    exists or cannot be written; both before anything is run.
+    The file is written after an error too, since an out-of-memory is worth looking at.
+    Raises ConfigError without a CUDA device, and CheckpointError for a path that exists or cannot be written, both
+    before the block runs.
     """
     recorder = _recorder()
     if path.exists():
-        raise CheckpointError(f"{path} exists; name a file that does not")
+        raise CheckpointError(f"{path} exists; name a file that does not exist")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise CheckpointError(f"{path.parent} is no folder that can be written to; name another place for the snapshot")
-    recorder._record_memory_history(max_entries=MOST_ENTRIES)
+        raise CheckpointError(f"{path.parent} is not a writable folder; name another path for the snapshot")
+    recorder._record_memory_history(max_entries=MAX_ENTRIES)
     try:
         yield
     finally:

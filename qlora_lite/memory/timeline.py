@@ -1,4 +1,4 @@
-"""Thins the changes of a traced run to as many points as a picture has room for, and loses no peak."""
+"""Downsamples the events of a trace to the points that a picture has room for, without losing a peak."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ DEFAULT_POINTS = 600
 CATEGORIES = tuple(Category)
 
 
-def thinned(events: Iterable[TraceEvent], points: int = DEFAULT_POINTS) -> Timeline:
-    """The timeline of a run's changes, such as `StorageTrace.timeline()` gives; bytes.
+def downsample(events: Iterable[TraceEvent], points: int = DEFAULT_POINTS) -> Timeline:
+    """Returns the timeline, in bytes, of the events of a run as `StorageTrace.timeline()` yields them.
 
-    The changes are cut where the phase changes, and each part into stretches of about equal length. A stretch becomes
-    one point: the first of its largest moments, the one that it starts from included. So the peak of the run and that
-    of every phase with a change in it are points. There are at most `points`, and one more for each part.
+    The events are cut where the phase changes, and each part into stretches of about equal length. A stretch becomes
+    one point: the first of its largest moments, its start included. The peak of the run, and that of every phase with
+    an event in it, are therefore points. There are at most `points` of them, and one more for each part.
+
     Raises ConfigError for less than one point.
     """
     if isinstance(points, bool) or not isinstance(points, int) or points < 1:
         raise ConfigError(f"a timeline needs 1 point or more; got {points!r}")
     index = {category: number for number, category in enumerate(CATEGORIES)}
-    # 17 bytes an event in place of the event: position i of `live` is the state after i changes.
+    # 17 bytes per event instead of the event itself. live[i] is the state after i events.
     live, deltas, categories = array("q", (0,)), array("q"), array("b")
     starts: list[int] = []
     phases: list[str | None] = []
@@ -49,7 +50,7 @@ def thinned(events: Iterable[TraceEvent], points: int = DEFAULT_POINTS) -> Timel
 
 
 def _stretches(start: int, end: int, events: int, points: int) -> Iterator[tuple[int, int]]:
-    """Cuts start..end into stretches (first state, last state), by its share of all points."""
+    """Cuts start..end into its share of all points; yields (first state, last state) of each stretch."""
     length = end - start
     pieces = max(1, min(length, length * points // events))
     for piece in range(pieces):
@@ -57,7 +58,7 @@ def _stretches(start: int, end: int, events: int, points: int) -> Iterator[tuple
 
 
 def _states(deltas: Iterable[int], categories: Iterable[int], positions: list[int]) -> Iterator[tuple[int, ...]]:
-    """Bytes of each category after each of these numbers of changes, which ascend."""
+    """Yields the bytes of each category after these numbers of events, which must ascend."""
     sizes = [0] * len(CATEGORIES)
     changes = zip(deltas, categories, strict=True)
     done = 0

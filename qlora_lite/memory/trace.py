@@ -1,19 +1,19 @@
-"""Follows every tensor storage through a run, on real or on fake tensors, and tells where the bytes were at the peak.
+"""Traces every tensor storage through a run, on real or on fake tensors, and finds what was alive at the peak.
 
-A dispatch mode sees the arguments and results of each operator below autograd: what forward, backward and optimizer
-allocate alike. Each storage gets a serial number and a weak reference, so that its end is seen too and nothing is
-kept alive. What is stored is a log of (serial, change in bytes), not snapshots; the peak and what lived then are
-found by replaying it with the label that each storage has in the end. So a gradient or an optimizer state that is
-recognized only after it was allocated stands under its own name in every earlier moment.
+A dispatch mode sees the arguments and results of every operator below autograd, whether forward, backward or the
+optimizer runs it. Each storage gets a serial number and a weak reference, so that its end is seen and nothing is kept
+alive. The trace stores a log of (serial, change in bytes), not snapshots. The peak, and the storages alive at it, are
+found by replaying the log with the final label of each storage. A gradient or an optimizer state that is recognized
+only after its allocation therefore counts under its own category from its first byte on.
 
-Storages that nobody labels:
-- made outside of a backward pass and alive when one starts: ACTIVATION, they wait for it;
-- made otherwise (shorter lived, or made inside a backward pass, recomputed activations included): TEMPORARY;
-- met first as the argument of an operator, so not seen being made: OTHER, counted from that moment on.
-The first two belong to the module that was running (running.py) when they were made.
+A storage without a label counts as
+- ACTIVATION, if it was created outside of a backward pass and was alive when one started: it waits for that pass;
+- TEMPORARY, if it lived shorter, or was created inside a backward pass (recomputed activations included);
+- OTHER, if it was first seen as the argument of an operator, so created before or out of sight. It counts from then on.
+Activations and temporaries belong to the module that was running when they were created (module_tracker.py).
 
-What an operator allocates inside itself and frees again is invisible here, and so are opaque layouts (MKL-DNN).
-Cost: some 30 µs of Python an operator, 16 bytes of log an event and 17 a storage.
+Not seen: memory that an operator allocates inside itself and frees again, and opaque layouts (MKL-DNN).
+Cost: about 30 µs of Python per operator, 16 bytes of log per event and 17 bytes per storage.
 """
 
 from __future__ import annotations
@@ -28,34 +28,28 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category, Key, MemoryBreakdown
-from qlora_lite.memory.running import RunningModule
+from qlora_lite.memory.module_tracker import ModuleTracker
+from qlora_lite.memory.storages import storages_of, tensors_in
 from qlora_lite.signals import poll
 
-# How a storage came into sight, and what it is as long as nobody labels it.
-MADE, MADE_IN_BACKWARD, WAITING, MET = range(4)
-UNLABELLED = (Category.TEMPORARY, Category.TEMPORARY, Category.ACTIVATION, Category.OTHER)
-Hidden = Callable[[Any, tuple[Any, ...]], int]
-Kept = Callable[[Any], int]
-NO_BACKWARD = -1
+# How a storage was first seen, and the category that it has while nobody labels it.
+CREATED, CREATED_IN_BACKWARD, WAITS_FOR_BACKWARD, PREEXISTING = range(4)
+DEFAULT_CATEGORY = (Category.TEMPORARY, Category.TEMPORARY, Category.ACTIVATION, Category.OTHER)
+NO_BACKWARD = -1  # torch's number of the running backward pass where none runs
 NO_LABEL = -1
 
-_COMPRESSED_ROWS = ("crow_indices", "col_indices", "values")
-_COMPRESSED_COLUMNS = ("ccol_indices", "row_indices", "values")
-SPARSE_PARTS: dict[torch.layout, tuple[str, ...]] = {
-    torch.sparse_coo: ("_indices", "_values"),
-    torch.sparse_csr: _COMPRESSED_ROWS,
-    torch.sparse_bsr: _COMPRESSED_ROWS,
-    torch.sparse_csc: _COMPRESSED_COLUMNS,
-    torch.sparse_bsc: _COMPRESSED_COLUMNS,
-}
+TransientBytes = Callable[[OpOverload, tuple[Any, ...]], int]
+PersistentBytes = Callable[[OpOverload], int]
+Observer = Callable[[OpOverload, tuple[object, ...], dict[str, object]], object]
 
 
 class TraceEvent(NamedTuple):
-    """One change: `delta` bytes of the storage `serial`, after which `live` bytes are alive."""
+    """One change of a storage by `delta` bytes, after which `live` bytes are alive in all."""
 
     phase: str | None
     serial: int
@@ -66,84 +60,71 @@ class TraceEvent(NamedTuple):
 
 
 class _StorageRef(weakref.ref[torch.UntypedStorage]):
-    """A weak reference that knows its storage's serial number and place in the table when the storage is gone."""
+    """A weak reference that still knows the serial number and the table key of its storage when that is gone."""
 
     __slots__ = ("key", "serial")
     key: int
     serial: int
 
 
-class _Observing(TorchDispatchMode):
-    def __init__(self, observe: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+class _ObservingMode(TorchDispatchMode):
+    def __init__(self, observe: Observer) -> None:
         super().__init__()
         self._observe = observe
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         poll()
         return self._observe(func, args, kwargs or {})
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors_in(item)
-
-
-def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """The storages behind a tensor: one if it is dense, those of its parts if it is sparse or wraps other tensors."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from storages_of(getattr(tensor, name))
-    elif tensor.layout in SPARSE_PARTS:
-        for name in SPARSE_PARTS[tensor.layout]:
-            yield from storages_of(getattr(tensor, name)())
-    # A meta tensor has a size and no memory; a fake tensor answers with the device it stands for.
-    elif tensor.layout is torch.strided and tensor.device.type != "meta":
-        yield tensor.untyped_storage()
-
-
 @final
 class StorageTrace:
-    """A context manager that follows every storage while it is open; afterwards it answers from its log.
+    """A context manager that traces every storage while it is open, and answers from its log afterwards.
 
-    `label` may be called before, in and after the run, `phase` in it. One trace follows one run. Phases may nest:
-    an event belongs to the innermost, the peak of an outer phase includes its inner ones.
+    One trace traces one run. `label` may be called before, during and after the run, `phase` during it. Phases may
+    nest: an event belongs to the innermost phase, and the peak of an outer phase includes its inner ones.
 
-    hidden_bytes: what an operator (its overload, its arguments) allocates inside itself and frees again, for a device
-    that is not at hand.
-    kept_bytes: what the first operator of forward, and the first of backward, for which it is not 0 allocates for all
-    that follow; OTHER, since no tensor shows it.
+    Args:
+        transient_workspace_bytes: bytes that an operator (its overload, its arguments) allocates inside itself and
+            frees again, on a device that the run only pretends to use.
+        persistent_workspace_bytes: bytes that the first such operator of forward, and the first of backward, allocates
+            and keeps. They count as OTHER, since no tensor holds them.
     """
 
-    def __init__(self, hidden_bytes: Hidden | None = None, kept_bytes: Kept | None = None) -> None:
-        self._hidden_bytes = hidden_bytes
-        self._kept_bytes = kept_bytes
-        self._keeping: set[int] = set()  # MADE and MADE_IN_BACKWARD, once forward and backward have it
+    def __init__(
+        self,
+        transient_workspace_bytes: TransientBytes | None = None,
+        persistent_workspace_bytes: PersistentBytes | None = None,
+    ) -> None:
+        self._transient_workspace_bytes = transient_workspace_bytes
+        self._persistent_workspace_bytes = persistent_workspace_bytes
+        # CREATED once forward has its workspace, CREATED_IN_BACKWARD once backward has.
+        self._have_workspace: set[int] = set()
         self._log = array("q")  # serial, delta, serial, delta, ...
         self._sizes = array("q")  # by serial: bytes now
-        self._origins = array("b")  # by serial: MADE, ...
-        self._makers = array("i")  # by serial: index into _modules, what was running when it came into sight
+        self._origins = array("b")  # by serial: CREATED, ...
+        self._creators = array("i")  # by serial: index into _modules
         self._labels = array("i")  # by serial: index into _keys, or NO_LABEL
         self._keys: dict[Key, int] = {}
         self._modules: dict[str | None, int] = {None: 0}
-        self._running = RunningModule()
+        self._module_tracker = ModuleTracker()
         self._refs: dict[int, _StorageRef] = {}
         self._phase_names: list[str | None] = [None]
         self._parents: list[int] = [0]
-        self._marks: list[tuple[int, int]] = [(0, 0)]  # from this position of the log on: this entry of a phase
+        self._marks: list[tuple[int, int]] = [(0, 0)]  # from this event on: this entry of a phase
         self._entry = 0
         self._last_backward = NO_BACKWARD
         self._recording = True
-        self._mode: _Observing | None = None
+        self._mode: _ObservingMode | None = None
         self._restore_resize: Callable[[], None] | None = None
 
     def __enter__(self) -> StorageTrace:
         if self._mode is not None:
-            raise ConfigError("a StorageTrace follows one run and this one was used already; make a new one")
-        self._running.__enter__()
-        self._mode = _Observing(self._observe)
+            raise ConfigError("this StorageTrace has already traced a run; make a new one for each run")
+        self._module_tracker.__enter__()
+        self._mode = _ObservingMode(self._observe)
         self._mode.__enter__()
         self._restore_resize = _watch_resize(self._resized)
         return self
@@ -155,15 +136,15 @@ class StorageTrace:
         self._recording = False
         self._restore_resize()
         self._mode.__exit__(kind, error, where)
-        self._running.__exit__(kind, error, where)
+        self._module_tracker.__exit__(kind, error, where)
 
-    def follow(self, model: nn.Module) -> None:
-        """Says whose modules the storages that are made from now on may belong to; again after some were replaced."""
-        self._running.follow(model)
+    def track_modules(self, model: nn.Module) -> None:
+        """Attributes storages created from now on to the modules of `model`. Call again after modules were replaced."""
+        self._module_tracker.track(model)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Names what happens inside."""
+        """Attributes the events of the block to this phase."""
         parent, entry = self._entry, len(self._phase_names)
         self._phase_names.append(name)
         self._parents.append(parent)
@@ -174,23 +155,23 @@ class StorageTrace:
             self._start(parent)
 
     def label(self, tensor: Tensor, category: Category, module: str | None = None) -> None:
-        """Says what a tensor's storage is for, from its beginning on; the last label of a storage counts."""
+        """Labels the storages of a tensor from their first byte on. The last label of a storage counts."""
         key = self._keys.setdefault((Category(category), module), len(self._keys))
         for storage in storages_of(tensor):
-            serial = self._touch(storage, MET)
+            serial = self._touch(storage, PREEXISTING)
             if serial is not None:
                 self._labels[serial] = key
 
     def live_bytes(self) -> int:
-        """Bytes alive now, or at the end of the run."""
+        """Returns the bytes alive now, or at the end of the run."""
         return sum(self._sizes)
 
     def phases(self) -> tuple[str, ...]:
-        """The names of all phases, in the order in which they were first entered."""
+        """Returns the names of all phases, in the order in which they were first entered."""
         return tuple(dict.fromkeys(name for name in self._phase_names if name is not None))
 
     def peak(self, phase: str | None = None) -> tuple[int, MemoryBreakdown]:
-        """The most bytes that were alive at once, over the run or over all entries of a phase, and what they were.
+        """Returns the most bytes alive at once, over the run or over all entries of a phase, and their breakdown.
 
         Raises ConfigError for a phase that was never entered.
         """
@@ -198,12 +179,12 @@ class StorageTrace:
         return most, self._breakdown_at(at)
 
     def peak_in(self, phase: str | None = None) -> str | None:
-        """The module that was running when the peak was reached; None if none was, or the peak is the phase's start."""
+        """Returns the module that was running at the peak; None if none was, or the peak is the start of the phase."""
         _, at = self._peak_at(phase)
-        return list(self._modules)[self._makers[self._log[2 * at - 2]]] if at and self._log[2 * at - 1] > 0 else None
+        return list(self._modules)[self._creators[self._log[2 * at - 2]]] if at and self._log[2 * at - 1] > 0 else None
 
     def _peak_at(self, phase: str | None) -> tuple[int, int]:
-        """Bytes of the peak, and how many events came before it."""
+        """Returns the bytes of the peak, and the number of events before it."""
         if phase is not None and phase not in self._phase_names:
             raise ConfigError(f"no phase {phase!r} was entered; there were: {', '.join(self.phases()) or 'none'}")
         live = array("q", accumulate(self._log[1::2], initial=0))
@@ -217,7 +198,7 @@ class StorageTrace:
         return most, at
 
     def timeline(self) -> Iterator[TraceEvent]:
-        """Every change in the order in which it happened, with the final labels."""
+        """Yields every change in the order of time, with the final labels."""
         live, keys = 0, self._final_keys()
         for start, end, entry in self._segments():
             for position in range(start, end):
@@ -226,11 +207,11 @@ class StorageTrace:
                 yield TraceEvent(self._phase_names[entry], serial, delta, live, *keys[serial])
 
     def _final_keys(self) -> list[Key]:
-        """What each storage is, by serial."""
+        """Returns the category and module of each storage, by serial number."""
         labels, modules = list(self._keys), list(self._modules)
         return [
-            (UNLABELLED[origin], modules[maker]) if label == NO_LABEL else labels[label]
-            for origin, maker, label in zip(self._origins, self._makers, self._labels, strict=True)
+            (DEFAULT_CATEGORY[origin], modules[creator]) if label == NO_LABEL else labels[label]
+            for origin, creator, label in zip(self._origins, self._creators, self._labels, strict=True)
         ]
 
     def _start(self, entry: int) -> None:
@@ -238,7 +219,7 @@ class StorageTrace:
         self._marks.append((len(self._log) // 2, entry))
 
     def _segments(self) -> Iterator[tuple[int, int, int]]:
-        """(first event, event after the last, entry of a phase) for each stretch without a change of phase."""
+        """Yields (first event, event after the last, entry of a phase) for each stretch without a change of phase."""
         ends = [position for position, _ in self._marks[1:]] + [len(self._log) // 2]
         for (start, entry), end in zip(self._marks, ends, strict=True):
             yield start, end, entry
@@ -249,7 +230,7 @@ class StorageTrace:
         return entry != 0
 
     def _breakdown_at(self, position: int) -> MemoryBreakdown:
-        """What is alive after the first `position` events."""
+        """Returns the bytes alive after the first `position` events."""
         by_serial: dict[int, int] = {}
         for event in range(position):
             serial = self._log[2 * event]
@@ -260,39 +241,44 @@ class StorageTrace:
             sizes[keys[serial]] = sizes.get(keys[serial], 0) + size
         return MemoryBreakdown(sizes)
 
-    def _observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _observe(self, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         task = torch._C._current_graph_task_id()
-        # Task numbers only grow, so a smaller one is an outer backward pass that goes on after an inner one.
+        # Numbers of backward passes only grow. A smaller one is an outer pass that continues after an inner one.
         if task > self._last_backward:
             self._last_backward = task
-            self._hold_for_backward()
-        # The argument here is a constant made out of sight, and on fake tensors not what the program goes on with.
+            self._mark_waiting_for_backward()
+        # Its argument is a constant created out of sight; on fake tensors, the program does not even use that one.
         if func is not torch.ops.aten.lift_fresh.default:
-            self._touch_all((args, tuple(kwargs.values())), MET)
+            self._touch_all((args, tuple(kwargs.values())), PREEXISTING)
         result = func(*args, **kwargs)
-        origin = MADE if task == NO_BACKWARD else MADE_IN_BACKWARD
+        origin = CREATED if task == NO_BACKWARD else CREATED_IN_BACKWARD
         self._touch_all(result, origin)
-        if self._hidden_bytes is not None and (size := self._hidden_bytes(func, args)):
+        if self._transient_workspace_bytes is not None and (size := self._transient_workspace_bytes(func, args)):
             serial = self._added(origin)
             self._note(serial, size)
             self._note(serial, 0)
-        if self._kept_bytes is not None and origin not in self._keeping and (kept := self._kept_bytes(func)):
-            self._keeping.add(origin)
-            self._note(self._added(MET), kept)
+        self._note_workspace(func, origin)
         return result
 
-    def _hold_for_backward(self) -> None:
-        for ref in list(self._refs.values()):
-            if self._origins[ref.serial] == MADE:
-                self._origins[ref.serial] = WAITING
+    def _note_workspace(self, func: OpOverload, origin: int) -> None:
+        if self._persistent_workspace_bytes is None or origin in self._have_workspace:
+            return
+        if size := self._persistent_workspace_bytes(func):
+            self._have_workspace.add(origin)
+            self._note(self._added(PREEXISTING), size)
 
-    def _touch_all(self, value: Any, origin: int) -> None:
-        for tensor in _tensors_in(value):
+    def _mark_waiting_for_backward(self) -> None:
+        for ref in list(self._refs.values()):
+            if self._origins[ref.serial] == CREATED:
+                self._origins[ref.serial] = WAITS_FOR_BACKWARD
+
+    def _touch_all(self, value: object, origin: int) -> None:
+        for tensor in tensors_in(value):
             for storage in storages_of(tensor):
                 self._touch(storage, origin)
 
     def _touch(self, storage: torch.UntypedStorage, origin: int) -> int | None:
-        """The storage's serial number after noting it, if it is new, and its size; None for one met after the run."""
+        """Notes a storage and its size, and returns its serial number; None for one first seen after the run."""
         ref = self._refs.get(id(storage))
         if ref is None:
             if not self._recording:
@@ -304,12 +290,12 @@ class StorageTrace:
         return ref.serial
 
     def _added(self, origin: int) -> int:
-        """The serial number of a new storage."""
-        # What is met was made before, by nobody knows whom.
-        maker = None if origin == MET else self._running.now()
+        """Adds a storage of 0 bytes, and returns its serial number."""
+        # The module that created a preexisting storage is unknown.
+        creator = None if origin == PREEXISTING else self._module_tracker.current()
         self._sizes.append(0)
         self._origins.append(origin)
-        self._makers.append(self._modules.setdefault(maker, len(self._modules)))
+        self._creators.append(self._modules.setdefault(creator, len(self._modules)))
         self._labels.append(NO_LABEL)
         return len(self._sizes) - 1
 
@@ -317,7 +303,7 @@ class StorageTrace:
         delta = size - self._sizes[serial]
         if delta and self._recording:
             self._sizes[serial] = size
-            # One call for the pair: a storage that is collected in between would tear two calls apart.
+            # One call for the pair: between two calls, a storage that is collected could add its own event.
             self._log.extend((serial, delta))
 
     def _gone(self, ref: Any) -> None:
@@ -326,16 +312,16 @@ class StorageTrace:
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
         if id(storage) in self._refs:
-            self._touch(storage, MET)
+            self._touch(storage, PREEXISTING)
 
 
 def _watch_resize(resized: Callable[[torch.UntypedStorage], None]) -> Callable[[], None]:
-    """Calls `resized` after every `UntypedStorage.resize_`, which no dispatch mode sees; returns what undoes that."""
+    """Calls `resized` after every `UntypedStorage.resize_`, which no dispatch mode sees. Returns the undo function."""
     owner: Any = torch.UntypedStorage
     inherited = "resize_" not in vars(owner)
     original = owner.resize_
 
-    def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+    def resize_(storage: torch.UntypedStorage, size: int) -> object:
         result = original(storage, size)
         resized(storage)
         return result

@@ -38,13 +38,13 @@ from operator import attrgetter
 from typing import NamedTuple, Protocol, final
 
 from qlora_lite.errors import ConfigError, DeviceMemoryError
-from qlora_lite.planning.cuda_segments import (
+from qlora_lite.planning.cuda_block_pools import (
     MIN_BLOCK,
     SMALL_LIMIT,
     Block,
     BlockView,
     Driver,
-    GrowingPool,
+    ExpandablePool,
     Pool,
     SegmentPool,
     rounded_up,
@@ -104,7 +104,7 @@ class CachingAllocator:
     def __init__(self, capacity: int | None = None, expandable: bool = False) -> None:
         if capacity is not None and capacity < 0:
             raise ConfigError(f"the capacity of a device is a number of bytes, or None for any; got {capacity}")
-        kind = GrowingPool if expandable else SegmentPool
+        kind = ExpandablePool if expandable else SegmentPool
         self._driver = Driver(capacity)
         self._small: Pool = kind(self._driver, small=True)
         self._large: Pool = kind(self._driver, small=False)

@@ -9,10 +9,10 @@ import torch
 
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.config import LoraConfig
-from qlora_lite.memory.measure import resident_bytes
+from qlora_lite.memory.counters import resident_bytes
 from qlora_lite.memory.report import readable_bytes
-from qlora_lite.planning.forecast import Wanted
-from qlora_lite.planning.memory_plan import Memory, checkpointing_within
+from qlora_lite.planning.forecast import TrainingSetup
+from qlora_lite.planning.memory_plan import DeviceMemory, checkpointing_within
 from qlora_lite.planning.training_rehearsal import read_config
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.training.config import TrainConfig
@@ -30,7 +30,7 @@ class BudgetedConfig:
     """
 
     config: TrainConfig
-    memory: Memory
+    memory: DeviceMemory
     rows: int
     tokens: int
     predicted_peak: int
@@ -43,11 +43,11 @@ class BudgetedConfig:
         return (
             f"{self.rows} x {self.tokens} tokens within {readable_bytes(self.memory.size)}: "
             f"checkpointing {checkpointing}, predicted peak {bound}{readable_bytes(self.predicted_peak)}, "
-            f"{readable_bytes(self.memory.beside)} of it besides tensors"
+            f"{readable_bytes(self.memory.overhead)} of it besides tensors"
         )
 
 
-def device_memory(size: int, accelerator: bool | None = None, overhead: int | None = None) -> Memory:
+def device_memory(size: int, accelerator: bool | None = None, overhead: int | None = None) -> DeviceMemory:
     """Returns a memory of `size` bytes to plan for.
 
     accelerator: whether it is an accelerator's; None for the device that training uses on this machine.
@@ -58,17 +58,17 @@ def device_memory(size: int, accelerator: bool | None = None, overhead: int | No
     if accelerator is None:
         accelerator = torch.accelerator.is_available()
     if overhead is not None:
-        return Memory(size, overhead, accelerator)
+        return DeviceMemory(size, overhead, accelerator)
     if accelerator:
-        return Memory(size, ACCELERATOR_CONTEXT, accelerator, "assumed")
+        return DeviceMemory(size, ACCELERATOR_CONTEXT, accelerator, "assumed")
     measured = resident_bytes()
     if measured is None:
         raise ConfigError("this system does not report how much memory a process takes; give the overhead (--overhead)")
-    return Memory(size, measured, accelerator, "measured")
+    return DeviceMemory(size, measured, accelerator, "measured")
 
 
 def config_within(
-    memory: Memory,
+    memory: DeviceMemory,
     path_or_id: str | Path,
     quant: QuantConfig,
     lora: LoraConfig,
@@ -79,12 +79,12 @@ def config_within(
 ) -> BudgetedConfig:
     """Returns `config` with the least recomputation for which batches `(rows, tokens)` fit into `memory`.
 
-    The peak is predicted by `Forecasts` from the config of the checkpoint; no weight is read. The checkpointing of
+    The peak is predicted by `Forecaster` from the config of the checkpoint; no weight is read. The checkpointing of
     `config` is not looked at.
     Raises ConfigError, which names the nearest batch that fits, if recomputing every block is not enough, and
     RehearsalError if the model cannot be run on fake tensors.
     """
-    wanted = Wanted(quant, lora, rows, tokens, config.optimizer, accumulated=config.gradient_accumulation > 1)
+    wanted = TrainingSetup(quant, lora, rows, tokens, config.optimizer, accumulated=config.gradient_accumulation > 1)
     least = checkpointing_within(read_config(path_or_id), wanted, memory)
     assert least.checkpointing is not None and least.needed is not None
     chosen = replace(config, checkpointing=least.checkpointing)

@@ -1,8 +1,8 @@
-"""`plan`: what fits into a memory, from a config alone: the wanted batch, the largest batches, and what would help.
+"""`plan`: what fits into a memory, from a config alone: the given setup, the largest batches, and settings that help.
 
-Everything is predicted by `Forecasts`. Beside tensors a device needs more, which no rehearsal shows: an accelerator
-its context, a CPU's process the interpreter and its libraries. That is given (`Memory.beside`) and stands in the
-result as a line of its own.
+All of it is predicted by a `Forecaster`. A device needs more than the tensors that a rehearsal shows: an accelerator
+holds its context, the process of a CPU the interpreter and its libraries. These bytes are given as
+`DeviceMemory.overhead`, and a plan shows them as a line of their own.
 """
 
 from __future__ import annotations
@@ -13,44 +13,43 @@ from typing import Any
 
 from qlora_lite import architecture
 from qlora_lite.errors import ConfigError, QLoRAError, RehearsalError
-from qlora_lite.planning.forecast import Forecast, Forecasts, Wanted, own_bytes
+from qlora_lite.planning.forecast import Forecast, Forecaster, TrainingSetup, parameter_and_buffer_bytes
 from qlora_lite.planning.rehearsal import fake_profiler, fake_tensors
-from qlora_lite.planning.training_rehearsal import unread_model
+from qlora_lite.planning.training_rehearsal import build_fake_model
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, FORMATS, UNPACKED, embedding_formats
 from qlora_lite.training.loop import check_batch_shape
 
-# Longer searches end here: such a batch is one that nobody trains with.
-MOST_ROWS = 4096
-LENGTHS = (512, 2048, 8192)
-LONGEST = LENGTHS[-1]
-# What `Dial` adds to the first step's bytes when it decides whether a number of them can be met, rounded up.
-DIAL_MARGIN = 1.03
-# At most so many times the rows that are known to fit are tried next.
-STRIDE = 64
-ADAMW_BYTES = 8  # two fp32 moments for each adapter value; adamw8bit has two bytes at least
-ADAMW8BIT_BYTES = 2
+# The search for the largest batch ends here; nobody trains with more rows.
+MAX_ROWS = 4096
+USUAL_LENGTHS = (512, 2048, 8192)
+# Activation checkpointing within a byte budget adds this margin to the costs that it measures in the first step.
+BUDGET_MARGIN = 1.03
+# The search tries at most this many times the rows that are known to fit.
+MAX_GROWTH = 64
+ADAMW_BYTES = 8  # two fp32 moments for each adapter value
+ADAMW8BIT_BYTES = 2  # two 8-bit moments, and statistics that are not counted here
 
 
 @dataclass(frozen=True)
-class Memory:
-    """A device's memory: all of it, what is taken beside tensors, both in bytes, and whether it is an accelerator's.
+class DeviceMemory:
+    """The memory of a device: `size` bytes in all, of which `overhead` are taken by other things than tensors.
 
-    beside_is: where the second is from: `given`, `measured` or `assumed`.
+    accelerator: whether it is an accelerator's. overhead_source: `given`, `measured` or `assumed`.
     """
 
     size: int
-    beside: int
+    overhead: int
     accelerator: bool
-    beside_is: str = "given"
+    overhead_source: str = "given"
 
     def needed(self, forecast: Forecast) -> int:
-        """What the device must have for it: reserved by an accelerator's allocator, or alive, and what is beside."""
-        return (forecast.peak if forecast.reserved is None else forecast.reserved) + self.beside
+        """Returns the bytes needed: reserved by an accelerator's allocator, or alive on a CPU, plus the overhead."""
+        return (forecast.peak if forecast.reserved is None else forecast.reserved) + self.overhead
 
 
 @dataclass(frozen=True)
-class Largest:
-    """The largest batch of rows of `tokens`; 0 if not even one row fits, `more` if the search ended before its end."""
+class LargestBatch:
+    """The largest batch with rows of `tokens`; 0 rows if not even one fits. more: the search ended at `MAX_ROWS`."""
 
     tokens: int
     rows: int
@@ -60,15 +59,18 @@ class Largest:
 
 @dataclass(frozen=True)
 class Recomputation:
-    """The least that fits: `none`, a number of bytes, `full`; None if nothing does. needed: at most."""
+    """The activation checkpointing with the least recomputation that fits: `none`, a number of bytes, or `full`.
+
+    None if nothing fits. needed: bytes, at most.
+    """
 
     checkpointing: str | int | None
     needed: int | None
 
 
 @dataclass(frozen=True)
-class Gain:
-    """What one change of the settings does to the predicted peak; None, and why, where it cannot be made."""
+class Alternative:
+    """The change in the predicted peak, in bytes, if one setting changes; None, and the reason, if it cannot."""
 
     change: str
     difference: int | None
@@ -77,109 +79,114 @@ class Gain:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answers. not_rehearsed: why only `counted` bytes are known, which are needed at least; None if all is."""
+    """The answers of `plan`.
 
-    wanted: Wanted
-    memory: Memory
+    rehearsed_whole: whether all layers were rehearsed. counted: a lower bound, by part, where the model cannot be
+    rehearsed; not_rehearsed gives the reason. Both are None otherwise.
+    """
+
+    setup: TrainingSetup
+    memory: DeviceMemory
     forecast: Forecast | None
     needed: int | None
     least: Recomputation | None
-    largest: tuple[Largest, ...]
-    gains: tuple[Gain, ...]
-    whole: bool
+    largest: tuple[LargestBatch, ...]
+    alternatives: tuple[Alternative, ...]
+    rehearsed_whole: bool
     counted: dict[str, int] | None = None
     not_rehearsed: str | None = None
 
     @property
     def fits(self) -> bool | None:
-        """Whether the wanted batch fits; None if that is not known."""
+        """Whether the setup fits; None if that is unknown."""
         if self.needed is not None:
             return self.needed <= self.memory.size
         assert self.counted is not None
-        return False if sum(self.counted.values()) + self.memory.beside > self.memory.size else None
+        return False if sum(self.counted.values()) + self.memory.overhead > self.memory.size else None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for `json.dumps`; sizes in bytes."""
-        wanted = self.wanted
+    def to_json(self) -> dict[str, object]:
+        """Returns plain data for `json.dumps`; sizes in bytes."""
+        setup = self.setup
         return {
             "fits": self.fits,
             "memory": asdict(self.memory),
             "wanted": {
-                "rows": wanted.rows,
-                "tokens": wanted.tokens,
-                "rank": wanted.lora.rank,
-                "format": wanted.quant.format,
-                "embedding_format": wanted.quant.embedding_format,
-                "double_quant": wanted.quant.double_quant,
-                "optimizer": wanted.optimizer,
-                "checkpointing": wanted.checkpointing,
+                "rows": setup.rows,
+                "tokens": setup.tokens,
+                "rank": setup.lora.rank,
+                "format": setup.quant.format,
+                "embedding_format": setup.quant.embedding_format,
+                "double_quant": setup.quant.double_quant,
+                "optimizer": setup.optimizer,
+                "checkpointing": setup.checkpointing,
             },
             "needed": self.needed,
             "forecast": None if self.forecast is None else self.forecast.to_json(),
             "least_recomputation": None if self.least is None else asdict(self.least),
             "largest": [asdict(entry) for entry in self.largest],
-            "gains": [asdict(gain) for gain in self.gains],
-            "rehearsed_whole": self.whole,
+            "gains": [asdict(alternative) for alternative in self.alternatives],
+            "rehearsed_whole": self.rehearsed_whole,
             "counted": self.counted,
             "not_rehearsed": self.not_rehearsed,
         }
 
 
-def plan(found: Any, wanted: Wanted, memory: Memory, lengths: Sequence[int] | None = None) -> Plan:
-    """What fits into `memory` of training a model of this config (`read_config`).
+def plan(model_config: Any, setup: TrainingSetup, memory: DeviceMemory, lengths: Sequence[int] | None = None) -> Plan:
+    """Plans what of training a model of this config (from `read_config`) fits into `memory`.
 
-    lengths: for which the largest batch is looked for; None for `usual_lengths`.
-    A model that cannot be rehearsed has a plan of what is counted alone. Raises ConfigError, TargetError and
-    CheckpointError as the real run would.
+    lengths: the numbers of tokens whose largest batch is searched for; None for `usual_lengths`.
+    For a model that cannot be rehearsed, the plan has counted bytes only. Raises ConfigError, TargetError and
+    CheckpointError where the real run would.
     """
-    check_batch_shape(found, wanted.rows, wanted.tokens)
-    lengths = usual_lengths(found, wanted.tokens) if lengths is None else lengths
+    check_batch_shape(model_config, setup.rows, setup.tokens)
+    lengths = usual_lengths(model_config, setup.tokens) if lengths is None else lengths
     for length in lengths:
-        check_batch_shape(found, 1, length)
+        check_batch_shape(model_config, 1, length)
     try:
         with fake_tensors(memory.accelerator):
-            forecasts = Forecasts(found, memory.accelerator)
-            forecast = forecasts.of(wanted)
-            least = least_recomputation(forecasts, wanted, memory)
-            largest = tuple(largest_batch(forecasts, wanted, memory, length) for length in lengths)
-            gains = tuple(_gain(forecasts, wanted, *change) for change in _changes(wanted))
+            forecaster = Forecaster(model_config, memory.accelerator)
+            forecast = forecaster.forecast(setup)
+            least = least_recomputation(forecaster, setup, memory)
+            largest = tuple(largest_batch(forecaster, setup, memory, length) for length in lengths)
+            alternatives = tuple(_alternative(forecaster, setup, *change) for change in _changes(setup))
     except RehearsalError as error:
-        counted = counted_bytes(found, wanted)
-        return Plan(wanted, memory, None, None, None, (), (), False, counted, str(error))
-    return Plan(wanted, memory, forecast, memory.needed(forecast), least, largest, gains, forecasts.whole)
+        counted = minimum_bytes(model_config, setup)
+        return Plan(setup, memory, None, None, None, (), (), False, counted, str(error))
+    needed = memory.needed(forecast)
+    return Plan(setup, memory, forecast, needed, least, largest, alternatives, forecaster.rehearses_all_layers)
 
 
-def usual_lengths(found: Any, tokens: int) -> list[int]:
-    """512, 2,048 and 8,192 tokens as far as the model goes, and the wanted number."""
-    longest = min(architecture.longest_sequence(found) or LONGEST, LONGEST)
-    return sorted({tokens, *(length for length in LENGTHS if length <= longest)})
+def usual_lengths(model_config: Any, tokens: int) -> list[int]:
+    """Returns `tokens`, and of 512, 2,048 and 8,192 those that the model can take, in ascending order."""
+    longest = architecture.longest_sequence(model_config) or USUAL_LENGTHS[-1]
+    return sorted({tokens, *(length for length in USUAL_LENGTHS if length <= longest)})
 
 
-def counted_bytes(found: Any, wanted: Wanted) -> dict[str, int]:
-    """What is resident in any case: the packed model with adapters, their gradients and the optimizer's states.
+def minimum_bytes(model_config: Any, setup: TrainingSetup) -> dict[str, int]:
+    """Returns a lower bound of the bytes of training: the packed model with adapters, gradients, optimizer states.
 
-    Of a model that can be loaded on fake tensors though not trained on them; else RehearsalError.
+    Serves models that can be loaded on fake tensors but not trained on them. Raises RehearsalError for others.
     """
     with fake_tensors(), fake_profiler() as profiler:
-        model = unread_model(found, wanted.quant, wanted.lora, profiler)
+        model = build_fake_model(model_config, setup.quant, setup.lora, profiler)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         values = sum(parameter.numel() for parameter in trained)
-        state = ADAMW_BYTES if wanted.optimizer == "adamw" else ADAMW8BIT_BYTES
+        state = ADAMW_BYTES if setup.optimizer == "adamw" else ADAMW8BIT_BYTES
         return {
-            "model": own_bytes(model),
+            "model": parameter_and_buffer_bytes(model),
             "gradients": sum(parameter.nbytes for parameter in trained),
             "optimizer_state": state * values,
         }
 
 
-def least_recomputation(forecasts: Forecasts, wanted: Wanted, memory: Memory) -> Recomputation:
-    """The least recomputation with which the wanted batch fits.
+def least_recomputation(forecaster: Forecaster, setup: TrainingSetup, memory: DeviceMemory) -> Recomputation:
+    """Returns the least recomputation with which the setup fits.
 
-    A number of bytes bounds what is alive above the model's own (`TrainConfig.checkpointing`), so what it needs is at
-    most what recomputing everything needs, and that number in the place of what is above the model then.
+    A budget of bytes bounds the bytes alive above those of the model (`TrainConfig.checkpointing`). A budget needs at
+    most needed(full) - above(full) + budget, where above(full) are these bytes with full recomputation.
     """
     for kind in ("none", "full"):
-        forecast = forecasts.of(wanted.changed(checkpointing=kind))
+        forecast = forecaster.forecast(replace(setup, checkpointing=kind))
         needed = memory.needed(forecast)
         if needed > memory.size:
             continue
@@ -187,105 +194,107 @@ def least_recomputation(forecasts: Forecasts, wanted: Wanted, memory: Memory) ->
             return Recomputation(kind, needed)
         above = forecast.peak - forecast.model_bytes
         budget = above + memory.size - needed
-        if budget < above * DIAL_MARGIN:
+        if budget < above * BUDGET_MARGIN:
             return Recomputation(kind, needed)
         return Recomputation(budget, needed + budget - above)
     return Recomputation(None, None)
 
 
-def checkpointing_within(found: Any, wanted: Wanted, memory: Memory) -> Recomputation:
-    """The least recomputation with which the wanted batch fits; ConfigError, with the nearest that does, if none.
+def checkpointing_within(model_config: Any, setup: TrainingSetup, memory: DeviceMemory) -> Recomputation:
+    """Returns the least recomputation with which the setup fits.
 
-    RehearsalError for a model that cannot be rehearsed.
+    Raises ConfigError, with the nearest batch that fits, if none does; RehearsalError for a model that cannot be
+    rehearsed.
     """
-    check_batch_shape(found, wanted.rows, wanted.tokens)
+    check_batch_shape(model_config, setup.rows, setup.tokens)
     with fake_tensors(memory.accelerator):
-        forecasts = Forecasts(found, memory.accelerator)
-        least = least_recomputation(forecasts, wanted, memory)
+        forecaster = Forecaster(model_config, memory.accelerator)
+        least = least_recomputation(forecaster, setup, memory)
         if least.checkpointing is not None:
             return least
-        full = wanted.changed(checkpointing="full")
-        needed = memory.needed(forecasts.of(full))
-        rows = largest_batch(forecasts, full, memory, wanted.tokens).rows
-        tokens = wanted.tokens
+        full = replace(setup, checkpointing="full")
+        needed = memory.needed(forecaster.forecast(full))
+        rows = largest_batch(forecaster, full, memory, setup.tokens).rows
+        tokens = setup.tokens
         while rows == 0 and tokens >= 4:
             tokens //= 2
-            rows = min(1, largest_batch(forecasts, full.changed(rows=1), memory, tokens).rows)
+            rows = min(1, largest_batch(forecaster, replace(full, rows=1), memory, tokens).rows)
     nearest = f"the nearest batch that fits is {rows} x {tokens} tokens" if rows else "not even two tokens fit"
     raise ConfigError(
-        f"{wanted.rows} x {wanted.tokens} tokens need {needed} bytes even if every block is recomputed, "
-        f"and there are {memory.size}; {nearest}"
+        f"{setup.rows} x {setup.tokens} tokens need {needed} bytes even if every block is recomputed, "
+        f"but only {memory.size} are available; {nearest}"
     )
 
 
-def largest_batch(forecasts: Forecasts, wanted: Wanted, memory: Memory, tokens: int) -> Largest:
-    """The largest batch of rows of so many tokens that fits: it does by prediction, and one row more does not."""
+def largest_batch(forecaster: Forecaster, setup: TrainingSetup, memory: DeviceMemory, tokens: int) -> LargestBatch:
+    """Returns the largest batch with rows of `tokens` that fits by prediction, while one row more does not."""
     needed: dict[int, int] = {}
 
     def fits(rows: int) -> bool:
-        needed[rows] = memory.needed(forecasts.of(wanted.changed(rows=rows, tokens=tokens)))
+        needed[rows] = memory.needed(forecaster.forecast(replace(setup, rows=rows, tokens=tokens)))
         return needed[rows] <= memory.size
 
-    first = forecasts.guess(wanted, tokens, memory.size, memory.needed)
+    first = forecaster.guess_rows(setup, tokens, memory.size, memory.needed)
     if first is None and fits(1):
-        first = forecasts.guess(wanted, tokens, memory.size, memory.needed)
-    rows = most_that_fits(fits, lambda rows: needed[rows], memory.size, first or 1)
-    return Largest(tokens, rows, needed.get(rows), rows == MOST_ROWS)
+        first = forecaster.guess_rows(setup, tokens, memory.size, memory.needed)
+    rows = largest_fitting(fits, lambda rows: needed[rows], memory.size, first or 1)
+    return LargestBatch(tokens, rows, needed.get(rows), rows == MAX_ROWS)
 
 
-def most_that_fits(fits: Callable[[int], bool], needed: Callable[[int], int], size: int, first: int) -> int:
-    """The largest number up to `MOST_ROWS` that fits, 0 if 1 does not, by straight lines between those asked for.
+def largest_fitting(fits: Callable[[int], bool], needed: Callable[[int], int], size: int, first: int) -> int:
+    """Returns the largest number up to `MAX_ROWS` that fits, 0 if 1 does not. Begins with `first`.
 
-    `needed(n)` of a number that was asked for. What fits, fits with fewer rows too.
+    fits(n) must hold for all smaller numbers too. needed(n): the bytes of a number that was tried. Between tried
+    numbers the search follows a straight line through them, or halves the interval.
     """
-    low, high, asked = 0, MOST_ROWS + 1, list[int]()
-    number = min(max(first, 1), MOST_ROWS)
+    low, high, tried = 0, MAX_ROWS + 1, list[int]()
+    number = min(max(first, 1), MAX_ROWS)
     while high - low > 1:
-        asked.append(number)
+        tried.append(number)
         if fits(number):
             low = number
         else:
             high = number
-        if len(asked) == 1:  # a first guess is off by a row or two
+        if len(tried) == 1:  # a first guess is off by a row or two
             number = number + 1 if low else number - 1
-        elif high in asked and len(asked) % 2:  # what an allocator reserves goes in steps: no line is to be trusted
+        elif high in tried and len(tried) % 2:  # an allocator reserves in steps, so a line may mislead
             number = (low + high) // 2
         else:
-            one, other = (max(low, min(asked)), high) if high in asked else (min(asked), max(asked))
+            one, other = (max(low, min(tried)), high) if high in tried else (min(tried), max(tried))
             slope = (needed(other) - needed(one)) / max(other - one, 1)
             number = int(one + (size - needed(one)) / slope) if slope > 0 else 2 * number
-            number = min(number, STRIDE * max(low, 1))
-            if high not in asked:  # nor is a line to be followed row by row
-                number = max(number, low + 2 ** (len(asked) - 2))
+            number = min(number, MAX_GROWTH * max(low, 1))
+            if high not in tried:  # or creep row by row
+                number = max(number, low + 2 ** (len(tried) - 2))
         number = min(max(number, low + 1), high - 1)
     return low
 
 
-def _changes(wanted: Wanted) -> list[tuple[str, Wanted]]:
-    """Single changes of the settings that may need less."""
-    quant, lora = wanted.quant, wanted.lora
+def _changes(setup: TrainingSetup) -> list[tuple[str, TrainingSetup]]:
+    """Returns single changes of the settings that may need less memory."""
+    quant, lora = setup.quant, setup.lora
     found = []
     if quant.embedding_format == UNPACKED:
         rows = embedding_formats()[0]
-        found.append((f"{rows} embedding and head", wanted.changed(quant=replace(quant, embedding_format=rows))))
+        found.append((f"{rows} embedding and head", replace(setup, quant=replace(quant, embedding_format=rows))))
     row, smallest = FORMATS.get(quant.format), FORMATS[DEFAULT_FORMAT]
     if row is None or row.bits > smallest.bits:
         packed = replace(quant, format=smallest.name, int8_activations=False)
-        found.append((f"{smallest.name} in place of {quant.format}", wanted.changed(quant=packed)))
+        found.append((f"{smallest.name} in place of {quant.format}", replace(setup, quant=packed)))
     elif row.nests and not quant.double_quant:
-        found.append(("double quantization", wanted.changed(quant=replace(quant, double_quant=True))))
-    if wanted.optimizer == "adamw":
-        found.append(("adamw8bit", wanted.changed(optimizer="adamw8bit")))
-    if wanted.checkpointing != "full":
-        found.append(("checkpointing full", wanted.changed(checkpointing="full")))
+        found.append(("double quantization", replace(setup, quant=replace(quant, double_quant=True))))
+    if setup.optimizer == "adamw":
+        found.append(("adamw8bit", replace(setup, optimizer="adamw8bit")))
+    if setup.checkpointing != "full":
+        found.append(("checkpointing full", replace(setup, checkpointing="full")))
     if lora.rank > 1:
         smaller = replace(lora, rank=lora.rank // 2, alpha=lora.alpha / 2)
-        found.append((f"rank {lora.rank // 2} in place of {lora.rank}", wanted.changed(lora=smaller)))
+        found.append((f"rank {lora.rank // 2} in place of {lora.rank}", replace(setup, lora=smaller)))
     return found
 
 
-def _gain(forecasts: Forecasts, wanted: Wanted, change: str, changed: Wanted) -> Gain:
+def _alternative(forecaster: Forecaster, setup: TrainingSetup, change: str, changed: TrainingSetup) -> Alternative:
     try:
-        return Gain(change, forecasts.of(changed).peak - forecasts.of(wanted).peak)
+        return Alternative(change, forecaster.forecast(changed).peak - forecaster.forecast(setup).peak)
     except QLoRAError as error:
-        return Gain(change, None, str(error))
+        return Alternative(change, None, str(error))

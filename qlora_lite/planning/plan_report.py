@@ -1,4 +1,4 @@
-"""A `Plan` as text for people."""
+"""Renders a `Plan` as text."""
 
 from __future__ import annotations
 
@@ -18,52 +18,55 @@ NOTHING = "-"
 
 
 def render_plan(plan: Plan, width: int = 100) -> str:
-    """The plan as sentences and tables, `width` characters wide at most."""
-    wanted = plan.wanted
-    batch = f"{wanted.rows} x {wanted.tokens} tokens, checkpointing {_dial(wanted.checkpointing)}"
+    """Returns the plan as sentences and tables, at most `width` characters wide."""
+    setup = plan.setup
+    batch = f"{setup.rows} x {setup.tokens} tokens, checkpointing {_checkpointing(setup.checkpointing)}"
     if plan.forecast is None:
-        return "\n".join([*_counted(plan, batch), ""])
+        return "\n".join([*_counted_lines(plan, batch), ""])
     assert plan.needed is not None
     verdict = "fits into" if plan.fits else "does not fit into"
     lines = [f"{batch}: {verdict} {readable_bytes(plan.memory.size)}; needed: {readable_bytes(plan.needed)}", ""]
     rows = [
-        [category.value.replace("_", " "), readable_bytes(plan.forecast.by_category[category])]
+        [category.label, readable_bytes(plan.forecast.by_category[category])]
         for category in Category
         if plan.forecast.by_category[category]
     ]
     rows.append(["live tensors at the peak", readable_bytes(plan.forecast.peak)])
-    lines += [_table(["at the peak", "bytes"], [*rows, *_beside(plan, plan.forecast)], width)]
+    lines += [_table(["at the peak", "bytes"], [*rows, *_overhead_rows(plan, plan.forecast)], width)]
     where = plan.forecast.module or "no module"
-    lines += [f"The peak is in phase {plan.forecast.phase}, in {where}.", _least(plan), ""]
-    lines += [_table(["tokens", "largest batch (rows)", "needed"], _largest(plan), width)]
-    lines += [_table(["change", "peak of live tensors"], _gains(plan), width), *_how(plan, plan.forecast, width)]
+    lines += [f"The peak is in phase {plan.forecast.phase}, in {where}.", _least_line(plan), ""]
+    lines += [_table(["tokens", "largest batch (rows)", "needed"], _largest_rows(plan), width)]
+    lines += [
+        _table(["change", "peak of live tensors"], _alternative_rows(plan), width),
+        *_method_lines(plan, plan.forecast, width),
+    ]
     return "\n".join(line.rstrip() for line in "\n".join(lines).splitlines()) + "\n"
 
 
-def _dial(checkpointing: str | int | None) -> str:
+def _checkpointing(checkpointing: str | int | None) -> str:
     return readable_bytes(checkpointing) if isinstance(checkpointing, int) else str(checkpointing)
 
 
-def _beside(plan: Plan, forecast: Forecast) -> list[list[str]]:
+def _overhead_rows(plan: Plan, forecast: Forecast) -> list[list[str]]:
     rows = []
     if forecast.reserved is not None:
-        rows.append(["reserved by the allocator beyond them", readable_bytes(forecast.reserved - forecast.peak)])
-    what = "context of the device" if plan.memory.accelerator else "rest of the process"
-    return [*rows, [f"{what} ({plan.memory.beside_is})", readable_bytes(plan.memory.beside)]]
+        rows.append(["reserved by the allocator beyond these", readable_bytes(forecast.reserved - forecast.peak)])
+    name = "context of the device" if plan.memory.accelerator else "rest of the process"
+    return [*rows, [f"{name} ({plan.memory.overhead_source})", readable_bytes(plan.memory.overhead)]]
 
 
-def _least(plan: Plan) -> str:
+def _least_line(plan: Plan) -> str:
     least = plan.least
     if least is None or least.checkpointing is None or least.needed is None:
-        return "Least recomputation that fits: none does, not even full."
+        return "Least recomputation that fits: none, not even checkpointing full."
     most = "at most " if isinstance(least.checkpointing, int) else ""
     return (
-        f"Least recomputation that fits: checkpointing {_dial(least.checkpointing)}"
+        f"Least recomputation that fits: checkpointing {_checkpointing(least.checkpointing)}"
         f" (needs {most}{readable_bytes(least.needed)})."
     )
 
 
-def _largest(plan: Plan) -> list[list[str]]:
+def _largest_rows(plan: Plan) -> list[list[str]]:
     return [
         [
             str(entry.tokens),
@@ -74,43 +77,43 @@ def _largest(plan: Plan) -> list[list[str]]:
     ]
 
 
-def _gains(plan: Plan) -> list[list[str]]:
+def _alternative_rows(plan: Plan) -> list[list[str]]:
     rows = []
-    for gain in plan.gains:
-        if gain.difference is None:
-            rows.append([gain.change, f"not possible: {gain.why_not}"])
+    for alternative in plan.alternatives:
+        if alternative.difference is None:
+            rows.append([alternative.change, f"not possible: {alternative.why_not}"])
         else:
-            sign = "-" if gain.difference < 0 else "+"
-            rows.append([gain.change, f"{sign}{readable_bytes(abs(gain.difference))}"])
+            sign = "-" if alternative.difference < 0 else "+"
+            rows.append([alternative.change, f"{sign}{readable_bytes(abs(alternative.difference))}"])
     return rows
 
 
-def _how(plan: Plan, forecast: Forecast, width: int) -> list[str]:
+def _method_lines(plan: Plan, forecast: Forecast, width: int) -> list[str]:
     counts = " and ".join(map(str, forecast.layers))
-    if plan.whole or len(forecast.layers) < 2:
-        how = f"Rehearsed with all layers of the model{f' ({counts})' if counts else ''}."
+    if plan.rehearsed_whole or len(forecast.layers) < 2:
+        method = f"Rehearsed with all layers of the model{f' ({counts})' if counts else ''}."
     else:
-        how = (
-            f"Rehearsed with {counts} layers and continued to all of them by straight lines; "
-            f"compared with a rehearsal of {forecast.layers[-1] + 1} layers: equal to the byte."
+        method = (
+            f"Rehearsed with {counts} layers and extrapolated linearly to all layers; "
+            f"a rehearsal of {forecast.layers[-1] + 1} layers agrees to the byte."
         )
     if plan.memory.accelerator:
-        how += " What the allocator reserves is an estimate."
-    if plan.memory.beside_is == "assumed":
-        how += " The context of the device cannot be known without it: --overhead sets another size."
-    return textwrap.wrap(how, width)
+        method += " The reserved bytes are an estimate."
+    if plan.memory.overhead_source == "assumed":
+        method += " The context is unknown without the device; set its size with --overhead."
+    return textwrap.wrap(method, width)
 
 
-def _counted(plan: Plan, batch: str) -> list[str]:
+def _counted_lines(plan: Plan, batch: str) -> list[str]:
     assert plan.counted is not None
-    total = sum(plan.counted.values()) + plan.memory.beside
+    total = readable_bytes(sum(plan.counted.values()) + plan.memory.overhead)
     lines = [f"not rehearsed: {plan.not_rehearsed}"]
     lines += [f"{name.replace('_', ' ')}: {readable_bytes(size)}" for name, size in plan.counted.items()]
     lines += ["activations and temporaries: not rehearsed"]
     if plan.fits is None:
-        lines.append(f"{batch}: at least {readable_bytes(total)} needed; whether it fits is not known")
+        lines.append(f"{batch}: at least {total} needed; whether it fits is unknown")
     else:
-        lines.append(f"{batch}: does not fit into {readable_bytes(plan.memory.size)}; {readable_bytes(total)} at least")
+        lines.append(f"{batch}: does not fit into {readable_bytes(plan.memory.size)}; at least {total} needed")
     return lines
 
 

@@ -28,11 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_lite import architecture
 from qlora_lite.compute.devices import accelerator_pretended
 from qlora_lite.errors import RehearsalError
-from qlora_lite.memory.measure import MemoryProfiler
+from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport, PhaseMemory
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.planning.cuda_allocator import replay
-from qlora_lite.planning.kernel_workspaces import hidden_bytes, kept_bytes
+from qlora_lite.planning.cuda_workspaces import persistent_workspace_bytes, transient_workspace_bytes
 from qlora_lite.quantization.kernels import bnb
 
 WHOLE = "step"
@@ -107,7 +107,10 @@ def fake_profiler(accelerator: bool = False) -> MemoryProfiler:
     """A profiler that follows fake tensors; for an accelerator also what its kernels allocate inside themselves
     (kernel_workspaces.py)."""
     return MemoryProfiler(
-        new_trace=lambda: StorageTrace(hidden_bytes, kept_bytes) if accelerator else StorageTrace(), counters=False
+        new_trace=lambda: (
+            StorageTrace(transient_workspace_bytes, persistent_workspace_bytes) if accelerator else StorageTrace()
+        ),
+        counters=False,
     )
 
 

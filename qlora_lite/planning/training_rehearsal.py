@@ -15,10 +15,10 @@ from qlora_lite.checkpoints.load import load_tensors_
 from qlora_lite.errors import CheckpointError, QLoRAError, RehearsalError
 from qlora_lite.lora.adapters import add_lora_
 from qlora_lite.lora.config import LoraConfig, init_parts
-from qlora_lite.memory.measure import MemoryProfiler
+from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
-from qlora_lite.planning.empty_checkpoint import UnreadCheckpoint
 from qlora_lite.planning.rehearsal import rehearsal, rehearsed_report
+from qlora_lite.planning.shape_only_checkpoint import ShapeOnlyCheckpoint
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.loop import check_batch_shape, train
@@ -52,12 +52,12 @@ def rehearse_steps(
     found = read_config(path_or_id)
     check_batch_shape(found, rows, tokens)
     with rehearsal(accelerator) as profiler:
-        model = unread_model(found, quant, lora, profiler, dtype)
-        rehearsed_training(model, profiler, config, rows, tokens)
+        model = build_fake_model(found, quant, lora, profiler, dtype)
+        run_fake_training(model, profiler, config, rows, tokens)
     return rehearsed_report(profiler, accelerator)
 
 
-def unread_model(
+def build_fake_model(
     found: Any, quant: QuantConfig, lora: LoraConfig, profiler: MemoryProfiler, dtype: torch.dtype = torch.bfloat16
 ) -> Any:
     """A model of this config, packed, with adapters and without values; made in the profiler's phase `load`.
@@ -69,7 +69,7 @@ def unread_model(
     with no_dispatch():
         model: Any = hub.empty_model(found, dtype)
         architecture.tie(model)
-    checkpoint = UnreadCheckpoint(model, quant, stored)
+    checkpoint = ShapeOnlyCheckpoint(model, quant, stored)
     with profiler.phase("load"):
         load_tensors_(model, checkpoint, dtype, torch.device("cpu"))
         # loftq reads weights to start A and B, which have the same size whatever they start with
@@ -80,8 +80,8 @@ def unread_model(
     return model
 
 
-def rehearsed_training(model: Any, profiler: MemoryProfiler, config: TrainConfig, rows: int, tokens: int) -> None:
-    """Trains an `unread_model` on batches `(rows, tokens)`; the profiler's phases are those of `train`.
+def run_fake_training(model: Any, profiler: MemoryProfiler, config: TrainConfig, rows: int, tokens: int) -> None:
+    """Trains an `build_fake_model` on batches `(rows, tokens)`; the profiler's phases are those of `train`.
 
     RehearsalError for a model whose code fails on fake tensors, or on a packed base.
     """
@@ -98,7 +98,7 @@ def rehearsed_training(model: Any, profiler: MemoryProfiler, config: TrainConfig
         ) from error
 
 
-def prediction_or_why_not(
+def try_rehearse_steps(
     path_or_id: str | Path, quant: QuantConfig, lora: LoraConfig, config: TrainConfig, *, rows: int, tokens: int
 ) -> tuple[MemoryReport | None, str]:
     """`rehearse_steps` for the device that training uses here; without a report, a sentence says why there is none."""

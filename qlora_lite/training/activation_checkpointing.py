@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from qlora_lite.compute.cpu_attention import OutputStash
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.trace import StorageTrace, storages_of
+from qlora_lite.memory.storages import storages_of
+from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.surgery import repeated_blocks, replaced_forward
 
 # Allocations that differ from batch to batch (other lengths, other numbers of labels) at the same number of tokens.

@@ -23,7 +23,7 @@ from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.adapters import add_lora_
 from qlora_lite.lora.config import LoraConfig
-from qlora_lite.memory.measure import MemoryProfiler
+from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.training.activation_checkpointing import checkpointed

@@ -26,7 +26,8 @@ from qlora_lite.compute.random_state import RandomSources
 from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, TargetError, TrainingError, listing
 from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, wrapped_layers
-from qlora_lite.memory.measure import MemoryProfiler, peak_bytes
+from qlora_lite.memory.counters import peak_bytes
+from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.signals import poll
 from qlora_lite.training.activation_checkpointing import Dial
 from qlora_lite.training.config import TrainConfig

@@ -15,7 +15,7 @@ from qlora_lite.checkpoints.lazy_tensors import read_slices
 from qlora_lite.checkpoints.safetensors_read import TensorFiles, stored_tensors
 from qlora_lite.checkpoints.safetensors_write import INDEX_FILE
 from qlora_lite.errors import CheckpointError
-from qlora_lite.memory.measure import reset_resident_peak, resident_bytes
+from qlora_lite.memory.counters import reset_resident_peak, resident_bytes
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 

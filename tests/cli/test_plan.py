@@ -19,9 +19,9 @@ def test_status_says_whether_it_fits(run: Run, tiny_folder: Path) -> None:
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["fits"] is True and figures["memory"] == {
         "size": 600 << 20,
-        "beside": 512 << 20,
+        "overhead": 512 << 20,
         "accelerator": True,
-        "beside_is": "assumed",
+        "overhead_source": "assumed",
     }
     assert figures["largest"][0]["rows"] > 1 and figures["least_recomputation"]["checkpointing"] == "none"
     assert "1 x 32 tokens, checkpointing full: fits into 600.0 MiB" in done.stdout and "assumed" in done.stdout
@@ -29,7 +29,7 @@ def test_status_says_whether_it_fits(run: Run, tiny_folder: Path) -> None:
     assert done.returncode == 3, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["fits"] is False and figures["largest"][0]["rows"] == 0 and figures["forecast"]["reserved"] is None
-    assert "does not fit into 100.0 KiB" in done.stdout and "none does, not even full" in done.stdout
+    assert "does not fit into 100.0 KiB" in done.stdout and "none, not even checkpointing full" in done.stdout
 
 
 def test_a_model_that_nobody_knows_is_one_sentence(run: Run, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_counters_alone_tell_the_process_and_predict_nothing(run: Run, tiny_fold
     [
         (("--mode", "all"), 2, "must be full or phases; got 'all'"),
         (("--mode", "phases", "--png", "{t}/a.png"), 2, "needs --mode full"),
-        (("--snapshot", "{t}/s.pickle"), 2, "there is none here; leave it out"),
+        (("--snapshot", "{t}/s.pickle"), 2, "and none is available; leave the snapshot out"),
     ],
 )
 def test_bad_input_is_one_sentence(

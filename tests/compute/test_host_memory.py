@@ -30,7 +30,7 @@ def test_can_be_set_with_glibc_and_says_whether_it_could() -> None:
 def test_freed_pages_are_kept_until_they_are_released() -> None:
     program = """
 from qlora_lite.compute.host_memory import set_host_limits, release_freed_pages
-from qlora_lite.memory.measure import resident_bytes
+from qlora_lite.memory.counters import resident_bytes
 import torch
 set_host_limits()
 start = resident_bytes()
@@ -51,7 +51,7 @@ print(held >> 20, (resident_bytes() - start) >> 20)
 def test_a_limit_hands_back_when_the_process_has_grown_and_not_before(part: float) -> None:
     program = f"""
 from qlora_lite.compute.host_memory import LEAST_GROWTH, HoleLimit, set_host_limits
-from qlora_lite.memory.measure import resident_bytes
+from qlora_lite.memory.counters import resident_bytes
 import torch
 set_host_limits()
 limit = HoleLimit({part})
@@ -83,7 +83,7 @@ def test_only_a_tight_limit_hands_back_between_phases(
 SHAPES = """
 import torch
 from qlora_lite.compute.host_memory import set_host_limits
-from qlora_lite.memory.measure import resident_bytes
+from qlora_lite.memory.counters import resident_bytes
 set_host_limits()
 weight = torch.randn(64, 64, dtype=torch.bfloat16)
 weight[:8] @ weight

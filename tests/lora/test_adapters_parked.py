@@ -12,7 +12,7 @@ from qlora_lite import LinearWithLoRA
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.adapters import ATTRIBUTE, check_adapter_name, drop_inactive_, inactive_adapters, keep_inactive_
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.ownership import Ownership
+from qlora_lite.memory.tensor_labels import TensorLabeler
 from qlora_lite.memory.trace import StorageTrace
 
 
@@ -45,10 +45,10 @@ def test_it_follows_the_model_and_its_copies_and_stays_the_same_parameter() -> N
 def test_it_is_an_adapter_of_its_layer_in_a_trace() -> None:
     model, _ = with_inactive()
     model.requires_grad_(False)
-    ownership, trace = Ownership(), StorageTrace()
-    ownership.track(model)
+    labeler, trace = TensorLabeler(), StorageTrace()
+    labeler.track(model)
     with trace:
-        ownership.label(trace)
+        labeler.label(trace)
     held = trace.peak()[1]
     assert held[Category.ADAPTER, "0"] == 4 * (2 * 4 + 4 * 2 + 2 * 4)
     assert held.by_category()[Category.BASE_WEIGHT] == 4 * (4 * 4 + 4)

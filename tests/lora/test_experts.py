@@ -34,7 +34,7 @@ from qlora_lite.export.plain_weights import plain_weights
 from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, lora_layers, remove_lora_
 from qlora_lite.lora.experts import unpacked_stacks
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.measure import MemoryProfiler
+from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.planning.training_rehearsal import rehearse_steps
 from qlora_lite.quantization.experts import RoutedExperts
 

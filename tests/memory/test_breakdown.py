@@ -67,8 +67,11 @@ def test_it_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({Category.ADAPTER: 1}, "keyed by (category, module name or None); got <Category.ADAPTER"),
-        ({(Category.ADAPTER, 3): 1}, "keyed by (category, module name or None); got (<Category.ADAPTER"),
+        ({Category.ADAPTER: 1}, "keys of a breakdown are (category, module name or None); got <Category.ADAPTER"),
+        (
+            {(Category.ADAPTER, 3): 1},
+            "keys of a breakdown are (category, module name or None); got (<Category.ADAPTER",
+        ),
         ({("weights", None): 1}, "got 'weights'"),
         ({(Category.ADAPTER, None): 1.5}, "bytes must be an int; got 1.5"),
         ({(Category.ADAPTER, None): True}, "bytes must be an int; got True"),
@@ -82,7 +85,7 @@ def test_other_keys_and_sizes_are_refused(sizes: dict, message: str) -> None:
 
 def test_json_of_something_else_is_refused() -> None:
     row = {"category": "adapter", "module": None, "bytes": 1}
-    with pytest.raises(ConfigError, match="category, module and bytes; got"):
+    with pytest.raises(ConfigError, match="must have the keys category, module and bytes; got"):
         MemoryBreakdown.from_json([{"category": "adapter", "bytes": 1}])
-    with pytest.raises(ConfigError, match="one row for each category and module; got 1 twice"):
+    with pytest.raises(ConfigError, match="must have one row for each category and module; got 1 twice"):
         MemoryBreakdown.from_json([row, row])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
-from qlora_lite.memory.comparison import Compared, compare, render_comparison, written_percent
+from qlora_lite.memory.comparison import SizeComparison, compare, format_percent, render_comparison
 from qlora_lite.memory.report import MemoryReport, PhaseMemory
 
 MIB = 1 << 20
@@ -73,12 +73,12 @@ def test_differences_are_bytes_and_shares_of_what_was_measured() -> None:
     activations = rows["[step]", "activations"]
     assert (activations.difference, activations.percent) == (10 * MIB, pytest.approx(10))
     assert ("[step]", "gradients") not in rows  # nothing of them in either
-    assert Compared("step", "gradients", 5, 0).percent is None
-    assert Compared("step", "gradients", None, 5).difference is None
+    assert SizeComparison("step", "gradients", 5, 0).percent is None
+    assert SizeComparison("step", "gradients", None, 5).difference is None
 
 
 @pytest.mark.parametrize(
     ("percent", "text"), [(None, "-"), (-0.01, "+0.0 %"), (-12.34, "-12.3 %"), (1234.5, "+1,234.5 %")]
 )
 def test_percent_in_words(percent: float | None, text: str) -> None:
-    assert written_percent(percent) == text
+    assert format_percent(percent) == text

@@ -127,8 +127,8 @@ def test_a_timeline_by_phase() -> None:
 
 def test_what_is_left_of_one_counter_beside_another() -> None:
     phase = PhaseMemory("step", 1, resident_peak=50, live_peak=30, allocated_peak=7, reserved_peak=10)
-    assert (phase.beside_tensors, phase.fragmentation) == (20, 3)
-    assert replace(phase, resident_peak=None).beside_tensors is None
+    assert (phase.outside_tensors, phase.fragmentation) == (20, 3)
+    assert replace(phase, resident_peak=None).outside_tensors is None
     assert replace(phase, allocated_peak=None).fragmentation is None
 
 

@@ -13,7 +13,7 @@ from qlora_lite.memory.snapshot import memory_snapshot
 
 def test_without_such_a_device_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="CUDA devices, and there is none here"), memory_snapshot(tmp_path / "s"):
+    with pytest.raises(ConfigError, match="CUDA devices only, and none is available"), memory_snapshot(tmp_path / "s"):
         pytest.fail("nothing is run")
 
 
@@ -27,9 +27,9 @@ def test_a_pretended_recorder_is_started_asked_and_stopped_also_when_the_block_f
     monkeypatch.setattr(snapshot, "_recorder", lambda: recorder)
     with pytest.raises(KeyError), memory_snapshot(tmp_path / "s"):
         raise KeyError
-    assert said == [{"max_entries": snapshot.MOST_ENTRIES}, str(tmp_path / "s"), {"enabled": None}]
+    assert said == [{"max_entries": snapshot.MAX_ENTRIES}, str(tmp_path / "s"), {"enabled": None}]
     (tmp_path / "there").touch()
-    for path, why in (("there", "exists"), ("missing/s", "is no folder that can be written to")):
+    for path, why in (("there", "exists"), ("missing/s", "is not a writable folder")):
         with pytest.raises(CheckpointError, match=why), memory_snapshot(tmp_path / path):
             pytest.fail("nothing is run")
 

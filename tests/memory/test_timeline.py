@@ -10,7 +10,7 @@ from torch import nn
 
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.timeline import thinned
+from qlora_lite.memory.timeline import downsample
 from qlora_lite.memory.trace import StorageTrace, TraceEvent
 
 CATEGORIES = tuple(Category)
@@ -44,7 +44,7 @@ def states(events: list[TraceEvent]) -> list[tuple[int, ...]]:
 
 @given(runs(), st.integers(1, 80))
 def test_every_point_was_there_and_no_peak_is_lost(events: list[TraceEvent], points: int) -> None:
-    timeline = thinned(events, points)
+    timeline = downsample(events, points)
     shown = list(zip(*timeline.sizes.values(), strict=True))
     was = states(events)
     parts = [list(part) for _, part in groupby(range(len(events)), key=lambda number: events[number].phase)]
@@ -66,10 +66,10 @@ def test_a_point_is_the_largest_of_its_stretch() -> None:
         TraceEvent("step", 0, delta, live, Category.ACTIVATION, None)
         for delta, live in zip(sizes, accumulate(sizes), strict=True)
     ]
-    assert thinned(events, 4).sizes[Category.ACTIVATION] == (3, 6, 9, 7)
-    assert thinned(events, 1).sizes[Category.ACTIVATION] == (9,)
-    assert thinned(events, 100).sizes[Category.ACTIVATION] == (1, 3, 6, 6, 9, 9, 6, 7)
-    assert thinned(events, 4).phases == ("step",) * 4
+    assert downsample(events, 4).sizes[Category.ACTIVATION] == (3, 6, 9, 7)
+    assert downsample(events, 1).sizes[Category.ACTIVATION] == (9,)
+    assert downsample(events, 100).sizes[Category.ACTIVATION] == (1, 3, 6, 6, 9, 9, 6, 7)
+    assert downsample(events, 4).phases == ("step",) * 4
 
 
 def test_a_real_step_has_the_peaks_that_the_trace_has() -> None:
@@ -82,7 +82,7 @@ def test_a_real_step_has_the_peaks_that_the_trace_has() -> None:
             with trace.phase("backward"):
                 loss.backward()
             del loss
-    timeline = thinned(trace.timeline(), points=5)
+    timeline = downsample(trace.timeline(), points=5)
     total = [sum(point) for point in zip(*timeline.sizes.values(), strict=True)]
     peak, breakdown = trace.peak()
     at = total.index(max(total))
@@ -93,11 +93,11 @@ def test_a_real_step_has_the_peaks_that_the_trace_has() -> None:
 
 
 def test_no_change_is_no_point() -> None:
-    timeline = thinned([])
+    timeline = downsample([])
     assert len(timeline) == 0 and timeline.sizes == dict.fromkeys(Category, ())
 
 
 @pytest.mark.parametrize("points", [0, -1, 2.5, True])
 def test_points_are_counted_from_one(points: object) -> None:
     with pytest.raises(ConfigError, match=r"a timeline needs 1 point or more; got "):
-        thinned([], points)  # type: ignore[arg-type]
+        downsample([], points)  # type: ignore[arg-type]

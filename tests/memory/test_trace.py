@@ -260,7 +260,7 @@ def test_modes_are_restored_when_the_run_fails() -> None:
         nn.Linear(2, 3)(torch.zeros(1, 5))
     assert _len_torch_dispatch_stack() == depth
     assert vars(torch.UntypedStorage).get("resize_") is untouched
-    with pytest.raises(ConfigError, match="follows one run"):
+    with pytest.raises(ConfigError, match="has already traced a run; make a new one"):
         trace.__enter__()
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from qlora_lite.errors import ConfigError, DeviceMemoryError, QLoRAError
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.planning.cuda_allocator import CachingAllocator, Replay, Usage, replay
-from qlora_lite.planning.cuda_segments import BlockView
+from qlora_lite.planning.cuda_block_pools import BlockView
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

@@ -1,4 +1,4 @@
-"""Forecasts from a few layers, beside rehearsals of all of them."""
+"""Forecasts from a few layers, next to rehearsals of all of them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig
-from qlora_lite.planning.forecast import COMPARED, FEW, Forecasts, Wanted, layer_count
+from qlora_lite.planning.forecast import FEWEST_LAYERS, VERIFIED_LAYERS, Forecaster, TrainingSetup, layer_count
 from qlora_lite.planning.rehearsal import fake_tensors, rehearsal
-from qlora_lite.planning.training_rehearsal import read_config, rehearsed_training, unread_model
+from qlora_lite.planning.training_rehearsal import build_fake_model, read_config, run_fake_training
 
 LAYERS = 8
 
@@ -22,7 +22,7 @@ def deep_config(make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.T
     return read_config(make_tiny_model(tmp_path_factory.mktemp("deep"), layers=LAYERS))
 
 
-def rehearsed_whole(found: Any, wanted: Wanted, accelerator: bool) -> int:
+def rehearsed_whole(found: Any, wanted: TrainingSetup, accelerator: bool) -> int:
     """The peak over two steps of all layers."""
     config = TrainConfig(
         steps=2,
@@ -31,45 +31,47 @@ def rehearsed_whole(found: Any, wanted: Wanted, accelerator: bool) -> int:
         gradient_accumulation=2 if wanted.accumulated else 1,
     )
     with rehearsal(accelerator) as profiler:
-        model = unread_model(found, wanted.quant, wanted.lora, profiler)
-        rehearsed_training(model, profiler, config, wanted.rows, wanted.tokens)
+        model = build_fake_model(found, wanted.quant, wanted.lora, profiler)
+        run_fake_training(model, profiler, config, wanted.rows, wanted.tokens)
     assert profiler.trace is not None
     return profiler.trace.peak()[0]
 
 
 CASES = [
-    (Wanted(QuantConfig(), LoraConfig(4), 2, 24), True),
-    (Wanted(QuantConfig(), LoraConfig(4), 2, 24), False),
-    (Wanted(QuantConfig(), LoraConfig(2), 3, 200, checkpointing="none"), True),
-    (Wanted(QuantConfig("int8", embedding_format="int8"), LoraConfig(8), 1, 40, "adamw8bit"), True),
-    (Wanted(QuantConfig("none"), LoraConfig(4), 5, 16, checkpointing="none", accumulated=True), False),
-    (Wanted(QuantConfig("fp4", double_quant=False), LoraConfig(64), 1, 2), True),
+    (TrainingSetup(QuantConfig(), LoraConfig(4), 2, 24), True),
+    (TrainingSetup(QuantConfig(), LoraConfig(4), 2, 24), False),
+    (TrainingSetup(QuantConfig(), LoraConfig(2), 3, 200, checkpointing="none"), True),
+    (TrainingSetup(QuantConfig("int8", embedding_format="int8"), LoraConfig(8), 1, 40, "adamw8bit"), True),
+    (TrainingSetup(QuantConfig("none"), LoraConfig(4), 5, 16, checkpointing="none", accumulated=True), False),
+    (TrainingSetup(QuantConfig("fp4", double_quant=False), LoraConfig(64), 1, 2), True),
 ]
 
 
 @pytest.mark.parametrize(("wanted", "accelerator"), CASES)
-def test_a_few_layers_tell_the_peak_of_all_to_the_byte(deep_config: Any, wanted: Wanted, accelerator: bool) -> None:
+def test_a_few_layers_tell_the_peak_of_all_to_the_byte(
+    deep_config: Any, wanted: TrainingSetup, accelerator: bool
+) -> None:
     with fake_tensors(accelerator):
-        forecasts = Forecasts(deep_config, accelerator)
-        found = forecasts.of(wanted)
-    assert not forecasts.whole and found.layers == (FEW, FEW + 1)
+        forecasts = Forecaster(deep_config, accelerator)
+        found = forecasts.forecast(wanted)
+    assert not forecasts.rehearses_all_layers and found.layers == (FEWEST_LAYERS, FEWEST_LAYERS + 1)
     assert found.peak == sum(found.by_category.values()) == rehearsed_whole(deep_config, wanted, accelerator)
     assert (found.reserved is not None) == accelerator
 
 
 @pytest.mark.parametrize("layer", [2, 7])
 def test_a_layer_unlike_the_others_is_not_overlooked(deep_config: Any, layer: int) -> None:
-    assert layer_count(deep_config) == LAYERS > COMPARED
-    wanted = Wanted(QuantConfig(), LoraConfig(4, rank_pattern={f"layers.{layer}.mlp.up_proj": 64}), 2, 24)
+    assert layer_count(deep_config) == LAYERS > VERIFIED_LAYERS
+    wanted = TrainingSetup(QuantConfig(), LoraConfig(4, rank_pattern={f"layers.{layer}.mlp.up_proj": 64}), 2, 24)
     with fake_tensors():
-        forecasts = Forecasts(deep_config, False)
-        found = forecasts.of(wanted)
+        forecasts = Forecaster(deep_config, False)
+        found = forecasts.forecast(wanted)
     assert found.layers == (LAYERS,) and found.peak == rehearsed_whole(deep_config, wanted, False)
 
 
 def test_a_number_of_bytes_is_rehearsed_whole(deep_config: Any) -> None:
-    wanted = Wanted(QuantConfig(), LoraConfig(4), 2, 64, checkpointing=4 << 20)
+    wanted = TrainingSetup(QuantConfig(), LoraConfig(4), 2, 64, checkpointing=4 << 20)
     with fake_tensors():
-        found = Forecasts(deep_config, False).of(wanted)
+        found = Forecaster(deep_config, False).forecast(wanted)
     assert found.layers == (LAYERS,) and found.peak == rehearsed_whole(deep_config, wanted, False)
     assert json.dumps(found.to_json())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from qlora_lite import LoraConfig, QuantConfig, TrainConfig
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.errors import ConfigError, RehearsalError
 from qlora_lite.lora.adapters import adapter_parameters, add_lora_
-from qlora_lite.planning.forecast import Forecasts, Wanted
+from qlora_lite.planning.forecast import Forecaster, TrainingSetup
 from qlora_lite.planning.memory_plan import (
-    MOST_ROWS,
-    Memory,
+    MAX_ROWS,
+    DeviceMemory,
     checkpointing_within,
-    counted_bytes,
     largest_batch,
-    most_that_fits,
+    largest_fitting,
+    minimum_bytes,
     plan,
     usual_lengths,
 )
@@ -30,7 +31,7 @@ from qlora_lite.planning.rehearsal import fake_tensors
 from qlora_lite.planning.training_rehearsal import read_config, rehearse_steps
 
 MIB = 1 << 20
-WANTED = Wanted(QuantConfig(), LoraConfig(4), 2, 32)
+WANTED = TrainingSetup(QuantConfig(), LoraConfig(4), 2, 32)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def tiny_config(tiny_folder: Path) -> Any:
     return read_config(tiny_folder)
 
 
-def rehearsed(folder: Path, wanted: Wanted) -> int:
+def rehearsed(folder: Path, wanted: TrainingSetup) -> int:
     config = TrainConfig(steps=2, checkpointing=wanted.checkpointing, optimizer=wanted.optimizer)
     report = rehearse_steps(folder, wanted.quant, wanted.lora, config, rows=wanted.rows, tokens=wanted.tokens)
     return max(phase.live_peak or 0 for phase in report.phases)
@@ -55,8 +56,8 @@ def test_the_search_finds_the_last_that_fits(step: int, jump: int, size: int, fi
         asked.append(rows)
         return needed(rows) <= size
 
-    found = most_that_fits(fits, needed, size, first)
-    assert found == next((rows for rows in range(MOST_ROWS, 0, -1) if needed(rows) <= size), 0)
+    found = largest_fitting(fits, needed, size, first)
+    assert found == next((rows for rows in range(MAX_ROWS, 0, -1) if needed(rows) <= size), 0)
     assert len(asked) == len(set(asked)) < 40
 
 
@@ -65,21 +66,21 @@ def test_the_search_finds_the_last_that_fits(step: int, jump: int, size: int, fi
 def test_the_largest_batch_fits_and_one_row_more_does_not(
     size: int, kind: str, tokens: int, tiny_folder: Path, tiny_config: Any
 ) -> None:
-    wanted = WANTED.changed(checkpointing=kind)
-    memory = Memory(size, 0, accelerator=False)
+    wanted = replace(WANTED, checkpointing=kind)
+    memory = DeviceMemory(size, 0, accelerator=False)
     with fake_tensors():
-        found = largest_batch(Forecasts(tiny_config, False), wanted, memory, tokens)
+        found = largest_batch(Forecaster(tiny_config, False), wanted, memory, tokens)
     if found.rows:
-        assert rehearsed(tiny_folder, wanted.changed(rows=found.rows, tokens=tokens)) <= size
-    assert rehearsed(tiny_folder, wanted.changed(rows=found.rows + 1, tokens=tokens)) > size
+        assert rehearsed(tiny_folder, replace(wanted, rows=found.rows, tokens=tokens)) <= size
+    assert rehearsed(tiny_folder, replace(wanted, rows=found.rows + 1, tokens=tokens)) > size
 
 
 def test_a_plan_says_what_single_changes_do(tiny_folder: Path, tiny_config: Any) -> None:
-    wanted = WANTED.changed(quant=QuantConfig("int8"), checkpointing="none")
-    made = plan(tiny_config, wanted, Memory(4 * MIB, MIB, accelerator=False), [16])
+    wanted = replace(WANTED, quant=QuantConfig("int8"), checkpointing="none")
+    made = plan(tiny_config, wanted, DeviceMemory(4 * MIB, MIB, accelerator=False), [16])
     assert made.fits and made.forecast is not None and made.needed == made.forecast.peak + MIB
     assert made.least is not None and made.least.checkpointing == "none"
-    changes = {gain.change: gain.difference for gain in made.gains}
+    changes = {alternative.change: alternative.difference for alternative in made.alternatives}
     assert list(changes) == [
         "int8 embedding and head",
         "nf4 in place of int8",
@@ -88,30 +89,30 @@ def test_a_plan_says_what_single_changes_do(tiny_folder: Path, tiny_config: Any)
         "rank 2 in place of 4",
     ]
     before = rehearsed(tiny_folder, wanted)
-    assert changes["checkpointing full"] == rehearsed(tiny_folder, wanted.changed(checkpointing="full")) - before < 0
-    packed = wanted.changed(quant=QuantConfig("nf4"))
+    assert changes["checkpointing full"] == rehearsed(tiny_folder, replace(wanted, checkpointing="full")) - before < 0
+    packed = replace(wanted, quant=QuantConfig("nf4"))
     assert changes["nf4 in place of int8"] == rehearsed(tiny_folder, packed) - before
     assert json.loads(json.dumps(made.to_json()))["largest"][0]["tokens"] == 16
 
 
 def test_bytes_for_checkpointing_are_found_between_none_and_full(tiny_folder: Path, tiny_config: Any) -> None:
-    wanted = WANTED.changed(rows=16, tokens=128)
-    full, none = (rehearsed(tiny_folder, wanted.changed(checkpointing=kind)) for kind in ("full", "none"))
+    wanted = replace(WANTED, rows=16, tokens=128)
+    full, none = (rehearsed(tiny_folder, replace(wanted, checkpointing=kind)) for kind in ("full", "none"))
     size = (full + 3 * none) // 4
-    least = checkpointing_within(tiny_config, wanted, Memory(size, 0, accelerator=False))
+    least = checkpointing_within(tiny_config, wanted, DeviceMemory(size, 0, accelerator=False))
     assert isinstance(least.checkpointing, int) and least.needed is not None and full < least.needed <= size
-    assert rehearsed(tiny_folder, wanted.changed(checkpointing=least.checkpointing)) <= least.needed
+    assert rehearsed(tiny_folder, replace(wanted, checkpointing=least.checkpointing)) <= least.needed
     for enough, kind in ((none, "none"), (full, "full")):
-        assert checkpointing_within(tiny_config, wanted, Memory(enough, 0, False)).checkpointing == kind
+        assert checkpointing_within(tiny_config, wanted, DeviceMemory(enough, 0, False)).checkpointing == kind
 
 
 def test_what_fits_in_no_way_is_refused_with_what_does(tiny_folder: Path, tiny_config: Any) -> None:
-    wanted = WANTED.changed(rows=16, tokens=128)
-    size = rehearsed(tiny_folder, wanted.changed(rows=3))
+    wanted = replace(WANTED, rows=16, tokens=128)
+    size = rehearsed(tiny_folder, replace(wanted, rows=3))
     with pytest.raises(ConfigError, match="the nearest batch that fits is 3 x 128 tokens"):
-        checkpointing_within(tiny_config, wanted, Memory(size, 0, accelerator=False))
+        checkpointing_within(tiny_config, wanted, DeviceMemory(size, 0, accelerator=False))
     with pytest.raises(ConfigError, match="not even two tokens fit"):
-        checkpointing_within(tiny_config, wanted, Memory(1000, 0, accelerator=False))
+        checkpointing_within(tiny_config, wanted, DeviceMemory(1000, 0, accelerator=False))
 
 
 def test_counted_bytes_are_those_of_the_real_model(tiny_folder: Path, tiny_config: Any) -> None:
@@ -120,7 +121,7 @@ def test_counted_bytes_are_those_of_the_real_model(tiny_folder: Path, tiny_confi
     values = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
     expected = {"model": sum(tensors.values()), "gradients": 4 * values, "optimizer_state": 8 * values}
-    assert counted_bytes(tiny_config, WANTED) == expected
+    assert minimum_bytes(tiny_config, WANTED) == expected
 
 
 def test_what_cannot_be_rehearsed_has_counted_bytes_only(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,13 +134,13 @@ def test_what_cannot_be_rehearsed_has_counted_bytes_only(tiny_config: Any, monke
 
     monkeypatch.setattr(modeling_llama.LlamaModel, "forward", looks_at_values)
     with pytest.raises(RehearsalError), fake_tensors():
-        Forecasts(tiny_config, False).of(WANTED)
-    made = plan(tiny_config, WANTED, Memory(10 * MIB, 0, accelerator=False), [16])
+        Forecaster(tiny_config, False).forecast(WANTED)
+    made = plan(tiny_config, WANTED, DeviceMemory(10 * MIB, 0, accelerator=False), [16])
     assert made.fits is None and made.forecast is None and made.largest == ()
     assert made.not_rehearsed is not None and "cannot be rehearsed" in made.not_rehearsed
     assert made.counted is not None and made.counted["model"] > 0
     least = sum(made.counted.values())
-    assert plan(tiny_config, WANTED, Memory(least - 1, 0, accelerator=False), [16]).fits is False
+    assert plan(tiny_config, WANTED, DeviceMemory(least - 1, 0, accelerator=False), [16]).fits is False
 
 
 def test_model_code_that_fails_on_a_packed_base_is_said_to_be_not_rehearsed() -> None:
@@ -147,7 +148,7 @@ def test_model_code_that_fails_on_a_packed_base_is_said_to_be_not_rehearsed() ->
 
     # It multiplies by the weights of its layers itself.
     config = MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2)
-    made = plan(config, WANTED, Memory(10 * MIB, 0, accelerator=False), [16])
+    made = plan(config, WANTED, DeviceMemory(10 * MIB, 0, accelerator=False), [16])
     assert made.fits is None and made.counted is not None
     assert made.not_rehearsed is not None and "a MambaForCausalLM cannot be rehearsed" in made.not_rehearsed
 
@@ -156,4 +157,4 @@ def test_usual_lengths_end_where_the_model_does(tiny_config: Any) -> None:
     assert tiny_config.max_position_embeddings == 2048
     assert usual_lengths(tiny_config, 600) == [512, 600, 2048]
     with pytest.raises(ConfigError, match="at most 2048"):
-        plan(tiny_config, WANTED, Memory(MIB, 0, accelerator=False), [4096])
+        plan(tiny_config, WANTED, DeviceMemory(MIB, 0, accelerator=False), [4096])

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from qlora_lite.compute.devices import on_cpu
 from qlora_lite.errors import RehearsalError
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.measure import MemoryProfiler
+from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
-from qlora_lite.planning.kernel_workspaces import CUBLAS_WORKSPACE
+from qlora_lite.planning.cuda_workspaces import CUBLAS_WORKSPACE
 from qlora_lite.planning.rehearsal import rehearsal, rehearse
 from qlora_lite.quantization.kernels import bnb
 

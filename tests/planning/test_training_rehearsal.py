@@ -11,7 +11,7 @@ import pytest
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora.config import LoraConfig
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.planning.kernel_workspaces import CUBLAS_WORKSPACE
+from qlora_lite.planning.cuda_workspaces import CUBLAS_WORKSPACE
 from qlora_lite.planning.training_rehearsal import read_config, rehearse_steps
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.training.config import TrainConfig

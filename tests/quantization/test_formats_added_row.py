@@ -21,8 +21,8 @@ from qlora_lite import (
 from qlora_lite.compute.slicing import row_slices
 from qlora_lite.errors import ConfigError, QuantizationError
 from qlora_lite.export import save_quantized
-from qlora_lite.planning.forecast import Wanted
-from qlora_lite.planning.memory_plan import Memory, plan
+from qlora_lite.planning.forecast import TrainingSetup
+from qlora_lite.planning.memory_plan import DeviceMemory, plan
 from qlora_lite.planning.training_rehearsal import read_config, rehearse_steps
 from qlora_lite.quantization.formats import FORMATS, Format, storage_bytes
 from qlora_lite.quantization.kernels import CHUNK_VALUES, Kernels, PackedBuffers, Slices
@@ -143,7 +143,9 @@ def test_memory_is_planned(row: Format, tiny_folder: Path) -> None:
     report = rehearse_steps(tiny_folder, quant, lora, TrainConfig(steps=2), rows=1, tokens=16)
     assert max(phase.live_peak or 0 for phase in report.phases) > 0
     if row.bits == 8:
-        decided = plan(read_config(tiny_folder), Wanted(quant, lora, 1, 16), Memory(1 << 33, 0, False), lengths=())
+        decided = plan(
+            read_config(tiny_folder), TrainingSetup(quant, lora, 1, 16), DeviceMemory(1 << 33, 0, False), lengths=()
+        )
         offered = [gain.change for gain in decided.gains]
         assert decided.fits and "nf4 in place of coarse8" in offered
 

@@ -15,17 +15,16 @@ from qlora_lite.checkpoints.files import new_file
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
 from qlora_lite.memory.drawing.palette import DARK, LIGHT, ink_on
 from qlora_lite.memory.drawing.svg import share_bar, timeline_picture, treemap_picture
-from qlora_lite.memory.drawing.tables import breakable, comparison_table, module_table, phase_table, sized
+from qlora_lite.memory.drawing.tables import comparison_table, module_table, path_html, phase_table, size_html
 from qlora_lite.memory.report import (
     ALLOCATED,
-    CATEGORY_NAMES,
     RESERVED,
     RESIDENT,
     TENSORS,
     Column,
     MemoryReport,
     difference,
-    is_known,
+    has_values,
     readable_bytes,
     unit_for,
 )
@@ -90,9 +89,9 @@ def _head(report: MemoryReport, title: str) -> Iterator[str]:
     if phase is None or phase.live_peak is None:
         yield from _counter_headline(report)
     else:
-        place = f" of <b>{breakable(phase.peak_in)}</b>" if phase.peak_in else ""
+        place = f" of <b>{path_html(phase.peak_in)}</b>" if phase.peak_in else ""
         verb = "would be" if report.rehearsed else "were"
-        yield f'<p class="headline"><strong>{sized(phase.live_peak)}</strong>'
+        yield f'<p class="headline"><strong>{size_html(phase.live_peak)}</strong>'
         yield f"<span>of tensors {verb} alive at the peak, in <b>{escape(phase.name)}</b>{place}</span></p>"
         if phase.breakdown:
             yield from _parts(phase.breakdown)
@@ -101,9 +100,9 @@ def _head(report: MemoryReport, title: str) -> Iterator[str]:
 
 def _counter_headline(report: MemoryReport) -> Iterator[str]:
     """The largest of what was counted, where storages were not followed."""
-    column = next((column for column in (RESERVED, ALLOCATED, RESIDENT) if is_known(column, report)), RESIDENT)
+    column = next((column for column in (RESERVED, ALLOCATED, RESIDENT) if has_values(column, report)), RESIDENT)
     highest = _highest(column, report)
-    yield f'<p class="headline"><strong>{sized(None if highest is None else highest[0])}</strong>'
+    yield f'<p class="headline"><strong>{size_html(None if highest is None else highest[0])}</strong>'
     place = "" if highest is None else f", in <b>{escape(highest[1])}</b>"
     yield f"<span>{column.name}{place}; storages were not followed, so what they were is unknown</span></p>"
 
@@ -117,9 +116,9 @@ def _parts(breakdown: MemoryBreakdown) -> Iterator[str]:
         if size:
             share = f"{100 * size / breakdown.total():.1f} %"
             # What would be written as nothing in the unit of the others comes in one of its own.
-            text = sized(size, unit if 20 * size >= unit[0] else None, is_named=True)
+            text = size_html(size, unit if 20 * size >= unit[0] else None, is_named=True)
             yield (
-                f'<li><i class="swatch {key.value}"></i><span>{CATEGORY_NAMES[key]}</span>'
+                f'<li><i class="swatch {key.value}"></i><span>{key.label}</span>'
                 f"<b>{text}</b><small>{share}</small></li>"
             )
     yield "</ul>"
@@ -131,7 +130,7 @@ def _figures(report: MemoryReport) -> Iterator[str]:
         highest and highest[0] for highest in (_highest(column, report) for column in COUNTERS)
     )
     yield '<dl class="figures">'
-    if is_known(ALLOCATED, report) or report.context_bytes is not None:
+    if has_values(ALLOCATED, report) or report.context_bytes is not None:
         needed = None if reserved is None or report.context_bytes is None else reserved + report.context_bytes
         yield _figure("the device needs", needed, "reserved and context")
         yield from (_peak_figure(column, report) for column in (ALLOCATED, RESERVED))
@@ -144,7 +143,7 @@ def _figures(report: MemoryReport) -> Iterator[str]:
 
 
 def _figure(name: str, size: int | None, note: str) -> str:
-    return f"<div><dt>{name}</dt><dd>{sized(size)}<small>{escape(note)}</small></dd></div>"
+    return f"<div><dt>{name}</dt><dd>{size_html(size)}<small>{escape(note)}</small></dd></div>"
 
 
 def _peak_figure(column: Column, report: MemoryReport) -> str:
@@ -159,7 +158,7 @@ def _highest(column: Column, report: MemoryReport) -> tuple[int, str] | None:
 
 
 def _legend(used: Iterable[Category]) -> str:
-    items = (f'<li><i class="swatch {key.value}"></i>{CATEGORY_NAMES[key]}</li>' for key in used)
+    items = (f'<li><i class="swatch {key.value}"></i>{key.label}</li>' for key in used)
     return f'<ul class="legend" aria-hidden="true">{"".join(items)}</ul>'
 
 
@@ -240,7 +239,7 @@ def _pairs(predicted: MemoryReport, measured: MemoryReport) -> Iterator[str]:
         for kind, phase in pair:
             breakdown = None if phase is None else phase.breakdown
             bar = "" if breakdown is None else share_bar(breakdown.by_category(), max(known))
-            size = sized(None if breakdown is None else breakdown.total())
+            size = size_html(None if breakdown is None else breakdown.total())
             yield f'<div><span>{kind}</span>{bar}<span class="size">{size}</span></div>'
     yield "</div>"
 

@@ -9,7 +9,7 @@ from qlora_lite.checkpoints.files import new_file
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.drawing.palette import LIGHT
-from qlora_lite.memory.report import CATEGORY_NAMES, MemoryReport, Timeline, axis_ticks, readable_bytes
+from qlora_lite.memory.report import MemoryReport, Timeline, axis_ticks, readable_bytes
 
 WIDTH, HEIGHT, DOTS = 11.0, 4.2, 150  # inches, inches of each panel, dots an inch
 INK, QUIET, LINE, ACCENT = "#1c1f26", "#5c6370", "#e2e2dc", "#a8321f"
@@ -91,7 +91,7 @@ def _mark_phases(axes: Any, timeline: Timeline) -> None:
 def _add_legend(figure: Any, used: list[Category]) -> None:
     from matplotlib.patches import Patch
 
-    patches = [Patch(color=LIGHT[key], label=CATEGORY_NAMES[key]) for key in used]
+    patches = [Patch(color=LIGHT[key], label=key.label) for key in used]
     figure.legend(
         handles=patches,
         loc="outside lower center",

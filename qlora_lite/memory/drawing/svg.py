@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
 from qlora_lite.memory.drawing.treemap import ITSELF, Rectangle, Tile, tiles
-from qlora_lite.memory.report import CATEGORY_NAMES, Timeline, axis_ticks, readable_bytes
+from qlora_lite.memory.report import Timeline, axis_ticks, readable_bytes
 
 LETTER = 6.2  # the mean width of a letter at the size of labels
 LINE = 15.0
@@ -28,7 +28,7 @@ def _picture(width: float, height: float, kind: str, title: str, body: Iterator[
     )
 
 
-def shortened(text: str, room: float) -> str:
+def truncated(text: str, room: float) -> str:
     """The text, its beginning, or nothing, as it fits into that width."""
     letters = int(room / LETTER)
     if len(text) <= letters:
@@ -101,7 +101,7 @@ def _phases(timeline: Timeline, plot: _Plot) -> Iterator[str]:
     for number, (phase, first, after) in enumerate(timeline.spans()):
         left, right = plot.x(first), plot.x(after)
         name = phase or BETWEEN_PHASES
-        label = shortened(phase or "", right - left - 4)
+        label = truncated(phase or "", right - left - 4)
         shade = "phase odd" if number % 2 else "phase"
         yield f'<g class="{shade if phase else "no-phase"}"><title>{escape(name)}</title>'
         yield f'<rect x="{left:.1f}" y="{plot.bottom:g}" width="{right - left:.1f}" height="20"/>'
@@ -126,7 +126,7 @@ def _peak(timeline: Timeline, plot: _Plot) -> Iterator[str]:
 def _tips(timeline: Timeline, plot: _Plot) -> Iterator[str]:
     sides = f'y="{TOP:g}" width="{plot.x(1) - plot.x(0):.2f}" height="{plot.bottom - TOP:g}"'
     for point, phase in enumerate(timeline.phases):
-        sizes = {CATEGORY_NAMES[key]: column[point] for key, column in timeline.sizes.items() if column[point]}
+        sizes = {key.label: column[point] for key, column in timeline.sizes.items() if column[point]}
         parts = "\n".join(f"{name} {readable_bytes(size)}" for name, size in sizes.items())
         total = readable_bytes(sum(sizes.values()))
         yield f'<rect class="tip" x="{plot.x(point):.1f}" {sides}>'
@@ -142,7 +142,7 @@ def _treemap(breakdown: MemoryBreakdown, place: Rectangle) -> Iterator[str]:
     found = list(tiles(breakdown, place, SMALLEST_SIDE))
     for tile in found:
         if tile.category is not None:
-            tip = f"{tile.path or ITSELF}\n{CATEGORY_NAMES[tile.category]}: {readable_bytes(tile.size)}"
+            tip = f"{tile.path or ITSELF}\n{tile.category.label}: {readable_bytes(tile.size)}"
             yield f'<rect class="{tile.category.value}" {_sides(tile)}><title>{escape(tip)}</title></rect>'
     for tile in sorted(found, key=lambda tile: -tile.depth):
         if tile.category is None and tile.depth:

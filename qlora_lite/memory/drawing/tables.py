@@ -11,9 +11,9 @@ from itertools import groupby
 from typing import NamedTuple
 
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
-from qlora_lite.memory.comparison import Compared, compare, written_percent
+from qlora_lite.memory.comparison import SizeComparison, compare, format_percent
 from qlora_lite.memory.drawing.svg import share_bar
-from qlora_lite.memory.drawing.treemap import ITSELF, NO_MODULE, repeated
+from qlora_lite.memory.drawing.treemap import ITSELF, NO_MODULE, group_repeated
 from qlora_lite.memory.report import (
     ALLOCATED,
     CATEGORY_COLUMNS,
@@ -24,16 +24,16 @@ from qlora_lite.memory.report import (
     MemoryReport,
     PhaseMemory,
     Unit,
-    is_known,
+    format_size,
+    has_values,
     readable_bytes,
     unit_for,
-    written,
 )
 
 UNKNOWN = '<span class="unknown">unknown</span>'
 MOST_MODULES, SMALLEST_SHARE = 14, 0.001
 FRAGMENTATION = Column("fragmen\u00adtation", "", lambda phase: phase.fragmentation)
-BESIDE_TENSORS = Column("rest of the process", "", lambda phase: phase.beside_tensors)
+BESIDE_TENSORS = Column("rest of the process", "", lambda phase: phase.outside_tensors)
 
 
 class Row(NamedTuple):
@@ -44,16 +44,16 @@ class Row(NamedTuple):
     group: str | None = None
 
 
-def sized(size: int | None, unit: Unit | None = None, is_named: bool = False) -> str:
+def size_html(size: int | None, unit: Unit | None = None, is_named: bool = False) -> str:
     """A size in a unit, which is named if `is_named` or if it was not given."""
     if size is None:
-        return UNKNOWN if unit is None else f'<span class="unknown" title="unknown">{written(None, unit)}</span>'
-    text = readable_bytes(size) if unit is None else written(size, unit) + (f" {unit[1]}" if is_named else "")
+        return UNKNOWN if unit is None else f'<span class="unknown" title="unknown">{format_size(None, unit)}</span>'
+    text = readable_bytes(size) if unit is None else format_size(size, unit) + (f" {unit[1]}" if is_named else "")
     nil = "" if size else ' class="nil"'
     return f'<data{nil} value="{size}" title="{size:,} bytes">{text}</data>'
 
 
-def breakable(path: str) -> str:
+def path_html(path: str) -> str:
     """A module's path, escaped, that may be broken after its dots."""
     return escape(path).replace(".", ".<wbr>")
 
@@ -76,13 +76,13 @@ def table(kind: str, caption: str, headings: Iterable[str], rows: Iterable[Row])
 
 def module_table(breakdown: MemoryBreakdown) -> Iterator[str]:
     """The largest modules, those of all blocks together."""
-    groups = [(name, count, sizes) for name, (count, sizes) in repeated(breakdown).items()]
+    groups = [(name, count, sizes) for name, (count, sizes) in group_repeated(breakdown).items()]
     whole, unit = breakdown.total(), unit_for(breakdown.total())
     shown = [group for group in groups[:MOST_MODULES] if sum(group[2].values()) >= SMALLEST_SHARE * whole]
     rest = groups[len(shown) :]
     longest = max(sum(sizes.values()) for _, _, sizes in groups)
     rows = [
-        (NO_MODULE, "", sizes) if name is None else (breakable(name) or ITSELF, str(count), sizes)
+        (NO_MODULE, "", sizes) if name is None else (path_html(name) or ITSELF, str(count), sizes)
         for name, count, sizes in shown
     ]
     if rest:
@@ -95,29 +95,29 @@ def module_table(breakdown: MemoryBreakdown) -> Iterator[str]:
 
 def _module_cells(sizes: dict[Category, int], whole: int, longest: int, unit: Unit) -> list[str]:
     size = sum(sizes.values())
-    return [sized(size, unit), f"{100 * size / whole:.1f} %", share_bar(sizes, longest)]
+    return [size_html(size, unit), f"{100 * size / whole:.1f} %", share_bar(sizes, longest)]
 
 
 def phase_table(report: MemoryReport) -> Iterator[str]:
     """A row for each phase: its counters, then the tensors at its peak."""
-    counters = [ALLOCATED, RESERVED, FRAGMENTATION] if is_known(ALLOCATED, report) else [RESIDENT, BESIDE_TENSORS]
+    counters = [ALLOCATED, RESERVED, FRAGMENTATION] if has_values(ALLOCATED, report) else [RESIDENT, BESIDE_TENSORS]
     traced = [column for column in (TENSORS, *CATEGORY_COLUMNS) if any(map(column.size, report.phases))]
     columns = [*counters, *traced]
     unit = unit_for(max((column.size(phase) or 0 for column in columns for phase in report.phases), default=0))
     headings = ["phase", "times", "seconds", *(column.name for column in columns)]
-    caption = f"The largest peaks of each phase; sizes in {unit[1]}; {written(None, unit)} is unknown"
+    caption = f"The largest peaks of each phase; sizes in {unit[1]}; {format_size(None, unit)} is unknown"
     rows = (Row(_phase_heading(phase), _phase_cells(phase, columns, unit)) for phase in report.phases)
     yield from table("phases", caption, headings, rows)
 
 
 def _phase_heading(phase: PhaseMemory) -> str:
-    place = f"<small>peak in {breakable(phase.peak_in)}</small>" if phase.peak_in else ""
+    place = f"<small>peak in {path_html(phase.peak_in)}</small>" if phase.peak_in else ""
     return escape(phase.name) + place
 
 
 def _phase_cells(phase: PhaseMemory, columns: list[Column], unit: Unit) -> list[str]:
-    seconds = written(None, unit) if phase.seconds is None else f"{phase.seconds:,.2f}"
-    return [str(phase.entries), seconds, *(sized(column.size(phase), unit) for column in columns)]
+    seconds = format_size(None, unit) if phase.seconds is None else f"{phase.seconds:,.2f}"
+    return [str(phase.entries), seconds, *(size_html(column.size(phase), unit) for column in columns)]
 
 
 def comparison_table(predicted: MemoryReport, measured: MemoryReport) -> Iterator[str]:
@@ -126,13 +126,13 @@ def comparison_table(predicted: MemoryReport, measured: MemoryReport) -> Iterato
     if not rows:
         return
     unit = unit_for(max(size for row in rows for size in (row.predicted, row.measured) if size is not None))
-    unknown = written(None, unit)
+    unknown = format_size(None, unit)
     caption = f"Difference: predicted − measured, in percent of measured; sizes in {unit[1]}; {unknown} is unknown"
     headings = ("", "predicted", "measured", "difference", "percent")
     cells = (Row(row.name, _compared_cells(row, unit), escape(row.phase)) for row in rows)
     yield from table("comparison", caption, headings, cells)
 
 
-def _compared_cells(row: Compared, unit: Unit) -> list[str]:
-    sizes = (sized(size, unit) for size in (row.predicted, row.measured, row.difference))
-    return [*sizes, written_percent(row.percent)]
+def _compared_cells(row: SizeComparison, unit: Unit) -> list[str]:
+    sizes = (size_html(size, unit) for size in (row.predicted, row.measured, row.difference))
+    return [*sizes, format_percent(row.percent)]

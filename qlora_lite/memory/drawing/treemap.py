@@ -64,7 +64,7 @@ def pattern(module: str) -> str:
     return NUMBER.sub("*", module)
 
 
-def repeated(breakdown: MemoryBreakdown) -> dict[str | None, tuple[int, dict[Category, int]]]:
+def group_repeated(breakdown: MemoryBreakdown) -> dict[str | None, tuple[int, dict[Category, int]]]:
     """For each pattern of module paths, the largest first: how many modules there are, and their bytes by category."""
     modules: dict[str | None, set[str | None]] = {}
     sizes: dict[str | None, dict[Category, int]] = {}
@@ -78,7 +78,7 @@ def repeated(breakdown: MemoryBreakdown) -> dict[str | None, tuple[int, dict[Cat
     return {key: (len(modules[key]), sizes[key]) for key in order}
 
 
-def laid_out(sizes: Sequence[int], place: Rectangle) -> list[Rectangle]:
+def squarify(sizes: Sequence[int], place: Rectangle) -> list[Rectangle]:
     """Rectangles that tile `place`, in the order of the sizes and as large as they say. Sizes are above 0."""
     made: list[Rectangle] = []
     left, rest = place, sum(sizes)
@@ -92,7 +92,7 @@ def laid_out(sizes: Sequence[int], place: Rectangle) -> list[Rectangle]:
     return made
 
 
-def laid_in_rows(sizes: Sequence[int], place: Rectangle) -> list[Rectangle]:
+def even_rows(sizes: Sequence[int], place: Rectangle) -> list[Rectangle]:
     """The same, row below row with about as many items in each; so many rows that the worst ratio of sides is best."""
     count = len(sizes)
 
@@ -198,7 +198,7 @@ def _tiles_of(
     own = sorted(((key, sizes[key]) for key in Category if sizes.get(key)), key=lambda item: -item[1])
     inner = sorted(node.children.values(), key=lambda child: _place_in_order(child, totals)) if is_split else []
     numbered = bool(inner) and all(name.isdecimal() for name in node.children)
-    lay = laid_in_rows if numbered else laid_out
+    lay = even_rows if numbered else squarify
     rectangles = lay([*(child.total for child in inner), *(size for _, size in own)], place)
     sides = [min(rectangle.width, rectangle.height) for rectangle in rectangles[: len(inner)]]
     # Blocks are split all or none, by the one in the middle: they are to look alike.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
-from qlora_lite.memory.drawing.svg import share_bar, shortened, timeline_picture, treemap_picture
+from qlora_lite.memory.drawing.svg import share_bar, timeline_picture, treemap_picture, truncated
 from qlora_lite.memory.report import MemoryReport, Timeline, readable_bytes
 
 MIB = 1 << 20
@@ -123,7 +123,7 @@ def test_names_stay_where_their_colour_is(read_html: Read) -> None:
 
 @pytest.mark.parametrize(("room", "text"), [(100, "backward"), (40, "backw…"), (26, "bac…"), (20, ""), (-5, "")])
 def test_a_name_is_shortened_to_its_room(room: float, text: str) -> None:
-    assert shortened("backward", room) == text
+    assert truncated("backward", room) == text
 
 
 def test_a_bar_is_cut_by_share(read_html: Read) -> None:

@@ -4,7 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
-from qlora_lite.memory.drawing.tables import Row, breakable, comparison_table, module_table, phase_table, sized, table
+from qlora_lite.memory.drawing.tables import (
+    Row,
+    comparison_table,
+    module_table,
+    path_html,
+    phase_table,
+    size_html,
+    table,
+)
 from qlora_lite.memory.report import UNITS, MemoryReport
 
 MIB = 1 << 20
@@ -13,15 +21,15 @@ Read = Callable[[str], Any]
 
 
 def test_a_size_says_its_bytes() -> None:
-    assert sized(MIB * 20) == '<data value="20971520" title="20,971,520 bytes">20.0 MiB</data>'
-    assert sized(0, UNITS[1]) == '<data class="nil" value="0" title="0 bytes">0.0</data>'
-    assert sized(MIB, UNITS[0], is_named=True) == '<data value="1048576" title="1,048,576 bytes">0.00 GiB</data>'
-    assert sized(None) == '<span class="unknown">unknown</span>'
-    assert sized(None, UNITS[0]) == '<span class="unknown" title="unknown">-</span>'
+    assert size_html(MIB * 20) == '<data value="20971520" title="20,971,520 bytes">20.0 MiB</data>'
+    assert size_html(0, UNITS[1]) == '<data class="nil" value="0" title="0 bytes">0.0</data>'
+    assert size_html(MIB, UNITS[0], is_named=True) == '<data value="1048576" title="1,048,576 bytes">0.00 GiB</data>'
+    assert size_html(None) == '<span class="unknown">unknown</span>'
+    assert size_html(None, UNITS[0]) == '<span class="unknown" title="unknown">-</span>'
 
 
 def test_a_path_may_break_after_its_dots(read_html: Read) -> None:
-    assert read_html(breakable(ODD_NAME)).text == ODD_NAME and "<wbr>" in breakable(ODD_NAME)
+    assert read_html(path_html(ODD_NAME)).text == ODD_NAME and "<wbr>" in path_html(ODD_NAME)
 
 
 def test_rows_stand_in_their_groups(read_html: Read) -> None:
@@ -51,7 +59,7 @@ def test_phases_of_a_process(measured: MemoryReport, read_html: Read) -> None:
     first = measured.phases[0]
     assert first.breakdown is not None
     assert page.sizes()[:8] == [
-        *(first.resident_peak, first.beside_tensors, first.live_peak),
+        *(first.resident_peak, first.outside_tensors, first.live_peak),
         *(size for size in first.breakdown.by_category().values() if size),
     ]
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
-from qlora_lite.memory.drawing.treemap import Rectangle, Tile, laid_in_rows, laid_out, pattern, repeated, tiles
+from qlora_lite.memory.drawing.treemap import Rectangle, Tile, even_rows, group_repeated, pattern, squarify, tiles
 
 PLACE = Rectangle(10, 20, 300, 200)
 SIZES = st.lists(st.integers(1, 1 << 36), min_size=1, max_size=40)
@@ -35,7 +35,7 @@ def check_tiling(places: list[Rectangle], sizes: list[int], whole: Rectangle) ->
             assert wide <= slack or high <= slack
 
 
-@given(SIZES, st.sampled_from([laid_out, laid_in_rows]), st.floats(1, 2000), st.floats(1, 2000))
+@given(SIZES, st.sampled_from([squarify, even_rows]), st.floats(1, 2000), st.floats(1, 2000))
 def test_rectangles_tile_their_place(sizes: list[int], lay: object, width: float, height: float) -> None:
     whole = Rectangle(-5, 7, width, height)
     check_tiling(lay(sizes, whole), sizes, whole)  # type: ignore[operator]
@@ -43,7 +43,7 @@ def test_rectangles_tile_their_place(sizes: list[int], lay: object, width: float
 
 def test_the_example_of_the_paper() -> None:
     """Bruls, Huizing, van Wijk 2000: areas of 6, 6, 4, 3, 2, 2, 1 in 6 x 4."""
-    made = laid_out([6, 6, 4, 3, 2, 2, 1], Rectangle(0, 0, 6, 4))
+    made = squarify([6, 6, 4, 3, 2, 2, 1], Rectangle(0, 0, 6, 4))
     sides = [(place.x, place.y, place.width, place.height) for place in made]
     expected = [
         (0, 0, 3, 2),
@@ -58,11 +58,11 @@ def test_the_example_of_the_paper() -> None:
 
 
 def test_equal_blocks_stand_in_even_rows_in_their_order() -> None:
-    made = laid_in_rows([7] * 12, Rectangle(0, 0, 400, 300))
+    made = even_rows([7] * 12, Rectangle(0, 0, 400, 300))
     assert [(place.x, place.y) for place in made] == [
         pytest.approx((100 * column, 100 * row)) for row in range(3) for column in range(4)
     ]
-    assert len({round(place.y) for place in laid_in_rows([7] * 31, Rectangle(0, 0, 640, 320))}) == 4
+    assert len({round(place.y) for place in even_rows([7] * 31, Rectangle(0, 0, 640, 320))}) == 4
 
 
 @given(BREAKDOWNS, st.floats(0, 400))
@@ -122,7 +122,7 @@ def test_the_path_of_a_repeated_module_leaves_its_number_open() -> None:
             (Category.OTHER, None): 4,
         }
     )
-    found = repeated(breakdown)
+    found = group_repeated(breakdown)
     assert {key: (count, sum(sizes.values())) for key, (count, sizes) in found.items()} == {
         "layers.*.up": (2, 9),
         None: (1, 4),

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.trace import TraceEvent
-from qlora_lite.planning.layer_growth import Place, continued, highest_levels, layer_named, peaks
+from qlora_lite.planning.layer_extrapolation import (
+    AllocationSite,
+    absolute_name,
+    extrapolate,
+    highest_by_site,
+    phase_peaks,
+)
 
 BASE, TEMPORARY = list(Category).index(Category.BASE_WEIGHT), list(Category).index(Category.TEMPORARY)
 
@@ -38,22 +44,22 @@ def a_run(layers: int, weight: int, loss: int, block: int) -> list[TraceEvent]:
 def test_every_phase_of_a_deep_model_follows_from_two_shallow_ones(
     weight: int, loss: int, block: int, layers: int
 ) -> None:
-    few, more, deep = (highest_levels(a_run(n, weight, loss, block), n) for n in (3, 4, layers))
-    found = peaks(continued(few, more, layers - 3))
+    few, more, deep = (highest_by_site(a_run(n, weight, loss, block), n) for n in (3, 4, layers))
+    found = phase_peaks(extrapolate(few, more, layers - 3))
     assert {phase: sum(sizes) for phase, (_, sizes) in found.items()} == {
-        phase: sum(sizes) for phase, (_, sizes) in peaks(deep).items()
+        phase: sum(sizes) for phase, (_, sizes) in phase_peaks(deep).items()
     }
 
 
 def test_the_peak_may_move_to_another_place() -> None:
     # The loss is the peak of a run of four layers, and with forty it is the first block's backward.
-    runs = [highest_levels(a_run(n, 1, 20, 16), n) for n in (3, 4, 40)]
+    runs = [highest_by_site(a_run(n, 1, 20, 16), n) for n in (3, 4, 40)]
     assert [max(sum(s) for s in run.values()) for run in runs] == [23, 24, 95]
-    place, sizes = peaks(continued(*runs[:2], 37))["backward"]
+    place, sizes = phase_peaks(extrapolate(*runs[:2], 37))["backward"]
     assert sum(sizes) == 95 and (sizes[BASE], sizes[TEMPORARY]) == (40, 16)
-    assert place == Place("backward", Category.TEMPORARY, "model.layers.0.mlp")
-    assert layer_named("model.layers.-1.mlp", 40) == "model.layers.39.mlp"
-    assert layer_named("model.layers.0.mlp", 40) == "model.layers.0.mlp" and layer_named(None, 40) is None
+    assert place == AllocationSite("backward", Category.TEMPORARY, "model.layers.0.mlp")
+    assert absolute_name("model.layers.-1.mlp", 40) == "model.layers.39.mlp"
+    assert absolute_name("model.layers.0.mlp", 40) == "model.layers.0.mlp" and absolute_name(None, 40) is None
 
 
 def test_the_beginning_of_a_phase_is_a_place() -> None:
@@ -61,5 +67,5 @@ def test_the_beginning_of_a_phase_is_a_place() -> None:
         TraceEvent("forward", 0, 8, 8, Category.OTHER, None),
         TraceEvent("backward", 0, -8, 0, Category.OTHER, None),
     ]
-    found = peaks(highest_levels(events, 3))
-    assert found["backward"][0] == Place("backward", None, None) and sum(found["backward"][1]) == 8
+    found = phase_peaks(highest_by_site(events, 3))
+    assert found["backward"][0] == AllocationSite("backward", None, None) and sum(found["backward"][1]) == 8

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.running import RunningModule
+from qlora_lite.memory.module_tracker import ModuleTracker
 from qlora_lite.memory.trace import StorageTrace
 
 
@@ -17,19 +17,19 @@ class Asked(torch.autograd.Function):
     """x, and a note of what was said to be running in forward and in backward."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, running: RunningModule, said: list[str]) -> Tensor:
+    def forward(ctx: object, x: Tensor, running: ModuleTracker, said: list[str]) -> Tensor:
         ctx.running, ctx.said = running, said  # type: ignore[attr-defined]
-        said.append(f"forward {running.now()}")
+        said.append(f"forward {running.current()}")
         return x.clone()
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:
-        ctx.said.append(f"backward {ctx.running.now()}")  # type: ignore[attr-defined]
+        ctx.said.append(f"backward {ctx.running.current()}")  # type: ignore[attr-defined]
         return grad, None, None
 
 
 class Leaf(nn.Module):
-    def __init__(self, running: RunningModule, said: list[str]) -> None:
+    def __init__(self, running: ModuleTracker, said: list[str]) -> None:
         super().__init__()
         self.running, self.said = running, said
 
@@ -38,7 +38,7 @@ class Leaf(nn.Module):
 
 
 class Outer(nn.Module):
-    def __init__(self, running: RunningModule, said: list[str], recomputes: bool) -> None:
+    def __init__(self, running: ModuleTracker, said: list[str], recomputes: bool) -> None:
         super().__init__()
         self.first, self.second = Leaf(running, said), Leaf(running, said)
         self.running, self.said, self.recomputes = running, said, recomputes
@@ -54,49 +54,49 @@ BACKWARD = ["backward None", "backward outer.second", "backward outer", "backwar
 
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_forward_and_backward_of_a_module_are_its_own(recomputes: bool) -> None:
-    running, said = RunningModule(), []
+    running, said = ModuleTracker(), []
     model = nn.ModuleDict({"outer": Outer(running, said, recomputes)})
-    running.follow(model)
+    running.track(model)
     with running:
         for _ in range(2):
             x = torch.ones(3, requires_grad=True)
             Asked.apply(model["outer"](x), running, said).sum().backward()
     # (Nothing is kept by these nodes, so nothing is computed again.)
     assert said == 2 * (FORWARD + BACKWARD)
-    assert running.now() is None
+    assert running.current() is None
 
 
 def test_an_exception_leaves_nothing_running() -> None:
-    running = RunningModule()
+    running = ModuleTracker()
 
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            raise RuntimeError(running.now())
+            raise RuntimeError(running.current())
 
     model = nn.Sequential(nn.Sequential(Broken()))
-    running.follow(model)
+    running.track(model)
     with running:
         with pytest.raises(RuntimeError, match=r"0\.0"):
             model(torch.ones(1))
-        assert running.now() is None
+        assert running.current() is None
 
 
 def test_hooks_are_gone_afterwards() -> None:
-    model, running = nn.Linear(2, 2), RunningModule()
-    running.follow(model)
+    model, running = nn.Linear(2, 2), ModuleTracker()
+    running.track(model)
     with running:
         pass
     from torch.nn.modules import module
 
     assert not module._global_forward_hooks and not module._global_forward_pre_hooks
     model(torch.ones(2))
-    assert running.now() is None
+    assert running.current() is None
 
 
 @contextmanager
 def traced(model: nn.Module) -> Iterator[StorageTrace]:
     trace = StorageTrace()
-    trace.follow(model)
+    trace.track_modules(model)
     with trace:
         yield trace
 

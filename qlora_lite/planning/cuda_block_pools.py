@@ -228,7 +228,7 @@ class SegmentPool:
         self.inactive_split -= block.size if block.is_split() else 0
 
 
-class GrowingPool:
+class ExpandablePool:
     """One segment of as many addresses as can be wanted, to which memory is mapped page by page.
 
     Whatever is free in it can be used for anything, and whole free pages can be handed back from its middle: it counts

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qlora_lite.errors import DeviceMemoryError
 from qlora_lite.planning.cuda_allocator import CachingAllocator, Usage
-from qlora_lite.planning.cuda_segments import GROWING_PAGES, Block, Driver, FreeBlocks
+from qlora_lite.planning.cuda_block_pools import GROWING_PAGES, Block, Driver, FreeBlocks
 
 KIB, MIB = 1 << 10, 1 << 20
 PAGES = {True: 2 * MIB, False: 20 * MIB}

@@ -8,7 +8,7 @@ from torch import nn
 
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.planning.kernel_workspaces import CUBLAS_WORKSPACE, hidden_bytes, kept_bytes
+from qlora_lite.planning.cuda_workspaces import CUBLAS_WORKSPACE, persistent_workspace_bytes, transient_workspace_bytes
 
 aten = torch.ops.aten
 FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -35,27 +35,27 @@ def heads(batch: int, count: int, tokens: int, width: int) -> torch.Tensor:
 def test_flash_attention_sums_in_fp32(shape: tuple[int, int, int, int], keys: int, size: int) -> None:
     batch, _, tokens, width = shape
     query, key = heads(*shape), heads(batch, keys, tokens, width)
-    assert hidden_bytes(FLASH_BACKWARD, (query, query, key, key, query, torch.empty(1))) == size
+    assert transient_workspace_bytes(FLASH_BACKWARD, (query, query, key, key, query, torch.empty(1))) == size
 
 
 @pytest.mark.parametrize(("blocks", "statistics"), [(64, 0), (1, 64 * 4)])
 def test_a_product_with_4_bits_unpacks_the_weight(blocks: int, statistics: int) -> None:
     rows, packed = torch.empty(3, 64, dtype=torch.bfloat16), torch.empty(2048, 1, dtype=torch.uint8)
     gemm = torch.ops.bitsandbytes.gemm_4bit.default
-    size = hidden_bytes(gemm, (rows, packed, [64, 64], torch.empty(blocks), 64, "nf4"))
+    size = transient_workspace_bytes(gemm, (rows, packed, [64, 64], torch.empty(blocks), 64, "nf4"))
     assert size == 64 * 64 * 2 + statistics
 
 
 def test_other_operators_hide_nothing_and_keep_nothing() -> None:
     for operator in (aten.add.Tensor, aten.clone.default, aten._to_copy.default):
-        assert hidden_bytes(operator, (torch.ones(2),)) == kept_bytes(operator) == 0
-    assert hidden_bytes(aten.mm.default, (torch.ones(2, 2), torch.ones(2, 2))) == 0
+        assert transient_workspace_bytes(operator, (torch.ones(2),)) == persistent_workspace_bytes(operator) == 0
+    assert transient_workspace_bytes(aten.mm.default, (torch.ones(2, 2), torch.ones(2, 2))) == 0
 
 
 def test_each_thread_keeps_one_workspace_from_its_first_product_on() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    trace = StorageTrace(kept_bytes=kept_bytes)
-    trace.follow(model)
+    trace = StorageTrace(persistent_workspace_bytes=persistent_workspace_bytes)
+    trace.track_modules(model)
     with trace:
         with trace.phase("before"):
             x = torch.ones(2, 4) + 1

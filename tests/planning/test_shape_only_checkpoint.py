@@ -12,8 +12,8 @@ from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.checkpoint import Checkpoint
 from qlora_lite.checkpoints.pack_on_load import PackedOnLoad
-from qlora_lite.planning.empty_checkpoint import LaidOut, UnreadCheckpoint, UnreadTensor
 from qlora_lite.planning.rehearsal import rehearsal
+from qlora_lite.planning.shape_only_checkpoint import ShapeOnlyCheckpoint, ShapeOnlyPackedWeight, ShapeOnlyTensor
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.packed_weight import PackedWeight
 
@@ -35,38 +35,41 @@ def test_its_tensors_are_those_of_the_files_in_the_order_of_reading(
     folder = tiny_folder if kind == "tied" else mixtral(tmp_path)
     model = hub.empty_model(hub.read_config(folder), torch.bfloat16)
     architecture.tie(model)
-    unread, read = UnreadCheckpoint(model, QuantConfig(), torch.bfloat16), Checkpoint.open(folder, model, QuantConfig())
-    assert list(unread.tensors) == list(read.tensors)
-    for name, tensor in unread.tensors.items():
+    shape_only, read = (
+        ShapeOnlyCheckpoint(model, QuantConfig(), torch.bfloat16),
+        Checkpoint.open(folder, model, QuantConfig()),
+    )
+    assert list(shape_only.tensors) == list(read.tensors)
+    for name, tensor in shape_only.tensors.items():
         assert tensor.shape == read.tensors[name].shape
 
 
 def test_rows_are_had_of_tensors_that_nobody_wrote() -> None:
-    tensor = UnreadTensor("stack", torch.bfloat16, (3, 4, 5))
+    tensor = ShapeOnlyTensor("stack", torch.bfloat16, (3, 4, 5))
     with rehearsal():
         assert tensor.rows(1, 3).shape == (2, 4, 5)
         assert tensor.select(1).rows(0, 2).shape == (2, 5)
-        assert UnreadTensor("scale", torch.float32, ()).rows(0, 1).shape == ()
-    assert tensor.select(1) == UnreadTensor("stack[1]", torch.bfloat16, (4, 5))
+        assert ShapeOnlyTensor("scale", torch.float32, ()).rows(0, 1).shape == ()
+    assert tensor.select(1) == ShapeOnlyTensor("stack[1]", torch.bfloat16, (4, 5))
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_what_is_laid_out_has_the_buffers_of_what_is_packed(format: str, double_quant: bool) -> None:
     config = QuantConfig(format=format, double_quant=double_quant)
-    laid_out = LaidOut((48, 96), format, config)
-    made, packed = laid_out.load(torch.device("cpu")), PackedWeight.of(torch.randn(48, 96), config)
+    shape_only = ShapeOnlyPackedWeight((48, 96), format, config)
+    made, packed = shape_only.load(torch.device("cpu")), PackedWeight.of(torch.randn(48, 96), config)
     assert {name: (buffer.shape, buffer.dtype) for name, buffer in made.named_buffers()} == {
         name: (buffer.shape, buffer.dtype) for name, buffer in packed.named_buffers()
     }
-    weight = UnreadTensor("weight", torch.bfloat16, (48, 96))
-    assert laid_out.step == PackedOnLoad(weight, config, format, torch.bfloat16).step
+    weight = ShapeOnlyTensor("weight", torch.bfloat16, (48, 96))
+    assert shape_only.step == PackedOnLoad(weight, config, format, torch.bfloat16).step
 
 
 def test_packing_runs_once_for_each_shape_and_format(tiny_folder: Path) -> None:
     model = hub.empty_model(hub.read_config(tiny_folder), torch.bfloat16)
     architecture.tie(model)
-    checkpoint = UnreadCheckpoint(model, QuantConfig(embedding_format="int8"), torch.float16)
+    checkpoint = ShapeOnlyCheckpoint(model, QuantConfig(embedding_format="int8"), torch.float16)
     run, shapes = Counter(), set()
     for slot in checkpoint.slots(model):
         shapes.add((tuple(slot.weight.shape), slot.format))

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
-from qlora_lite.memory.measure import MemoryProfiler
-from qlora_lite.memory.ownership import Ownership
+from qlora_lite.memory.profiler import MemoryProfiler
+from qlora_lite.memory.tensor_labels import TensorLabeler
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import packed_bytes, statistics_bytes
@@ -35,11 +35,11 @@ def theirs(format: str, double_quant: bool) -> nn.Module:
 
 
 def labelled(model: nn.Module, *also: Any) -> MemoryBreakdown:
-    ownership, trace = Ownership(), StorageTrace()
-    ownership.track(model, *also)
+    labeler, trace = TensorLabeler(), StorageTrace()
+    labeler.track(model, *also)
     with trace:
-        ownership.label(trace)
-    ownership.let_go()
+        labeler.label(trace)
+    labeler.remove_hooks()
     return trace.peak()[1]
 
 
