@@ -143,10 +143,9 @@ def test_memory_is_planned(row: Format, tiny_folder: Path) -> None:
     report = rehearse_steps(tiny_folder, quant, lora, TrainConfig(steps=2), rows=1, tokens=16)
     assert max(phase.live_peak or 0 for phase in report.phases) > 0
     if row.bits == 8:
-        decided = plan(
-            read_config(tiny_folder), TrainingSetup(quant, lora, 1, 16), DeviceMemory(1 << 33, 0, False), lengths=()
-        )
-        offered = [gain.change for gain in decided.gains]
+        setup = TrainingSetup(quant, lora, 1, 16)
+        decided = plan(read_config(tiny_folder), setup, DeviceMemory(1 << 33, 0, False), lengths=())
+        offered = [alternative.change for alternative in decided.alternatives]
         assert decided.fits and "nf4 in place of coarse8" in offered
 
 
