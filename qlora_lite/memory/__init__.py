@@ -4,6 +4,7 @@ In reading order:
 
 breakdown        Category and MemoryBreakdown
 module_tracker   which module is running, in forward and in backward
+storages         the tensors in nested values, and the storages of a tensor
 trace            StorageTrace: follows every storage through a step, real or fake
 tensor_labels    the category of each tensor of a model and an optimizer
 timeline         a trace downsampled to the points that a picture can show
