@@ -24,7 +24,7 @@ from qlora_lite.checkpoints.safetensors_write import planned, write_safetensors
 from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import Stopped
 from qlora_lite.export.weight_rows import DenseRows, whole_slices
-from qlora_lite.lora.init import start_
+from qlora_lite.lora.init import initialize_
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.signals import ended_by_signals, poll, stoppable, unfinished, unstopped
 from qlora_lite.training.run_checkpoints import MANIFEST_FILE, what_is_wrong
@@ -178,7 +178,7 @@ LONG_WORK: dict[str, Callable[[Path], Any]] = {
     "sums of a checkpoint": lambda folder: what_is_wrong(folder),
     "batches": lambda folder: next(BatchStream([{}], None, None).group(1, 1, 1)),
     "operators that are followed": lambda folder: _traced(),
-    "starts of adapters": lambda folder: start_(LinearWithLoRA(2, 2, 1), "name", "normal", {}),
+    "starts of adapters": lambda folder: initialize_(LinearWithLoRA(2, 2, 1), "name", "normal", {}),
 }
 
 

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 
 def _check_options(lora: LoraConfig, memory_budget: str | None, checkpointing: str | None) -> None:
-    from qlora_lite.lora.config import init_parts
+    from qlora_lite.lora.config import parse_init
 
-    if init_parts(lora.init_lora_weights)[1] > 1:
+    if parse_init(lora.init_lora_weights)[1] > 1:
         raise ConfigError(
             f"init {lora.init_lora_weights!r} packs the base anew, and this command writes no base; use it from Python"
         )

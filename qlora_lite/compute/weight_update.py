@@ -103,7 +103,7 @@ class Delta:
                     found[part] = torch.linalg.vector_norm(total, dim=1)
         return _not_zero(squares.sqrt().float() if self.by_columns else found)
 
-    def measured(self, pieces: Callable[[], Pieces]) -> Delta:
+    def prepared(self, pieces: Callable[[], Pieces]) -> Delta:
         """With the norms of the columns, for which all of W0 is read once if they are needed."""
         if self.output_norms is None or not self.by_columns:
             return self
@@ -146,7 +146,7 @@ class Replaced:
                 rows[index - first] = self.values(place, place + 1)[0].to(rows)
         return rows
 
-    def measured(self, pieces: Callable[[], Pieces]) -> Replaced:
+    def prepared(self, pieces: Callable[[], Pieces]) -> Replaced:
         """Nothing of W0 needs to be known."""
         return self
 
@@ -170,7 +170,7 @@ class StackDelta:
             delta.add_to_(matrix, 0)
         return stack
 
-    def measured(self, pieces: Callable[[], Pieces]) -> StackDelta:
+    def prepared(self, pieces: Callable[[], Pieces]) -> StackDelta:
         """Itself: nothing of W0 is needed."""
         return self
 
@@ -180,8 +180,8 @@ class StackDelta:
 
 
 # What A and B make of a weight, and all that can become of one.
-Added = Delta | StackDelta
-Update = Added | Replaced
+AdapterDelta = Delta | StackDelta
+Update = AdapterDelta | Replaced
 
 
 def _not_zero(norms: Tensor) -> Tensor:

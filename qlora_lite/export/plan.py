@@ -297,7 +297,7 @@ class _Writing:
         figures = TensorFigures(self.name, values=0)
         update = None if self.delta is None else self.delta()
         if update is not None:
-            update = update.measured(lambda: whole_slices(self.chosen, update, SLICE_BYTES))
+            update = update.prepared(lambda: whole_slices(self.chosen, update, SLICE_BYTES))
             if not isinstance(update, Replaced) and update.additive:
                 figures.update = update.squared_norm()
             else:

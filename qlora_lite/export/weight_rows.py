@@ -231,6 +231,6 @@ class MergeInputs:
     ) -> Iterator[Tensor]:
         update = None if make is None else make()
         if update is not None:
-            update = update.measured(lambda: whole_slices(pieces, update, largest_bytes))
+            update = update.prepared(lambda: whole_slices(pieces, update, largest_bytes))
         for start, (rows,), delta in aligned_slices(zip(pieces), update, largest_bytes):
             yield merged_rows(rows, start, delta, dtype, self.name)

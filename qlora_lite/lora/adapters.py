@@ -14,7 +14,7 @@ from qlora_lite.lora.auxiliary import WRAPPERS, AuxiliaryTargets, auxiliary_para
 from qlora_lite.lora.auxiliary_layers import TrainableTokensLayer, TrainedCopy
 from qlora_lite.lora.config import LoraConfig
 from qlora_lite.lora.experts import unwrap_stacks_, wrap_stacks_
-from qlora_lite.lora.init import check_start, originals_of, start_
+from qlora_lite.lora.init import check_initialization, checkpoint_weights, initialize_
 from qlora_lite.lora.layer import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.lora.targets import TargetedLayer, select_targets
 from qlora_lite.lora.variants import VARIANTS, combination_problems
@@ -83,10 +83,10 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
     kinds = {layer.name: layer.kind for layer in layers}
     if problems := combination_problems(kinds, config.dropout, VARIANTS[config.variant]):
         raise ConfigError(problems[0])
-    check_start(model, layers, config.init_lora_weights)
+    check_initialization(model, layers, config.init_lora_weights)
     targets = {layer.name: layer for layer in layers}
     auxiliary = AuxiliaryTargets.of(model, config, targets.keys())
-    originals = originals_of(model, targets, config.init_lora_weights)
+    originals = checkpoint_weights(model, targets, config.init_lora_weights)
 
     def make(path: str, module: nn.Module) -> nn.Module | None:
         if path not in targets:
@@ -97,7 +97,7 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
     added = [path for path in replace_modules_(model, make) if path in targets]
     auxiliary.train_biases_(lora_layers(model))
     for path, layer in lora_layers(model).items():
-        start_(layer, path, config.init_lora_weights, originals)
+        initialize_(layer, path, config.init_lora_weights, originals)
         layer.adapter_name = name
     freeze_base_(model)
     return added

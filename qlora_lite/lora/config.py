@@ -17,9 +17,9 @@ from qlora_lite.surgery import first_pattern, layer_pattern
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
 INITS = ("normal", "kaiming", "gaussian", "orthogonal", "pissa", "loftq")
-LOFTQ_ROUNDS = re.compile(r"loftq:([1-9][0-9]{0,3})")
+LOFTQ_ITERATIONS = re.compile(r"loftq:([1-9][0-9]{0,3})")
 # A is (rank, in): beyond the widest layers there are, a rank only takes memory.
-MOST_RANK = 2**16
+MAX_RANK = 2**16
 
 Number = TypeVar("Number", int, float)
 Targets = str | Sequence[str] | Callable[[str, torch.nn.Module], bool]
@@ -28,7 +28,7 @@ Targets = str | Sequence[str] | Callable[[str, torch.nn.Module], bool]
 def check_rank(what: str, rank: object) -> None:
     """ConfigError that begins with `what` for a rank that is no integer of at least 1, or a hopelessly large one."""
     require(is_count(rank, 1), f"{what} must be an integer of at least 1", rank)
-    require(rank <= MOST_RANK, f"{what} must be at most {MOST_RANK}", rank)  # type: ignore[operator]
+    require(rank <= MAX_RANK, f"{what} must be at most {MAX_RANK}", rank)  # type: ignore[operator]
 
 
 def check_alpha(what: str, alpha: object) -> None:
@@ -67,9 +67,9 @@ def check_lora_numbers(rank: object, alpha: object, dropout: object) -> None:
     require(is_finite(dropout) and 0 <= dropout < 1, "dropout must be in [0, 1)", dropout)  # type: ignore[operator]
 
 
-def init_parts(init: str) -> tuple[str, int]:
+def parse_init(init: str) -> tuple[str, int]:
     """(`loftq`, 5) of `loftq:5`: the start's name and how many iterations it takes; one where it does not say."""
-    rounds = LOFTQ_ROUNDS.fullmatch(init) if isinstance(init, str) else None
+    rounds = LOFTQ_ITERATIONS.fullmatch(init) if isinstance(init, str) else None
     return (init, 1) if rounds is None else ("loftq", int(rounds[1]))
 
 
@@ -134,7 +134,7 @@ class LoraConfig:
             require(listed, "layers_to_transform must be None or a list of numbers of at least 0", numbers)
         require(isinstance(self.use_rslora, bool), "use_rslora must be True or False", self.use_rslora)
         check_variant(self.variant)
-        start = init_parts(self.init_lora_weights)[0]
+        start = parse_init(self.init_lora_weights)[0]
         require(
             start in INITS, f"init_lora_weights must be one of {', '.join(INITS)}, or loftq:N", self.init_lora_weights
         )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from qlora_lite.compute.lora_linear import Adapted, multiplied, product_dtype
+from qlora_lite.compute.lora_linear import Adapted, product_dtype, with_gain
 from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import InputError
 from qlora_lite.surgery import has_own_forward, is_router
@@ -38,7 +38,7 @@ OPTIONS = frozenset(
 FACTS = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta"})
 
 
-def why_not(module: nn.Module) -> str | None:
+def refusal_reason(module: nn.Module) -> str | None:
     """Why this convolution cannot be adapted; None for one that can be, and for what is no convolution."""
     if not isinstance(module, _ConvNd):
         return None
@@ -79,7 +79,7 @@ def _reader(parent: type[nn.Module], child: str) -> str | None:
     return None
 
 
-def read_kernels(model: nn.Module, names: Iterable[str]) -> list[str]:
+def weights_read_by_parents(model: nn.Module, names: Iterable[str]) -> list[str]:
     """A sentence for each of these convolutions and routers whose parent reads the weight instead of calling it.
 
     (As Mamba does.) What an adapter adds would be missing there. Told from the code of the parent's class, where it
@@ -133,7 +133,7 @@ class ConvKind:
             if lora is not None:
                 y = torch.add(y, self._low_rank(layer, inputs, *lora), alpha=layer.scaling)
             if gain is not None:
-                y = multiplied(y, gain.view(per_channel))
+                y = with_gain(y, gain.view(per_channel))
                 y = y if bias is None else y + bias.view(per_channel)
         return y.to(x.dtype)
 
@@ -147,7 +147,7 @@ class ConvKind:
         points = lora_B.to(inputs.dtype).view(*lora_B.shape, *(1,) * (kernel.dim() - 2))
         return convolve(low, points, groups=base.groups)
 
-    def upright(self, weight: Tensor) -> Tensor:
+    def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:

@@ -31,7 +31,7 @@ from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.lora_linear import dense
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError, listing
-from qlora_lite.lora.config import init_parts
+from qlora_lite.lora.config import parse_init
 from qlora_lite.lora.kinds import EmbeddingKind, LinearKind, StackKind
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.targets import TargetedLayer
@@ -46,7 +46,7 @@ EXACT_SIDE = 1024
 OVERSAMPLING = 8
 ROUNDS = 16
 
-Originals = Mapping[str, LazyTensor]
+CheckpointWeights = Mapping[str, LazyTensor]
 
 
 def principal_pair(matrix: Tensor, rank: int, exact_side: int = EXACT_SIDE) -> tuple[Tensor, Tensor]:
@@ -61,14 +61,14 @@ def principal_pair(matrix: Tensor, rank: int, exact_side: int = EXACT_SIDE) -> t
     return root[:, None] * right[:rank], left[:, :rank] * root
 
 
-def _normal(layer: LoraLayer, name: str, originals: Originals) -> None:
+def _normal(layer: LoraLayer, name: str, originals: CheckpointWeights) -> None:
     """A from N(0, 0.02), B zero: as a LoraLayer is made."""
 
 
-def _beside_zero(fill: Callable[[LoraLayer], Any]) -> Callable[[LoraLayer, str, Originals], None]:
+def _with_zero_B(fill: Callable[[LoraLayer], Any]) -> Callable[[LoraLayer, str, CheckpointWeights], None]:
     """A filled so and B zero; of an embedding A zero and B from N(0, 1), whatever the name, as in peft."""
 
-    def start(layer: LoraLayer, name: str, originals: Originals) -> None:
+    def start(layer: LoraLayer, name: str, originals: CheckpointWeights) -> None:
         if isinstance(layer.kind, EmbeddingKind):
             nn.init.zeros_(layer.lora_A)
             nn.init.normal_(layer.lora_B)
@@ -87,7 +87,7 @@ def _kaiming(layer: LoraLayer) -> None:
 
 
 @torch.no_grad()
-def _orthogonal(layer: LoraLayer, name: str, originals: Originals) -> None:
+def _orthogonal(layer: LoraLayer, name: str, originals: CheckpointWeights) -> None:
     """A = Q_even^T N / 10 and B = M Q_odd / 10, Q an orthogonal matrix's rows, so that B A = 0 and neither is zero.
 
     N `(rank / 2, in)` and M `(out, rank / 2)` from N(0, 1): peft's `orthogonal`.
@@ -100,10 +100,10 @@ def _orthogonal(layer: LoraLayer, name: str, originals: Originals) -> None:
 
 def _base_weight(layer: LoraLayer) -> Tensor:
     """W0 `(out, in)` in fp32."""
-    return layer.kind.upright(dense(layer.weight, torch.float32).detach())
+    return layer.kind.as_matrix(dense(layer.weight, torch.float32).detach())
 
 
-def _fill(layer: LoraLayer, name: str, matrix: Tensor) -> None:
+def _set_principal_part_(layer: LoraLayer, name: str, matrix: Tensor) -> None:
     """A and B with scaling B A = the principal part of this matrix."""
     check_finite(matrix, name, 0)
     lora_A, lora_B = principal_pair(matrix, layer.rank)
@@ -112,7 +112,7 @@ def _fill(layer: LoraLayer, name: str, matrix: Tensor) -> None:
     layer.lora_B.copy_(lora_B * math.copysign(share, layer.scaling))
 
 
-def _original_weight(layer: LoraLayer, name: str, originals: Originals) -> Tensor:
+def _original_weight(layer: LoraLayer, name: str, originals: CheckpointWeights) -> Tensor:
     """W `(out, in)` in fp32, from the checkpoint."""
     stored = originals[f"{name}.weight"]
     weight = stored.rows(0, stored.shape[0]).to(layer.lora_A.device, torch.float32)
@@ -120,44 +120,44 @@ def _original_weight(layer: LoraLayer, name: str, originals: Originals) -> Tenso
 
 
 @torch.no_grad()
-def _pissa(layer: LoraLayer, name: str, originals: Originals) -> None:
+def _pissa(layer: LoraLayer, name: str, originals: CheckpointWeights) -> None:
     """A = sqrt(S / scaling) V^T, B = U sqrt(S / scaling) of the r largest singular values S of W0 (equations 2, 3)."""
-    _fill(layer, f"{name}.weight", _base_weight(layer))
+    _set_principal_part_(layer, f"{name}.weight", _base_weight(layer))
     set_reference_(layer)
 
 
 @torch.no_grad()
-def _loftq(layer: LoraLayer, name: str, originals: Originals) -> None:
+def _loftq(layer: LoraLayer, name: str, originals: CheckpointWeights) -> None:
     """The same of W - W0, the error of packing (algorithm 1, an iteration without its packing)."""
-    _fill(layer, f"{name}.weight", _original_weight(layer, name, originals) - _base_weight(layer))
+    _set_principal_part_(layer, f"{name}.weight", _original_weight(layer, name, originals) - _base_weight(layer))
 
 
 @torch.no_grad()
-def _pack_beside_(layer: LoraLayer, name: str, originals: Originals) -> None:
+def _repack_base_(layer: LoraLayer, name: str, originals: CheckpointWeights) -> None:
     """The base becomes W - scaling B A, packed as the old one, which is let go (algorithm 1, the packing)."""
     rest = _original_weight(layer, name, originals).addmm(layer.lora_B, layer.lora_A, alpha=-layer.scaling)
-    layer.base_layer.weight = packed_anew(layer.base_layer.weight, rest, f"{name}.weight")  # type: ignore[arg-type]
+    layer.base_layer.weight = repacked(layer.base_layer.weight, rest, f"{name}.weight")  # type: ignore[arg-type]
 
 
-STARTS: dict[str, Callable[[LoraLayer, str, Originals], None]] = {
+INITIALIZERS: dict[str, Callable[[LoraLayer, str, CheckpointWeights], None]] = {
     "normal": _normal,
     # peft's default.
-    "kaiming": _beside_zero(_kaiming),
+    "kaiming": _with_zero_B(_kaiming),
     # A of standard deviation 1 / rank.
-    "gaussian": _beside_zero(lambda layer: nn.init.normal_(layer.lora_A, std=1 / layer.rank)),
+    "gaussian": _with_zero_B(lambda layer: nn.init.normal_(layer.lora_A, std=1 / layer.rank)),
     "orthogonal": _orthogonal,
     "pissa": _pissa,
     "loftq": _loftq,
 }
 # What is defined for linear layers alone.
 LINEAR_ONLY = ("orthogonal", "pissa", "loftq")
-OF_WEIGHTS = ("pissa", "loftq")
+FROM_WEIGHTS = ("pissa", "loftq")
 
 
-def check_start(model: nn.Module, layers: Iterable[TargetedLayer], init_lora_weights: str) -> None:
+def check_initialization(model: nn.Module, layers: Iterable[TargetedLayer], init_lora_weights: str) -> None:
     """Raises ConfigError or TargetError, listing all layers that `init_lora_weights` cannot initialize."""
     problems: list[str] = []
-    init, rounds = init_parts(init_lora_weights)
+    init, rounds = parse_init(init_lora_weights)
     for layer in layers:
         name, kind, rank = layer.name, layer.kind, layer.rank
         weight: Any = layer.module.weight
@@ -167,25 +167,25 @@ def check_start(model: nn.Module, layers: Iterable[TargetedLayer], init_lora_wei
             )
         if init == "orthogonal" and rank % 2:
             problems.append(f"{name} has the odd rank {rank}")
-        if init in OF_WEIGHTS and rank > min(weight.shape):
+        if init in FROM_WEIGHTS and rank > min(weight.shape):
             problems.append(f"{name} of shape {tuple(weight.shape)} has no {rank} singular values")
-        if init in OF_WEIGHTS and layer.alpha == 0:
+        if init in FROM_WEIGHTS and layer.alpha == 0:
             problems.append(f"{name} has alpha 0")
         if init == "loftq" and isinstance(weight, Tensor):
             problems.append(f"{name} is not packed and has no error to make up for")
-        elif rounds > 1 and holders(model, weight) > 1:
+        elif rounds > 1 and count_holders(model, weight) > 1:
             problems.append(f"{name} shares its packed weight with another module, which would be changed with it")
     if problems:
         shown = listing(problems, separator="; ")
         raise ConfigError(f"init_lora_weights {init_lora_weights!r} cannot be used: {shown}")
 
 
-def originals_of(model: nn.Module, names: Iterable[str], init: str) -> Originals:
+def checkpoint_weights(model: nn.Module, names: Iterable[str], init: str) -> CheckpointWeights:
     """The weights of these layers in the checkpoint that the model was loaded from, for an init that needs them.
 
     CheckpointError if there is none, or it is packed.
     """
-    if init_parts(init)[0] != "loftq":
+    if parse_init(init)[0] != "loftq":
         return {}
     folder = hub.model_folder(model)
     if folder is None or not (folder / hub.CONFIG_FILE).is_file():
@@ -205,19 +205,19 @@ def originals_of(model: nn.Module, names: Iterable[str], init: str) -> Originals
     return {f"{name}.weight": stored[f"{name}.weight"] for name in names}
 
 
-def start_(layer: LoraLayer, name: str, init: str, originals: Originals) -> None:
+def initialize_(layer: LoraLayer, name: str, init: str, originals: CheckpointWeights) -> None:
     """Gives A and B of the layer of this name the values that `init` says; `loftq:N` gives it another base, too."""
-    start, rounds = init_parts(init)
+    start, rounds = parse_init(init)
     poll()
-    STARTS[start](layer, name, originals)
+    INITIALIZERS[start](layer, name, originals)
     for _ in range(rounds - 1):
         poll()
-        _pack_beside_(layer, name, originals)
-        STARTS[start](layer, name, originals)
+        _repack_base_(layer, name, originals)
+        INITIALIZERS[start](layer, name, originals)
     layer.variant.reset_parameters_(layer)
 
 
-def packed_anew(old: PackedWeight, matrix: Tensor, name: str) -> PackedWeight:
+def repacked(old: PackedWeight, matrix: Tensor, name: str) -> PackedWeight:
     """Another matrix `(out, in)` packed as `old` is, which is left as it was; QuantizationError if it cannot be."""
     config = QuantConfig(old.format, old.blocksize, old.double_quant, int8_activations=old.int8_activations)
     new = PackedWeight.of(matrix, config, name=name)
@@ -225,6 +225,6 @@ def packed_anew(old: PackedWeight, matrix: Tensor, name: str) -> PackedWeight:
     return new
 
 
-def holders(model: nn.Module, weight: Any) -> int:
+def count_holders(model: nn.Module, weight: Any) -> int:
     """How many modules have this very weight: more than one where it is tied."""
     return sum(getattr(module, "weight", None) is weight for module in model.modules())

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qlora_lite.compute.lora_linear import Adapted, adapted_linear, check_features, multiplied
-from qlora_lite.compute.weight_update import Added, Delta, StackDelta
+from qlora_lite.compute.lora_linear import Adapted, adapted_linear, check_features, with_gain
+from qlora_lite.compute.weight_update import AdapterDelta, Delta, StackDelta
 from qlora_lite.errors import InputError, listing
-from qlora_lite.lora.convolution import CONVOLUTIONS, ConvKind, why_not
+from qlora_lite.lora.convolution import CONVOLUTIONS, ConvKind, refusal_reason
 from qlora_lite.surgery import has_own_forward, is_router, is_transposed_linear
 
 MAX_NORM_EPS = 1e-7  # torch.nn.functional.embedding's own
@@ -38,10 +38,10 @@ class Kind(Protocol):
     ) -> Tensor:
         """The layer's output for this weight, with or without the low-rank term, times 1 + gain `(out,)` if given."""
 
-    def upright(self, weight: Tensor) -> Tensor:
+    def as_matrix(self, weight: Tensor) -> Tensor:
         """The stored weight as `(out, in)`."""
 
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Added:
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> AdapterDelta:
         """scaling * B A `(out, in)`, in the orientation of the stored weight."""
 
     def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
@@ -76,11 +76,11 @@ class LinearKind:
             compute_dtype=getattr(base, "compute_dtype", None),
         )
         if gain is not None:
-            y = multiplied(y, gain)
+            y = with_gain(y, gain)
             y = y if layer.bias is None else y.add_(layer.bias.to(y.dtype))
         return y
 
-    def upright(self, weight: Tensor) -> Tensor:
+    def as_matrix(self, weight: Tensor) -> Tensor:
         return weight
 
     def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
@@ -101,7 +101,7 @@ class TransposedLinearKind(LinearKind):
     ) -> Tensor:
         return super().apply(layer, x, weight.T, lora, gain)
 
-    def upright(self, weight: Tensor) -> Tensor:
+    def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
 
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
@@ -175,7 +175,7 @@ class EmbeddingKind:
             low = _TokenColumns.apply(lora_A, x, base.padding_idx, frequency, sparse)
             low = F.dropout(low, layer.dropout, layer.training).to(y.dtype)
             y = y + (low @ lora_B.to(y.dtype).T) * layer.scaling
-        y = self._limit_norm(base, y if gain is None else multiplied(y, gain))
+        y = self._limit_norm(base, y if gain is None else with_gain(y, gain))
         return y * _scale_of(base).to(y.dtype) if is_scaled_embedding(base) else y
 
     def _limit_norm(self, base: Any, rows: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class EmbeddingKind:
         norm = rows.norm(base.norm_type, dim=-1, keepdim=True)
         return torch.where(norm > base.max_norm, rows * (base.max_norm / (norm + MAX_NORM_EPS)), rows)
 
-    def upright(self, weight: Tensor) -> Tensor:
+    def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
 
     def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
@@ -216,7 +216,7 @@ class StackKind:
     ) -> Tensor:
         raise InputError("a stack of experts is not called by itself; call the module that routes tokens to them")
 
-    def upright(self, weight: Tensor) -> Tensor:
+    def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.mT if self.transposed else weight
 
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> StackDelta:
@@ -238,7 +238,7 @@ def kind_of(base: nn.Module) -> Kind | None:
     if has_own_forward(base) and not is_scaled_embedding(base):
         return None
     if isinstance(base, tuple(CONVOLUTIONS)):
-        return ConvKind() if why_not(base) is None else None
+        return ConvKind() if refusal_reason(base) is None else None
     weight = getattr(base, "weight", None)
     if len(getattr(weight, "shape", ())) == 3 and hasattr(base, "experts"):
         return StackKind(bool(base.transposed))
@@ -280,7 +280,7 @@ class RouterKind:
             held["bias"] = layer.bias.to(base.bias.dtype)
         return functional_call(base, held, (x,))
 
-    def upright(self, weight: Tensor) -> Tensor:
+    def as_matrix(self, weight: Tensor) -> Tensor:
         return weight
 
     def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:

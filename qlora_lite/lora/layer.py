@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from qlora_lite.checks import cast_finite, is_count, require
 from qlora_lite.compute.lora_linear import dense, dense_slices
-from qlora_lite.compute.weight_update import Added
+from qlora_lite.compute.weight_update import AdapterDelta
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.config import check_lora_numbers
-from qlora_lite.lora.convolution import OPTIONS, why_not
+from qlora_lite.lora.convolution import OPTIONS, refusal_reason
 from qlora_lite.lora.kinds import RouterKind, StackKind, kind_of
 from qlora_lite.lora.variants import (
     REFERENCE,
@@ -93,7 +93,7 @@ class LoraLayer(nn.Module):
         kind = kind_of(base_layer)
         if kind is None or isinstance(base_layer, LoraLayer):
             raise TargetError(
-                why_not(base_layer)
+                refusal_reason(base_layer)
                 or f"a {type(base_layer).__name__} cannot be adapted; LoraLayer takes linear layers, embeddings and "
                 f"convolutions without a forward of their own (quantize_base_ takes over bitsandbytes' layers)"
             )
@@ -194,19 +194,19 @@ class LoraLayer(nn.Module):
         for part, rows in dense_slices(weight, torch.empty(0, device=self.lora_A.device)):
             yield part.start, rows.detach()
 
-    def in_use(self) -> tuple[Any, tuple[Tensor, Tensor] | None]:
+    def current_weights(self) -> tuple[Any, tuple[Tensor, Tensor] | None]:
         """The weight, and A and B beside it or None, that a call computes with now."""
         if self.merged_weight is not None and self.adapter_enabled:
             return self.merged_weight, None
         return self.base_layer.weight, self.factors if self.adapter_enabled else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, lora = self.in_use()
+        weight, lora = self.current_weights()
         gain = None if lora is None or self.variant.gain is None else self.variant.gain(self)
         return self.kind.apply(self, x, weight, lora, gain)
 
     @property
-    def delta(self) -> Added:
+    def delta(self) -> AdapterDelta:
         """The update of the base weight, in its orientation: scaling * B A, as the variant changes it."""
         lora_A, lora_B = self.factors
         low_rank = self.kind.delta(lora_A.detach(), lora_B.detach(), self.scaling)
@@ -230,7 +230,7 @@ class LoraLayer(nn.Module):
         base: Any = self.base_layer.weight
         weight = base.detach().to(torch.float32, copy=True) if isinstance(base, Tensor) else dense(base, torch.float32)
         weight = weight.contiguous()  # so that a kernel can be seen as a matrix
-        return cast_finite(self.delta.measured(self.base_rows).add_to_(weight, 0), dtype, name)
+        return cast_finite(self.delta.prepared(self.base_rows).add_to_(weight, 0), dtype, name)
 
     def merge_weights(self, dtype: torch.dtype | None = None, name: str = "the merged weight") -> None:
         """Uses W0 + scaling * B A from now on; does nothing if it does already.

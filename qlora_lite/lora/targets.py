@@ -17,7 +17,7 @@ from qlora_lite import architecture
 from qlora_lite.errors import ConfigError, TargetError, listing
 from qlora_lite.lora.auxiliary import find_modules_to_save
 from qlora_lite.lora.config import ALL_LINEAR, LoraConfig, Targets
-from qlora_lite.lora.convolution import read_kernels, why_not
+from qlora_lite.lora.convolution import refusal_reason, weights_read_by_parents
 from qlora_lite.lora.experts import adaptable_stacks, unpacked_stacks
 from qlora_lite.lora.kinds import Kind, LinearKind, RouterKind, StackKind, kind_of
 from qlora_lite.lora.layer import LoraLayer
@@ -134,7 +134,7 @@ def _check_convolutions(model: nn.Module, targets: Targets) -> None:
     """Raises TargetError for targeted convolutions that cannot be adapted; they would be skipped silently otherwise."""
     if callable(targets):
         return
-    reasons = {name: reason for name, module in model.named_modules() if (reason := why_not(module)) is not None}
+    reasons = {name: reason for name, module in model.named_modules() if (reason := refusal_reason(module)) is not None}
     targeted = _matching("target_modules", targets, {name: model.get_submodule(name) for name in reasons})
     if targeted:
         problems = listing((f"{name}: {reasons[name]}" for name in targeted), 4, "; ")
@@ -143,7 +143,7 @@ def _check_convolutions(model: nn.Module, targets: Targets) -> None:
 
 def _check_called(model: nn.Module, names: list[str]) -> None:
     """Raises TargetError for layers whose parent reads their weight instead of calling them: it would skip A and B."""
-    if unseen := read_kernels(model, names):
+    if unseen := weights_read_by_parents(model, names):
         raise TargetError(f"{listing(unseen, 4, '; ')}; leave them out of target_modules")
     fast = [n for n in names if isinstance(model.get_submodule(n.rpartition(".")[0]), nn.TransformerEncoderLayer)]
     if fast:

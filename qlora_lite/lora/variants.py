@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.checks import require
-from qlora_lite.compute.weight_update import Added, Delta
+from qlora_lite.compute.weight_update import AdapterDelta, Delta
 from qlora_lite.errors import ConfigError, listing
 from qlora_lite.lora.kinds import EmbeddingKind, Kind, RouterKind, StackKind
 
@@ -51,7 +51,7 @@ class VariantLayer(Protocol):
     def lora_parameters(self) -> Values: ...
 
     @property
-    def delta(self) -> Added: ...
+    def delta(self) -> AdapterDelta: ...
 
     def base_rows(self) -> Iterator[tuple[int, Tensor]]: ...
 
@@ -100,7 +100,7 @@ class Variant:
         added = self.added_bias(scaling, values).detach().float()
         return Delta(added[:, None], torch.ones(1, 1, device=added.device), 1.0)
 
-    def updated(self, low_rank: Added, values: Values) -> Added:
+    def updated(self, low_rank: AdapterDelta, values: Values) -> AdapterDelta:
         """Returns the update of the stored weight, from scaling * B A and the extra parameters by name."""
         if self.weight_update is None:
             return low_rank

@@ -14,7 +14,7 @@ from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import load_tensors_
 from qlora_lite.errors import CheckpointError, QLoRAError, RehearsalError
 from qlora_lite.lora.adapters import add_lora_
-from qlora_lite.lora.config import LoraConfig, init_parts
+from qlora_lite.lora.config import LoraConfig, parse_init
 from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
 from qlora_lite.planning.rehearsal import rehearsal, rehearsed_report
@@ -75,7 +75,7 @@ def build_fake_model(
         # loftq reads weights to start A and B, which have the same size whatever they start with
         add_lora_(
             model,
-            replace(lora, init_lora_weights="normal") if init_parts(lora.init_lora_weights)[0] == "loftq" else lora,
+            replace(lora, init_lora_weights="normal") if parse_init(lora.init_lora_weights)[0] == "loftq" else lora,
         )
     return model
 

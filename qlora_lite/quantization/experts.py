@@ -186,7 +186,7 @@ class RoutedExperts(nn.Module):
         """What the matrices of this stack compute now, expert by expert."""
         held: Any = getattr(self, name)
         # An adapter around the stack says what it computes with: what was merged, or the base and A and B apart.
-        weight, lora = held.in_use() if hasattr(held, "in_use") else (held, None)
+        weight, lora = held.current_weights() if hasattr(held, "current_weights") else (held, None)
         count, scaling = weight.shape[0], held.scaling if lora else 1.0
         # Once for all experts: the gradient of one expert's part would be as large as that of all.
         all_A, all_B = (part.unbind(0) for part in lora) if lora else ([None] * count, [None] * count)

@@ -39,8 +39,8 @@ from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.export.quantized import save_quantized
 from qlora_lite.lora.adapters import lora_layers, remove_lora_
-from qlora_lite.lora.config import init_parts
-from qlora_lite.lora.init import packed_anew
+from qlora_lite.lora.config import parse_init
+from qlora_lite.lora.init import repacked
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.layers import QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -343,11 +343,11 @@ class Stored:
 
 def error_of(weight: torch.Tensor, init: str, format: str = "nf4", double_quant: bool = True, **options: Any) -> float:
     """||W - Q - scaling B A||."""
-    from qlora_lite.lora.init import start_
+    from qlora_lite.lora.init import initialize_
 
     base = QuantizedLinear(PackedWeight.of(weight, QuantConfig(format, double_quant=double_quant)))
     layer = LoraLayer(8, 16, base, dropout=0.0, **options)
-    start_(layer, "layer", init, {"layer.weight": Stored(weight)})  # type: ignore[dict-item]
+    initialize_(layer, "layer", init, {"layer.weight": Stored(weight)})  # type: ignore[dict-item]
     return float((weight - layer.effective_weight(torch.float32)).norm())
 
 
@@ -378,7 +378,7 @@ def test_the_error_is_that_of_peft() -> None:
 def test_the_old_weight_is_left_as_it_was() -> None:
     old = PackedWeight.of(torch.randn(64, 64), QuantConfig())
     before = {name: buffer.clone() for name, buffer in old.state_dict().items()}
-    new = packed_anew(old, torch.randn(64, 64), "layer.weight")
+    new = repacked(old, torch.randn(64, 64), "layer.weight")
     assert (old.of_checkpoint, new.of_checkpoint) == (True, False)
     assert (new.format, new.blocksize, new.double_quant) == (old.format, old.blocksize, old.double_quant)
     assert all(torch.equal(buffer, before[name]) for name, buffer in old.state_dict().items())
@@ -441,7 +441,7 @@ def test_peft_reads_the_pair(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_packed_anew_is_refused(tiny_folder: Path) -> None:
-    assert (init_parts("loftq:12"), init_parts("pissa")) == (("loftq", 12), ("pissa", 1))
+    assert (parse_init("loftq:12"), parse_init("pissa")) == (("loftq", 12), ("pissa", 1))
     for wrong in ("loftq:0", "loftq:", "pissa:2"):
         with pytest.raises(ConfigError, match=r"init_lora_weights must be one of .*or loftq:N; got"):
             LoraConfig(init_lora_weights=wrong)

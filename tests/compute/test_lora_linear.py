@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lite.compute.lora_linear import adapted_linear, draw_seed, dropout_mask, masked, product_dtype
+from qlora_lite.compute.lora_linear import adapted_linear, apply_mask, draw_seed, dropout_mask, product_dtype
 
 
 def parts(dtype: torch.dtype = torch.double) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -83,7 +83,7 @@ def test_frozen_inputs_get_no_gradient() -> None:
 def test_a_mask_drops_what_it_says_and_changes_nothing_else(dtype: torch.dtype) -> None:
     x = torch.randn(300, 500).to(dtype)
     mask = dropout_mask(x, 0.2, seed=3)
-    kept = masked(x, mask)
+    kept = apply_mask(x, mask)
     assert torch.equal(kept, torch.where(mask.ne(0), x, 0))
     assert (kept == 0).double().mean() == pytest.approx(0.2, abs=0.02)
     assert torch.equal(mask, dropout_mask(x, 0.2, seed=3)) and not torch.equal(mask, dropout_mask(x, 0.2, seed=4))

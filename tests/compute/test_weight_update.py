@@ -50,20 +50,20 @@ def test_transposed_it_updates_the_weight_the_other_way_round() -> None:
 
 
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_magnitudes_are_the_norms_of_what_is_merged_in_slices_as_in_one(by_columns: bool) -> None:
+def test_output_norms_are_the_norms_of_what_is_merged_in_slices_as_in_one(by_columns: bool) -> None:
     torch.manual_seed(0)
     rows, columns = 3 * Delta.TILE_ROWS + 5, 24
-    weight, magnitude = torch.randn(rows, columns), torch.rand(columns if by_columns else rows) + 0.5
-    plain = Delta(torch.randn(rows, 3), torch.randn(3, columns), 1.5, magnitude, by_columns)
+    weight, output_norms = torch.randn(rows, columns), torch.rand(columns if by_columns else rows) + 0.5
+    plain = Delta(torch.randn(rows, 3), torch.randn(3, columns), 1.5, output_norms, by_columns)
     pieces = [(first, weight[first : first + Delta.TILE_ROWS]) for first in range(0, rows, Delta.TILE_ROWS)]
-    delta = plain.measured(lambda: pieces)
+    delta = plain.prepared(lambda: pieces)
     merged = delta.add_to_(weight.clone(), 0)
     parts = [delta.add_to_(piece.clone(), first) for first, piece in pieces]
     assert torch.equal(torch.cat(parts), merged)
-    torch.testing.assert_close(merged.norm(dim=0 if by_columns else 1), magnitude)
+    torch.testing.assert_close(merged.norm(dim=0 if by_columns else 1), output_norms)
     direction = weight + 1.5 * plain.left @ plain.right
     torch.testing.assert_close(plain.norms_of([(0, weight)]), direction.norm(dim=0 if by_columns else 1))
-    turned = plain.transposed.measured(lambda: [(0, weight.T.contiguous())])
+    turned = plain.transposed.prepared(lambda: [(0, weight.T.contiguous())])
     torch.testing.assert_close(turned.add_to_(weight.T.contiguous(), 0).T, merged)
 
 
@@ -76,4 +76,4 @@ def test_what_replaces_a_weight_stands_in_its_place_slice_by_slice() -> None:
     expected[[7, 0, 9]] = rows
     for update, wanted in ((all_of_it, whole), (some, expected)):
         made = torch.cat([update.add_to_(base[first : first + 4].clone(), first) for first in (0, 4, 8)])
-        assert torch.equal(made, wanted) and update.measured(list) is update and not update.low_rank
+        assert torch.equal(made, wanted) and update.prepared(list) is update and not update.low_rank

@@ -32,7 +32,7 @@ from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import CheckpointError, InputError, TargetError
 from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.lora.adapters import adapters_disabled, lora_layers
-from qlora_lite.lora.convolution import read_kernels, why_not
+from qlora_lite.lora.convolution import refusal_reason, weights_read_by_parents
 from qlora_lite.lora.targets import select_targets
 
 KINDS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -288,7 +288,7 @@ def test_what_cannot_be_adapted_is_refused(module: nn.Module, message: str) -> N
         with pytest.raises(TargetError, match=f"odd: .*{message}.*; leave them out of target_modules"):
             add_lora_(model, LoraConfig(target_modules=targets))
     assert names_of(model, ["even"]) == ["even"]
-    assert why_not(nn.Linear(2, 2)) is None
+    assert refusal_reason(nn.Linear(2, 2)) is None
 
 
 class Reader(nn.Module):
@@ -322,7 +322,7 @@ def test_mambas_convolution_is_refused() -> None:
     config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)
     model = MambaForCausalLM(config)
     (name,) = [name for name, module in model.named_modules() if isinstance(module, nn.Conv1d)]
-    assert len(read_kernels(model, [name])) == 1
+    assert len(weights_read_by_parents(model, [name])) == 1
     with pytest.raises(TargetError, match=r"MambaMixer\..* reads its weight"):
         add_lora_(model, LoraConfig(target_modules=["conv1d"]))
 

@@ -14,7 +14,7 @@ from qlora_lite import LoraConfig, LoraLayer, QuantConfig, add_lora_, load_adapt
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.config import INITS
-from qlora_lite.lora.init import STARTS, principal_pair, start_
+from qlora_lite.lora.init import INITIALIZERS, initialize_, principal_pair
 from qlora_lite.quantization.quantize_model import quantize_base_
 
 TOKENS = torch.arange(12).view(2, 6)
@@ -29,7 +29,7 @@ def conv1d(fan_in: int, fan_out: int) -> nn.Module:
 def started(base: nn.Module, init: str, rank: int = 4, alpha: float = 6, **options: Any) -> LoraLayer:
     layer = LoraLayer(rank, alpha, base, dropout=0.0, **options)
     torch.manual_seed(5)
-    start_(layer, "layer", init, {})
+    initialize_(layer, "layer", init, {})
     return layer
 
 
@@ -42,7 +42,7 @@ def pefts_layer(base: nn.Module, init: Any, rank: int = 4) -> Any:
 
 
 def test_the_table_is_the_setting() -> None:
-    assert tuple(STARTS) == INITS
+    assert tuple(INITIALIZERS) == INITS
 
 
 @pytest.mark.parametrize("exact_side", [1024, 0])
@@ -109,7 +109,7 @@ def test_pissa_learns_as_pefts_does(make: Any) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
     assert (learned[-1] - learned[0]).abs().max() > 0.01
     low_rank = ours.lora_B @ ours.lora_A - ours.start_B @ ours.start_A
-    torch.testing.assert_close(ours.delta_weight(), ours.kind.upright(ours.scaling * low_rank), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.delta_weight(), ours.kind.as_matrix(ours.scaling * low_rank), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])

@@ -89,7 +89,7 @@ def test_output_and_gradients_are_those_of_the_equation(
         quantize_base_(holder, QuantConfig(format=format))
     layer = warm_(dora(holder[0]))
     stored: Any = layer.base_layer.weight
-    weight = layer.kind.upright(lora_linear.dense(stored, torch.float32)).detach()
+    weight = layer.kind.as_matrix(lora_linear.dense(stored, torch.float32)).detach()
     x = inputs(kind, 128)
     if x.is_floating_point():
         x.requires_grad_()
@@ -207,9 +207,9 @@ def test_exports_from_memory_and_disk_are_one_and_the_report_is_right(
             before = plain.get_submodule(name).weight
         else:
             assert torch.equal(written, layer.effective_weight(torch.float32))
-        total = layer.kind.upright(before) + layer.scaling * layer.lora_B @ layer.lora_A
+        total = layer.kind.as_matrix(before) + layer.scaling * layer.lora_B @ layer.lora_A
         total = layer.lora_magnitude[:, None] * total / total.norm(dim=1, keepdim=True)
-        torch.testing.assert_close(layer.kind.upright(written), total.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.kind.as_matrix(written), total.detach(), rtol=1e-4, atol=1e-5)
         update = (written - before).norm().item()
         assert rows[f"{name}.weight"]["update_norm"] == pytest.approx(update, rel=1e-4)
 

@@ -14,7 +14,7 @@ from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.auxiliary_layers import TrainableTokensLayer
 from qlora_lite.lora.config import LoraConfig
-from qlora_lite.lora.convolution import read_kernels
+from qlora_lite.lora.convolution import weights_read_by_parents
 from qlora_lite.lora.experts import unpacked_stacks
 from qlora_lite.lora.kinds import RouterKind, kind_of
 from qlora_lite.lora.layer import LoraLayer
@@ -184,7 +184,7 @@ class StoredAdapter:
             *(problem for name in names for problem in self._layer_problems(name, modules.get(name))),
             *_base_copy_problems(model, self.tensors),
             *self.config.idle_patterns([self.layers[n].peft_name if n in self.layers else n for n in names]),
-            *read_kernels(model, [name for name in names if name not in self.key_names]),
+            *weights_read_by_parents(model, [name for name in names if name not in self.key_names]),
             *target_problems(model, names - self.parameter_layers.keys(), self.options),
             *(
                 f"{name} is targeted and has no tensors in the file"
