@@ -6,6 +6,7 @@ import ast
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,25 @@ MOST_FILES = 15
 LIBRARY = ["cProfile", "profiling", "compile"]  # of Python and torch
 
 
-def floors() -> dict[str, int]:
-    """FLOORS of tests/test_architecture.py, rooms written as folders; the ground left out."""
+def constant(name: str) -> Any:
+    """A constant of tests/test_architecture.py."""
     tree = ast.parse((ROOT / "tests" / "test_architecture.py").read_text(encoding="utf-8"))
-    named = (node for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "FLOORS")
-    found: dict[str, int] = ast.literal_eval(next(named).value)  # type: ignore[arg-type]
-    return {room.replace(".", "/"): floor for room, floor in found.items() if room}
+    for node in tree.body:
+        target = (
+            node.target
+            if isinstance(node, ast.AnnAssign)
+            else node.targets[0]
+            if isinstance(node, ast.Assign)
+            else None
+        )
+        if isinstance(target, ast.Name) and target.id == name:
+            return ast.literal_eval(node.value)  # type: ignore[union-attr,arg-type]
+    raise AssertionError(f"tests/test_architecture.py has no {name}")
+
+
+def floors() -> dict[str, int]:
+    """The floor of each room, rooms written as folders; the ground left out."""
+    return {room.replace(".", "/"): floor for room, floor in constant("FLOORS").items() if room}
 
 
 def section(title: str) -> str:
@@ -44,6 +58,13 @@ def test_names_that_the_page_quotes_are_in_the_source() -> None:
     names = {name.rpartition(".")[2] for name in quoted if not name.endswith(".py")} - set(LIBRARY)
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "qlora_lite").rglob("*.py"))
     assert {name for name in names if not re.search(rf"\b{name}\b", source)} == set()
+
+
+def test_libraries_are_imported_by_the_files_that_the_page_names() -> None:
+    rows = re.findall(r"^\| (\w+) \| (.*\.py`) \|$", section("Rooms and floors"), re.MULTILINE)
+    named = {library: set(re.findall(r"`([\w/]+)\.py`", files)) for library, files in rows}
+    kept = constant("KEEPERS")
+    assert named == {library: {file.replace(".", "/") for file in files} for library, files in kept.items()}
 
 
 @pytest.mark.parametrize("title", ["The way of one weight", "The way of one batch"])
