@@ -1,4 +1,4 @@
-"""Adapters on stacks of experts against autograd through transformers' own modules with merged weights."""
+"""Tests of adapters on stacks of experts against autograd through transformers' modules with merged weights."""
 
 from __future__ import annotations
 
@@ -94,11 +94,11 @@ def test_outputs_and_gradients_are_those_of_autograd_with_merged_weights(case: t
     ours = adapted(folder, format)
     theirs, leaves, merged = reference(ours, folder)
     routers = [n for n, p in theirs.named_parameters() if n.endswith(("mlp.gate.weight", "router.weight"))]
-    beside = [*routers, "model.embed_tokens.weight"]
+    others = [*routers, "model.embed_tokens.weight"]
     assert len(routers) == 2
     for model in (ours, theirs):
         model.requires_grad_(False)
-        for name in beside:
+        for name in others:
             model.get_parameter(name).requires_grad_()
     for parameter in adapter_parameters(ours).values():
         parameter.requires_grad_()
@@ -108,7 +108,7 @@ def test_outputs_and_gradients_are_those_of_autograd_with_merged_weights(case: t
     assert len(leaves) == 8 and leaves.keys() == adapter_parameters(ours).keys()
     for name, leaf in leaves.items():
         torch.testing.assert_close(adapter_parameters(ours)[name].grad, leaf.grad, rtol=1e-3, atol=1e-6, msg=name)
-    for name in beside:
+    for name in others:
         mine, other = ours.get_parameter(name).grad, theirs.get_parameter(name).grad
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-6, msg=name)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Several adapters on one base: against real peft, and what switching must not change."""
+"""Tests of several adapters on one base against peft, and of the values that switching must not change."""
 
 from __future__ import annotations
 

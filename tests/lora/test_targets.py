@@ -1,4 +1,4 @@
-"""Which layers are adapted: what peft adapts with the same settings, and what decides nothing is said."""
+"""Tests of target selection against peft, and of the errors for settings without effect."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_functions_and_numbers_compose_with_all_linear(small_model: Callable[...
     config = LoraConfig(
         layers_to_transform=range(1, 3), exclude_modules=lambda name, layer: "mlp" in name or ".2." in name
     )
-    # Number 2 decides nothing beside this function.
+    # Block 2 has no effect: the function excludes all of its layers.
     with pytest.raises(
         TargetError, match=r"layers_to_transform \[2\] contain no targeted layer; .* are in blocks 0 to 1$"
     ):

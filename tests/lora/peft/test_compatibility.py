@@ -1,4 +1,4 @@
-"""Verdicts on adapters that peft and we have saved."""
+"""Tests of the compatibility of adapters that peft and this package saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What peft reads out of the configuration, beside the layers that it was written for."""
+"""Tests of adapter_config.json: peft must read from it what the layers have."""
 
 from __future__ import annotations
 

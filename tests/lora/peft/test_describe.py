@@ -1,4 +1,4 @@
-"""What an adapter is, read without a model."""
+"""Tests of the description of an adapter on disk against the model that was saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters on stacks of experts through peft's files, both ways, beside peft itself."""
+"""Tests of adapters on stacks of experts in peft's files, both ways, against peft."""
 
 from __future__ import annotations
 

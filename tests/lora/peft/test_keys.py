@@ -1,4 +1,4 @@
-"""Adapters as older releases of peft and other programs wrote them, beside what peft makes of the same files."""
+"""Tests of adapters as older releases of peft and other programs wrote them, against peft."""
 
 from __future__ import annotations
 

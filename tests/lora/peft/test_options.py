@@ -1,4 +1,4 @@
-"""Every option of peft is known for what it is."""
+"""Tests of the classes of peft's options: each is read, ignored or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapter files, both ways with real peft, and all or nothing."""
+"""Tests of saving and loading adapters, both ways with peft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapter files that do not fit a model: everything that is wrong is named, and nothing is loaded."""
+"""Tests of adapter files that do not fit a model: each error is named, and nothing is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers peft takes a configuration to mean, asked of peft."""
+"""Tests of the layers that a configuration selects, against peft."""
 
 from __future__ import annotations
 
