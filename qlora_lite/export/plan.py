@@ -146,9 +146,9 @@ def lazy_updates_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[]
 
     found: dict[str, Callable[[], Update]] = {**stored_replacements_(model, stored)}
     layers = lora_layers(model)
-    places = stack_key_names(model, [name for name, layer in layers.items() if isinstance(layer.kind, StackKind)])
+    key_names = stack_key_names(model, [name for name, layer in layers.items() if isinstance(layer.kind, StackKind)])
     for name, layer in layers.items():
-        keys = {part: peft_key(places.get(name, name), layer.kind, part) for part in layer.lora_parameters}
+        keys = {part: peft_key(key_names.get(name, name), layer.kind, part) for part in layer.lora_parameters}
         weight = name if isinstance(layer.kind, StackKind) else f"{name}.weight"
         found[weight] = functools.partial(delta, layer, keys)
         if layer.variant.added_bias is not None:
