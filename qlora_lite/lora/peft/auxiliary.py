@@ -143,7 +143,7 @@ class StoredAuxiliary:
             elif bias == "all" and key.endswith(DUPLICATE_BIASES):
                 del tensors[key]
         if both := sorted((stored.modules.keys() | stored.rows.keys()) & set(adapted)):
-            problems.append(f"{listing(both, 4)}: both A and B and trained values are in the file")
+            problems.append(f"the file has both A and B and trained values for {listing(both, 4)}")
         wanted = [(name, part) for name in to_save for part in parameter_names(modules[name])]
         missing = [f"{name}.{part}" for name, part in wanted if part not in stored.modules.get(name, {})]
         missing += [f"{name}.bias" for name in holders if name not in stored.biases]
