@@ -5,17 +5,12 @@ The only file that imports transformers; it does so when it is first needed.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_lite.errors import CheckpointError
-
-SDPA = "sdpa"
 
 
 def fill_computed_buffers_(model: Any, device: torch.device) -> None:
@@ -111,31 +106,3 @@ def logit_options(model: Any) -> dict[str, float]:
     if getattr(config, "logits_scaling", None):  # Granite divides
         options["logit_scale"] = 1 / config.logits_scaling
     return options
-
-
-@contextmanager
-def values_asked_for() -> Iterator[None]:
-    """Within the block transformers leaves masks that say nothing out, though a fake tensor cannot tell it so."""
-    masks: Any = importlib.import_module("transformers.masking_utils")
-    own, masks.is_tracing = masks.is_tracing, lambda tensor=None: own()
-    try:
-        yield
-    finally:
-        masks.is_tracing = own
-
-
-@contextmanager
-def attention_replaced(model: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Within the block transformers' `sdpa` attention is `make(its own)`, if this model uses it."""
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) != SDPA:
-        yield
-        return
-    functions = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
-    own, was_local = functions[SDPA], SDPA in functions._local_mapping
-    functions[SDPA] = make(own)
-    try:
-        yield
-    finally:
-        functions[SDPA] = own
-        if not was_local:  # what is registered for all under this name is seen again
-            del functions[SDPA]

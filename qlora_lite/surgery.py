@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
 
 from torch import nn
 
@@ -127,17 +125,3 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
     visit(model)
     return blocks
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Within the block the module's forward is this one; then what it was, be it the class's or its own."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before

@@ -42,7 +42,7 @@ FLOORS: dict[str, int] = {
 
 # Which files may import a library, wherever in the file the import stands.
 KEEPERS = {
-    "transformers": {"checkpoints.hub", "checkpoints.conversion", "architecture"},
+    "transformers": {"checkpoints.hub", "checkpoints.conversion", "patches"},
     "bitsandbytes": {"quantization.kernels", "training.optim"},
     "accelerate": {"training.step"},
     "matplotlib": {"memory.drawing.png"},

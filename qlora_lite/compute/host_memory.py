@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.compute.devices import on_cpu
-from qlora_lite.surgery import repeated_blocks, replaced_forward
+from qlora_lite.patches import patched_forward
+from qlora_lite.surgery import repeated_blocks
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -131,5 +132,5 @@ def holes_limited(model: nn.Module, device: torch.device, kind: str | int) -> It
     limit = HoleLimit(LOOSE if kind == "none" else TIGHT)
     with ExitStack() as stack:
         for block in repeated_blocks(model) if on_cpu(device) else []:
-            stack.enter_context(replaced_forward(block, functools.partial(_checked, limit, block.forward)))
+            stack.enter_context(patched_forward(block, functools.partial(_checked, limit, block.forward)))
         yield limit

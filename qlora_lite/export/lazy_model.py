@@ -24,8 +24,9 @@ from qlora_lite import architecture
 from qlora_lite.compute.slicing import regrouped_rows
 from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import ConfigError
+from qlora_lite.patches import patched_forward
 from qlora_lite.signals import poll
-from qlora_lite.surgery import has_own_forward, is_transposed_linear, replaced_forward
+from qlora_lite.surgery import has_own_forward, is_transposed_linear
 
 # Two orders of fp32 operations on one number.
 SAME = 1e-5
@@ -199,7 +200,7 @@ class LazyModel:
                     forward = self._embedding(module, weights)
                 else:
                     forward = self._other(module, weights)
-                stack.enter_context(replaced_forward(module, forward))
+                stack.enter_context(patched_forward(module, forward))
             yield
 
     @torch.no_grad()
@@ -216,7 +217,7 @@ class LazyModel:
             return _ramp(x)
 
         kind = type(self._model).__name__
-        with self._reading(weights), replaced_forward(self._head, head), _NoneUnread(kind):
+        with self._reading(weights), patched_forward(self._head, head), _NoneUnread(kind):
             made = self._model(**batch, use_cache=False).logits
         hidden = seen[0] if len(seen) == 1 else None
         if hidden is None or made.shape != (*hidden.shape[:-1], 1):

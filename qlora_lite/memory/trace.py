@@ -21,7 +21,7 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
 from types import TracebackType
 from typing import Any, NamedTuple, final
@@ -35,6 +35,7 @@ from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category, Key, MemoryBreakdown
 from qlora_lite.memory.module_tracker import ModuleTracker
 from qlora_lite.memory.storages import storages_of, tensors_in
+from qlora_lite.patches import patched_storage_resize
 from qlora_lite.signals import poll
 
 # How a storage was first seen, and the category that it has while nobody labels it.
@@ -118,7 +119,7 @@ class StorageTrace:
         self._last_backward = NO_BACKWARD
         self._recording = True
         self._mode: _ObservingMode | None = None
-        self._restore_resize: Callable[[], None] | None = None
+        self._resize_patch: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> StorageTrace:
         if self._mode is not None:
@@ -126,15 +127,16 @@ class StorageTrace:
         self._module_tracker.__enter__()
         self._mode = _ObservingMode(self._observe)
         self._mode.__enter__()
-        self._restore_resize = _watch_resize(self._resized)
+        self._resize_patch = patched_storage_resize(self._resized)
+        self._resize_patch.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        assert self._mode is not None and self._restore_resize is not None
+        assert self._mode is not None and self._resize_patch is not None
         self._recording = False
-        self._restore_resize()
+        self._resize_patch.__exit__(kind, error, where)
         self._mode.__exit__(kind, error, where)
         self._module_tracker.__exit__(kind, error, where)
 
@@ -313,24 +315,3 @@ class StorageTrace:
     def _resized(self, storage: torch.UntypedStorage) -> None:
         if id(storage) in self._refs:
             self._touch(storage, PREEXISTING)
-
-
-def _watch_resize(resized: Callable[[torch.UntypedStorage], None]) -> Callable[[], None]:
-    """Calls `resized` after every `UntypedStorage.resize_`, which no dispatch mode sees. Returns the undo function."""
-    owner: Any = torch.UntypedStorage
-    inherited = "resize_" not in vars(owner)
-    original = owner.resize_
-
-    def resize_(storage: torch.UntypedStorage, size: int) -> object:
-        result = original(storage, size)
-        resized(storage)
-        return result
-
-    def restore() -> None:
-        if inherited:
-            del owner.resize_
-        else:
-            owner.resize_ = original
-
-    owner.resize_ = resize_
-    return restore

@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -25,12 +24,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_lite import architecture
 from qlora_lite.compute.devices import accelerator_pretended
 from qlora_lite.errors import RehearsalError
 from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport, PhaseMemory
 from qlora_lite.memory.trace import StorageTrace
+from qlora_lite.patches import patched_mask_creation, patched_module_apply
 from qlora_lite.planning.cuda_allocator import replay
 from qlora_lite.planning.cuda_workspaces import persistent_workspace_bytes, transient_workspace_bytes
 from qlora_lite.quantization.kernels import bnb
@@ -54,35 +53,6 @@ class _Answers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """What torch's `Module._apply` does to real tensors, of which parameters stay the same objects.
-
-    Torch exchanges fake ones as wholes, for the sake of their devices, and fails where `change` has nothing to change.
-    """
-    for child in module.children() if recurse else ():
-        child._apply(change)
-    with torch.no_grad():
-        for parameter in module._parameters.values():
-            for tensor in () if parameter is None else (parameter, parameter.grad):
-                if tensor is not None and (changed := change(tensor)) is not tensor:
-                    tensor.data = changed
-    for name, buffer in module._buffers.items():
-        module._buffers[name] = None if buffer is None else change(buffer)
-    return module
-
-
-@contextmanager
-def _modules_convertible() -> Iterator[None]:
-    """Within the block `Module.to` and its like work on fake tensors."""
-    owner: Any = nn.Module
-    original = owner._apply
-    owner._apply = _apply
-    try:
-        yield
-    finally:
-        owner._apply = original
-
-
 @contextmanager
 def fake_tensors(accelerator: bool = False) -> Iterator[None]:
     """Within the block new tensors are fake ones; with `accelerator` they stand for those of a CUDA device.
@@ -91,9 +61,9 @@ def fake_tensors(accelerator: bool = False) -> Iterator[None]:
     """
     # bitsandbytes makes this table when it first needs it and keeps it: a fake one would be there for good.
     bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
-    with accelerator_pretended() if accelerator else nullcontext(), architecture.values_asked_for():
+    with accelerator_pretended() if accelerator else nullcontext(), patched_mask_creation():
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), _Answers(), _modules_convertible():
+            with FakeTensorMode(allow_non_fake_inputs=True), _Answers(), patched_module_apply():
                 yield
         except UNKNOWABLE as error:
             first_line = next(iter(str(error).strip().splitlines()), "")

@@ -24,7 +24,8 @@ from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.storages import storages_of
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.surgery import repeated_blocks, replaced_forward
+from qlora_lite.patches import patched_forward
+from qlora_lite.surgery import repeated_blocks
 
 # Allocations that differ from batch to batch (other lengths, other numbers of labels) at the same number of tokens.
 MARGIN = 0.03
@@ -168,5 +169,5 @@ def checkpointed(model: nn.Module, kind: str | int) -> Iterator[Dial]:
     dial = Dial(model, blocks, kind)
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.enter_context(replaced_forward(block, functools.partial(dial.run, index, block.forward)))
+            stack.enter_context(patched_forward(block, functools.partial(dial.run, index, block.forward)))
         yield dial

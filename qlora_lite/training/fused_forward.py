@@ -19,11 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from qlora_lite import architecture
 from qlora_lite.compute.cpu_attention import causal_attention
 from qlora_lite.compute.devices import on_cpu
 from qlora_lite.compute.norms_and_gates import ACTIVATIONS, gated, gated_product, normalized, rms_norm
-from qlora_lite.surgery import replaced_forward
+from qlora_lite.patches import patched_attention, patched_forward
 
 PROBE_SHAPE = (3, 16)
 # What transformers may ask of an attention function that ours does not do.
@@ -143,13 +142,11 @@ def lean(model: nn.Module) -> Iterator[list[str]]:
     Forward methods and transformers' attention function are put back afterwards.
     """
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
-    found = {name: (module, _lean_forward(module, dtype)) for name, module in model.named_modules()}
-    names = [name for name, (_, forward) in found.items() if forward is not None]
+    forwards = {name: _lean_forward(module, dtype) for name, module in model.named_modules()}
+    found = {name: forward for name, forward in forwards.items() if forward is not None}
+    names = list(found)
     with ExitStack() as stack:
-        for name in names:
-            module, forward = found[name]
-            stack.enter_context(replaced_forward(module, forward))
-        stack.enter_context(
-            architecture.attention_replaced(model, lambda own: functools.partial(_attention, own, _Masks()))
-        )
+        for name, forward in found.items():
+            stack.enter_context(patched_forward(model.get_submodule(name), forward))
+        stack.enter_context(patched_attention(model, lambda own: functools.partial(_attention, own, _Masks())))
         yield names

@@ -1,0 +1,137 @@
+"""Temporary patches of torch and transformers: every foreign function that the package replaces, and the reason.
+
+Each patch is a context manager. At the end of the block it restores the state that it found, also if that was a patch
+by somebody else, or an attribute inherited from a class. Patches of classes and modules of torch and transformers
+concern the whole process, so two threads must not hold them at the same time.
+
+patched_forward          the forward of one module: recomputation, memory checks, fused nodes, weights read on demand
+patched_attention        transformers' `sdpa` attention function: a faster one for causal attention on a CPU
+patched_mask_creation    transformers' test for tracing: masks on fake tensors as on real ones
+patched_module_apply     torch's `Module._apply`: `Module.to` on fake tensors
+patched_storage_resize   torch's `UntypedStorage.resize_`: memory that no dispatch mode sees
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+SDPA = "sdpa"
+_INHERITED = object()
+
+AnyFunction = Callable[..., object]
+
+
+@contextmanager
+def _patched(owner: object, name: str, value: object) -> Iterator[None]:
+    """Sets an attribute within the block; afterwards it is as before, in the owner itself or inherited."""
+    before = vars(owner).get(name, _INHERITED)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _INHERITED:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+@contextmanager
+def patched_forward(module: nn.Module, forward: AnyFunction) -> Iterator[None]:
+    """Makes `forward` the forward of one module within the block.
+
+    The module stays in its place, so that names, hooks, and the code of its parents are unchanged.
+    """
+    with _patched(module, "forward", forward):
+        yield
+
+
+class _AttentionFunctions(Protocol):
+    """transformers' registry of attention functions: local entries hide those that are registered for all."""
+
+    _local_mapping: dict[str, AnyFunction]
+
+    def __getitem__(self, name: str) -> AnyFunction: ...
+
+    def __setitem__(self, name: str, function: AnyFunction) -> None: ...
+
+    def __delitem__(self, name: str) -> None: ...
+
+
+@contextmanager
+def patched_attention(model: nn.Module, make: Callable[[AnyFunction], AnyFunction]) -> Iterator[None]:
+    """Replaces transformers' `sdpa` attention function f by `make(f)` within the block, if this model uses it.
+
+    Attention is a function that transformers' modules look up by name, so there is no module whose forward could be
+    patched. The registry is shared by all models.
+    """
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) != SDPA:
+        yield
+        return
+    functions: _AttentionFunctions = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
+    before, was_local = functions[SDPA], SDPA in functions._local_mapping
+    functions[SDPA] = make(before)
+    try:
+        yield
+    finally:
+        functions[SDPA] = before
+        if not was_local:  # a later registration for all models is then visible again
+            del functions[SDPA]
+
+
+@contextmanager
+def patched_mask_creation() -> Iterator[None]:
+    """Makes transformers create the same attention masks for fake tensors as for real ones, within the block.
+
+    transformers leaves out a mask that hides nothing, unless it believes to be traced, because a traced graph has to
+    hold for other masks too. It takes a fake tensor for a sign of tracing. In a rehearsal it is not: a mask that the
+    real step does not have would be counted, and would keep attention from its fast path.
+    """
+    masks = importlib.import_module("transformers.masking_utils")
+    is_tracing: Callable[[], bool] = masks.is_tracing
+    with _patched(masks, "is_tracing", lambda tensor=None: is_tracing()):
+        yield
+
+
+def _apply_to_data(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`Module._apply` as torch runs it for real tensors: parameters stay the same objects and get new data."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    with torch.no_grad():
+        for parameter in module._parameters.values():
+            for tensor in () if parameter is None else (parameter, parameter.grad):
+                if tensor is not None and (changed := change(tensor)) is not tensor:
+                    tensor.data = changed
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else change(buffer)
+    return module
+
+
+@contextmanager
+def patched_module_apply() -> Iterator[None]:
+    """Makes `Module.to` and its like work on fake tensors within the block.
+
+    torch swaps fake parameters as whole objects, because the device of one cannot be changed by `.data`, and fails
+    where the conversion returns the parameter itself.
+    """
+    with _patched(nn.Module, "_apply", _apply_to_data):
+        yield
+
+
+@contextmanager
+def patched_storage_resize(resized: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Calls `resized` after every `UntypedStorage.resize_` within the block; no dispatch mode sees that method."""
+    resize: Callable[[torch.UntypedStorage, int], object] = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> object:
+        result = resize(storage, size)
+        resized(storage)
+        return result
+
+    with _patched(torch.UntypedStorage, "resize_", resize_):
+        yield

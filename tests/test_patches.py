@@ -1,0 +1,84 @@
+"""Patches hold within their block and leave what they found: an own attribute, an inherited one, a registration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qlora_lite.patches import (
+    SDPA,
+    patched_attention,
+    patched_forward,
+    patched_mask_creation,
+    patched_module_apply,
+    patched_storage_resize,
+)
+
+
+def test_a_forward_is_restored_whether_inherited_or_own() -> None:
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+    before = layer(x)
+    with pytest.raises(ValueError, match="inside"), patched_forward(layer, lambda x: x * 7):
+        assert torch.equal(layer(x), x * 7)
+        with patched_forward(layer, lambda x: x * 9):
+            assert torch.equal(layer(x), x * 9)
+        assert torch.equal(layer(x), x * 7)
+        raise ValueError("inside")
+    assert torch.equal(layer(x), before) and "forward" not in vars(layer)
+    own: Any = layer
+    own.forward = mine = lambda x: x * 3
+    with patched_forward(layer, lambda x: x):
+        assert torch.equal(layer(x), x)
+    assert own.forward is mine
+
+
+def test_attention_is_replaced_for_models_that_use_it_and_the_registry_is_left_as_it_was(small_model: Any) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model, tokens = small_model("LlamaConfig"), torch.tensor([[1, 2, 3]])
+    before, local = ALL_ATTENTION_FUNCTIONS[SDPA], dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    calls: list[int] = []
+
+    def counted(own: Any) -> Any:
+        return lambda *args, **kwargs: (calls.append(1), own(*args, **kwargs))[1]
+
+    expected = model(tokens).logits
+    with patched_attention(model, counted):
+        assert torch.equal(model(tokens).logits, expected)
+    assert len(calls) == model.config.num_hidden_layers
+    assert ALL_ATTENTION_FUNCTIONS[SDPA] is before and ALL_ATTENTION_FUNCTIONS._local_mapping == local
+    with patched_attention(nn.Linear(2, 2), counted):
+        assert ALL_ATTENTION_FUNCTIONS[SDPA] is before
+
+
+def test_a_fake_tensor_is_not_taken_for_tracing() -> None:
+    import transformers.masking_utils as masks
+
+    before = masks.is_tracing
+    with FakeTensorMode() as mode, patched_mask_creation():
+        assert not masks.is_tracing(mode.from_tensor(torch.ones(2)))
+    assert masks.is_tracing is before
+
+
+def test_modules_of_fake_tensors_change_their_dtype() -> None:
+    before = nn.Module._apply
+    with FakeTensorMode(), patched_module_apply():
+        layer = nn.BatchNorm1d(3)
+        weight = layer.weight
+        assert layer.to(torch.bfloat16).weight is weight and weight.dtype == torch.bfloat16
+        assert layer.running_mean is not None and layer.running_mean.dtype == torch.bfloat16
+    assert nn.Module._apply is before
+
+
+def test_resized_storages_are_reported() -> None:
+    before = vars(torch.UntypedStorage).get("resize_")
+    seen: list[int] = []
+    tensor: Tensor = torch.ones(4)
+    with patched_storage_resize(lambda storage: seen.append(storage.nbytes())):
+        tensor.untyped_storage().resize_(32)
+    tensor.untyped_storage().resize_(64)
+    assert seen == [32] and vars(torch.UntypedStorage).get("resize_") is before
