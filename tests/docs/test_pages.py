@@ -18,11 +18,11 @@ from qlora_lite.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^```([\w{}-]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`([^`\n]+)`")
 MODEL = "path/to/model"
 # Options of other programs that pages name.
-FOREIGN_OPTIONS = {"--max-lora-rank", "--multi_gpu", "--cpu", "--base"}
+FOREIGN_OPTIONS = {"--multi_gpu", "--cpu"}
 FEW_STEPS = "3"
 # Commands that take long even on a tiny model; they are parsed only.
 SLOW = {"plan", "profile"}
