@@ -1,9 +1,9 @@
-"""Bad arguments of the command line: each option of each command empty, twice, without a value, of the wrong kind, or
-leading to what cannot be read or written. Run by endure.py and by the tests.
+"""Bad arguments of the command line: each option of each command empty, twice, without a value, with a wrong value,
+or with a path that cannot be read or written. Part of endure.py; the tests use it too.
 
-The commands and their options are those that the command line itself has; an option of which no kind stands in the
-tables here is an error. A case goes wrong unless the command says one line on stderr and no traceback, ends with 2 for
-wrong usage and with 1 for a failure, within a few seconds, and leaves every file and folder as it was.
+Commands and options come from the command line itself; an option that the tables below lack is an error. A command must
+print one line to stderr and no traceback, end with status 2 for wrong usage and 1 for a failure, within a few seconds,
+and leave every file and folder as it was.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, save_
 from qlora_lite.cli.main import app, main
 
 USAGE, FAILURE = 2, 1
-# Of processor time; a pipe that is waited for takes none, so that is limited apart.
+# Processor time; waiting for a pipe takes none, so it has a limit of its own.
 SECONDS, HANGING_SECONDS = 4.0, 60.0
 HUGE = str(10**30)
 
-# What each command needs; {name}: a path of `Place`.
+# The arguments that each command needs; {name} is a path of `CasePaths`.
 NEEDED = {
     "train": ["--model", "{model}", "--data", "{data}", "--output", "{new}", "--rank", "2", "--steps", "1"],
     "plan": ["--model", "{model}", "--memory", "1GiB"],
@@ -55,7 +55,7 @@ PATHS = {
 }
 NOT_EMPTY, THERE = "not empty", "there"
 SIZES = ("lots", "-1", "nan", "5 apples", "1e3", "9" * 5000)
-# Values of other options that are wrong.
+# Wrong values of other options.
 VALUES = {
     **dict.fromkeys(("format", "embedding_format", "variant", "bias", "optimizer", "mode", "device"), ("quux", "NF4")),
     **dict.fromkeys(("base", "dtype", "require"), ("quux", "fp 16")),
@@ -70,7 +70,7 @@ VALUES = {
 }
 WHOLE_NUMBERS = ("many", "1.5", "1e3", "nan", "inf", "0x10", "-1", "0", HUGE)
 NUMBERS = ("many", "1,5", "nan", "inf", "-inf", "-1", "0", HUGE)
-# Those that are right for some.
+# Those that are right for some options.
 RIGHT = {
     **dict.fromkeys(("seed", "warmup_steps", "keep_best"), ("0",)),
     "alpha": ("-1", "0", HUGE),
@@ -88,8 +88,8 @@ class Case:
     what: str
 
 
-class Place:
-    """What the cases lead to, below one folder: good inputs, and all that is none."""
+class CasePaths:
+    """The paths that the cases use, below one folder: good inputs, and paths that cannot be read or written."""
 
     def __init__(self, root: Path, make_model: Callable[[Path], Path]) -> None:
         self.root = root
@@ -141,10 +141,10 @@ class Place:
         }
 
     def bad(self, kind: str, option: str, command: str) -> dict[str, tuple[str, ...]]:
-        """{what it is: the words after the option's name} for values of a path option."""
+        """Returns the wrong values of a path option: {description: the words after the option's name}."""
         missing = {
             "missing": self.root / "missing",
-            "no text": Path(os.fsdecode(os.fsencode(self.root) + b"/\xff\xfe")),
+            "not UTF-8": Path(os.fsdecode(os.fsencode(self.root) + b"/\xff\xfe")),
             "two lines": self.root / "a\nb",
         }
         if kind == IN_FOLDER:
@@ -162,8 +162,8 @@ class Place:
             found = {**missing, **self._nowhere(), **files, "an empty file": self.root / "there.jsonl"}
         elif kind == OUT_FOLDER:
             own = {"a file": self.root / "file", NOT_EMPTY: self.foreign}
-            if command != "train":  # which stands in its folder beside what else is there
-                own |= {"above the inputs": self.root, "too long a name beside it": self.root / ("x" * 250)}
+            if command != "train":  # a run may share its folder with other files
+                own |= {"above the inputs": self.root, "too long a temporary name": self.root / ("x" * 250)}
             for name in ("model", "adapter"):
                 if f"{{{name}}}" in NEEDED[command]:
                     own |= {f"the {name}": self.paths[name], f"inside the {name}": self.paths[name] / "new"}
@@ -176,13 +176,13 @@ class Place:
 
 
 def _kind_of(hint: Any) -> Any:
-    """int, float, bool, str or Path of an annotation such as `list[int] | None`."""
+    """Returns int, float, bool, str or Path for an annotation such as `list[int] | None`."""
     inner = [part for part in typing.get_args(hint) if part is not types.NoneType]
     return _kind_of(inner[0]) if inner else hint
 
 
 def parameters() -> dict[str, list[tuple[Any, Any]]]:
-    """{command: (option as typer has it, its kind)} of the whole command line, --help aside."""
+    """Returns {command: [(parameter of typer, its type)]} of the whole command line, without --help."""
     commands: Any = typer.main.get_command(app)
     found = {}
     for registered in app.registered_commands:
@@ -194,20 +194,20 @@ def parameters() -> dict[str, list[tuple[Any, Any]]]:
     return found
 
 
-def _bad_values(place: Place, command: str, param: Any, kind: Any) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """(what, words after the option's name, status) of one option."""
+def _bad_values(paths: CasePaths, command: str, param: Any, kind: Any) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Yields (description, words after the option's name, status) for wrong values of one option."""
     name = param.name
     if kind is bool:
         return
     if name in PATHS:
-        for what, words in place.bad(PATHS[name], name, command).items() if PATHS[name] != NOT_HERE else ():
+        for what, words in paths.bad(PATHS[name], name, command).items() if PATHS[name] != NOT_HERE else ():
             yield what, words, FAILURE
-            # What may be replaced, if that is asked for; a run leaves foreign files where they are.
+            # --overwrite may replace a file, and a run leaves foreign files where they are.
             may = what == THERE or (what == NOT_EMPTY and command == "train")
             if PATHS[name] in (OUT_FOLDER, OUT_FILE) and not may:
                 yield f"{what}, --overwrite", (*words, "--overwrite"), FAILURE
         if PATHS[name] in (OUT_FILE, NOT_HERE):
-            yield "another suffix, or no device", (str(place.root / "new.txt"),), USAGE
+            yield "another suffix, or no device", (str(paths.root / "new.txt"),), USAGE
     elif kind in (int, float):
         for value in WHOLE_NUMBERS if kind is int else NUMBERS:
             if value not in RIGHT.get(name, ()):
@@ -217,10 +217,10 @@ def _bad_values(place: Place, command: str, param: Any, kind: Any) -> Iterator[t
             yield value[:20], (value,), USAGE
 
 
-def _of_one(place: Place, command: str, param: Any, kind: Any) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """(what, words beside what the command needs, status): an option with each wrong value, empty, twice, alone."""
+def _of_one(paths: CasePaths, command: str, param: Any, kind: Any) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Yields (description, words, status): an option with each wrong value, empty, twice, and without a value."""
     option = () if param.param_type_name == "argument" else (param.opts[0],)
-    for what, words, status in _bad_values(place, command, param, kind):
+    for what, words, status in _bad_values(paths, command, param, kind):
         yield what, (*option, *words), status
     if kind is bool:
         yield "with a value", (f"{option[0]}=yes",), USAGE
@@ -235,7 +235,7 @@ def _of_one(place: Place, command: str, param: Any, kind: Any) -> Iterator[tuple
 
 
 def _without(needed: list[str], param: Any) -> list[str]:
-    """The needed words, but not those of this option."""
+    """Returns the needed words without those of this option."""
     if param.param_type_name == "argument":
         return [word for word in needed if word.startswith("-")]
     if param.opts[0] not in needed:
@@ -244,17 +244,17 @@ def _without(needed: list[str], param: Any) -> list[str]:
     return needed[:at] + needed[at + (1 if param.is_flag else 2) :]
 
 
-def cases(place: Place) -> list[Case]:
-    """All of them. KeyError for a command or an option of which nothing is known here."""
+def cases(paths: CasePaths) -> list[Case]:
+    """Returns all cases. Raises KeyError for a command or an option that the tables lack."""
     found = []
     for command, options in parameters().items():
-        needed = [word.format(**place.paths) for word in NEEDED[command]]
+        needed = [word.format(**paths.paths) for word in NEEDED[command]]
         for param, kind in options:
             rest = _without(needed, param)
             if param.required:
                 found.append(Case(command, tuple(rest), USAGE, f"{param.name}: missing"))
-            for what, words, status in _of_one(place, command, param, kind):
-                extra = ("--verify", str(place.paths["data"])) if param.name == "verify_max_length" else ()
+            for what, words, status in _of_one(paths, command, param, kind):
+                extra = ("--verify", str(paths.paths["data"])) if param.name == "verify_max_length" else ()
                 if param.name == "require":
                     status = USAGE
                 found.append(Case(command, (*rest, *extra, *words), status, f"{param.name}: {what}"))
@@ -262,8 +262,8 @@ def cases(place: Place) -> list[Case]:
     return [*found, Case("destroy", (), USAGE, "no command"), Case("--x", (), USAGE, "no option")]
 
 
-def said_by_main(words: tuple[str, ...] | list[str]) -> tuple[int, str]:
-    """(exit status, what was said on stderr) of the command line with these words, in this process."""
+def run_main(words: tuple[str, ...] | list[str]) -> tuple[int, str]:
+    """Runs the command line with these words in this process. Returns its exit status and its stderr."""
     before, errors, status = sys.argv, io.StringIO(), 0
     sys.argv = ["qlora-lite", *words]
     try:
@@ -276,35 +276,35 @@ def said_by_main(words: tuple[str, ...] | list[str]) -> tuple[int, str]:
     return status, errors.getvalue()
 
 
-def _checked(place: Place, case: Case) -> None:
-    before, began = listing(place.root), time.process_time()
+def _checked(paths: CasePaths, case: Case) -> None:
+    before, began = listing(paths.root), time.process_time()
     with limited(HANGING_SECONDS):
-        status, said = said_by_main([case.command, *case.words])
+        status, said = run_main([case.command, *case.words])
     taken = time.process_time() - began
     if len(said.splitlines()) != 1 or not said.startswith("error: ") or "Traceback" in said:
-        raise Wrong(f"said {said[-400:]!r} with status {status}")
+        raise Wrong(f"printed {said[-400:]!r} with status {status}")
     if status != case.status:
-        raise Wrong(f"ended with {status} and not with {case.status}: {said}")
-    if listing(place.root) != before:
+        raise Wrong(f"ended with status {status}, not {case.status}: {said}")
+    if listing(paths.root) != before:
         raise Wrong("wrote something")
     if taken > SECONDS:
         raise Wrong(f"took {taken:.1f} s")
 
 
-def run_argument_case(place: Place, case: Case) -> str | None:
-    """None if all is well, else what went wrong."""
-    shutil.rmtree(place.paths["new"], ignore_errors=True)
+def run_argument_case(paths: CasePaths, case: Case) -> str | None:
+    """Returns None if the case is handled correctly, else the problem."""
+    shutil.rmtree(paths.paths["new"], ignore_errors=True)
     try:
-        with contextlib.chdir(place.here) if sys.version_info >= (3, 11) else contextlib.nullcontext():
-            _checked(place, case)
+        with contextlib.chdir(paths.here) if sys.version_info >= (3, 11) else contextlib.nullcontext():
+            _checked(paths, case)
     except Exception as error:
         return f"{case.command}, {case.what}: {type(error).__name__}: {error}"
     return None
 
 
-def bad_arguments(place: Path, make_model: Callable[[Path], Path], every: int = 1) -> tuple[int, list[str]]:
-    """How many cases were tried, each `every`th of them, and what went wrong in them."""
-    made = Place(place, make_model)
-    chosen = cases(made)[::every]
-    found = (run_argument_case(made, case) for case in chosen)
+def bad_arguments(folder: Path, make_model: Callable[[Path], Path], every: int = 1) -> tuple[int, list[str]]:
+    """Tries each `every`th case. Returns the number of cases tried, and the problems."""
+    paths = CasePaths(folder, make_model)
+    chosen = cases(paths)[::every]
+    found = (run_argument_case(paths, case) for case in chosen)
     return len(chosen), [problem for problem in found if problem is not None]

@@ -1,4 +1,4 @@
-"""Bad checkpoints, made from a seed: folders of a small model, plain or packed, with one thing wrong in them."""
+"""Makes bad checkpoints from a seed: folders of a small model, plain or packed, with one thing wrong."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUANTIZATION_OPTIONS = (
 
 @functools.cache
 def good_folder(packed: bool) -> Path:
-    """A small checkpoint, made once in a process."""
+    """Returns the folder of a small checkpoint, made once in a process."""
     folder = Path(tempfile.mkdtemp(prefix="good-"))
     plain = make_tiny_model(folder / "plain")
     if not packed:
@@ -43,8 +43,8 @@ def good_folder(packed: bool) -> Path:
     return folder / "packed"
 
 
-def _special(path: Path, chance: random.Random) -> str:
-    """Something in the place of a file that is no file."""
+def _special(path: Path, rng: random.Random) -> str:
+    """Replaces a file by something that is not a regular file of this kind."""
     path.unlink(missing_ok=True)
     kinds: dict[str, Callable[[], Any]] = {
         "pipe": lambda: os.mkfifo(path),
@@ -54,34 +54,34 @@ def _special(path: Path, chance: random.Random) -> str:
         "dangling link": lambda: path.symlink_to("nothing"),
         "nothing": lambda: None,
         "empty": path.touch,
-        "pickle": lambda: path.write_bytes(chance.choice([canary, pickled])(path.parent)),
+        "pickle": lambda: path.write_bytes(rng.choice([canary, pickled])(path.parent)),
         "pickle beside": lambda: (path.parent / "pytorch_model.bin").write_bytes(pickled(path.parent)),
     }
-    what = chance.choice(sorted(kinds))
+    what = rng.choice(sorted(kinds))
     kinds[what]()
     return f"{what} as {path.name}"
 
 
-def _other_option(folder: Path, chance: random.Random) -> str:
+def _other_option(folder: Path, rng: random.Random) -> str:
     config = json.loads((folder / CONFIG).read_text())
-    place = config
+    section = config
     options: tuple[str, ...] = OPTIONS
-    if "quantization_config" in config and chance.random() < 0.5:
-        place, options = config["quantization_config"], QUANTIZATION_OPTIONS
-    option, value = chance.choice(options), chance.choice([*STRANGE, 64, "gelu", nested(30)])
-    place[option] = value
+    if "quantization_config" in config and rng.random() < 0.5:
+        section, options = config["quantization_config"], QUANTIZATION_OPTIONS
+    option, value = rng.choice(options), rng.choice([*STRANGE, 64, "gelu", nested(30)])
+    section[option] = value
     (folder / CONFIG).write_text(json.dumps(config))
     return f"{option} = {str(value)[:40]}"
 
 
-def _other_tensor(folder: Path, chance: random.Random) -> str:
-    """A sound file of tensors that are not what the model needs."""
+def _other_tensor(folder: Path, rng: random.Random) -> str:
+    """Writes a sound safetensors file in which one tensor does not suit the model."""
     tensors = safetensors.torch.load_file(folder / TENSORS)
-    name = chance.choice(sorted(tensors))
+    name = rng.choice(sorted(tensors))
     tensor = tensors.pop(name)
     spoilt = tensor.clone()
     if tensor.is_floating_point() and tensor.numel():
-        spoilt.view(-1)[chance.randrange(tensor.numel())] = chance.choice([float("nan"), float("inf"), -float("inf")])
+        spoilt.view(-1)[rng.randrange(tensor.numel())] = rng.choice([float("nan"), float("inf"), -float("inf")])
     changes: dict[str, torch.Tensor | None] = {
         "lost": None,
         "transposed": tensor.T.contiguous() if tensor.dim() == 2 else tensor[None],
@@ -92,7 +92,7 @@ def _other_tensor(folder: Path, chance: random.Random) -> str:
         "not finite": spoilt,
         "empty": tensor.new_empty(0),
     }
-    what = chance.choice(sorted(changes))
+    what = rng.choice(sorted(changes))
     changed = changes[what]
     if changed is not None:
         tensors[name] = changed.clone()
@@ -100,20 +100,20 @@ def _other_tensor(folder: Path, chance: random.Random) -> str:
     return f"{name} {what}"
 
 
-def damage_checkpoint(folder: Path, chance: random.Random) -> str:
-    """Fills the folder with a checkpoint and does one thing to it."""
-    good = good_folder(packed=chance.random() < 0.5)
+def damage_checkpoint(folder: Path, rng: random.Random) -> str:
+    """Writes a checkpoint with one thing wrong into the folder, and returns a description of it."""
+    good = good_folder(packed=rng.random() < 0.5)
     for path in good.iterdir():
         if path.name in (CONFIG, TENSORS):
             shutil.copy(path, folder)
-    kind = chance.randrange(6)
+    kind = rng.randrange(6)
     if kind == 0:
-        return _special(folder / chance.choice([CONFIG, TENSORS]), chance)
+        return _special(folder / rng.choice([CONFIG, TENSORS]), rng)
     if kind == 1:
-        (folder / CONFIG).write_bytes(damaged_text((folder / CONFIG).read_bytes(), chance))
+        (folder / CONFIG).write_bytes(damaged_text((folder / CONFIG).read_bytes(), rng))
         return "config's bytes"
     if kind == 2:
-        what, data = damaged_safetensors((folder / TENSORS).read_bytes(), chance)
+        what, data = damaged_safetensors((folder / TENSORS).read_bytes(), rng)
         (folder / TENSORS).write_bytes(data)
         return what
-    return _other_tensor(folder, chance) if kind in (3, 4) else _other_option(folder, chance)
+    return _other_tensor(folder, rng) if kind in (3, 4) else _other_option(folder, rng)

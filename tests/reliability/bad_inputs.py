@@ -1,7 +1,7 @@
-"""Bad files and their readers: what reading one may do. Run by endure.py and by the tests.
+"""Reads damaged files, and checks what reading them does. Part of endure.py; the tests use it too.
 
-A case goes wrong unless its reader either raises an error of ours, or gives what an independent reader of the format
-gives; within a second, within 2 x the file + 200 MiB of memory, and without writing anything.
+A reader must raise a QLoRAError or return what an independent reader of the format returns. It has one second, and
+2 x the file + 200 MiB of memory, and must not write anything.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ SPARE_BYTES = 200 << 20
 
 
 class Wrong(AssertionError):
-    """What a reader must not do."""
+    """A reader did something that is not allowed."""
 
 
 class _TooLong(BaseException):
-    """Not an Exception, so that nothing on the way takes it for a bad file's."""
+    """The time limit. Not an Exception, so that no reader mistakes it for an error of the file."""
 
 
 def _equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
@@ -56,9 +56,9 @@ def _read_safetensors(folder: Path) -> None:
     try:
         theirs = safetensors.torch.load((folder / bad_files.TENSORS).read_bytes())
     except Exception as error:
-        raise Wrong(f"read what safetensors refuses: {error}") from error
+        raise Wrong(f"accepted a file that safetensors refuses: {error}") from error
     if not _equal(ours, theirs):
-        raise Wrong("read other values than safetensors does")
+        raise Wrong("returned other values than safetensors does")
 
 
 def _read_index(folder: Path) -> None:
@@ -68,13 +68,13 @@ def _read_index(folder: Path) -> None:
         return
     good = bad_files.good_tensors()
     if not found.keys() <= good.keys() or not _equal(found, {name: good[name] for name in found}):
-        raise Wrong("read tensors that no shard of the folder holds")
+        raise Wrong("returned tensors that are in no shard of the folder")
     if found.keys() != (listed := json.loads((folder / bad_files.INDEX).read_text())["weight_map"]).keys():
-        raise Wrong(f"read {sorted(found)} where the index lists {sorted(listed)}")
+        raise Wrong(f"returned {sorted(found)} where the index lists {sorted(listed)}")
 
 
 def adaptable() -> nn.Module:
-    """A small model with layers that adapters go to."""
+    """Returns a small model whose layers can be adapted."""
     torch.manual_seed(0)
     return nn.ModuleDict({"first": nn.Linear(6, 5), "second": nn.Linear(5, 4), "words": nn.Embedding(9, 6)})
 
@@ -92,7 +92,7 @@ def _read_adapter(folder: Path) -> None:
     stored = safetensors.torch.load((folder / bad_files.ADAPTER_TENSORS).read_bytes())
     for name, layer in lora_layers(model).items():
         if not all(values.isfinite().all() for values in (layer.lora_A, layer.lora_B)):
-            raise Wrong(f"{name} took values that are not finite")
+            raise Wrong(f"{name} has values that are not finite")
         if not torch.equal(layer.lora_A, stored[f"base_model.model.{name}.lora_A.weight"]):
             raise Wrong(f"{name} has another A than the file")
 
@@ -104,7 +104,7 @@ def _read_records(folder: Path) -> None:
         return
     lines = [line for line in (folder / bad_files.RECORDS).read_bytes().decode("utf-8-sig").split("\n") if line.strip()]
     if found != [json.loads(line) for line in lines]:
-        raise Wrong("read other records than the lines hold")
+        raise Wrong("returned other records than the file has")
 
 
 def _read_checkpoint(folder: Path) -> None:
@@ -116,12 +116,12 @@ def _read_checkpoint(folder: Path) -> None:
     if bad := [name for name, value in held.items() if not value.isfinite().all()]:
         raise Wrong(f"loaded NaN or infinity in {bad[:3]}")
     if any(value.is_meta for value in model.state_dict().values()):
-        raise Wrong("left weights out")
+        raise Wrong("left weights on meta")
 
 
 @dataclass(frozen=True)
 class Family:
-    """damage: writes one case into an empty folder, and says what it did; read: reads it, and raises Wrong."""
+    """A kind of file. damage: writes a case into an empty folder, and describes it. read: reads it, or raises Wrong."""
 
     name: str
     damage: Callable[[Path, random.Random], str]
@@ -139,6 +139,8 @@ FAMILIES = (
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
+    """Raises Wrong if the block takes longer."""
+
     def stop(number: int, frame: object) -> None:
         raise _TooLong
 
@@ -156,11 +158,11 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def _peak() -> int:
-    """Most resident bytes of this process since `_restart_peak` (proc(5), VmHWM)."""
+    """Returns the peak of resident bytes of this process since `_restart_peak` (VmHWM of proc(5))."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) << 10
-    raise OSError("the kernel does not tell VmHWM")
+    raise OSError("/proc/self/status has no VmHWM")
 
 
 def _restart_peak() -> int:
@@ -169,17 +171,18 @@ def _restart_peak() -> int:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Returns size and time of change of everything below the folder."""
     found = {path: path.lstat() for path in folder.rglob("*")}
     return {str(path): (state.st_size, state.st_mtime_ns) for path, state in found.items()}
 
 
 def run_case(family: Family, seed: int) -> str | None:
-    """None if all is well with the case of this seed, else what went wrong, beginning with the family and the seed."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "input"
+    """Returns None if the case of this seed is handled correctly, else the problem, after the family and the seed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "input"
         folder.mkdir()
         what = family.damage(folder, random.Random(f"{family.name} {seed}"))
-        before = listing(Path(place))
+        before = listing(Path(scratch))
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and not path.is_symlink())
         resident = _restart_peak()
         try:
@@ -187,7 +190,7 @@ def run_case(family: Family, seed: int) -> str | None:
                 family.read(folder)
             if (taken := _peak() - resident) > 2 * size + SPARE_BYTES:
                 raise Wrong(f"took {taken:,} bytes for a file of {size:,}")
-            if listing(Path(place)) != before:
+            if listing(Path(scratch)) != before:
                 raise Wrong("wrote something")
         except Exception as error:
             return f"{family.name} {seed} ({what}): {type(error).__name__}: {error}"
@@ -195,6 +198,6 @@ def run_case(family: Family, seed: int) -> str | None:
 
 
 def run_cases(families: tuple[Family, ...], seeds: range) -> list[str]:
-    """What went wrong in the cases of these seeds, of each family."""
+    """Returns the problems in the cases of these seeds, for each family."""
     found = (run_case(family, seed) for family in families for seed in seeds)
     return [problem for problem in found if problem is not None]

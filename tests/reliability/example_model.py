@@ -1,4 +1,4 @@
-"""The random model of `examples/tiny_model.py`, for the scripts of this folder."""
+"""Imports the random model of `examples/tiny_model.py` for the scripts of this folder."""
 
 from __future__ import annotations
 

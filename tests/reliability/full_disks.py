@@ -1,12 +1,12 @@
-"""Disks that are really full, and disks that are read-only: small ones, mounted for this. Run by endure.py.
+"""Writes to disks that are full or read-only: small disks, mounted for this. Part of endure.py.
 
-With so much room left on the disk, and so much more, until it is enough, an export, a packed checkpoint, a run with
-checkpoints and lines of metrics are written: each either ends with one sentence, and what was there is there whole, or
-it is done. After room was made the same call finishes, with the files of a call that was not disturbed. In memory
-(tmpfs), and, for root, in a file system on a loop device (ext4), where bytes go past the page cache.
+An export, a packed checkpoint, a run with checkpoints and lines of metrics are each written with a number of free bytes
+that grows until the write succeeds. A failed write must raise one sentence and leave all older files whole. After room
+is made, the same call must finish, with the files of an undisturbed call. The disks are tmpfs, and for root also ext4
+on a loop device, where bytes pass the page cache.
 
-The mounts are those of a process alone and go with it: in a namespace of its own (unshare(2)), for root, and for others
-where the system lets them have one.
+The mounts belong to one process and end with it. It has a mount namespace of its own (unshare(2)): root always, other
+users where the system permits it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ FULL, READ_ONLY = "No space left on device", "Read-only file system"
 
 @dataclass(frozen=True)
 class Work:
-    """What is written into `out` of a disk. files: what of it is the same each time; wrong: what a failure spoilt."""
+    """One kind of output, written to the folder `out` of a disk.
+
+    files: returns the contents that are equal in every run. wrong: describes damage after a failed write.
+    replaces: whether an older folder is there before.
+    """
 
     name: str
     write: Callable[[Path, bool], object]
@@ -52,7 +56,7 @@ class Work:
 
 
 def _own_mounts() -> None:
-    """Gives this process, which has one thread, mounts of its own. OSError where the system does not."""
+    """Moves this single-threaded process into a mount namespace of its own. Raises OSError where that is forbidden."""
     user, group, root = os.geteuid(), os.getegid(), os.geteuid() == 0
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS | (0 if root else CLONE_NEWUSER)) != 0:
@@ -71,26 +75,26 @@ def _mount(*words: str) -> None:
 
 
 @contextmanager
-def _disk(kind: str, place: Path) -> Iterator[Path]:
-    """A new disk of this kind, mounted at a folder."""
-    place.mkdir()
+def _disk(kind: str, mount_point: Path) -> Iterator[Path]:
+    """Mounts a new disk of this kind at `mount_point`, and unmounts it afterwards."""
+    mount_point.mkdir()
     if kind == "ext4":
-        image = place.with_suffix(".image")
+        image = mount_point.with_suffix(".image")
         image.write_bytes(b"")
         os.truncate(image, DISK_BYTES)
         subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
-        _mount("-o", "loop", str(image), str(place))
-        shutil.rmtree(place / "lost+found")
+        _mount("-o", "loop", str(image), str(mount_point))
+        shutil.rmtree(mount_point / "lost+found")
     else:
-        _mount("-t", kind, "-o", f"size={DISK_BYTES}", "none", str(place))
+        _mount("-t", kind, "-o", f"size={DISK_BYTES}", "none", str(mount_point))
     try:
-        yield place
+        yield mount_point
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(mount_point)], check=True)
 
 
 def _fill(disk: Path, room: int) -> None:
-    """Leaves so many bytes."""
+    """Fills the disk up to `room` free bytes."""
     with open(disk / BALLAST, "wb", buffering=0) as file:
         try:
             while True:
@@ -101,7 +105,7 @@ def _fill(disk: Path, room: int) -> None:
 
 
 def _spoilt_folder(folder: Path, old: dict[str, bytes]) -> list[str]:
-    found = [] if files_of(folder) == old else ["half of it stands under the name"]
+    found = [] if files_of(folder) == old else ["the folder is neither the old nor the new one"]
     return found + [f"{path.name} was left" for path in folder.parent.iterdir() if path.name not in ("out", BALLAST)]
 
 
@@ -126,14 +130,14 @@ def _spoilt_run(model: Path, folder: Path, old: dict[str, bytes]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Line:
-    """A step of which only the metrics are written."""
+    """The metrics of one step."""
 
     step: int
     words: str = "more than a few bytes " * 9
 
 
 def _write_lines(folder: Path, again: bool) -> None:
-    """Lines of several blocks, so that a disk is full within one."""
+    """Writes metrics of several disk blocks, so that the disk becomes full within a line."""
     torch.manual_seed(0)
     model = adaptable()
     add_lora_(model, LoraConfig(rank=2, target_modules=["first"]))
@@ -172,21 +176,21 @@ def _begin(disk: Path, old: Path | None) -> None:
 
 
 def _refused(work: Work, disk: Path, because: str) -> tuple[bool, list[str]]:
-    """Whether the work was done; what was wrong with how it was not."""
+    """Returns whether the work finished, and what was wrong with its refusal."""
     before = work.files(disk / "out")
     try:
         work.write(disk / "out", False)
     except CheckpointError as error:
         problems = work.wrong(disk / "out", before)
         if because not in str(error) or len(str(error).splitlines()) != 1:
-            problems.append(f"it said {error}")
+            problems.append(f"the error is {error}")
         return False, problems
     return True, []
 
 
 def _tries(work: Work, disk: Path, old: Path | None, every: int) -> Iterator[tuple[str, list[str]]]:
-    """(what was tried, what was wrong), with more and more room, and without any right to write."""
-    for _ in range(2):  # what the first one of a process imports draws random numbers
+    """Yields (attempt, problems): on a read-only disk, then with more and more free bytes until the work is done."""
+    for _ in range(2):  # imports in the first write of a process draw random numbers
         _begin(disk, old)
         work.write(disk / "out", False)
     wanted, room, done = work.files(disk / "out"), 0, False
@@ -194,13 +198,13 @@ def _tries(work: Work, disk: Path, old: Path | None, every: int) -> Iterator[tup
     def finished() -> list[str]:
         work.write(disk / "out", True)
         found = work.files(disk / "out")
-        return [f"it finishes with another {name}" for name in wanted | found if wanted.get(name) != found.get(name)]
+        return [f"after a retry, {name} differs" for name in wanted | found if wanted.get(name) != found.get(name)]
 
     _begin(disk, old)
     _mount("-o", "remount,ro", str(disk))
     done, problems = _refused(work, disk, READ_ONLY)
     _mount("-o", "remount,rw", str(disk))
-    yield "read-only", [*problems, *["it wrote"] * done, *finished()]
+    yield "read-only", [*problems, *["it was written to"] * done, *finished()]
     while not done:
         _begin(disk, old)
         _fill(disk, room)
@@ -210,41 +214,41 @@ def _tries(work: Work, disk: Path, old: Path | None, every: int) -> Iterator[tup
         room += every * BLOCK
 
 
-def _old(place: Path, model: Path, work: Work) -> Path | None:
-    """What stands there before: the other kind of folder."""
+def _old(scratch: Path, model: Path, work: Work) -> Path | None:
+    """Writes the folder that the work replaces, which is of another kind; None if it replaces nothing."""
     if not work.replaces:
         return None
     other = next(save for save in SAVES if not save.replaces and not work.name.startswith(save.name))
-    folder = place / f"before {work.name}"
+    folder = scratch / f"before {work.name}"
     other.write(model, folder, True)
     return folder
 
 
-def _all(model: Path, place: Path, tiny: bool) -> None:
-    atomic_folder.SPARE_BYTES = -(1 << 40)  # else an export is refused before it writes anything
+def _all(model: Path, scratch: Path, tiny: bool) -> None:
+    atomic_folder.SPARE_BYTES = -(1 << 40)  # otherwise an export is refused before it writes anything
     kinds = ["tmpfs", "ext4"] if os.geteuid() == 0 and not tiny else ["tmpfs"]
     tried, wrong = 0, []
     try:
         _own_mounts()
         for kind in kinds:
-            with _disk(kind, place / kind) as disk:
+            with _disk(kind, scratch / kind) as disk:
                 works = [work for work in _works(model) if not tiny or work.name in ("export over another", "metrics")]
                 for work in works:
-                    for what, problems in _tries(work, disk, _old(place, model, work), 16 if tiny else 1):
+                    for what, problems in _tries(work, disk, _old(scratch, model, work), 16 if tiny else 1):
                         tried += 1
                         wrong += [f"{work.name} on {kind}, {what}: {problem}" for problem in problems]
         found = {"tried": tried, "wrong": wrong}
     except PermissionError as error:
         found = {"not_permitted": str(error)}
-    (place / "found.json").write_text(json.dumps(found))
+    (scratch / "found.json").write_text(json.dumps(found))
 
 
-def full_disks(model: Path, place: Path, tiny: bool) -> tuple[int | None, list[str]]:
-    """How often something was written onto a full or read-only disk, and what was wrong; None if none can be made."""
-    place.mkdir()
-    if (status := ended(functools.partial(_all, model, place, tiny))) != 0:
+def full_disks(model: Path, scratch: Path, tiny: bool) -> tuple[int | None, list[str]]:
+    """Returns the number of writes to full or read-only disks (None where mounting is forbidden), and the problems."""
+    scratch.mkdir()
+    if (status := ended(functools.partial(_all, model, scratch, tiny))) != 0:
         return 0, [f"the process with the disks ended with {status}"]
-    found = json.loads((place / "found.json").read_text())
+    found = json.loads((scratch / "found.json").read_text())
     if "not_permitted" in found:
-        return None, [f"full disks were not tried, since mounting is not permitted here: {found['not_permitted']}"]
+        return None, [f"full disks were not tried, because mounting is not permitted: {found['not_permitted']}"]
     return found["tried"], found["wrong"]

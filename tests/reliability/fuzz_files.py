@@ -1,13 +1,13 @@
-"""Does any file of a stranger end a reader by an error that is none of ours? Inputs are led by coverage (atheris).
+"""Does any file make a reader fail with an error that is not a QLoRAError? Inputs are guided by coverage (atheris).
 
-    python -m pip install atheris              # into an environment of your own: nothing else here needs it
-    python tests/reliability/fuzz_files.py             # two minutes for each target
+    python -m pip install atheris                       # in a separate environment: nothing else here needs it
+    python tests/reliability/fuzz_files.py              # two minutes for each target
     python tests/reliability/fuzz_files.py --seconds 10 --targets index run
 
-Each target runs in a process of its own, from a corpus of sound files and of those of bad_files.py, with the package
-instrumented. A reader may raise an error of ours, or give what an independent reader of the format gives
-(bad_inputs.py); whatever else it does is kept as a file `crash-*` in the folder that the table names. The last line
-is JSON: executions, seconds and findings of each target.
+Each target runs in a process of its own with the package instrumented, starting from sound files and from those of
+bad_files.py. A reader must raise a QLoRAError or return what an independent reader of the format returns
+(bad_inputs.py). Every other outcome is kept as a file `crash-*` in the folder that the table names. The last line is
+JSON: executions, branches, seconds and findings of each target.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from rich.table import Table
 
 SECONDS = 120
 LONGEST_INPUT = 1 << 16
-LONGEST_SECONDS = 10  # of one input
-NO_ATHERIS = "atheris is not installed here: python -m pip install atheris (an environment of its own will do)"
+LONGEST_SECONDS = 10  # for one input
+NO_ATHERIS = "atheris is not installed: python -m pip install atheris (a separate environment will do)"
 EXECUTIONS = re.compile(r"stat::number_of_executed_units: +(\d+)")
 COVERAGE = re.compile(r"cov: (\d+)")
 
@@ -43,12 +43,12 @@ def _atheris() -> Any:
 
 
 def _fuzz(name: str, words: list[str]) -> None:
-    """Runs one target until its time is over, or it crashes; ends the process."""
+    """Runs one target until its time is over or it crashes, and ends the process."""
     atheris = _atheris()
     with atheris.instrument_imports(include=["qlora_lite"]):
         targets = importlib.import_module("fuzz_targets")
     target = targets.TARGETS[name]
-    folder = Path(tempfile.mkdtemp(dir=os.environ["FUZZ_PLACE"]))
+    folder = Path(tempfile.mkdtemp(dir=os.environ["FUZZ_FOLDER"]))
     reader = target.reader(folder)
     corpus = Path(words[-1])
     for number, seed in enumerate(target.seeds()):
@@ -58,11 +58,11 @@ def _fuzz(name: str, words: list[str]) -> None:
 
 
 def fuzzed(name: str, seconds: int, kept: Path) -> dict[str, Any]:
-    """What came of one target, in a process of its own."""
+    """Returns the figures of one target, run in a process of its own."""
     began = time.monotonic()
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.TemporaryDirectory(dir=memory) as place:
-        corpus = Path(place) / "corpus"
+    with tempfile.TemporaryDirectory(dir=memory) as scratch:
+        corpus = Path(scratch) / "corpus"
         corpus.mkdir()
         words = [f"-max_total_time={seconds}", f"-max_len={LONGEST_INPUT}", f"-timeout={LONGEST_SECONDS}"]
         words += ["-rss_limit_mb=4096", "-print_final_stats=1", f"-artifact_prefix={kept}/{name}-", str(corpus)]
@@ -73,10 +73,10 @@ def fuzzed(name: str, seconds: int, kept: Path) -> dict[str, Any]:
             text=True,
             errors="replace",
             check=False,
-            env={**os.environ, "FUZZ_PLACE": place},
+            env={**os.environ, "FUZZ_FOLDER": scratch},
         )
     if done.returncode not in (0, 77) and "stat::number_of_executed_units" not in done.stderr:
-        sys.exit(f"{name} did not begin: {done.stderr.strip()[-2000:]}")
+        sys.exit(f"{name} did not start: {done.stderr.strip()[-2000:]}")
     executions, covered = EXECUTIONS.search(done.stderr), COVERAGE.findall(done.stderr)
     found = sorted(path.name for path in kept.glob(f"{name}-*"))
     if found:
@@ -95,9 +95,9 @@ def main() -> None:
     _atheris()
     names = list(importlib.import_module("fuzz_targets").TARGETS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=SECONDS, help="of each target")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="time for each target")
     parser.add_argument("--targets", nargs="+", choices=names, default=names)
-    parser.add_argument("--kept", type=Path, help="where crashes are kept; else in a new folder")
+    parser.add_argument("--kept", type=Path, help="folder for crashes; a new one without it")
     options = parser.parse_args()
     kept = options.kept or Path(tempfile.mkdtemp(prefix="fuzzed-"))
     kept.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
-"""What fuzz_files.py feeds: for each kind of file a reader of bytes, and files to begin with.
+"""The targets of fuzz_files.py: for each kind of file, a reader of bytes and an initial corpus.
 
-A reader returns, or raises what is a finding. It begins with the bytes of one file; where a reader reads several, the
-others are sound ones, or two files come as one: the length of the first (4 bytes, little endian), and both.
+A reader returns, or raises, which is a finding. Its input is one file, or two that are joined: the length of the first
+(4 bytes, little endian), then both. All other files are sound.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ Reader = Callable[[bytes], None]
 SEEDS = 60
 LENGTH_BYTES = 4
 SOURCES = RandomSources(torch.device("cpu"))
-# Of a run's checkpoint, by the first byte of the input.
+# The file of a run's checkpoint that is replaced, by the first byte of the input.
 RUN_FILES = (MANIFEST_FILE, STATE_FILE, METRICS_FILE, TRAINED_FILE, OPTIMIZER_FILE, RANDOM_FILE)
 
 
 @dataclass(frozen=True)
 class Target:
-    """reader: of files in an empty folder, which it may fill; seeds: the corpus to begin with, sound ones first."""
+    """reader: makes a reader that uses an empty folder. seeds: returns the initial corpus, sound files first."""
 
     reader: Callable[[Path], Reader]
     seeds: Callable[[], list[bytes]]
@@ -67,7 +67,7 @@ def _parted(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _of_family(number: int, *files: str) -> Callable[[Path], Reader]:
-    """The reader of one of bad_inputs' families, of one file or of two joined ones."""
+    """Returns the reader of one family of bad_inputs.py, for one file or for two joined ones."""
 
     def make(folder: Path) -> Reader:
         if files == (bad_files.INDEX,):
@@ -85,12 +85,12 @@ def _of_family(number: int, *files: str) -> Callable[[Path], Reader]:
 
 
 def _damaged(damage: Callable[[Path, random.Random], str], *files: str) -> Iterator[bytes]:
-    """Files of bad_files.py."""
+    """Yields files damaged by bad_files.py."""
     for seed in range(SEEDS):
-        with tempfile.TemporaryDirectory() as place:
-            damage(Path(place), random.Random(seed))
-            if all((Path(place) / file).is_file() for file in files):
-                parts = [(Path(place) / file).read_bytes() for file in files]
+        with tempfile.TemporaryDirectory() as scratch:
+            damage(Path(scratch), random.Random(seed))
+            if all((Path(scratch) / file).is_file() for file in files):
+                parts = [(Path(scratch) / file).read_bytes() for file in files]
                 yield parts[0] if len(parts) == 1 else _joined(*parts)
 
 
@@ -100,8 +100,8 @@ def _header_seeds() -> list[bytes]:
 
 
 def _index_seeds() -> list[bytes]:
-    with tempfile.TemporaryDirectory() as place:
-        good = json.dumps({"metadata": {}, "weight_map": bad_files.put_shards(Path(place))}).encode()
+    with tempfile.TemporaryDirectory() as scratch:
+        good = json.dumps({"metadata": {}, "weight_map": bad_files.put_shards(Path(scratch))}).encode()
     return [good, *_damaged(bad_files.damage_index, bad_files.INDEX)]
 
 
@@ -122,7 +122,7 @@ def _stream() -> BatchStream:
 
 
 def fresh_state() -> RunState:
-    """A run of a small model that has done nothing yet."""
+    """Returns the state of a run of a small model before its first step."""
     model = adaptable()
     add_lora_(model, LoraConfig(rank=2, dropout=0.0, target_modules=["first", "second"]))
     trained, config = adapter_parameters(model), TrainConfig(steps=4, save_steps=1)
@@ -130,7 +130,7 @@ def fresh_state() -> RunState:
 
 
 def _step(state: RunState) -> None:
-    """As a step does: batches, an update and a mark."""
+    """Takes a step: batches, an update and its mark."""
     list(state.stream.group(1, 1, 4))
     for parameter in state.trained.values():
         parameter.grad = torch.ones_like(parameter)
@@ -140,19 +140,22 @@ def _step(state: RunState) -> None:
 
 @functools.cache
 def sound_run() -> dict[str, bytes]:
-    """The files of a checkpoint by their paths in it."""
+    """Returns the files of a sound checkpoint by their paths in it."""
     state = fresh_state()
     _step(state)
-    with tempfile.TemporaryDirectory() as place:
-        folder = checkpoint_path(Path(place), 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoint_path(Path(scratch), 1)
         write_checkpoint(folder, state.write)
         return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def _run_reader(place: Path) -> Reader:
-    """Goes on with a run from a checkpoint of which one file is another; whose manifest has its sum, but for itself."""
-    folder, good, state = checkpoint_path(place, 1), sound_run(), fresh_state()
-    shutil.rmtree(place / "checkpoints", ignore_errors=True)
+def _run_reader(run: Path) -> Reader:
+    """Returns a reader that resumes a run from a checkpoint with one file replaced.
+
+    The manifest gets the sum of the new file, except where the manifest itself is replaced.
+    """
+    folder, good, state = checkpoint_path(run, 1), sound_run(), fresh_state()
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
     for name, data in good.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -165,7 +168,7 @@ def _run_reader(place: Path) -> Reader:
             sums = {"bytes": len(data) - 1, "sha256": hashlib.sha256(data[1:]).hexdigest()}
             (folder / MANIFEST_FILE).write_text(json.dumps({"files": {**listed, name: sums}}))
         try:
-            path, _ = newest_sound(place)
+            path, _ = newest_sound(run)
             if path is not None:
                 state.check_same(path)
                 state.stream = _stream()
@@ -181,10 +184,10 @@ def _run_reader(place: Path) -> Reader:
 
 
 def _run_seeds() -> list[bytes]:
-    chance, good = random.Random(0), sound_run()
+    rng, good = random.Random(0), sound_run()
     seeds = [bytes([number]) + good[name] for number, name in enumerate(RUN_FILES)]
     for number, name in enumerate(RUN_FILES):
-        damaged = (bad_files.damaged_text(good[name], chance) for _ in range(SEEDS // len(RUN_FILES)))
+        damaged = (bad_files.damaged_text(good[name], rng) for _ in range(SEEDS // len(RUN_FILES)))
         seeds += [bytes([number]) + data for data in damaged]
     state: dict[str, Any] = json.loads(good[STATE_FILE])
     strange = ({**state, key: value} for key in state for value in (None, [], 1))

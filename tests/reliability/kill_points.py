@@ -1,6 +1,6 @@
-"""Kills a process at a chosen change of the disk: before a write, sync, rename or removal, or in the middle of a write.
+"""Kills a process at a chosen change on disk: before a write, sync, rename or removal, or in the middle of a write.
 
-Or at a chosen time. A part of killed_runs.py; tests have programs of theirs begin with `arm`.
+Also kills at a chosen time. Part of killed_runs.py and killed_saves.py; tests call `arm` at the start of a program.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 
 from qlora_lite.checkpoints import atomic_folder
 
-# Functions of `os` that change what is on a disk; shutil, tempfile and pathlib call them too.
+# The functions of `os` that change a disk; shutil, tempfile and pathlib call them too.
 CHANGES = ("write", "fsync", "ftruncate", "rename", "replace", "mkdir", "unlink", "remove", "rmdir")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def _place(target: Any, within: int | None) -> str:
-    """The path of an open file, or of a name, in an open folder or not."""
+def _path_of(target: Any, within: int | None) -> str:
+    """Returns the path of a file descriptor, or of a name, which is relative to the open folder `within` if given."""
     if isinstance(target, int):
         return os.readlink(f"/proc/self/fd/{target}")
     folder = os.getcwd() if within is None else os.readlink(f"/proc/self/fd/{within}")
@@ -34,13 +34,13 @@ def _place(target: Any, within: int | None) -> str:
 
 
 class _Countdown:
-    """Counts changes of the disk below a folder; kills the process at the one of this number (from 0)."""
+    """Counts the changes below a folder, and kills the process before change number `point`, counted from 0."""
 
     def __init__(self, point: int, below: Path) -> None:
         self._left, self._below, self._lock = point, os.path.realpath(below), threading.Lock()
 
     def tick(self, target: Any, within: int | None = None) -> None:
-        if not _place(target, within).startswith(self._below):
+        if not _path_of(target, within).startswith(self._below):
             return
         with self._lock:
             self._left -= 1
@@ -49,7 +49,7 @@ class _Countdown:
 
 
 def arm(point: int, below: Path) -> None:
-    """Has this process kill itself at its change number `point` of what is below a folder, or of the folder itself."""
+    """Makes this process kill itself at change number `point` of the folder `below` or of anything in it."""
     countdown = _Countdown(point, below)
 
     def counted(change: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,7 +82,7 @@ def arm(point: int, below: Path) -> None:
 
 @dataclass(frozen=True)
 class Kill:
-    """At change number `point` of what is below a folder, or, without one, `after` so many seconds."""
+    """A kill at change number `point` of the folder `below`, or, where that is None, `after` so many seconds."""
 
     below: Path
     point: int | None = None
@@ -93,7 +93,7 @@ class Kill:
 
 
 def ended(work: Callable[[], None], kill: Kill | None = None) -> int:
-    """Runs work in a forked process; its signal as a negative number if it was killed, else its exit status."""
+    """Runs `work` in a forked process. Returns its exit status, or the negative number of the signal that killed it."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -107,16 +107,17 @@ def ended(work: Callable[[], None], kill: Kill | None = None) -> int:
             os._exit(status)
     if kill is not None and kill.point is None:
         time.sleep(kill.after)
-        os.kill(child, signal.SIGKILL)  # one that has ended keeps its number until it is waited for
+        os.kill(child, signal.SIGKILL)  # an ended process keeps its number until it is waited for
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def all_kills(
     tried: Callable[[Kill], tuple[int, list[str]]], below: Path, every: int, moments: int, seconds: float
 ) -> Iterator[tuple[Kill, list[str]]]:
-    """(kill, what was wrong) at each `every`th change of the disk, then at random moments within so many seconds.
+    """Yields (kill, problems) at each `every`th change on disk, then at random moments within so many seconds.
 
-    tried: how the process ended, and what was wrong then. A process that was not killed any more is not counted.
+    tried: runs a process with this kill, and returns its exit status and the problems afterwards. Processes that ended
+    before their kill are not counted.
     """
     for point in itertools.count(0, every):
         kill = Kill(below, point)
@@ -126,7 +127,7 @@ def all_kills(
         if status != -signal.SIGKILL:
             break
     if point == 0:
-        raise SystemExit(f"nothing was killed: no change was seen below {below}")
+        raise SystemExit(f"nothing was killed, because nothing changed below {below}")
     drawn = random.Random(0)
     for _ in range(moments):
         kill = Kill(below, after=drawn.uniform(0, seconds))
@@ -136,6 +137,6 @@ def all_kills(
 
 
 def _tried(tried: Callable[[Kill], tuple[int, list[str]]], kill: Kill) -> tuple[int, list[str]]:
-    """The same, where an end that is neither a kill nor a success is wrong too."""
+    """Calls `tried`, and counts an end that is neither a kill nor a success as a problem."""
     status, problems = tried(kill)
     return status, problems if status in (0, -signal.SIGKILL) else [f"it ended with {status}", *problems]

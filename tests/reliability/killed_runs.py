@@ -1,13 +1,13 @@
 """Does a run that is killed at any instant lose more than the steps since its last checkpoint?
 
-    python tests/reliability/killed_runs.py            # at every change of the disk
+    python tests/reliability/killed_runs.py            # at every change on disk
     python tests/reliability/killed_runs.py --tiny     # at some of them
 
-A small run with checkpoints is killed (SIGKILL) before each of its writes, syncs, renames and removals, in the middle
-of writes, and at random times; so is the call that resumes one that was killed half-way. After each kill every
-checkpoint under its name must be sound and the adapter whole, and the newest one of the last step in the metrics or the
-step before it; the same call with resume=True must finish with the files of a run that was not disturbed. The last line
-is JSON: how often which of the two was killed, and after how many kills something was wrong.
+A small run with checkpoints is killed by SIGKILL before each of its writes, syncs, renames and removals, in the middle
+of writes, and at random times, and so is the call that resumes a run that was killed half-way. After each kill, every
+checkpoint must be sound and the adapter complete, and the newest checkpoint must be of the last step in the metrics or
+of the step before. The same call with resume=True must finish with the files of an undisturbed run. The last line is
+JSON: the number of kills of each of the two, and of kills with problems.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 
 def run(model: Path, folder: Path, resume: bool) -> None:
-    """One process's work: all of a run, from loading on."""
+    """Loads, adapts and trains: the work of one process."""
     torch.set_num_threads(1)
-    random.seed(0)  # a forked process has Python's random numbers begin anew
+    random.seed(0)  # a forked process seeds Python's random numbers anew
     loaded = load_quantized(model, QuantConfig(), dtype=torch.float32)
     torch.manual_seed(0)
     add_lora_(loaded, LoraConfig(rank=2, dropout=0.1, target_modules=["q_proj", "down_proj"]))
@@ -56,7 +56,7 @@ def run(model: Path, folder: Path, resume: bool) -> None:
 
 
 def final_files(folder: Path) -> dict[str, bytes]:
-    """What a finished run must have left, times and speeds aside."""
+    """Returns the files of a finished run, without times and speeds."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     measured = ("metrics.jsonl", "manifest.json")
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -65,7 +65,7 @@ def final_files(folder: Path) -> dict[str, bytes]:
 
 
 def wrong_after_kill(model: Any, folder: Path) -> list[str]:
-    """What is neither as it was before nor as it was to be."""
+    """Returns the checkpoints and adapters that are neither as before nor as intended."""
     found = [f"{path.name}: {wrong}" for path in checkpoints(folder).values() if (wrong := what_is_wrong(path))]
     if (folder / "adapter").exists() or (folder / "metrics.jsonl").exists():
         try:
@@ -76,12 +76,12 @@ def wrong_after_kill(model: Any, folder: Path) -> list[str]:
 
 
 def steps_kept(folder: Path) -> int:
-    """The step of the newest sound checkpoint, 0 without one."""
+    """Returns the step of the newest sound checkpoint, or 0."""
     return next((step for step, path in checkpoints(folder).items() if what_is_wrong(path) is None), 0)
 
 
 def steps_done(folder: Path) -> int:
-    """The lines of the metrics."""
+    """Returns the number of lines of the metrics."""
     metrics = folder / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
@@ -89,7 +89,7 @@ def steps_done(folder: Path) -> int:
 def killed_and_resumed(
     model: Path, folder: Path, wanted: dict[str, bytes], begun: Path | None, kill: Kill
 ) -> tuple[int, list[str]]:
-    """How a run ended that was to be killed, and what was wrong then. begun: the folder that it resumes, if one."""
+    """Kills a run. Returns its exit status and the problems afterwards. begun: the folder that it resumes, if any."""
     shutil.rmtree(folder, ignore_errors=True)
     if begun is not None:
         shutil.copytree(begun, folder)
@@ -97,7 +97,7 @@ def killed_and_resumed(
     status = ended(functools.partial(run, model, folder, begun is not None), kill)
     problems = wrong_after_kill(load_quantized(model, QuantConfig()), folder)
     if (kept := steps_kept(folder)) < max(had, steps_done(folder) - 1):
-        problems.append(f"{steps_done(folder)} steps were done, and {kept} are kept")
+        problems.append(f"{steps_done(folder)} steps were done, {kept} are kept")
     if (resumed := ended(functools.partial(run, model, folder, True))) != 0:
         return status, [*problems, f"resuming ended with {resumed}"]
     found = final_files(folder)
@@ -105,7 +105,7 @@ def killed_and_resumed(
 
 
 def kills_of_a_run(model: Path, folder: Path, every: int, moments: int) -> Iterator[tuple[str, Kill, list[str]]]:
-    """(what was killed, when, what was wrong) for a run, and for the resuming of one that was killed half-way."""
+    """Yields (name, kill, problems) for a run, and for resuming one that was killed half-way."""
     began = time.monotonic()
     if ended(functools.partial(run, model, folder, False)) != 0:
         sys.exit("the undisturbed run failed")
@@ -117,7 +117,7 @@ def kills_of_a_run(model: Path, folder: Path, every: int, moments: int) -> Itera
     shutil.rmtree(folder)
     status = ended(functools.partial(run, model, folder, False), Kill(folder, count * every // 2))
     if status == 0 or not 0 < steps_kept(folder) < CONFIG.steps:
-        sys.exit(f"a run that should be killed half-way ended with {status} and kept {steps_kept(folder)} steps")
+        sys.exit(f"the run to be killed half-way ended with {status} and kept {steps_kept(folder)} steps")
     begun = folder.with_name("begun")
     shutil.copytree(folder, begun)
     again = functools.partial(killed_and_resumed, model, folder, wanted, begun)
@@ -130,11 +130,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help=f"at every {TINY_STEP}th instant")
     tiny = parser.parse_args().tiny
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
-        model = make_tiny_model(Path(place) / "model", hidden=32)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = make_tiny_model(Path(scratch) / "model", hidden=32)
         killed, wrong = Counter[str](), 0
         often = (TINY_STEP, TINY_MOMENTS) if tiny else (1, MOMENTS)
-        for what, kill, problems in kills_of_a_run(model, Path(place) / "run", *often):
+        for what, kill, problems in kills_of_a_run(model, Path(scratch) / "run", *often):
             killed[what] += 1
             wrong += bool(problems)
             for problem in problems:

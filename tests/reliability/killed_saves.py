@@ -1,8 +1,8 @@
-"""Exports, merges and packed checkpoints that are killed while they are written. Run by endure.py.
+"""Kills exports, merges and packed checkpoints while they are written. Part of endure.py.
 
-At each write, sync, rename and removal, in the middle of writes, and at random times, onto a folder that was not there
-and onto one that is replaced: afterwards the folder is the old one whole, the new one whole, or not there, and the same
-call finishes with the files of a call that was not disturbed.
+A save is killed at each write, sync, rename and removal, in the middle of writes, and at random times, with and without
+an older folder to replace. Afterwards the folder must be the complete old one, the complete new one, or absent, and the
+same call must finish with the files of an undisturbed call.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.export.quantized import save_quantized
 from qlora_lite.lora.adapters import lora_layers
 
-SHARD_BYTES = 40_000  # several files
+SHARD_BYTES = 40_000  # makes several files
 
 
 @dataclass(frozen=True)
 class Save:
-    """One way of writing a folder; replaces: whether another one stands there before."""
+    """One way of writing a folder. replaces: whether another folder is there before."""
 
     name: str
     write: Callable[[Path, Path, bool], object]
@@ -70,50 +70,50 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
 
 
-def _work(save: Save, model: Path, place: Path, abandoned: bool) -> None:
+def _work(save: Save, model: Path, scratch: Path, abandoned: bool) -> None:
     torch.set_num_threads(1)
     if abandoned:
-        atomic_folder.ABANDONED_AFTER_SECONDS = -1  # what a killed one left is old enough
-    save.write(model, place / "out", save.replaces)
+        atomic_folder.ABANDONED_AFTER_SECONDS = -1  # so that the rest of a killed write is removed at once
+    save.write(model, scratch / "out", save.replaces)
 
 
 def _killed_and_done_again(
-    save: Save, model: Path, place: Path, old: Path | None, wanted: dict[str, bytes], kill: Kill
+    save: Save, model: Path, scratch: Path, old: Path | None, wanted: dict[str, bytes], kill: Kill
 ) -> tuple[int, list[str]]:
-    """How a save ended that was to be killed, and what was wrong then. old: the folder that it replaces."""
-    shutil.rmtree(place)
-    place.mkdir()
+    """Kills a save. Returns its exit status and the problems afterwards. old: the folder that it replaces."""
+    shutil.rmtree(scratch)
+    scratch.mkdir()
     if old is not None:
-        shutil.copytree(old, place / "out")
-    status = ended(functools.partial(_work, save, model, place, False), kill)
-    found, problems = files_of(place / "out"), []
+        shutil.copytree(old, scratch / "out")
+    status = ended(functools.partial(_work, save, model, scratch, False), kill)
+    found, problems = files_of(scratch / "out"), []
     if found not in ({} if old is None else files_of(old), wanted):
-        problems.append("half of it stands under the name")
+        problems.append("the folder is neither the old nor the new one")
     finishing = Save(save.name, save.write, replaces=bool(found))
-    if ended(functools.partial(_work, finishing, model, place, True)) != 0:
+    if ended(functools.partial(_work, finishing, model, scratch, True)) != 0:
         problems.append("the same call does not finish")
-    elif files_of(place / "out") != wanted or len(list(place.iterdir())) != 1:
+    elif files_of(scratch / "out") != wanted or len(list(scratch.iterdir())) != 1:
         problems.append("it finishes with other files")
     return status, problems
 
 
-def killed_saves(model: Path, place: Path, save: Save, every: int, moments: int) -> Iterator[tuple[Kill, list[str]]]:
-    """(kill, what was wrong) at each `every`th change of the disk, and at random moments."""
-    old = place.with_name("old") if save.replaces else None
+def killed_saves(model: Path, scratch: Path, save: Save, every: int, moments: int) -> Iterator[tuple[Kill, list[str]]]:
+    """Yields (kill, problems) at each `every`th change on disk, and at random moments."""
+    old = scratch.with_name("old") if save.replaces else None
     if old is not None:
         other = Save("another", _export if save.write is _quantized else _quantized, replaces=False)
-        if ended(functools.partial(_work, other, model, place, True)) != 0:
-            raise SystemExit(f"what a {save.name} was to replace could not be written")
-        (place / "out").rename(old)
-        shutil.copytree(old, place / "out")
+        if ended(functools.partial(_work, other, model, scratch, True)) != 0:
+            raise SystemExit(f"{save.name}: the folder to be replaced could not be written")
+        (scratch / "out").rename(old)
+        shutil.copytree(old, scratch / "out")
     began = time.monotonic()
-    if ended(functools.partial(_work, save, model, place, True)) != 0:
+    if ended(functools.partial(_work, save, model, scratch, True)) != 0:
         raise SystemExit(f"an undisturbed {save.name} failed")
-    seconds, wanted = time.monotonic() - began, files_of(place / "out")
+    seconds, wanted = time.monotonic() - began, files_of(scratch / "out")
     if old is not None and wanted.items() <= files_of(old).items():
-        raise SystemExit(f"{save.name}: the old folder is the new one, and shows nothing")
-    tried = functools.partial(_killed_and_done_again, save, model, place, old, wanted)
-    yield from all_kills(tried, place, every, moments, seconds)
-    shutil.rmtree(place)
+        raise SystemExit(f"{save.name}: the old folder equals the new one, so a kill would show nothing")
+    tried = functools.partial(_killed_and_done_again, save, model, scratch, old, wanted)
+    yield from all_kills(tried, scratch, every, moments, seconds)
+    shutil.rmtree(scratch)
     if old is not None:
         shutil.rmtree(old)

@@ -1,9 +1,9 @@
-"""A long run on a tiny model: whether memory, file handles and caches stay as they are. Run by endure.py.
+"""Trains a tiny model for many steps, and checks that memory, file handles and tensors do not grow. Part of endure.py.
 
-Resident bytes are sampled before each step, and a line is fitted to them by least squares from a quarter of the run on
-(before that, malloc and torch's caches fill). The line is flat if its slope is below twice its standard error or below
-a page a step: what a run keeps of each step for its result is some hundred bytes, and the smallest tensor with its
-storage more than that.
+Resident bytes are sampled before each step. A least-squares line is fitted to the samples after the first quarter of
+the run, in which malloc and torch's caches fill. The line counts as flat if its slope is below twice its standard error
+or below a page (4,096 bytes) per step: a run keeps some hundred bytes per step for its result, and the smallest tensor
+with its storage takes more than that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SETTLED = 1 / 4
 
 @dataclass(frozen=True)
 class Soak:
-    """What was seen: slope and its standard error in bytes per step, open files and live tensors at start and end."""
+    """The slope and its standard error, in bytes per step. files, tensors: when memory had settled, and at the end."""
 
     steps: int
     slope: float
@@ -41,12 +41,12 @@ class Soak:
 
     @property
     def leaked(self) -> int:
-        """Tensors that are there at the end and were not when memory had settled."""
+        """The number of tensors at the end beyond those when memory had settled."""
         return max(0, self.tensors[1] - self.tensors[0])
 
 
 def fitted_slope(values: list[int]) -> tuple[float, float]:
-    """Slope of the least-squares line through (0, v_0), (1, v_1), ..., and its standard error."""
+    """Returns the slope of the least-squares line through (0, v_0), (1, v_1), ..., and its standard error."""
     count = len(values)
     middle, mean = (count - 1) / 2, sum(values) / count
     spread = sum((step - middle) ** 2 for step in range(count))
@@ -61,8 +61,8 @@ def _live_tensors() -> list[torch.Tensor]:
 
 
 def soak(folder: Path, steps: int) -> Soak:
-    """Trains a tiny nf4 model for so many steps, with batches of changing lengths, dropout and metrics on disk."""
-    # Tensors of whoever else lives in this process may go at any time, which would hide as many that stay.
+    """Trains a tiny NF4 model for `steps` steps, with batches of varying lengths, dropout and metrics on disk."""
+    # Older tensors of this process may be freed at any time, which would hide as many leaked ones.
     others = {id(tensor): weakref.ref(tensor) for tensor in _live_tensors()}
     model = load_quantized(make_tiny_model(folder / "model"), QuantConfig())
     add_lora_(model, LoraConfig(rank=4, dropout=0.1))

@@ -1,6 +1,4 @@
-"""Runs that are interrupted and resumed, beside the same runs uninterrupted: whether all is equal bit for bit. Run by
-endure.py.
-"""
+"""Compares interrupted and resumed runs with uninterrupted ones, bit for bit. Part of endure.py."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ class ResumeCase:
 
 
 def cases(tiny: bool) -> Iterator[ResumeCase]:
-    """Every combination, or a few of them."""
+    """Returns every combination of settings, or a few of them."""
     everything = itertools.product(
         ("nf4", "int8"), ("adamw", "adamw8bit"), ("full", "none", 40 << 20), (1, 3), (0.0, 0.2), (1, 4)
     )
@@ -40,7 +38,7 @@ def cases(tiny: bool) -> Iterator[ResumeCase]:
 
 
 def _batches() -> list[dict[str, Tensor]]:
-    """Five, so that a run of several steps ends in the middle of an epoch."""
+    """Returns five batches, so that a run of six steps ends in the middle of an epoch."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(5, 100, (2, 8 + number), generator=generator) for number in range(5)]
     return [{"input_ids": row, "labels": row} for row in rows]
@@ -53,7 +51,7 @@ class _Interrupted(Exception):
 def _run(model: Path, case: ResumeCase, folder: Path, resume: bool, stop: int | None) -> list[float]:
     torch.manual_seed(0)
     loaded = load_quantized(model, QuantConfig(case.format))
-    # 64 x 64 and more, so that bitsandbytes' optimizer has 8-bit states.
+    # A and B have 4,096 values or more, the least for which bitsandbytes' optimizer keeps 8-bit states.
     add_lora_(loaded, LoraConfig(rank=64, dropout=case.dropout, target_modules=["q_proj", "down_proj"]))
     config = TrainConfig(
         steps=STEPS,
@@ -70,7 +68,7 @@ def _run(model: Path, case: ResumeCase, folder: Path, resume: bool, stop: int | 
 
 
 class _Stopping(list[dict[str, Tensor]]):
-    """The same batches, of which a run gets so many; the next one is an exception, as a killed process gets none."""
+    """The same batches, where the one after `count` raises: the run ends there like a killed process."""
 
     def __init__(self, count: int) -> None:
         super().__init__(_batches())
@@ -84,20 +82,20 @@ class _Stopping(list[dict[str, Tensor]]):
             yield batch
 
 
-def unequal(model: Path, place: Path, case: ResumeCase) -> list[str]:
-    """What differs between the resumed run and the uninterrupted one; nothing may."""
-    whole = _run(model, case, place / "whole", False, None)
+def unequal(model: Path, scratch: Path, case: ResumeCase) -> list[str]:
+    """Returns the differences between the resumed run and the uninterrupted one."""
+    whole = _run(model, case, scratch / "whole", False, None)
     try:
-        _run(model, case, place / "cut", False, case.stop)
+        _run(model, case, scratch / "cut", False, case.stop)
     except _Interrupted:
         pass
     else:
-        return ["it was not interrupted"]
-    resumed = _run(model, case, place / "cut", True, None)
+        return ["the run was not interrupted"]
+    resumed = _run(model, case, scratch / "cut", True, None)
     found = [] if resumed == whole else [f"losses {resumed} and {whole}"]
     last = f"checkpoints/step-{STEPS:06d}"
     for name in ("trained.safetensors", "optimizer.safetensors", "random.safetensors"):
-        one, other = (read_safetensors(place / run / last / name) for run in ("whole", "cut"))
+        one, other = (read_safetensors(scratch / run / last / name) for run in ("whole", "cut"))
         if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
             found.append(f"{name} differs")
     return found

@@ -1,12 +1,13 @@
-"""What does a signal leave, at each place that a command can be in?
+"""Does a command that gets a signal end cleanly, wherever it is?
 
-    python tests/reliability/stopped_commands.py            # SIGTERM, SIGINT and two SIGINT at all of them
-    python tests/reliability/stopped_commands.py --tiny     # some of them
+    python tests/reliability/stopped_commands.py            # SIGTERM, SIGINT and two SIGINT at every moment
+    python tests/reliability/stopped_commands.py --tiny     # at a few of them
 
-Each command runs in a process of its own that gets the signal while it is in a chosen function: reading, training,
-saving, packing in another thread, verifying, rehearsing, in a finalizer. It has to end with 143 or 130, with one last
-line on stderr and no traceback; nothing unfinished may be left, the output be whole or not there, and a run's state be
-saved. A second SIGINT ends it at once. The last line is JSON: how many were stopped, and how many were wrong.
+Each command runs in a process of its own, which gets the signal inside a chosen function: reading, training, saving,
+packing in another thread, verifying, rehearsing, or in a finalizer. It must end with status 143 or 130, with one last
+line on stderr and no traceback. No unfinished file may be left, the output must be complete or absent, and the state of
+a run must be saved. A second SIGINT must end it at once. The last line is JSON: the number of stops, and of those with
+problems.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ PROFILE = "profile --model {model} --rank 2 --rows 1 --tokens 8 --html {out}/pag
 
 @dataclass(frozen=True)
 class Moment:
-    """The call of this number of a function (`module:owner.name`); a run has done so many steps by then."""
+    """Call number `call` of a function (`module:owner.name`). steps: the steps that a run has done by then."""
 
     words: str
     function: str
@@ -60,9 +61,9 @@ MOMENTS = (
     Moment(TRAIN, "training.objective:linear_cross_entropy", 4, steps=1),
     Moment(MERGE, "checkpoints.safetensors_write:_Writer.write", 5),
     Moment(PLAN, "memory.trace:StorageTrace._gone", 300),
-    Moment(QUANTIZE, "checkpoints.load:_Placement.place", 3),
+    Moment(QUANTIZE, "checkpoints.load:_Placement.scratch", 3),
     Moment(MERGE, "export.lazy_model:LazyModel.head_inputs"),
-    Moment(TRAIN, "checkpoints.load:_Placement.place", 3),
+    Moment(TRAIN, "checkpoints.load:_Placement.scratch", 3),
     Moment(TRAIN, "data.tokenization:tokenize_all"),
     Moment(TRAIN, "lora.init:start_", 2),
     Moment(TRAIN, "training.objective:linear_cross_entropy", 1, steps=0),
@@ -97,7 +98,7 @@ def _owner(function: str) -> tuple[Any, str]:
 
 
 def _arm(moment: Moment, number: int, times: int) -> None:
-    """Has this process get the signal in that call; twice: the second one while it sleeps there."""
+    """Makes this process get the signal in that call, and a second one while it sleeps there if `times` is TWICE."""
     owner, name = _owner(moment.function)
     function, calls = getattr(owner, name), itertools.count(1)
 
@@ -112,13 +113,13 @@ def _arm(moment: Moment, number: int, times: int) -> None:
         return function(*given, **named)
 
     setattr(owner, name, signalled)
-    for module in list(sys.modules.values()):  # those that have it by its name
+    for module in list(sys.modules.values()):  # modules that imported the function by its name
         if getattr(module, "__name__", "").startswith("qlora_lite") and getattr(module, name, None) is function:
             setattr(module, name, signalled)
 
 
 def _ended(words: list[str], said: Path, arm: Callable[[], None]) -> int | None:
-    """The exit status of the command line in a forked process; None if it does not end."""
+    """Returns the exit status of the command line in a forked process; None if it does not end."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -126,7 +127,7 @@ def _ended(words: list[str], said: Path, arm: Callable[[], None]) -> int | None:
             errors, nothing = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), os.open(os.devnull, os.O_WRONLY)
             os.dup2(errors, 2)
             os.dup2(nothing, 1)
-            # A shell's job in the background inherits that SIGINT is ignored, which a command keeps to.
+            # A background job of a shell inherits that SIGINT is ignored, and a command keeps that setting.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.argv = ["qlora-lite", *words]
             arm()
@@ -149,27 +150,27 @@ def _ended(words: list[str], said: Path, arm: Callable[[], None]) -> int | None:
 
 def _wrong_files(out: Path, moment: Moment, times: int) -> list[str]:
     found = [f"{path.name} is left" for path in out.parent.rglob(f".*{UNFINISHED}")]
-    if times == ONCE:  # else it stays, as after a kill, and nobody holds it
+    if times == ONCE:  # after two, it stays, as after a kill; no process holds it
         found += [f"{path} is left" for path in out.parent.rglob(".run.lock")]
     if not moment.words.startswith("train"):
         whole = (out / "config.json").is_file() or (out / "page.html").is_file()
-        return found + (["half of the output is there"] if out.is_dir() and any(out.iterdir()) and not whole else [])
+        return found + (["part of the output is there"] if out.is_dir() and any(out.iterdir()) and not whole else [])
     if moment.steps is None:
-        return found + (["a run's folder is there"] if out.exists() else [])
+        return found + (["the folder of a run is there"] if out.exists() else [])
     if times == ONCE:
         path, skipped = newest_sound(out)
         steps = 0 if path is None else int(path.name.removeprefix("step-"))
-        found += [f"the state of step {steps} is saved and not of step {moment.steps}"] * (steps != moment.steps)
+        found += [f"the saved state is that of step {steps}, not {moment.steps}"] * (steps != moment.steps)
         found += skipped
     return found
 
 
-def wrong_after(place: Path, moment: Moment, number: int, times: int) -> list[str]:
-    """What was wrong with a command that got this signal in that moment."""
-    out, said = place / "work" / "out", place / "said"
+def wrong_after(scratch: Path, moment: Moment, number: int, times: int) -> list[str]:
+    """Returns the problems of a command that got this signal in that moment."""
+    out, said = scratch / "work" / "out", scratch / "said"
     shutil.rmtree(out.parent, ignore_errors=True)
     out.parent.mkdir()
-    paths = {"out": out, **{name: place / name for name in ("model", "adapter", "data")}}
+    paths = {"out": out, **{name: scratch / name for name in ("model", "adapter", "data")}}
     words = moment.words.format(**paths).split()
     status = _ended(words, said, functools.partial(_arm, moment, number, times))
     lines = said.read_text().splitlines()
@@ -177,48 +178,50 @@ def wrong_after(place: Path, moment: Moment, number: int, times: int) -> list[st
     steps = [line for line in lines if line.startswith("step ")]
     last = lines[-1] if lines else ""
     if len(lines) != len(steps) + 1 or not last.startswith("stopped"):
-        found.append(f"it said {lines[-3:]}")
+        found.append(f"its last lines were {lines[-3:]}")
     if (words[0] == "train") != ("; go on with: qlora-lite train" in last):
-        found.append(f"its last word was {last!r}")
+        found.append(f"its last line was {last!r}")
     found += _wrong_files(out, moment, times)
     if words[0] == "train" and not found:
         again = [*words, "--resume"]
         status = _ended(again, said, lambda: None)
-        found += [] if status == 0 else [f"going on ended with {status}: {said.read_text()[-300:]}"]
+        found += [] if status == 0 else [f"resuming ended with {status}: {said.read_text()[-300:]}"]
     return found
 
 
-def make_inputs(place: Path, make_model: Callable[[Path], Path]) -> None:
-    """A model, an adapter and records in a folder."""
-    model = load_quantized(make_model(place / "model"), QuantConfig())
+def make_inputs(scratch: Path, make_model: Callable[[Path], Path]) -> None:
+    """Writes a model, an adapter and records into a folder."""
+    model = load_quantized(make_model(scratch / "model"), QuantConfig())
     add_lora_(model, LoraConfig(2, target_modules=["q_proj", "down_proj"]))
-    save_adapter(model, place / "adapter")
-    (place / "data").write_text("".join(json.dumps({"text": f"number {n}"}) + "\n" for n in range(5)))
+    save_adapter(model, scratch / "adapter")
+    (scratch / "data").write_text("".join(json.dumps({"text": f"number {n}"}) + "\n" for n in range(5)))
 
 
 def stops(
-    place: Path, moments: tuple[Moment, ...], kinds: tuple[tuple[int, int], ...]
+    scratch: Path, moments: tuple[Moment, ...], kinds: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, list[str]]]:
-    """(what was stopped where, what was wrong); kinds: (signal, how often)."""
+    """Yields (name of the stop, problems). kinds: pairs of a signal and how often it is sent."""
     for moment, (number, times) in itertools.product(moments, kinds):
         name = f"{moment.words.split()[0]}, {moment.function} {moment.call}, {times} {signal.Signals(number).name}"
-        yield name, wrong_after(place, moment, number, times)
+        yield name, wrong_after(scratch, moment, number, times)
 
 
 KINDS = ((signal.SIGTERM, ONCE), (signal.SIGINT, ONCE), (signal.SIGINT, TWICE))
 
 
-def all_stops(place: Path, make_model: Callable[[Path], Path], first: int | None = None) -> list[tuple[str, list[str]]]:
-    """At every moment each kind of stop; of the `first` moments one kind each, if that is given."""
-    make_inputs(place, make_model)
+def all_stops(
+    scratch: Path, make_model: Callable[[Path], Path], first: int | None = None
+) -> list[tuple[str, list[str]]]:
+    """Tries each kind of stop at every moment, or one kind at each of the `first` moments."""
+    make_inputs(scratch, make_model)
     if first is None:
-        return list(stops(place, MOMENTS, KINDS))
-    return [found for at, moment in enumerate(MOMENTS[:first]) for found in stops(place, (moment,), (KINDS[at % 3],))]
+        return list(stops(scratch, MOMENTS, KINDS))
+    return [found for at, moment in enumerate(MOMENTS[:first]) for found in stops(scratch, (moment,), (KINDS[at % 3],))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="some of them")
+    parser.add_argument("--tiny", action="store_true", help="try a few moments")
     tiny = parser.parse_args().tiny
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -20,30 +20,30 @@ def corpus(import_script: Callable[[str], Any]) -> Any:
 
 
 @pytest.fixture
-def place(corpus: Any, make_tiny_model: Callable[..., Path], memory_path: Path) -> Any:
-    return corpus.Place(memory_path / "place", lambda folder: make_tiny_model(folder, hidden=32))
+def paths(corpus: Any, make_tiny_model: Callable[..., Path], memory_path: Path) -> Any:
+    return corpus.CasePaths(memory_path / "paths", lambda folder: make_tiny_model(folder, hidden=32))
 
 
-def test_wrong_arguments_are_refused_by_one_line_and_nothing_is_written(corpus: Any, place: Any) -> None:
-    every = corpus.cases(place)
+def test_wrong_arguments_are_refused_by_one_line_and_nothing_is_written(corpus: Any, paths: Any) -> None:
+    every = corpus.cases(paths)
     found = {(case.command, case.what.partition(":")[0]) for case in every}
     options = {(name, param.name) for name, params in corpus.parameters().items() for param, _ in params}
     assert options <= found and len(options) > 70
-    # Each option once, as well as a few of every sort of path.
+    # Each option once, and a few of every kind of path.
     chosen = list({(case.command, case.what.partition(":")[0]): case for case in every}.values()) + every[::20]
-    assert [wrong for case in chosen if (wrong := corpus.run_argument_case(place, case)) is not None] == []
+    assert [wrong for case in chosen if (wrong := corpus.run_argument_case(paths, case)) is not None] == []
 
 
-def test_what_is_right_runs_and_would_be_caught(corpus: Any, place: Any) -> None:
-    """The same words without the wrong one do their work: so it is that one which is refused."""
+def test_right_arguments_run(corpus: Any, paths: Any) -> None:
+    """Without the wrong argument, each command succeeds: the refusals are of that argument alone."""
     for command in ("train", "merge", "quantize", "inspect", "env"):
-        words = tuple(word.format(**place.paths) for word in corpus.NEEDED[command])
-        wrong = corpus.run_argument_case(place, corpus.Case(command, words, 1, "right"))
+        words = tuple(word.format(**paths.paths) for word in corpus.NEEDED[command])
+        wrong = corpus.run_argument_case(paths, corpus.Case(command, words, 1, "right"))
         assert wrong is not None and "status 0" in wrong, wrong
 
 
-def test_an_option_or_a_command_that_nothing_is_known_of_is_an_error(
-    corpus: Any, place: Any, monkeypatch: pytest.MonkeyPatch
+def test_an_option_or_a_command_that_the_tables_lack_is_an_error(
+    corpus: Any, paths: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = {"opts": ["--novelty"], "required": False, "multiple": False, "is_flag": False, "default": "none"}
     param = SimpleNamespace(name="novelty", param_type_name="option", **facts)
@@ -51,24 +51,24 @@ def test_an_option_or_a_command_that_nothing_is_known_of_is_an_error(
     for found, name in (({"quantize": [(param, str)]}, "novelty"), ({"invent": []}, "invent")):
         monkeypatch.setattr(corpus, "parameters", lambda found=found: found)
         with pytest.raises(KeyError, match=name):
-            corpus.cases(place)
+            corpus.cases(paths)
 
 
-def test_debug_shows_the_traceback_before_the_line(corpus: Any, place: Any) -> None:
-    model = str(place.paths["model"])
+def test_debug_shows_the_traceback_before_the_line(corpus: Any, paths: Any) -> None:
+    model = str(paths.paths["model"])
     for words, status in ((["profile", "--model", model, "--format", "nf5"], 2), (["inspect", model], 1), (["x"], 2)):
-        quiet, loud = corpus.said_by_main(words), corpus.said_by_main(["--debug", *words])
+        quiet, loud = corpus.run_main(words), corpus.run_main(["--debug", *words])
         assert quiet[0] == loud[0] == status and "Traceback" in loud[1]
         assert quiet[1].count("\n") == 1 and loud[1].endswith(quiet[1])
 
 
-def test_a_path_that_is_no_text_is_written_to_and_printed(
-    corpus: Any, place: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_path_that_is_not_utf8_is_written_to_and_printed(
+    corpus: Any, paths: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, out = place.root / os.fsdecode(b"\xff"), io.TextIOWrapper(io.BytesIO(), "utf-8")
+    output, out = paths.root / os.fsdecode(b"\xff"), io.TextIOWrapper(io.BytesIO(), "utf-8")
     monkeypatch.setattr(contextlib, "redirect_stdout", lambda to: contextlib.redirect_stderr(sys.stderr))
     monkeypatch.setattr(sys, "stdout", out)
-    words = ["quantize", "--model", str(place.paths["model"]), "--output", str(output)]
-    assert corpus.said_by_main(words) == (0, "") and (output / "config.json").is_file()
+    words = ["quantize", "--model", str(paths.paths["model"]), "--output", str(output)]
+    assert corpus.run_main(words) == (0, "") and (output / "config.json").is_file()
     out.seek(0)
     assert out.read().endswith("\\udcff\n")

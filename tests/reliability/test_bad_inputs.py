@@ -24,7 +24,7 @@ def bad_inputs(import_script: Callable[[str], Any]) -> Any:
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_files_in_pieces_or_in_lies_are_refused_or_read_right(number: int, bad_inputs: Any) -> None:
+def test_damaged_and_inconsistent_files_are_refused_or_read_right(number: int, bad_inputs: Any) -> None:
     @settings(max_examples=150)
     @given(st.integers(0, 2**32))
     def check(seed: int) -> None:
@@ -33,20 +33,20 @@ def test_files_in_pieces_or_in_lies_are_refused_or_read_right(number: int, bad_i
     check()
 
 
-def test_checkpoints_in_pieces_or_in_lies_are_refused(bad_inputs: Any) -> None:
+def test_damaged_and_inconsistent_checkpoints_are_refused(bad_inputs: Any) -> None:
     assert bad_inputs.run_cases(bad_inputs.FAMILIES[4:], range(60)) == []
 
 
 def _opens_pickles(folder: Path) -> None:
     data = (folder / "model.safetensors").read_bytes()
     if data.startswith(b"cos"):
-        (folder.parent / "canary").mkdir()  # what opening it would do
+        (folder.parent / "canary").mkdir()  # the effect of opening it
 
 
-def test_the_check_itself_bites(bad_inputs: Any) -> None:
-    """Readers that do what none may are caught, each for what it does."""
+def test_bad_readers_are_caught(bad_inputs: Any) -> None:
+    """Readers that break a rule are caught, each for its fault."""
 
-    def damage(folder: Path, chance: random.Random) -> str:
+    def damage(folder: Path, rng: random.Random) -> str:
         (folder / "model.safetensors").write_bytes(bad_inputs.bad_files.canary(folder))
         return "a pickle"
 
@@ -72,7 +72,7 @@ def test_too_much_is_refused_before_it_is_read(tmp_path: Path) -> None:
         read_json(tmp_path / "a.json")
     with open(tmp_path / "a.jsonl", "wb") as file:
         file.write(b'{"text": "a"}\n')
-        file.truncate(20 * LONGEST_LINE)  # a line of zeros, of which the disk holds none
+        file.truncate(20 * LONGEST_LINE)  # a line of zeros, which takes no disk space
     with pytest.raises(CheckpointError, match=r"line 2: longer than 33,554,432 bytes; split the record"):
         read_records(tmp_path / "a.jsonl")
     with open(tmp_path / "a.safetensors", "wb") as file:

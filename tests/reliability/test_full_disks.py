@@ -25,7 +25,7 @@ CONFIG = TrainConfig(steps=4, save_steps=1, learning_rate=1e-2)
 
 
 class Batches(list[dict[str, torch.Tensor]]):
-    """Four batches; something happens before the third."""
+    """Four batches; `happens` is called before the third."""
 
     def __init__(self, happens: Callable[[], Any] = lambda: None) -> None:
         rows = torch.randint(100, (4, 1, 8), generator=torch.Generator().manual_seed(0))
@@ -48,7 +48,7 @@ def adapted(folder: Path) -> Any:
 
 @contextmanager
 def files_no_longer_than(size: int) -> Iterator[Callable[[], None]]:
-    """A function that sets this limit, which is gone again afterwards; beyond it writes fail as on a full disk."""
+    """Yields a function that limits the size of files, so that writes fail as on a full disk; restores it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -72,7 +72,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tiny_folder: Pa
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_of_a_line_that_a_full_disk_takes_half_of_nothing_stays(memory_path: Path) -> None:
+def test_a_line_that_a_full_disk_cuts_is_removed(memory_path: Path) -> None:
     @dataclass(frozen=True)
     class Line:
         step: int

@@ -17,18 +17,18 @@ def fuzz_targets(import_script: Callable[[str], Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", ["header", "index", "adapter", "records", "run"])
-def test_no_file_ends_a_reader_by_an_error_of_others(name: str, fuzz_targets: Any, memory_path: Path) -> None:
-    target, chance = fuzz_targets.TARGETS[name], random.Random(0)
+def test_no_file_makes_a_reader_raise_a_foreign_error(name: str, fuzz_targets: Any, memory_path: Path) -> None:
+    target, rng = fuzz_targets.TARGETS[name], random.Random(0)
     read, seeds = target.reader(memory_path), target.seeds()
     assert len(seeds) > 40
     for seed in seeds:
         read(seed)
     for _ in range(60):
-        read(fuzz_targets.bad_files.damaged_text(chance.choice(seeds), chance))
+        read(fuzz_targets.bad_files.damaged_text(rng.choice(seeds), rng))
 
 
 @pytest.mark.parametrize("name", ["header", "adapter", "run"])
-def test_what_is_wrong_reaches_who_feeds(
+def test_a_foreign_error_reaches_the_fuzzer(
     name: str, fuzz_targets: Any, memory_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = fuzz_targets.TARGETS[name]
@@ -48,5 +48,5 @@ def test_without_atheris_it_says_how_to_get_it(
 ) -> None:
     script = import_script("tests/reliability/fuzz_files.py")
     monkeypatch.setitem(sys.modules, "atheris", None)
-    with pytest.raises(SystemExit, match="atheris is not installed here: python -m pip install atheris"):
+    with pytest.raises(SystemExit, match="atheris is not installed: python -m pip install atheris"):
         script.main()
