@@ -1,7 +1,7 @@
-"""The cases of matrix.py: small models, ways to adapt them in peft's words and in ours, what may be refused.
+"""The cases of matrix.py: small models, ways to adapt them as options of peft and of LoraConfig, and known refusals.
 
-A subject is a family x a variant x a choice of targets x a base; a case is a subject in one direction. Options of
-`LoraConfig` that this version does not have are found by its fields, and their cases are reported as not built yet.
+A subject is a family x a variant x a choice of targets x a base. A case is a subject in one direction. Options that
+LoraConfig lacks are found by its fields, and their cases are reported as not built yet.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from qlora_lite import LoraConfig
 RANK, ALPHA = 4, 12
 TOKENS_TRAINED = (3, 5)
 BASES = ("none", "int8", "nf4")
-# from_peft: trained and saved by peft, loaded here. to_peft: the other way. bf16: from_peft in bf16, both against fp32.
-# merge: as from_peft, then merged by both. files: saved, loaded and saved again, by us and by peft.
+# from_peft: trained and saved by peft, loaded here. to_peft: the reverse. bf16: from_peft in bf16, both against fp32.
+# merge: from_peft, then merged by both sides. files: saved, loaded and saved again, by us and by peft.
 DIRECTIONS = ("from_peft", "to_peft", "bf16", "merge", "files")
 
 
 @dataclass(frozen=True)
 class Family:
-    """A small model: its config in transformers, and what its layers are called."""
+    """A small model: its config class in transformers, and the names of its layers."""
 
     config: str
     sizes: dict[str, Any]
@@ -38,11 +38,11 @@ class Family:
     stacks: tuple[str, ...] = ()
 
 
-# No padding token: its row is zeros, on which peft's DoRA of a tied head is 0 / 0.
+# Without a padding token: its row would be zeros, for which peft's DoRA of a tied head gives 0 / 0.
 COMMON = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": None, "initializer_range": 0.15}
 LLAMA = {
     **COMMON,
-    "hidden_size": 64,  # rows of whole blocks: bitsandbytes unpacks others wrongly on CPUs with AVX-512
+    "hidden_size": 64,  # a multiple of the block size: bitsandbytes unpacks other rows wrongly on CPUs with AVX-512
     "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -73,10 +73,10 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """peft's options and ours; None for a side that is not asked.
+    """A variant of LoRA as options of peft and of `LoraConfig`; None for a side that does not make it.
 
-    converted: peft changed the base when it began, and saves with `path_initial_model_for_weight_conversion`.
-    everywhere: with every choice of targets, not with plain ones alone.
+    converted: peft changes the base at the start, and saves with `path_initial_model_for_weight_conversion`.
+    everywhere: combined with every choice of targets, not only with PLAIN_TARGETS.
     """
 
     peft: dict[str, Any] | None
@@ -118,7 +118,7 @@ PLAIN_TARGETS = ("attention", "all_linear")
 
 
 def target_options(family: Family) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Choice of targets -> (peft's options, ours), for the layers of this family."""
+    """Returns {choice of targets: (options of peft, options of LoraConfig)} for the layers of this family."""
     attention, first = list(family.attention), family.attention[0]
     some: dict[str, Any] = {"target_modules": attention}
     every: dict[str, Any] = {"target_modules": "all-linear"}
@@ -157,7 +157,7 @@ def target_options(family: Family) -> dict[str, tuple[dict[str, Any], dict[str, 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and how it is adapted, by the names of the tables above."""
+    """A model and its adaptation, by the names of the tables above."""
 
     family: str
     variant: str
@@ -176,12 +176,12 @@ class Subject:
         return {**options, **target_options(FAMILIES[self.family])[self.targets][1]}
 
     def not_built(self) -> str | None:
-        """What LoraConfig has no field for; None if it can say all of this subject."""
+        """Returns the reason why LoraConfig cannot express this subject, or None if it can."""
         lacking = sorted(self.our_options().keys() - {field.name for field in dataclasses.fields(LoraConfig)})
         return f"not built yet: LoraConfig has no {', '.join(lacking)}" if lacking else None
 
     def directions(self) -> tuple[str, ...]:
-        """Those that there are for this base and this variant."""
+        """Returns the directions that exist for this base and this variant."""
         variant = VARIANTS[self.variant]
         out = {"merge"} if self.base != "none" else set()
         out |= {"bf16"} if self.base == "int8" else set()
@@ -190,7 +190,7 @@ class Subject:
 
 
 def subjects(whole_product: bool = False) -> Iterator[Subject]:
-    """All subjects. Without `whole_product`, variants that meet few targets meet one base, the others all three."""
+    """Yields all subjects. Variants that are not `everywhere` get PLAIN_TARGETS only, unless `whole_product` is set."""
     for name, family in FAMILIES.items():
         for base, (variant, settings) in itertools.product(BASES, VARIANTS.items()):
             for targets in target_options(family):
@@ -200,7 +200,7 @@ def subjects(whole_product: bool = False) -> Iterator[Subject]:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A kind of refusal that is meant: its sentences, and the subjects that it is for; None for all of them."""
+    """An intended refusal: a pattern of its sentence, and the subjects that it applies to (None: all)."""
 
     kind: str
     sentence: str
@@ -217,11 +217,11 @@ class Refusal:
         return all(names is None or name in names for names, name in asked)
 
 
-# What this library refuses, by its sentences: any other refusal is a failure.
+# The refusals of this library, by their sentences. Any other refusal is a failure.
 CONVERTED = tuple(name for name, variant in VARIANTS.items() if variant.converted)
 KNOWN_REFUSALS = (
     Refusal(
-        "what peft's stacks have neither",
+        "dropout or DoRA on stacks",
         r"variant must be lora on a ",
         ("stacks", "router"),
         variants=("dora", "rsdora"),
@@ -231,16 +231,16 @@ KNOWN_REFUSALS = (
         r"^init_lora_weights '\w+' is for linear layers",
         ("embedding", "stacks", "router"),
     ),
-    Refusal("layers that peft lost when it converted", r"match no layer in the file", ("embedding",), CONVERTED),
+    Refusal("layers that peft lost in its conversion", r"match no layer in the file", ("embedding",), CONVERTED),
     Refusal("LoftQ without a packed layer", r"is not packed and has no error", variants=("loftq",)),
-    Refusal("a base that was changed", r"init_lora_weights=.*does not support", variants=("pissa_as_trained",)),
+    Refusal("a start that changes the base", r"init_lora_weights=.*does not support", variants=("pissa_as_trained",)),
     Refusal("another method", r"does not support", variants=("kasa", "alora")),
     Refusal("a bias that the checkpoint lacks", r"adds a bias to layers that have none", variants=("lora_bias",)),
 )
 
 
 def known_refusal(subject: Subject, sentence: str) -> str | None:
-    """The kind of a refusal that is expected of this subject; None for any other sentence."""
+    """Returns the kind of an expected refusal of this subject, or None for any other sentence."""
     if subject.not_built() and (sentence == subject.not_built() or "does not support" in sentence):
         return "not built yet"
     for known in KNOWN_REFUSALS:

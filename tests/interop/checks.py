@@ -1,7 +1,7 @@
-"""What matrix.py asks of peft and of us: adapters made on each side, and a check for each direction.
+"""The checks of matrix.py: adapters that each side makes, and a check for each direction.
 
-A side that does not take what it is asked raises; peft's errors, whatever they are, and those of ours that the table
-of known refusals has, become Refused. Everything else that a check raises fails its case.
+A side that refuses raises: every exception of peft, and those errors of ours that the table of known refusals has,
+become Refused. Any other exception in a check fails its case.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from qlora_lite import QLoRAError, export_merged, load_adapter_, save_adapter
 from trained_adapters import Workshop, disturb_, logits, our_trained, peft_loaded, peft_trained, saved_values
 
 PASSED, BY_PEFT, BY_US, FAILED = "passed", "refused_by_peft", "refused_by_us", "failed"
-RELOADED = "peft loads from its own file another model than it trained; ours is the loaded one"
+RELOADED = "peft loads another model from its file than it trained; ours equals the loaded one"
 FP32_LOGITS = 1e-5
 MERGED_WEIGHTS = 1e-6
-# Least change of the logits by an adapter: below it a case would say nothing.
+# The least change of the logits by an adapter. A case with a smaller change would prove nothing.
 LEAST_EFFECT = 1e-3
 BF16_MARGIN, BF16_STEP = 1.25, 2**-9
 
 
 class Refused(Exception):
-    """A side does not take what it is asked; `by` says which."""
+    """One side refuses; `by` names it."""
 
     def __init__(self, by: str, sentence: str) -> None:
         super().__init__(sentence)
@@ -38,7 +38,7 @@ class Refused(Exception):
 
 
 class Different(Exception):
-    """Both sides took it, and do not agree."""
+    """Both sides accepted the case, and their results differ."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def first_line(error: BaseException) -> str:
 
 
 def asked_of_peft(call: Callable[[], Any]) -> Any:
-    """What the call gives; Refused by peft for whatever it raises."""
+    """Calls peft. Raises Refused for any exception."""
     try:
         return call()
     except Exception as error:
@@ -63,7 +63,7 @@ def asked_of_peft(call: Callable[[], Any]) -> Any:
 
 
 def asked_of_us(subject: Subject, call: Callable[[], Any]) -> Any:
-    """What the call gives; Refused by us for our own errors, if this one is known. Others are left to fail the case."""
+    """Calls this library. Raises Refused for a known refusal; any other exception passes and fails the case."""
     try:
         return call()
     except QLoRAError as error:
@@ -73,7 +73,7 @@ def asked_of_us(subject: Subject, call: Callable[[], Any]) -> Any:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, relative to the largest value; infinite where shapes differ or something is not finite."""
+    """Returns the largest difference relative to the largest value; infinity if shapes differ or a value is not finite."""
     if ours.shape != theirs.shape or not (ours.isfinite().all() and theirs.isfinite().all()):
         return float("inf")
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
@@ -82,19 +82,19 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 def check_equal(what: str, ours: Tensor, theirs: Tensor, bound: float) -> None:
     found = difference(ours, theirs)
     if not found <= bound:
-        raise Different(f"{what} differ by {found:.1e} of the largest, more than {bound:g}")
+        raise Different(f"{what} differ by {found:.1e} of the largest value, more than {bound:g}")
 
 
 def error_of(found: Tensor, exact: Tensor) -> float:
-    """What is wrong with the logits of the median token, relative to what is right with them.
+    """Returns the relative error of the logits of the median token.
 
-    Not of all tokens: a router that is nearly undecided sends single ones to another expert.
+    The median, because a router that is nearly undecided sends single tokens to another expert.
     """
     return float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).median())
 
 
 class Trial:
-    """One subject: what each side trained and saved, made when it is first asked for."""
+    """One subject: the adapters that each side trained and saved, made on first use."""
 
     def __init__(self, workshop: Workshop, subject: Subject, scratch: Path, disturb: str | None) -> None:
         self.workshop, self.subject, self.scratch, self.disturb = workshop, subject, scratch, disturb
@@ -112,7 +112,7 @@ class Trial:
         return found
 
     def by_peft(self) -> tuple[Tensor, Path, str]:
-        """Logits and folder of peft's adapter, and a remark, if what peft loads from there is not what it trained."""
+        """Returns logits and folder of peft's adapter, and a remark if peft loads another model than it trained."""
 
         def make() -> tuple[Tensor, Path, str]:
             folder = self.scratch / "by_peft"
@@ -124,7 +124,7 @@ class Trial:
         return self._once("peft", make)
 
     def by_us(self) -> tuple[Tensor, Path]:
-        """Logits and folder of ours."""
+        """Returns logits and folder of our adapter."""
 
         def make() -> tuple[Tensor, Path]:
             if reason := self.subject.not_built():
@@ -139,10 +139,10 @@ class Trial:
 
     def _check_effect(self, found: Tensor, base: Any) -> None:
         if not LEAST_EFFECT < difference(found, logits(base)) < float("inf"):
-            raise Different("the adapter changes nothing, or all: the case would say nothing")
+            raise Different("the adapter changes nothing, or makes logits infinite, so the case would prove nothing")
 
     def handed(self, folder: Path) -> Path:
-        """The folder that the other side gets: this one, or a disturbed copy of it if that is asked."""
+        """Returns the folder that the other side loads: this one, or a disturbed copy of it if `disturb` is set."""
         if self.disturb is None:
             return folder
         copied = folder.with_name(f"{folder.name}_disturbed")
@@ -155,13 +155,13 @@ class Trial:
         return self.workshop.ours(self.subject.family, self.subject.base, dtype)
 
     def loaded(self, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-        """A fresh base of ours with the adapter of this folder."""
+        """Loads the adapter of this folder into a fresh base."""
         model = self.ours(dtype)
         asked_of_us(self.subject, lambda: load_adapter_(model, folder))
         return model
 
     def loaded_by_peft(self, folder: Path) -> Any:
-        """A fresh base with our adapter, by peft. Refused by it only if it does not make such an adapter itself."""
+        """Loads our adapter with peft. Raises Refused only if peft cannot make such an adapter itself."""
         try:
             return peft_loaded(self.workshop, self.subject, folder)
         except Exception as error:
@@ -185,7 +185,7 @@ def to_peft(trial: Trial) -> str:
 
 
 def bf16(trial: Trial) -> str:
-    """Our error against fp32, beside peft's; where its fp32 adapters are more exact, beside those of bf16 too."""
+    """Compares our error against fp32 with peft's; where its fp32 adapters are more exact, with its bf16 adapters."""
     found, folder, _ = trial.by_peft()
     mine = error_of(logits(trial.loaded(trial.handed(folder), torch.bfloat16)), found)
     why = f"bf16 error {mine:.1e} against peft's"
@@ -193,13 +193,17 @@ def bf16(trial: Trial) -> str:
         theirs = peft_loaded(trial.workshop, trial.subject, folder, torch.bfloat16, kept)
         error = error_of(logits(theirs), found)
         if mine <= BF16_MARGIN * error + BF16_STEP:
-            return "" if kept == torch.float32 else "in bf16 as exact as peft with bf16 adapters, not as with fp32 ones"
+            return (
+                ""
+                if kept == torch.float32
+                else "in bf16 as exact as peft with bf16 adapters, less exact than with fp32"
+            )
         why += f" {error:.1e} with {kept} adapters"
     raise Different(why)
 
 
 def merge(trial: Trial) -> str:
-    """Weights as exported against peft's merged ones; where peft's merge is not its own model, logits alone."""
+    """Compares exported weights with peft's merged ones; logits alone where peft's merge differs from its own model."""
     import transformers
 
     found, folder, _ = trial.by_peft()
@@ -209,7 +213,7 @@ def merge(trial: Trial) -> str:
     check_equal("logits of the export", logits(exported), found, FP32_LOGITS)
     merged = asked_of_peft(peft_loaded(trial.workshop, trial.subject, folder).merge_and_unload)
     if difference(logits(merged), found) > FP32_LOGITS:
-        return "peft's merge is not what it merged (tied weights); ours is"
+        return "peft's merge differs from its adapter model (tied weights); ours does not"
     theirs, ours = merged.state_dict(), exported.state_dict()
     if ours.keys() != theirs.keys():
         raise Different(f"names of merged weights differ: {', '.join(sorted(ours.keys() ^ theirs.keys())[:4])}")
@@ -250,7 +254,7 @@ CHECKS: dict[str, Callable[[Trial], str]] = {
 
 
 def results(workshop: Workshop, subject: Subject, disturb: str | None = None) -> Iterator[Result]:
-    """The subject's cases, one after the other. disturb: `value` or `alpha`, changed before the other side loads."""
+    """Yields the results of a subject. disturb: `value` or `alpha`, which is changed before the other side loads."""
     with tempfile.TemporaryDirectory() as scratch:
         trial = Trial(workshop, subject, Path(scratch), disturb)
         for direction in subject.directions():
@@ -258,6 +262,6 @@ def results(workshop: Workshop, subject: Subject, disturb: str | None = None) ->
                 status, why = PASSED, CHECKS[direction](trial)
             except Refused as refused:
                 status, why = refused.by, str(refused)
-            except Exception as error:  # whatever it is, the two sides did not come together
+            except Exception as error:  # any exception means that the two sides do not agree
                 status, why = FAILED, first_line(error)
             yield Result(subject, direction, status, why.replace(f"{scratch}/", ""))

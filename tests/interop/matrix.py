@@ -1,24 +1,23 @@
 """Do peft and this library read each other's adapters, and compute the same with them?
 
-    python tests/interop/matrix.py                          # every case; some minutes on two cores
+    python tests/interop/matrix.py                          # every case: some minutes on two cores (make interop)
     python tests/interop/matrix.py --family gpt2 --base nf4 --variant dora
     python tests/interop/matrix.py --quick                  # a few cases, in seconds
     python tests/interop/matrix.py --quick --disturb value  # every case must fail
 
-Small random models are adapted and trained a few steps on each side, by real peft over transformers and bitsandbytes
-and by this library, and saved; the other side loads. A case is one subject (cases.py) in one direction:
+Each side adapts small random models, trains them for a few steps and saves the adapter: peft over transformers and
+bitsandbytes, and this library. The other side loads the adapter. A case is one subject (cases.py) in one direction:
 
-    from_peft  peft's adapter here: equal logits in fp32
-    to_peft    our adapter in peft: equal logits in fp32
-    bf16       peft's adapter on both in bfloat16: our error against fp32 is at most peft's, with a margin
-    merge      exported here and merged by peft's `merge_and_unload`: equal weights, equal logits
-    files      our adapter loaded and saved again is the same file, after peft loaded and saved it too
+    from_peft  peft's adapter, loaded here: equal logits in fp32
+    to_peft    our adapter, loaded by peft: equal logits in fp32
+    bf16       peft's adapter in bfloat16 on both sides: our error against fp32 is at most peft's, with a margin
+    merge      exported here, and merged by peft's `merge_and_unload`: equal weights and logits
+    files      our adapter, loaded and saved again: the same files, also after peft has loaded and saved it
 
-It passes, or is refused by peft (it raises for what it is asked), or is refused by us (an error class of ours, by a
-sentence that the table of known refusals has); all else is a failure. `--disturb` changes one value, or alpha, of every
-adapter between saving and loading, so that what passes then is a case that cannot fail. Prints a matrix for each base,
-one letter for each direction, the reasons, and one JSON line: `cases`, `passed`, `refused_by_peft`, `refused_by_us`,
-`failed`.
+A case passes, is refused by peft (any exception), or is refused by us (a QLoRAError with a sentence in the table of
+known refusals). Anything else is a failure. `--disturb` changes one value, or alpha, of every adapter between saving
+and loading, so that a case that still passes cannot fail at all. Prints a matrix for each base with one letter for each
+direction, the reasons, and one JSON line: `cases`, `passed`, `refused_by_peft`, `refused_by_us`, `failed`.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ QUICK = tuple(
 
 
 def quiet() -> None:
-    """Warnings of the other libraries are not what is asked here; a process computes in one thread."""
+    """Silences warnings of other libraries, and makes this process compute in one thread."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -62,7 +61,7 @@ def quiet() -> None:
 
 
 def run_some(some: list[Subject], disturb: str | None) -> list[Result]:
-    """Results of these subjects, in this process."""
+    """Returns the results of these subjects, computed in this process."""
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         workshop = Workshop(Path(folder))
@@ -70,7 +69,7 @@ def run_some(some: list[Subject], disturb: str | None) -> list[Result]:
 
 
 def parts(chosen: Iterable[Subject], largest: int = 40) -> Iterator[list[Subject]]:
-    """The subjects in lists of one family and base each, whose models are then made a few times only."""
+    """Yields the subjects in lists of one family and base each, so that each model is made only a few times."""
     groups: dict[tuple[str, str], list[Subject]] = defaultdict(list)
     for subject in chosen:
         groups[subject.family, subject.base].append(subject)
@@ -79,7 +78,7 @@ def parts(chosen: Iterable[Subject], largest: int = 40) -> Iterator[list[Subject
 
 
 def run(chosen: list[Subject], disturb: str | None, jobs: int) -> Iterator[Result]:
-    """All results, by as many processes."""
+    """Yields all results, computed by `jobs` processes."""
     if jobs == 1:
         yield from run_some(chosen, disturb)
         return
@@ -92,7 +91,7 @@ def run(chosen: list[Subject], disturb: str | None, jobs: int) -> Iterator[Resul
 
 
 def matrix(found: list[Result], base: str) -> Table:
-    """Family and variant against targets: a letter for each direction."""
+    """Returns a table of family and variant against targets, with a letter for each direction."""
     letters: dict[tuple[str, str, str], str] = defaultdict(str)
     for result in found:
         if result.subject.base == base:
@@ -106,7 +105,7 @@ def matrix(found: list[Result], base: str) -> Table:
 
 
 def reasons(found: list[Result]) -> Table:
-    """Every reason why a case did not pass, or passed with a remark, how often, and the first such case."""
+    """Returns a table of the reasons for refusals, failures and remarks, with their counts and first cases."""
     table = Table("status", "cases", "reason", "first case", title="reasons")
     first: dict[tuple[str, str], Result] = {}
     counts: Counter[tuple[str, str]] = Counter()
@@ -122,7 +121,7 @@ def reasons(found: list[Result]) -> Table:
 
 
 def figures(found: list[Result]) -> dict[str, int]:
-    """How many cases there were, and how they ended."""
+    """Returns the number of cases, and of each status."""
     counts = Counter(result.status for result in found)
     return {"cases": len(found), **{status: counts[status] for status in STATUSES}}
 
@@ -145,9 +144,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", choices=TARGETS)
     parser.add_argument("--base", nargs="+", choices=BASES)
     parser.add_argument("--whole-product", action="store_true", help="every variant with every choice of targets")
-    parser.add_argument("--disturb", choices=("value", "alpha"), help="between saving and loading: no case may pass")
+    parser.add_argument("--disturb", choices=("value", "alpha"), help="change it before loading: no case may pass")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
-    parser.add_argument("--quick", "--tiny", action="store_true", help="a few cases, in seconds, in one process")
+    parser.add_argument("--quick", "--tiny", action="store_true", help="run a few cases, in seconds, in one process")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""The matrix of adapters between peft and us: its cases can fail, and only known refusals are refusals."""
+"""Tests of matrix.py: its cases can fail, and only known refusals count as refusals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_lite.errors import CheckpointError, TargetError
 def matrix(import_script: Callable[[str], Any]) -> Iterator[Any]:
     script = import_script("tests/interop/matrix.py")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the script: two wait for each other longer than they compute on models this small
+    torch.set_num_threads(1)  # as in the script: on small models two threads mostly wait for each other
     yield script
     torch.set_num_threads(threads)
 
@@ -29,7 +29,7 @@ def checks(import_script: Callable[[str], Any]) -> Any:
 
 
 @pytest.mark.parametrize("disturb", [None, "value", "alpha"])
-def test_a_case_passes_and_fails_when_one_value_or_alpha_is_another(
+def test_a_case_passes_and_fails_when_one_value_or_alpha_is_changed(
     matrix: Any, tmp_path: Path, disturb: str | None
 ) -> None:
     workshop = matrix.Workshop(tmp_path)
@@ -46,11 +46,11 @@ def test_refusals_are_known_by_their_sentence_and_subject(matrix: Any, checks: A
 
         return call
 
-    start = TargetError("init_lora_weights 'pissa' is for linear layers; wte is an embedding: leave it out")
+    refusal = TargetError("init_lora_weights 'pissa' is for linear layers; wte is an embedding: leave it out")
     with pytest.raises(checks.Refused, match="is for linear layers"):
-        checks.asked_of_us(matrix.Subject("gpt2", "pissa", "embedding", "none"), refuse(start))
+        checks.asked_of_us(matrix.Subject("gpt2", "pissa", "embedding", "none"), refuse(refusal))
     with pytest.raises(TargetError):
-        checks.asked_of_us(matrix.Subject("gpt2", "pissa", "attention", "none"), refuse(start))
+        checks.asked_of_us(matrix.Subject("gpt2", "pissa", "attention", "none"), refuse(refusal))
     subject = matrix.Subject("llama", "lora", "attention", "none")
     with pytest.raises(CheckpointError):
         checks.asked_of_us(
@@ -60,7 +60,7 @@ def test_refusals_are_known_by_their_sentence_and_subject(matrix: Any, checks: A
         checks.asked_of_us(subject, refuse(KeyError("lora_A")))
 
 
-def test_an_option_that_there_is_no_field_for_is_not_built(matrix: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_that_loraconfig_lacks_is_not_built(matrix: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = [field for field in dataclasses.fields(LoraConfig) if field.name != "rank_pattern"]
     monkeypatch.setattr(dataclasses, "fields", lambda config: fields)
     subject = matrix.Subject("llama", "lora", "patterns", "none")
@@ -78,7 +78,7 @@ def test_every_combination_is_there_once(matrix: Any) -> None:
         assert {subject.targets for subject in chosen} == set(matrix.target_options(matrix.FAMILIES[family]))
 
 
-def test_differences_are_relative_and_never_pass_for_what_is_not_finite(checks: Any) -> None:
+def test_differences_are_relative_and_values_not_finite_never_pass(checks: Any) -> None:
     one = torch.tensor([1.0, -4.0])
     assert checks.difference(one + torch.tensor([0.0, 0.4]), one) == pytest.approx(0.1)
     assert checks.difference(one[:1], one) == float("inf")

@@ -1,8 +1,8 @@
-"""The two sides of matrix.py: models, training and files of peft, and the same of ours.
+"""The two sides of matrix.py: models, training and files of peft, and those of this library.
 
-Both sides have the same weights: small random ones that bfloat16 holds exactly, packed on the one side by bitsandbytes
-through transformers and on the other by `load_quantized`, to the same codes. Every forward pass is one in training mode
-with gradients, since bitsandbytes' 4-bit layers re-pack themselves in any other
+Both sides have the same weights: small random ones that bfloat16 represents exactly. One side packs them with
+bitsandbytes through transformers, the other with `load_quantized`, to the same codes. Every forward pass runs in
+training mode with gradients, because bitsandbytes' 4-bit layers re-pack themselves in any other mode
 (see qlora_lite/quantization/from_bitsandbytes.py).
 """
 
@@ -25,25 +25,25 @@ from qlora_lite.lora.peft.options import CONFIG_FILE
 STEPS = 3
 LEARNING_RATE = 2e-2
 SHAPE = (2, 12)
-# transformers leaves stacks of experts as they are; so do we here.
+# transformers does not pack stacks of experts, so this side does not either.
 SKIPPED = ("lm_head", "experts")
 
 
 def batch() -> Tensor:
-    """Tokens of every kind: those whose rows are trained are among them."""
+    """Returns token ids, among them those whose rows are trained."""
     ids = torch.arange(SHAPE[0] * SHAPE[1]).reshape(SHAPE) * 7 % 61
     ids[0, : len(TOKENS_TRAINED)] = torch.tensor(TOKENS_TRAINED)
     return ids
 
 
 def logits(model: Any) -> Tensor:
-    """fp32 logits of the batch, in training mode and with gradients; there is no dropout."""
+    """Returns fp32 logits of the batch, in training mode and with gradients. There is no dropout."""
     with torch.enable_grad():
         return model.train()(input_ids=batch()).logits.detach().float()
 
 
 def train_(model: Any) -> None:
-    """A few steps of AdamW on what is trainable."""
+    """Takes a few steps of AdamW on the trainable parameters."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     model.train()
@@ -54,14 +54,14 @@ def train_(model: Any) -> None:
 
 
 class Workshop:
-    """Base models of both sides by (family, base, dtype): made once, handed out as copies."""
+    """The base models of both sides, by (family, base, dtype). Each is made once and returned as a copy."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._made: dict[tuple[object, ...], Any] = {}
 
     def checkpoint(self, family: str) -> Path:
-        """The folder of a family's checkpoint, weights that bfloat16 holds exactly."""
+        """Returns the folder of a family's checkpoint, whose weights bfloat16 represents exactly."""
         import transformers
 
         folder = self.folder / family
@@ -72,7 +72,7 @@ class Workshop:
             model = transformers.AutoModelForCausalLM.from_config(config)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    # Norms and biases are ones and zeros otherwise, which says little about who reads them.
+                    # Norms and biases would be ones and zeros, which hides a side that does not read them.
                     if parameter.dim() == 1:
                         parameter.add_(torch.randn_like(parameter) / 10)
                     if "expert" not in name or parameter.dim() < 3:
@@ -83,7 +83,7 @@ class Workshop:
         return folder
 
     def theirs(self, family: str, base: str, dtype: torch.dtype = torch.float32) -> Any:
-        """transformers' model, its layers packed by bitsandbytes."""
+        """Returns the model of transformers, packed by bitsandbytes."""
         import transformers
 
         def make() -> Any:
@@ -103,7 +103,7 @@ class Workshop:
         return self._copy(("theirs", family, base, dtype), make)
 
     def ours(self, family: str, base: str, dtype: torch.dtype = torch.float32) -> Any:
-        """The same loaded by `load_quantized`."""
+        """Returns the model of `load_quantized`."""
 
         def make() -> Any:
             skipped = SKIPPED if FAMILIES[family].stacks and base != "none" else None
@@ -118,10 +118,10 @@ class Workshop:
 
 
 def peft_trained(workshop: Workshop, subject: Subject, folder: Path) -> Tensor:
-    """Logits of a model that peft adapted and trained; saved in `folder` for the plain base.
+    """Trains an adapter with peft, saves it in `folder` for the plain base, and returns the logits of the model.
 
-    What peft trained on a base that it changed first is converted, where the variant says so, as its documentation has
-    it: with the adapter that it began with.
+    Where peft changed the base at the start (`converted`), the adapter is converted as its documentation describes,
+    with the initial adapter.
     """
     import peft
 
@@ -129,12 +129,12 @@ def peft_trained(workshop: Workshop, subject: Subject, folder: Path) -> Tensor:
     base = workshop.theirs(subject.family, subject.base)
     model = peft.get_peft_model(base, peft.LoraConfig(**subject.peft_options()))
     converted = VARIANTS[subject.variant].converted
-    begun = folder.with_name(f"{folder.name}_begun")
+    initial = folder.with_name(f"{folder.name}_begun")
     if converted:
-        model.save_pretrained(begun)
+        model.save_pretrained(initial)
     train_(model)
     found = logits(model)
-    options = {"path_initial_model_for_weight_conversion": str(begun)} if converted else {}
+    options = {"path_initial_model_for_weight_conversion": str(initial)} if converted else {}
     model.save_pretrained(folder, **options)
     return found
 
@@ -146,7 +146,7 @@ def peft_loaded(
     dtype: torch.dtype = torch.float32,
     adapter_dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A fresh base with the adapter of this folder, by peft, which computes with it in adapter_dtype."""
+    """Loads the adapter of this folder with peft, in `adapter_dtype`, into a fresh base."""
     import peft
 
     base = workshop.theirs(subject.family, subject.base, dtype)
@@ -155,7 +155,7 @@ def peft_loaded(
 
 
 def our_trained(workshop: Workshop, subject: Subject) -> tuple[Any, Tensor]:
-    """A model that we adapted and trained, and its logits."""
+    """Returns a model that this library adapted and trained, and its logits."""
     torch.manual_seed(2)
     model = workshop.ours(subject.family, subject.base)
     add_lora_(model, LoraConfig(**subject.our_options()))
@@ -164,7 +164,7 @@ def our_trained(workshop: Workshop, subject: Subject) -> tuple[Any, Tensor]:
 
 
 def disturb_(folder: Path, what: str) -> None:
-    """Changes one `value` of a saved adapter, or its `alpha`: whoever loads it must then compute something else."""
+    """Changes one `value` of a saved adapter, or its `alpha`, so that a model that loads it computes something else."""
     if what == "alpha":
         config = json.loads((folder / CONFIG_FILE).read_text())
         config["lora_alpha"] *= 2
@@ -172,12 +172,12 @@ def disturb_(folder: Path, what: str) -> None:
         (folder / CONFIG_FILE).write_text(json.dumps(config))
         return
     tensors = load_file(folder / TENSOR_FILE)
-    # Of a linear layer's A: every subject has one, and every output of the layer takes part in it.
+    # A value of a linear layer's A: every subject has one, and it affects every output of the layer.
     key = next(key for key in sorted(tensors) if key.endswith(".lora_A.weight"))
     tensors[key].view(-1)[0] += 5
     save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
 
 
 def saved_values(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and configuration of a saved adapter."""
+    """Returns tensors and configuration of a saved adapter."""
     return load_file(folder / TENSOR_FILE), json.loads((folder / CONFIG_FILE).read_text())
