@@ -1,10 +1,10 @@
-"""What does each format of the base cost, in perplexity, in bytes and in time?
+"""What does each format of the base cost in perplexity, bytes and time?
 
-    python profiling/base_formats.py                 # SmolLM2-135M-Instruct on 8,192 tokens of Python's own help texts
+    python profiling/base_formats.py                 # SmolLM2-135M-Instruct on 8,192 tokens of Python's help texts
     python profiling/base_formats.py --tiny
 
-Perplexity over windows of 512 tokens, without adapters. Seconds are those of the forward passes over all windows, and
-of one training step of 2 x 512 tokens that recomputes every block. Prints a table and one JSON line: format ->
+Perplexity is that of windows of 512 tokens, without adapters. Times are those of the forward passes over all windows,
+and of one training step of 2 x 512 tokens that recomputes every block. Prints a table and one JSON line: format ->
 `perplexity`, `base_bytes`, `forward_seconds`, `step_seconds`.
 """
 
@@ -42,14 +42,14 @@ FORMATS = {
 
 
 def text_windows(folder: Path, window: int, windows: int) -> torch.Tensor:
-    """`(windows, window)` tokens of running text."""
+    """Returns `(windows, window)` tokens of running text."""
     text = "\n".join(topics.values())[: 8 * window * windows]
     ids = load_tokenizer(folder)(text, return_tensors="pt", verbose=False).input_ids[0]
     return ids[: window * windows].view(windows, window)
 
 
 def base_bytes(model: Any) -> int:
-    """Bytes of all that the model holds, tied tensors once."""
+    """Returns the bytes of all parameters and buffers, tied tensors once."""
     return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
 
 

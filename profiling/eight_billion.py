@@ -1,13 +1,13 @@
 """Does an 8B model load, train and export on a machine with 24 GB, and in how much memory?
 
     python profiling/eight_billion.py           # some minutes on two cores, 33 GB of disk
-    python profiling/eight_billion.py --peer    # the same work by transformers + peft + bitsandbytes: about 15 minutes
+    python profiling/eight_billion.py --peer    # the same with transformers + peft + bitsandbytes: about 15 minutes
     python profiling/eight_billion.py --tiny    # a random model of two small layers, in seconds
 
-A Llama-3-8B shape with random bf16 weights (16 GB, made shard by shard once) is loaded as NF4 with double quantization
-(ours with int8 embedding and head), takes training steps of 1 x 256 tokens with every block recomputed, rank 16 on all
-linear layers, and is exported as fp16, merged. All in one process; peaks are those of the process (VmHWM), `export`
-also above what is resident. Prints a table and ends with one JSON line.
+The model has the shape of Llama-3-8B and random bf16 weights (16 GB, made once, shard by shard). It is loaded as NF4
+with double quantization (ours: with int8 embedding and head), takes training steps of 1 x 256 tokens with rank 16 on
+all linear layers and every block recomputed, and is exported as merged fp16. One process does all of this. Peaks are
+those of the process (VmHWM); for the export, the peak above resident memory is given. Prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ TOKENS = 256
 STEPS = 4
 WARM_UP_STEPS = 1
 GB = 10**9
-# What we set out for; what misses it is printed all the same. Steps: three quarters of the peer's 52 seconds.
-ASKED = {
+# The aims. Results that miss them are printed all the same. A step: three quarters of the peer's 52 seconds.
+AIMS = {
     "load_seconds": 70,
     "load_peak": 6.5 * GB,
     "resident": 5.6 * GB,
@@ -117,16 +117,16 @@ def run(side: Ours | Peer, model: str, output: Path) -> dict[str, float]:
 
 
 def table(results: dict[str, float]) -> Table:
-    drawn = Table("figure", "measured", "asked, at most")
+    drawn = Table("figure", "measured", "aim, at most")
     for name, value in results.items():
         form = (lambda v: f"{v:.1f} s") if name.endswith("seconds") else (lambda v: f"{v / GB:.2f} GB")
-        drawn.add_row(name, form(value), form(ASKED[name]))
+        drawn.add_row(name, form(value), form(AIMS[name]))
     return drawn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--peer", action="store_true", help="transformers + peft + bitsandbytes instead of ours")
+    parser.add_argument("--peer", action="store_true", help="measure transformers + peft + bitsandbytes instead")
     parser.add_argument("--tiny", action="store_true", help="a random model of two small layers")
     given = parser.parse_args()
     torch.set_num_threads(2)

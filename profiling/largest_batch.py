@@ -4,8 +4,8 @@
     python profiling/largest_batch.py --model DIR --memory 16GiB
     python profiling/largest_batch.py --tiny
 
-Predicted from the config alone; nothing is loaded. Prints a table for every format of the base, and one JSON line:
-the largest number of rows by setting and sequence length.
+Everything is predicted from the config; no weights are loaded. Prints a table with every format of the base, and one
+JSON line: `memory`, and `rows`, the largest number of rows by setting and sequence length.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHECKPOINTING = ("full", "none")
 
 
 def shape_config(folder: Path) -> Any:
-    """The config of an 8B Llama-3."""
+    """Returns the config of an 8B Llama-3."""
     from transformers import LlamaConfig
 
     LlamaConfig(**SHAPES["llama3-8b"]).save_pretrained(folder)
@@ -46,13 +46,11 @@ def shape_config(folder: Path) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", help="folder of a checkpoint, or its config.json; without it an 8B Llama-3's shape")
-    parser.add_argument("--memory", default="24GiB", help="what the card has")
-    parser.add_argument("--context", default="512MiB", help="what its context takes of that (assumed)")
+    parser.add_argument("--model", help="folder or config.json of a checkpoint; without it, the shape of an 8B Llama-3")
+    parser.add_argument("--memory", default="24GiB", help="memory of the card")
+    parser.add_argument("--context", default="512MiB", help="memory that its context takes (an assumption)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
-    parser.add_argument(
-        "--tiny", action="store_true", help="a random model of two small layers, 1 MiB beside its context"
-    )
+    parser.add_argument("--tiny", action="store_true", help="a random model of two small layers on a card of 516 MiB")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if given.tiny:

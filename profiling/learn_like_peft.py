@@ -1,23 +1,22 @@
-"""Does ours learn as well as transformers + peft + bitsandbytes, and what do the variants of LoRA bring?
+"""Does our training learn as well as transformers + peft + bitsandbytes, and what do the variants of LoRA change?
 
-    python profiling/learn_like_peft.py                     # 100 steps of 1 x 192 tokens; about 20 minutes on two cores
+    python profiling/learn_like_peft.py                     # 100 steps of 1 x 192 tokens: about 20 minutes on two cores
     python profiling/learn_like_peft.py --variants          # the comparison alone
     python profiling/learn_like_peft.py --tiny              # random weights, in seconds: shows that the script works
 
-Both sides train SmolLM2-135M-Instruct in NF4 with double quantization on Python's help texts: the same A and B to begin
-with, the same batches in the same order, the same schedule, clipping and AdamW, no dropout. Whole topics are held out.
-Every training is a process of its own (learning_worker.py).
+Both sides train SmolLM2-135M-Instruct in NF4 with double quantization on Python's help texts: from the same A and B, on
+the same batches in the same order, with the same schedule, clipping and AdamW, without dropout. Whole topics are held
+out. Every training runs in a process of its own (parts/learning_worker.py).
 
-`perplexity` is that of held-out text, computed by ours on the packed base for the adapters of both sides; `in peft` is
-computed by the peer, in a fresh process. How far two losses may be apart by rounding alone is measured beside: ours
-against ours in fp32 over the same packed base, ours against ours with a start moved by half a step of bf16, and both
-sides in fp32, where little rounding is left, for the first steps. The yardstick is the largest difference of a step
-between runs of one program that differ in rounding alone.
+`perplexity` is measured on held-out text by this library, on the packed base, for the adapters of both sides; `in peft`
+is measured by the peer in a fresh process. Three comparisons show how far rounding alone moves the losses: this library
+against itself in fp32 over the same packed base, against itself with A moved by half a step of bf16, and both sides in
+fp32 for the first steps. The yardstick is the largest difference in a step between two runs of this library.
 
 Prints tables, draws the losses (--plot), and ends with one JSON line: `ours_perplexity`, `peft_perplexity` and their
 ratio, `largest_loss_difference`, `rounding_yardstick`, `differences` {pair: first, mean, largest}, `variants` {name:
-before (perplexity of what training began with), perplexity, step_seconds, peak}. Peaks are the process's, above what is
-resident before the first step.
+before (perplexity before training), perplexity, step_seconds, peak}. Peaks are those of the process, above resident
+memory before the first step.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ from parts.learning_worker import Work
 WORKER = Path(__file__).resolve().parent / "parts" / "learning_worker.py"
 MIB = 1 << 20
 HELD_OUT, TINY_HELD_OUT = 32, 2  # rows of held-out text
-SHORT_STEPS = 20  # of the schedule, in fp32 on the peer's side
-# What differs from plain LoRA of rank 16, alpha 32, learning rate 2e-4 over NF4.
+SHORT_STEPS = 20  # of the peer's run in fp32
+# The settings that differ from plain LoRA: rank 16, alpha 32, learning rate 2e-4, NF4.
 VARIANTS: dict[str, dict[str, Any]] = {
     "use_rslora": {"settings": {"use_rslora": True}},
     "dora": {"settings": {"variant": "dora"}},
@@ -64,7 +63,7 @@ YARDSTICKS = ("ours - ours in fp32", "ours - ours, start moved")
 
 
 def works(usual: Work, variants: list[str]) -> list[Work]:
-    """All that is run, in order; `usual` is plain LoRA, ours."""
+    """Returns all works in order. usual: plain LoRA on our side."""
     short = min(SHORT_STEPS, usual.steps)
     peer = replace(usual, name="peft", kind="peer")
     return [
@@ -81,7 +80,7 @@ def works(usual: Work, variants: list[str]) -> list[Work]:
 
 
 def run(group: list[Work]) -> Iterator[dict[str, Any]]:
-    """The figures of works that share a process, each when it is done."""
+    """Runs a group of works in one process, and yields their figures."""
     order = json.dumps([asdict(work) for work in group])
     command = [sys.executable, str(WORKER), order]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -91,13 +90,13 @@ def run(group: list[Work]) -> Iterator[dict[str, Any]]:
 
 
 def difference(one: list[float], other: list[float]) -> dict[str, float]:
-    """Of losses step by step, as far as both go: |one - other| of the first step, its mean and its largest."""
+    """Returns |one - other| of the first step, its mean and its maximum, over the steps that both have."""
     apart = [abs(a - b) for a, b in zip(one, other, strict=False)]
     return {"first": apart[0], "mean": statistics.mean(apart), "largest": max(apart)}
 
 
 def verdict(found: dict[str, dict[str, Any]], variants: list[str]) -> dict[str, Any]:
-    """The figures of the JSON line."""
+    """Returns the figures of the JSON line."""
     differences = {
         pair: difference(found[one]["losses"], found[other]["losses"]) for pair, (one, other) in PAIRS.items()
     }
@@ -121,7 +120,7 @@ def verdict(found: dict[str, dict[str, Any]], variants: list[str]) -> dict[str, 
 
 
 def tables(figures: dict[str, Any], steps: int) -> list[Table]:
-    apart = Table("difference of losses", "step 1", "mean", "largest", "steps", title="how far apart")
+    apart = Table("pair", "step 1", "mean", "largest", "steps", title="differences of losses")
     for pair, row in figures["differences"].items():
         count = min(SHORT_STEPS, steps) if pair == "both in fp32" else steps
         apart.add_row(pair, *(f"{row[key]:.1e}" for key in ("first", "mean", "largest")), str(count))
@@ -138,7 +137,7 @@ def tables(figures: dict[str, Any], steps: int) -> list[Table]:
 
 
 def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """Losses of both sides over the steps, and below how far they are apart beside the yardsticks."""
+    """Draws the losses of both sides over the steps, and below them the differences of all pairs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,9 +165,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=1, help="rows of a batch")
     parser.add_argument("--tokens", type=int, default=192, help="tokens of a row")
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="without one, none")
-    parser.add_argument("--plot", type=Path, default=Path("out/learn_like_peft.png"), help="file of the drawing")
-    parser.add_argument("--tiny", action="store_true", help="a random model of two small layers, all in one process")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="without a name, none")
+    parser.add_argument("--plot", type=Path, default=Path("out/learn_like_peft.png"), help="file of the plot")
+    parser.add_argument("--tiny", action="store_true", help="a random model of two small layers, in one process")
     return parser.parse_args()
 
 
@@ -177,7 +176,7 @@ def main() -> None:
     console = Console(width=max(100, Console().width))
     with tempfile.TemporaryDirectory() as scratch:
         if given.tiny:
-            given.steps, given.tokens, model = 3, 32, Path(scratch) / "tiny"  # which the worker makes
+            given.steps, given.tokens, model = 3, 32, Path(scratch) / "tiny"  # made by the worker
         else:
             model = fetch()
         held_out = TINY_HELD_OUT if given.tiny else HELD_OUT
@@ -191,7 +190,7 @@ def main() -> None:
     for table in tables(figures, given.steps):
         console.print(table)
     draw(found, given.plot)
-    print(f"drawn: {given.plot}")
+    print(f"plot: {given.plot}")
     print(json.dumps(figures))
 
 

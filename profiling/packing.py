@@ -1,10 +1,11 @@
-"""How fast is a weight packed and unpacked, beside bitsandbytes' own functions, and in how much memory?
+"""How fast is a weight packed and unpacked, compared with bitsandbytes' own functions, and in how much memory?
 
-    python profiling/packing.py            # a weight of 4096 x 14336 (Llama-3-8B's largest), half a minute
+    python profiling/packing.py            # a weight of 4096 x 14336 (the largest of Llama-3-8B), half a minute
     python profiling/packing.py --tiny
 
-Packing: NF4 in blocks of 64, the codes of both compared. Unpacking: the weight times 16 rows, ours in slices of rows,
-theirs whole. Temporaries are live tensor bytes beside weight, codes and result. Prints a table and one JSON line.
+Packing: NF4 in blocks of 64; the codes of both sides are compared. Unpacking: the product of the weight and 16 rows,
+ours in slices of rows, theirs at once. Temporaries are live tensor bytes besides weight, codes and result. Prints a
+table and one JSON line.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MIB = 1 << 20
 
 
 def measured(work: Callable[[], Any], result_bytes: int) -> dict[str, float]:
-    """Median seconds of a call, and the bytes that it held at once beside its result."""
+    """Returns the median seconds of a call, and the peak of its temporaries in bytes."""
     work()
     seconds = []
     for _ in range(REPEATS):
@@ -62,7 +63,7 @@ def main() -> None:
     inputs = weight.nbytes
     packed = ours.storage_bytes()
     result = ROWS * shape[0] * 2
-    # What a call reads is met by the trace as it runs, and is no temporary.
+    # The trace also sees the inputs of a call, which are not temporaries.
     figures = {
         "pack, ours": measured(lambda: PackedWeight.of(weight, config), inputs + packed),
         "pack, bitsandbytes": measured(

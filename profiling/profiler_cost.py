@@ -1,10 +1,10 @@
-"""What does the profiler cost: counters only (`phases`), and following every storage (`full`)?
+"""How much slower is a step under the profiler, with counters only (`phases`) and with every storage traced (`full`)?
 
-    python profiling/profiler_cost.py           # SmolLM2-135M-Instruct, NF4, rank 16, 2 x 512 tokens; three minutes
+    python profiling/profiler_cost.py           # SmolLM2-135M-Instruct, NF4, rank 16, 2 x 512 tokens: three minutes
     python profiling/profiler_cost.py --tiny    # a random model of two small layers
 
-Trains with each in turn, several rounds, and compares the medians of the seconds of a step with those without a
-profiler. Prints a table, and one JSON line: `plain_seconds`, `phases_ratio`, `full_ratio`.
+Trains with each mode in turn for several rounds, and compares the median seconds of a step with those without a
+profiler. Prints a table and one JSON line: `plain_seconds`, `phases_ratio`, `full_ratio`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODES = {"plain": None, "phases": False, "full": True}
 
 
 def step_seconds(model: Any, batch: dict[str, torch.Tensor], trace: bool | None) -> list[float]:
-    """Seconds of each step but the first, which looks the model over."""
+    """Returns the seconds of each step but the first, in which the profiler examines the model."""
     if trace is None:
         steps = train(model, [batch], TrainConfig(steps=STEPS), progress=False).steps
     else:
@@ -51,7 +51,7 @@ def main() -> None:
         for mode, trace in MODES.items():
             seconds[mode] += step_seconds(model, {"input_ids": ids, "labels": ids}, trace)
     medians = {mode: statistics.median(times) for mode, times in seconds.items()}
-    table = Table("profiler", "seconds of a step, median", "against none")
+    table = Table("profiler", "seconds of a step, median", "relative to none")
     for mode, median in medians.items():
         table.add_row(mode, f"{median:.3f}", f"{median / medians['plain']:.3f}")
     Console(width=100).print(table)

@@ -1,19 +1,18 @@
-"""What becomes of a packed base that torch shards over processes (fully_shard, FSDP2), ours and bitsandbytes'?
+"""What does torch do to a packed base when it shards it over processes (fully_shard, FSDP2), ours and bitsandbytes'?
 
     python profiling/sharded_base.py           # two processes over gloo, every case
     python profiling/sharded_base.py --tiny    # one process, two cases
 
-For each base the blocks of a small Llama are sharded, adapters left whole, and compared with what was there before:
+For each base, the blocks of a small Llama are sharded without their adapters, and compared with the state before:
 
-kept        the share of the packed bytes that a process holds outside of forward and backward
-shards      the dtypes of its shards
-bits        whether the bytes, gathered again, are those that were packed
-gradients   the largest difference between the adapters' gradients of a step and those without sharding, beside the
-            largest gradient
+kept        share of the packed bytes that a process holds outside of forward and backward
+shards      dtypes of the shards
+bits        whether the gathered bytes equal the packed ones
+gradients   largest difference of the adapters' gradients from those without sharding, and the largest gradient
 
-`mixed` is FSDP's mixed precision: parameters are cast to that dtype when they are gathered, as `accelerate launch
---mixed_precision` has it. In the end one process makes a step while the other one, as after an error or a signal, asks
-the first to stop with it: what each sees then is in `one stops`. The last line is JSON with all of this.
+`mixed` is FSDP's mixed precision: parameters are cast to that dtype when they are gathered, as with `accelerate launch
+--mixed_precision`. At the end, one process takes a step while the other one asks it to stop, as after an error or a
+signal; `one stops` holds the outcome in each. The last line is JSON with all of this.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.surgery import repeated_blocks
 
 PROCESSES = 2
-SECONDS = 10  # that a process waits for others
+SECONDS = 10  # for which a process waits for others
 Packed = Callable[[nn.Module], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """model: from a checkpoint, with adapters; packed: the tensors with its packed bytes by name, as they are now."""
+    """A base. model: loads it with adapters. packed: returns its packed tensors by name. mixed: FSDP's param_dtype."""
 
     name: str
     model: Callable[[Path], nn.Module]
@@ -67,7 +66,7 @@ def _adapted(format: str, folder: Path) -> nn.Module:
 
 
 def _as_parameters(format: str, folder: Path) -> nn.Module:
-    """The same, with packed bytes and statistics as frozen parameters; the only scalar stays a buffer."""
+    """Loads our model with packed bytes and statistics as frozen parameters; the only scalar stays a buffer."""
     model = _adapted(format, folder)
     for weight in model.modules():
         if isinstance(weight, PackedWeight):
@@ -90,7 +89,7 @@ def _packed_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _theirs(storage: torch.dtype, folder: Path) -> nn.Module:
-    """transformers + bitsandbytes + peft, the words of 4-bit codes stored as this dtype."""
+    """Loads the model of transformers, bitsandbytes and peft, with 4-bit codes stored in words of this dtype."""
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -138,7 +137,7 @@ TINY_CASES = CASES[:2]
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Of a step on made-up tokens, in training mode (in eval mode bitsandbytes' layers re-pack themselves on a CPU)."""
+    """Returns the gradients of a step in training mode. In eval mode, bitsandbytes re-packs its layers on a CPU."""
     ids = torch.randint(100, (2, 12), generator=torch.Generator().manual_seed(0))
     model.train().zero_grad()
     model(input_ids=ids, labels=ids).loss.backward()
@@ -154,7 +153,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _shard(model: nn.Module, mixed: torch.dtype | None) -> list[nn.Module]:
-    """Shards the blocks, adapters left whole, and gives them."""
+    """Shards the blocks without their adapters, and returns the blocks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     adapters = {value for value in model.parameters() if value.requires_grad}
     blocks = repeated_blocks(model)
@@ -164,7 +163,7 @@ def _shard(model: nn.Module, mixed: torch.dtype | None) -> list[nn.Module]:
 
 
 def seen(case: Case, folder: Path) -> dict[str, Any]:
-    """What is seen of a case by this one of the processes, which are connected."""
+    """Returns the figures of a case in this process."""
     torch.manual_seed(0)
     model = case.model(folder)
     wanted = _gradients(model)
@@ -187,15 +186,15 @@ def seen(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def seen_or_error(case: Case, folder: Path) -> dict[str, Any]:
-    """The same; what torch or bitsandbytes raised, in its own words, where it did."""
+    """Returns the figures of a case, or the error that torch or bitsandbytes raised."""
     try:
         return seen(case, folder)
-    except Exception as error:  # whatever the libraries raise is what this script is to show
+    except Exception as error:  # any error of the libraries is a result of this script
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
 
 
 def one_stops(folder: Path) -> dict[str, Any]:
-    """What this process sees when the last one reduces three numbers, as `Processes.together` does, and others step."""
+    """Returns the outcome in this process when the last one reduces three numbers and the others take a step."""
     model = _as_parameters("nf4", folder)
     _shard(model, None)
     asked = torch.tensor([1, 0, 0])
@@ -220,9 +219,9 @@ def _work(rank: int, count: int, port: int, names: list[str], folder: Path) -> N
 
 
 def _free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return int(place.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def main() -> None:
@@ -231,8 +230,8 @@ def main() -> None:
     tiny = parser.parse_args().tiny
     count = 1 if tiny else PROCESSES
     names = [case.name for case in (TINY_CASES if tiny else CASES)]
-    with tempfile.TemporaryDirectory() as place:
-        folder = make_tiny_model(Path(place))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = make_tiny_model(Path(scratch))
         torch.multiprocessing.spawn(_work, (count, _free_port(), names, folder), nprocs=count)
         found = json.loads((folder / "seen-0.json").read_text())
         if not tiny:
@@ -247,7 +246,7 @@ def main() -> None:
             table.add_row(name, *[""] * 3, escape(facts["error"]))
             continue
         difference, largest = facts["gradients"]
-        bits = "equal" if facts["bits"] else "others"
+        bits = "equal" if facts["bits"] else "changed"
         table.add_row(name, f"{facts['kept']}", facts["shards"], bits, f"{difference:.1e} of {largest:.1e}")
     Console(width=140).print(table)
     print(json.dumps(found))

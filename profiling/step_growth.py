@@ -1,13 +1,13 @@
-"""How do time and memory of a step grow with its tokens and with the layers of the model?
+"""How do the time and memory of a step grow with its tokens and with the layers of the model?
 
-    python profiling/step_growth.py                  # 256 to 2,048 tokens, 1 to 16 layers; some five minutes
+    python profiling/step_growth.py                  # 256 to 2,048 tokens, 1 to 16 layers: some five minutes
     python profiling/step_growth.py --tiny
 
-Random weights of SmolLM2-135M's shape, NF4, every block recomputed. Each point is a process of its own
-(step_worker.py), median step, peak of live tensor bytes above what is resident after set-up. Both should lie on
-straight lines, but for attention, which costs the square of the tokens in time. Prints a table, draws the lines
-(--plot), and ends with one JSON line: `tokens` and `layers`, each with its points and `seconds_deviation`,
-`peak_deviation`: how far a point is from the straight line through all, at the most, as a share of the point.
+The model has the shape of SmolLM2-135M and random weights, in NF4, with every block recomputed. Each point is measured
+in a process of its own (parts/step_worker.py): the median step, and the peak of live tensor bytes above the state after
+set-up. Both should be linear, except for attention, whose time grows with the square of the tokens. Prints a table,
+draws the lines (--plot), and ends with one JSON line: `tokens` and `layers`, each with its points and with
+`seconds_deviation` and `peak_deviation`, the largest distance of a point from the least-squares line, as a share.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ STEPS = 4
 
 
 def deviation(points: dict[int, float]) -> float:
-    """The largest distance of a point from the least-squares line through all, as a share of the point."""
+    """Returns the largest distance of a point from the least-squares line, as a share of the point."""
     x, y = np.array(list(points)), np.array(list(points.values()))
     line = np.polyval(np.polyfit(x, y, 1), x)
     return float(np.max(np.abs(line - y) / y))
 
 
 def grow(works: dict[int, Work]) -> dict[str, Any]:
-    """The figures of each work by its size, and how far they are from straight lines."""
+    """Measures each work. Returns the points by size, and their deviations from straight lines."""
     figures = {size: measure([work])[work] for size, work in works.items()}
     result: dict[str, Any] = {"points": {}}
     for name, key in (("seconds", "seconds"), ("peak", "live_peak")):
@@ -73,7 +73,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--plot", type=Path, default=Path("out/step_growth.png"), help="file of the drawing")
+    parser.add_argument("--plot", type=Path, default=Path("out/step_growth.png"), help="file of the plot")
     parser.add_argument("--tiny", action="store_true", help="random models of one and two small layers")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -98,7 +98,7 @@ def main() -> None:
             table.add_row(what, str(size), f"{seconds:.3f}", f"{result['points']['peak'][size] / MIB:,.1f}")
     Console().print(table)
     draw(results, given.plot)
-    print(f"drawn: {given.plot}")
+    print(f"plot: {given.plot}")
     print(json.dumps(results))
 
 

@@ -4,7 +4,7 @@
     python profiling/step_memory.py --model DIR --format int8 --checkpointing none
     python profiling/step_memory.py --tiny
 
-Prints a table of the phases, and one JSON line: `model`, `phases` (bytes).
+Prints a table of the phases, and one JSON line: `model`, `phases` (in bytes).
 """
 
 from __future__ import annotations

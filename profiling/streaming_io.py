@@ -3,10 +3,10 @@
     python profiling/streaming_io.py            # about five minutes on two cores, 12 GB of disk
     python profiling/streaming_io.py --tiny     # random models of a few layers, in seconds
 
-Loads a 1.1B Llama shape (five bf16 shards, random weights) as NF4 with double quantization; exports it with an adapter
-as fp16; merges the adapter into the original from disk to disk, at 0.3B, 1.1B and 3B too. Each side of each case is a
-process of its own (io_worker.py). Ours syncs what it writes to the disk and measures it, the peer does not. Prints a
-table and ends with one JSON line.
+Loads a 1.1B Llama shape (five bf16 shards, random weights) as NF4 with double quantization, exports it with an adapter
+as fp16, and merges the adapter into the original from disk to disk, at 0.3B and 3B too. Each side of each case runs in
+a process of its own (parts/io_worker.py). Our times include the sync of the written files to disk; the peer does not
+sync. Prints a table and ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ WORKER = Path(__file__).resolve().parent / "parts" / "io_worker.py"
 
 MIB = 1 << 20
 GROWTH = ("llama-300m", "llama-1b", "llama-3b")
-# What we set out for; what misses it is printed all the same.
-ASKED = {
+# The aims. Results that miss them are printed all the same.
+AIMS = {
     "load_time_ratio": 0.25,
     "load_peak_ratio": 0.35,
     "export_time_ratio": 0.30,
@@ -43,7 +43,7 @@ ASKED = {
 
 
 def work(what: str, model: Path, adapter: Path, scratch: Path) -> dict[str, Any]:
-    """The figures of one worker."""
+    """Runs one worker and returns its figures."""
     output = scratch / what
     given = {"what": what, "model": str(model), "adapter": str(adapter), "output": str(output)}
     command = [sys.executable, str(WORKER), json.dumps(given)]
@@ -57,7 +57,7 @@ def work(what: str, model: Path, adapter: Path, scratch: Path) -> dict[str, Any]
 
 
 def compare(models: list[tuple[Path, Path]], scratch: Path) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """All works' figures, and the ratios that come from them; the middle model is the one of the comparison."""
+    """Returns the figures of all works, and the ratios for the middle model."""
     middle = models[len(models) // 2]
     names = ("peer_load", "ours_load", "peer_export", "ours_export", "peer_merge", "ours_merge")
     figures = {name: work(name, *middle, scratch) for name in names}
@@ -85,10 +85,10 @@ def tables(figures: dict[str, dict[str, Any]], results: dict[str, float]) -> lis
     for name, one in figures.items():
         sizes = (f"{one[key] / MIB:,.0f}" for key in ("peak", "resident", "process_peak"))
         works.add_row(name, f"{one['seconds']:.1f}", *sizes)
-    aims = Table("figure", "measured", "asked, at most")
+    aims = Table("figure", "measured", "aim, at most")
     for name, value in results.items():
         form = (lambda size: f"{size / MIB:,.0f} MiB") if name.endswith("_bytes") else (lambda part: f"{part:.2f}")
-        aims.add_row(name, form(value), form(ASKED[name]))
+        aims.add_row(name, form(value), form(AIMS[name]))
     return [works, aims]
 
 

@@ -1,15 +1,15 @@
-"""What do batches of many lengths cost, beside transformers + peft + bitsandbytes?
+"""How does a process grow when batches have many lengths, compared with transformers + peft + bitsandbytes?
 
-    python profiling/varied_lengths.py               # 60 steps of 1 x 64 to 256 tokens; three minutes on two cores
-    python profiling/varied_lengths.py --lengths 8   # that many lengths, which come again and again
+    python profiling/varied_lengths.py               # 60 steps of 1 x 64 to 256 tokens: three minutes on two cores
+    python profiling/varied_lengths.py --lengths 8   # with 8 different lengths
     python profiling/varied_lengths.py --tiny
 
-SmolLM2-135M in NF4 on a CPU, no block recomputed. oneDNN keeps a program of some 650 KiB for each shape of a product,
-up to 1,024 of them; ours keeps fewer (qlora_lite/compute/host_memory.py). Three processes take a step
-each in turn, with the same lengths: ours, ours with as many programs as oneDNN keeps by itself, and the peer.
+SmolLM2-135M trains in NF4 on a CPU, and no block is recomputed. oneDNN keeps a program of some 650 KiB for each shape
+of a product, up to 1,024 of them; this library keeps fewer (qlora_lite/compute/host_memory.py). Three processes take
+steps in turn, with the same lengths: ours, ours with oneDNN's default limit, and the peer.
 
-Prints a table, and ends with one JSON line: for each `seconds` (the median step) and `peaks`, the process's peak in
-bytes above what was resident after set-up, after each step; `peak_ratio` and `time_ratio`, ours to the peer's.
+Prints a table and ends with one JSON line: for each process `seconds` (the median step) and `peaks` (the peak of the
+process after each step, in bytes above the state after set-up), and `peak_ratio` and `time_ratio`, ours to the peer's.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ MIB = 1 << 20
 STEPS, TINY_STEPS = 60, 4
 TOKENS, TINY_TOKENS = 256, 32
 LENGTHS = 192
-ALL_PROGRAMS = 1024  # oneDNN's own limit
+ALL_PROGRAMS = 1024  # oneDNN's default
 SHOWN = 6  # columns of the table
 
 
 @contextmanager
-def as_many_programs_as_usual() -> Iterator[None]:
-    """What is started within the block keeps as many programs as without us."""
+def default_program_caches() -> Iterator[None]:
+    """Processes started within the block keep as many programs as oneDNN does by default."""
     usual = {names[0]: str(ALL_PROGRAMS) for names in PROGRAM_CACHES}
     os.environ.update(usual)
     try:
@@ -59,7 +59,7 @@ def measured(works: dict[str, Work]) -> dict[str, dict[str, Any]]:
         if name == "ours":
             workers[name] = Worker(work)
             continue
-        with as_many_programs_as_usual():
+        with default_program_caches():
             workers[name] = Worker(work)
     for _ in range(works["ours"].steps):
         for worker in workers.values():
@@ -74,13 +74,13 @@ def measured(works: dict[str, Work]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="a random model of two small layers")
-    parser.add_argument("--lengths", type=int, default=LENGTHS, help="how many different lengths there are")
+    parser.add_argument("--lengths", type=int, default=LENGTHS, help="number of different lengths")
     given = parser.parse_args()
     if given.lengths < 1:
         parser.error(f"--lengths must be at least 1; got {given.lengths}")
     tiny = given.tiny
     for name in itertools.chain(*PROGRAM_CACHES):
-        os.environ.pop(name, None)  # the caller's own would count for all
+        os.environ.pop(name, None)  # a limit of the caller would apply to every process
     with tempfile.TemporaryDirectory() as scratch:
         model = model_folder(tiny, Path(scratch))
         steps, tokens = (TINY_STEPS, TINY_TOKENS) if tiny else (STEPS, TOKENS)

@@ -1,14 +1,14 @@
 """How do our training steps compare with those of transformers + peft + bitsandbytes, in time and in memory?
 
-    python profiling/versus_peft.py                      # every case; about 15 minutes on two cores
+    python profiling/versus_peft.py                      # every case: about 15 minutes on two cores
     python profiling/versus_peft.py nf4_full floor       # some cases
     python profiling/versus_peft.py --tiny               # random weights, in seconds: shows that the script works
 
-Each side of a case is a process of its own (step_worker.py); the processes take steps in turn, one at a time, and the
-median step counts. Peaks are above what is resident after set-up, once of the process (`peak`, VmHWM) and once of live
-tensor bytes (`live`); the optimizer, which comes after set-up, is in both. The case `resident` compares the bytes of
-the tensors after set-up instead. Prints a table, draws time against memory (--plot), and ends with one JSON line:
-case -> `time_ratio`, `peak_ratio`, `live_ratio`, and the figures that they come from.
+Each side of a case runs in a process of its own (parts/step_worker.py). The processes take steps in turn, one at a
+time, and the median step counts. Peaks are above the state after set-up: of the process (`peak`, VmHWM) and of live
+tensor bytes (`live`). The optimizer is made after set-up, so both include it. The case `resident` compares the bytes of
+the tensors after set-up instead. Prints a table, draws time against memory (--plot), and ends with one JSON line: case
+-> `time_ratio`, `peak_ratio`, `live_ratio`, and the figures behind them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HALF_OF_PEER = "half of the peer's peak"
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison of two works, and the ratios that are asked for; None where nothing is."""
+    """A comparison of two works, and the aims for their ratios (None: no aim)."""
 
     ours: Work
     against: Work
@@ -44,7 +44,7 @@ class Case:
 
 
 def cases(small: str, large: str, rows: int = 2, tokens: int = 512) -> dict[str, Case]:
-    """Every case by name, over the folders of the real model and of the 1.1B shape."""
+    """Returns every case by name. small, large: folders of the real model and of the 1.1B shape."""
     ours = Work("ours", small, rows=rows, tokens=tokens)
     peer = replace(ours, side="peer")
     free = replace(ours, checkpointing="none")
@@ -68,18 +68,18 @@ def cases(small: str, large: str, rows: int = 2, tokens: int = 512) -> dict[str,
 
 
 def resolve_budgets(chosen: dict[str, Case]) -> dict[str, Case]:
-    """Half of the peer's peak as a number of bytes, from a step of the peer's own."""
+    """Replaces HALF_OF_PEER by a number of bytes, measured in a step of the peer."""
     resolved = dict(chosen)
     for name, case in chosen.items():
         if case.ours.checkpointing == HALF_OF_PEER:
             short = replace(case.against, steps=WARM_UP_STEPS + 1)
-            budget = measure([short])[short]["live_peak"] // 2  # the dial counts live bytes
+            budget = measure([short])[short]["live_peak"] // 2  # a budget counts live bytes
             resolved[name] = replace(case, ours=replace(case.ours, checkpointing=budget))
     return resolved
 
 
 def run(chosen: dict[str, Case]) -> dict[str, dict[str, Any]]:
-    """The figures of each case. Works of one model and one format take their steps in turn."""
+    """Returns the figures of each case. Works of one model and one format take their steps in turn."""
     groups: dict[tuple[str, str], list[Work]] = {}
     for case in chosen.values():
         for work in (case.ours, case.against):
@@ -93,13 +93,13 @@ def run(chosen: dict[str, Case]) -> dict[str, dict[str, Any]]:
 
 
 def compare(case: Case, ours: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
-    """The ratios of one case; losses that do not agree to 1 % are no comparison."""
+    """Returns the ratios of one case. Ends the script if the first losses differ by more than 1 %."""
     ratios: dict[str, Any] = {
         "time_ratio": ours["seconds"] / against["seconds"],
         "peak_ratio": None,
         "live_ratio": None,
     }
-    if against["first_loss"] is not None:  # the machine's own products hold nothing of a step
+    if against["first_loss"] is not None:  # the floor holds no memory of a step
         ratios["peak_ratio"] = ours[case.of] / against[case.of]
         ratios["live_ratio"] = ours["live_peak"] / against["live_peak"] if case.of == "rss_peak" else None
     losses = ours["first_loss"], against["first_loss"]
@@ -109,8 +109,10 @@ def compare(case: Case, ours: dict[str, Any], against: dict[str, Any]) -> dict[s
 
 
 def table(chosen: dict[str, Case], results: dict[str, dict[str, Any]]) -> Table:
-    columns = ("case", "s", "against", "time", "asked", "MiB", "against", "peak", "asked", "live")
-    drawn = Table(*columns, title="ours against transformers + peft + bitsandbytes (floor: the machine's own products)")
+    columns = ("case", "s", "against", "time", "aim", "MiB", "against", "peak", "aim", "live")
+    drawn = Table(
+        *columns, title="ours against transformers + peft + bitsandbytes (floor: matrix products and attention)"
+    )
     for column in drawn.columns:
         column.no_wrap = True
 
@@ -126,7 +128,7 @@ def table(chosen: dict[str, Case], results: dict[str, dict[str, Any]]) -> Table:
 
 
 def draw_frontier(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Seconds of a step against its peak, a point for each work of the real model in NF4."""
+    """Draws seconds of a step against its peak, with a point for each work of the real model in NF4."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -150,8 +152,8 @@ def draw_frontier(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="names of cases; without one, all")
-    parser.add_argument("--plot", type=Path, default=Path("out/versus_peft.png"), help="file of the drawing")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="names of cases; all without a name")
+    parser.add_argument("--plot", type=Path, default=Path("out/versus_peft.png"), help="file of the plot")
     parser.add_argument("--tiny", action="store_true", help="a random model of two small layers, 2 x 32 tokens")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -163,12 +165,12 @@ def main() -> None:
             every = cases(str(fetch()), str(make_shape("llama-1b")) if needs_large else "")
         unknown = [name for name in given.cases if name not in every]
         if unknown:
-            parser.error(f"no case is named {', '.join(unknown)}; there are {', '.join(every)}")
+            parser.error(f"unknown cases: {', '.join(unknown)}; the cases are {', '.join(every)}")
         chosen = resolve_budgets({name: case for name, case in every.items() if not given.cases or name in given.cases})
         results = run(chosen)
     Console(width=max(100, Console().width)).print(table(chosen, results))
     draw_frontier(results, given.plot)
-    print(f"drawn: {given.plot}")
+    print(f"plot: {given.plot}")
     print(json.dumps(results))
 
 

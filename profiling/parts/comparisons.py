@@ -1,4 +1,4 @@
-"""The parts of plan_vs_measured.py: each prints its table and gives its figures."""
+"""Compares rehearsed with measured memory: the parts of plan_vs_measured.py, each of which prints a table."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _cells(found: list[Difference]) -> list[str]:
 
 
 def compare_ours(scratch: Path, tiny: bool) -> dict[str, Any]:
-    """Our own training, rehearsed and run."""
+    """Compares our training, rehearsed and run."""
     rows, all_found = [], []
     for case in TINY_CASES if tiny else CASES:
         folder = _folder(case.model, scratch)
@@ -75,7 +75,7 @@ def compare_ours(scratch: Path, tiny: bool) -> dict[str, Any]:
 
 
 def compare_peft(scratch: Path, tiny: bool) -> dict[str, Any]:
-    """transformers + peft + bitsandbytes, rehearsed and run; loading is not a phase of theirs."""
+    """Compares training by transformers + peft + bitsandbytes, rehearsed and run. It has no loading phase."""
     rows, all_found = [], []
     for model in ("llama",) if tiny else ("llama", "smollm2"):
         folder = _folder(model, scratch)
@@ -99,7 +99,7 @@ def compare_peft(scratch: Path, tiny: bool) -> dict[str, Any]:
 
 
 def compare_published(scratch: Path, tiny: bool) -> dict[str, Any]:
-    """Exact bytes of fms-acceleration's runs on an A100."""
+    """Compares rehearsals with the exact bytes of fms-acceleration's runs on an A100."""
     rows, then, today, ends, aside = [], [], [], [], []
     runs = [run for run in published_runs() if FMS in run.source and run.peak and run.end]
     for run in runs[:1] if tiny else runs:
@@ -131,7 +131,7 @@ def compare_published(scratch: Path, tiny: bool) -> dict[str, Any]:
 
 
 def compare_others(scratch: Path, tiny: bool) -> dict[str, Any]:
-    """Rows of which the set-up is known in part: shown, and no part of the errors above."""
+    """Shows rows whose set-up is known only in part. They do not count in the errors of `compare_published`."""
     rows, right = [], []
     runs = [run for run in published_runs() if FMS not in run.source]
     for run in runs[:1] if tiny else runs:
@@ -148,6 +148,6 @@ def compare_others(scratch: Path, tiny: bool) -> dict[str, Any]:
                 error = "right" if right[-1] else "wrong"
         size = f"{run.rows} x {run.tokens or '?'}"
         rows.append([run.model, run.format, size, published, predicted, error, not_known(run)])
-    headings = ("model", "format", "rows x tokens", "published", "rehearsed", "error", "not known")
+    headings = ("model", "format", "rows x tokens", "published", "rehearsed", "error", "unknown")
     show("published, set-up known in part", headings, rows)
     return {"verdicts_right": sum(right) / len(right) if right else None}

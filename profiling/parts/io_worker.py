@@ -1,13 +1,13 @@
-"""One side of a comparison of loading and exporting, in a process of its own; `streaming_io.py` starts it.
+"""Loads, exports or merges for one side of a comparison, in a process of its own; streaming_io.py starts it.
 
     python profiling/parts/io_worker.py '{"what": "ours_load", "model": "..."}'
 
-Prints a JSON line: seconds of the work alone (libraries are imported before), `peak` (VmHWM) above what was resident
-before it, `process_peak` of the whole process.
+Prints a JSON line: seconds of the work without imports, `peak` (VmHWM) above resident memory before it, and
+`process_peak` of the whole process.
 
-peer: transformers + peft + bitsandbytes as their documentation says: BitsAndBytesConfig (NF4 with double quantization,
-bf16 compute) to load; merge_and_unload, dequantize and save_pretrained to export; for the merge into the original, the
-model in fp16, PeftModel, merge_and_unload, save_pretrained.
+peer: transformers + peft + bitsandbytes as their documentation recommends: `BitsAndBytesConfig` (NF4 with double
+quantization, computing in bf16) to load; `merge_and_unload`, `dequantize` and `save_pretrained` to export. For the
+merge into the original: the model in fp16, `PeftModel`, `merge_and_unload`, `save_pretrained`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def whole_peak() -> int:
 
 @contextmanager
 def measured() -> Iterator[dict[str, float]]:
-    """What the block took, filled in at its end: seconds, bytes above its start, the process's peak in it and ever."""
+    """Measures the block: seconds, peak and rest above its start, peak of the process in the block and overall."""
     figures: dict[str, float] = {}
     release_freed_pages()
     before = whole_peak()
@@ -48,7 +48,7 @@ def measured() -> Iterator[dict[str, float]]:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """`measured`, printed."""
+    """Prints the figures of `measured`."""
     with measured() as figures:
         yield
     print(json.dumps(figures))

@@ -1,13 +1,13 @@
-"""The works of learn_like_peft.py, which starts this with a JSON list of them; after each it prints a JSON line.
+"""Runs the works of learn_like_peft.py, which starts this with a JSON list of them. Prints a JSON line for each.
 
-prepare: the tokens, and one adapter that all trainings of plain LoRA start from, written as files (and a random model
-of two small layers, if there is none).
-ours: `load_quantized`, `add_lora_` or `load_adapter_`, `train`, as a user calls them.
-peer: transformers + peft + bitsandbytes, which load the same adapter; the same batches, schedule, clipping and AdamW.
-judge_ours, judge_peer: held-out perplexity of saved adapters, on a base that this side has just loaded.
+prepare: writes the tokens, one adapter that all plain LoRA trainings start from, and a random model of two small layers
+if there is no model.
+ours: `load_quantized`, `add_lora_` or `load_adapter_`, and `train`, as a user calls them.
+peer: transformers + peft + bitsandbytes, with the same adapter, batches, schedule, clipping and AdamW.
+judge_ours, judge_peer: held-out perplexity of saved adapters on a freshly loaded base.
 
-The peer is judged in a process that never trained: on a CPU with AVX512-BF16 its first forward pass in eval mode
-changes the packed weights in place, after which gradients are wrong.
+The peer is judged in a process that never trained: on a CPU with AVX512-BF16, its first forward pass in eval mode
+changes the packed weights in place, and later gradients are wrong.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker does, over which checkpoint, and where its files lie.
+    """The work of one worker: its kind, the checkpoint, the folder of its files, and its settings.
 
-    taken: steps until the training is left, None for all of the schedule's. fp32: products and activations in fp32 over
-    the same packed base. moved: A begins half a step of bf16 away, up or down, which is a change by rounding alone.
-    settings: fields of LoraConfig that are not the usual. adapters: names of those to be judged.
+    taken: steps to take, None for the whole schedule. fp32: products and activations in fp32 over the same packed base.
+    moved: A starts half a step of bf16 away, up or down, a change as small as rounding. settings: fields of LoraConfig
+    that differ from plain LoRA. adapters: names of the adapters to be judged.
     """
 
     name: str
@@ -92,7 +92,7 @@ def windows_of(work: Work, part: str) -> torch.Tensor:
 
 
 def batches(work: Work, seconds: list[float]) -> Iterator[Batch]:
-    """The same batches in the same order for all; how long each was in use is noted."""
+    """Yields the same batches in the same order for every work, and appends the seconds of each step."""
     windows = windows_of(work, "train")
     for step in range(work.steps if work.taken is None else work.taken):
         places = [(step * work.rows + row) % len(windows) for row in range(work.rows)]
@@ -106,7 +106,7 @@ def _paragraphs(names: Iterable[str]) -> list[str]:
 
 
 def split_texts() -> tuple[str, str]:
-    """Python's help texts in two: whole topics are held out, and what other topics say in the same words with them."""
+    """Splits Python's help texts into training and held-out topics; no held-out paragraph is trained on."""
     names = sorted(topics, key=lambda name: len(topics[name]))
     held_out = _paragraphs(names[HELD_OUT // 2 :: HELD_OUT])
     seen = {" ".join(paragraph.split()) for paragraph in held_out}
@@ -139,7 +139,7 @@ def _figures(losses: list[float], seconds: list[float], resident: int) -> dict[s
 
 @torch.no_grad()
 def move_start_(model: Any) -> None:
-    """Multiplies the values of A by 1 +- 2^-9: in bf16 each is as near to the neighbour of its old value as to it."""
+    """Multiplies the values of A by 1 +- 2^-9, which puts each halfway between two neighbours in bf16."""
     torch.manual_seed(SEED + 1)
     for name, parameter in adapter_parameters(model).items():
         if name.endswith("lora_A"):

@@ -1,8 +1,8 @@
-"""What a training step costs the machine at the least: its matrix products and attention calls, and nothing else.
+"""The least cost of a training step on this machine: its matrix products and attention calls, and nothing else.
 
-Counted are those of a step that recomputes every block: forward twice, backward with respect to the inputs of frozen
-weights, the low-rank products of the adapters with all their gradients, attention, and the head with its gradient.
-The weights are dense and in bf16.
+The step recomputes every block: two forward passes, backward with respect to the inputs of frozen weights, the low-rank
+products of the adapters with all their gradients, attention, and the head with its gradient. The weights are dense and
+in bf16.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def linear_shapes(config: dict[str, Any]) -> list[tuple[int, int]]:
-    """(out, in) of the linear layers of one Llama block."""
+    """Returns (out, in) of the linear layers of one Llama block."""
     hidden, middle = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
@@ -26,7 +26,7 @@ def linear_shapes(config: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 class Floor:
-    """The products of a step over a checkpoint's shapes: `rows` sequences of `tokens` tokens, adapters of `rank`."""
+    """The products of a step with a checkpoint's shapes: `rows` sequences of `tokens` tokens, adapters of `rank`."""
 
     def __init__(self, model: str, rows: int, tokens: int, rank: int) -> None:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ class Floor:
         return F.scaled_dot_product_attention(self.query, self.key, self.value, is_causal=True, enable_gqa=True)
 
     def step(self) -> None:
-        """Runs them all once."""
+        """Runs all products once."""
         for layer in self.layers:
             for weight, lora_A, lora_B in layer:
                 x, grad = self.inputs[weight.shape[1]], self.inputs[weight.shape[0]]

@@ -1,8 +1,8 @@
-"""Checkpoints of known shapes with random weights, written shard by shard into the cache folder, once.
+"""Makes checkpoints of known shapes with random weights, once, shard by shard, in the cache folder.
 
-    python profiling/parts/model_shapes.py llama-1b       prints the folder (2.2 GB)
+    python profiling/parts/model_shapes.py llama-1b       # prints the folder (2.2 GB)
 
-What a step costs does not depend on the values of the weights, so a shape stands for the model that has it.
+The cost of a step does not depend on the values of the weights, so a shape stands for the model that has it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qlora_lite.checkpoints.atomic_folder import new_folder
 from qlora_lite.checkpoints.hub import empty_model, save_config_and_tokenizer
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor, write_sharded
 
-# llama-1b is TinyLlama-1.1B's, llama3-8b Llama-3-8B's; the other llamas lie between in size.
+# llama-1b is the shape of TinyLlama-1.1B, llama3-8b that of Llama-3-8B; llama-300m and llama-3b are made up.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-1b": {
         "vocab_size": 32000,
@@ -95,7 +95,7 @@ def _slices(shape: tuple[int, ...], seed: int) -> Iterator[torch.Tensor]:
 
 
 def make_shape(name: str, layers: int | None = None) -> Path:
-    """The folder of a shape's checkpoint, with its own number of layers or another; made if it is not there."""
+    """Returns the folder of a shape's checkpoint, with another number of layers if given, and makes it if missing."""
     from transformers import LlamaConfig
 
     settings = dict(SHAPES[name])
@@ -117,7 +117,7 @@ def make_shape(name: str, layers: int | None = None) -> Path:
 
 
 def make_adapter(folder: Path, rank: int = 16) -> Path:
-    """The folder of an adapter with random values on all linear layers of a checkpoint; made if it is not there."""
+    """Returns the folder of an adapter with random values on all linear layers, and makes it if missing."""
     from qlora_lite import LoraConfig, add_lora_, save_adapter
     from qlora_lite.checkpoints.hub import read_config
     from qlora_lite.lora.adapters import adapter_parameters

@@ -1,9 +1,10 @@
-"""Training steps of transformers + peft + bitsandbytes, on a real model or on one of fake tensors.
+"""Training steps of transformers + peft + bitsandbytes, on a real model or on fake tensors.
 
-A step is set up as those libraries' documentation says, so that it can be rehearsed (`qlora_lite.planning.rehearsal`)
-and measured (`MemoryProfiler`) by the same code. `stand_in_` makes the model of a rehearsal. bitsandbytes' layers
-cannot be built of fake tensors (its parameters are of a class of their own), so they are built on meta, where nothing
-has bytes, and each tensor is exchanged inside of the rehearsal; packed ones come from bitsandbytes' own functions.
+A step is set up as those libraries' documentation recommends, so that the same code can be rehearsed
+(`qlora_lite.planning.rehearsal`) and measured (`MemoryProfiler`). `stand_in_` makes the model of a rehearsal.
+bitsandbytes' layers cannot be built from fake tensors, because its parameters have a class of their own. They are built
+on meta, where nothing has bytes, and each tensor is replaced inside the rehearsal; packed ones come from bitsandbytes'
+own functions.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.quantization.kernels import import_bitsandbytes
 
 BLOCKSIZE = 64
-STEPS = 2  # the second shows the optimizer's states beside the activations of a step
+STEPS = 2  # the second step shows the optimizer's states together with activations
 LEARNING_RATE = 2e-4
 
 
 @dataclass(frozen=True)
 class PeftWork:
-    """One set-up: how the base is stored (nf4, fp4, int8, none), the adapter, checkpointing, and the batch.
+    """One set-up: the format of the base (nf4, fp4, int8, none), the adapter, checkpointing, and the batch.
 
     targets: names of layers, or `all-linear`. checkpointing: `none`, `full`, or `reentrant`.
-    autocast: in bfloat16 and logits to fp32, as the Trainer of transformers does with `bf16=True`.
-    casting: which weights are fp32 at the end: `prepare` as peft's `prepare_model_for_kbit_training` leaves them,
-        `norms` those of norms alone (trl casts embedding and head back to bfloat16), `none` none.
+    autocast: compute in bfloat16 and cast logits to fp32, as the Trainer of transformers does with `bf16=True`.
+    casting: the weights that are fp32 in the end: `prepare`, those of peft's `prepare_model_for_kbit_training`;
+        `norms`, those of norms alone (trl casts embedding and head back to bfloat16); `none`, none.
     """
 
     format: str = "nf4"
@@ -48,7 +49,7 @@ class PeftWork:
 
 
 def quantization(format: str, compute: torch.dtype = torch.bfloat16) -> Any:
-    """BitsAndBytesConfig of a format; None for `none`. compute: what 4-bit weights are multiplied in."""
+    """Returns the BitsAndBytesConfig of a format, None for `none`. compute: dtype of products with 4-bit weights."""
     from transformers import BitsAndBytesConfig
 
     if format == "none":
@@ -64,7 +65,7 @@ def quantization(format: str, compute: torch.dtype = torch.bfloat16) -> Any:
 
 
 def load_base(folder: Path, format: str, compute: torch.dtype = torch.bfloat16) -> Any:
-    """A checkpoint with its base packed, as transformers loads it."""
+    """Loads a checkpoint with transformers, with its base packed."""
     from transformers import AutoModelForCausalLM
 
     packing = quantization(format, compute)
@@ -72,7 +73,7 @@ def load_base(folder: Path, format: str, compute: torch.dtype = torch.bfloat16) 
 
 
 def skeleton(config: Any, format: str) -> Any:
-    """The model of a config on meta, with bitsandbytes' layers in the places where transformers puts them."""
+    """Returns the model of a config on meta, with bitsandbytes' layers where transformers puts them."""
     model: Any = hub.empty_model(config, torch.bfloat16)
     if format != "none":
         import_bitsandbytes("bitsandbytes")
@@ -106,12 +107,12 @@ PACKERS: dict[str, Callable[[Tensor, Any, Any], nn.Parameter]] = {"Params4bit": 
 
 
 def stand_in_(model: nn.Module) -> Any:
-    """Puts a tensor that is made now, inside of a rehearsal a fake one, in the place of each on meta; the model."""
-    made: dict[int, nn.Parameter] = {}  # tied parameters stay one
+    """Replaces each tensor on meta by a new one, which is fake inside a rehearsal, and returns the model."""
+    made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
         for name, found in module.named_parameters(recurse=False):
             if id(found) not in made:
-                # bitsandbytes' class says nothing of the weight's dtype on meta: the base is bfloat16 before packing.
+                # bitsandbytes' class does not keep the weight's dtype on meta; before packing, the base is bfloat16.
                 dtype = torch.bfloat16 if found.is_floating_point() else found.dtype
                 weight = torch.empty(found.shape, dtype=dtype)
                 pack = PACKERS.get(type(found).__name__)
@@ -124,7 +125,7 @@ def stand_in_(model: nn.Module) -> Any:
 
 
 def _prepared(model: Any, work: PeftWork) -> Any:
-    """The model with its adapters, ready to train."""
+    """Returns the model with its adapters, ready to train."""
     import peft
 
     checkpointing = work.checkpointing != "none"
@@ -154,9 +155,9 @@ def _prepared(model: Any, work: PeftWork) -> Any:
 
 
 def take_steps(model: Any, work: PeftWork, profiler: MemoryProfiler) -> tuple[Any, ...]:
-    """Sets training up on a loaded base and takes steps: phases forward, backward and optimizer.
+    """Sets up training on a loaded base and takes steps, with the phases forward, backward and optimizer.
 
-    What it returns is what a trainer still holds afterwards: model, optimizer, batch.
+    Returns the objects that a trainer still holds afterwards: model, optimizer and batch.
     """
     model = _prepared(model, work)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)

@@ -1,4 +1,4 @@
-"""Perplexity of a model on windows of text."""
+"""Measures the perplexity of a model on windows of text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_lite.training.objective import headless_loss
 
 
 def perplexity(model: Any, windows: torch.Tensor) -> float:
-    """exp of the mean loss over the tokens of `(windows, tokens)`, of each window all but the first."""
+    """Returns exp of the mean loss over `(windows, tokens)` token ids; the first token of a window has no loss."""
     total = 0.0
     with torch.no_grad(), lean(model):
         for window in windows.split(2):

@@ -1,23 +1,23 @@
-"""Runs that others measured on GPUs and published, beside rehearsals of the same set-ups.
+"""Runs that others measured on GPUs and published, and rehearsals of the same set-ups.
 
-The rows are `data/published_peaks.csv`; its column `source` names the repository and file that each comes from, and
-`notes` has the exact bytes and the libraries of the run. A rehearsal stands on fake tensors taken for an accelerator's,
-and its storages go through a model of torch's caching allocator, so `allocated` means the same on both sides.
+The rows are in `data/published_peaks.csv`. Its column `source` names the repository and file of each row, and `notes`
+holds the exact bytes and the libraries of the run. A rehearsal runs on fake tensors that stand for an accelerator's,
+and its storages pass through a model of torch's caching allocator, so that `allocated` means the same on both sides.
 
 fms-acceleration's recipe (scripts/benchmarks/scenarios.yaml, plugins/accelerated-peft): rank 16 on q, k, v, o with
-dropout 0.1, reentrant checkpointing, FlashAttention-2; variants
+dropout 0.1, reentrant checkpointing, FlashAttention-2. Its variants:
 - `none`: a bfloat16 base, no autocast;
 - `baseline-peft-bnb`: NF4 with double quantization, trained by trl: autocast, norms in fp32, embedding and head in
   bfloat16;
 - `accelerated-peft-bnb`: the same without casting norms.
-Both recorded versions of transformers took the loss with a copy of all logits in fp32 and a second one, shifted by a
-token; 4.48 in a function to which the model's bfloat16 logits are lent meanwhile, 4.45 in the model, under whose name
-for them the first copy replaced them. Today's does without the second copy. Each set-up is rehearsed with the installed
-library's loss (`today`) and with the recorded one written out (`then`).
+Both recorded versions of transformers computed the loss with a copy of all logits in fp32 and a second copy shifted by
+a token. Version 4.48 does so in a function, while the model still holds its bfloat16 logits; version 4.45 does so in
+the model, where the first copy replaces them. The installed version makes no second copy. Each set-up is rehearsed with
+the loss of the installed library (`today`) and with the recorded one (`then`).
 
-Nothing here was adjusted to published figures. Only Mistral-7B rows of 4 sequences were looked at while this was
-written; rows of 8 sequences and all of PowerLM-3b (`held_aside`) were checked by running it. That first run took 4.48's
-loss for PowerLM-3b too and came out 8 to 11 % above; what 4.45 does was read in its source after that.
+Nothing was adjusted to published figures. While this was written, only the rows of Mistral-7B with 4 sequences were
+known; rows of 8 sequences and all of PowerLM-3b (`held_aside`) were checked by a first run. That run used the loss of
+4.48 for PowerLM-3b too and came out 8 to 11 % too high; the loss of 4.45 was then taken from its source.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from parts.peft_steps import PeftWork, skeleton, stand_in_, take_steps
 from qlora_lite.planning.cuda_allocator import Replay, replay
 from qlora_lite.planning.rehearsal import rehearsal
 
-PUBLISHED = Path(__file__).resolve().parent / "data" / "published_peaks.csv"
+PUBLISHED = Path(__file__).resolve().parents[1] / "data" / "published_peaks.csv"
 GB, GIB = 10**9, 1 << 30
 STEP_PHASES = ("forward", "backward", "optimizer")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -51,7 +51,7 @@ LLAMA_7B = {
     "num_key_value_heads": 32,
 }
 SHAPES: dict[str, dict[str, Any]] = {
-    # Its sliding window is as long as the rows here, so it hides nothing; None lets attention do without a mask.
+    # Its sliding window is as long as these rows, so it hides nothing; None spares attention a mask.
     "mistralai/Mistral-7B-v0.1": {
         **LLAMA_7B,
         "model_type": "mistral",
@@ -95,7 +95,7 @@ T4_BYTES = int(14.56 * GIB)
 
 @dataclass(frozen=True)
 class Run:
-    """A published row; peak and end (allocated when training is over) in bytes, None where they are not given."""
+    """A published row. peak, end (allocated after training): in bytes, None where they are not published."""
 
     source: str
     model: str
@@ -111,7 +111,7 @@ class Run:
 
     @property
     def held_aside(self) -> bool:
-        """Whether nobody looked at it before the first run of this script."""
+        """Whether the row was unseen before the first run of this script."""
         return FMS in self.source and (self.rows == 8 or self.model == "ibm/PowerLM-3b")
 
 
@@ -121,7 +121,7 @@ def _note(notes: str, name: str) -> str | None:
 
 
 def published_runs() -> Iterator[Run]:
-    """The rows of the file, in its order."""
+    """Yields the rows of the file in order."""
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             exact, end = _note(row["notes"], "peak_bytes"), _note(row["notes"], "end_alloc_bytes")
@@ -142,7 +142,7 @@ def published_runs() -> Iterator[Run]:
 
 
 def _shifted_loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
-    """The loss of transformers 4.45 to 4.48: all logits to fp32, then a copy of them without the last token."""
+    """Computes the loss of transformers 4.45 to 4.48: all logits in fp32, and a copy of them without the last token."""
     logits = logits.float()
     shifted = logits[..., :-1, :].contiguous()
     return nn.functional.cross_entropy(shifted.view(-1, vocab_size), labels[..., 1:].contiguous().view(-1))
@@ -156,30 +156,30 @@ def _give_loss_of_(model: Any, transformers: str | None) -> None:
 
 
 def replayed(run: Run, work: PeftWork, recorded_loss: bool, layers: int | None = None) -> Replay:
-    """What the caching allocator does in the rehearsal of a set-up, of the model's number of layers or another."""
+    """Rehearses a set-up, with another number of layers if given, and replays it in the model of the allocator."""
     from transformers import AutoConfig
 
     settings = SHAPES[run.model] if layers is None else {**SHAPES[run.model], "num_hidden_layers": layers}
     config = AutoConfig.for_model(**settings)
     if BLOG in run.source:
-        config._attn_implementation = "eager"  # as transformers had it then
+        config._attn_implementation = "eager"  # as in transformers of that time
     model = skeleton(config, work.format)
     if recorded_loss:
         _give_loss_of_(model, run.transformers)
     with rehearsal(accelerator=True) as profiler:
         held = take_steps(stand_in_(model), work, profiler)
-    del held  # not before the trace was closed: its end is what a trainer still holds
+    del held  # after the trace is closed, because its end shows what a trainer still holds
     assert profiler.trace is not None
     return replay(profiler.trace.timeline())
 
 
 def steps_peak(found: Replay) -> int:
-    """The most bytes that were allocated during steps."""
+    """Returns the peak of allocated bytes during steps."""
     return max(found.by_phase[phase].allocated for phase in STEP_PHASES)
 
 
 def work_of(run: Run) -> PeftWork | None:
-    """The set-up of a run as far as it is known; None where there is nothing to rehearse."""
+    """Returns the set-up of a run as far as it is known, or None if it cannot be rehearsed."""
     if run.model not in SHAPES or run.tokens is None:
         return None
     if FMS in run.source:
@@ -197,15 +197,15 @@ def work_of(run: Run) -> PeftWork | None:
 
 
 def not_known(run: Run) -> str:
-    """What stands between a row and a rehearsal of its set-up."""
+    """Returns the unknown parts of a row's set-up."""
     if "foak" in run.variant:
-        return "kernels of their own (fused LoRA, loss, norms, rotary), not installed here"
+        return "custom kernels (fused LoRA, loss, norms, rotary), which are not installed"
     if LITGPT in run.source:
         return "their model code (fused qkv, loss in chunks), adapters' dtype; bitsandbytes 0.41 kept inputs too"
     if BLOG in run.source and run.format == "int8":
-        return "rank, targets; 8-bit layers take another way on a GPU than on a CPU"
+        return "rank, targets; 8-bit layers compute differently on a GPU than on a CPU"
     if BLOG in run.source:
-        return "rank (16 assumed), targets (q, v assumed), what the process takes past the allocator"
+        return "rank (16 assumed), targets (q, v assumed), memory outside the allocator"
     if run.tokens is None or "torchtune" in run.source:
         return "tokens of the rows, or torchao's and torch.compile's kernels; reserved or active, not allocated"
     return "" if run.model in SHAPES else "the model's code"

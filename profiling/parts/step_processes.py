@@ -16,7 +16,7 @@ WARM_UP_STEPS = 1
 
 
 class Worker:
-    """A worker process and the figures that it has given."""
+    """A worker process and the figures that it has printed."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -43,8 +43,8 @@ class Worker:
         self._answer()
 
     def finish(self) -> dict[str, Any]:
-        """The figures of the whole: median seconds, peaks, first loss."""
-        self.step()  # the traced one
+        """Ends the worker. Returns its median seconds, peaks and first loss."""
+        self.step()  # the traced step
         last = self._answer()
         self.process.communicate()
         steps = [figures for figures in self.figures if "seconds" in figures]
@@ -58,7 +58,7 @@ class Worker:
 
 
 def measure(works: list[Work]) -> dict[Work, dict[str, Any]]:
-    """Runs the works side by side, a step of each in turn."""
+    """Runs the works side by side, a step of each in turn, and returns their figures."""
     workers = [Worker(work) for work in works]
     for _ in range(works[0].steps):
         for worker in workers:

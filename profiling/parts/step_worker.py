@@ -33,14 +33,15 @@ from qlora_lite.memory.trace import StorageTrace
 
 RANK, ALPHA = 16, 32
 LEARNING_RATE = 2e-4
-TOKEN_IDS = 100  # every tokenizer has as many
+TOKEN_IDS = 100  # ids that every tokenizer has
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker does: the side, the checkpoint, how the base is stored, and the batch.
+    """The work of one worker: the side, the checkpoint, the format of the base, and the batch.
 
-    lengths: of so many, from a quarter of `tokens` to all of them, each batch has one by chance; with 1, all of them.
+    lengths: the number of different lengths, from a quarter of `tokens` to `tokens`. Each batch draws one of them; with 1,
+    every batch has `tokens` tokens.
     """
 
     side: str
@@ -63,19 +64,19 @@ def say(**figures: Any) -> None:
     print(json.dumps(figures), flush=True)
 
 
-def wait_for_order() -> str:
+def wait_for_line() -> str:
     return sys.stdin.readline().strip()
 
 
 def optimizer_states() -> list[torch.Tensor]:
-    """The states of every optimizer in the process; a wrapper shares those of the optimizer in it."""
+    """Returns the states of every optimizer in the process, once where a wrapper shares them."""
     optimizers = [thing for thing in gc.get_objects() if isinstance(thing, torch.optim.Optimizer)]
     states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
     return list({id(value): value for value in states if isinstance(value, torch.Tensor)}.values())
 
 
 def settled_bytes() -> int:
-    """Resident bytes when only what is needed is still held; the process's peak (VmHWM) begins anew from there."""
+    """Frees unused memory, resets the peak of the process (VmHWM), and returns its resident bytes."""
     gc.collect()
     release_freed_pages()
     resident = resident_bytes() or 0
@@ -84,34 +85,34 @@ def settled_bytes() -> int:
 
 
 class Watch:
-    """Times each step between two orders, and follows the storages of the last one."""
+    """Times each step, which is started by a line of input, and traces the storages of the last one."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
         self.start_resident = 0
 
     def set_up_done(self) -> None:
-        """The line from which memory is counted."""
+        """Marks the state above which memory is counted."""
         self.start_resident = settled_bytes()
         say(ready=True, resident=self.start_resident)
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """A batch at each order; a line of figures when it has been used."""
+        """Yields a batch for each line of input, and prints a line of figures after its step."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(TOKEN_IDS, (self.work.rows, self.work.tokens), generator=generator)
         batch = {"input_ids": ids, "labels": ids.clone()}
         for _ in range(self.work.steps):
-            wait_for_order()
+            wait_for_line()
             number = int(torch.randint(self.work.lengths, (), generator=generator)) + 1
             shortest = self.work.tokens // 4
             length = shortest + (self.work.tokens - shortest) * number // self.work.lengths
             began = time.perf_counter()
             yield {name: rows[:, :length].contiguous() for name, rows in batch.items()}
             say(seconds=time.perf_counter() - began, peak=(resident_bytes("VmHWM") or 0) - self.start_resident)
-        wait_for_order()
+        wait_for_line()
         trace = StorageTrace()
         with trace:
-            # The optimizer comes after set-up, so its states count, as they do in the process's resident memory.
+            # The optimizer is made after set-up, so its states count, as in the resident memory of the process.
             for state in optimizer_states():
                 trace.label(state, Category.OPTIMIZER_STATE)
             yield batch
@@ -131,12 +132,12 @@ def ours(work: Work, watch: Watch) -> list[float]:
     config = TrainConfig(steps=work.steps + 1, learning_rate=LEARNING_RATE, checkpointing=work.checkpointing)
     stream = watch.batches()
     losses = train(model, stream, config, progress=False).losses
-    next(stream, None)  # train asks for no batch more than it uses, so the last one's figures are still due
+    next(stream, None)  # train does not ask for another batch, so the figures of the last one are printed here
     return losses
 
 
 def peer_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> float:
-    """One step of training as a user of transformers and peft writes it; the loss."""
+    """Takes a training step as a user of transformers and peft writes it, and returns the loss."""
     loss = model(**batch).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,4 +1,4 @@
-"""Training set-ups over small random models of several architectures, and what telling two reports apart means."""
+"""Training set-ups over small random models of several architectures, and the differences between two reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qlora_lite import LoraConfig, QuantConfig, TrainConfig
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.report import MemoryReport
 
-LARGE_SHARE = 0.01  # of the peak: from here on a category is compared with itself
+LARGE_SHARE = 0.01  # of the peak: a category of at least this share is compared with its own bytes
 
 LLAMA_LIKE = {
     "vocab_size": 2000,
@@ -43,7 +43,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A set-up of our training: a name of ARCHITECTURES, or `smollm2`, and settings."""
+    """A set-up of our training: a name of ARCHITECTURES or `smollm2`, and settings."""
 
     model: str
     quant: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +86,7 @@ TINY_CASES = (Case("llama", tokens=16), Case("gpt2", {"format": "int8"}, NONE, t
 
 
 def make_model(name: str, folder: Path, layers: int | None = None) -> Path:
-    """The checkpoint of an architecture with random weights, in a folder below `folder`; made if it is not there."""
+    """Returns the folder of an architecture's checkpoint with random weights, and makes it if missing."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     target = folder / name
@@ -103,7 +103,7 @@ def make_model(name: str, folder: Path, layers: int | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a rehearsed phase is from the measured one, as shares."""
+    """The errors of a rehearsed phase against the measured one, as shares."""
 
     phase: str
     rehearsed: int
@@ -113,12 +113,12 @@ class Difference:
 
     @property
     def error(self) -> float:
-        """Signed: above 0 where more was rehearsed than measured."""
+        """The signed error of the peak: above 0 if the rehearsal is higher."""
         return self.rehearsed / self.measured - 1
 
 
 def differences(rehearsed: MemoryReport, measured: MemoryReport) -> Iterator[Difference]:
-    """Each phase that both reports have, at its peaks."""
+    """Yields the difference of each phase that both reports have, at its peaks."""
     for phase in measured.phases:
         found = rehearsed.phase(phase.name)
         if found is None:

@@ -73,7 +73,7 @@ def asked_of_us(subject: Subject, call: Callable[[], Any]) -> Any:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Returns the largest difference relative to the largest value; infinity if shapes differ or a value is not finite."""
+    """Returns the largest difference relative to the largest value; infinity for other shapes or values not finite."""
     if ours.shape != theirs.shape or not (ours.isfinite().all() and theirs.isfinite().all()):
         return float("inf")
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
