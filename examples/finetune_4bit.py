@@ -1,9 +1,9 @@
-"""The smallest complete program: a JSONL file in, an adapter and a merged fp16 checkpoint out.
+"""Fine-tunes a model in 4 bits: a JSONL file in, an adapter and a merged fp16 checkpoint out.
 
     python examples/finetune_4bit.py --model path/to/model --data data.jsonl --output out
-    python examples/finetune_4bit.py --tiny        # a random model and eight made-up lines
+    python examples/finetune_4bit.py --tiny        # a random model and eight generated lines
 
-Last line: one JSON object with `first_loss`, `last_loss` and the two folders.
+The last line is one JSON object with `first_loss`, `last_loss` and the two folders.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qlora_lite.data import batches, read_records, tokenize_all
 
 
 def fine_tune(model_folder: Path, data: Path, output: Path, steps: int) -> dict[str, object]:
-    """Loads as NF4, trains, saves the adapter, exports the merged model."""
+    """Loads the model as NF4, trains, saves the adapter and exports the merged model."""
     tokenizer = load_tokenizer(model_folder)
     examples = tokenize_all(read_records(data), tokenizer).examples
     model = load_quantized(model_folder, QuantConfig(format="nf4", double_quant=True))
@@ -49,10 +49,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="JSONL: messages, prompt/completion, instruction/output or text")
     parser.add_argument("--output", type=Path, default=Path("out/finetune_4bit"))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tiny", action="store_true", help="a random model and eight made-up lines")
+    parser.add_argument("--tiny", action="store_true", help="a random model and eight generated lines")
     given = parser.parse_args()
     if not given.tiny and (given.model is None or given.data is None):
-        parser.error("name --model and --data, or ask for --tiny")
+        parser.error("give --model and --data, or --tiny")
     with tempfile.TemporaryDirectory() as scratch:
         if given.tiny:
             from tiny_model import make_tiny_model

@@ -1,10 +1,11 @@
-"""Coming from peft: does an adapter go from peft to here and back, and compute the same on the way?
+"""Moves an adapter from peft to this library and back: does it compute the same on both sides?
 
     python examples/from_peft.py --tiny                  # a random model of two small layers
     python examples/from_peft.py --model path/to/model   # a transformers checkpoint, in fp32
 
-Trains a few steps with peft (`pip install peft`), loads the adapter here, trains on, and loads it in peft again. The
-logits of both are compared at each passage. Last line: one JSON object; the exit status is 1 if they differ.
+Trains a few steps with peft (`pip install peft`), loads the adapter here, trains on, and loads the result in peft. The
+logits of both sides are compared after each passage. The last line is one JSON object; the exit status is 1 if they
+differ.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def base_for_peft(folder: Path) -> Any:
 
 
 def train_with_peft(folder: Path, batch: dict[str, torch.Tensor], steps: int) -> tuple[Any, list[float]]:
-    """The usual way: a peft model and a loop; returns it with the losses."""
+    """Trains a peft model in a plain loop, and returns it with the losses."""
     import peft
 
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -50,13 +51,13 @@ def train_with_peft(folder: Path, batch: dict[str, torch.Tensor], steps: int) ->
 
 @torch.no_grad()
 def difference(ours: Any, theirs: Any, batch: dict[str, torch.Tensor]) -> float:
-    """The largest distance of two logits, as a part of the largest logit."""
+    """Returns the largest difference of logits, as a share of the largest logit."""
     got, expected = (model.eval()(batch["input_ids"]).logits for model in (ours, theirs))
     return float((got - expected).abs().max() / expected.abs().max())
 
 
 def run(folder: Path, output: Path, steps: int) -> dict[str, float]:
-    """There and back; prints what each passage gave."""
+    """Takes an adapter from peft to this library and back, and prints the result of each passage."""
     import peft
 
     tokens = torch.arange(6, 38).view(2, 16)
@@ -65,26 +66,26 @@ def run(folder: Path, output: Path, steps: int) -> dict[str, float]:
     theirs.save_pretrained(output / "from_peft")
     print(f"peft:    {steps} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 
-    # QuantConfig(format="nf4") would train on in 4 bits; unpacked, the logits can be compared with peft's.
+    # QuantConfig(format="nf4") would train in 4 bits. Without packing, the logits can be compared with peft's.
     ours: Any = load_quantized(folder, QuantConfig(format="none"), dtype=torch.float32)
     load_adapter_(ours, output / "from_peft")
     arrived = difference(ours, theirs, batch)
     with adapters_disabled(ours):
-        does = difference(ours, theirs, batch)
-    print(f"here:    the same adapter, logits differ by {arrived:.1e} (without it by {does:.1e})")
+        without = difference(ours, theirs, batch)
+    print(f"here:    the same adapter, logits differ by {arrived:.1e} (without it by {without:.1e})")
     result = train(ours, [batch], TrainConfig(steps=steps, learning_rate=LEARNING_RATE), progress=False)
     save_adapter(ours, output / "from_here", overwrite=True)
     print(f"here:    {steps} more steps, loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}")
 
     back = peft.PeftModel.from_pretrained(base_for_peft(folder), output / "from_here")
     returned = difference(ours, back, batch)
-    print(f"in peft: the adapter of here, logits differ by {returned:.1e}")
+    print(f"in peft: the adapter trained here, logits differ by {returned:.1e}")
     return {
         "peft_first_loss": losses[0],
         "peft_last_loss": losses[-1],
         "first_loss": result.losses[0],
         "last_loss": result.losses[-1],
-        "difference_without": does,
+        "difference_without": without,
         "difference_here": arrived,
         "difference_back": returned,
     }
@@ -95,10 +96,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a transformers checkpoint")
     parser.add_argument("--output", type=Path, default=Path("out/from_peft"))
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="a random model in place of --model")
+    parser.add_argument("--tiny", action="store_true", help="a random model instead of --model")
     given = parser.parse_args()
     if given.tiny == (given.model is not None):
-        parser.error("name --model, or ask for --tiny")
+        parser.error("give either --model or --tiny")
     if importlib.util.find_spec("peft") is None:
         raise SystemExit("error: this example trains with peft, which is not installed: pip install peft")
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,12 +1,11 @@
-"""A small task with a number: a short English message to a shop becomes one fixed JSON record.
+"""A small task with a score: a short English message to a shop becomes a JSON record.
 
     Hi, Nina here. Please send me three lamps on Friday.
     {"intent":"order","person":"Nina","item":"lamps","quantity":3,"day":"friday"}
 
-The score is exact match: the whole record or nothing. Training and held-out messages come from different
-sentences, different people and different items, so that a model cannot score by remembering any of them:
-it has to copy the open fields (`person`, `item`) out of the message. The closed fields (`intent`, `day`,
-numbers) are shared by both. A message that names no day has `"day": null`.
+The score is exact match of the whole record. Training and held-out messages use different sentences, people and items,
+so that a model cannot score by memorizing them: it has to copy the open fields (`person`, `item`) from the message. The
+closed fields (`intent`, `day`, numbers) are shared by both splits. A message without a day has `"day": null`.
 """
 
 from __future__ import annotations
@@ -179,43 +178,43 @@ Example = dict[str, list[dict[str, str]]]
 
 
 def templates(split: str) -> list[tuple[str, str]]:
-    """Every (intent, sentence) of a split, in a fixed order."""
+    """Returns every (intent, sentence) of a split, in a fixed order."""
     return [(intent, sentence) for intent in INTENTS for sentence in TEMPLATES[split][intent]]
 
 
 def generate(split: str, count: int, seed: int) -> list[Example]:
-    """`count` conversations of `train` or `heldout`; the same arguments give the same ones.
+    """Returns `count` conversations of the split `train` or `heldout`; equal arguments give equal conversations.
 
     All sentences of the split are used in turn, reshuffled each round, so that they are equally frequent.
     Raises ValueError for another split.
     """
     if split not in TEMPLATES:
         raise ValueError(f"split must be one of {', '.join(TEMPLATES)}; got {split!r}")
-    chance = random.Random(f"{split} {seed}")
+    rng = random.Random(f"{split} {seed}")
     examples: list[Example] = []
     while len(examples) < count:
         round_of_templates = templates(split)
-        chance.shuffle(round_of_templates)
+        rng.shuffle(round_of_templates)
         for intent, sentence in round_of_templates[: count - len(examples)]:
-            examples.append(_fill(intent, sentence, split, chance))
+            examples.append(_fill(intent, sentence, split, rng))
     return examples
 
 
 def target_record(example: Example) -> dict[str, Any]:
-    """The record that the assistant's turn of an example holds."""
+    """Returns the record in the assistant's turn of an example."""
     record: dict[str, Any] = json.loads(example["messages"][-1]["content"])
     return record
 
 
 def prompt_messages(example: Example) -> list[dict[str, str]]:
-    """The conversation up to the assistant's turn: what a model is asked to continue."""
+    """Returns the conversation up to the assistant's turn, which the model continues."""
     return example["messages"][:-1]
 
 
 def exact_match(answer: str, example: Example) -> bool:
-    """Whether the first JSON object in `answer` is the whole target record: same keys, values and types.
+    """Returns whether the first JSON object in `answer` equals the target record: the same keys, values and types.
 
-    Text around the object is forgiven, so that an untrained model is judged by its record and not by its manners.
+    Text around the object is ignored, so that an untrained model is judged by its record alone.
     """
     start = answer.find("{")
     try:
@@ -226,13 +225,13 @@ def exact_match(answer: str, example: Example) -> bool:
     return json.dumps(record, sort_keys=True) == json.dumps(target_record(example), sort_keys=True)
 
 
-def _fill(intent: str, sentence: str, split: str, chance: random.Random) -> Example:
-    quantity = chance.randint(2, 10) if chance.random() < 0.7 else chance.randint(11, LARGEST_QUANTITY)
-    written = NUMBER_WORDS[quantity] if quantity in NUMBER_WORDS and chance.random() < 0.5 else str(quantity)
+def _fill(intent: str, sentence: str, split: str, rng: random.Random) -> Example:
+    quantity = rng.randint(2, 10) if rng.random() < 0.7 else rng.randint(11, LARGEST_QUANTITY)
+    written = NUMBER_WORDS[quantity] if quantity in NUMBER_WORDS and rng.random() < 0.5 else str(quantity)
     if sentence.startswith("{quantity}"):
         written = written.capitalize()
-    day = chance.choice(DAYS) if "{day}" in sentence else None
-    person, item = chance.choice(PEOPLE[split]), chance.choice(ITEMS[split])
+    day = rng.choice(DAYS) if "{day}" in sentence else None
+    person, item = rng.choice(PEOPLE[split]), rng.choice(ITEMS[split])
     message = sentence.format(person=person, item=item, quantity=written, day=(day or "").capitalize())
     record = dict(zip(FIELDS, (intent, person, item, quantity, day), strict=True))
     return {

@@ -1,11 +1,11 @@
-"""The main job, end to end, on a real model: quantize, train, profile, merge, export, and check the export.
+"""Runs the whole path on a real model: quantize, train, profile, merge, export, and check the export.
 
     python examples/quickstart.py            # SmolLM2-135M-Instruct, a few minutes on two cores
     python examples/quickstart.py --tiny     # a random model of two small layers, seconds
 
-The model learns to turn a short message into a JSON record (message_records.py). Printed: exact match on held-out
-messages before and after training, where the bytes of a training step went, and the share of held-out answers that a
-fresh process with plain transformers gives alike from the exported fp16 folder. Last line: one JSON object.
+The model learns to turn a short message into a JSON record (message_records.py). The script prints the exact match on
+held-out messages before and after training, the memory of a training step, and the share of held-out answers that are
+equal when plain transformers reads the exported fp16 folder in a fresh process. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from qlora_lite import (
 from qlora_lite.checkpoints import load_tokenizer
 from qlora_lite.data import batches, tokenize_all
 from qlora_lite.memory import readable_bytes, render
-from real_model import fetch
+from real_model import fetch_model
 
 ANSWER_TOKENS = 40
 PROMPTS_AT_ONCE = 32
@@ -45,7 +45,7 @@ PROMPTS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained and asked."""
+    """The sizes of training and evaluation."""
 
     training: int
     heldout: int
@@ -61,7 +61,7 @@ TINY = Size(training=16, heldout=4, batch=2, steps=3)
 
 @torch.no_grad()
 def answers(model: Any, tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[str]:
-    """What the model says to each conversation, greedily."""
+    """Returns the greedy answer of the model to each conversation."""
     tokenizer.padding_side = "left"
     texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations]
     said: list[str] = []
@@ -80,7 +80,7 @@ def share(hits: list[bool]) -> float:
 
 
 def answer_from_export(folder: Path, questions: Path) -> None:
-    """The fresh process: nothing but transformers reads the export. (fp16 is for storing; a CPU computes in fp32.)"""
+    """Answers in a fresh process, with the export read by transformers alone (in fp32; fp16 is for storage)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -91,7 +91,7 @@ def answer_from_export(folder: Path, questions: Path) -> None:
 
 
 def ask_fresh_process(folder: Path, conversations: list[list[dict[str, str]]]) -> list[str]:
-    """The answers of `answer_from_export`, run in a Python of its own."""
+    """Runs `answer_from_export` in a process of its own, and returns the answers."""
     questions = folder.parent / "questions.json"
     questions.write_text(json.dumps(conversations), encoding="utf-8")
     command = [sys.executable, __file__, "--answer", str(folder), str(questions)]
@@ -103,7 +103,7 @@ def ask_fresh_process(folder: Path, conversations: list[list[dict[str, str]]]) -
 
 
 def fine_tune(model: Any, tokenizer: Any, size: Size, output: Path, profiler: MemoryProfiler) -> None:
-    """Trains new adapters on generated messages, with every tensor of the first steps followed."""
+    """Trains new adapters on generated messages. The profiler traces every tensor of the first steps."""
     examples = tokenize_all(generate("train", size.training, seed=0), tokenizer).examples
     stream = batches(examples, size.batch, seed=0, pad_token_id=tokenizer.pad_token_id)
     add_lora_(model, LoraConfig(rank=size.rank, alpha=2 * size.rank, target_modules="all-linear"))
@@ -114,7 +114,7 @@ def fine_tune(model: Any, tokenizer: Any, size: Size, output: Path, profiler: Me
 
 
 def run(folder: Path, size: Size, output: Path) -> dict[str, Any]:
-    """Everything, in the order in which one would do it; returns the figures of the last line."""
+    """Runs all steps in order, and returns the figures of the last line."""
     began = time.perf_counter()
     heldout = generate("heldout", size.heldout, seed=1)
     conversations = [prompt_messages(example) for example in heldout]
@@ -126,13 +126,13 @@ def run(folder: Path, size: Size, output: Path) -> dict[str, Any]:
         before = answers(model, tokenizer, conversations)
         print(f"loaded as NF4 in {time.perf_counter() - began:.0f} s; it answers {before[0]!r}")
         fine_tune(model, tokenizer, size, output, profiler)
-        model.float()  # as the fresh process computes: what differs then is the export's doing (packed bytes stay)
+        model.float()  # the dtype of the fresh process, so that differences come from the export; packed bytes stay
         after = answers(model, tokenizer, conversations)
         save_adapter(model, output / "adapter", overwrite=True)
         with profiler.phase("export"):
             export_merged(model, output / "merged", dtype=torch.float16, overwrite=True)
     report = profiler.report()
-    print(f"trained; it answers {after[0]!r}\n\nwhere the bytes were, phase by phase:\n{render(report)}")
+    print(f"trained; it answers {after[0]!r}\n\nmemory by phase:\n{render(report)}")
     exported = ask_fresh_process(output / "merged", conversations)
     peaks = [phase.resident_peak for phase in report.phases]
     return {
@@ -162,11 +162,13 @@ def main() -> None:
         shutil.rmtree(given.output / "tiny-base", ignore_errors=True)
         folder, size = make_tiny_model(given.output / "tiny-base"), TINY
     else:
-        folder, size = fetch(), FULL
+        folder, size = fetch_model(), FULL
     figures = run(folder, size, given.output)
     peak = figures["peak_rss_bytes"]
     print(f"exact match on {size.heldout} held-out messages: {figures['exact_match_before']:.2f} before, ", end="")
-    print(f"{figures['exact_match_after']:.2f} after; the export agrees on {figures['exports_agree']:.2f}")
+    print(
+        f"{figures['exact_match_after']:.2f} after; the export gives the same answer to {figures['exports_agree']:.2f}"
+    )
     print(f"peak resident memory {'unknown' if peak is None else readable_bytes(peak)}, {figures['seconds']} s")
     print(json.dumps(figures))
 

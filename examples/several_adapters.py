@@ -3,8 +3,8 @@
     python examples/several_adapters.py --tiny                  # a random model of two small layers
     python examples/several_adapters.py --model path/to/model   # a transformers checkpoint
 
-One adapter learns to answer "yes", the other "no", each on layers and of a rank of its own. The table has the loss of
-every adapter on both tasks. Nothing is written to the base: its bytes are hashed before and after. Last line: one JSON
+One adapter learns to answer "yes", the other "no", each with layers and a rank of its own. The table shows the loss of
+every adapter on both tasks. The base is not changed: its bytes are hashed before and after. The last line is one JSON
 object; the exit status is 1 if a promise does not hold.
 """
 
@@ -41,7 +41,7 @@ ROW = "{:<16}{:>12}{:>12}"
 
 
 def base_digest(model: Any) -> str:
-    """A hash of every tensor of the model that is no adapter's."""
+    """Returns a hash of every tensor of the model that does not belong to an adapter."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if "lora_" not in name:
@@ -51,13 +51,13 @@ def base_digest(model: Any) -> str:
 
 @torch.no_grad()
 def losses(model: Any, tasks: dict[str, Any]) -> dict[str, float]:
-    """The model's loss on each task, as it is now."""
+    """Returns the loss of the model on each task, with the adapter in use."""
     model.eval()
     return {name: float(model(**batch).loss) for name, batch in tasks.items()}
 
 
 def run(folder: Path, output: Path, steps: int) -> dict[str, Any]:
-    """Everything in order; prints a row for each state of the model."""
+    """Runs all steps in order, and prints a row for each state of the model."""
     tokenizer = load_tokenizer(folder)
     model: Any = load_quantized(folder, QuantConfig(format="nf4", double_quant=True))
     before = base_digest(model)
@@ -72,7 +72,7 @@ def run(folder: Path, output: Path, steps: int) -> dict[str, Any]:
         records = [{"prompt": question, "completion": name} for question in QUESTIONS]
         examples = tokenize_all(records, tokenizer).examples
         tasks[name] = next(batches(examples, len(examples), seed=0, pad_token_id=tokenizer.pad_token_id))
-        add_adapter_(model, name, config)  # it is the one in use now, and the only one that is trained
+        add_adapter_(model, name, config)  # now the adapter in use, and the only one that is trained
         train(model, [tasks[name]], TrainConfig(steps=steps, learning_rate=1e-2), progress=False)
     print(ROW.format("in use", *(f"on {task!r}" for task in ADAPTERS)))
     with adapters_disabled(model):
@@ -82,7 +82,7 @@ def run(folder: Path, output: Path, steps: int) -> dict[str, Any]:
         show(name)
     combine_adapters_(model, {"yes": 0.5, "no": 0.5}, "half-half")
     show("half-half")
-    save_adapter(model, output / "yes", name="yes", overwrite=True)  # any of them, whichever is in use
+    save_adapter(model, output / "yes", name="yes", overwrite=True)  # any adapter can be saved, in use or not
     delete_adapter_(model, "half-half")
     delete_adapter_(model, "yes")
     print(f"left: {adapter_names(model)}, in use: {active_adapter(model)}")
@@ -92,14 +92,14 @@ def run(folder: Path, output: Path, steps: int) -> dict[str, Any]:
 
 
 def broken_promises(figures: dict[str, Any]) -> list[str]:
-    """What should hold and does not."""
+    """Returns the promises that do not hold."""
     seen = figures["losses"]
     promises = {
-        "the base's bytes are what they were": figures["base_unchanged"],
-        "each adapter is better at its own task than the base and the other one": all(
+        "the bytes of the base are unchanged": figures["base_unchanged"],
+        "each adapter has a lower loss on its task than the base and the other adapter": all(
             seen[own][own] < min(seen["none"][own], seen[other][own]) for own, other in (("yes", "no"), ("no", "yes"))
         ),
-        "merged, an adapter gives the loss that it gave": abs(seen["no, merged"]["no"] - seen["no"]["no"]) < 0.05,
+        "a merged adapter keeps its loss": abs(seen["no, merged"]["no"] - seen["no"]["no"]) < 0.05,
     }
     return [promise for promise, holds in promises.items() if not holds]
 
@@ -109,10 +109,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a transformers checkpoint")
     parser.add_argument("--output", type=Path, default=Path("out/several_adapters"))
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--tiny", action="store_true", help="a random model in place of --model")
+    parser.add_argument("--tiny", action="store_true", help="a random model instead of --model")
     given = parser.parse_args()
     if given.tiny == (given.model is not None):
-        parser.error("name --model, or ask for --tiny")
+        parser.error("give either --model or --tiny")
     with tempfile.TemporaryDirectory() as scratch:
         if given.tiny:
             from tiny_model import make_tiny_model

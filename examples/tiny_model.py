@@ -1,4 +1,4 @@
-"""A random Llama of two small layers with a tokenizer, as an ordinary checkpoint: for scripts and tests in seconds."""
+"""Makes a random Llama of two small layers with a tokenizer, as an ordinary checkpoint, for scripts and tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPECIAL_TOKENS = ["<unk>", "</s>", "<system>", "<user>", "<assistant>"]
 
 
 def make_tiny_model(folder: Path, layers: int = 2, hidden: int = 64) -> Path:
-    """Writes the checkpoint (tied embeddings, one token per character) into `folder`, and returns it."""
+    """Writes the checkpoint (tied embeddings, one token per character) into `folder`, and returns the folder."""
     import torch
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

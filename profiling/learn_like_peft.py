@@ -35,7 +35,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from parts.example_models import fetch
+from parts.example_models import fetch_model
 from parts.learning_worker import Work
 
 WORKER = Path(__file__).resolve().parent / "parts" / "learning_worker.py"
@@ -178,7 +178,7 @@ def main() -> None:
         if given.tiny:
             given.steps, given.tokens, model = 3, 32, Path(scratch) / "tiny"  # made by the worker
         else:
-            model = fetch()
+            model = fetch_model()
         held_out = TINY_HELD_OUT if given.tiny else HELD_OUT
         usual = Work("ours", "ours", str(model), scratch, given.steps, given.rows, given.tokens, held_out)
         ordered = works(usual, given.variants)

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from parts.example_models import fetch, make_tiny_model
+from parts.example_models import fetch_model, make_tiny_model
 from parts.model_shapes import make_shape
 from parts.step_processes import WARM_UP_STEPS, measure
 from parts.step_worker import Work
@@ -162,7 +162,7 @@ def main() -> None:
             every = cases(small, small, tokens=32)
         else:
             needs_large = not given.cases or any(name.startswith("1b") for name in given.cases)
-            every = cases(str(fetch()), str(make_shape("llama-1b")) if needs_large else "")
+            every = cases(str(fetch_model()), str(make_shape("llama-1b")) if needs_large else "")
         unknown = [name for name in given.cases if name not in every]
         if unknown:
             parser.error(f"unknown cases: {', '.join(unknown)}; the cases are {', '.join(every)}")

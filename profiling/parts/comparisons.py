@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from parts.example_models import fetch
+from parts.example_models import fetch_model
 from parts.peft_steps import PeftWork, load_base, skeleton, stand_in_, take_steps
 from parts.published_runs import BLOG, FMS, T4_BYTES, not_known, published_runs, replayed, steps_peak, work_of
 from parts.training_cases import CASES, TINY_CASES, Difference, differences, make_model
@@ -44,7 +44,7 @@ def _share(value: float) -> str:
 
 def _folder(model: str, scratch: Path) -> Path:
     if model == "smollm2":
-        return fetch()
+        return fetch_model()
     return make_model(model, scratch)
 
 

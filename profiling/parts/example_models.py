@@ -7,12 +7,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from real_model import cache_folder, fetch
+from real_model import cache_folder, fetch_model
 from tiny_model import make_tiny_model
 
-__all__ = ["cache_folder", "fetch", "make_tiny_model", "model_folder"]
+__all__ = ["cache_folder", "fetch_model", "make_tiny_model", "model_folder"]
 
 
 def model_folder(tiny: bool, scratch: Path) -> Path:
     """Returns the folder of a random model of two small layers, made in `scratch`, or of SmolLM2-135M-Instruct."""
-    return make_tiny_model(scratch / "tiny") if tiny else fetch()
+    return make_tiny_model(scratch / "tiny") if tiny else fetch_model()

@@ -40,8 +40,8 @@ TOKEN_IDS = 100  # ids that every tokenizer has
 class Work:
     """The work of one worker: the side, the checkpoint, the format of the base, and the batch.
 
-    lengths: the number of different lengths, from a quarter of `tokens` to `tokens`. Each batch draws one; with 1, every
-    batch has `tokens` tokens.
+    lengths: the number of different lengths, from a quarter of `tokens` to `tokens`. Each batch draws one of them; with
+    1, every batch has `tokens` tokens.
     """
 
     side: str

