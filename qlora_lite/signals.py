@@ -1,9 +1,9 @@
-"""SIGINT and SIGTERM, noted when they come and obeyed where nothing is left half-done.
+"""SIGINT and SIGTERM: noted when they arrive, obeyed where no work is left half done.
 
-An exception out of a signal's handler comes between any two instructions, those of a clean-up included, and what it
-meets may swallow it: a finalizer, a library that catches all. So the handler only notes the signal, and long work asks
-now and then, with `poll`, whether there was one. A command does both: it ends at once where nobody would ask
-(`ended_by_signals`), and waits to be asked in long work of ours (`stoppable`).
+An exception raised in a signal handler appears between any two instructions, those of a clean-up included, and the code
+that it reaches may swallow it (a finalizer, a library that catches everything). Handlers here therefore only note the
+signal, and long work calls `check_signals` at places where it can stop. A command uses both: it exits at once outside
+of such work (`exit_on_signals`), and at the next `check_signals` inside of it (`deferred_signals`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from qlora_lite.errors import Stopped
 
@@ -25,72 +25,72 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
-class _Noted:
-    """The signal that came, if any; how many blocks want to be asked, and how many not to be stopped in."""
+class _Pending:
+    """The signal that arrived, if any, and the numbers of `deferred_signals` and `uninterrupted` blocks around."""
 
     number: int | None = None
-    waiting: int = 0
-    kept_off: int = 0
+    deferred: int = 0
+    uninterrupted: int = 0
 
     def stop(self) -> None:
-        """Raises Stopped if there was a signal and none of these blocks is in the way."""
-        if self.number is not None and not self.kept_off:
+        """Raises Stopped if there was a signal, except within an `uninterrupted` block."""
+        if self.number is not None and not self.uninterrupted:
             name = signal.Signals(self.number).name
             raise Stopped(self.number, f"stopped by {name}; nothing is left half-written")
 
 
-_noted: _Noted | None = None
-_unfinished: set[Path] = set()
+_pending: _Pending | None = None
+_to_remove: set[Path] = set()
 
 
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def poll() -> None:
-    """Raises Stopped if a signal was noted. Nothing outside of the blocks below, or inside of `unstopped`."""
-    if _noted is not None and _noted.number is not None and _in_main_thread():
-        _noted.stop()
+def check_signals() -> None:
+    """Raises Stopped if a signal was noted. Does nothing outside of the blocks below, or within `uninterrupted`."""
+    if _pending is not None and _pending.number is not None and _in_main_thread():
+        _pending.stop()
 
 
 @contextmanager
-def _noting(waiting: int, leave: Callable[[], None]) -> Iterator[_Noted]:
-    """Has SIGINT and SIGTERM noted within the block; the handlers that were there are put back.
+def _noting(deferred: int, on_second_interrupt: Callable[[], None]) -> Iterator[_Pending]:
+    """Notes SIGINT and SIGTERM within the block, and restores the previous handlers after it.
 
-    leave: called when a SIGINT follows on another signal.
+    on_second_interrupt: called when a SIGINT follows another signal.
     """
-    global _noted
-    noted = _Noted(waiting=waiting)
+    global _pending
+    pending = _Pending(deferred=deferred)
 
-    def note(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and noted.number is not None:
-            leave()
-        noted.number = number
-        if not noted.waiting:
-            noted.stop()
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and pending.number is not None:
+            on_second_interrupt()
+        pending.number = number
+        if not pending.deferred:
+            pending.stop()
 
     before = {number: signal.getsignal(number) for number in NUMBERS}
-    ours = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
-    _noted = noted
+    replaced = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    _pending = pending
     try:
-        for number in ours:
+        for number in replaced:
             signal.signal(number, note)
-        yield noted
+        yield pending
     finally:
-        _noted = None
-        for number, handler in ours.items():
+        _pending = None
+        for number, handler in replaced.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def unfinished(path: Path) -> Iterator[None]:
-    """Removes a file or folder at the end of the block, if it is still there; also if a command is left at once."""
-    _unfinished.add(path)
+def removed_at_end(path: Path) -> Iterator[None]:
+    """Removes a file or folder at the end of the block if it still exists, also if the process exits at once."""
+    _to_remove.add(path)
     try:
         yield
     finally:
         _remove(path)
-        _unfinished.discard(path)
+        _to_remove.discard(path)
 
 
 def _remove(path: Path) -> None:
@@ -102,10 +102,10 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _quiet_finalizers() -> Iterator[None]:
-    """Within the block Python prints no traceback of what a signal raised in a finalizer, where it ends."""
+    """Keeps Python from printing a traceback of `Stopped` raised in a finalizer, where exceptions are lost."""
     before = sys.unraisablehook
 
-    def hook(unraisable: Any) -> None:
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
         if not issubclass(unraisable.exc_type, Stopped):
             before(unraisable)
 
@@ -117,31 +117,31 @@ def _quiet_finalizers() -> Iterator[None]:
 
 
 @contextmanager
-def ended_by_signals(last_words: str) -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM raise Stopped at once, except in `stoppable`, where they wait for a poll.
+def exit_on_signals(last_words: str) -> Iterator[None]:
+    """Makes SIGINT and SIGTERM raise Stopped at once within the block; in `deferred_signals` they wait for a check.
 
-    Stopped comes out of the block, whatever swallowed it inside or went wrong after it. A second SIGINT ends the
-    process then and there, with `last_words` on stderr, once what is `unfinished` was removed: an exception may come in
-    the midst of torch's own code, which cannot hand it on, and what catches or waits may keep it. For a command, in the
-    main thread; ignored signals stay ignored.
+    Stopped comes out of the block even if code inside swallowed it or failed after it. A second SIGINT ends the process
+    immediately, with `last_words` on stderr, after the paths of `removed_at_end` were removed: the first exception may
+    have appeared in code that cannot pass it on, such as torch's own, or that waits. For the main thread of a command;
+    ignored signals stay ignored.
     """
 
     def leave() -> None:
-        for path in list(_unfinished):
-            with suppress(OSError):  # others may be writing there
+        for path in list(_to_remove):
+            with suppress(OSError):  # other threads may be writing there
                 _remove(path)
-        os.write(2, f"{last_words}\n".encode(errors="backslashreplace"))  # sys.stderr may be in the midst of a line
+        os.write(2, f"{last_words}\n".encode(errors="backslashreplace"))  # sys.stderr may be in the middle of a line
         os._exit(128 + signal.SIGINT)
 
-    with _noting(0, leave) as noted, _quiet_finalizers():
+    with _noting(0, leave) as pending, _quiet_finalizers():
         try:
             yield
         except (Stopped, KeyboardInterrupt):
             raise
         except BaseException:
-            noted.stop()
+            pending.stop()
             raise
-        noted.stop()
+        pending.stop()
 
 
 def _interrupt() -> None:
@@ -149,48 +149,49 @@ def _interrupt() -> None:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM wait for a `poll`; a second SIGINT is a KeyboardInterrupt at once.
+def deferred_signals() -> Iterator[None]:
+    """Makes SIGINT and SIGTERM wait for `check_signals` within the block; a second SIGINT raises KeyboardInterrupt.
 
-    The handlers that were there are put back, and get a signal that no poll obeyed. Ignored signals stay ignored.
-    Handlers run in the main thread alone: in others the block changes nothing, nor does it within another such block.
+    The previous handlers are restored after the block and receive a signal that no check obeyed. Ignored signals stay
+    ignored. Python runs handlers in the main thread only: in other threads the block changes nothing. Blocks may be
+    nested.
     """
     if not _in_main_thread():
         yield
-    elif _noted is None:
+    elif _pending is None:
         unobeyed = None
         try:
-            with _noting(1, _interrupt) as noted:
+            with _noting(1, _interrupt) as pending:
                 try:
                     yield
                 except (Stopped, KeyboardInterrupt):
-                    noted.number = None
+                    pending.number = None
                     raise
                 finally:
-                    unobeyed = noted.number
+                    unobeyed = pending.number
         finally:
             if unobeyed is not None:
                 signal.raise_signal(unobeyed)
     else:
-        noted = _noted
-        noted.waiting += 1
+        pending = _pending
+        pending.deferred += 1
         try:
             yield
         finally:
-            noted.waiting -= 1
-        if not noted.waiting:
-            poll()
+            pending.deferred -= 1
+        if not pending.deferred:
+            check_signals()
 
 
 @contextmanager
-def unstopped() -> Iterator[None]:
-    """Within the block no poll stops anything: what is written there is written to its end."""
-    noted = _noted
-    if noted is None:
+def uninterrupted() -> Iterator[None]:
+    """Makes `check_signals` do nothing within the block, so that a group of writes is completed."""
+    pending = _pending
+    if pending is None:
         yield
         return
-    noted.kept_off += 1
+    pending.uninterrupted += 1
     try:
         yield
     finally:
-        noted.kept_off -= 1
+        pending.uninterrupted -= 1

@@ -12,7 +12,7 @@ from torch import nn
 from qlora_lite.errors import TargetError
 
 
-def answers_to(name: str, wanted: str) -> bool:
+def name_matches(name: str, wanted: str) -> bool:
     """Whether a module's dotted name is `wanted`, or ends with it at a dot."""
     return name == wanted or name.endswith("." + wanted)
 
@@ -24,7 +24,7 @@ def layer_pattern(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def first_pattern(patterns: Collection[str], name: str) -> str | None:
+def matching_pattern(patterns: Collection[str], name: str) -> str | None:
     """The pattern that decides for a layer: the first that matches, else one that is its name letter for letter."""
     matching = (pattern for pattern in patterns if layer_pattern(pattern).match(name))
     return next(matching, name if name in patterns else None)
@@ -61,7 +61,7 @@ def is_router(module: nn.Module) -> bool:
 def check_all_matched(setting: str, wanted: Iterable[str], names: Iterable[str]) -> None:
     """Raises TargetError that lists every wanted name which no module answers to, and the last parts there are."""
     names = list(names)
-    lost = [name for name in wanted if not any(answers_to(candidate, name) for candidate in names)]
+    lost = [name for name in wanted if not any(name_matches(candidate, name) for candidate in names)]
     if lost:
         has = ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"
         raise TargetError(f"{setting} {lost} matched no layer; this model has: {has}")

@@ -1,4 +1,4 @@
-"""Signals wait for a poll, come when there was none, and leave the handlers as they were."""
+"""Signals wait for a check, come when there was none, and leave the handlers as they were."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from qlora_lite.errors import Stopped
 from qlora_lite.export.weight_rows import DenseRows, whole_slices
 from qlora_lite.lora.init import initialize_
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.signals import ended_by_signals, poll, stoppable, unfinished, unstopped
+from qlora_lite.signals import check_signals, deferred_signals, exit_on_signals, removed_at_end, uninterrupted
 from qlora_lite.training.run_checkpoints import MANIFEST_FILE, what_is_wrong
 from qlora_lite.training.run_state import STATE_FILE, base_fingerprint
 
@@ -49,43 +49,43 @@ def _own_handlers() -> Iterator[None]:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_poll_obeys_and_the_handlers_come_back(number: int, status: int) -> None:
     handler = signal.getsignal(number)
-    with pytest.raises(Stopped, match="stopped by SIG") as stop, stoppable():
+    with pytest.raises(Stopped, match="stopped by SIG") as stop, deferred_signals():
         signal.raise_signal(number)
-        with stoppable(), unstopped():
-            poll()
-        poll()
+        with deferred_signals(), uninterrupted():
+            check_signals()
+        check_signals()
     assert stop.value.code == status and signal.getsignal(number) is handler
-    poll()
+    check_signals()
 
 
 def test_what_no_poll_obeyed_is_sent_again_and_a_second_interrupt_is_at_once() -> None:
-    with pytest.raises(Came), stoppable():
+    with pytest.raises(Came), deferred_signals():
         signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), stoppable():
+    with pytest.raises(KeyboardInterrupt), deferred_signals():
         signal.raise_signal(signal.SIGINT)
-        with unstopped():
+        with uninterrupted():
             signal.raise_signal(signal.SIGINT)
 
 
 def test_ignored_signals_and_other_threads_change_nothing() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with stoppable():
+    with deferred_signals():
         signal.raise_signal(signal.SIGINT)
-        poll()
+        check_signals()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     said: list[str] = []
 
     def elsewhere() -> None:
-        with stoppable():
-            poll()
+        with deferred_signals():
+            check_signals()
             said.append("done")
 
-    with pytest.raises(Stopped), stoppable():
+    with pytest.raises(Stopped), deferred_signals():
         signal.raise_signal(signal.SIGTERM)
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
-        poll()
+        check_signals()
     assert said == ["done"]
 
 
@@ -93,17 +93,17 @@ def test_ignored_signals_and_other_threads_change_nothing() -> None:
 def test_a_command_ends_at_once_but_waits_where_it_is_asked(number: int) -> None:
     handler, hook = signal.getsignal(number), sys.unraisablehook
     done: list[str] = []
-    with pytest.raises(Stopped) as stop, ended_by_signals(""):
+    with pytest.raises(Stopped) as stop, exit_on_signals(""):
         signal.raise_signal(number)
         done.append("went on")
     assert stop.value.code == 128 + number
-    with pytest.raises(Stopped), ended_by_signals(""):
-        with stoppable():
-            with stoppable():
+    with pytest.raises(Stopped), exit_on_signals(""):
+        with deferred_signals():
+            with deferred_signals():
                 signal.raise_signal(number)
             done.append("waited")
         done.append("went on")
-    with pytest.raises(Stopped), ended_by_signals(""), stoppable():
+    with pytest.raises(Stopped), exit_on_signals(""), deferred_signals():
         signal.raise_signal(number)
         raise ValueError  # what went wrong after a signal is not why it ended
     assert done == ["waited"] and signal.getsignal(number) is handler and sys.unraisablehook is hook
@@ -123,10 +123,10 @@ def test_a_signal_that_was_swallowed_is_not_lost(capsys: pytest.CaptureFixture[s
         said.append("went on")
 
     said: list[str] = []
-    with pytest.raises(Stopped), ended_by_signals(""):
+    with pytest.raises(Stopped), exit_on_signals(""):
         dropped(signal.SIGTERM)
-        poll()
-    with pytest.raises(Stopped), ended_by_signals(""):
+        check_signals()
+    with pytest.raises(Stopped), exit_on_signals(""):
         dropped(signal.SIGINT)
     assert said == ["went on"] * 2 and capsys.readouterr().err == ""
 
@@ -136,9 +136,14 @@ def test_a_second_interrupt_leaves_a_command_then_and_there(tmp_path: Path, capf
     (tmp_path / "kept").touch()
 
     def leave() -> None:
-        with ended_by_signals("the last words"), stoppable(), unfinished(tmp_path / "folder"), unstopped():
+        with (
+            exit_on_signals("the last words"),
+            deferred_signals(),
+            removed_at_end(tmp_path / "folder"),
+            uninterrupted(),
+        ):
             (tmp_path / "folder" / "file").touch()
-            with unfinished(tmp_path / "file"), suppress(BaseException):
+            with removed_at_end(tmp_path / "file"), suppress(BaseException):
                 (tmp_path / "file").touch()
                 signal.raise_signal(signal.SIGTERM)
                 signal.raise_signal(signal.SIGINT)
@@ -165,7 +170,7 @@ def _traced() -> None:
 
 
 def _read(folder: Path) -> Any:
-    with unstopped():
+    with uninterrupted():
         write_safetensors(folder / "a.safetensors", {"a": planned(torch.zeros(2))})
     return read_safetensors(folder / "a.safetensors")
 
@@ -186,7 +191,7 @@ LONG_WORK: dict[str, Callable[[Path], Any]] = {
 def test_long_work_asks(what: str, tmp_path: Path) -> None:
     (tmp_path / MANIFEST_FILE).write_text(json.dumps({"files": {STATE_FILE: {}}}))
     (tmp_path / STATE_FILE).write_text("{}")
-    with pytest.raises(Stopped), stoppable():
+    with pytest.raises(Stopped), deferred_signals():
         signal.raise_signal(signal.SIGTERM)
         LONG_WORK[what](tmp_path)
         pytest.fail("it did not ask")

@@ -11,18 +11,18 @@ from torch import nn
 
 from qlora_lite.errors import TargetError
 from qlora_lite.surgery import (
-    answers_to,
     check_all_matched,
     exchange_modules_,
-    first_pattern,
     is_transposed_linear,
+    matching_pattern,
+    name_matches,
     replace_modules_,
 )
 
 
 def test_names_end_at_dots() -> None:
-    assert answers_to("a.q_proj", "q_proj") and answers_to("a.b", "a.b")
-    assert not answers_to("a.xq_proj", "q_proj")
+    assert name_matches("a.q_proj", "q_proj") and name_matches("a.b", "a.b")
+    assert not name_matches("a.xq_proj", "q_proj")
     with pytest.raises(TargetError, match=r"\['q_porj'\] matched no layer; this model has: k_proj, q_proj"):
         check_all_matched("target_modules", ["q_porj", "q_proj"], ["x.q_proj", "x.k_proj"])
 
@@ -39,7 +39,7 @@ def test_patterns_decide_as_in_peft(patterns: list[str], name: str) -> None:
     from peft.utils.other import get_pattern_key
 
     numbers = {pattern: number for number, pattern in enumerate(patterns)}
-    found = first_pattern(numbers, name)
+    found = matching_pattern(numbers, name)
     assert (None if found is None else numbers[found]) == numbers.get(get_pattern_key(numbers, name))
 
 

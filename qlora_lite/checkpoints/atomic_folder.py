@@ -21,7 +21,7 @@ from pathlib import Path
 
 from qlora_lite.checkpoints.files import UNFINISHED, sync
 from qlora_lite.errors import CheckpointError, listing
-from qlora_lite.signals import stoppable, unfinished
+from qlora_lite.signals import deferred_signals, removed_at_end
 
 # The files of checkpoints, adapters and runs. A folder that holds other files is never replaced.
 CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jsonl", ".jinja", ".model")
@@ -90,11 +90,11 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(target))  # a link is followed, not replaced
     check_replaceable(target, overwrite)
-    with stoppable(), _write_errors(target):
+    with deferred_signals(), _write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned_folders(target.parent, f".{glob.escape(target.name)}.*{UNFINISHED}")
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent))
-        with unfinished(temporary):
+        with removed_at_end(temporary):
             # mkdtemp gives mode 0700. Here the mode follows the umask, and the setgid bit inherited from the parent is
             # kept, as for a folder made by mkdir.
             os.chmod(temporary, temporary.stat().st_mode & stat.S_ISGID | 0o777 & ~_umask())

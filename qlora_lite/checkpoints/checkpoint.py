@@ -32,8 +32,8 @@ from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import CheckpointError, ConfigError, listing
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import eight_bit_format
-from qlora_lite.quantization.quantize_model import Slot, slots
-from qlora_lite.surgery import answers_to, is_transposed_linear
+from qlora_lite.quantization.quantize_model import WeightToPack, weights_to_pack
+from qlora_lite.surgery import is_transposed_linear, name_matches
 
 SHOWN = 8
 BITSANDBYTES = "bitsandbytes"
@@ -154,11 +154,11 @@ class Checkpoint:
     def plain(self, name: str) -> LazyTensor:
         """Returns a tensor that the model does not pack."""
         stored = self.tensors[name]
-        assert not isinstance(stored, _STORED_PACKED)  # packed tensors belong to a slot
+        assert not isinstance(stored, _STORED_PACKED)  # packed tensors belong to a WeightToPack
         return stored
 
-    def packed_weights(self, name: str, slot: Slot, dtype: torch.dtype) -> list[LazyPackedWeight]:
-        """Returns the packed weight of a slot, unread; for a stack of experts, one for each matrix.
+    def packed_weights(self, name: str, to_pack: WeightToPack, dtype: torch.dtype) -> list[LazyPackedWeight]:
+        """Returns the packed form of a weight, unread; for a stack of experts, one for each matrix.
 
         dtype: what a plain weight is rounded to before it is packed. A transposed layer's weight is packed as
         `(out, in)`.
@@ -167,16 +167,16 @@ class Checkpoint:
         if isinstance(stored, _STORED_PACKED):
             return [stored]
         matrices: list[LazyTensor] = [stored]
-        if slot.stack is not None:
+        if to_pack.stack is not None:
             matrices = [stored.select(index) for index in range(stored.shape[0])]
-        if slot.transposed:
+        if to_pack.transposed:
             matrices = [Transposed(matrix) for matrix in matrices]
-        return [PackedOnLoad(matrix, self.config, slot.format, dtype) for matrix in matrices]
+        return [PackedOnLoad(matrix, self.config, to_pack.format, dtype) for matrix in matrices]
 
-    def slots(self, model: nn.Module) -> list[Slot]:
-        """Returns the slots of a model that are packed. Raises CheckpointError for packed weights without a layer."""
-        found = slots(model, self.config)
-        names = {f"{name}.{slot.stack or 'weight'}" for slot in found for name in slot.modules}
+    def weights_to_pack(self, model: nn.Module) -> list[WeightToPack]:
+        """Returns the weights of a model to pack. Raises CheckpointError for packed weights without a layer."""
+        found = weights_to_pack(model, self.config)
+        names = {f"{name}.{to_pack.stack or 'weight'}" for to_pack in found for name in to_pack.modules}
         unused = [n for n, tensor in self.tensors.items() if isinstance(tensor, _STORED_PACKED) and n not in names]
         if unused:
             raise CheckpointError(f"{self.folder}: {_listed('are packed and belong to no linear layer', unused)}")
@@ -209,7 +209,7 @@ def _as_stored(
             f"{formats[0]!r}, or name the checkpoint that it was packed from"
         )
     layers = [name.removesuffix(".weight") for name in packed]
-    if both := [name for name in layers for skip in wanted.skip_modules or () if answers_to(name, skip)]:
+    if both := [name for name in layers for skip in wanted.skip_modules or () if name_matches(name, skip)]:
         raise ConfigError(f"{folder} has packed layers that skip_modules excludes from packing: {listing(both, SHOWN)}")
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed_linear(m)]
     embedding = eight_bit_format().name if rows else wanted.embedding_format

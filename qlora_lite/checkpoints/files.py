@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_lite.errors import CheckpointError, ConfigError
-from qlora_lite.signals import stoppable, unfinished
+from qlora_lite.signals import deferred_signals, removed_at_end
 
 # For configs and indexes. The index of a model with a hundred thousand tensors has 10 MB.
 LARGEST_JSON = 32 << 20
@@ -98,7 +98,7 @@ def new_file(path: str | Path, overwrite: bool = False) -> Iterator[BinaryIO]:
     path = Path(os.path.realpath(path))  # a link is followed, not replaced
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
-        with stoppable(), unfinished(temporary):
+        with deferred_signals(), removed_at_end(temporary):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
                 yield file

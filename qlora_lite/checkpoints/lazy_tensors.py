@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import CheckpointError, listing
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 
 # Read at once of a tensor that is converted, packed or compared slice by slice.
 READ_BYTES = 4 << 20
@@ -51,7 +51,7 @@ def read_slices(tensor: LazyTensor, max_bytes: int, step: int = 1) -> Iterator[t
     """Yields (first row, rows) of at most `max_bytes` each; a slice starts at a multiple of `step`."""
     fake_if_rehearsed = torch.empty(0)  # fake within a FakeTensorMode
     for part in slices_within(tensor.shape, tensor.dtype.itemsize, max_bytes, step, like=fake_if_rehearsed):
-        poll()
+        check_signals()
         yield part.start, tensor.rows(part.start, part.stop)
 
 

@@ -23,8 +23,8 @@ from qlora_lite.checks import check_finite
 from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits
 from qlora_lite.errors import CheckpointError, QuantizationError, listing
 from qlora_lite.quantization.config import QuantConfig
-from qlora_lite.quantization.quantize_model import Slot
-from qlora_lite.signals import poll
+from qlora_lite.quantization.quantize_model import WeightToPack
+from qlora_lite.signals import check_signals
 
 
 class CheckpointLike(Protocol):
@@ -38,32 +38,34 @@ class CheckpointLike(Protocol):
 
     def plain(self, name: str) -> LazyTensor: ...
 
-    def packed_weights(self, name: str, slot: Slot, dtype: torch.dtype) -> list[LazyPackedWeight]: ...
+    def packed_weights(self, name: str, to_pack: WeightToPack, dtype: torch.dtype) -> list[LazyPackedWeight]: ...
 
-    def slots(self, model: nn.Module) -> list[Slot]: ...
+    def weights_to_pack(self, model: nn.Module) -> list[WeightToPack]: ...
 
 
 class _Loader:
-    """Puts the tensors of a checkpoint into a model: packed into its slots, plain into all modules that have them."""
+    """Puts the tensors of a checkpoint into a model: packed where needed, plain into all modules that have them."""
 
     def __init__(self, model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.checkpoint, self.dtype, self.device = model, checkpoint, dtype, device
-        self._slots: dict[Tensor, Slot] = {slot.weight: slot for slot in checkpoint.slots(model)}
+        self._to_pack: dict[Tensor, WeightToPack] = {
+            to_pack.weight: to_pack for to_pack in checkpoint.weights_to_pack(model)
+        }
         self._names: dict[Tensor, list[str]] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             self._names.setdefault(tensor, []).append(name)
 
     def load_(self, name: str, target: Tensor) -> None:
         """Reads a tensor in place of `target`, the one on meta. Raises QuantizationError for values not finite."""
-        slot, config = self._slots.get(target), self.checkpoint.config
-        if slot is not None:
-            packed = [weight.load(self.device) for weight in self.checkpoint.packed_weights(name, slot, self.dtype)]
+        to_pack, config = self._to_pack.get(target), self.checkpoint.config
+        if to_pack is not None:
+            packed = [weight.load(self.device) for weight in self.checkpoint.packed_weights(name, to_pack, self.dtype)]
             for matrix in packed:
                 matrix.int8_activations = config.int8_activations and matrix.format == config.format
-            if slot.stack is None:
-                slot.fill_(self.model, packed[0], config)
+            if to_pack.stack is None:
+                to_pack.fill_(self.model, packed[0], config)
             else:
-                slot.fill_stack_(self.model, packed, config)
+                to_pack.fill_stack_(self.model, packed, config)
             return
         stored = self.checkpoint.plain(name)
         dtype = self.dtype if stored.dtype.is_floating_point else target.dtype
@@ -117,12 +119,12 @@ def load_quantized(
 
 
 def load_tensors_(model: Any, checkpoint: CheckpointLike, dtype: torch.dtype, device: torch.device) -> None:
-    """Fills a model on meta with the tensors of a checkpoint, packed where its slots say so, and freezes the model."""
+    """Fills a model on meta with the tensors of a checkpoint, packed where they are to be, and freezes the model."""
     targets = model.state_dict(keep_vars=True)
     loader = _Loader(model, checkpoint, dtype, device)
     bad: list[str] = []
     for name in checkpoint.tensors:
-        poll()
+        check_signals()
         target = targets.pop(name)  # not kept, so that a replaced tensor can be freed
         try:
             loader.load_(name, target)

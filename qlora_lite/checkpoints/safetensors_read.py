@@ -25,7 +25,7 @@ from torch import Tensor
 from qlora_lite.checkpoints.files import LARGEST_JSON, excerpt, is_regular, open_regular, read_json
 from qlora_lite.checkpoints.safetensors_write import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
 from qlora_lite.errors import CheckpointError, listing
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 
 DTYPE_OF = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 HEADER_LENGTH_BYTES = 8
@@ -73,7 +73,7 @@ class StoredTensor:
         return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], begin=begin)
 
     def _read(self, offset: int, shape: tuple[int, ...]) -> Tensor:
-        poll()
+        check_signals()
         tensor = torch.empty(shape, dtype=self.dtype)
         unfilled = tensor.view(-1).view(torch.uint8).numpy().data
         try:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qlora_lite.checkpoints.files import write_json
 from qlora_lite.errors import CheckpointError
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -95,7 +95,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
         for name, plan in tensors.items():
             written = 0
             for rows in plan.slices():
-                poll()
+                check_signals()
                 piece = rows.detach().cpu().contiguous()
                 written += piece.nbytes
                 fits = tuple(piece.shape[1:]) == plan.shape[len(plan.shape) - piece.dim() + 1 :]

@@ -55,7 +55,7 @@ def merge(
     from qlora_lite.export.report import render
     from qlora_lite.export.verify import render as render_verification
     from qlora_lite.quantization.config import QuantConfig
-    from qlora_lite.signals import stoppable
+    from qlora_lite.signals import deferred_signals
 
     target = dtype_named(dtype)
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
@@ -65,7 +65,7 @@ def merge(
     prompts = None
     if verify is not None:
         prompts = tokenize_file(verify, load_tokenizer(model), verify_max_length, prompts_too=True)
-    with stoppable():
+    with deferred_signals():
         done = merge_checkpoint(
             model,
             adapter,

@@ -46,7 +46,7 @@ def profile(
     from qlora_lite.memory.snapshot import memory_snapshot
     from qlora_lite.planning.training_rehearsal import try_rehearse_steps
     from qlora_lite.quantization.config import QuantConfig
-    from qlora_lite.signals import stoppable
+    from qlora_lite.signals import deferred_signals
     from qlora_lite.training.config import TrainConfig, checkpointing_named
     from qlora_lite.training.loop import profile_steps
 
@@ -62,13 +62,13 @@ def profile(
     if png is not None:
         check_writable(png, ".png", overwrite)
         require_matplotlib()
-    with stoppable(), nullcontext() if snapshot is None else memory_snapshot(snapshot):
+    with deferred_signals(), nullcontext() if snapshot is None else memory_snapshot(snapshot):
         profiler = MemoryProfiler(trace=mode == "full")
         report = profile_steps(model, quant, lora, config, rows=rows, tokens=tokens, profiler=profiler)
     print(render(report))
     predicted = None
     if predict and mode == "full":
-        with stoppable():
+        with deferred_signals():
             predicted, why_not = try_rehearse_steps(model, quant, lora, config, rows=rows, tokens=tokens)
         print(why_not if predicted is None else render_comparison(predicted, report))
     if html is not None:

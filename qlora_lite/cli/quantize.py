@@ -34,13 +34,13 @@ def quantize(
     from qlora_lite.export.quantized import save_quantized
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.quantization.formats import format_named
-    from qlora_lite.signals import stoppable
+    from qlora_lite.signals import deferred_signals
 
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
     format_named(format)  # refuses "none", which packs nothing
     shard = shard_bytes(max_shard_size)
     check_output(output, overwrite, model)
-    with stoppable():
+    with deferred_signals():
         files = save_quantized(load_quantized(model, quant), output, max_shard_bytes=shard, overwrite=overwrite)
     size = sum((output / file).stat().st_size for file in files)
     finish({"format": format, "bytes": size, "files": files, "output": str(output)}, json)

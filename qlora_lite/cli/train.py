@@ -179,7 +179,7 @@ def train(
     from qlora_lite.lora.targets import layer_numbers
     from qlora_lite.planning.memory_budget import config_within, device_memory
     from qlora_lite.quantization.config import QuantConfig
-    from qlora_lite.signals import stoppable
+    from qlora_lite.signals import deferred_signals
     from qlora_lite.training.config import TrainConfig, checkpointing_named
     from qlora_lite.training.distributed import is_first_process
     from qlora_lite.training.loop import train as train_model
@@ -202,7 +202,7 @@ def train(
     pad = tokenizer.pad_token_id
     stream = batches(tokenized.examples, batch_size, seed, pad_token_id=pad, packing=packing, max_length=max_length)
     budgeted = None
-    with stoppable():
+    with deferred_signals():
         if memory_budget is not None:
             memory = device_memory(byte_count("--memory-budget must be", memory_budget))
             tokens = max_length if packing else tokenized.longest

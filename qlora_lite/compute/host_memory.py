@@ -1,18 +1,18 @@
-"""Keeps freed pages of host memory in the process while it works, and hands them back between its phases.
+"""Returns freed heap pages to the operating system between blocks during CPU training, and keeps them in between.
 
-glibc's malloc hands every block above 128 KiB (at most 32 MiB, as it learns) back to the kernel when it is freed, and
-gets zeroed pages for the next one. Unpacking a weight and dropping it again, hundreds of times a step, then spends
-more time in page faults than in arithmetic. The two limits below (mallopt(3)) let malloc reuse the pages instead.
+glibc's malloc returns every block above 128 KiB (up to 32 MiB, as it adapts) to the kernel when it is freed, and gets
+zeroed pages for the next one. Unpacking a weight and freeing it again, hundreds of times a step, then spends more time
+in page faults than in arithmetic. `set_host_limits` sets two limits (mallopt(3)) that let malloc reuse the pages.
 
-What is reused in one order is full of holes for another: temporaries of many sizes beside tensors that stay, backward
-after forward, batches of other lengths would touch ever more of the heap, up to several times what lives. So the pages
-of all holes go back whenever the process has grown by a part of itself (`HoleLimit`), and, where memory counts more
-than time, between forward and backward (malloc_trim(3)). A page that is wanted again costs a page fault: with the
-small part some 2 % of a step that recomputes, and 9 % of one that keeps all.
+Memory that is reused in one order is fragmented for another: temporaries of many sizes next to tensors that stay,
+backward after forward, and batches of other lengths touch ever more of the heap, up to several times the live memory.
+`HeapTrimmer` therefore returns all free pages (malloc_trim(3)) when the process has grown by a fraction of its size
+and, where memory counts more than time, between forward and backward. A page that is needed again costs a page fault:
+with the small fraction about 2 % of a step that recomputes, and 9 % of a step that keeps all activations.
 
-oneDNN, which multiplies matrices of 16 bits for torch on a CPU, makes a program for each shape of a product, of some
-650 KiB, and keeps the last 1,024: with batches of many lengths they grow to twice what training needs. A model's step
-has some thirty shapes; what is made again when a length comes back takes a millisecond each.
+oneDNN, which multiplies 16-bit matrices for torch on a CPU, compiles a program of about 650 KiB for each shape of a
+product and keeps the last 1,024: with batches of many lengths these take twice the memory that training needs. A step
+has about thirty shapes. Compiling a program again takes a millisecond.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import psutil
 import torch
@@ -36,25 +35,25 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 # glibc refuses a larger one.
 LARGEST_MMAP_THRESHOLD = 32 << 20
-# Free memory at the top of the heap beyond this goes back to the kernel.
+# malloc returns free memory at the top of the heap beyond this.
 KEPT_BYTES = 256 << 20
-# The process may grow by this part of what it was, and by LEAST_GROWTH in any case, before holes go back.
-# 1/16 trims between any two blocks of a large model (a fifth of the time), 1/4 saves less.
-TIGHT, LOOSE = 1 / 7, 1.0
-LEAST_GROWTH = 48 << 20
-# oneDNN's own cache of programs (its documentation, "Primitive Cache"), and that of torch's layer above it (ideep),
-# each of which holds on to what the other lets go: the names that the limit of each goes by, the older ones last.
+# The fraction of its size that the process may grow by, and at least MIN_GROWTH, before free pages are returned.
+# 1/16 trims between any two blocks of a large model, which takes a fifth of the time; 1/4 saves less memory.
+TRIM_OFTEN, TRIM_RARELY = 1 / 7, 1.0
+MIN_GROWTH = 48 << 20
+# Environment variables that limit oneDNN's own cache of programs (its documentation, "Primitive Cache") and that of
+# torch's layer above it (ideep); either cache keeps programs that the other one dropped. Older names come last.
 PROGRAM_CACHES = (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"), ("LRU_CACHE_CAPACITY",))
-# Fewer than a step needs would all be made again in each layer.
+# With fewer than a step needs, each layer would compile all of its programs again.
 KEPT_PROGRAMS = 96
 
 
 @functools.cache
 def set_host_limits() -> bool:
-    """Sets oneDNN's and malloc's limits for this process, once; whether malloc's could be set (glibc only).
+    """Sets the limits of oneDNN and malloc for this process, once. Returns whether malloc's were set (glibc only).
 
-    oneDNN's are variables of the environment that are read at a process's first product, and count if this comes
-    before that; what a user has set stays.
+    oneDNN reads its environment variables at the first product of a process, so this has to come before. Variables that
+    the user has set are kept.
     """
     for names in PROGRAM_CACHES:
         if not any(name in os.environ for name in names):
@@ -68,33 +67,33 @@ def set_host_limits() -> bool:
 
 
 def release_freed_pages() -> bool:
-    """Hands what malloc keeps of freed memory back to the kernel; whether there was any (glibc only)."""
+    """Returns freed memory that malloc keeps to the kernel. Returns whether there was any (glibc only)."""
     trim = _malloc_trim()
     return trim is not None and bool(trim(0))
 
 
-class HoleLimit:
-    """Hands freed pages back each time the process has grown by a part, TIGHT or LOOSE, of its smallest size.
+class HeapTrimmer:
+    """Returns freed pages each time the process has grown by a fraction of the smallest size that it had.
 
-    Tight is for who counts bytes, loose for who counts seconds.
+    fraction: TRIM_OFTEN to save memory, TRIM_RARELY to save time.
     """
 
-    def __init__(self, part: float = TIGHT) -> None:
-        self._process, self._part = psutil.Process(), part
+    def __init__(self, fraction: float = TRIM_OFTEN) -> None:
+        self._process, self._fraction = psutil.Process(), fraction
         self._smallest = self._resident()
 
     def _resident(self) -> int:
         return int(self._process.memory_info().rss)
 
-    def phase_ends(self) -> None:
-        """The next phase will ask for memory in another order: a tight limit hands everything back."""
-        if self._part <= TIGHT:
+    def end_phase(self) -> None:
+        """Trims between forward and backward, which allocate in different orders; with TRIM_RARELY does nothing."""
+        if self._fraction <= TRIM_OFTEN:
             release_freed_pages()
 
     def check(self) -> bool:
-        """Asks for the size of the process, which takes some 10 microseconds; whether pages went back."""
+        """Trims if the process has grown. Returns whether it did. Reading the size takes about 10 microseconds."""
         resident = self._resident()
-        grown = resident - self._smallest > max(LEAST_GROWTH, self._smallest * self._part)
+        grown = resident - self._smallest > max(MIN_GROWTH, self._smallest * self._fraction)
         if grown:
             release_freed_pages()
             self._smallest = self._resident()
@@ -104,33 +103,35 @@ class HoleLimit:
 
 
 @functools.cache
-def _malloc_trim() -> Any | None:
+def _malloc_trim() -> Callable[[int], int] | None:
     try:
-        return ctypes.CDLL(None).malloc_trim
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError):
         return None
+    return trim
 
 
-def _checked(limit: HoleLimit, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A block's forward; looks at the process before it, and before its backward."""
-    limit.check()
-    result = own(*args, **kwargs)
+def _with_checks(trimmer: HeapTrimmer, forward: Callable[..., object], *args: object, **kwargs: object) -> object:
+    """Runs the forward of a block; checks the process before it, and before the backward of the block."""
+    trimmer.check()
+    result = forward(*args, **kwargs)
     for value in result if isinstance(result, tuple) else (result,):
         if isinstance(value, Tensor) and value.requires_grad:
-            value.register_hook(lambda grad: (limit.check(), None)[1])
+            value.register_hook(lambda grad: (trimmer.check(), None)[1])
             break
     return result
 
 
 @contextmanager
-def holes_limited(model: nn.Module, device: torch.device, kind: str | int) -> Iterator[HoleLimit]:
-    """Within the block, a `HoleLimit` is checked before each repeated block's forward and backward.
+def heap_trimming(model: nn.Module, device: torch.device, checkpointing: str | int) -> Iterator[HeapTrimmer]:
+    """Checks a `HeapTrimmer` before the forward and the backward of each repeated block, within the `with` block.
 
-    kind: of checkpointing; who recomputes nothing ("none") gives memory for time, and the limit is loose.
-    On an accelerator, whose memory is not the process's, blocks are left alone. Forward methods are put back after.
+    checkpointing: as in TrainConfig; with "none" memory is spent to save time, so the heap is trimmed rarely. Modules
+    on an accelerator, whose memory is not the process's, are left alone.
     """
-    limit = HoleLimit(LOOSE if kind == "none" else TIGHT)
+    trimmer = HeapTrimmer(TRIM_RARELY if checkpointing == "none" else TRIM_OFTEN)
     with ExitStack() as stack:
         for block in repeated_blocks(model) if on_cpu(device) else []:
-            stack.enter_context(patched_forward(block, functools.partial(_checked, limit, block.forward)))
-        yield limit
+            forward = functools.partial(_with_checks, trimmer, block.forward)
+            stack.enter_context(patched_forward(block, forward))
+        yield trimmer

@@ -15,7 +15,7 @@ from qlora_lite.checkpoints.safetensors_write import raw_bytes
 from qlora_lite.compute.random_state import RandomSources, RandomState
 from qlora_lite.data.batching import Batch
 from qlora_lite.errors import CheckpointError, ConfigError, TrainingError
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 
 END = object()
 
@@ -88,7 +88,7 @@ class BatchStream:
 
     def _next(self) -> Any:
         """The next batch of this epoch; END behind the last."""
-        poll()
+        check_signals()
         if self._iterator is None:
             self._start = None if self._sources is None else self._sources.capture()
             self._iterator = iter(self._batches)

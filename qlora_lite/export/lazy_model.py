@@ -25,7 +25,7 @@ from qlora_lite.compute.slicing import regrouped_rows
 from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import ConfigError
 from qlora_lite.patches import patched_forward
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 from qlora_lite.surgery import has_own_forward, is_transposed_linear
 
 # Two orders of fp32 operations on one number.
@@ -47,7 +47,7 @@ class LazyWeights:
         """(first row, rows), floats in fp32."""
         first = 0
         for rows in self.tensors[name]():
-            poll()
+            check_signals()
             yield first, rows.to("cpu", torch.float32 if rows.is_floating_point() else rows.dtype)
             first += rows.shape[0] if rows.dim() else 1
 

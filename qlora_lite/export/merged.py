@@ -44,7 +44,7 @@ from qlora_lite.lora.peft.keys import BASE_COPY, PREFIX, TOKEN_ADAPTER, adapter_
 from qlora_lite.lora.peft.options import CONFIG_FILE
 from qlora_lite.lora.peft.save_load import load_adapter_
 from qlora_lite.quantization.config import QuantConfig
-from qlora_lite.quantization.quantize_model import Slot
+from qlora_lite.quantization.quantize_model import WeightToPack
 
 REPORT_FILE = "merge_report.json"
 
@@ -94,13 +94,16 @@ def _originals(model: nn.Module, source: Path | None, base: str) -> Mapping[str,
 
 
 def _check_same_base(
-    adapter: Path, model: nn.Module, checkpoint: Checkpoint, slots: list[Slot], dtype: torch.dtype
+    adapter: Path, model: nn.Module, checkpoint: Checkpoint, weights_to_pack: list[WeightToPack], dtype: torch.dtype
 ) -> None:
     """CheckpointError for unpacked base weights that came with the adapter and are not those of the checkpoint.
 
     `load_adapter_` compares them with a model's; on meta there is nothing to compare with.
     """
-    packed, tied = {name for slot in slots for name in slot.modules}, dict(architecture.tied_pairs(model))
+    packed, tied = (
+        {name for to_pack in weights_to_pack for name in to_pack.modules},
+        dict(architecture.tied_pairs(model)),
+    )
     for key, copy in adapter_tensors(adapter).items():
         name = key.removeprefix(PREFIX).removesuffix(BASE_COPY).removesuffix(TOKEN_ADAPTER)
         if not key.endswith(BASE_COPY) or name in packed:
@@ -112,13 +115,13 @@ def _check_same_base(
 
 
 def _check_own_base(
-    adapter: Path, names: list[str], checkpoint: Checkpoint, slots: list[Slot], dtype: torch.dtype
+    adapter: Path, names: list[str], checkpoint: Checkpoint, weights_to_pack: list[WeightToPack], dtype: torch.dtype
 ) -> None:
     """CheckpointError for an adapter on a base that LoftQ packed anew, unless that base is the checkpoint."""
     digest = read_json(adapter / CONFIG_FILE).get(PACKED_HASH_KEY)
     if digest is None:
         return
-    slot_of = {name: slot for slot in slots for name in slot.modules}
+    slot_of = {name: to_pack for to_pack in weights_to_pack for name in to_pack.modules}
     ordered, there = sorted(names), not checkpoint.originals and slot_of.keys() >= set(names)
     sources = ((name, checkpoint.packed_weights(f"{name}.weight", slot_of[name], dtype)[0]) for name in ordered)
     if not there or packed_weights_hash((name, source.load(torch.device("cpu"))) for name, source in sources) != digest:
@@ -228,11 +231,11 @@ def merge_checkpoint(
     architecture.tie(model)
     _check_has_originals(source, base)
     checkpoint = Checkpoint.open(source, model, config)
-    slots = checkpoint.slots(model)
+    weights_to_pack = checkpoint.weights_to_pack(model)
     adapted = load_adapter_(model, adapter, any_base=True)  # which was asked above
-    _check_own_base(Path(adapter), adapted, checkpoint, slots, load_dtype)
-    _check_same_base(Path(adapter), model, checkpoint, slots, load_dtype)
-    origin = ModelOnDisk(slots, checkpoint, load_dtype, lazy_updates_(model, adapter))
+    _check_own_base(Path(adapter), adapted, checkpoint, weights_to_pack, load_dtype)
+    _check_same_base(Path(adapter), model, checkpoint, weights_to_pack, load_dtype)
+    origin = ModelOnDisk(weights_to_pack, checkpoint, load_dtype, lazy_updates_(model, adapter))
     hub.load_generation_config_(model, source)
     plan = ExportPlan.of(model, base, dtype, origin, checkpoint.originals)
     return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)

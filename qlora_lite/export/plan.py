@@ -20,7 +20,7 @@ from qlora_lite.checkpoints.checkpoint import Checkpoint
 from qlora_lite.checkpoints.lazy_tensors import LazyTensor, read_slices
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor
 from qlora_lite.checks import FLOAT_DTYPES
-from qlora_lite.compute.host_memory import HoleLimit, release_freed_pages
+from qlora_lite.compute.host_memory import HeapTrimmer, release_freed_pages
 from qlora_lite.compute.weight_update import Delta, Replaced, StackDelta, Update
 from qlora_lite.errors import CheckpointError
 from qlora_lite.export.lazy_model import LazyWeights
@@ -49,7 +49,7 @@ from qlora_lite.lora.peft.experts import stack_key_names, unflatten_A, unflatten
 from qlora_lite.lora.peft.keys import adapter_tensors, peft_key
 from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.quantization.quantize_model import Slot
+from qlora_lite.quantization.quantize_model import WeightToPack
 
 # Of fp32 values at once: what stays in the caches while it is summed, cast and measured.
 SLICE_BYTES = 2 << 20
@@ -91,15 +91,19 @@ class ModelInMemory:
 class ModelOnDisk:
     """Of an empty model that stands for a checkpoint: what `load_quantized` would have made of each tensor.
 
-    slots: what the checkpoint packs of the model, before adapters were put onto it. deltas: those of the adapter on
-    disk, by the weights' names (`lazy_updates_`).
+    weights_to_pack: what the checkpoint packs of the model, before adapters were put onto it.
+    deltas: those of the adapter on disk, by the weights' names (`lazy_updates_`).
     """
 
     def __init__(
-        self, slots: list[Slot], checkpoint: Checkpoint, dtype: torch.dtype, deltas: Mapping[str, Callable[[], Update]]
+        self,
+        weights_to_pack: list[WeightToPack],
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        deltas: Mapping[str, Callable[[], Update]],
     ) -> None:
         self._checkpoint, self._dtype, self._deltas = checkpoint, dtype, deltas
-        self._slots = {id(slot.weight): slot for slot in slots}
+        self._to_pack = {id(to_pack.weight): to_pack for to_pack in weights_to_pack}
 
     def _name(self, weight: PlainWeight) -> str:
         name = weight.name_in(self._checkpoint.tensors)
@@ -107,12 +111,12 @@ class ModelOnDisk:
         return name
 
     def trained(self, weight: PlainWeight) -> list[WeightRows]:
-        name, slot = self._name(weight), self._slots.get(id(weight.holder))
-        if slot is None:
+        name, to_pack = self._name(weight), self._to_pack.get(id(weight.holder))
+        if to_pack is None:
             stored = self._checkpoint.plain(name)
             return [StoredRows(piece, self._dtype) for piece in _pieces(stored, isinstance(weight.delta, StackDelta))]
-        sources = self._checkpoint.packed_weights(name, slot, self._dtype)
-        return [RepackedRows(source, slot.transposed) for source in sources]
+        sources = self._checkpoint.packed_weights(name, to_pack, self._dtype)
+        return [RepackedRows(source, to_pack.transposed) for source in sources]
 
     def delta(self, weight: PlainWeight) -> Update:
         return self._deltas[weight.name]()
@@ -190,7 +194,7 @@ class ExportPlan:
     tensors: dict[str, PlannedTensor] = field(default_factory=dict)
     figures: list[TensorFigures] = field(default_factory=list)
     sources: list[MergeInputs] = field(default_factory=list)
-    holes: HoleLimit = field(default_factory=HoleLimit)
+    holes: HeapTrimmer = field(default_factory=HeapTrimmer)
 
     @classmethod
     def of(

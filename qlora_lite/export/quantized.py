@@ -37,7 +37,7 @@ from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.formats import format_named
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 
 SHOWN = 8
 
@@ -192,7 +192,7 @@ def save_quantized(
     plan = _Plan()
     weights, _ = weights_to_write(model)  # nothing is adapted, so what is tied stays so
     for weight in weights:
-        poll()
+        check_signals()
         plan.add(weight.name, weight.holder, layers, dtype, compute)
     with new_folder(Path(folder), overwrite) as temporary:
         check_free_space(Path(folder), plan.bytes())

@@ -25,7 +25,7 @@ from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import ConfigError, QuantizationError
 from qlora_lite.export.lazy_model import LazyModel, LazyWeights
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 
 BASE, ADAPTER = "base", "adapter"
 DEQUANTIZED, ORIGINAL = BASES = ("dequantized", "original")
@@ -277,7 +277,7 @@ def compare(
         models[BASE] = compared.base
     sums = {name: _Sums() for name in models}
     for group in _groups(examples):
-        poll()
+        check_signals()
         _compare_group(model, models, _Group.of(group), sums)
     tokens = sum(len(example.input_ids) for example in examples)
 

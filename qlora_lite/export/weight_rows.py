@@ -24,7 +24,7 @@ from qlora_lite.compute.slicing import slices_within
 from qlora_lite.compute.weight_update import Delta, Update
 from qlora_lite.errors import CheckpointError
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 
 
 class WeightRows(Protocol):
@@ -76,7 +76,7 @@ class TransposedRows:
         columns = torch.empty((stop - start, self.shape[1]), device=self._packed.device)
         packed = self._packed
         for part in slices_within(packed.shape, torch.float32.itemsize, READ_BYTES, packed.row_step):
-            poll()
+            check_signals()
             columns[:, part] = packed.dequantize_rows(part.start, part.stop, torch.float32)[:, start:stop].T
         return columns
 
@@ -181,7 +181,7 @@ def aligned_slices(
     for forms, delta in zip(pieces, deltas, strict=True):
         step = math.lcm(*(form.step for form in forms), 1 if delta is None else Delta.TILE_ROWS)
         for part in slices_within(forms[0].shape, torch.float32.itemsize, largest_bytes, step):
-            poll()
+            check_signals()
             yield part.start, [form.rows(part.start, part.stop) for form in forms], delta
 
 

@@ -27,7 +27,7 @@ from qlora_lite.lora.config import LoraConfig
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.surgery import answers_to
+from qlora_lite.surgery import name_matches
 
 # The modules that put trained parameters around a frozen `base_layer`, each with an `adapter_enabled` switch.
 WRAPPERS = (LoraLayer, TrainedCopy, TrainableTokensLayer)
@@ -100,7 +100,7 @@ def find_modules_to_save(model: nn.Module, wanted: Sequence[str]) -> dict[str, n
     """
     modules = unwrapped_modules(model)
     with_parameters = {name for name, module in modules.items() if name and parameter_names(module)}
-    matching = {want: [name for name in modules if answers_to(name, want)] for want in wanted}
+    matching = {want: [name for name in modules if name_matches(name, want)] for want in wanted}
     if unmatched := [want for want, names in matching.items() if not names]:
         has = ", ".join(sorted({name.rpartition(".")[2] for name in with_parameters})) or "none"
         raise TargetError(f"modules_to_save {unmatched} matched no module; this model has: {has}")

@@ -12,7 +12,7 @@ import torch
 from qlora_lite.checks import FLOAT_DTYPES, is_count, is_finite, require
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.variants import VARIANTS, check_bias, check_variant
-from qlora_lite.surgery import first_pattern, layer_pattern
+from qlora_lite.surgery import layer_pattern, matching_pattern
 
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
@@ -48,7 +48,7 @@ def _check_patterns(setting: str, patterns: object, check: Callable[[str, object
 
 
 def _number_of(name: str, patterns: Mapping[str, Number], otherwise: Number) -> Number:
-    pattern = first_pattern(patterns, name)
+    pattern = matching_pattern(patterns, name)
     return otherwise if pattern is None else patterns[pattern]
 
 
@@ -164,7 +164,7 @@ class LoraConfig:
         """A sentence for each setting with patterns that decide for none of these layers."""
         sentences = []
         for setting, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            deciding = {first_pattern(patterns, name) for name in names}
+            deciding = {matching_pattern(patterns, name) for name in names}
             if idle := [pattern for pattern in patterns if pattern not in deciding]:
                 has = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
                 sentences.append(

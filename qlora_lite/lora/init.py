@@ -38,7 +38,7 @@ from qlora_lite.lora.targets import TargetedLayer
 from qlora_lite.lora.variants import set_reference_
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 
 # Up to this size of the smaller side, singular vectors are computed exactly; above it by subspace iteration (Halko,
 # arXiv:0909.4061), of which PiSSA's authors use 16 rounds at the most: seconds in place of minutes.
@@ -208,10 +208,10 @@ def checkpoint_weights(model: nn.Module, names: Iterable[str], init: str) -> Che
 def initialize_(layer: LoraLayer, name: str, init: str, originals: CheckpointWeights) -> None:
     """Gives A and B of the layer of this name the values that `init` says; `loftq:N` gives it another base, too."""
     start, rounds = parse_init(init)
-    poll()
+    check_signals()
     INITIALIZERS[start](layer, name, originals)
     for _ in range(rounds - 1):
-        poll()
+        check_signals()
         _repack_base_(layer, name, originals)
         INITIALIZERS[start](layer, name, originals)
     layer.variant.reset_parameters_(layer)

@@ -23,7 +23,7 @@ from qlora_lite.lora.kinds import Kind, LinearKind, RouterKind, StackKind, kind_
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.variants import ordinary_alpha, ordinary_rank
 from qlora_lite.quantization.experts import stacks
-from qlora_lite.surgery import answers_to, check_all_matched, has_own_forward
+from qlora_lite.surgery import check_all_matched, has_own_forward, name_matches
 
 BLOCK = re.compile(r"(?:^|.*?\.)[^.]+\.(?P<number>\d+)\.")
 # Five digits: no model has more blocks, and a range is expanded to a list.
@@ -121,7 +121,7 @@ def _check_no_custom_forward(chosen: Mapping[str, nn.Module]) -> None:
 def _check_no_unknown_stack(model: nn.Module, targets: Targets, layers: Collection[str]) -> None:
     listed = [] if isinstance(targets, str) or callable(targets) else list(targets)
     unknown = [
-        name for name in stacks(model) if name not in layers and any(answers_to(name, target) for target in listed)
+        name for name in stacks(model) if name not in layers and any(name_matches(name, target) for target in listed)
     ]
     if unknown:
         raise TargetError(
@@ -163,7 +163,7 @@ def _matching(setting: str, targets: Targets, layers: Mapping[str, nn.Module]) -
         except re.error as error:
             raise TargetError(f"{setting} {targets!r} is not a regular expression: {error}") from error
         return [name for name in layers if pattern.fullmatch(name)]
-    return [name for name in layers if any(answers_to(name, target) for target in targets)]
+    return [name for name in layers if any(name_matches(name, target) for target in targets)]
 
 
 def _all_linear(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -208,7 +208,7 @@ def _unused_settings(config: LoraConfig, targeted: Mapping[str, nn.Module], excl
         if isinstance(exclude, str) or callable(exclude):
             without_effect = [] if excluded.intersection(within) else [str(exclude)]
         else:
-            without_effect = [entry for entry in exclude if not any(answers_to(name, entry) for name in within)]
+            without_effect = [entry for entry in exclude if not any(name_matches(name, entry) for name in within)]
         if without_effect:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in within})) or "none"
             sentences.append(f"exclude_modules {without_effect} excludes no targeted layer; targeted are: {ends}")

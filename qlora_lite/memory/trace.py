@@ -36,7 +36,7 @@ from qlora_lite.memory.breakdown import Category, Key, MemoryBreakdown
 from qlora_lite.memory.module_tracker import ModuleTracker
 from qlora_lite.memory.storages import storages_of, tensors_in
 from qlora_lite.patches import patched_storage_resize
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 
 # How a storage was first seen, and the category that it has while nobody labels it.
 CREATED, CREATED_IN_BACKWARD, WAITS_FOR_BACKWARD, PREEXISTING = range(4)
@@ -76,7 +76,7 @@ class _ObservingMode(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
     ) -> object:
-        poll()
+        check_signals()
         return self._observe(func, args, kwargs or {})
 
 

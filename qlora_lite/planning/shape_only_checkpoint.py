@@ -23,7 +23,7 @@ from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import row_step
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.quantization.quantize_model import Slot
+from qlora_lite.quantization.quantize_model import WeightToPack
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,18 @@ class ShapeOnlyCheckpoint:
     def plain(self, name: str) -> LazyTensor:
         return self._whole.plain(name)
 
-    def packed_weights(self, name: str, slot: Slot, dtype: torch.dtype) -> list[LazyPackedWeight]:
-        """Returns the weights of a real checkpoint if packing is run for this slot, else weights that only allocate."""
-        found = self._whole.packed_weights(name, slot, dtype)
-        if id(slot) in self._packed_slots:
+    def packed_weights(self, name: str, to_pack: WeightToPack, dtype: torch.dtype) -> list[LazyPackedWeight]:
+        """Returns the weights of a real checkpoint if packing is run for this one, else weights that only allocate."""
+        found = self._whole.packed_weights(name, to_pack, dtype)
+        if id(to_pack) in self._packed_slots:
             return found
-        return [ShapeOnlyPackedWeight(weight.shape, slot.format, self.config) for weight in found]
+        return [ShapeOnlyPackedWeight(weight.shape, to_pack.format, self.config) for weight in found]
 
-    def slots(self, model: nn.Module) -> list[Slot]:
+    def weights_to_pack(self, model: nn.Module) -> list[WeightToPack]:
         """Returns the weights of the model that are to be packed, and selects those whose packing is run."""
-        found = self._whole.slots(model)
+        found = self._whole.weights_to_pack(model)
         position = {name: number for number, name in enumerate(self.tensors)}
-        in_order = sorted(found, key=lambda slot: position.get(slot.name, 0))
-        last_of_kind = {(slot.weight.shape, slot.format): slot for slot in in_order}
-        self._packed_slots = {id(slot) for slot in last_of_kind.values()}
+        in_order = sorted(found, key=lambda to_pack: position.get(to_pack.name, 0))
+        last_of_kind = {(to_pack.weight.shape, to_pack.format): to_pack for to_pack in in_order}
+        self._packed_slots = {id(to_pack) for to_pack in last_of_kind.values()}
         return found

@@ -22,11 +22,11 @@ from qlora_lite.quantization.from_bitsandbytes import _forget_bitsandbytes, _is_
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight, check_packable
 from qlora_lite.surgery import (
-    answers_to,
     check_all_matched,
     exchange_modules_,
     has_own_forward,
     is_transposed_linear,
+    name_matches,
     replace_modules_,
 )
 
@@ -43,7 +43,7 @@ def _skip_rule(model: nn.Module, config: QuantConfig) -> Any:
         held = stacks(model)
         owners = [name.rpartition(".")[0] for name in held]
         check_all_matched("skip_modules", config.skip_modules, [*linears, *held, *owners])
-        return lambda name, module: any(answers_to(name, skip) for skip in config.skip_modules or ())
+        return lambda name, module: any(name_matches(name, skip) for skip in config.skip_modules or ())
     head = output_head(model)
     return lambda name, module: module is head
 
@@ -91,7 +91,7 @@ def _linear_targets(model: nn.Module, config: QuantConfig, ends: Sequence[nn.Mod
 
 
 @dataclass(frozen=True)
-class Slot:
+class WeightToPack:
     """A weight that is to be packed, and the modules that have it, by name: more than one where it is tied.
 
     stack: the parameter's name, if it is a stack of matrices in an experts module; each matrix is packed by itself.
@@ -142,19 +142,19 @@ def _packed_module(module: nn.Module, packed: PackedWeight, config: QuantConfig)
     return made.train(module.training)
 
 
-def _stack_slots(model: nn.Module, config: QuantConfig) -> dict[Tensor, Slot]:
+def _stacks_to_pack(model: nn.Module, config: QuantConfig) -> dict[Tensor, WeightToPack]:
     """Those of the stacks of experts. TargetError lists stacks that nobody here knows how to compute with."""
     if config.format == UNPACKED:
         return {}
     skip, unknown = _skip_rule(model, config), []
-    found: dict[Tensor, Slot] = {}
+    found: dict[Tensor, WeightToPack] = {}
     for path, weight in stacks(model).items():
         name, _, key = path.rpartition(".")
         module = model.get_submodule(name)
         if isinstance(weight, PackedStack) or skip(path, module) or skip(name, module):
             continue
         if key in packable_stacks(module):
-            found.setdefault(weight, Slot(weight, config.format, {}, key)).modules[name] = module
+            found.setdefault(weight, WeightToPack(weight, config.format, {}, key)).modules[name] = module
         else:
             unknown.append(f"{path} {tuple(weight.shape)} of a {type(module).__name__}")
     if unknown:
@@ -165,7 +165,7 @@ def _stack_slots(model: nn.Module, config: QuantConfig) -> dict[Tensor, Slot]:
     return found
 
 
-def slots(model: nn.Module, config: QuantConfig) -> list[Slot]:
+def weights_to_pack(model: nn.Module, config: QuantConfig) -> list[WeightToPack]:
     """What is to be packed of a model, which may be on the meta device; whatever its values are.
 
     Raises as `quantize_base_` does, but for the values, which are not looked at.
@@ -175,27 +175,29 @@ def slots(model: nn.Module, config: QuantConfig) -> list[Slot]:
     if not targets and config.format != UNPACKED:
         raise TargetError("no layer to pack: the model has no nn.Linear outside of skip_modules and the output head")
     _check_structure(model, targets)
-    found: dict[Tensor, Slot] = _stack_slots(model, config)
+    found: dict[Tensor, WeightToPack] = _stacks_to_pack(model, config)
     for name, module in model.named_modules():
         is_end = any(module is end for end in ends)
         if is_end or name in targets:
             weight = cast(Tensor, module.weight)
-            slot = found.setdefault(weight, Slot(weight, config.embedding_format if is_end else config.format, {}))
-            slot.modules[name] = module
+            to_pack = found.setdefault(
+                weight, WeightToPack(weight, config.embedding_format if is_end else config.format, {})
+            )
+            to_pack.modules[name] = module
     return list(found.values())
 
 
-def _check_values(found: list[Slot], config: QuantConfig) -> None:
+def _check_values(found: list[WeightToPack], config: QuantConfig) -> None:
     """Whatever could stop the packing half-way is found here, before the first layer is replaced."""
-    for slot in found:
-        name, module = slot.first
+    for to_pack in found:
+        name, module = to_pack.first
         if _is_bitsandbytes(module):
             _taken_over(cast(nn.Linear, module), name, config)
-        elif slot.stack is not None:
-            for expert, matrix in enumerate(slot.weight):
-                check_packable(matrix, f"{slot.name}[{expert}]", slot.format)
+        elif to_pack.stack is not None:
+            for expert, matrix in enumerate(to_pack.weight):
+                check_packable(matrix, f"{to_pack.name}[{expert}]", to_pack.format)
         else:
-            check_packable(slot.weight, slot.name, slot.format)
+            check_packable(to_pack.weight, to_pack.name, to_pack.format)
 
 
 def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
@@ -207,23 +209,23 @@ def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
     index for NaN or infinity; TargetError when there is nothing to pack, a tied head would be packed without its
     embedding, or there are stacks of matrices that cannot be packed, which it lists; the model is then as it was.
     """
-    found = slots(model, config)
-    replaced = list(dict.fromkeys(name for slot in found for name in slot.modules))
+    found = weights_to_pack(model, config)
+    replaced = list(dict.fromkeys(name for to_pack in found for name in to_pack.modules))
     _check_values(found, config)
     while found:
-        _pack_slot_(model, found.pop(0), config)  # nothing else holds its weight while the next one is packed
+        _pack_(model, found.pop(0), config)  # nothing else holds its weight while the next one is packed
     _forget_bitsandbytes(model)
     return replaced
 
 
-def _pack_slot_(model: nn.Module, slot: Slot, config: QuantConfig) -> None:
-    name, module = slot.first
+def _pack_(model: nn.Module, to_pack: WeightToPack, config: QuantConfig) -> None:
+    name, module = to_pack.first
     if _is_bitsandbytes(module):
         made = _taken_over(cast(nn.Linear, module), name, config)
         replace_modules_(model, lambda other, old: made if old is module else None)
         return
-    weight = slot.weight.mT if slot.transposed else slot.weight
-    if slot.stack is not None:
-        slot.fill_stack_(model, [PackedWeight.of(matrix, config, slot.format) for matrix in weight], config)
+    weight = to_pack.weight.mT if to_pack.transposed else to_pack.weight
+    if to_pack.stack is not None:
+        to_pack.fill_stack_(model, [PackedWeight.of(matrix, config, to_pack.format) for matrix in weight], config)
     else:
-        slot.fill_(model, PackedWeight.of(weight, config, slot.format), config)
+        to_pack.fill_(model, PackedWeight.of(weight, config, to_pack.format), config)

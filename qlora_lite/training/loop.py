@@ -16,7 +16,7 @@ from torch import nn
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import load_quantized
-from qlora_lite.compute.host_memory import holes_limited, set_host_limits
+from qlora_lite.compute.host_memory import heap_trimming, set_host_limits
 from qlora_lite.compute.random_state import RandomSources, loader_generators
 from qlora_lite.data.batching import Batch
 from qlora_lite.data.stream import BatchStream
@@ -116,7 +116,7 @@ def train(
         _in_training(model),
         lean(model),
         checkpointed(model, config.checkpointing) as dial,
-        holes_limited(model, device, config.checkpointing) as holes,
+        heap_trimming(model, device, config.checkpointing) as trimmer,
         contextlib.closing(run),
     ):
         if resume and state is not None and place is not None:
@@ -131,7 +131,7 @@ def train(
             for number in range(len(steps) + 1, config.steps + 1):
                 batches_of_step = stream.group(config.gradient_accumulation, number, config.steps)
                 group = run.processes.together(functools.partial(list[Batch], batches_of_step))
-                steps.append(run.step(number, group, dial, holes, folder))
+                steps.append(run.step(number, group, dial, trimmer, folder))
                 show(steps[-1])
                 folder.note(steps[-1], run.facts(dial))
     seconds = time.perf_counter() - began

@@ -19,7 +19,7 @@ from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.auxiliary_layers import TrainableTokensLayer, TrainedCopy
 from qlora_lite.lora.layer import LoraLayer
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 from qlora_lite.surgery import has_own_forward
 
 PROBE_TOKENS = 64
@@ -93,9 +93,9 @@ def _probe(model: nn.Module, batch: Batch) -> str | None:
         logits = getattr(model(**row, use_cache=False), "logits", None)
         if isinstance(logits, Tensor) and logits.shape[:2] == row["labels"].shape:
             row["labels"][:, 1:] = logits[:, :-1].argmax(-1)
-        poll()
+        check_signals()
         theirs = float(own_loss(model, row))
-        poll()
+        check_signals()
         ours = float(headless_loss(model, row))
     finally:
         model.train(training)

@@ -24,7 +24,7 @@ from qlora_lite.checkpoints.safetensors_read import read_safetensors
 from qlora_lite.compute.random_state import RandomState
 from qlora_lite.data.stream import Position
 from qlora_lite.errors import CheckpointError, listing
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 
 CHECKPOINTS = "checkpoints"
 MANIFEST_FILE = "manifest.json"
@@ -76,7 +76,7 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
         digest = hashlib.sha256()
         with open(path, "rb") as file:
             while piece := file.read(READ_BYTES):
-                poll()
+                check_signals()
                 digest.update(piece)
         sums[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
     return sums

@@ -23,7 +23,7 @@ from torch import nn
 from qlora_lite.checkpoints.atomic_folder import check_replaceable
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped, listing
 from qlora_lite.lora.peft.save_load import save_adapter
-from qlora_lite.signals import stoppable, unstopped
+from qlora_lite.signals import deferred_signals, uninterrupted
 from qlora_lite.training.run_checkpoints import (
     ADAPTER_FOLDER,
     CHECKPOINTS,
@@ -71,7 +71,7 @@ class RunFolder:
         """Whole, whatever signal comes; what failed once is not tried again when the run ends by it."""
         try:
             self._check()
-            with unstopped():
+            with uninterrupted():
                 yield
         except (OSError, CheckpointError):
             self.failed = True
@@ -198,7 +198,7 @@ def run_folder(
     No other run writes there meanwhile. On Stopped a checkpoint is written too; a KeyboardInterrupt saves nothing.
     """
     if folder is None:
-        with stoppable() if state is not None else nullcontext():
+        with deferred_signals() if state is not None else nullcontext():
             yield RunFolder(model, None)
         return
     _check_writable(folder, overwrite, resume)
@@ -206,7 +206,7 @@ def run_folder(
     is_new = not behind.exists()
     try:
         behind.mkdir(parents=True, exist_ok=True)
-        with stoppable(), only_run(folder) as check:
+        with deferred_signals(), only_run(folder) as check:
             _check_writable(folder, overwrite, resume)  # again: another run may have ended there just now
             remove_unfinished(folder)
             run = RunFolder(model, folder, state, check)

@@ -32,7 +32,7 @@ from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.lora.variants import reference_tensors
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.optim import load_optimizer_state_, optimizer_state
 from qlora_lite.training.run_checkpoints import (
@@ -232,7 +232,7 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
     for name, tensor in _frozen(model):
         layout.append([name, list(tensor.shape), str(tensor.dtype)])
         for piece in _pieces(tensor):
-            poll()
+            check_signals()
             values.update(piece)
     for name, module in model.named_modules():
         layout.append([name, type(module).__name__, {fact: getattr(module, fact, None) for fact in FACTS}])

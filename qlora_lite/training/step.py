@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.compute.devices import is_out_of_memory, on_cpu
-from qlora_lite.compute.host_memory import HoleLimit, release_freed_pages
+from qlora_lite.compute.host_memory import HeapTrimmer, release_freed_pages
 from qlora_lite.compute.random_state import RandomSources
 from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, TargetError, TrainingError, listing
 from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, wrapped_layers
 from qlora_lite.memory.counters import peak_bytes
 from qlora_lite.memory.profiler import MemoryProfiler
-from qlora_lite.signals import poll
+from qlora_lite.signals import check_signals
 from qlora_lite.training.activation_checkpointing import Dial
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.distributed import Processes, halves
@@ -174,7 +174,7 @@ class Run:
         self.halved_at = facts["halved_at"]
         self.loss = headless_loss if self.own_loss_because is None else own_loss
 
-    def step(self, number: int, group: list[Batch], dial: Dial, holes: HoleLimit, folder: RunFolder) -> StepMetrics:
+    def step(self, number: int, group: list[Batch], dial: Dial, trimmer: HeapTrimmer, folder: RunFolder) -> StepMetrics:
         """Forward and backward of each batch, one update. TrainingError before the update if it would spoil it."""
         began = time.perf_counter()
         device = self.accelerator.device
@@ -188,7 +188,7 @@ class Run:
             self.loss, self.own_loss_because = self.processes.together(functools.partial(self._chosen_loss, group[0]))
         factor = learning_rate_factor(number - 1, self.config)
         set_learning_rates_(self.optimizer, factor)
-        total = self._summed(number, group, labelled, dial, holes)
+        total = self._summed(number, group, labelled, dial, trimmer)
         with self.phase("optimizer"):
             norm = self._update(number, float(total), folder)
         tokens = sum(batch["input_ids"].numel() for batch in group)
@@ -199,25 +199,25 @@ class Run:
     def _chosen_loss(self, batch: Batch) -> Any:
         """The loss for batches such as this first one, tried on it, and why it is the model's own."""
         check_packing(self.model, batch)
-        poll()
+        check_signals()
         return choose_loss(self.model, batch)
 
-    def _summed(self, number: int, group: list[Batch], labelled: int, dial: Dial, holes: HoleLimit) -> Tensor:
+    def _summed(self, number: int, group: list[Batch], labelled: int, dial: Dial, trimmer: HeapTrimmer) -> Tensor:
         """The loss of a step, and its gradients, over all processes. What goes wrong in one stops all of them."""
         mine = [rows for batch in group if (rows := self.processes.rows(batch)) is not None]
 
         def gradients() -> Tensor:
             with self.processes.own_random_numbers(RandomSources(self.accelerator.device), self.config.seed, number):
-                return self._fitting(number, mine, labelled, dial, holes)
+                return self._fitting(number, mine, labelled, dial, trimmer)
 
         total = self.processes.sum(self.processes.together(gradients))
         self.processes.sum_gradients_(self.adapters.values())
         return total
 
-    def _fitting(self, number: int, group: list[Batch], labelled: int, dial: Dial, holes: HoleLimit) -> Tensor:
+    def _fitting(self, number: int, group: list[Batch], labelled: int, dial: Dial, trimmer: HeapTrimmer) -> Tensor:
         """As `_gradients`; if memory runs out, in halves, from here on."""
         try:
-            return self._gradients(number, group, labelled, dial, holes)
+            return self._gradients(number, group, labelled, dial, trimmer)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -237,20 +237,20 @@ class Run:
         release_freed_pages()
         if not on_cpu(self.accelerator.device):
             torch.get_device_module(self.accelerator.device).empty_cache()
-        return self._fitting(number, group, labelled, dial, holes)
+        return self._fitting(number, group, labelled, dial, trimmer)
 
-    def _gradients(self, number: int, group: list[Batch], labelled: int, dial: Dial, holes: HoleLimit) -> Tensor:
+    def _gradients(self, number: int, group: list[Batch], labelled: int, dial: Dial, trimmer: HeapTrimmer) -> Tensor:
         """Forward and backward of each of these batches; what they add to the loss."""
         total = torch.zeros((), device=self.accelerator.device)
-        poll()
+        check_signals()
         for batch in group if self.halved_at is None else itertools.chain.from_iterable(map(halves, group)):
-            poll()
+            check_signals()
             with dial.batch(batch["input_ids"].numel(), self.state_bytes()) as phase:
-                holes.phase_ends()
+                trimmer.end_phase()
                 with self.phase("forward"), phase("forward"):
                     loss = self.loss(self.model, batch) / labelled
-                holes.phase_ends()
-                poll()
+                trimmer.end_phase()
+                check_signals()
                 with self.phase("backward"), phase("backward"):
                     self.accelerator.backward(loss)
             total += loss.detach()

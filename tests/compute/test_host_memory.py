@@ -15,7 +15,14 @@ import torch
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.compute import host_memory
 from qlora_lite.compute.devices import cpu_multiplies_bf16
-from qlora_lite.compute.host_memory import LOOSE, PROGRAM_CACHES, TIGHT, HoleLimit, holes_limited, set_host_limits
+from qlora_lite.compute.host_memory import (
+    PROGRAM_CACHES,
+    TRIM_OFTEN,
+    TRIM_RARELY,
+    HeapTrimmer,
+    heap_trimming,
+    set_host_limits,
+)
 from qlora_lite.surgery import repeated_blocks
 from qlora_lite.training.activation_checkpointing import checkpointed
 
@@ -47,16 +54,16 @@ print(held >> 20, (resident_bytes() - start) >> 20)
 
 
 @pytest.mark.skipif(not GLIBC, reason="another malloc")
-@pytest.mark.parametrize("part", [TIGHT, LOOSE])
+@pytest.mark.parametrize("part", [TRIM_OFTEN, TRIM_RARELY])
 def test_a_limit_hands_back_when_the_process_has_grown_and_not_before(part: float) -> None:
     program = f"""
-from qlora_lite.compute.host_memory import LEAST_GROWTH, HoleLimit, set_host_limits
+from qlora_lite.compute.host_memory import MIN_GROWTH, HeapTrimmer, set_host_limits
 from qlora_lite.memory.counters import resident_bytes
 import torch
 set_host_limits()
-limit = HoleLimit({part})
+limit = HeapTrimmer({part})
 start = resident_bytes()
-room = max(LEAST_GROWTH, int(start * {part}))
+room = max(MIN_GROWTH, int(start * {part}))
 values = (room // 2) // 4 // 8
 held = [torch.ones(values) for _ in range(8)]
 print(limit.check())  # half of what it may grow
@@ -70,13 +77,13 @@ print(limit.check())  # what lives is no hole
     assert done.stdout.split() == ["False", "True", "True", "False"]
 
 
-@pytest.mark.parametrize(("part", "released"), [(TIGHT, 1), (LOOSE, 0)])
+@pytest.mark.parametrize(("part", "released"), [(TRIM_OFTEN, 1), (TRIM_RARELY, 0)])
 def test_only_a_tight_limit_hands_back_between_phases(
     part: float, released: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
     monkeypatch.setattr(host_memory, "release_freed_pages", lambda: bool(calls.append(1)))
-    HoleLimit(part).phase_ends()
+    HeapTrimmer(part).end_phase()
     assert len(calls) == released
 
 
@@ -115,8 +122,8 @@ def test_each_block_is_checked_twice(kind: str, tiny_folder: Path, monkeypatch: 
     add_lora_(model, LoraConfig(rank=2))
     blocks, tokens = repeated_blocks(model), torch.randint(100, (1, 8))
     checks: list[int] = []
-    monkeypatch.setattr(HoleLimit, "check", lambda limit: bool(checks.append(1)))
-    with checkpointed(model, kind), holes_limited(model, CPU, kind):
+    monkeypatch.setattr(HeapTrimmer, "check", lambda limit: bool(checks.append(1)))
+    with checkpointed(model, kind), heap_trimming(model, CPU, kind):
         loss = model(tokens, labels=tokens, use_cache=False).loss
         assert len(checks) == len(blocks)
         loss.backward()
@@ -127,5 +134,5 @@ def test_each_block_is_checked_twice(kind: str, tiny_folder: Path, monkeypatch: 
 
 def test_an_accelerators_memory_is_left_alone(tiny_folder: Path) -> None:
     model = load_quantized(tiny_folder, QuantConfig())
-    with holes_limited(model, torch.device("meta"), "full"):
+    with heap_trimming(model, torch.device("meta"), "full"):
         assert not any("forward" in vars(block) for block in repeated_blocks(model))

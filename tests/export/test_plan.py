@@ -26,10 +26,10 @@ def plans(folder: Path, adapter: Path, base: str, dtype: torch.dtype = torch.flo
     empty = empty_model(read_config(folder), torch.bfloat16)
     tie(empty)
     checkpoint = Checkpoint.open(folder, empty, QUANT)
-    slots = checkpoint.slots(empty)
+    weights_to_pack = checkpoint.weights_to_pack(empty)
     for model in (live, empty):
         load_adapter_(model, adapter)
-    on_disk = ModelOnDisk(slots, checkpoint, torch.bfloat16, lazy_updates_(empty, adapter))
+    on_disk = ModelOnDisk(weights_to_pack, checkpoint, torch.bfloat16, lazy_updates_(empty, adapter))
     assert all(parameter.is_meta for parameter in empty.parameters())  # the adapter is not held either
     return [
         ExportPlan.of(live, base, dtype, ModelInMemory(), originals),

@@ -71,9 +71,9 @@ def test_packing_runs_once_for_each_shape_and_format(tiny_folder: Path) -> None:
     architecture.tie(model)
     checkpoint = ShapeOnlyCheckpoint(model, QuantConfig(embedding_format="int8"), torch.float16)
     run, shapes = Counter(), set()
-    for slot in checkpoint.slots(model):
-        shapes.add((tuple(slot.weight.shape), slot.format))
-        (source,) = checkpoint.packed_weights(slot.name, slot, torch.bfloat16)
-        run[(source.shape, slot.format)] += isinstance(source, PackedOnLoad)
+    for to_pack in checkpoint.weights_to_pack(model):
+        shapes.add((tuple(to_pack.weight.shape), to_pack.format))
+        (source,) = checkpoint.packed_weights(to_pack.name, to_pack, torch.bfloat16)
+        run[(source.shape, to_pack.format)] += isinstance(source, PackedOnLoad)
     assert set(run) == shapes
     assert set(run.values()) == {1}

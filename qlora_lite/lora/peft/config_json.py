@@ -12,14 +12,14 @@ from qlora_lite.errors import ConfigError
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.targets import TargetedLayer, adaptable_names
 from qlora_lite.lora.variants import VARIANTS, peft_options
-from qlora_lite.surgery import answers_to
+from qlora_lite.surgery import name_matches
 
 
 def _common_endings(names: Iterable[str], model: nn.Module) -> list[str] | None:
     """Returns the last parts of these names if they select exactly these layers, else None."""
     names = set(names)
     endings = sorted({name.rpartition(".")[2] for name in names})
-    selected = {name for name in adaptable_names(model) if any(answers_to(name, ending) for ending in endings)}
+    selected = {name for name in adaptable_names(model) if any(name_matches(name, ending) for ending in endings)}
     return endings if selected == names else None
 
 
@@ -31,7 +31,7 @@ def _target_modules(names: Iterable[str], model: nn.Module) -> list[str] | str:
     wanted = set(names)
     modules = {name for name, _ in model.named_modules() if "base_layer" not in name.split(".")}
     for listed in (sorted({name.rpartition(".")[2] for name in wanted}), sorted(wanted)):
-        if {name for name in modules if any(answers_to(name, target) for target in listed)} == wanted:
+        if {name for name in modules if any(name_matches(name, target) for target in listed)} == wanted:
             return listed
     return "|".join(map(re.escape, sorted(wanted)))
 
@@ -40,7 +40,7 @@ def _router_weights(names: Collection[str], model: nn.Module) -> list[str]:
     """Returns target_parameters for the weights of these routers: common endings, if no other weight matches them."""
     endings = sorted({f"{name.rpartition('.')[2]}.weight" for name in names})
     weights = [f"{name}.weight" for name, _ in model.named_modules() if not name.endswith(".base_layer")]
-    selected = [weight for weight in weights if any(answers_to(weight, ending) for ending in endings)]
+    selected = [weight for weight in weights if any(name_matches(weight, ending) for ending in endings)]
     return endings if len(selected) == len(names) else sorted(f"{name}.weight" for name in names)
 
 

@@ -14,7 +14,7 @@ from qlora_lite.lora.config import LoraConfig
 from qlora_lite.lora.peft.keys import TENSOR_FILE, adapter_tensors, file_tensors, layer_and_part
 from qlora_lite.lora.peft.options import CONFIG_FILE, lora_config, read_peft_config, target_parameters
 from qlora_lite.lora.variants import variant_of
-from qlora_lite.surgery import answers_to
+from qlora_lite.surgery import name_matches
 
 # Endings of layers' names in peft's keys of adapters on stacks of experts, which hold A of all experts in one matrix.
 STACK_ENDINGS = (".experts", ".experts.base_layer")
@@ -138,7 +138,7 @@ def _kind(name: str, lora_A: StoredTensor, parameters: Collection[str]) -> str:
     if name.endswith(STACK_ENDINGS):
         return "experts"
     # Besides stacks, target_parameters names the weights of routers.
-    if any(answers_to(f"{name}.weight", target) for target in parameters):
+    if any(name_matches(f"{name}.weight", target) for target in parameters):
         return "router"
     if "lora_embedding_A" in lora_A.name:
         return "embedding"

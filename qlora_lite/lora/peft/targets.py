@@ -17,7 +17,7 @@ from qlora_lite.lora.config import ALL_LINEAR
 from qlora_lite.lora.experts import adaptable_stacks, router_names
 from qlora_lite.lora.peft.options import target_parameters
 from qlora_lite.lora.targets import adaptable_names
-from qlora_lite.surgery import answers_to
+from qlora_lite.surgery import name_matches
 
 # How peft 0.21 finds a block's number (tuners_utils.py, check_target_module_exists): without layers_pattern, the name
 # of the list of blocks must have a part before it; with one, it may start the name.
@@ -33,7 +33,7 @@ def _matching(names: Iterable[str], targets: object) -> set[str]:
     """Returns the names that a regular expression or a list of names selects."""
     if isinstance(targets, str):
         return {name for name in names if re.fullmatch(targets, name)}
-    return {name for name in names if any(answers_to(name, str(target)) for target in _as_list(targets))}
+    return {name for name in names if any(name_matches(name, str(target)) for target in _as_list(targets))}
 
 
 def _in_blocks(name: str, numbers: object, patterns: object) -> bool:
@@ -90,10 +90,10 @@ def target_problems(model: nn.Module, in_file: Collection[str], config: Mapping[
     if not matched and isinstance(targets, str):
         return [f"target_modules {targets!r} matches no layer in the file"]
     if isinstance(targets, list):
-        unmatched = [t for t in targets if not any(answers_to(n, t) for n in in_file)]
+        unmatched = [t for t in targets if not any(name_matches(n, t) for n in in_file)]
         # peft keeps targets that only other models have, as long as this model has some.
         wanted = layers_peft_adapts(config, dict(model.named_modules()))
-        if lost := [t for t in unmatched if unmatched == targets or any(answers_to(n, t) for n in wanted)]:
+        if lost := [t for t in unmatched if unmatched == targets or any(name_matches(n, t) for n in wanted)]:
             return [f"target_modules {lost} match no layer in the file"]
     # target_parameters selects stacks and routers; in the models of older releases a router was a linear layer.
     others = (adaptable_stacks(model) | router_names(model)).difference(in_file)
@@ -118,8 +118,8 @@ def targeted_parameters(model: nn.Module, config: Mapping[str, object], path: Pa
     targets = target_parameters(config, path)
     routers = {f"{name}.weight": name for name in router_names(model)}
     known = routers | {name: name for name in adaptable_stacks(model)}
-    if unmatched := [target for target in targets if not any(answers_to(name, target) for name in known)]:
+    if unmatched := [target for target in targets if not any(name_matches(name, target) for name in known)]:
         raise CheckpointError(
             f"{path}: target_parameters {unmatched} match no stack of experts and no router of this model"
         )
-    return sorted(name for key, name in known.items() if any(answers_to(key, target) for target in targets))
+    return sorted(name for key, name in known.items() if any(name_matches(key, target) for target in targets))
