@@ -16,8 +16,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized
 from qlora_lite.lora.adapters import adapter_parameters, lora_layers
 from qlora_lite.training.activation_checkpointing import checkpointed
-from qlora_lite.training.fused_forward import lean
-from qlora_lite.training.objective import headless_loss, own_loss
+from qlora_lite.training.fused_forward import fused
+from qlora_lite.training.objective import logit_free_loss, model_loss
 from qlora_lite.training.optim import make_optimizer
 
 DEVICE = "fakegpu"
@@ -40,8 +40,8 @@ def step(model: nn.Module, checkpointing: str) -> set[str]:
     optimizer = make_optimizer(adapters, TrainConfig())
     ids = torch.zeros(2, 12, dtype=torch.int64, device=DEVICE)
     devices = set()
-    for loss_of in (headless_loss, own_loss):
-        with lean(model) as exchanged, checkpointed(model, checkpointing):
+    for loss_of in (logit_free_loss, model_loss):
+        with fused(model) as exchanged, checkpointed(model, checkpointing):
             assert len(exchanged) == 7  # the norms and gated products of two blocks, and the last norm
             loss = loss_of(model, {"input_ids": ids, "labels": ids, "attention_mask": ids})
             loss.backward()
@@ -56,7 +56,7 @@ def error_of_a_stray_adapter(model: nn.Module) -> str:
     layer.lora_A = nn.Parameter(torch.empty(layer.lora_A.shape))
     ids = torch.zeros(2, 12, dtype=torch.int64, device=DEVICE)
     try:
-        headless_loss(model, {"input_ids": ids, "labels": ids})
+        logit_free_loss(model, {"input_ids": ids, "labels": ids})
     except RuntimeError as error:
         return type(error).__name__
     return "none"

@@ -27,7 +27,7 @@ from qlora_lite.export.weight_rows import DenseRows, whole_slices
 from qlora_lite.lora.init import initialize_
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.signals import check_signals, deferred_signals, exit_on_signals, removed_at_end, uninterrupted
-from qlora_lite.training.run_checkpoints import MANIFEST_FILE, what_is_wrong
+from qlora_lite.training.run_checkpoints import MANIFEST_FILE, checkpoint_problem
 from qlora_lite.training.run_state import STATE_FILE, base_fingerprint
 
 
@@ -180,8 +180,8 @@ LONG_WORK: dict[str, Callable[[Path], Any]] = {
     "rows of files": lambda folder: list(read_slices(_Rows(), 16)),
     "rows of weights": lambda folder: list(whole_slices([DenseRows(torch.zeros(4, 4))], None, 16)),
     "sums of a base": lambda folder: base_fingerprint(nn.Linear(2, 2).requires_grad_(False)),
-    "sums of a checkpoint": lambda folder: what_is_wrong(folder),
-    "batches": lambda folder: next(BatchStream([{}], None, None).group(1, 1, 1)),
+    "sums of a checkpoint": lambda folder: checkpoint_problem(folder),
+    "batches": lambda folder: next(BatchStream([{}], None, None).take(1, 1, 1)),
     "operators that are followed": lambda folder: _traced(),
     "starts of adapters": lambda folder: initialize_(LinearWithLoRA(2, 2, 1), "name", "normal", {}),
 }

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from qlora_lite.training.fused_forward import lean
-from qlora_lite.training.objective import headless_loss
+from qlora_lite.training.fused_forward import fused
+from qlora_lite.training.objective import logit_free_loss
 
 
 def perplexity(model: Any, windows: torch.Tensor) -> float:
     """Returns exp of the mean loss over `(windows, tokens)` token ids; the first token of a window has no loss."""
     total = 0.0
-    with torch.no_grad(), lean(model):
+    with torch.no_grad(), fused(model):
         for window in windows.split(2):
-            total += float(headless_loss(model, {"input_ids": window, "labels": window}))
+            total += float(logit_free_loss(model, {"input_ids": window, "labels": window}))
     return math.exp(total / (windows.numel() - len(windows)))

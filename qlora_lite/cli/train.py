@@ -81,7 +81,7 @@ def _figures(
         "seconds": round(result.seconds, 1),
         "peak_bytes": result.steps[-1].peak_bytes,
         **predicted,
-        "own_loss_because": result.own_loss_because,
+        "own_loss_because": result.model_loss_reason,
         "batches_halved_from_step": result.halved_at,
         "adapter": str(output / "adapter"),
     }

@@ -3,9 +3,9 @@
 In reading order:
 
 records        records of a JSONL file, checked
-tokenization   records as tokens, with labels where something is learned
+tokenization   token ids of records, with labels on the tokens that are learned
 batching       batches of examples, padded or packed
-stream         the batches of a run, and its position in them
+stream         the batches of a run, with a position that can be resumed
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The batches of a run one after the other, checked, and at which place of them the run is."""
+"""The batches of a training run, one after the other, checked, with a position that a resumed run can skip to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +16,12 @@ from qlora_lite.data.batching import Batch
 from qlora_lite.errors import CheckpointError, ConfigError, TrainingError
 from qlora_lite.signals import check_signals
 
-END = object()
 
+def check_batch(batch: object, vocabulary: int | None) -> None:
+    """Raises ConfigError unless `batch` is a dict of tensors with equally many rows, with token ids and labels.
 
-def check_batch(batch: Any, vocabulary: int | None) -> None:
-    """ConfigError, saying what is wrong, for what is no batch of token rows with labels that this model knows."""
+    vocabulary: the number of token ids of the model; None where it is not known.
+    """
     if not isinstance(batch, dict) or not {"input_ids", "labels"} <= batch.keys():
         got = sorted(batch) if isinstance(batch, dict) else f"a {type(batch).__name__}"
         raise ConfigError(f"a batch must be a dict with tensors input_ids and labels; got {got}")
@@ -42,100 +42,112 @@ def check_batch(batch: Any, vocabulary: int | None) -> None:
 
 
 def _digest(before: str, batch: Mapping[str, Tensor]) -> str:
-    """SHA-256 of what came before and of this batch: names, shapes, dtypes and values."""
-    sum_ = hashlib.sha256(before.encode())
+    """Returns the SHA-256 of the digest `before` and of a batch: names, dtypes, shapes and values."""
+    digest = hashlib.sha256(before.encode())
     for name, value in batch.items():
-        sum_.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        sum_.update(raw_bytes(value))
-    return sum_.hexdigest()
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(raw_bytes(value))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is in its batches: `taken` of them in this epoch (from 0), which had this digest.
+    """How far a run is in its batches.
 
-    count: how many an epoch has, where that is known. start: the random numbers' states before the epoch's first one,
-    which decided on the order.
+    epoch: from 0. taken: batches taken in this epoch. digest: of these batches. count: batches of an epoch, None where
+    it is not known. random: states of the generators before the first batch of the epoch, which decide on the order.
     """
 
     epoch: int
     taken: int
     digest: str
     count: int | None
-    start: RandomState
+    random: RandomState
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the position as plain data for `json.dumps`, without the states of the generators."""
+        return {"epoch": self.epoch, "taken": self.taken, "digest": self.digest, "count": self.count}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, object], random: RandomState) -> Position:
+        """Returns the position that `to_json` was called on. The types of `plain` must have been checked."""
+        return cls(random=random, **{name: plain[name] for name in ("epoch", "taken", "digest", "count")})  # type: ignore[arg-type]
 
 
 class BatchStream:
-    """Batches one by one; a sequence or DataLoader starts over when it ends, an iterator has one epoch.
+    """The batches of a run. A sequence or a DataLoader starts again when it ends; an iterator has one epoch.
 
-    sources: where random numbers come from, so that the position can be told and gone to; None for a run that is not
-    resumed.
+    vocabulary: as in `check_batch`. sources: the random numbers of the run, which `position` and `skip_to` need; None
+    for a run that is not resumed.
     """
 
     def __init__(self, batches: Iterable[Batch], vocabulary: int | None, sources: RandomSources | None) -> None:
         self._batches, self._vocabulary, self._sources = batches, vocabulary, sources
-        self._again = isinstance(batches, (Sequence, torch.utils.data.DataLoader))
+        self._repeats = isinstance(batches, (Sequence, torch.utils.data.DataLoader))
         self._iterator: Iterator[Batch] | None = None
         self._epoch, self._taken, self._digest = 0, 0, ""
-        self._start: RandomState | None = None
+        self._epoch_random: RandomState | None = None
 
     @property
     def _count(self) -> int | None:
         try:
-            return len(self._batches) if self._again else None  # type: ignore[arg-type]
+            return len(self._batches) if self._repeats else None  # type: ignore[arg-type]
         except TypeError:  # a DataLoader over a dataset that is read as a stream
             return None
 
-    def _next(self) -> Any:
-        """The next batch of this epoch; END behind the last."""
+    def _next_of_epoch(self) -> Batch | None:
+        """Returns the next batch of this epoch; None after the last one."""
         check_signals()
         if self._iterator is None:
-            self._start = None if self._sources is None else self._sources.capture()
+            self._epoch_random = None if self._sources is None else self._sources.capture()
             self._iterator = iter(self._batches)
-        batch: Any = next(self._iterator, END)
-        if batch is not END:
-            check_batch(batch, self._vocabulary)
-            self._taken += 1
-            if self._sources is not None:
-                self._digest = _digest(self._digest, batch)
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            return None
+        check_batch(batch, self._vocabulary)
+        self._taken += 1
+        if self._sources is not None:
+            self._digest = _digest(self._digest, batch)
         return batch
 
-    def _next_of_any_epoch(self) -> Any:
-        batch = self._next()
-        if batch is END and self._again:
+    def _next(self) -> Batch | None:
+        """Returns the next batch, of the next epoch if this one has ended; None after the last batch of an iterator."""
+        batch = self._next_of_epoch()
+        if batch is None and self._repeats:
             if self._taken == 0:
                 raise ConfigError("batches is empty")
             self._iterator, self._epoch, self._taken, self._digest = None, self._epoch + 1, 0, ""
-            return self._next_of_any_epoch()
+            return self._next()
         return batch
 
-    def group(self, size: int, step: int, steps: int) -> Iterator[Batch]:
-        """The batches of a step. TrainingError if there are not so many."""
-        for _ in range(size):
-            batch = self._next_of_any_epoch()
-            if batch is END:
+    def take(self, count: int, step: int, steps: int) -> Iterator[Batch]:
+        """Yields the `count` batches of a step. Raises TrainingError if there are not so many."""
+        for _ in range(count):
+            batch = self._next()
+            if batch is None:
                 raise TrainingError(f"the batches ended in step {step} of {steps}; give more, or train fewer steps")
             yield batch
 
     def position(self) -> Position:
-        """Where the run is now, for `go_to`."""
-        assert self._start is not None
-        return Position(self._epoch, self._taken, self._digest, self._count, self._start)
+        """Returns the current position, for `skip_to`."""
+        assert self._epoch_random is not None
+        return Position(self._epoch, self._taken, self._digest, self._count, self._epoch_random)
 
-    def go_to(self, position: Position) -> None:
-        """Skips, from the beginning, to the place that another run had reached, and checks that all is as it was there.
+    def skip_to(self, position: Position) -> None:
+        """Skips the batches before `position` and compares them with those that the other run took.
 
-        CheckpointError for another number of batches, and for others than those. Random numbers are afterwards where
-        skipping left them.
+        Changes the random numbers of the run: they are afterwards as skipping left them.
+        Raises CheckpointError if the number of batches, or a batch, is another.
         """
         assert self._sources is not None
         if position.count != self._count:
             raise CheckpointError(f"an epoch had {position.count} batches, and has {self._count} here; give the same")
-        self._sources.restore(position.start)
+        self._sources.restore(position.random)
         try:
-            while self._taken < position.taken and self._next() is not END:
+            while self._taken < position.taken and self._next_of_epoch() is not None:
                 pass
-        except ConfigError:  # no batch at all, so none of those
+        except ConfigError:  # the batch is not valid, so it is not one of the run's
             self._digest = ""
         if self._digest != position.digest:
             raise CheckpointError(

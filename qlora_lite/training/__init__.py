@@ -3,17 +3,17 @@
 In reading order:
 
 config                     TrainConfig
-objective                  which loss a model is trained with
-fused_forward              modules exchanged for autograd functions that keep less
-activation_checkpointing   which blocks are recomputed in backward
-optim                      optimizers and the learning rate
-distributed                several processes on one run
-step                       one step: gradients and update
-progress                   what is printed while training runs
-run_state                  the state of a run between two steps, in files
-run_checkpoints            checkpoints of a run, whole or absent
-run_folder                 metrics, adapter and checkpoints of a run
-loop                       train
+loop                       train: the training loop
+step                       one step: the gradients of its batches and the update
+objective                  the loss that a model is trained with
+fused_forward              forward methods replaced by functions that save less for backward
+activation_checkpointing   blocks that are recomputed in backward
+optim                      the optimizers and the learning rate schedule
+distributed                data-parallel training in several processes
+progress                   the progress on stderr
+run_state                  Run: everything that the next steps depend on, to and from files
+run_checkpoints            the checkpoints of a run: written, verified, found, removed
+run_folder                 the folder of a run: metrics, adapter, checkpoints, lock
 """
 
 from __future__ import annotations

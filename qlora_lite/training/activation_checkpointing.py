@@ -1,11 +1,12 @@
-"""Activation checkpointing as a dial: keep a block for backward, or its input only and compute the rest again.
+"""Activation checkpointing (arXiv:1604.06174): recomputes all, none or some blocks in backward.
 
-(arXiv:1604.06174.) "Keep" means what is dear to compute, products and attention; norms and activations are computed
-again in any case (recompute.py). Between "none" (recompute no block) and "full" (recompute all) a number of bytes may
-be given. Then as much is kept as it allows, what saves the most time a byte first: the outputs of attention in as
-many blocks as fit, and when they fit in all, whole blocks. How much that is follows from the first step, in which one
-block is kept and every storage is followed. All grows with the tokens of a batch, so the numbers are found anew for
-each batch. The last blocks are kept: backward frees them first, so nothing of theirs is left when others recompute.
+A block that is kept stores the results of its matrix products and of attention for backward. Norms and activations are
+recomputed in any case (compute/recompute.py). A block that is recomputed stores its input only.
+
+With a number of bytes, as much is kept as fits, in the order of time saved per byte: the outputs of attention in as
+many blocks as possible, and if they fit in all blocks, whole blocks. The sizes are measured in the first batch, in
+which one block is kept and every storage is traced. They grow with the number of tokens, so the choice is made for
+each batch. The last blocks are kept: backward frees them first, before other blocks are recomputed.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.patches import patched_forward
 from qlora_lite.surgery import repeated_blocks
 
-# Allocations that differ from batch to batch (other lengths, other numbers of labels) at the same number of tokens.
+# Batches of the same number of tokens differ in their allocations (other lengths, other numbers of labels).
 MARGIN = 0.03
-
-
 PHASES = ("forward", "backward")
 
+Phase = Callable[[str], AbstractContextManager[None]]
 
-class _Cost(NamedTuple):
-    """Bytes of a batch with one block kept: peaks of its phases, that block, the attention outputs in it."""
+
+class _Costs(NamedTuple):
+    """Bytes of a batch with one kept block.
+
+    forward, backward: peaks of the phases above the model's own bytes. block: of the kept block. attention: of the
+    attention outputs in it.
+    """
 
     tokens: int
     forward: int
@@ -45,39 +50,40 @@ class _Cost(NamedTuple):
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """By identity: fake storages have no address."""
+    """Returns the bytes of storages by their id, because fake storages have no address."""
     return {id(storage): storage.nbytes() for tensor in tensors for storage in storages_of(tensor)}
 
 
-Phase = Callable[[str], AbstractContextManager[None]]
+class BlockCheckpointing:
+    """Decides for each batch which blocks are kept for backward, and in which others the attention outputs are.
 
-
-class Dial:
-    """Which of a model's blocks are kept for backward, and of which of the others the attention outputs.
-
-    Set for each batch by `batch`.
+    blocks: the number of blocks. kept: how many of the last ones are kept. attention_kept: of how many blocks before
+    these the attention outputs are kept.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module], kind: str | int) -> None:
-        self._model, self._kind = model, kind
-        self.blocks = len(blocks)
-        self.kept = self.blocks if kind == "none" else 0
+    def __init__(self, model: nn.Module, blocks: int, checkpointing: str | int) -> None:
+        self._model, self._checkpointing = model, checkpointing
+        self.blocks = blocks
+        self.kept = blocks if checkpointing == "none" else 0
         self.attention_kept = 0
-        self._cost: _Cost | None = None
-        self._noted: dict[int, int] | None = None
+        self._costs: _Costs | None = None
+        self._saved_bytes: dict[int, int] | None = None  # by storage, of the kept block while it is measured
         self._attention_bytes = 0
 
     @property
-    def measured(self) -> list[int] | None:
-        """What blocks cost in the first batch, if that was measured; a dial that is given it decides the same."""
-        return None if self._cost is None else list(self._cost)
+    def costs(self) -> list[int] | None:
+        """The measured bytes of a batch (tokens, forward, backward, block, attention); None before the first batch.
 
-    @measured.setter
-    def measured(self, cost: list[int] | None) -> None:
-        self._cost = None if cost is None else _Cost(*cost)
+        Another instance that is given these costs decides the same.
+        """
+        return None if self._costs is None else list(self._costs)
+
+    @costs.setter
+    def costs(self, costs: list[int] | None) -> None:
+        self._costs = None if costs is None else _Costs(*costs)
 
     def run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A block's forward, checkpointed or not."""
+        """Returns the result of a block's forward; recomputes the block in backward if it is not kept."""
         recomputed = self.blocks - self.kept
         if index < recomputed - self.attention_kept:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
@@ -88,43 +94,43 @@ class Dial:
                 return stash.filling(), stash.using()
 
             return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-        if self._noted is None or not torch.is_grad_enabled():
+        if self._saved_bytes is None or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         stash = OutputStash()
-        with torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor), stash.filling():
+        with torch.autograd.graph.saved_tensors_hooks(self._count_saved, lambda tensor: tensor), stash.filling():
             result = forward(*args, **kwargs)
-        # A recomputed block holds its input too.
+        # A recomputed block stores its input too, so that is not a cost of keeping it.
         for storage in _bytes_of(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)):
-            self._noted.pop(storage, None)
+            self._saved_bytes.pop(storage, None)
         self._attention_bytes = sum(_bytes_of(stash.outputs).values())
         return result
 
-    def _note(self, tensor: Tensor) -> Tensor:
-        assert self._noted is not None
-        self._noted |= _bytes_of((tensor,))
+    def _count_saved(self, tensor: Tensor) -> Tensor:
+        assert self._saved_bytes is not None
+        self._saved_bytes |= _bytes_of((tensor,))
         return tensor
 
     @contextmanager
     def batch(self, tokens: int, state_bytes: int) -> Iterator[Phase]:
-        """A batch of a step goes inside; the phases `forward` and `backward` of it into what this gives.
+        """Within the block one batch is computed. Yields the context manager for its phases `forward` and `backward`.
 
-        state_bytes: what the optimizer's states take, or will take. ConfigError for a budget that not even
-        recomputing everything can meet.
+        state_bytes: bytes that the optimizer's states take, or will take.
+        Raises ConfigError if the budget is too small even if every block is recomputed.
         """
-        if isinstance(self._kind, str):
+        if isinstance(self._checkpointing, str):
             yield lambda name: nullcontext()
-        elif self._cost is not None:
-            self._fit(self._kind, tokens, state_bytes)
+        elif self._costs is not None:
+            self._fit(self._checkpointing, tokens, state_bytes)
             yield lambda name: nullcontext()
         else:
             with self._measuring(tokens) as phase:
                 yield phase
-            self._fit(self._kind, tokens, state_bytes)
+            self._fit(self._checkpointing, tokens, state_bytes)
 
     @contextmanager
     def _measuring(self, tokens: int) -> Iterator[Phase]:
-        """Keeps one block, and finds what that costs and what the peaks are."""
-        self.kept, self._noted = 1, {}
+        """Within the block one model block is kept; its costs and the peaks of the phases are measured."""
+        self.kept, self._saved_bytes = 1, {}
         resident = [*self._model.parameters(), *self._model.buffers()]
         with StorageTrace() as trace:
             for tensor in resident:
@@ -132,17 +138,17 @@ class Dial:
             yield trace.phase
         own = _bytes_of(resident)
         base = sum(own.values())
-        block = sum(size for place, size in self._noted.items() if place not in own)
-        self._noted = None
+        block = sum(size for storage, size in self._saved_bytes.items() if storage not in own)
+        self._saved_bytes = None
         forward, backward = (trace.peak(name)[0] - base for name in PHASES)
-        self._cost = _Cost(tokens, forward, backward, block, self._attention_bytes)
+        self._costs = _Costs(tokens, forward, backward, block, self._attention_bytes)
 
     def _fit(self, budget: int, tokens: int, state_bytes: int) -> None:
-        """Sets how much is kept. Gradients are counted as if they too grew with the tokens."""
-        assert self._cost is not None
-        scale = (1 + MARGIN) * max(tokens, 1) / self._cost.tokens
-        forward, backward, block, attention = (size * scale for size in self._cost[1:])
-        # Backward holds a whole block anyway where it recomputes one, so the first kept block costs it nothing.
+        """Sets how much is kept. Gradients are counted as if they grew with the tokens too."""
+        assert self._costs is not None
+        scale = (1 + MARGIN) * max(tokens, 1) / self._costs.tokens
+        forward, backward, block, attention = (size * scale for size in self._costs[1:])
+        # Recomputing a block in backward needs the bytes of a whole block, so the first kept block does not add to it.
         needed = max(forward - block, backward) + state_bytes
         if needed > budget:
             raise ConfigError(
@@ -150,24 +156,27 @@ class Dial:
                 f"{round(needed)} for a batch of {tokens} tokens; give more, or smaller batches"
             )
         room = max(0.0, budget - max(forward, backward) + block - state_bytes)
-        beside = max(1.0, block - attention)  # what a kept block costs where its attention outputs are kept anyway
-        self.kept = max(0, min(self.blocks, int((room - attention * self.blocks) / beside)))
+        rest = max(1.0, block - attention)  # the cost of keeping a block whose attention outputs are kept anyway
+        self.kept = max(0, min(self.blocks, int((room - attention * self.blocks) / rest)))
         left = self.blocks - self.kept
         self.attention_kept = min(left, int((room - self.kept * block) / attention)) if attention else 0
 
 
 @contextmanager
-def checkpointed(model: nn.Module, kind: str | int) -> Iterator[Dial]:
-    """Within the block, the repeated blocks of the model recompute in backward as `kind` says (see TrainConfig).
+def checkpointed(model: nn.Module, checkpointing: str | int) -> Iterator[BlockCheckpointing]:
+    """Within the block, the repeated blocks of the model are recomputed in backward (see `TrainConfig`).
 
-    Non-reentrant, so a frozen embedding (an input without gradient) is no obstacle. Forward methods are put back
-    afterwards. ConfigError when the model has no ModuleList of blocks.
+    Checkpointing is non-reentrant, so that inputs need no gradient (behind a frozen embedding). Forward methods are
+    restored at the end.
+    Raises ConfigError if the model has no ModuleList of blocks.
     """
-    blocks = [] if kind == "none" else repeated_blocks(model)
-    if kind != "none" and not blocks:
-        raise ConfigError(f"checkpointing={kind!r} needs blocks in an nn.ModuleList; this model has none: use 'none'")
-    dial = Dial(model, blocks, kind)
+    blocks = [] if checkpointing == "none" else repeated_blocks(model)
+    if checkpointing != "none" and not blocks:
+        raise ConfigError(
+            f"checkpointing={checkpointing!r} needs blocks in an nn.ModuleList; this model has none: use 'none'"
+        )
+    decider = BlockCheckpointing(model, len(blocks), checkpointing)
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.enter_context(patched_forward(block, functools.partial(dial.run, index, block.forward)))
-        yield dial
+            stack.enter_context(patched_forward(block, functools.partial(decider.run, index, block.forward)))
+        yield decider

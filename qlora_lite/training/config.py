@@ -1,4 +1,4 @@
-"""Settings as small frozen dataclasses that check themselves; every wrong one raises ConfigError at construction."""
+"""TrainConfig: the settings of a training run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from qlora_lite.checks import byte_count, is_count, is_finite, require
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 CHECKPOINTING = ("none", "full")
-SEED_LIMIT = 2**63  # torch's generators take no larger one
+SEED_LIMIT = 2**63  # of torch's generators
 
 
 def checkpointing_named(text: str) -> str | int:
-    """`"full"`, `"none"`, or a size such as `"300MiB"`, `"2GiB"`, `"500000000"` as bytes. ConfigError otherwise."""
+    """Returns `"full"` and `"none"` as they are, and the bytes of a size such as `"300MiB"` or `"500000000"`.
+
+    Raises ConfigError for other texts.
+    """
     if text in CHECKPOINTING:
         return text
     return byte_count(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, or", text)
@@ -22,24 +25,27 @@ def checkpointing_named(text: str) -> str | int:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run of `train`.
+    """The settings of a training run.
 
-    steps: optimizer steps; each uses `gradient_accumulation` batches.
-    warmup_steps: the learning rate rises linearly to `learning_rate` over them, then falls as a cosine to 0.
-    weight_decay: AdamW's, of all matrices: A, B, modules trained whole, rows of tokens. None of vectors: biases,
-        weights of norms, a variant's parameters (lora/variants.py). (As transformers' Trainer has it, but for the last,
-        which it decays: where they scale the base, the base itself would go towards 0.)
-    max_grad_norm: the joint 2-norm of all gradients is clipped to it; None clips nothing.
-    lora_plus_ratio: how many times the learning rate of A that of B is, and of vectors (biases, weights of norms,
-        a variant's parameters): LoRA+ (arXiv:2402.12354), which proposes 16 with a smaller `learning_rate`; with 1 all
-        learn at one rate. Other matrices, modules trained whole and rows of tokens, learn at that of A, as in peft.
+    steps: optimizer steps.
+    learning_rate, warmup_steps: the learning rate rises linearly to `learning_rate` in `warmup_steps` steps, then
+        follows a half cosine down to 0.
+    weight_decay: of AdamW, for all matrices: A, B, `modules_to_save` and token rows. Vectors are not decayed: biases,
+        weights of norms, a variant's parameters (lora/variants.py). transformers' Trainer decays the last; where they
+        scale the base, that would pull the base itself towards 0.
+    gradient_accumulation: batches of a step.
+    max_grad_norm: limit of the joint 2-norm of all gradients, which are scaled down to it; None does not clip.
+    lora_plus_ratio: the learning rate of B, and of vectors, divided by that of A (LoRA+, arXiv:2402.12354, which
+        proposes 16 with a smaller `learning_rate`). Other matrices have the learning rate of A, as in peft.
     optimizer: `adamw` (fp32 states) or `adamw8bit` (bitsandbytes' blockwise 8-bit states).
-    checkpointing: `full` keeps only the inputs of each block for backward, computing the rest again; `none` keeps
-        products and attention of all blocks; a number of bytes keeps attention outputs, and then whole blocks, as
-        many as fit, so that the peak of live tensor bytes above the model's own stays below it.
-    save_steps: after so many steps, and at the end, all that resuming needs is saved in the output folder; None saves
-        it when a signal stops the run. The newest `keep_last` (None: all) of these checkpoints are kept, and of the
-        others the `keep_best` with the lowest mean loss since the one before.
+    checkpointing: activation checkpointing. `full` stores only the inputs of each block for backward and recomputes the
+        rest. `none` stores matrix products and attention of all blocks. A number of bytes stores attention outputs,
+        and then whole blocks, as many as fit: it limits the peak of live tensors above the model's own bytes.
+    seed: `train` calls `torch.manual_seed(seed)` first; dropout follows from it.
+    save_steps: steps between two checkpoints in the output folder; the last step writes one too. None writes one only
+        when a signal stops the run.
+    keep_last, keep_best: checkpoints to keep: the newest `keep_last` (None: all), and of the others the `keep_best`
+        with the lowest mean loss since the checkpoint before.
     """
 
     steps: int = 100
@@ -75,9 +81,9 @@ class TrainConfig:
         require(rate * ratio <= largest, f"lora_plus_ratio must be at most {largest / rate:g} with this rate", ratio)
         require(self.optimizer in OPTIMIZERS, f"optimizer must be one of {', '.join(OPTIMIZERS)}", self.optimizer)
         kinds = ", ".join(CHECKPOINTING)
-        dial = self.checkpointing
-        known = is_count(dial, 1) or dial in CHECKPOINTING
-        require(known, f"checkpointing must be one of {kinds}, or a number of bytes", dial)
+        checkpointing = self.checkpointing
+        known = is_count(checkpointing, 1) or checkpointing in CHECKPOINTING
+        require(known, f"checkpointing must be one of {kinds}, or a number of bytes", checkpointing)
         seed = self.seed
         require(is_count(seed, 0) and seed < SEED_LIMIT, f"seed must be an integer in [0, {SEED_LIMIT})", seed)
         saving, last, best = self.save_steps, self.keep_last, self.keep_best

@@ -1,8 +1,8 @@
-"""Lets a model of transformers compute, while it is trained, what it computes anyway with less kept and less made.
+"""Replaces forward methods of transformers' modules by fused autograd functions that save less for backward.
 
-Three parts of a block are exchanged for nodes of ours: norms and gated activations (norms_and_gates.py), and on a CPU
-causal attention (cpu_attention.py). A module is recognized by what it computes: its own forward, run on small random
-numbers, must give what the node gives, bit for bit. What is not recognized is left alone.
+Three parts of a block are replaced: norms and gated activations (compute/norms_and_gates.py), and on a CPU causal
+attention (compute/cpu_attention.py). A module is recognized by its results: its own forward, run on small random
+tensors, must equal the fused function bit for bit. Other modules are left as they are.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from qlora_lite.compute.norms_and_gates import ACTIVATIONS, gated, gated_product
 from qlora_lite.patches import patched_attention, patched_forward
 
 PROBE_SHAPE = (3, 16)
-# What transformers may ask of an attention function that ours does not do.
-BEYOND = ("softcap", "position_bias", "cache", "s_aux", "output_attentions")
+# Options of transformers' attention functions that the fused one does not have.
+UNSUPPORTED_OPTIONS = ("softcap", "position_bias", "cache", "s_aux", "output_attentions")
 EPS_NAMES = ("variance_epsilon", "eps")
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
-def _same(theirs: Callable[[], Any], ours: Tensor) -> bool:
-    """Whether a forward gives this very tensor; one that asks for more than the probe offers does not."""
+def _gives(forward: Callable[[], object], expected: Tensor) -> bool:
+    """Returns whether a forward runs on its stand-in module and gives exactly this tensor."""
     try:
-        result = theirs()
-    except Exception:  # any code may stand in a stranger's forward, and fail on the stand-in in any way
+        result = forward()
+    except Exception:  # the code of a model may fail on the stand-in in any way
         return False
-    return isinstance(result, Tensor) and result.dtype == ours.dtype and torch.equal(result, ours)
+    return isinstance(result, Tensor) and result.dtype == expected.dtype and torch.equal(result, expected)
 
 
 def _probe(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -45,7 +45,7 @@ def _probe(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _norm_eps(module: nn.Module) -> float | None:
-    """The eps of a module that computes `normalized` of its weight; None for any other."""
+    """Returns the eps of a module that computes `normalized` with its weight; None for any other module."""
     weight = module._parameters.get("weight")
     name = next((name for name in EPS_NAMES if hasattr(module, name)), None)
     if weight is None or weight.dim() != 1 or name is None or module._parameters.get("bias") is not None:
@@ -54,12 +54,12 @@ def _norm_eps(module: nn.Module) -> float | None:
     with no_dispatch(), torch.no_grad():
         x, scale = _probe(0, weight.dtype, *PROBE_SHAPE), _probe(1, weight.dtype, PROBE_SHAPE[-1])
         stand_in: Any = SimpleNamespace(weight=scale, **{name: eps})
-        same = _same(lambda: type(module).forward(stand_in, x), normalized(x, scale, eps))
+        same = _gives(lambda: type(module).forward(stand_in, x), normalized(x, scale, eps))
     return float(eps) if same else None
 
 
 def _mlp_activation(module: nn.Module, dtype: torch.dtype) -> str | None:
-    """The activation f of a module that computes down(f(gate(x)) * up(x)); None for any other."""
+    """Returns the activation f of a module that computes down(f(gate(x)) * up(x)); None for any other module."""
     if not all(isinstance(getattr(module, part, None), nn.Module) for part in MLP_PARTS):
         return None
     with no_dispatch(), torch.no_grad():
@@ -68,66 +68,66 @@ def _mlp_activation(module: nn.Module, dtype: torch.dtype) -> str | None:
             gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.tan, act_fn=module.act_fn
         )
         for name in ACTIVATIONS:
-            ours = torch.tan(gated_product(torch.sin(x), torch.cos(x), name))
-            if _same(lambda: type(module).forward(stand_in, x), ours):
+            expected = torch.tan(gated_product(torch.sin(x), torch.cos(x), name))
+            if _gives(lambda: type(module).forward(stand_in, x), expected):
                 return name
     return None
 
 
-def _lean_norm(module: nn.Module, own: Callable[..., Tensor], eps: float, x: Tensor) -> Tensor:
+def _fused_norm(module: nn.Module, own: Callable[..., Tensor], eps: float, x: Tensor) -> Tensor:
     weight: Any = module.weight
     return rms_norm(x, weight, eps) if x.dtype == weight.dtype else own(x)
 
 
-def _lean_mlp(module: Any, activation: str, x: Tensor) -> Tensor:
+def _fused_mlp(module: Any, activation: str, x: Tensor) -> Tensor:
     result: Tensor = module.down_proj(gated(module.gate_proj(x), module.up_proj(x), activation))
     return result
 
 
-def _lean_forward(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """A forward of ours for a module that is recognized; one that somebody gave a forward of its own is not."""
+def _fused_forward(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """Returns the fused forward of a recognized module; None for others and for instances with their own forward."""
     if "forward" in module.__dict__:
         return None
     eps = _norm_eps(module)
     if eps is not None:
-        return functools.partial(_lean_norm, module, module.forward, eps)
+        return functools.partial(_fused_norm, module, module.forward, eps)
     activation = _mlp_activation(module, dtype)
-    return None if activation is None else functools.partial(_lean_mlp, module, activation)
+    return None if activation is None else functools.partial(_fused_mlp, module, activation)
 
 
-class _Masks:
-    """Which masks let every token see itself and nothing after it; asked by every layer, looked up once."""
+class _CausalMasks:
+    """Tells which masks are causal: every token attends to itself and to no later token. Each mask is checked once."""
 
     def __init__(self) -> None:
-        self._suited = WeakIdKeyDictionary()
+        self._causal = WeakIdKeyDictionary()
 
-    def suits(self, mask: Tensor, tokens: int) -> bool:
+    def is_causal(self, mask: Tensor, tokens: int) -> bool:
         if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, tokens, tokens):
             return False
-        if isinstance(mask, FakeTensor):  # no values to look at; transformers makes causal ones
+        if isinstance(mask, FakeTensor):  # it has no values; transformers makes causal masks
             return True
-        if mask not in self._suited:
+        if mask not in self._causal:
             itself = mask.diagonal(dim1=-2, dim2=-1).all()
             later = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).triu_(1)
-            self._suited[mask] = bool(itself & ~(mask & later).any())
-        return bool(self._suited[mask])
+            self._causal[mask] = bool(itself & ~(mask & later).any())
+        return bool(self._causal[mask])
 
 
-def _attention(own: Callable[..., Any], masks: _Masks, module: nn.Module, *args: Any, **options: Any) -> Any:
-    """transformers' sdpa function, or ours where it is called for causal attention on a CPU and for nothing else."""
+def _attention(own: Callable[..., Any], masks: _CausalMasks, module: nn.Module, *args: Any, **options: Any) -> Any:
+    """Computes causal attention on a CPU by the fused function, and everything else by transformers' `own` one."""
     query, key, value, mask = args[:4] if len(args) >= 4 else (*args, options.get("attention_mask"))
     tokens = query.shape[2]
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    suited = (
+    is_fusible = (
         on_cpu(query.device)
         and query.dtype in (torch.bfloat16, torch.float32)
         and not options.get("dropout")
-        and not any(options.get(name) is not None and options.get(name) is not False for name in BEYOND)
+        and not any(options.get(name) is not None and options.get(name) is not False for name in UNSUPPORTED_OPTIONS)
         and 1 < tokens == key.shape[2]
-        and (causal if mask is None else masks.suits(mask, tokens))
+        and (causal if mask is None else masks.is_causal(mask, tokens))
     )
-    if not suited:
+    if not is_fusible:
         return own(module, *args, **options)
     scale = options.get("scaling")
     mask = None if mask is None else mask.expand(query.shape[0], -1, -1, -1)
@@ -136,17 +136,16 @@ def _attention(own: Callable[..., Any], masks: _Masks, module: nn.Module, *args:
 
 
 @contextmanager
-def lean(model: nn.Module) -> Iterator[list[str]]:
-    """Within the block the model runs on the nodes of ours that it can; gives the names of the modules exchanged.
+def fused(model: nn.Module) -> Iterator[list[str]]:
+    """Within the block the model uses fused functions where it can. Yields the names of the modules with a new forward.
 
-    Forward methods and transformers' attention function are put back afterwards.
+    Forward methods and transformers' attention function are restored at the end.
     """
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
-    forwards = {name: _lean_forward(module, dtype) for name, module in model.named_modules()}
+    forwards = {name: _fused_forward(module, dtype) for name, module in model.named_modules()}
     found = {name: forward for name, forward in forwards.items() if forward is not None}
-    names = list(found)
     with ExitStack() as stack:
         for name, forward in found.items():
             stack.enter_context(patched_forward(model.get_submodule(name), forward))
-        stack.enter_context(patched_attention(model, lambda own: functools.partial(_attention, own, _Masks())))
-        yield names
+        stack.enter_context(patched_attention(model, lambda own: functools.partial(_attention, own, _CausalMasks())))
+        yield list(found)

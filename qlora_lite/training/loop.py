@@ -1,14 +1,12 @@
-"""One readable training loop, on accelerate."""
+"""The training loop, and the memory profile of some steps."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +15,7 @@ from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.compute.host_memory import heap_trimming, set_host_limits
-from qlora_lite.compute.random_state import RandomSources, loader_generators
 from qlora_lite.data.batching import Batch
-from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.adapters import add_lora_
 from qlora_lite.lora.config import LoraConfig
@@ -28,27 +24,31 @@ from qlora_lite.memory.report import MemoryReport
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.training.activation_checkpointing import checkpointed
 from qlora_lite.training.config import TrainConfig
-from qlora_lite.training.fused_forward import lean
+from qlora_lite.training.distributed import Processes
+from qlora_lite.training.fused_forward import fused
 from qlora_lite.training.progress import say, training_progress
+from qlora_lite.training.run_checkpoints import StepMetrics
 from qlora_lite.training.run_folder import run_folder
-from qlora_lite.training.run_state import RunState
-from qlora_lite.training.step import Run, StepMetrics
+from qlora_lite.training.run_state import Run
+from qlora_lite.training.step import TrainingStep, prepare_run, start_accelerator
 
-# Rows or tokens of a made-up batch: no device holds more, and products of sizes stay within 64 bits.
+# Rows or tokens of a random batch. No device holds more, and products of sizes stay below 64 bits.
 LARGEST_SIDE = 1 << 24
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its steps, seconds of this call, and why the model's own loss was used, if it was.
+    """A finished run.
 
-    resumed_from: the checkpoint that it went on from, whose steps are in `steps` too; skipped: newer ones, and why.
+    steps: the metrics of all its steps, those before it was resumed included. seconds: of this call of `train`.
+    model_loss_reason: why the model's own loss was used; None if the loss was computed without logits.
+    resumed_from: the checkpoint that this call continued from. skipped: newer checkpoints, and why they were not used.
     halved_at: the step in which memory ran out, from which on batches were computed in halves.
     """
 
     steps: list[StepMetrics]
     seconds: float
-    own_loss_because: str | None
+    model_loss_reason: str | None
     resumed_from: Path | None = None
     skipped: tuple[str, ...] = ()
     halved_at: int | None = None
@@ -59,13 +59,15 @@ class TrainResult:
 
 
 @contextlib.contextmanager
-def _in_training(model: nn.Module) -> Iterator[None]:
-    before = {module: module.training for module in model.modules()}
-    model.train()
+def _training_mode(run: Run) -> Iterator[None]:
+    """Within the block every module is in training mode. At the end, modes are restored and gradients dropped."""
+    modes = {module: module.training for module in run.model.modules()}
+    run.model.train()
     try:
         yield
     finally:
-        for module, training in before.items():
+        run.drop_gradients()
+        for module, training in modes.items():
             module.training = training
 
 
@@ -80,66 +82,66 @@ def train(
     profiler: MemoryProfiler | None = None,
     progress: bool = True,
 ) -> TrainResult:
-    """Trains the adapters of a model in place, and nothing else.
+    """Trains the adapters of a model in place; no other value of the model changes.
 
-    batches: dicts of `input_ids` and `labels` `(batch, tokens)`, -100 for no label, and whatever else the model takes.
-    The loss is the mean over all labelled tokens of a step, however they are spread over its batches.
-    output_dir: gets `metrics.jsonl`, a line a step, and the adapter in `adapter/`, also when training stops early,
-        by whatever error; when it diverged, values from before. A folder with something in it is refused unless
-        `overwrite`. With `config.save_steps` also `checkpoints/`.
-    resume: go on from the newest sound checkpoint in output_dir, with model, adapters, batches and config made as for
-        the run that wrote it; what follows is bit for bit what that run would have done. CheckpointError for whatever
-        is not the same; without a checkpoint, training starts at step 1.
-    SIGINT and SIGTERM are obeyed between two batches, if there is an output_dir: a checkpoint is written, and Stopped
-    raised. A second SIGINT is a KeyboardInterrupt at once, and saves nothing.
-    In processes started by `accelerate launch` each takes its rows of every batch, the first one writes the files, and
-    an error or a signal in one stops all; give all of them the same model, batches and config.
-    A step that memory runs out in is made again with its batches in halves, and so are those after it; once.
+    batches: dicts of `input_ids` and `labels`, int64 of shape (batch, tokens), label -100 for tokens that are not
+        learned, and whatever else the model takes. The loss is the mean over all labelled tokens of a step.
+    output_dir: gets `metrics.jsonl`, one line for each step, and the adapter in `adapter/`, also when training stops
+        early by an error; if it diverged, the values before that. With `config.save_steps` it gets `checkpoints/` too.
+        A folder with content is refused unless `overwrite`.
+    resume: continue from the newest intact checkpoint in output_dir. Model, adapters, batches and config must be made
+        as for the run that wrote it. The result is bit for bit that of an uninterrupted run. Without a checkpoint,
+        training starts at step 1.
     profiler: its phases forward, backward and optimizer are entered.
-    Raises NotFiniteError when the loss or the gradients are not finite (before they are applied), or the adapters after
-    an update; TrainingError when an adapter gets no gradient in the first step, or the batches end too early;
-    ConfigError, TargetError for what cannot be trained. Module modes and forward methods are put back as they were.
+    progress: show the progress on stderr.
+
+    SIGINT and SIGTERM take effect between two batches if there is an output_dir: a checkpoint is written and Stopped
+    raised. A second SIGINT raises KeyboardInterrupt at once and saves nothing.
+    In processes started by `accelerate launch`, each computes its rows of every batch, and the first one writes the
+    files. An error or a signal in one stops all. Give all of them the same model, batches and config.
+    If memory runs out in a step, that step is made again with its batches split in two, and so are all later ones.
+    Module modes and forward methods are restored at the end.
+
+    Raises NotFiniteError if the loss or the gradients are not finite (before the update), or the adapters after an
+    update; TrainingError if an adapter gets no gradient in the first step or the batches end too early; ConfigError and
+    TargetError if the model or the settings cannot be trained; CheckpointError if output_dir cannot be written or its
+    checkpoint belongs to another run.
     """
     if output_dir is None and (resume or config.save_steps is not None):
-        raise ConfigError("resume and save_steps need an output_dir, where the checkpoints are")
+        raise ConfigError("resume and save_steps need an output_dir, which holds the checkpoints")
+    folder = None if output_dir is None else Path(output_dir)
     torch.manual_seed(config.seed)
     set_host_limits()
-    run = Run(model, config, profiler, progress)
-    device = run.accelerator.device
-    sources = None if output_dir is None else RandomSources(device, loader_generators(batches))
-    stream = BatchStream(batches, run.vocabulary, sources)
-    state = None if sources is None else RunState(model, run.adapters, run.optimizer, config, stream, sources)
-    place = None if output_dir is None else Path(output_dir)
-    began = time.perf_counter()
+    accelerator = start_accelerator()
+    run = prepare_run(accelerator, model, batches, config, resumable=folder is not None)
+    processes = Processes(accelerator)
+    shown = progress and processes.is_first
+    started = time.perf_counter()
     with (
-        run_folder(model, place if run.processes.writes else None, overwrite, resume, state) as folder,
-        _in_training(model),
-        lean(model),
-        checkpointed(model, config.checkpointing) as dial,
-        heap_trimming(model, device, config.checkpointing) as trimmer,
-        contextlib.closing(run),
+        run_folder(run, folder if processes.is_first else None, overwrite, resume) as writer,
+        _training_mode(run),
+        fused(run.model),
+        checkpointed(run.model, config.checkpointing) as blocks,
+        heap_trimming(run.model, accelerator.device, config.checkpointing) as trimmer,
     ):
-        if resume and state is not None and place is not None:
-            run.processes.wait()  # the first one may still be removing what a killed run left
-            say(folder.resumed(place, state), run.progress)
-            run.processes.wait()
-        steps = [] if state is None else [StepMetrics.read(line) for line in state.metrics]
-        with training_progress(config.steps, run.progress) as show:
-            if state is not None and steps:
-                run.go_on(state.facts, dial)
-                state.restore_random()
-            for number in range(len(steps) + 1, config.steps + 1):
-                batches_of_step = stream.group(config.gradient_accumulation, number, config.steps)
-                group = run.processes.together(functools.partial(list[Batch], batches_of_step))
-                steps.append(run.step(number, group, dial, trimmer, folder))
-                show(steps[-1])
-                folder.note(steps[-1], run.facts(dial))
-    seconds = time.perf_counter() - began
-    return TrainResult(steps, seconds, run.own_loss_because, folder.resumed_from, tuple(folder.skipped), run.halved_at)
+        if resume and folder is not None:
+            processes.wait()  # the first process may still be removing what a killed run left
+            say(writer.resume(folder), shown)
+            processes.wait()
+        step = TrainingStep(run, accelerator, blocks, trimmer, profiler, shown)
+        with training_progress(config.steps, shown) as show:
+            run.restore_random()
+            while run.steps < config.steps:
+                metrics = step.make(step.next_batches(), writer.before_update)
+                show(metrics)
+                writer.finish_step(metrics)
+    seconds = time.perf_counter() - started
+    reason, halved_at = run.decisions.model_loss_reason, run.decisions.halved_at
+    return TrainResult(run.metrics, seconds, reason, writer.resumed_from, tuple(writer.skipped), halved_at)
 
 
-def check_batch_shape(config: Any, rows: int, tokens: int) -> None:
-    """ConfigError for a made-up batch that a model of this config cannot take."""
+def check_batch_shape(config: object, rows: int, tokens: int) -> None:
+    """Raises ConfigError if a model of this config cannot take random batches of this shape."""
     for name, value, least in (("rows", rows, 1), ("tokens", tokens, 2)):
         if not least <= value <= LARGEST_SIDE:
             raise ConfigError(f"{name} must be at least {least} and at most {LARGEST_SIDE:,}; got {value}")
@@ -158,10 +160,11 @@ def profile_steps(
     tokens: int,
     profiler: MemoryProfiler | None = None,
 ) -> MemoryReport:
-    """The memory of real training steps on made-up tokens `(rows, tokens)`: phases load, forward, backward, optimizer.
+    """Returns the memory of training steps on random tokens `(rows, tokens)`.
 
-    Two steps at least show the optimizer's states beside the activations of a step. profiler: one that is not open;
-    without it every storage is followed.
+    The phases are load, forward, backward and optimizer. With at least two steps, the optimizer's states and the
+    activations of a step are in memory together.
+    profiler: not open yet; without one, every storage is traced.
     """
     check_batch_shape(hub.read_config(hub.checkpoint_folder(model_folder)), rows, tokens)
     profiler = MemoryProfiler() if profiler is None else profiler

@@ -1,6 +1,6 @@
-"""Which loss a model is trained with: the one without logits where it equals the model's own, else the model's.
+"""The loss that a model is trained with: without logits if that equals the model's own loss, else the model's own.
 
-Both are sums over labelled tokens, so that gradients of several batches add up to those of one large batch.
+Both are sums over labelled tokens, so that the gradients of several batches add up to those of one large batch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.signals import check_signals
 from qlora_lite.surgery import has_own_forward
 
+Loss = Callable[[nn.Module, Batch], Tensor]
+
 PROBE_TOKENS = 64
-# bf16 keeps 8 bits: two orders of summation may differ by about 2^-8 in a logit, and by less in their mean loss.
+# bf16 has 8 significant bits: two orders of summation differ by about 2^-8 in a logit, and by less in a mean loss.
 PROBE_TOLERANCE = 5e-3
 
 
-def headless_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum over labelled tokens of the cross-entropy, from the last hidden state and the head's weight."""
+def logit_free_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Returns the sum of the cross-entropy over labelled tokens, from the last hidden states and the head's weight.
+
+    The logits of all tokens are never in memory (`linear_cross_entropy`).
+    """
     head: Any = architecture.output_head(model)
     hidden = architecture.hidden_states(model, batch)[:, :-1]
     lora = replaced = None
@@ -36,7 +41,7 @@ def headless_loss(model: nn.Module, batch: Batch) -> Tensor:
         lora = (*head.factors, head.scaling)
     if isinstance(head, TrainableTokensLayer) and head.adapter_enabled:
         replaced = (head.rows.tokens, head.rows.values)
-    hidden = hidden.to(getattr(_plain(head), "compute_dtype", None) or hidden.dtype)
+    hidden = hidden.to(getattr(_base_of(head), "compute_dtype", None) or hidden.dtype)
     options: Any = architecture.logit_options(model)
     return linear_cross_entropy(
         hidden,
@@ -50,18 +55,18 @@ def headless_loss(model: nn.Module, batch: Batch) -> Tensor:
     )
 
 
-def _plain(head: nn.Module) -> nn.Module:
-    """The head without what is trained on it."""
+def _base_of(head: nn.Module) -> nn.Module:
+    """Returns the head without its adapter or trained copy."""
     return head.base_layer if isinstance(head, (LoraLayer, TrainedCopy, TrainableTokensLayer)) else head
 
 
-def _why_not_headless(model: nn.Module) -> str | None:
-    """Why the loss cannot be computed from the last hidden state and the head's weight; None if it can, so far."""
+def _needs_logits_reason(model: nn.Module) -> str | None:
+    """Returns why the loss cannot be computed from the last hidden states and the head's weight; None if it may be."""
     head = architecture.output_head(model)
     if head is None or getattr(model, "base_model", model) is model:
         return "the model does not say which module is its output head"
-    plain = _plain(head)
-    if not (hasattr(plain, "in_features") and hasattr(plain, "weight")) or has_own_forward(plain):
+    base = _base_of(head)
+    if not (hasattr(base, "in_features") and hasattr(base, "weight")) or has_own_forward(base):
         return f"its output head is a {type(head).__name__}"
     if isinstance(head, LoraLayer) and head.variant.gain is not None:
         return f"the adapter of its output head is of variant {head.variant.name}"
@@ -70,8 +75,11 @@ def _why_not_headless(model: nn.Module) -> str | None:
     return None
 
 
-def own_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum over labelled tokens of the loss that the model itself computes as a mean over them."""
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Returns the loss that the model computes itself, a mean over labelled tokens, times their number.
+
+    Raises ConfigError if the model does not return a loss.
+    """
     loss = getattr(model(**batch, use_cache=False), "loss", None)
     if not isinstance(loss, Tensor):
         raise ConfigError(f"a {type(model).__name__} returns no loss for labels; train needs a causal language model")
@@ -80,10 +88,10 @@ def own_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def _probe(model: nn.Module, batch: Batch) -> str | None:
-    """Compares the two losses on the start of one row; says how they differ if they do.
+    """Compares both losses on the start of one row; returns how they differ, None if they agree.
 
-    The labels are what the model itself finds likeliest, for there its loss depends on its logits the most: that of
-    tokens which an untrained model does not expect is about the logarithm of the vocabulary, whatever it computes.
+    The labels are the tokens that the model finds most likely, because their loss depends most on the logits. For
+    unlikely tokens the loss of an untrained model is about the logarithm of the vocabulary size, whatever it computes.
     """
     row = {name: value[:1, :PROBE_TOKENS] for name, value in batch.items()}
     row["labels"] = row["input_ids"].clone()
@@ -94,21 +102,21 @@ def _probe(model: nn.Module, batch: Batch) -> str | None:
         if isinstance(logits, Tensor) and logits.shape[:2] == row["labels"].shape:
             row["labels"][:, 1:] = logits[:, :-1].argmax(-1)
         check_signals()
-        theirs = float(own_loss(model, row))
+        expected = float(model_loss(model, row))
         check_signals()
-        ours = float(headless_loss(model, row))
+        found = float(logit_free_loss(model, row))
     finally:
         model.train(training)
-    if abs(theirs - ours) <= PROBE_TOLERANCE * abs(theirs):
+    if abs(expected - found) <= PROBE_TOLERANCE * abs(expected):
         return None
-    return f"on a probe its own loss is {theirs:.6g} and the one without logits {ours:.6g}"
+    return f"on a probe its own loss is {expected:.6g} and the one without logits {found:.6g}"
 
 
 @torch.no_grad()
 def check_packing(model: nn.Module, batch: Batch) -> None:
-    """ConfigError if the batch packs several examples into a row and this model lets one see those before it.
+    """Raises ConfigError if the batch packs several examples into a row and the model lets them attend to each other.
 
-    Tried on the batch: other tokens in the first example must not move the hidden states of the second.
+    This is tried on the batch: other tokens in the first example must not change the hidden states of the second.
     """
     if "position_ids" not in batch or "attention_mask" in batch:
         return
@@ -133,21 +141,22 @@ def check_packing(model: nn.Module, batch: Batch) -> None:
         raise ConfigError(f"a {type(model).__name__} lets packed examples see each other; use packing=False")
 
 
-# Models whose probe was rehearsed: fake losses say nothing, so that it is run for its memory, which is the same again.
+# Models whose probe has run on fake tensors. Fake losses have no value, so the probe runs there only for its memory,
+# which is the same each time.
 _rehearsed: WeakSet[nn.Module] = WeakSet()
 
 
-def _is_known(model: nn.Module, batch: Batch) -> bool:
+def _was_rehearsed(model: nn.Module, batch: Batch) -> bool:
     if not isinstance(batch["input_ids"], FakeTensor):
         return False
-    known = model in _rehearsed
+    was_rehearsed = model in _rehearsed
     _rehearsed.add(model)
-    return known
+    return was_rehearsed
 
 
-def choose_loss(model: nn.Module, batch: Batch) -> tuple[Callable[[nn.Module, Batch], Tensor], str | None]:
-    """The loss to train with, and why it is the model's own; None where it is the one without logits."""
-    why_not = _why_not_headless(model)
-    if why_not is None and not _is_known(model, batch):
-        why_not = _probe(model, batch)
-    return (headless_loss, None) if why_not is None else (own_loss, why_not)
+def choose_loss(model: nn.Module, batch: Batch) -> tuple[Loss, str | None]:
+    """Returns the loss to train with, and the reason if it is the model's own; None if it is the one without logits."""
+    reason = _needs_logits_reason(model)
+    if reason is None and not _was_rehearsed(model, batch):
+        reason = _probe(model, batch)
+    return (logit_free_loss, None) if reason is None else (model_loss, reason)

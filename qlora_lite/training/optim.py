@@ -1,10 +1,10 @@
-"""Optimizers of the adapters and the learning rate over the steps."""
+"""The optimizers of the trained parameters, their states in files, and the learning rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,31 @@ from qlora_lite.errors import CheckpointError
 from qlora_lite.training.config import TrainConfig
 
 SAME_AS = "same_as"
-# States of torch's AdamW, and of bitsandbytes', with a value for each of their parameter's.
+# States of torch's and bitsandbytes' AdamW that have the shape of their parameter.
 LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "state1", "state2")
 
 
-class AdamW16(torch.optim.Optimizer):
-    """AdamW (arXiv:1711.05101, algorithm 2) over 16-bit parameters, with its states and its arithmetic in fp32.
+class ParameterGroup(TypedDict):
+    """Parameters of one learning rate and weight decay. initial_lr: the peak rate, as torch's schedulers name it."""
 
-    torch's AdamW keeps the states in the parameter's dtype, and in fp16 its epsilon and most squares of gradients are
-    zero: 0 / 0. Here a parameter loses only what its own format cannot hold, when the sum is rounded to it.
+    params: list[nn.Parameter]
+    lr: float
+    initial_lr: float
+    weight_decay: float
+
+
+class AdamW16(torch.optim.Optimizer):
+    """AdamW (arXiv:1711.05101, algorithm 2) for 16-bit parameters, with states and arithmetic in fp32.
+
+    torch's AdamW has its states in the dtype of the parameter. In fp16, its epsilon and most squares of gradients are
+    then zero, and the update is 0 / 0. Here only the updated parameter is rounded to its dtype.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]], lr: float, weight_decay: float
+        self, parameters: Iterable[nn.Parameter] | Sequence[ParameterGroup], lr: float, weight_decay: float
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8}
+        super().__init__(cast(Iterable[nn.Parameter], parameters), defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -55,10 +65,10 @@ class AdamW16(torch.optim.Optimizer):
         parameter.copy_(new.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1**count)))
 
 
-def _groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
-    """The parameters by weight decay and highest learning rate, which `initial_lr` keeps, as torch's schedulers do.
+def _groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> list[ParameterGroup]:
+    """Returns the parameters grouped by peak learning rate and weight decay.
 
-    LoRA+ (arXiv:2402.12354): B and vectors have `lora_plus_ratio` times the rate of the config, other matrices that.
+    LoRA+ (arXiv:2402.12354): the rate of B and of vectors is `lora_plus_ratio` times that of other matrices.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -73,18 +83,17 @@ def _groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> list
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over these parameters by name, with fp32 states or bitsandbytes' blockwise 8-bit ones.
+    """Returns AdamW for these named parameters, with fp32 states or bitsandbytes' blockwise 8-bit states.
 
-    16-bit parameters get `AdamW16` for the former.
-
-    The 8-bit states of a parameter under 4096 values stay fp32, as bitsandbytes has it.
+    For fp32 states of 16-bit parameters this is `AdamW16`. bitsandbytes uses fp32 states for parameters of fewer than
+    4096 values.
     """
     groups, rate, decay = _groups(parameters, config), config.learning_rate, config.weight_decay
     if config.optimizer == "adamw" and any(parameter.dtype.itemsize < 4 for parameter in parameters.values()):
         return AdamW16(groups, rate, decay)
     if config.optimizer == "adamw":
-        # foreach=False: the grouped kernels make temporaries of the size of all parameters at once.
-        return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, foreach=False)
+        # foreach=False: the grouped kernels allocate temporaries of the size of all parameters at once.
+        return torch.optim.AdamW(cast(list[dict[str, Any]], groups), lr=rate, weight_decay=decay, foreach=False)
     from qlora_lite.quantization.kernels import import_bitsandbytes
 
     adamw8bit = import_bitsandbytes("bitsandbytes.optim").AdamW8bit
@@ -92,13 +101,13 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) 
 
 
 def set_learning_rates_(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Gives each group of the optimizer `factor` times its own highest learning rate."""
+    """Sets the learning rate of each parameter group to `factor` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """What the learning rate is multiplied with at a step (from 0): linear up to 1, then half a cosine down to 0."""
+    """Returns the learning rate at a step (from 0) divided by its peak: linear up to 1, then a half cosine to 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     rest = max(1, config.steps - config.warmup_steps)
@@ -107,14 +116,14 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """States by `<parameter>.<state>`: tensors, each once, and what JSON can hold.
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Returns the states by `<parameter>.<state>`: the tensors, each once, and plain data for JSON.
 
-    The latter are numbers, and for a tensor that several parameters share (bitsandbytes' tables) the name it has here.
+    Plain data are numbers, and for a tensor that several parameters share (bitsandbytes' tables) the name of the first.
     """
     tensors: dict[str, Tensor] = {}
     first: dict[int, str] = {}
-    plain: dict[str, Any] = {}
+    plain: dict[str, object] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor):
@@ -131,20 +140,23 @@ def load_optimizer_state_(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
-    plain: Mapping[str, Any],
+    plain: Mapping[str, object],
 ) -> None:
-    """Gives an optimizer what `optimizer_state` gave of another. CheckpointError for states of no parameter here."""
+    """Replaces the states of an optimizer by those that `optimizer_state` returned of another one.
+
+    Raises CheckpointError if a state is of an unknown parameter or has the wrong shape.
+    """
     placed: dict[str, Tensor] = {}
-    states: dict[str, dict[str, Any]] = {}
+    states: dict[str, dict[str, object]] = {}
     for full, value in (*tensors.items(), *plain.items()):
         name, _, key = full.rpartition(".")
         if name not in parameters:
-            raise CheckpointError(f"the optimizer has a state {full}, and the model no parameter {name}")
+            raise CheckpointError(f"the optimizer has a state {full}, but the model has no parameter {name}")
         if isinstance(value, Tensor):
             if key in LIKE_PARAMETER and value.shape != parameters[name].shape:
                 shapes = f"{tuple(value.shape)}, and {name} is {tuple(parameters[name].shape)}"
                 raise CheckpointError(f"the optimizer's state {full} is of shape {shapes}")
-            # torch's AdamW counts its steps on the CPU.
+            # torch's AdamW has its step counts, tensors without dimensions, on the CPU.
             placed[full] = value = value if value.dim() == 0 else value.to(parameters[name].device)
         elif isinstance(value, dict):
             if not isinstance(same := value.get(SAME_AS), str) or same not in placed:

@@ -1,4 +1,4 @@
-"""What a person sees while training runs: a bar on a terminal, a line now and then elsewhere."""
+"""The progress of training on stderr: a bar on a terminal, ten lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINES_WITHOUT_TERMINAL = 10
 
 
 class Step(Protocol):
-    """The figures that are shown of a step."""
+    """The metrics of a step that are shown."""
 
     @property
     def step(self) -> int: ...
@@ -27,13 +27,13 @@ class Step(Protocol):
 
 
 def described(step: Step) -> str:
-    """loss, gradient norm, speed and peak memory of a step in one line."""
+    """Returns loss, gradient norm, speed and peak memory of a step as one line."""
     peak = "" if step.peak_bytes is None else f"  peak {readable_bytes(step.peak_bytes)}"
     return f"loss {step.loss:.4f}  gradient {step.gradient_norm:.3f}  {step.tokens_per_second:.0f} tokens/s{peak}"
 
 
 def say(text: str, shown: bool) -> None:
-    """A line for the person, on stderr."""
+    """Prints a line on stderr if `shown`."""
     from rich.console import Console
 
     if shown:
@@ -42,7 +42,7 @@ def say(text: str, shown: bool) -> None:
 
 @contextmanager
 def training_progress(steps: int, shown: bool) -> Iterator[Callable[[Step], None]]:
-    """A function to call after each step. On stderr, so that stdout stays what a program printed."""
+    """Yields a function to call after each step. It prints on stderr, which leaves stdout to the program."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

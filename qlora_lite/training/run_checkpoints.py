@@ -1,7 +1,8 @@
-"""The checkpoints of a run, `checkpoints/step-000120`: whole or not there, the newest sound one found, others let go.
+"""The checkpoints of a run, `checkpoints/step-000120`: written whole, verified, found and removed.
 
-A checkpoint is written beside its place and synced; a manifest with the size and SHA-256 of every file is its last
-file; then it is renamed. One that was damaged later is told by the manifest, and an older one serves.
+A checkpoint is written under a temporary name in the same folder and synced to disk. Its last file is a manifest with
+the size and the SHA-256 of every other file; then the folder is renamed. A checkpoint that was damaged later does not
+match its manifest, and an older one is used.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from torch import Tensor
 
@@ -26,23 +27,25 @@ from qlora_lite.data.stream import Position
 from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.signals import check_signals
 
+VERSION = 1
 CHECKPOINTS = "checkpoints"
-MANIFEST_FILE = "manifest.json"
-READ_BYTES = 4 << 20
 NAME = re.compile(r"step-(\d{6,})")
 
-VERSION = 1
+MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 TRAINED_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
 METRICS_FILE = "metrics.jsonl"
 ADAPTER_FOLDER = "adapter"
+
+# Prefixes of the tensors in RANDOM_FILE: the generators after the last step, and before the first batch of its epoch.
 NOW, EPOCH = "now.", "epoch."
-NONE = type(None)
+READ_BYTES = 4 << 20
 SHOWN = 4
 
-# A dict has at least these keys, a list has these elements, a tuple lists what a value may be.
+# The shape of a JSON value: a dict lists the keys that it must have, a list its elements, a tuple the alternatives.
+NONE = type(None)
 BATCHES_SHAPE = {"epoch": int, "taken": int, "digest": str, "count": (int, NONE)}
 RANDOM_SHAPE = {"python": [int, list, (float, NONE)]}
 STATE_SHAPE = {
@@ -57,21 +60,101 @@ STATE_SHAPE = {
 LINE_SHAPE = {"step": int, "loss": float}
 
 
+@dataclass(frozen=True)
+class StepMetrics:
+    """The figures of one optimizer step: one line of metrics.jsonl.
+
+    loss: the mean over the labelled tokens of the step. gradient_norm: before clipping. learning_rate: of A, where
+    other parameters have another one. tokens: padding included. peak_bytes: None where it is not known.
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    tokens_per_second: float
+    peak_bytes: int | None
+
+    @classmethod
+    def read(cls, line: dict[str, int | float | None]) -> StepMetrics:
+        """Returns the metrics of a parsed line. Raises CheckpointError if its keys are others."""
+        if unexpected := line.keys() ^ {field.name for field in fields(cls)}:
+            raise CheckpointError(
+                f"metrics.jsonl has a line with missing or unknown keys: {', '.join(sorted(unexpected))}"
+            )
+        return cls(**line)  # type: ignore[arg-type]
+
+
+class DecisionsJson(TypedDict):
+    """`Decisions` in state.json."""
+
+    own_loss_because: str | None
+    dial: list[int] | None
+    halved_at: int | None
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a run decided in earlier steps and keeps for the later ones.
+
+    model_loss_reason: why the model's own loss is used; None if the loss is computed without logits.
+    block_costs: the measured costs of blocks (`BlockCheckpointing.costs`).
+    halved_at: the step in which memory ran out, from which on batches are computed in halves.
+    """
+
+    model_loss_reason: str | None = None
+    block_costs: list[int] | None = None
+    halved_at: int | None = None
+
+    def to_json(self) -> DecisionsJson:
+        """Returns the decisions under their keys in state.json."""
+        reason, costs = self.model_loss_reason, self.block_costs
+        return {"own_loss_because": reason, "dial": costs, "halved_at": self.halved_at}
+
+    @classmethod
+    def from_json(cls, plain: DecisionsJson) -> Decisions:
+        """Returns the decisions that `to_json` was called on."""
+        return cls(plain["own_loss_because"], plain["dial"], plain["halved_at"])
+
+
+class StateFile(TypedDict):
+    """The content of state.json."""
+
+    version: int
+    step: int
+    mean_loss: float
+    settings: dict[str, object]
+    adapters: dict[str, object]
+    base: dict[str, object]
+    machine: dict[str, object]
+    checkpointing: str | int
+    batches: dict[str, object]
+    random: dict[str, dict[str, object]]
+    optimizer: dict[str, object]
+    facts: DecisionsJson
+
+
+class _FileSum(TypedDict):
+    bytes: int
+    sha256: str
+
+
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
+    """Returns the path of the checkpoint of a step, which need not exist."""
     return run / CHECKPOINTS / f"step-{step:06d}"
 
 
-def checkpoints(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run by step, the newest first, sound or not."""
+def checkpoints_by_step(run: Path) -> dict[int, Path]:
+    """Returns the checkpoints of a run by step, the newest first, intact or not."""
     folder = run / CHECKPOINTS
     found = {int(name[1]): path for path in folder.glob("step-*") if (name := NAME.fullmatch(path.name))}
     return dict(sorted(found.items(), reverse=True))
 
 
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """{name: size and SHA-256} of every file below a folder but its manifest."""
-    sums = {}
+def _file_sums(folder: Path) -> dict[str, _FileSum]:
+    """Returns {name: size and SHA-256} of every file in a folder, without its manifest."""
+    sums: dict[str, _FileSum] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE):
         digest = hashlib.sha256()
         with open(path, "rb") as file:
@@ -83,21 +166,21 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_checkpoint(target: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a checkpoint's folder, which is there under its name once it is whole and on the disk."""
+    """Calls `write` with an empty folder, which gets the name `target` once it is complete and on disk."""
     target.parent.mkdir(exist_ok=True)
     sync(target.parent.parent)
     with new_folder(target, overwrite=True) as folder:
         write(folder)
-        write_json(folder / MANIFEST_FILE, {"files": _files(folder)})
+        write_json(folder / MANIFEST_FILE, {"files": _file_sums(folder)})
 
 
-def what_is_wrong(folder: Path) -> str | None:
-    """In what a checkpoint is not what its manifest says; None if it is sound."""
+def checkpoint_problem(folder: Path) -> str | None:
+    """Returns how a checkpoint differs from its manifest, as a short text; None if it is intact."""
     try:
         listed = read_json(folder / MANIFEST_FILE).get("files")
         if not isinstance(listed, dict) or STATE_FILE not in listed:
             return f"{MANIFEST_FILE} lists no files"
-        found = _files(folder)
+        found = _file_sums(folder)
     except CheckpointError as error:
         return str(error)
     except OSError as error:
@@ -107,67 +190,68 @@ def what_is_wrong(folder: Path) -> str | None:
             return f"{name} is missing"
         if name not in listed:
             return f"{name} does not belong to it"
-        for key, what in (("bytes", "another size"), ("sha256", "another SHA-256")):
-            if not isinstance(listed[name], dict) or found[name][key] != listed[name].get(key):
-                return f"{name} has {what}"
+        if not isinstance(listed[name], dict) or found[name]["bytes"] != listed[name].get("bytes"):
+            return f"{name} has another size"
+        if found[name]["sha256"] != listed[name].get("sha256"):
+            return f"{name} has another SHA-256"
     return None
 
 
-def newest_sound(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is as it was written, and a sentence for each newer one that is not.
+def newest_intact_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """Returns the newest checkpoint that matches its manifest, and a text about each newer one that does not.
 
-    (None, []) for a run without checkpoints. CheckpointError if there are some and none is sound.
+    (None, []) for a run without checkpoints. Raises CheckpointError if there are checkpoints and all are damaged.
     """
     skipped: list[str] = []
-    for path in checkpoints(run).values():
-        wrong = what_is_wrong(path)
-        if wrong is None:
+    for path in checkpoints_by_step(run).values():
+        problem = checkpoint_problem(path)
+        if problem is None:
             return path, skipped
-        skipped.append(f"{path.name}: {wrong}")
+        skipped.append(f"{path.name}: {problem}")
     if skipped:
         raise CheckpointError(
-            f"{run / CHECKPOINTS} has no sound checkpoint: {'; '.join(skipped)}; begin again with overwrite"
+            f"{run / CHECKPOINTS} has no intact checkpoint: {'; '.join(skipped)}; start again with overwrite"
         )
     return None, []
 
 
 def remove_folder(path: Path) -> None:
-    """Takes a folder's name away first, so that no half of it ever stands under that."""
+    """Removes a folder. It is renamed first, so that an incomplete folder never has its name."""
     gone = path.with_name(f".{path.name}.gone{UNFINISHED}")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     shutil.rmtree(gone)
 
 
-def unfinished(run: Path) -> list[Path]:
-    """What a killed run left half-written or half-removed."""
-    here = [*run.glob(f".{ADAPTER_FOLDER}.*{UNFINISHED}"), *run.glob(f".{METRICS_FILE}.*{UNFINISHED}")]
-    return [*here, *run.glob(f".{CHECKPOINTS}.*{UNFINISHED}"), *run.glob(f"{CHECKPOINTS}/.step-*{UNFINISHED}")]
+def leftovers(run: Path) -> list[Path]:
+    """Returns the files and folders that a killed run left partly written or partly removed."""
+    top = [*run.glob(f".{ADAPTER_FOLDER}.*{UNFINISHED}"), *run.glob(f".{METRICS_FILE}.*{UNFINISHED}")]
+    return [*top, *run.glob(f".{CHECKPOINTS}.*{UNFINISHED}"), *run.glob(f"{CHECKPOINTS}/.step-*{UNFINISHED}")]
 
 
-def remove_unfinished(run: Path) -> None:
-    """Removes that; only for the owner of the run's lock."""
-    for left in unfinished(run):
-        if left.is_dir():
-            shutil.rmtree(left)
+def remove_leftovers(run: Path) -> None:
+    """Removes the leftovers of a killed run. Only the holder of the run's lock may call it."""
+    for path in leftovers(run):
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            left.unlink()
+            path.unlink()
 
 
 def _mean_loss(path: Path) -> float:
-    """That of the steps before a checkpoint; infinite for one that cannot be read, and need not be kept."""
+    """Returns the mean loss of the steps before a checkpoint; infinity if it cannot be read, so that it is not kept."""
     try:
         return float(read_json(path / STATE_FILE)["mean_loss"])
     except (CheckpointError, KeyError, TypeError, ValueError):
         return math.inf
 
 
-def keep_only(run: Path, step: int, last: int | None, best: int) -> None:
-    """Removes checkpoints but the newest `last` and of the others the `best` by loss, now that `step` was written.
+def remove_old_checkpoints(run: Path, step: int, last: int | None, best: int) -> None:
+    """Keeps the newest `last` checkpoints (None: all) and the `best` of the others by loss; removes the rest.
 
-    What is newer than that comes from steps that were taken back, and goes.
+    Checkpoints after `step`, the one just written, are of steps that were undone by resuming, and are removed.
     """
-    found = checkpoints(run)
+    found = checkpoints_by_step(run)
     for number in [number for number in found if number > step]:
         remove_folder(found.pop(number))
     older = list(found.values())[last:] if last is not None else []
@@ -175,80 +259,81 @@ def keep_only(run: Path, step: int, last: int | None, best: int) -> None:
         remove_folder(path)
 
 
-def unlike(value: Any, shape: Any, name: str = "") -> Iterator[str]:
-    """The names of the values inside `value` that are not of the shape; `name`: its own."""
+def mismatches(value: object, shape: object, name: str = "") -> Iterator[str]:
+    """Yields the names of the values in `value` that do not have the shape (see NONE above); `name` is its own name."""
     if isinstance(shape, tuple):
-        if all(list(unlike(value, one)) for one in shape):
+        if all(list(mismatches(value, alternative)) for alternative in shape):
             yield name
     elif isinstance(shape, dict):
         if not isinstance(value, dict):
             yield name
             return
         for key, part in shape.items():
-            yield from unlike(value.get(key, ...), part, f"{name}.{key}" if name else key)
+            yield from mismatches(value.get(key, ...), part, f"{name}.{key}" if name else key)
     elif isinstance(shape, list):
         if not isinstance(value, list) or len(value) != len(shape):
             yield name
             return
-        for number, (one, part) in enumerate(zip(value, shape, strict=True)):
-            yield from unlike(one, part, f"{name}[{number}]")
-    elif not isinstance(value, (int, float) if shape is float else shape):
+        for number, (element, part) in enumerate(zip(value, shape, strict=True)):
+            yield from mismatches(element, part, f"{name}[{number}]")
+    elif isinstance(shape, type) and not isinstance(value, (int, float) if shape is float else shape):
         yield name
 
 
-def read_state_file(folder: Path) -> dict[str, Any]:
-    """state.json. CheckpointError for one of another version, or that says something else than a run's does."""
+def read_state_file(folder: Path) -> StateFile:
+    """Returns the content of state.json. Raises CheckpointError if its version or its shape is another."""
     path = folder / STATE_FILE
     state = read_json(path)
     if state.get("version") != VERSION:
         raise CheckpointError(f"{folder} is of version {excerpt(state.get('version'))}; this one reads {VERSION}")
-    if wrong := list(unlike(state, STATE_SHAPE)):
-        shown = listing(wrong, SHOWN)
-        raise CheckpointError(f"{path} is no state of a run: {shown} is missing, or not what it should be")
-    return state
+    if wrong := list(mismatches(state, STATE_SHAPE)):
+        raise CheckpointError(f"{path} is not the state of a run: missing or of a wrong type: {listing(wrong, SHOWN)}")
+    return cast(StateFile, state)
 
 
-def _read_metrics(path: Path, steps: int) -> list[dict[str, Any]]:
+def _read_metrics(path: Path, steps: int) -> list[StepMetrics]:
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
         raise CheckpointError(f"{path} cannot be read as lines of JSON: {error}") from error
-    bad = [number for number, line in enumerate(lines, 1) if list(unlike(line, LINE_SHAPE))]
+    bad = [number for number, line in enumerate(lines, 1) if list(mismatches(line, LINE_SHAPE))]
     if bad or len(lines) != steps:
-        what = f"line {bad[0]} is no step" if bad else f"{len(lines)} lines"
-        raise CheckpointError(f"{path} should have a line for each of {steps} steps; {what}")
-    return lines
+        found = f"line {bad[0]} is not a step" if bad else f"{len(lines)} lines"
+        raise CheckpointError(f"{path} should have a line for each of {steps} steps; {found}")
+    return [StepMetrics.read(line) for line in lines]
 
 
 @dataclass(frozen=True)
-class StoredState:
-    """All of a checkpoint but its adapter/. plain: state.json."""
+class StoredRun:
+    """The content of a checkpoint, without its adapter/.
 
-    plain: dict[str, Any]
+    random: states of the generators after the last step. position: in the batches.
+    """
+
+    state: StateFile
     trained: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    now: RandomState
+    random: RandomState
     position: Position
-    metrics: list[dict[str, Any]]
+    metrics: list[StepMetrics]
 
     @classmethod
-    def read(cls, folder: Path) -> StoredState:
-        """CheckpointError for what is no checkpoint of a run."""
-        plain = read_state_file(folder)
+    def read(cls, folder: Path) -> StoredRun:
+        """Reads a checkpoint. Raises CheckpointError if a file is not that of a run's checkpoint."""
+        state = read_state_file(folder)
         tensors = read_safetensors(folder / RANDOM_FILE)
         now, epoch = (
             RandomState(
-                {name.removeprefix(mark): value for name, value in tensors.items() if name.startswith(mark)},
-                plain["random"][mark.rstrip(".")],
+                {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)},
+                state["random"][prefix.rstrip(".")],
             )
-            for mark in (NOW, EPOCH)
+            for prefix in (NOW, EPOCH)
         )
-        place = {name: plain["batches"][name] for name in BATCHES_SHAPE}
         return cls(
-            plain,
+            state,
             read_safetensors(folder / TRAINED_FILE),
             read_safetensors(folder / OPTIMIZER_FILE),
             now,
-            Position(start=epoch, **place),
-            _read_metrics(folder / METRICS_FILE, plain["step"]),
+            Position.from_json(state["batches"], epoch),
+            _read_metrics(folder / METRICS_FILE, state["step"]),
         )

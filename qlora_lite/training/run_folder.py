@@ -1,8 +1,8 @@
-"""The folder of a training run: `metrics.jsonl`, a line a step, `adapter/`, the last values known to be good, and
-`checkpoints/`, from which a run goes on.
+"""The folder of a training run: `metrics.jsonl`, one line for each step, `adapter/` and `checkpoints/`.
 
-Values are known to be good when a loss computed with them is finite. They are saved then, before the next update
-(not at every step, if saving takes long), so that a run that diverges leaves the adapter that it had before.
+`adapter/` holds the last values known to be good: those with which a finite loss was computed. They are saved before
+the next update (not before every update, if saving takes long), so that a run that diverges leaves the adapter that it
+had before.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from qlora_lite.checkpoints.atomic_folder import check_replaceable
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped, listing
@@ -28,39 +25,35 @@ from qlora_lite.training.run_checkpoints import (
     ADAPTER_FOLDER,
     CHECKPOINTS,
     METRICS_FILE,
+    StepMetrics,
     checkpoint_path,
-    keep_only,
-    newest_sound,
+    leftovers,
+    newest_intact_checkpoint,
     remove_folder,
-    remove_unfinished,
-    unfinished,
+    remove_leftovers,
+    remove_old_checkpoints,
     write_checkpoint,
 )
-from qlora_lite.training.run_state import RunState
+from qlora_lite.training.run_state import Run
 
-# Saving may take this share of a run's time.
+# Saving the adapter between two steps may take this part of a run's time.
 SAVING_SHARE = 0.02
 
 LOCK_FILE = ".run.lock"
 
 
 class RunFolder:
-    """What a run writes; without a folder, nothing.
+    """Writes what a run leaves on disk; without a folder, nothing.
 
-    state: what checkpoints are made of; check: raises if the folder is not there any more.
+    check: raises CheckpointError if the folder does not exist any more.
+    resumed_from, skipped: set by `resume`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        folder: Path | None,
-        state: RunState | None = None,
-        check: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._model, self._folder, self._state, self._check = model, folder, state, check
+    def __init__(self, run: Run, folder: Path | None, check: Callable[[], None] = lambda: None) -> None:
+        self._run, self._folder, self._check = run, folder, check
         self._mode = "w"
         self._next_save = 0.0
-        self._at: int | None = None  # the step of the last checkpoint
+        self._checkpoint_step: int | None = None  # of the last checkpoint
         self.saved = False
         self.failed = False
         self.resumed_from: Path | None = None
@@ -68,7 +61,7 @@ class RunFolder:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Whole, whatever signal comes; what failed once is not tried again when the run ends by it."""
+        """Within the block no signal stops anything. After a failure, nothing is written when the run ends by it."""
         try:
             self._check()
             with uninterrupted():
@@ -77,44 +70,38 @@ class RunFolder:
             self.failed = True
             raise
 
-    def save(self) -> None:
-        """Writes the adapter as it is now."""
+    def save_adapter(self) -> None:
+        """Writes the adapter with its current values."""
         if self._folder is not None:
             with self._writing():
-                save_adapter(self._model, self._folder / ADAPTER_FOLDER, overwrite=True)
+                save_adapter(self._run.model, self._folder / ADAPTER_FOLDER, overwrite=True)
             self.saved = True
 
-    def good(self) -> None:
-        """The adapter has just given a finite loss, and is about to be changed."""
-        began = time.monotonic()
-        if self._folder is None or began < self._next_save:
+    def before_update(self) -> None:
+        """Saves the adapter if it is time to. To be called after a finite loss, before the parameters change."""
+        started = time.monotonic()
+        if self._folder is None or started < self._next_save:
             return
         if self._mode == "w" and (self._folder / CHECKPOINTS).is_dir():
-            with self._writing():  # another run's, from which this one must not go on
+            with self._writing():  # checkpoints of an overwritten run, which this one must not be resumed from
                 remove_folder(self._folder / CHECKPOINTS)
-        self.save()
+        self.save_adapter()
         ended = time.monotonic()
-        self._next_save = ended + (ended - began) / SAVING_SHARE
+        self._next_save = ended + (ended - started) / SAVING_SHARE
 
-    def note(self, step: Any, facts: dict[str, Any] | None = None) -> None:
-        """A step is done: a line of the metrics, and a checkpoint if one is due.
-
-        step: a dataclass; facts: what the loop goes on by (RunState.mark).
-        """
-        if self._folder is None:
-            return
-        with self._writing():
-            self._append(self._folder / METRICS_FILE, json.dumps(asdict(step)) + "\n")
+    def finish_step(self, metrics: StepMetrics) -> None:
+        """Writes the metrics of a step, notes in the run that it is finished, and writes a checkpoint if one is due."""
+        if self._folder is not None:
+            with self._writing():
+                self._append(self._folder / METRICS_FILE, json.dumps(asdict(metrics)) + "\n")
         self._mode = "a"
-        if self._state is None:
-            return
-        self._state.mark(asdict(step), facts or {})
-        done, every = self._state.steps, self._state.config.save_steps
-        if every is not None and (done % every == 0 or done == self._state.config.steps):
-            self.checkpoint(self._state)
+        self._run.finish_step(metrics)
+        steps, config = self._run.steps, self._run.config
+        if config.save_steps is not None and (steps % config.save_steps == 0 or steps == config.steps):
+            self.write_checkpoint()
 
     def _append(self, path: Path, line: str) -> None:
-        """Of a line that a full disk takes half of, nothing stays."""
+        """Appends a line, or nothing if the disk becomes full within it."""
         with open(path, f"{self._mode}b", buffering=0) as metrics:
             before, left = metrics.seek(0, os.SEEK_END), memoryview(line.encode())
             try:
@@ -124,132 +111,134 @@ class RunFolder:
                 metrics.truncate(before)
                 raise
 
-    def checkpoint(self, state: RunState) -> Path | None:
-        """The checkpoint of the last step that is done, written unless it is there; None before the first step."""
-        if self._folder is None or state.steps == 0:
+    def write_checkpoint(self) -> Path | None:
+        """Writes the checkpoint of the last finished step, unless it exists; returns its path, None before a step."""
+        if self._folder is None or self._run.steps == 0:
             return None
-        path = checkpoint_path(self._folder, state.steps)
-        if self._at != state.steps:
+        path = checkpoint_path(self._folder, self._run.steps)
+        if self._checkpoint_step != self._run.steps:
             with self._writing():
-                write_checkpoint(path, state.write)
-            self._at = state.steps
-            self._let_go(state)
+                write_checkpoint(path, self._run.write)
+            self._checkpoint_step = self._run.steps
+            self._remove_old_checkpoints()
         return path
 
-    def _let_go(self, state: RunState) -> None:
-        if self._folder is not None and self._at is not None:
+    def _remove_old_checkpoints(self) -> None:
+        if self._folder is not None and self._checkpoint_step is not None:
+            config = self._run.config
             with self._writing():
-                keep_only(self._folder, self._at, state.config.keep_last, state.config.keep_best)
+                remove_old_checkpoints(self._folder, self._checkpoint_step, config.keep_last, config.keep_best)
 
     def finish(self) -> None:
-        """The run came to its end."""
-        self.save()
-        if self._state is not None:
-            self._let_go(self._state)  # again: a killed run may have left more than are to be kept
+        """Saves the adapter at the end of the run, and removes old checkpoints that a killed run may have left."""
+        self.save_adapter()
+        self._remove_old_checkpoints()
 
-    def resumed(self, place: Path, state: RunState) -> str:
-        """Puts the run where its newest sound checkpoint left it, and says where that is and what was skipped.
+    def resume(self, path: Path) -> str:
+        """Gives the run the state of its newest intact checkpoint; returns a sentence for the user.
 
-        place: the run's folder, which other processes of a run read and do not write.
+        path: the run's folder, which all processes of a run read and the first one writes.
         """
-        path, self.skipped = newest_sound(place)
-        if path is None:
-            return f"{place} has no checkpoint; training starts at step 1"
-        state.check_same(path)
-        state.restore_(path)
+        checkpoint, self.skipped = newest_intact_checkpoint(path)
+        if checkpoint is None:
+            return f"{path} has no checkpoint; training starts at step 1"
+        self._run.check_same(checkpoint)
+        self._run.restore_(checkpoint)
         if self._folder is not None:
             with self._writing():
-                state.write_metrics(self._folder / METRICS_FILE)
-        self.resumed_from, self._at, self._mode, self.saved = path, state.steps, "a", True
-        return "; skipped ".join([f"going on after step {self._at} from {path}", *self.skipped])
+                self._run.write_metrics(self._folder / METRICS_FILE)
+        self.resumed_from, self._checkpoint_step, self._mode, self.saved = checkpoint, self._run.steps, "a", True
+        return "; skipped ".join([f"going on after step {self._run.steps} from {checkpoint}", *self.skipped])
 
-    def stopped(self, stop: Stopped) -> Stopped:
-        """Saves all that there is, and gives what to raise: a sentence that says so."""
+    def stopped_by(self, stop: Stopped) -> Stopped:
+        """Saves a checkpoint and the adapter; returns the exception to raise, which says where they are."""
         name = signal.Signals(stop.number).name
-        path = None if self._state is None else self.checkpoint(self._state)
-        if path is None or self._state is None:
+        path = self.write_checkpoint()
+        if path is None:
             return Stopped(stop.number, f"stopped by {name} before the first step was done")
-        self.save()
-        done = f"stopped by {name} after step {self._state.steps} of {self._state.config.steps}"
-        return Stopped(stop.number, f"{done}; {path} is where resuming goes on")
+        self.save_adapter()
+        done = f"stopped by {name} after step {self._run.steps} of {self._run.config.steps}"
+        return Stopped(stop.number, f"{done}; resuming continues from {path}")
 
 
 def _check_writable(folder: Path, overwrite: bool, resume: bool) -> None:
     if overwrite and resume:
-        raise ConfigError("overwrite begins a run anew and resume goes on with one; ask for one of them")
+        raise ConfigError("overwrite starts a run again and resume continues it; ask for one of them")
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder")
-    there = {path.name for path in folder.iterdir()} - {LOCK_FILE} if folder.is_dir() else set()
-    if there and not (overwrite or resume):
+    names = {path.name for path in folder.iterdir()} - {LOCK_FILE} if folder.is_dir() else set()
+    if names and not (overwrite or resume):
         raise CheckpointError(f"{folder} is not empty; name another folder, or ask for overwrite")
-    there -= {path.name for path in unfinished(folder)}
-    if resume and there and not there & {METRICS_FILE, ADAPTER_FOLDER, CHECKPOINTS}:
-        raise CheckpointError(f"{folder} holds no run to go on with, but {listing(sorted(there), 4)}")
+    names -= {path.name for path in leftovers(folder)}
+    if resume and names and not names & {METRICS_FILE, ADAPTER_FOLDER, CHECKPOINTS}:
+        raise CheckpointError(f"{folder} does not hold a run to resume; it has {listing(sorted(names), 4)}")
     check_replaceable(folder / ADAPTER_FOLDER, overwrite or resume)
 
 
 @contextmanager
-def run_folder(
-    model: nn.Module, folder: Path | None, overwrite: bool, resume: bool = False, state: RunState | None = None
-) -> Iterator[RunFolder]:
-    """A run goes inside. When it ends, by an error too, the adapter is saved, unless it is what diverged.
+def run_folder(run: Run, folder: Path | None, overwrite: bool, resume: bool = False) -> Iterator[RunFolder]:
+    """Within the block a run may write into a folder, and no other run.
 
-    Nothing that was there is touched before the first finite loss; a folder that nothing was written to is removed.
-    No other run writes there meanwhile. On Stopped a checkpoint is written too; a KeyboardInterrupt saves nothing.
+    folder: None writes nothing.
+    At the end of the block, also by an error, the adapter is saved, unless it has diverged. On Stopped a checkpoint is
+    written too; a KeyboardInterrupt saves nothing. Existing files are not touched before the first finite loss, and a
+    new folder that nothing was written to is removed.
+    Raises ConfigError if both `overwrite` and `resume` are asked for, and CheckpointError if the folder has other
+    content than allowed, is used by another run or cannot be written.
     """
     if folder is None:
-        with deferred_signals() if state is not None else nullcontext():
-            yield RunFolder(model, None)
+        with deferred_signals() if run.sources is not None else nullcontext():
+            yield RunFolder(run, None)
         return
     _check_writable(folder, overwrite, resume)
-    behind = Path(os.path.realpath(folder))  # of a link
-    is_new = not behind.exists()
+    target = Path(os.path.realpath(folder))  # of a link
+    is_new = not target.exists()
     try:
-        behind.mkdir(parents=True, exist_ok=True)
-        with deferred_signals(), only_run(folder) as check:
-            _check_writable(folder, overwrite, resume)  # again: another run may have ended there just now
-            remove_unfinished(folder)
-            run = RunFolder(model, folder, state, check)
-            with _ending(run, folder):
-                yield run
-            run.finish()
+        target.mkdir(parents=True, exist_ok=True)
+        with deferred_signals(), locked_folder(folder) as check:
+            _check_writable(folder, overwrite, resume)  # again: another run may have ended meanwhile
+            remove_leftovers(folder)
+            writer = RunFolder(run, folder, check)
+            with _saved_on_error(writer, folder):
+                yield writer
+            writer.finish()
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
-        if is_new and behind.is_dir() and not any(behind.iterdir()):
-            behind.rmdir()
+        if is_new and target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
 
 
 @contextmanager
-def _ending(run: RunFolder, folder: Path) -> Iterator[None]:
-    """What is saved of a run that ends before its end."""
+def _saved_on_error(writer: RunFolder, folder: Path) -> Iterator[None]:
+    """Saves what is good if the block ends by an exception."""
     try:
         yield
     except NotFiniteError as error:
-        if not run.saved:
+        if not writer.saved:
             raise
-        where = folder / ADAPTER_FOLDER
-        raise NotFiniteError(f"{error}; {where} holds an adapter that gave a finite loss") from error
+        adapter = folder / ADAPTER_FOLDER
+        raise NotFiniteError(f"{error}; {adapter} holds an adapter that gave a finite loss") from error
     except Stopped as stop:
-        raise run.stopped(stop) from None
+        raise writer.stopped_by(stop) from None
     except KeyboardInterrupt:
         raise
     except BaseException:
-        if run.saved and not run.failed:
-            run.save()
+        if writer.saved and not writer.failed:
+            writer.save_adapter()
         raise
 
 
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file is the one of this name."""
+def _is_open_as(path: Path, descriptor: int) -> bool:
+    """Returns whether `descriptor` is the file that has this path now."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
 
 
-def _held(path: Path) -> int:
-    """A descriptor of the file, locked. CheckpointError, naming the process, if another holds it."""
+def _locked_file(path: Path) -> int:
+    """Returns a descriptor of the file with a lock on it. Raises CheckpointError if another process holds the lock."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -263,19 +252,22 @@ def _held(path: Path) -> int:
         except OSError:
             os.close(descriptor)
             raise
-        if _is_at(path, descriptor):  # else its last owner has just removed it, and others make a new one
+        if _is_open_as(path, descriptor):  # otherwise its last owner has just removed it, and others make a new one
             return descriptor
         os.close(descriptor)
 
 
 @contextmanager
-def only_run(folder: Path) -> Iterator[Callable[[], None]]:
-    """Holds the folder's lock, and gives a function that raises CheckpointError if the folder is not there any more."""
+def locked_folder(folder: Path) -> Iterator[Callable[[], None]]:
+    """Within the block this process holds the lock of a folder. Yields a check that the folder still exists.
+
+    Raises CheckpointError if another process holds the lock; the check raises it if the folder was removed or replaced.
+    """
     path = folder / LOCK_FILE
-    descriptor = _held(path)
+    descriptor = _locked_file(path)
 
     def check() -> None:
-        if not _is_at(path, descriptor):
+        if not _is_open_as(path, descriptor):
             raise CheckpointError(f"{folder} was removed, or replaced, while a run was writing there")
 
     try:
@@ -283,6 +275,6 @@ def only_run(folder: Path) -> Iterator[Callable[[], None]]:
         os.write(descriptor, f"{os.getpid()}\n".encode())
         yield check
     finally:
-        if _is_at(path, descriptor):
+        if _is_open_as(path, descriptor):
             path.unlink()
         os.close(descriptor)

@@ -1,11 +1,11 @@
-"""What a run is between two steps: all that the steps after it depend on, to and from files (safetensors and JSON).
+"""A run: everything that its next steps depend on, and how it is written to files and read from them.
 
-state.json               settings, base, machine, place in the batches, what JSON can hold of the rest
-trained.safetensors      A, B and whatever else learns, and starts they are counted from, as they are in memory
-optimizer.safetensors    the optimizer's states
-random.safetensors       torch's generators, now and before the first batch of the epoch
-metrics.jsonl            a line for each step so far
-adapter/                 the same adapter as peft reads it
+state.json               settings, base, machine, position in the batches, and other plain data
+trained.safetensors      the trained parameters and the reference tensors of variants, as they are in memory
+optimizer.safetensors    the states of the optimizer
+random.safetensors       the states of torch's generators, now and before the first batch of the epoch
+metrics.jsonl            one line for each step
+adapter/                 the adapter in peft's files
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -45,39 +45,49 @@ from qlora_lite.training.run_checkpoints import (
     STATE_FILE,
     TRAINED_FILE,
     VERSION,
-    StoredState,
+    Decisions,
+    StateFile,
+    StepMetrics,
+    StoredRun,
     read_state_file,
 )
 
-# Settings that change what is saved or kept in memory, and no number of the result.
+# Settings that change what is saved or kept in memory, but no number of the result.
 FREE_SETTINGS = ("save_steps", "keep_last", "keep_best", "checkpointing")
 SHOWN = 6
 
-# Rows of a tensor that are copied at a time where its bytes do not lie one after the other, or elsewhere.
+# Rows of a tensor that are copied at a time if its bytes are not contiguous, or on another device.
 SLICE_BYTES = 8 << 20
-# Facts of packed weights and layers that decide what they compute.
-FACTS = ("format", "blocksize", "double_quant", "int8_activations", "compute_dtype", "transposed")
-# Of a model's configuration, what says where it came from or by whom it was written.
+# Attributes of packed weights and layers that decide what they compute.
+PACKING_ATTRIBUTES = ("format", "blocksize", "double_quant", "int8_activations", "compute_dtype", "transposed")
+# Entries of a model's configuration that say where it came from, and do not change what the model computes.
 ORIGINS = ("_name_or_path", "transformers_version")
 
 
-def _as_json(value: Any) -> Any:
-    """What a value is once it was written and read: tuples are lists, keys strings."""
-    return json.loads(json.dumps(value, default=str))
+class _Identity(TypedDict):
+    """What must be the same in a run that is resumed; the keys are those in state.json."""
+
+    settings: dict[str, object]
+    adapters: dict[str, object]
+    base: dict[str, object]
+    machine: dict[str, object]
 
 
-def _differences(what: str, then: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    keys = sorted({*then, *here})
-    return [
-        f"{what}{key} was {then.get(key)!r} and is {here.get(key)!r}" for key in keys if then.get(key) != here.get(key)
-    ]
+@dataclass(frozen=True)
+class _BetweenSteps:
+    """The part of a run's state that moves on before the next update."""
+
+    random: RandomState
+    position: Position
+    decisions: Decisions
 
 
 @dataclass
-class RunState:
-    """The parts of a run that make up its state, and the moment between two steps that was last marked.
+class Run:
+    """A training run: everything that its next steps depend on.
 
-    facts: of the loop itself (JSON). metrics: of each step so far.
+    trained: the parameters that training changes, by name. optimizer: over these. sources: where random numbers come
+    from; None for a run that is not saved. metrics: of each finished step. decisions: found out in the first steps.
     """
 
     model: nn.Module
@@ -85,147 +95,170 @@ class RunState:
     optimizer: torch.optim.Optimizer
     config: TrainConfig
     stream: BatchStream
-    sources: RandomSources
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    _random: RandomState | None = None
-    _position: Position | None = None
-    _base: dict[str, str] | None = None
+    sources: RandomSources | None = None
+    metrics: list[StepMetrics] = field(default_factory=list)
+    decisions: Decisions = field(default_factory=Decisions)
+    _last: _BetweenSteps | None = None
+    _base: dict[str, object] | None = None
 
     @property
     def steps(self) -> int:
-        """How many steps are done."""
+        """The number of finished steps."""
         return len(self.metrics)
 
-    def mark(self, metrics: dict[str, Any], facts: dict[str, Any]) -> None:
-        """A step is done. What `write` writes until the next mark is the state now, also in the middle of a step:
-        until its update only random numbers and batches move on."""
+    def finish_step(self, metrics: StepMetrics) -> None:
+        """Notes that a step is finished. `write` then writes this state until the next step is finished.
+
+        Until the update of the next step only random numbers, the position in the batches and decisions move on, so
+        these are copied here.
+        """
         self.metrics.append(metrics)
-        self.facts = facts
-        self._random, self._position = self.sources.capture(), self.stream.position()
+        if self.sources is not None:
+            self._last = _BetweenSteps(self.sources.capture(), self.stream.position(), self.decisions)
+
+    def drop_gradients(self) -> None:
+        """Sets all gradients to None."""
+        for parameter in self.trained.values():
+            parameter.grad = None
 
     def mean_loss(self) -> float:
-        """Of the steps since the checkpoint before, which is `save_steps` ago; of the last one without that."""
-        losses = [step["loss"] for step in self.metrics[-(self.config.save_steps or 1) :]]
+        """Returns the mean loss of the last `save_steps` steps; of the last step if that is None."""
+        losses = [step.loss for step in self.metrics[-(self.config.save_steps or 1) :]]
         return float(sum(losses) / len(losses))
 
-    def _described(self) -> dict[str, dict[str, Any]]:
-        """What must be the same in a run that goes on from here."""
+    def _identity(self) -> _Identity:
         if self._base is None:
-            self._base = base_fingerprint(self.model)
-        settings = {name: value for name, value in asdict(self.config).items() if name not in FREE_SETTINGS}
-        adapters = {
-            name: [layer.rank, layer.alpha, layer.dropout, layer.use_rslora, layer.variant.name, layer.lora_A.dtype]
-            for name, layer in lora_layers(self.model).items()
+            self._base = dict(base_fingerprint(self.model))
+        assert self.sources is not None
+        identity: _Identity = {
+            "settings": {name: value for name, value in asdict(self.config).items() if name not in FREE_SETTINGS},
+            "adapters": {
+                name: [layer.rank, layer.alpha, layer.dropout, layer.use_rslora, layer.variant.name, layer.lora_A.dtype]
+                for name, layer in lora_layers(self.model).items()
+            },
+            "base": self._base,
+            "machine": arithmetic(self.sources.device),
         }
-        parts = {"settings": settings, "adapters": adapters, "base": self._base}
-        return _as_json(parts | {"machine": arithmetic(self.sources.device)})  # type: ignore[no-any-return]
+        # As it is read from a file: tuples are lists there, keys strings.
+        as_read: _Identity = json.loads(json.dumps(identity, default=str))
+        return as_read
 
     def _tensors(self) -> dict[str, Tensor]:
-        starts = {
+        references = {
             f"{name}.{part}": value
             for name, layer in lora_layers(self.model).items()
             for part, value in reference_tensors(layer).items()
         }
-        return {**self.trained, **starts}
+        return {**self.trained, **references}
 
     def write(self, folder: Path) -> None:
-        """Writes the state of the last mark into an empty folder, each file synced to disk."""
-        assert self._random is not None and self._position is not None
+        """Writes the state after the last finished step into an empty folder, each file synced to disk."""
+        assert self._last is not None
+        random, epoch_random = self._last.random, self._last.position.random
         save_adapter(self.model, folder / ADAPTER_FOLDER)
-        write_safetensors(folder / TRAINED_FILE, {n: planned(value) for n, value in self._tensors().items()})
-        tensors, plain = optimizer_state(self.optimizer, self.trained)
-        write_safetensors(folder / OPTIMIZER_FILE, {name: planned(value) for name, value in tensors.items()})
-        start = self._position.start
-        states = {NOW + name: value for name, value in self._random.tensors.items()}
-        states |= {EPOCH + name: value for name, value in start.tensors.items()}
-        write_safetensors(folder / RANDOM_FILE, {name: planned(value) for name, value in states.items()})
-        position = {name: getattr(self._position, name) for name in ("epoch", "taken", "digest", "count")}
+        states, plain = optimizer_state(self.optimizer, self.trained)
+        generators = {NOW + name: value for name, value in random.tensors.items()}
+        generators |= {EPOCH + name: value for name, value in epoch_random.tensors.items()}
+        files = {TRAINED_FILE: self._tensors(), OPTIMIZER_FILE: states, RANDOM_FILE: generators}
+        for file, tensors in files.items():
+            write_safetensors(folder / file, {name: planned(value) for name, value in tensors.items()})
         self.write_metrics(folder / METRICS_FILE)
-        state = {
+        state: StateFile = {
             "version": VERSION,
             "step": self.steps,
             "mean_loss": self.mean_loss(),
-            **self._described(),
+            **self._identity(),
             "checkpointing": self.config.checkpointing,
-            "batches": position,
-            "random": {"now": self._random.plain, "epoch": start.plain},
+            "batches": self._last.position.to_json(),
+            "random": {"now": dict(random.plain), "epoch": dict(epoch_random.plain)},
             "optimizer": plain,
-            "facts": self.facts,
+            "facts": self._last.decisions.to_json(),
         }
         write_json(folder / STATE_FILE, state)
 
     def write_metrics(self, path: Path) -> None:
-        """A line for each step so far, in place of what was there."""
+        """Writes a line for each finished step, in place of an existing file."""
         with new_file(path, overwrite=True) as file:
-            file.writelines(json.dumps(step).encode() + b"\n" for step in self.metrics)
+            file.writelines(json.dumps(asdict(step)).encode() + b"\n" for step in self.metrics)
 
     def check_same(self, folder: Path) -> None:
-        """CheckpointError, listing what, if this run is not the one that the checkpoint is of."""
-        state = read_state_file(folder)
-        here = self._described()
-        problems = _differences("", state["settings"], here["settings"])
-        problems += _differences("the adapter of ", state["adapters"], here["adapters"])
+        """Raises CheckpointError, with a list of the differences, unless the checkpoint is of a run like this one."""
+        stored, own = read_state_file(folder), self._identity()
+        problems = _differences("", stored["settings"], own["settings"])
+        problems += _differences("the adapter of ", stored["adapters"], own["adapters"])
         problems += [
-            f"the base has other {name}" for name in here["base"] if state["base"].get(name) != here["base"][name]
+            f"the base has other {name}" for name in own["base"] if stored["base"].get(name) != own["base"][name]
         ]
-        problems += _differences("machine: ", state["machine"], here["machine"])
+        problems += _differences("machine: ", stored["machine"], own["machine"])
         if problems:
             raise CheckpointError(
-                f"{folder} cannot be resumed exactly: {listing(problems, SHOWN, '; ')}; make it as it was, "
-                f"or begin a new run from {folder / ADAPTER_FOLDER} with load_adapter_"
+                f"{folder} cannot be resumed exactly: {listing(problems, SHOWN, '; ')}; restore these, "
+                f"or start a new run from {folder / ADAPTER_FOLDER} with load_adapter_"
             )
 
     def restore_(self, folder: Path) -> None:
-        """Has model, optimizer and batches be as they were. CheckpointError for what does not fit."""
-        found, here = StoredState.read(folder), self._tensors()
-        kinds = [{n: (value.shape, value.dtype) for n, value in side.items()} for side in (found.trained, here)]
+        """Gives model, optimizer and batches the state of a checkpoint; `restore_random` does the rest.
+
+        Raises CheckpointError if the checkpoint does not fit.
+        """
+        stored, tensors = StoredRun.read(folder), self._tensors()
+        kinds = [{n: (value.shape, value.dtype) for n, value in side.items()} for side in (stored.trained, tensors)]
         if kinds[0] != kinds[1]:
-            other = sorted(name for name in {*found.trained, *here} if kinds[0].get(name) != kinds[1].get(name))
-            raise CheckpointError(f"{folder} has other tensors that learn than the model: {listing(other, SHOWN)}")
+            other = sorted(name for name in {*stored.trained, *tensors} if kinds[0].get(name) != kinds[1].get(name))
+            raise CheckpointError(f"{folder} has other trained tensors than the model: {listing(other, SHOWN)}")
         with torch.no_grad():
-            for name, value in here.items():
-                value.copy_(found.trained[name])
-        load_optimizer_state_(self.optimizer, self.trained, found.optimizer, found.plain["optimizer"])
-        self.stream.go_to(found.position)
-        self.metrics, self.facts = found.metrics, found.plain["facts"]
-        if found.plain["checkpointing"] != self.config.checkpointing:
-            self.facts["dial"] = None
-        self._random, self._position = found.now, self.stream.position()
+            for name, value in tensors.items():
+                value.copy_(stored.trained[name])
+        load_optimizer_state_(self.optimizer, self.trained, stored.optimizer, stored.state["optimizer"])
+        self.stream.skip_to(stored.position)
+        self.metrics, self.decisions = stored.metrics, Decisions.from_json(stored.state["facts"])
+        if stored.state["checkpointing"] != self.config.checkpointing:
+            self.decisions = replace(self.decisions, block_costs=None)
+        self._last = _BetweenSteps(stored.random, self.stream.position(), self.decisions)
 
     def restore_random(self) -> None:
-        """Has random numbers be as they were: the last thing before a step, for others draw too (rich, on import)."""
-        if self._random is not None:
-            self.sources.restore(self._random)
+        """Gives the random numbers the state of the last finished step.
+
+        To be called last before a step, because other code (rich, when it is imported) draws random numbers too.
+        """
+        if self.sources is not None and self._last is not None:
+            self.sources.restore(self._last.random)
+
+
+def _differences(label: str, stored: Mapping[str, object], own: Mapping[str, object]) -> list[str]:
+    return [
+        f"{label}{key} was {stored.get(key)!r} and is {own.get(key)!r}"
+        for key in sorted({*stored, *own})
+        if stored.get(key) != own.get(key)
+    ]
 
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that training leaves alone: no adapters, nor the starts that they are counted from."""
-    own = {
+    """Yields every tensor that training does not change, without those of adapters."""
+    of_adapters = {
         id(value)
         for layer in model.modules()
         if isinstance(layer, LoraLayer)
         for value in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
     }
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if id(value) not in own and not value.requires_grad:
+        if id(value) not in of_adapters and not value.requires_grad:
             yield name, value
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:
     whole = tensor.detach()
     if whole.dim() == 0 or (whole.is_contiguous() and whole.device.type == "cpu"):
-        parts: Any = (whole,)
-    else:
-        parts = whole.split(rows_that_fit(SLICE_BYTES, whole[:1].nbytes))
-    for part in parts:
+        yield raw_bytes(whole)
+        return
+    for part in whole.split(rows_that_fit(SLICE_BYTES, whole[:1].nbytes)):
         yield raw_bytes(part)
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, str]:
-    """SHA-256 sums of a base: `layout` (names, shapes, dtypes, formats), `values` (all bytes), `config`.
+    """Returns SHA-256 sums of a base: `layout` (names, shapes, dtypes, formats), `values` (all bytes), `config`.
 
-    Every byte counts, packed ones as they are packed: 1 to 2 GB are summed in a second.
+    Packed weights are hashed as they are packed. Hashing takes about a second for 1 to 2 GB.
     """
     layout: list[object] = []
     values = hashlib.sha256()
@@ -235,7 +268,8 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
             check_signals()
             values.update(piece)
     for name, module in model.named_modules():
-        layout.append([name, type(module).__name__, {fact: getattr(module, fact, None) for fact in FACTS}])
+        packing = {attribute: getattr(module, attribute, None) for attribute in PACKING_ATTRIBUTES}
+        layout.append([name, type(module).__name__, packing])
     describe = getattr(getattr(model, "config", None), "to_dict", None)
     config = {} if describe is None else {key: value for key, value in describe().items() if key not in ORIGINS}
     return {"layout": json_hash(layout), "values": values.hexdigest(), "config": json_hash(config)}

@@ -1,7 +1,7 @@
-"""One step of a training run: gradients of its batches, in one process or several, and the update.
+"""One step of a training run: the gradients of its batches, in one process or several, and the update.
 
-A step that does not fit into memory is made again with each batch in two halves, once: its loss is a sum over rows, so
-the gradient is the same.
+If memory runs out in a step, the step is made again with each batch split in two, once in a run. The loss is a sum over
+rows, so the gradient is the same.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import functools
 import itertools
 import math
 import time
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -22,57 +22,41 @@ from torch import Tensor, nn
 from qlora_lite import architecture
 from qlora_lite.compute.devices import is_out_of_memory, on_cpu
 from qlora_lite.compute.host_memory import HeapTrimmer, release_freed_pages
-from qlora_lite.compute.random_state import RandomSources
+from qlora_lite.compute.random_state import RandomSources, loader_generators
 from qlora_lite.data.batching import Batch, labelled_tokens
-from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, TargetError, TrainingError, listing
+from qlora_lite.data.stream import BatchStream
+from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, TrainingError, listing
 from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, wrapped_layers
 from qlora_lite.memory.counters import peak_bytes
 from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.signals import check_signals
-from qlora_lite.training.activation_checkpointing import Dial
+from qlora_lite.training.activation_checkpointing import BlockCheckpointing
 from qlora_lite.training.config import TrainConfig
-from qlora_lite.training.distributed import Processes, halves
-from qlora_lite.training.objective import check_packing, choose_loss, headless_loss, own_loss
+from qlora_lite.training.distributed import Processes, split_in_two
+from qlora_lite.training.objective import Loss, check_packing, choose_loss, logit_free_loss, model_loss
 from qlora_lite.training.optim import learning_rate_factor, make_optimizer, set_learning_rates_
 from qlora_lite.training.progress import say
-from qlora_lite.training.run_folder import RunFolder
+from qlora_lite.training.run_checkpoints import StepMetrics
+from qlora_lite.training.run_state import Run
 
 FP32_BYTES = 4
+# Several processes may have copies of the model, but not parts of it.
 ALONE_OR_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
-# What a launch is asked for in the environment. On a CPU accelerate passes over it, and would run copies.
-ASKED_BY = {
+# The variables by which `accelerate launch` asks for sharding. On a CPU, accelerate ignores them and would run copies.
+SHARDING_VARIABLES = {
     "ACCELERATE_USE_FSDP": DistributedType.FSDP,
     "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
     "ACCELERATE_USE_MEGATRON_LM": DistributedType.MEGATRON_LM,
 }
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one optimizer step was: one line of metrics.jsonl. learning_rate: that of A, where they differ."""
-
-    step: int
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    tokens: int
-    tokens_per_second: float
-    peak_bytes: int | None
-
-    @classmethod
-    def read(cls, line: dict[str, Any]) -> StepMetrics:
-        """One that was written as such a line. CheckpointError for a line of something else."""
-        if other := line.keys() ^ {field.name for field in fields(cls)}:
-            raise CheckpointError(
-                f"a line of the run's metrics is no step: {', '.join(sorted(other))} should not differ"
-            )
-        return cls(**line)
-
-
-def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
+def _trainable_parameters(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
+    """Returns the parameters of the adapters. Raises TargetError or ConfigError if they cannot be trained."""
     adapters = adapter_parameters(model)
     if not adapters:
-        raise TargetError("the model has no adapters to train, or none in use; add_lora_ or load_adapter_ puts them in")
+        raise TargetError(
+            "the model has no adapters to train, or none is active; add them with add_lora_ or load_adapter_"
+        )
     merged = [name for name, layer in model.named_modules() if getattr(layer, "merged", False)]
     if merged:
         raise ConfigError(
@@ -83,16 +67,16 @@ def _check_model(model: nn.Module, device: torch.device) -> dict[str, nn.Paramet
     frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
     if on_cpu(device) and any(parameter.dtype == torch.float16 for parameter in frozen):
         raise ConfigError("the model computes in float16, which a CPU does 10 to 100 times slower; load it as bfloat16")
-    halves = [n for n, module in model.named_modules() if getattr(module, "compute_dtype", None) == torch.float16]
-    if on_cpu(device) and halves:
+    in_float16 = [n for n, module in model.named_modules() if getattr(module, "compute_dtype", None) == torch.float16]
+    if on_cpu(device) and in_float16:
         raise ConfigError(
-            f"{len(halves)} layers compute in float16, which a CPU does 10 to 100 times slower; "
+            f"{len(in_float16)} layers compute in float16, which a CPU does 10 to 100 times slower; "
             f"pack the base with compute_dtype=torch.bfloat16"
         )
     return adapters
 
 
-def _check_gradients(adapters: dict[str, nn.Parameter]) -> None:
+def _check_gradients(adapters: Mapping[str, nn.Parameter]) -> None:
     missing = [name for name, parameter in adapters.items() if parameter.grad is None]
     if missing:
         shown = listing(missing, 4)
@@ -102,174 +86,214 @@ def _check_gradients(adapters: dict[str, nn.Parameter]) -> None:
 
 
 def _check_not_sharded(kind: DistributedType) -> None:
-    """ConfigError for what cuts a model to pieces (profiling/sharded_base.py shows what becomes of a packed one)."""
+    """Raises ConfigError for modes that shard a model (what they do to packed weights: profiling/sharded_base.py)."""
     if kind not in ALONE_OR_COPIES:
         raise ConfigError(
-            f"accelerate is set to {kind.value}, which is not for a packed base: its bytes are buffers, which sharding "
-            f"leaves whole in each process; set it to data parallel"
+            f"accelerate is set to {kind.value}, which cannot shard a packed base: its bytes are buffers, and every "
+            f"process would hold all of them; set it to data parallel"
         )
 
 
-class Run:
-    """The parts of a run that every step uses."""
+def start_accelerator() -> Accelerator:
+    """Returns accelerate's Accelerator of this process. Raises ConfigError for settings that `train` cannot follow."""
+    for variable, kind in SHARDING_VARIABLES.items():
+        if parse_flag_from_env(variable):
+            _check_not_sharded(kind)
+    try:
+        # The plugin keeps the environment from dividing gradients by another number of batches.
+        accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+    except ValueError as error:
+        raise ConfigError(f"accelerate refused to start: {str(error).splitlines()[0]}") from error
+    if accelerator.mixed_precision != "no":
+        raise ConfigError(
+            f"accelerate is set to mixed precision {accelerator.mixed_precision!r} in this process; "
+            f"train computes in the model's own dtype: set it to 'no'"
+        )
+    _check_not_sharded(accelerator.distributed_type)
+    return accelerator
+
+
+def prepare_run(
+    accelerator: Accelerator, model: nn.Module, batches: Iterable[Batch], config: TrainConfig, resumable: bool
+) -> Run:
+    """Returns a run that has not made a step.
+
+    Moves the model to the accelerator's device, freezes its base, drops old gradients, and gives all processes the
+    adapters of the first one. resumable: whether the run is to be saved, which takes a digest of each batch.
+    Raises TargetError or ConfigError if the model cannot be trained.
+    """
+    trained = _trainable_parameters(model, accelerator.device)
+    freeze_base_(model)
+    sources = RandomSources(accelerator.device, loader_generators(batches)) if resumable else None
+    stream = BatchStream(batches, architecture.vocabulary_size(model), sources)
+    # `Module.to` cannot replace fake tensors, and is not needed if every tensor is on the device.
+    elsewhere = any(tensor.device != accelerator.device for tensor in (*model.parameters(), *model.buffers()))
+    run = Run(model, trained, make_optimizer(trained, config), config, stream, sources)
+    run.drop_gradients()
+    # evaluation_mode: accelerate does not wrap the model, because gradients are summed in distributed.py.
+    run.model = accelerator.prepare_model(model, device_placement=elsewhere, evaluation_mode=True)
+    run.optimizer = accelerator.prepare_optimizer(run.optimizer)
+    Processes(accelerator).broadcast_(trained.values())
+    return run
+
+
+class TrainingStep:
+    """Makes the steps of a run, one with each call of `make`.
+
+    blocks: the activation checkpointing of the model's blocks. trimmer: returns freed memory of this process to the system.
+    profiler: its phases forward, backward and optimizer are entered. progress: whether the user is told what happens.
+    """
 
     def __init__(
-        self, model: nn.Module, config: TrainConfig, profiler: MemoryProfiler | None, progress: bool = False
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        blocks: BlockCheckpointing,
+        trimmer: HeapTrimmer,
+        profiler: MemoryProfiler | None,
+        progress: bool,
     ) -> None:
-        for variable, kind in ASKED_BY.items():
-            if parse_flag_from_env(variable):
-                _check_not_sharded(kind)
-        try:
-            # The plugin keeps the environment from dividing gradients by an accumulation of its own.
-            self.accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
-        except ValueError as error:
-            raise ConfigError(f"accelerate refused to start: {str(error).splitlines()[0]}") from error
-        if self.accelerator.mixed_precision != "no":
-            raise ConfigError(
-                f"accelerate is set to mixed precision {self.accelerator.mixed_precision!r} in this process; "
-                f"train computes in the model's own dtype: set it to 'no'"
-            )
-        _check_not_sharded(self.accelerator.distributed_type)
-        self.config, self.profiler = config, profiler
-        self.adapters = _check_model(model, self.accelerator.device)
-        freeze_base_(model)
-        self.vocabulary = architecture.vocabulary_size(model)
-        self.close()
-        optimizer = make_optimizer(self.adapters, config)
-        # `Module.to` cannot exchange fake tensors, and need not be called where there is nothing to move.
-        elsewhere = any(tensor.device != self.accelerator.device for tensor in (*model.parameters(), *model.buffers()))
-        # evaluation_mode: nothing is wrapped around the model; gradients are summed here (distributed.py).
-        self.model = self.accelerator.prepare_model(model, device_placement=elsewhere, evaluation_mode=True)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.processes = Processes(self.accelerator)
-        self.processes.same_start_(self.adapters.values())
-        self.progress = progress and self.processes.writes
-        self.halved_at: int | None = None
-        self.loss: Any = None
-        self.own_loss_because: str | None = None
+        self.run, self.processes = run, Processes(accelerator)
+        self._accelerator, self._blocks, self._trimmer = accelerator, blocks, trimmer
+        self._profiler, self._progress = profiler, progress
+        self._blocks.costs = run.decisions.block_costs
+        self._loss: Loss | None = None
+        if run.steps > 0:
+            self._loss = logit_free_loss if run.decisions.model_loss_reason is None else model_loss
         if profiler is not None:
-            profiler.track(self.model, optimizer)
+            profiler.track(run.model, run.optimizer)
 
-    def close(self) -> None:
-        """Nothing of an earlier or a failed backward pass may be added to, or stay behind."""
-        for parameter in self.adapters.values():
-            parameter.grad = None
+    @property
+    def number(self) -> int:
+        """The number of the step that is made next, from 1."""
+        return self.run.steps + 1
 
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.profiler is None else self.profiler.phase(name)
+    def next_batches(self) -> list[Batch]:
+        """Returns the batches of the next step, the same in every process."""
+        config = self.run.config
+        batches = self.run.stream.take(config.gradient_accumulation, self.number, config.steps)
+        return self.processes.call_in_all(functools.partial(list[Batch], batches))
 
-    def state_bytes(self) -> int:
-        """Bytes of the optimizer's states; before the first update, what AdamW's will be at the most."""
-        states = [value for state in self.optimizer.state.values() for value in state.values()]
-        known = sum(value.nbytes for value in states if isinstance(value, Tensor))
-        return known or sum(2 * FP32_BYTES * parameter.numel() for parameter in self.adapters.values())
+    def make(self, batches: list[Batch], before_update: Callable[[], None]) -> StepMetrics:
+        """Computes the gradients of the batches and updates the trained parameters.
 
-    def facts(self, dial: Dial) -> dict[str, Any]:
-        """What the steps after the first do as that one showed."""
-        return {"own_loss_because": self.own_loss_because, "dial": dial.measured, "halved_at": self.halved_at}
-
-    def go_on(self, facts: dict[str, Any], dial: Dial) -> None:
-        """Does as the first step of the run before showed."""
-        self.own_loss_because, dial.measured = facts["own_loss_because"], facts["dial"]
-        self.halved_at = facts["halved_at"]
-        self.loss = headless_loss if self.own_loss_because is None else own_loss
-
-    def step(self, number: int, group: list[Batch], dial: Dial, trimmer: HeapTrimmer, folder: RunFolder) -> StepMetrics:
-        """Forward and backward of each batch, one update. TrainingError before the update if it would spoil it."""
+        before_update: called when loss and gradients are known to be finite.
+        Raises NotFiniteError before the update if the loss or the gradients are not finite, and after it if the
+        parameters are not; TrainingError if no token has a label or memory runs out a second time.
+        """
         began = time.perf_counter()
-        device = self.accelerator.device
-        group = [{name: value.to(device) for name, value in batch.items()} for batch in group]
-        counts = [int(labelled_tokens(batch)) for batch in group]
-        group = [batch for batch, count in zip(group, counts, strict=True) if count > 0]
-        labelled = sum(counts)
-        if labelled == 0:
-            raise TrainingError(f"no token of step {number} has a label; check the data's completions and truncation")
-        if self.loss is None:
-            self.loss, self.own_loss_because = self.processes.together(functools.partial(self._chosen_loss, group[0]))
-        factor = learning_rate_factor(number - 1, self.config)
-        set_learning_rates_(self.optimizer, factor)
-        total = self._summed(number, group, labelled, dial, trimmer)
-        with self.phase("optimizer"):
-            norm = self._update(number, float(total), folder)
-        tokens = sum(batch["input_ids"].numel() for batch in group)
+        device, config = self._accelerator.device, self.run.config
+        batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+        counts = [int(labelled_tokens(batch)) for batch in batches]
+        batches = [batch for batch, count in zip(batches, counts, strict=True) if count > 0]
+        if not batches:
+            raise TrainingError(
+                f"no token of step {self.number} has a label; check the data's completions and truncation"
+            )
+        if self._loss is None:
+            self._loss, reason = self.processes.call_in_all(functools.partial(self._chosen_loss, batches[0]))
+            self.run.decisions = replace(self.run.decisions, model_loss_reason=reason)
+        factor = learning_rate_factor(self.number - 1, config)
+        set_learning_rates_(self.run.optimizer, factor)
+        loss = self._summed_gradients(batches, sum(counts))
+        with self._phase("optimizer"):
+            norm = self._update(float(loss), before_update)
+        self.run.decisions = replace(self.run.decisions, block_costs=self._blocks.costs)
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
         speed = tokens / (time.perf_counter() - began)
-        rate = self.config.learning_rate * factor
-        return StepMetrics(number, float(total), norm, rate, tokens, speed, peak_bytes(self.accelerator.device))
+        rate = config.learning_rate * factor
+        return StepMetrics(self.number, float(loss), norm, rate, tokens, speed, peak_bytes(device))
 
-    def _chosen_loss(self, batch: Batch) -> Any:
-        """The loss for batches such as this first one, tried on it, and why it is the model's own."""
-        check_packing(self.model, batch)
+    def _phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._profiler is None else self._profiler.phase(name)
+
+    def _chosen_loss(self, batch: Batch) -> tuple[Loss, str | None]:
+        """Returns the loss for batches like this first one, and the reason if it is the model's own."""
+        check_packing(self.run.model, batch)
         check_signals()
-        return choose_loss(self.model, batch)
+        return choose_loss(self.run.model, batch)
 
-    def _summed(self, number: int, group: list[Batch], labelled: int, dial: Dial, trimmer: HeapTrimmer) -> Tensor:
-        """The loss of a step, and its gradients, over all processes. What goes wrong in one stops all of them."""
-        mine = [rows for batch in group if (rows := self.processes.rows(batch)) is not None]
+    def _optimizer_bytes(self) -> int:
+        """Returns the bytes of the optimizer's states; before the first update, those that AdamW will have at most."""
+        states = [value for state in self.run.optimizer.state.values() for value in state.values()]
+        known = sum(value.nbytes for value in states if isinstance(value, Tensor))
+        return known or sum(2 * FP32_BYTES * parameter.numel() for parameter in self.run.trained.values())
+
+    def _summed_gradients(self, batches: list[Batch], labelled: int) -> Tensor:
+        """Returns the loss of the step and leaves its gradients, both summed over all processes."""
+        own = [rows for batch in batches if (rows := self.processes.rows(batch)) is not None]
+        sources = RandomSources(self._accelerator.device)
 
         def gradients() -> Tensor:
-            with self.processes.own_random_numbers(RandomSources(self.accelerator.device), self.config.seed, number):
-                return self._fitting(number, mine, labelled, dial, trimmer)
+            with self.processes.own_random_numbers(sources, self.run.config.seed, self.number):
+                return self._gradients_in_memory(own, labelled)
 
-        total = self.processes.sum(self.processes.together(gradients))
-        self.processes.sum_gradients_(self.adapters.values())
-        return total
+        loss = self.processes.sum(self.processes.call_in_all(gradients))
+        self.processes.sum_gradients_(self.run.trained.values())
+        return loss
 
-    def _fitting(self, number: int, group: list[Batch], labelled: int, dial: Dial, trimmer: HeapTrimmer) -> Tensor:
-        """As `_gradients`; if memory runs out, in halves, from here on."""
+    def _gradients_in_memory(self, batches: list[Batch], labelled: int) -> Tensor:
+        """Returns `_gradients`. If memory runs out, batches are split from here on, and it is called again."""
         try:
-            return self._gradients(number, group, labelled, dial, trimmer)
+            return self._gradients(batches, labelled)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            rows = max(len(batch["input_ids"]) for batch in group)
-            if self.halved_at is not None or rows == 1:
+            rows = max(len(batch["input_ids"]) for batch in batches)
+            if self.run.decisions.halved_at is not None or rows == 1:
                 tried = "again, with halved batches" if rows > 1 else "with one row"
                 raise TrainingError(
-                    f"memory ran out in step {number} {tried}; train on shorter rows or smaller batches, or recompute "
-                    f"more (checkpointing)"
+                    f"memory ran out in step {self.number} {tried}; train on shorter rows or smaller batches, or "
+                    f"recompute more (checkpointing)"
                 ) from error
-        self.halved_at = number
+        self.run.decisions = replace(self.run.decisions, halved_at=self.number)
         say(
-            f"memory ran out in step {number}: from here on batches are computed in halves, for the same gradient",
-            self.progress,
+            f"memory ran out in step {self.number}: from here on batches are computed in halves, for the same gradient",
+            self._progress,
         )
-        self.close()
+        self.run.drop_gradients()
         release_freed_pages()
-        if not on_cpu(self.accelerator.device):
-            torch.get_device_module(self.accelerator.device).empty_cache()
-        return self._fitting(number, group, labelled, dial, trimmer)
+        if not on_cpu(self._accelerator.device):
+            torch.get_device_module(self._accelerator.device).empty_cache()
+        return self._gradients_in_memory(batches, labelled)
 
-    def _gradients(self, number: int, group: list[Batch], labelled: int, dial: Dial, trimmer: HeapTrimmer) -> Tensor:
-        """Forward and backward of each of these batches; what they add to the loss."""
-        total = torch.zeros((), device=self.accelerator.device)
+    def _gradients(self, batches: list[Batch], labelled: int) -> Tensor:
+        """Runs forward and backward of each batch; returns their part of the loss.
+
+        labelled: the number of labelled tokens in all batches of the step, in all processes.
+        """
+        assert self._loss is not None
+        total = torch.zeros((), device=self._accelerator.device)
         check_signals()
-        for batch in group if self.halved_at is None else itertools.chain.from_iterable(map(halves, group)):
+        halved = self.run.decisions.halved_at is not None
+        for batch in itertools.chain.from_iterable(map(split_in_two, batches)) if halved else batches:
             check_signals()
-            with dial.batch(batch["input_ids"].numel(), self.state_bytes()) as phase:
-                trimmer.end_phase()
-                with self.phase("forward"), phase("forward"):
-                    loss = self.loss(self.model, batch) / labelled
-                trimmer.end_phase()
+            with self._blocks.batch(batch["input_ids"].numel(), self._optimizer_bytes()) as phase:
+                self._trimmer.end_phase()
+                with self._phase("forward"), phase("forward"):
+                    loss = self._loss(self.run.model, batch) / labelled
+                self._trimmer.end_phase()
                 check_signals()
-                with self.phase("backward"), phase("backward"):
-                    self.accelerator.backward(loss)
+                with self._phase("backward"), phase("backward"):
+                    self._accelerator.backward(loss)
             total += loss.detach()
-        if number == 1 and group:
-            _check_gradients(self.adapters)
+        if self.number == 1 and batches:
+            _check_gradients(self.run.trained)
         return total
 
-    def _update(self, number: int, loss: float, folder: RunFolder) -> float:
-        limit = self.config.max_grad_norm
-        clip = self.accelerator.clip_grad_norm_(self.adapters.values(), float("inf") if limit is None else limit)
-        norm = float(clip)
-        advice = f"lower the learning rate ({self.config.learning_rate:g}) or check the data"
-        for what, value in (("loss", loss), ("gradient norm", norm)):
+    def _update(self, loss: float, before_update: Callable[[], None]) -> float:
+        """Clips the gradients and updates the parameters; returns the gradient norm before clipping."""
+        config, parameters = self.run.config, self.run.trained.values()
+        limit = float("inf") if config.max_grad_norm is None else config.max_grad_norm
+        norm = float(self._accelerator.clip_grad_norm_(parameters, limit))
+        advice = f"lower the learning rate ({config.learning_rate:g}) or check the data"
+        for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
-                kept = f"the adapters keep their values of step {number - 1}"
-                raise NotFiniteError(f"the {what} of step {number} is {value}; {kept}; {advice}")
-        folder.good()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if not torch.stack([parameter.isfinite().all() for parameter in self.adapters.values()]).all():
-            raise NotFiniteError(f"the update of step {number} made adapters NaN or infinite; {advice}")
+                kept = f"the adapters keep their values of step {self.number - 1}"
+                raise NotFiniteError(f"the {name} of step {self.number} is {value}; {kept}; {advice}")
+        before_update()
+        self.run.optimizer.step()
+        self.run.optimizer.zero_grad(set_to_none=True)
+        if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
+            raise NotFiniteError(f"the update of step {self.number} made adapters NaN or infinite; {advice}")
         return norm

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from qlora_lite.cli.main import main
+from qlora_lite.training.run_checkpoints import StepMetrics
 from qlora_lite.training.run_folder import RunFolder
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -41,16 +41,16 @@ def test_a_stopped_run_says_the_command_that_goes_on_with_it(
             main()
         return int(ended.value.code or 0), capsys.readouterr().err
 
-    real = RunFolder.note
+    real = RunFolder.finish_step
 
-    def note(run: RunFolder, step: Any, facts: Any = None) -> None:
-        real(run, step, facts)
-        if step.step == 2:
+    def finish_step(writer: RunFolder, metrics: StepMetrics) -> None:
+        real(writer, metrics)
+        if metrics.step == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(RunFolder, "note", note)
+    monkeypatch.setattr(RunFolder, "finish_step", finish_step)
     status, said = command(*words, memory_path / "run", "--overwrite")
-    monkeypatch.setattr(RunFolder, "note", real)
+    monkeypatch.setattr(RunFolder, "finish_step", real)
     last = said.splitlines()[-1]
     assert status == 143 and last.startswith("stopped by SIGTERM after step 2 of 4; ")
     again = shlex.split(last.partition("; go on with: qlora-lite ")[2])

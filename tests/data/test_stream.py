@@ -24,7 +24,7 @@ def stream(batches: Iterable[Any]) -> BatchStream:
 
 
 def take(source: BatchStream, count: int) -> list[int]:
-    return [int(each["input_ids"][0, 0]) for each in source.group(count, 1, 1)]
+    return [int(each["input_ids"][0, 0]) for each in source.take(count, 1, 1)]
 
 
 def drawing(count: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -47,7 +47,7 @@ def test_goes_on_where_it_was(make: Any, taken: int) -> None:
     position, now = first.position(), torch.get_rng_state()
     after = take(first, 7)
     second = stream(make())
-    second.go_to(position)
+    second.skip_to(position)
     torch.set_rng_state(now)
     assert take(second, 7) == after
     if isinstance(make(), list):
@@ -60,13 +60,13 @@ def test_what_is_not_the_same_is_refused() -> None:
     torch.rand(())  # dropout
     take(first, 1)
     with pytest.raises(CheckpointError, match="first 2 batches of epoch 1 are not those"):
-        stream(drawing(4)).go_to(first.position())
+        stream(drawing(4)).skip_to(first.position())
     with pytest.raises(CheckpointError, match="first 2 batches"):
-        stream(drawing(1)).go_to(first.position())
+        stream(drawing(1)).skip_to(first.position())
     listed = stream([batch(1)])
     take(listed, 1)
     with pytest.raises(CheckpointError, match="an epoch had 1 batches, and has 0 here"):
-        stream([]).go_to(listed.position())
+        stream([]).skip_to(listed.position())
 
 
 def test_an_iterator_ends() -> None:

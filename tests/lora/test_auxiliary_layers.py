@@ -28,7 +28,7 @@ from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantization.quantize_model import quantize_base_
-from qlora_lite.training.fused_forward import lean
+from qlora_lite.training.fused_forward import fused
 
 
 def whole(module: nn.Module, dtype: torch.dtype = torch.float32) -> TrainedCopy:
@@ -119,7 +119,7 @@ def test_norms_that_run_lean_have_the_gradient_of_plain_torch(small_model: Any, 
         return [copy.trained["weight"].grad for copy in copies]
 
     plain = gradients()
-    with lean(model) as names:
+    with fused(model) as names:
         assert "model.norm.base_layer" in names and "model.layers.0.input_layernorm.base_layer" in names
         ours = gradients()
     for one, other in zip(ours, plain, strict=True):

@@ -28,10 +28,14 @@ from bad_inputs import adaptable
 from kill_points import ended
 from killed_runs import final_files, run, wrong_after_kill
 from killed_saves import SAVES, Save, files_of
-from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
+from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized
 from qlora_lite.checkpoints import atomic_folder
+from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import CheckpointError
+from qlora_lite.lora.adapters import adapter_parameters
+from qlora_lite.training.optim import make_optimizer
 from qlora_lite.training.run_folder import run_folder
+from qlora_lite.training.run_state import Run
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 DISK_BYTES = 8 << 20
@@ -141,9 +145,11 @@ def _write_lines(folder: Path, again: bool) -> None:
     torch.manual_seed(0)
     model = adaptable()
     add_lora_(model, LoraConfig(rank=2, target_modules=["first"]))
-    with run_folder(model, folder, overwrite=again) as writer:
+    trained, config = adapter_parameters(model), TrainConfig()
+    run = Run(model, trained, make_optimizer(trained, config), config, BatchStream([], None, None))
+    with run_folder(run, folder, overwrite=again) as writer:
         for number in range(60):
-            writer.note(_Line(number))
+            writer.finish_step(_Line(number))
 
 
 def _lines(folder: Path) -> dict[str, bytes]:

@@ -35,11 +35,12 @@ from qlora_lite.training.run_checkpoints import (
     RANDOM_FILE,
     STATE_FILE,
     TRAINED_FILE,
+    StepMetrics,
     checkpoint_path,
-    newest_sound,
+    newest_intact_checkpoint,
     write_checkpoint,
 )
-from qlora_lite.training.run_state import RunState
+from qlora_lite.training.run_state import Run
 
 Reader = Callable[[bytes], None]
 SEEDS = 60
@@ -121,41 +122,41 @@ def _stream() -> BatchStream:
     return BatchStream(batches, 9, SOURCES)
 
 
-def fresh_state() -> RunState:
-    """Returns the state of a run of a small model before its first step."""
+def fresh_run() -> Run:
+    """Returns a run of a small model before its first step."""
     model = adaptable()
     add_lora_(model, LoraConfig(rank=2, dropout=0.0, target_modules=["first", "second"]))
     trained, config = adapter_parameters(model), TrainConfig(steps=4, save_steps=1)
-    return RunState(model, trained, make_optimizer(trained, config), config, _stream(), SOURCES)
+    return Run(model, trained, make_optimizer(trained, config), config, _stream(), SOURCES)
 
 
-def _step(state: RunState) -> None:
-    """Takes a step: batches, an update and its mark."""
-    list(state.stream.group(1, 1, 4))
-    for parameter in state.trained.values():
+def _step(run: Run) -> None:
+    """Makes a step: batches, an update and its metrics."""
+    list(run.stream.take(1, 1, 4))
+    for parameter in run.trained.values():
         parameter.grad = torch.ones_like(parameter)
-    state.optimizer.step()
-    state.mark({"step": state.steps + 1, "loss": 1.0}, {"own_loss_because": None, "dial": None, "halved_at": None})
+    run.optimizer.step()
+    run.finish_step(StepMetrics(run.steps + 1, 1.0, 1.0, 1e-4, 3, 100.0, None))
 
 
 @functools.cache
 def sound_run() -> dict[str, bytes]:
     """Returns the files of a sound checkpoint by their paths in it."""
-    state = fresh_state()
-    _step(state)
+    run = fresh_run()
+    _step(run)
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint_path(Path(scratch), 1)
-        write_checkpoint(folder, state.write)
+        write_checkpoint(folder, run.write)
         return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def _run_reader(run: Path) -> Reader:
+def _run_reader(run_folder: Path) -> Reader:
     """Returns a reader that resumes a run from a checkpoint with one file replaced.
 
     The manifest gets the sum of the new file, except where the manifest itself is replaced.
     """
-    folder, good, state = checkpoint_path(run, 1), sound_run(), fresh_state()
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    folder, good, run = checkpoint_path(run_folder, 1), sound_run(), fresh_run()
+    shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)
     for name, data in good.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -168,12 +169,12 @@ def _run_reader(run: Path) -> Reader:
             sums = {"bytes": len(data) - 1, "sha256": hashlib.sha256(data[1:]).hexdigest()}
             (folder / MANIFEST_FILE).write_text(json.dumps({"files": {**listed, name: sums}}))
         try:
-            path, _ = newest_sound(run)
+            path, _ = newest_intact_checkpoint(run_folder)
             if path is not None:
-                state.check_same(path)
-                state.stream = _stream()
-                state.restore_(path)
-                state.restore_random()
+                run.check_same(path)
+                run.stream = _stream()
+                run.restore_(path)
+                run.restore_random()
         except QLoRAError:
             pass
         finally:

@@ -32,7 +32,7 @@ from kill_points import Kill, all_kills, ended
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.errors import QLoRAError
 from qlora_lite.lora.peft.save_load import load_adapter_
-from qlora_lite.training.run_checkpoints import checkpoints, what_is_wrong
+from qlora_lite.training.run_checkpoints import checkpoint_problem, checkpoints_by_step
 
 TINY_STEP, TINY_MOMENTS = 34, 2
 MOMENTS = 40
@@ -66,7 +66,9 @@ def final_files(folder: Path) -> dict[str, bytes]:
 
 def wrong_after_kill(model: Any, folder: Path) -> list[str]:
     """Returns the checkpoints and adapters that are neither as before nor as intended."""
-    found = [f"{path.name}: {wrong}" for path in checkpoints(folder).values() if (wrong := what_is_wrong(path))]
+    found = [
+        f"{path.name}: {wrong}" for path in checkpoints_by_step(folder).values() if (wrong := checkpoint_problem(path))
+    ]
     if (folder / "adapter").exists() or (folder / "metrics.jsonl").exists():
         try:
             load_adapter_(model, folder / "adapter")
@@ -77,7 +79,7 @@ def wrong_after_kill(model: Any, folder: Path) -> list[str]:
 
 def steps_kept(folder: Path) -> int:
     """Returns the step of the newest sound checkpoint, or 0."""
-    return next((step for step, path in checkpoints(folder).items() if what_is_wrong(path) is None), 0)
+    return next((step for step, path in checkpoints_by_step(folder).items() if checkpoint_problem(path) is None), 0)
 
 
 def steps_done(folder: Path) -> int:

@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from qlora_lite import LoraConfig, TrainConfig, add_lora_, load_quantized, train
+from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.adapters import adapter_parameters
-from qlora_lite.training.run_checkpoints import checkpoint_path, newest_sound
+from qlora_lite.training.run_checkpoints import checkpoint_path, newest_intact_checkpoint
 from qlora_lite.training.run_folder import RunFolder
+from qlora_lite.training.run_state import Run
 
 CONFIG = TrainConfig(steps=4, save_steps=1, learning_rate=1e-2)
 
@@ -61,7 +63,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tiny_folder: Pa
     full = pytest.raises(CheckpointError, match=r"step-000003 cannot be written: File too large|adapter cannot be")
     with files_no_longer_than(4000) as fill, full:
         train(adapted(tiny_folder), Batches(fill), CONFIG, output_dir=run, progress=False)
-    assert newest_sound(run) == (checkpoint_path(run, 2), [])
+    assert newest_intact_checkpoint(run) == (checkpoint_path(run, 2), [])
     assert {path.name for path in run.iterdir()} == {"adapter", "checkpoints", "metrics.jsonl"}
     assert not list(run.rglob(".*"))
     model, other = adapted(tiny_folder), adapted(tiny_folder)
@@ -78,14 +80,17 @@ def test_a_line_that_a_full_disk_cuts_is_removed(memory_path: Path) -> None:
         step: int
         words: str = "a few more bytes than the disk has"
 
-    folder = RunFolder(torch.nn.Linear(1, 1), memory_path)
-    folder.note(Line(1))
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    folder = RunFolder(
+        Run(torch.nn.Linear(1, 1), {}, optimizer, TrainConfig(), BatchStream([], None, None)), memory_path
+    )
+    folder.finish_step(Line(1))
     first = (memory_path / "metrics.jsonl").read_bytes()
     with files_no_longer_than(len(first) + 20) as fill, pytest.raises(OSError, match="File too large"):
         fill()
-        folder.note(Line(2))
+        folder.finish_step(Line(2))
     assert (memory_path / "metrics.jsonl").read_bytes() == first
-    folder.note(Line(2))
+    folder.finish_step(Line(2))
     assert [json.loads(line)["step"] for line in (memory_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
@@ -117,7 +122,7 @@ def test_a_damaged_checkpoint_is_said_and_replaced(
     resumed = train(adapted(tiny_folder), Batches(), CONFIG, output_dir=run, resume=True)
     said = "step-000004: optimizer.safetensors has another SHA-256"
     assert resumed.skipped == (said,) and f"step-000003; skipped {said}" in capsys.readouterr().err.replace("\n", "")
-    assert resumed.losses == whole.losses and newest_sound(run) == (checkpoint_path(run, 4), [])
+    assert resumed.losses == whole.losses and newest_intact_checkpoint(run) == (checkpoint_path(run, 4), [])
 
 
 def test_resume_needs_a_run_or_nothing_and_another_run_leaves_no_checkpoints(
@@ -125,7 +130,7 @@ def test_resume_needs_a_run_or_nothing_and_another_run_leaves_no_checkpoints(
 ) -> None:
     run, short = memory_path / "run", TrainConfig(steps=1, learning_rate=1e-2)
     (memory_path / "file.txt").touch()
-    with pytest.raises(CheckpointError, match=r"holds no run to go on with, but file\.txt"):
+    with pytest.raises(CheckpointError, match=r"does not hold a run to resume; it has file\.txt"):
         train(adapted(tiny_folder), Batches(), CONFIG, output_dir=memory_path, resume=True, progress=False)
     first = train(adapted(tiny_folder), Batches(), CONFIG, output_dir=run, resume=True, progress=False)
     assert first.resumed_from is None and len(first.steps) == 4

@@ -15,7 +15,7 @@ from qlora_lite.errors import ConfigError
 from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.surgery import repeated_blocks
 from qlora_lite.training.activation_checkpointing import checkpointed
-from qlora_lite.training.objective import headless_loss
+from qlora_lite.training.objective import logit_free_loss
 
 
 def test_gradients_are_the_same_and_less_is_kept(tiny_folder: Path) -> None:
@@ -47,7 +47,7 @@ def test_the_last_product_of_a_block_is_not_computed_again(tiny_folder: Path, mo
     product = lora_linear._product
     monkeypatch.setattr(lora_linear, "_product", lambda *given: (products.append(1), product(*given))[1])
     with checkpointed(model, "full"):
-        loss = headless_loss(model, {"input_ids": tokens, "labels": tokens})
+        loss = logit_free_loss(model, {"input_ids": tokens, "labels": tokens})
         assert len(products) == 2 * 7
         loss.backward()
     assert len(products) == 2 * (7 + 6)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_lite.training.distributed import halves, share
+from qlora_lite.training.distributed import rows_of_process, split_in_two
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,14 +115,14 @@ def test_two_processes_learn_as_one_end_together_and_go_on_as_if_never_ended(tin
 def test_rows_are_shared_out_whole() -> None:
     batch = {"input_ids": torch.arange(10).view(5, 2), "labels": torch.arange(10).view(5, 2)}
     for processes in (1, 2, 3, 5, 7):
-        parts = [share(batch, number, processes) for number in range(processes)]
+        parts = [rows_of_process(batch, number, processes) for number in range(processes)]
         there = [part for part in parts if part is not None]
         assert torch.equal(torch.cat([part["input_ids"] for part in there]), batch["input_ids"])
         assert len(there) == min(5, processes) and {len(part["labels"]) for part in there} <= {
             5 // processes or 1,
             1 + 5 // processes,
         }
-    assert [len(part["input_ids"]) for part in halves(batch)] == [2, 3]
+    assert [len(part["input_ids"]) for part in split_in_two(batch)] == [2, 3]
     one_row = {name: value[:1] for name, value in batch.items()}
-    (whole,) = halves(one_row)
+    (whole,) = split_in_two(one_row)
     assert torch.equal(whole["input_ids"], one_row["input_ids"])

@@ -17,8 +17,8 @@ from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.surgery import repeated_blocks
 from qlora_lite.training import fused_forward as lean_module
 from qlora_lite.training.activation_checkpointing import checkpointed
-from qlora_lite.training.fused_forward import lean
-from qlora_lite.training.objective import headless_loss
+from qlora_lite.training.fused_forward import fused
+from qlora_lite.training.objective import logit_free_loss
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -38,7 +38,7 @@ def build(family: str, **options: Any) -> Any:
 
 def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, list[Tensor]]:
     model.zero_grad()
-    loss = headless_loss(model, batch)
+    loss = logit_free_loss(model, batch)
     loss.backward()
     return float(loss.detach()), [parameter.grad.clone() for parameter in adapter_parameters(model).values()]
 
@@ -67,7 +67,7 @@ def test_gradients_are_those_of_the_model_itself(family: str, kind: str) -> None
     batch = batch_of(kind)
     loss, wanted = gradients(model, batch)
     for checkpointing in ("none", "full"):
-        with lean(model), checkpointed(model, checkpointing):
+        with fused(model), checkpointed(model, checkpointing):
             lean_loss, found = gradients(model, batch)
         assert lean_loss == pytest.approx(loss, rel=1e-5)
         for mine, theirs in zip(found, wanted, strict=True):
@@ -84,7 +84,7 @@ def test_a_norms_output_may_be_changed_in_place() -> None:
     batch, found = batch_of("plain"), []
     for exchanged in (False, True):
         torch.manual_seed(1)
-        with lean(model) if exchanged else nullcontext():
+        with fused(model) if exchanged else nullcontext():
             found.append(gradients(model, batch))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     for mine, theirs in zip(found[1][1], found[0][1], strict=True):
@@ -92,15 +92,15 @@ def test_a_norms_output_may_be_changed_in_place() -> None:
 
 
 def test_what_is_recognized() -> None:
-    with lean(build("Llama")) as names:
+    with fused(build("Llama")) as names:
         block = ["input_layernorm", "mlp", "post_attention_layernorm"]
         assert sorted(names) == [
             *(f"model.layers.{number}.{part}" for number in range(2) for part in block),
             "model.norm",
         ]
-    with lean(build("Gemma")) as names:  # its norms multiply with 1 + weight
+    with fused(build("Gemma")) as names:  # its norms multiply with 1 + weight
         assert sorted(names) == ["model.layers.0.mlp", "model.layers.1.mlp"]
-    with lean(build("Llama", hidden_act="relu")) as names:
+    with fused(build("Llama", hidden_act="relu")) as names:
         assert not any(name.endswith("mlp") for name in names)
 
 
@@ -113,7 +113,7 @@ def test_a_norm_that_is_called_one_but_computes_another_thing_is_left_alone() ->
         def forward(self, x: Tensor) -> Tensor:
             return self.weight * x / (x.abs().mean(-1, keepdim=True) + self.variance_epsilon)
 
-    with lean(nn.Sequential(LlamaRMSNorm())) as names:
+    with fused(nn.Sequential(LlamaRMSNorm())) as names:
         assert names == []
 
 
@@ -122,7 +122,7 @@ def test_everything_is_put_back() -> None:
     own = ALL_ATTENTION_FUNCTIONS["sdpa"]
     own_forward = model.model.norm.forward
     forward = model.model.norm.forward = lambda x: own_forward(x)
-    with pytest.raises(RuntimeError, match="stop"), lean(model) as names:
+    with pytest.raises(RuntimeError, match="stop"), fused(model) as names:
         assert "model.norm" not in names  # somebody gave it a forward of its own
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not own
         raise RuntimeError("stop")
@@ -152,9 +152,9 @@ def test_a_kept_block_keeps_products_and_no_more(tiny_folder: Path) -> None:
             return forward(*given, **options)
 
     ids = torch.randint(100, (rows, tokens))
-    with lean(model):
+    with fused(model):
         block.forward = noted
-        headless_loss(model, {"input_ids": ids, "labels": ids}).backward()
+        logit_free_loss(model, {"input_ids": ids, "labels": ids}).backward()
         del block.forward
     wide = {place: tensor for place, tensor in kept.items() if place not in own and tensor.numel() > 4 * rows * tokens}
     assert {tensor.dtype for tensor in wide.values()} == {torch.bfloat16}

@@ -83,7 +83,7 @@ def test_loss_falls_and_the_base_stays_bit_for_bit(tiny_folder: Path, tmp_path: 
     stored = {name: value.clone() for name, value in model.state_dict().items() if "lora_" not in name}
     config = TrainConfig(steps=12, learning_rate=1e-2, warmup_steps=2, optimizer=optimizer)
     result = train(model, [batch()], config, output_dir=tmp_path / "run", progress=False)
-    assert result.losses[-1] < result.losses[0] - 0.1 and result.own_loss_because is None
+    assert result.losses[-1] < result.losses[0] - 0.1 and result.model_loss_reason is None
     now = model.state_dict()
     assert all(torch.equal(value, now[name]) for name, value in stored.items())
     assert not model.training and not any("forward" in vars(module) for module in model.modules())
@@ -197,7 +197,7 @@ def test_a_signal_saves_the_last_step_that_was_done(
     config = TrainConfig(steps=4, gradient_accumulation=2, learning_rate=1e-2)
     batches, run = [batch(seed=n) for n in range(6)], memory_path / "run"
     model, handlers = adapted(tiny_folder, dropout=0.1), [signal.getsignal(signal.SIGINT), signal.getsignal(number)]
-    said = "after step 2 of 4; .*checkpoints/step-000002 is where resuming goes on"
+    said = "after step 2 of 4; resuming continues from .*checkpoints/step-000002"
     with pytest.raises(Stopped, match=said) as stop:
         train(model, Signalled(index, number, batches), config, output_dir=run, progress=False)
     assert stop.value.code == status and handlers == [signal.getsignal(signal.SIGINT), signal.getsignal(number)]

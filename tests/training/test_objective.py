@@ -10,7 +10,7 @@ import torch
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.data.batching import labelled_tokens
-from qlora_lite.training.objective import choose_loss, headless_loss, own_loss
+from qlora_lite.training.objective import choose_loss, logit_free_loss, model_loss
 
 
 @pytest.mark.parametrize("embedding_format", ["none", "int8"])
@@ -21,8 +21,8 @@ def test_both_losses_are_one(tiny_folder: Path, embedding_format: str) -> None:
     labels[0, :4] = -100
     batch = {"input_ids": tokens, "labels": labels, "attention_mask": torch.ones_like(tokens)}
     assert labelled_tokens(batch) == 13
-    torch.testing.assert_close(headless_loss(model, batch), own_loss(model, batch), rtol=1e-5, atol=1e-5)
-    assert choose_loss(model, batch) == (headless_loss, None)
+    torch.testing.assert_close(logit_free_loss(model, batch), model_loss(model, batch), rtol=1e-5, atol=1e-5)
+    assert choose_loss(model, batch) == (logit_free_loss, None)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_models_that_change_their_logits(family: str, options: dict[str, Any]) -
         model.get_output_embeddings().weight.mul_(20)
     tokens = torch.randint(64, (1, 5))
     batch = {"input_ids": tokens, "labels": tokens}
-    assert choose_loss(model, batch) == (headless_loss, None)
-    torch.testing.assert_close(headless_loss(model, batch), own_loss(model, batch), rtol=1e-5, atol=1e-5)
+    assert choose_loss(model, batch) == (logit_free_loss, None)
+    torch.testing.assert_close(logit_free_loss(model, batch), model_loss(model, batch), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -63,8 +63,8 @@ def test_an_adapted_head_needs_no_logits_either(tiny_folder: Path, merged: bool)
         model.lm_head.merge_weights()
     tokens = torch.randint(100, (1, 5))
     batch = {"input_ids": tokens, "labels": tokens}
-    assert choose_loss(model, batch) == (headless_loss, None)
-    torch.testing.assert_close(headless_loss(model, batch), own_loss(model, batch), rtol=1e-5, atol=1e-5)
+    assert choose_loss(model, batch) == (logit_free_loss, None)
+    torch.testing.assert_close(logit_free_loss(model, batch), model_loss(model, batch), rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_headless_loss_does_not_reproduce_is_said(tiny_folder: Path) -> None:
@@ -79,7 +79,7 @@ def test_what_the_headless_loss_does_not_reproduce_is_said(tiny_folder: Path) ->
     assert "on a probe its own loss is" in str(choose_loss(model, batch)[1])
     hook.remove()
     model.lm_head = Louder(64, model.config.vocab_size)
-    assert choose_loss(model, batch) == (own_loss, "its output head is a Louder")
+    assert choose_loss(model, batch) == (model_loss, "its output head is a Louder")
     model = load_quantized(tiny_folder, QuantConfig())
     add_lora_(model, LoraConfig(target_modules=["lm_head"], dropout=0.1))
-    assert choose_loss(model, batch) == (own_loss, "the adapter of its output head has dropout")
+    assert choose_loss(model, batch) == (model_loss, "the adapter of its output head has dropout")

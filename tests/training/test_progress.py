@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_lite.training.progress import described, training_progress
-from qlora_lite.training.step import StepMetrics
+from qlora_lite.training.run_checkpoints import StepMetrics
 
 
 def step(number: int) -> StepMetrics:

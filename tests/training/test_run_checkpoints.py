@@ -15,16 +15,16 @@ from qlora_lite.errors import CheckpointError
 from qlora_lite.training.run_checkpoints import (
     LINE_SHAPE,
     STATE_SHAPE,
-    StoredState,
+    StepMetrics,
+    StoredRun,
     checkpoint_path,
-    checkpoints,
-    keep_only,
-    newest_sound,
-    remove_unfinished,
-    unlike,
+    checkpoints_by_step,
+    mismatches,
+    newest_intact_checkpoint,
+    remove_leftovers,
+    remove_old_checkpoints,
     write_checkpoint,
 )
-from qlora_lite.training.step import StepMetrics
 
 
 def written(run: Path, *losses: float) -> None:
@@ -58,15 +58,15 @@ def flip(path: Path) -> None:
     ],
 )
 def test_a_damaged_one_is_skipped_and_said(tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
-    assert newest_sound(tmp_path) == (None, [])
+    assert newest_intact_checkpoint(tmp_path) == (None, [])
     written(tmp_path, 3.0, 2.0)
-    assert newest_sound(tmp_path) == (checkpoint_path(tmp_path, 2), [])
+    assert newest_intact_checkpoint(tmp_path) == (checkpoint_path(tmp_path, 2), [])
     damage(checkpoint_path(tmp_path, 2))
-    found, skipped = newest_sound(tmp_path)
+    found, skipped = newest_intact_checkpoint(tmp_path)
     assert found == checkpoint_path(tmp_path, 1) and len(skipped) == 1 and says in skipped[0]
     flip(checkpoint_path(tmp_path, 1) / "state.json")
-    with pytest.raises(CheckpointError, match=r"no sound checkpoint: step-000002: .*step-000001: .*begin again"):
-        newest_sound(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no intact checkpoint: step-000002: .*step-000001: .*start again"):
+        newest_intact_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_a_damaged_one_is_skipped_and_said(tmp_path: Path, damage: Callable[[Pat
 )
 def test_the_newest_and_the_best_are_kept(tmp_path: Path, step: int, last: int, best: int, left: list[int]) -> None:
     written(tmp_path, 1.0, 5.0, 2.0, 4.0, 3.0)
-    keep_only(tmp_path, step, last, best)
-    assert list(checkpoints(tmp_path)) == left
+    remove_old_checkpoints(tmp_path, step, last, best)
+    assert list(checkpoints_by_step(tmp_path)) == left
     assert len(list((tmp_path / "checkpoints").iterdir())) == len(left)
 
 
@@ -85,9 +85,9 @@ def test_what_was_left_half_way_goes(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".step-000002.x.partial").mkdir()
     (tmp_path / ".metrics.jsonl.x.partial").touch()
     (tmp_path / ".mine.partial").touch()
-    remove_unfinished(tmp_path)
+    remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.rglob(".*")} == {".mine.partial"}
-    assert list(checkpoints(tmp_path)) == [1]
+    assert list(checkpoints_by_step(tmp_path)) == [1]
 
 
 @pytest.fixture(scope="module")
@@ -105,20 +105,28 @@ def folder(tmp_path: Path, fuzz_targets: Any) -> Path:
 
 
 def test_a_sound_one_is_read_whole(folder: Path) -> None:
-    found = StoredState.read(folder)
-    assert found.plain["step"] == len(found.metrics) == 1
+    found = StoredRun.read(folder)
+    assert found.state["step"] == len(found.metrics) == 1
     assert {"first.lora_A", "second.lora_B"} <= found.trained.keys()
-    assert found.position.taken == 1 and set(found.now.tensors) == set(found.position.start.tensors) == {"torch"}
+    assert found.position.taken == 1 and set(found.random.tensors) == set(found.position.random.tensors) == {"torch"}
 
 
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
         ("version", 2, "is of version 2; this one reads 1"),
-        ("settings", None, "no state of a run: settings is missing, or not what it should be"),
-        ("batches", {"epoch": 0}, "no state of a run: batches.taken, batches.digest, batches.count is"),
-        ("random", {"now": {"python": [3, [], 0.5]}}, "no state of a run: random.epoch is"),
-        ("facts", {"own_loss_because": None, "dial": [1, 2], "halved_at": "x"}, "facts.dial, facts.halved_at is"),
+        ("settings", None, "not the state of a run: missing or of a wrong type: settings"),
+        ("batches", {"epoch": 0}, "wrong type: batches.taken, batches.digest, batches.count"),
+        (
+            "random",
+            {"now": {"python": [3, [], 0.5]}},
+            "not the state of a run: missing or of a wrong type: random.epoch",
+        ),
+        (
+            "facts",
+            {"own_loss_because": None, "dial": [1, 2], "halved_at": "x"},
+            "wrong type: facts.dial, facts.halved_at",
+        ),
         ("step", 2, "should have a line for each of 2 steps; 1 lines"),
     ],
 )
@@ -126,27 +134,27 @@ def test_another_state_is_refused_and_named(folder: Path, key: str, value: Any, 
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, key: value}))
     with pytest.raises(CheckpointError) as refused:
-        StoredState.read(folder)
+        StoredRun.read(folder)
     assert sentence in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("line", [b"[1]", b'{"step": 1}', b"\xff", b"{", b"[" * 100_000, b'{"step": 1, "loss": "x"}'])
 def test_other_lines_than_steps_are_refused(folder: Path, line: bytes) -> None:
     (folder / "metrics.jsonl").write_bytes(line)
-    with pytest.raises(CheckpointError, match=r"line 1 is no step|cannot be read as lines of JSON"):
-        StoredState.read(folder)
+    with pytest.raises(CheckpointError, match=r"line 1 is not a step|cannot be read as lines of JSON"):
+        StoredRun.read(folder)
 
 
 def test_shapes_tell_what_differs() -> None:
     shape = {"a": int, "b": [float, (str, type(None))], "c": {"d": list}}
-    assert not list(unlike({"a": 1, "b": [2, None], "c": {"d": []}, "more": 1}, shape))
-    assert list(unlike({"a": "1", "b": [None, 3], "c": []}, shape)) == ["a", "b[0]", "b[1]", "c"]
-    assert list(unlike({"a": 1, "b": [1.5]}, shape)) == ["b", "c"]
+    assert not list(mismatches({"a": 1, "b": [2, None], "c": {"d": []}, "more": 1}, shape))
+    assert list(mismatches({"a": "1", "b": [None, 3], "c": []}, shape)) == ["a", "b[0]", "b[1]", "c"]
+    assert list(mismatches({"a": 1, "b": [1.5]}, shape)) == ["b", "c"]
     assert LINE_SHAPE.keys() <= StepMetrics.__annotations__.keys() and STATE_SHAPE["mean_loss"] is float
 
 
 def test_what_is_another_run_is_refused_where_it_is_used(fuzz_targets: Any, folder: Path) -> None:
-    state = fuzz_targets.fresh_state()
+    run = fuzz_targets.fresh_run()
     plain = json.loads((folder / "state.json").read_text())
     changes = {
         "optimizer": ({"first.lora_A.step": {"same_as": "nothing"}}, "is that of 'nothing', which is not there"),
@@ -163,9 +171,9 @@ def test_what_is_another_run_is_refused_where_it_is_used(fuzz_targets: Any, fold
         key = name.split()[0]
         (folder / "state.json").write_text(json.dumps({**plain, key: value}))
         with pytest.raises(CheckpointError, match=sentence):
-            state.restore_(folder)
-            state.restore_random()
-        state = fuzz_targets.fresh_state()
+            run.restore_(folder)
+            run.restore_random()
+        run = fuzz_targets.fresh_run()
     tensors = fuzz_targets.safetensors.torch.load((folder / "optimizer.safetensors").read_bytes())
     tensors["first.lora_A.exp_avg"] = torch.zeros(3)
     fuzz_targets.safetensors.torch.save_file(tensors, folder / "optimizer.safetensors")
@@ -173,6 +181,8 @@ def test_what_is_another_run_is_refused_where_it_is_used(fuzz_targets: Any, fold
     with pytest.raises(
         CheckpointError, match=r"first\.lora_A\.exp_avg is of shape \(3,\), and first\.lora_A is \(2, 6\)"
     ):
-        state.restore_(folder)
-    with pytest.raises(CheckpointError, match="a line of the run's metrics is no step: gradient_norm, "):
+        run.restore_(folder)
+    with pytest.raises(
+        CheckpointError, match=r"metrics\.jsonl has a line with missing or unknown keys: gradient_norm, "
+    ):
         StepMetrics.read({"step": 1, "loss": 1.0})

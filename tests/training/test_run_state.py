@@ -123,12 +123,17 @@ def test_another_run_is_refused_with_every_difference(tiny_folder: Path, memory_
             train(model, batches, settings, output_dir=memory_path / "run", resume=True, progress=False)
 
     other = TrainConfig(steps=2, save_steps=2, keep_best=1, learning_rate=1e-3, seed=1)
-    refused("learning_rate was 0.0002 and is 0.001; seed was 0 and is 1; make it", adapted(tiny_folder), rows(5), other)
+    refused(
+        "learning_rate was 0.0002 and is 0.001; seed was 0 and is 1; restore these",
+        adapted(tiny_folder),
+        rows(5),
+        other,
+    )
     refused("the adapter of model.layers.0.mlp.down_proj was", adapted(tiny_folder, rank=2), rows(5))
     refused("the base has other layout; the base has other values", adapted(tiny_folder, "fp4"), rows(5))
     changed = adapted(tiny_folder)
     changed.model.layers[0].mlp.up_proj.base_layer.weight.packed[0] ^= 1
-    refused("exactly: the base has other values; make", changed, rows(5))
+    refused("exactly: the base has other values; restore", changed, rows(5))
     refused("an epoch had 5 batches, and has 4 here", adapted(tiny_folder), rows(4))
     refused("first 2 batches of epoch 1 are not those", adapted(tiny_folder), rows(5)[::-1])
     refused(

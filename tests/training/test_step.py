@@ -1,4 +1,4 @@
-"""One step of a run: what it does when memory runs out, and where it refuses to run. (Whole runs: test_training.py.)"""
+"""One step of a run: what it does when memory runs out, and where it refuses to run. (Whole runs: test_loop.py.)"""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_pretended_lack_of_memory_halves_the_batches_once(tiny_folder: Path, mon
 def test_pretended_sharding_is_refused_with_the_reason(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sharded = property(lambda self: DistributedType.FSDP)
     monkeypatch.setattr(module.Accelerator, "distributed_type", sharded)
-    with pytest.raises(ConfigError, match="FSDP, which is not for a packed base: its bytes are buffers"):
+    with pytest.raises(ConfigError, match="FSDP, which cannot shard a packed base: its bytes are buffers"):
         trained(tiny_folder, TrainConfig(steps=1))
 
 
@@ -76,7 +76,7 @@ def test_what_a_launch_asks_for_is_refused_where_accelerate_passes_over_it(
     for name, value in prepare_multi_gpu_env(arguments).items():
         monkeypatch.setenv(name, value)
     kind = "MEGATRON_LM" if "--use_megatron_lm" in words else "FSDP"
-    with pytest.raises(ConfigError, match=f"accelerate is set to {kind}, which is not for a packed base"):
+    with pytest.raises(ConfigError, match=f"accelerate is set to {kind}, which cannot shard a packed base"):
         train(torch.nn.Linear(2, 2), [], TrainConfig(steps=1))
 
 
