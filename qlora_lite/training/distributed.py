@@ -27,12 +27,10 @@ Result = TypeVar("Result")
 class Reducer(Protocol):
     """The part of accelerate's Accelerator that is used here."""
 
-    @property
-    def num_processes(self) -> int: ...
-    @property
-    def process_index(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
+    num_processes: int
+    process_index: int
+    device: torch.device
+
     def reduce(self, tensor: Tensor, reduction: str) -> Tensor: ...
     def wait_for_everyone(self) -> None: ...
 

@@ -35,7 +35,7 @@ from example_model import make_tiny_model
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, save_adapter
 from qlora_lite.checkpoints.files import UNFINISHED
 from qlora_lite.cli.main import main as command_line
-from qlora_lite.training.run_checkpoints import newest_sound
+from qlora_lite.training.run_checkpoints import newest_intact_checkpoint
 
 SECONDS = 120.0
 ONCE, TWICE = 1, 2
@@ -158,7 +158,7 @@ def _wrong_files(out: Path, moment: Moment, times: int) -> list[str]:
     if moment.steps is None:
         return found + (["the folder of a run is there"] if out.exists() else [])
     if times == ONCE:
-        path, skipped = newest_sound(out)
+        path, skipped = newest_intact_checkpoint(out)
         steps = 0 if path is None else int(path.name.removeprefix("step-"))
         found += [f"the saved state is that of step {steps}, not {moment.steps}"] * (steps != moment.steps)
         found += skipped

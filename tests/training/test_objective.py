@@ -67,7 +67,7 @@ def test_an_adapted_head_needs_no_logits_either(tiny_folder: Path, merged: bool)
     torch.testing.assert_close(logit_free_loss(model, batch), model_loss(model, batch), rtol=1e-5, atol=1e-5)
 
 
-def test_what_the_headless_loss_does_not_reproduce_is_said(tiny_folder: Path) -> None:
+def test_the_reason_for_the_own_loss_of_the_model_is_given(tiny_folder: Path) -> None:
     class Louder(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
