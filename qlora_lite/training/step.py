@@ -140,7 +140,7 @@ def prepare_run(
 class TrainingStep:
     """Makes the steps of a run, one with each call of `make`.
 
-    blocks: the activation checkpointing of the model's blocks. trimmer: returns freed memory of this process to the system.
+    blocks: the activation checkpointing of the model's blocks. trimmer: returns freed memory to the system.
     profiler: its phases forward, backward and optimizer are entered. progress: whether the user is told what happens.
     """
 
