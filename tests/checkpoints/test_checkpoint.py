@@ -41,7 +41,7 @@ def test_what_does_not_fit_is_listed(tiny_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "is packed by gptq, which cannot be read here"),
+        ({"quant_method": "gptq", "bits": 4}, "is packed by gptq, which cannot be read; name a checkpoint"),
         ({"quant_method": "awq", "bits": 4}, "is packed by awq"),
         ({"bits": 4}, "is packed by a method that its config does not name"),
         ("nf4", "should be a JSON object; got 'nf4'"),

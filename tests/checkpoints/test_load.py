@@ -66,7 +66,7 @@ def test_a_packed_folder_is_loaded_as_it_is_packed_or_not_at_all(tiny_folder: Pa
     for other in ("nf4", "int8", "none"):
         with pytest.raises(ConfigError, match=f"is packed as fp4 already; format '{other}' was asked for"):
             load_quantized(folder, QuantConfig(other))
-    with pytest.raises(ConfigError, match=r"skip_modules leaves unpacked: model\.layers\.0\.mlp\.up_proj, model"):
+    with pytest.raises(ConfigError, match=r"skip_modules excludes from packing: model\.layers\.0\.mlp\.up_proj, model"):
         load_quantized(folder, QuantConfig("fp4", skip_modules=("up_proj",)))
 
 
