@@ -1,14 +1,16 @@
-"""Checkpoints out: merged into full precision or packed, written some rows at a time, and verified.
+"""Export: a trained model as a merged or packed checkpoint, written some rows at a time, and verified.
 
-In reading order:
+A weight on its way out goes through weight_rows, plain_weights, model_weights, plan and merged, then through
+checkpoints/safetensors_write and checkpoints/atomic_folder. In reading order:
 
-weight_rows      a weight as rows in fp32, from memory, packed codes or disk
+weight_rows      rows of a weight in fp32, from a dense, packed or stored tensor
 plain_weights    a model's weights under the names of a plain checkpoint
-plan             every tensor of an export, and where its rows come from
+lazy_model       a model that reads each weight when it is called
+verify           logits of an export compared with those of the adapter model
+report           figures of an export: errors of packing and rounding, size of the update
+model_weights    the weights of a model in memory, or of a checkpoint and an adapter on disk
+plan             every tensor of an export, and how its rows are computed
 merged           export_merged and merge_checkpoint
-report           what an export did to each weight, in numbers
-lazy_model   a model that reads each weight when it is called
-verify           logits of an export beside those of the adapter model
 quantized        save_quantized
 """
 

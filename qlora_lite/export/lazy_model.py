@@ -1,10 +1,10 @@
-"""A model of which no weight stays in memory: each is read when its module is called, some rows at a time, and let go.
+"""A lazy model: each weight is read when its module is called, some rows at a time, and freed afterwards.
 
     y = W x  =  [W_1 x; W_2 x; ...]      W_i: slices of the rows of W, from memory, packed, or on disk
 
-Linear and embedding layers are computed slice by slice, so neither a large layer nor a large vocabulary is ever whole;
-other modules (norms, stacked experts) have their tensors for the length of one call. Everything is fp32 on the CPU:
-products of fp16 are slow there, and rounding of activations would hide differences between weights.
+Used by verify.py. Linear and embedding layers are computed slice by slice, so no large matrix is ever whole in memory;
+other modules (norms, stacks of experts) get their tensors for one call. Everything is computed in fp32 on the CPU,
+where products in fp16 are slow; rounding of activations would also hide differences between weights.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from qlora_lite.patches import patched_forward
 from qlora_lite.signals import check_signals
 from qlora_lite.surgery import has_own_forward, is_transposed_linear
 
-# Two orders of fp32 operations on one number.
-SAME = 1e-5
+# The tolerance for the same value computed in fp32 by operations in another order.
+TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class LazyWeights:
-    """What a model computes with, by the names of a plain checkpoint.
+    """The weights of a lazy model, by the names of a plain checkpoint.
 
-    tensors: each gives slices of its rows, in order, together all of them. deltas: scaling * B A that are applied
-    apart from the weight of that name, y = W x + scaling * B (A x).
+    tensors: each call yields all rows of the tensor, in slices. deltas: low-rank updates that are applied to the
+    activations, y = W x + scaling * B (A x), W being the tensor of the same name.
     """
 
     tensors: Mapping[str, Callable[[], Iterable[Tensor]]]
     deltas: Mapping[str, Delta] = field(default_factory=dict)
 
     def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows), floats in fp32."""
+        """Yields (first row, rows) on the CPU; floats in fp32."""
         first = 0
         for rows in self.tensors[name]():
             check_signals()
@@ -52,35 +52,38 @@ class LazyWeights:
             first += rows.shape[0] if rows.dim() else 1
 
     def whole(self, name: str) -> Tensor:
+        """Returns the whole tensor."""
         pieces = [rows for _, rows in self.slices(name)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor, float] | None:
-        """(left, right, scaling) of the delta of this weight, if it has one."""
+        """Returns (left, right, scaling) of the update of a weight, None if it has none."""
         delta = self.deltas.get(name)
         return None if delta is None else (delta.left.cpu(), delta.right.cpu(), delta.scaling)
 
 
-class _NoneUnread(TorchDispatchMode):
-    """Refuses operations on weights that were not read.
+class _RefuseUnreadWeights(TorchDispatchMode):
+    """Raises ConfigError for an operation on a weight that was not read.
 
-    torch itself does not: a product of a CPU tensor and one on meta is whatever the memory holds.
+    torch does not: a product of a CPU tensor and a meta tensor returns uninitialized memory.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, model_name: str) -> None:
         super().__init__()
-        self._kind = kind
+        self._model_name = model_name
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         if any(isinstance(value, Tensor) and value.is_meta for value in tree_leaves((args, kwargs))):
             raise ConfigError(
-                f"a {self._kind} cannot be verified: it uses a weight without calling the module that holds it"
+                f"a {self._model_name} cannot be verified: it uses a weight without calling the module that holds it"
             )
         return func(*args, **(kwargs or {}))
 
 
 def _ramp(x: Tensor) -> Tensor:
-    """One logit for each row of x, as a model may have them: what the model makes of these tells of all."""
+    """Returns one known logit for each row of x, which shows how the model changes the output of its head."""
     rows = x.shape[:-1]
     return torch.linspace(-20, 20, rows.numel()).view(*rows, 1)
 
@@ -90,9 +93,9 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 class LazyModel:
-    """A transformers model on the meta device, called with the weights that it is given for that call.
+    """A transformers model on the meta device that is called with the `LazyWeights` given for that call.
 
-    `names`: what the checkpoint has; a tied weight is read under the one of its names that is there. Raises
+    names: of the checkpoint's tensors; a tied weight is read under the one of its names that is among them. Raises
     ConfigError for a model without a plain linear output head.
     """
 
@@ -103,18 +106,17 @@ class LazyModel:
             raise ConfigError(f"only a model with a plain linear output head can be verified; this head is {got}")
         self._model, self._head, self._options = model, head, architecture.logit_options(model)
         architecture.fill_computed_buffers_(model, torch.device("cpu"))
-        there = set(names)
+        stored_names = set(names)
         self._name_of: dict[int, str] = {
-            id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items() if name in there
+            id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items() if name in stored_names
         }
 
     def _stored(self, module: nn.Module) -> Iterator[tuple[dict[str, Any], str, str]]:
-        """(where it stands, key, name in the checkpoint) of what this module itself holds."""
-        stores: Any = (module._parameters, module._buffers)
-        for store in stores:
-            for key, tensor in store.items():
+        """Yields (dict that holds it, key, name in the checkpoint) of each tensor that the module holds directly."""
+        for holder in (module._parameters, module._buffers):
+            for key, tensor in holder.items():
                 if tensor is not None and id(tensor) in self._name_of:
-                    yield store, key, self._name_of[id(tensor)]
+                    yield holder, key, self._name_of[id(tensor)]
 
     def _bias(self, weights: LazyWeights, module: Any) -> Tensor | None:
         return None if module.bias is None else weights.whole(self._name_of[id(module.bias)])
@@ -152,7 +154,7 @@ class LazyModel:
         return forward
 
     def _transposed_linear(self, module: Any, weights: LazyWeights) -> Callable[[Tensor], Tensor]:
-        """y = x W + bias, as GPT-2 has it: W is `(in, out)`, and each of its slices adds to all of y."""
+        """y = x W + bias with W `(in, out)`, as in GPT-2: each slice of rows of W adds to all of y."""
         name = self._name_of[id(module.weight)]
 
         def forward(x: Tensor) -> Tensor:
@@ -167,33 +169,33 @@ class LazyModel:
 
         return forward
 
-    def _other(self, module: nn.Module, weights: LazyWeights) -> Callable[..., Any]:
+    def _other(self, module: nn.Module, weights: LazyWeights) -> Callable[..., object]:
         usual = module.forward
         if adapted := [name for _, _, name in self._stored(module) if weights.low_rank(name) is not None]:
             raise ConfigError(f"{adapted[0]} has an adapter on a {type(module).__name__}, which cannot be verified")
 
-        def forward(*given: Any, **named: Any) -> Any:
-            stored = [(store, key, store[key], name) for store, key, name in self._stored(module)]
+        def forward(*args: object, **kwargs: object) -> object:
+            stored = [(holder, key, holder[key], name) for holder, key, name in self._stored(module)]
             try:
-                for store, key, empty, name in stored:
-                    tensor = weights.whole(name).view(empty.shape)  # a stack comes as the rows of its matrices
-                    store[key] = nn.Parameter(tensor, False) if isinstance(empty, nn.Parameter) else tensor
-                return usual(*given, **named)
+                for holder, key, empty, name in stored:
+                    tensor = weights.whole(name).view(empty.shape)  # a stack is read as the rows of its matrices
+                    holder[key] = nn.Parameter(tensor, False) if isinstance(empty, nn.Parameter) else tensor
+                return usual(*args, **kwargs)
             finally:
-                for store, key, empty, _ in stored:
-                    store[key] = empty
+                for holder, key, empty, _ in stored:
+                    holder[key] = empty
 
         return forward
 
     @contextmanager
     def _reading(self, weights: LazyWeights) -> Iterator[None]:
-        """Within the block every module but the head reads these weights when it is called."""
+        """Within the block, every module but the head reads these weights when it is called."""
         with ExitStack() as stack:
             for module in self._model.modules():
                 if module is self._head or not any(True for _ in self._stored(module)):
                     continue
                 if _is_plain(module, nn.Linear):
-                    forward: Callable[..., Any] = self._linear(module, weights)
+                    forward: Callable[..., object] = self._linear(module, weights)
                 elif is_transposed_linear(module):
                     forward = self._transposed_linear(module, weights)
                 elif _is_plain(module, nn.Embedding):
@@ -205,10 +207,10 @@ class LazyModel:
 
     @torch.no_grad()
     def head_inputs(self, weights: LazyWeights, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the output head is given for this batch: `(rows, tokens, features)`.
+        """Returns the input of the output head for a batch: `(rows, tokens, features)`.
 
-        ConfigError for a model that reads a weight other than by calling the module which holds it, or that makes
-        something else of its head's output than `hub.logit_options` says.
+        Raises ConfigError for a model that uses a weight without calling the module that holds it, or that changes the
+        output of its head in another way than `architecture.logit_options` describes.
         """
         seen: list[Tensor] = []
 
@@ -216,25 +218,25 @@ class LazyModel:
             seen.append(x)
             return _ramp(x)
 
-        kind = type(self._model).__name__
-        with self._reading(weights), patched_forward(self._head, head), _NoneUnread(kind):
-            made = self._model(**batch, use_cache=False).logits
+        model_name = type(self._model).__name__
+        with self._reading(weights), patched_forward(self._head, head), _RefuseUnreadWeights(model_name):
+            logits = self._model(**batch, use_cache=False).logits
         hidden = seen[0] if len(seen) == 1 else None
-        if hidden is None or made.shape != (*hidden.shape[:-1], 1):
-            raise ConfigError(f"a {kind} cannot be verified: its head is not called once with every token")
-        if not torch.allclose(made, self._finished(_ramp(hidden)), rtol=SAME, atol=SAME):
-            raise ConfigError(f"a {kind} cannot be verified: it changes its head's logits in a way not known here")
+        if hidden is None or logits.shape != (*hidden.shape[:-1], 1):
+            raise ConfigError(f"a {model_name} cannot be verified: its head is not called once with every token")
+        if not torch.allclose(logits, self._finished(_ramp(hidden)), rtol=TOLERANCE, atol=TOLERANCE):
+            raise ConfigError(f"a {model_name} cannot be verified: it changes its head's logits in an unknown way")
         return hidden
 
     def _finished(self, logits: Tensor) -> Tensor:
-        """What the model makes of the output of its head; in place."""
+        """Applies the model's scale and softcap to the output of its head, in place."""
         logits.mul_(self._options.get("logit_scale", 1.0))
         softcap = self._options.get("softcap")
         return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
     @torch.no_grad()
     def logits(self, weights: LazyWeights, hidden: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
-        """(first token of the vocabulary, logits `(rows, at most count)` in fp64) of hidden `(rows, features)`."""
+        """Yields (first token of the vocabulary, fp64 logits `(rows, up to count)`) for hidden `(rows, features)`."""
         name = self._name_of[id(self._head.weight)]
         bias, low = self._bias(weights, self._head), weights.low_rank(name)
         for first, rows in regrouped_rows(weights.slices(name), count):

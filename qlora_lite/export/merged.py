@@ -1,8 +1,9 @@
-"""Out: what was trained as an ordinary checkpoint, written a few rows at a time, with what that cost in numbers.
+"""Writes a trained model as an ordinary checkpoint, W0 + scaling * B A, a few rows at a time.
 
-`export_merged` takes a model in memory, `merge_checkpoint` a checkpoint and an adapter on disk, of which no tensor is
-ever held whole. Both plan every tensor first (plan.py), then write it: W0 + scaling * B A, summed in fp32 and
-cast. Asked to, they prove it: what was written is read back and compared with the adapter model (verify.py).
+The step of a weight on its way out between plan.py and safetensors_write.py. `export_merged` takes a model in memory,
+`merge_checkpoint` a checkpoint and an adapter on disk, of which it never holds a whole tensor. Both plan every tensor
+first, then write it, summed in fp32 and cast. With `verify`, the files are read back and compared with the adapter
+model (verify.py).
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from qlora_lite.checks import FLOAT_DTYPES, is_count, require
 from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
+from qlora_lite.export.model_weights import ModelInMemory, ModelOnDisk, lazy_updates_
 from qlora_lite.export.plain_weights import plain_weights
-from qlora_lite.export.plan import ExportPlan, ModelInMemory, ModelOnDisk, lazy_updates_
+from qlora_lite.export.plan import ExportPlan
 from qlora_lite.export.report import MergeReport
 from qlora_lite.export.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
 from qlora_lite.lora.multi_adapter import active_adapter, using_adapter
@@ -51,9 +53,10 @@ REPORT_FILE = "merge_report.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the names of the tensor files, the figures of every weight, what comparing logits gave.
+    """What an export wrote.
 
-    untied: whether weights that are tied in the model are two in the export, since an adapter is on one of them.
+    files: names of the tensor files. report: figures of every weight. untied: whether tied weights were written apart,
+    because an adapter is on one of them. verification: the comparison of logits, if one was asked for.
     """
 
     files: list[str]
@@ -78,15 +81,15 @@ def _check_has_originals(source: Path, base: str) -> None:
 
 
 def _originals(model: nn.Module, source: Path | None, base: str) -> Mapping[str, LazyTensor]:
-    """The full-precision tensors that a model was packed from, where its folder has them; by the model's names."""
+    """Returns the tensors that a model was packed from, by the model's names; empty if its folder has none."""
     if source is not None:
         _check_has_originals(source, base)
     packed = source is not None and hub.quantization_config(source) is not None
-    # What LoftQ packed is not the checkpoint's weight with an error, and its adapter belongs to that alone.
-    own = bool(repacked_weights(model))
-    if own and base == ORIGINAL:
+    # LoftQ packed the checkpoint's weight less its adapter's, so this adapter belongs to the packed weights alone.
+    repacked = bool(repacked_weights(model))
+    if repacked and base == ORIGINAL:
         raise CheckpointError("base='original' has no meaning for an adapter on a base that LoftQ packed anew")
-    stored = None if packed or own else TensorFiles.of(source)
+    stored = None if packed or repacked else TensorFiles.of(source)
     if base == ORIGINAL and stored is None:
         raise CheckpointError("base='original' needs the checkpoint that the model was loaded from; it has none")
     shapes = {weight.name: weight.shape for weight in plain_weights(model)}
@@ -96,9 +99,9 @@ def _originals(model: nn.Module, source: Path | None, base: str) -> Mapping[str,
 def _check_same_base(
     adapter: Path, model: nn.Module, checkpoint: Checkpoint, weights_to_pack: list[WeightToPack], dtype: torch.dtype
 ) -> None:
-    """CheckpointError for unpacked base weights that came with the adapter and are not those of the checkpoint.
+    """Raises CheckpointError if a base weight in the adapter's files differs from the checkpoint's.
 
-    `load_adapter_` compares them with a model's; on meta there is nothing to compare with.
+    Only for weights that are not packed. `load_adapter_` compares them too, but cannot for a model on meta.
     """
     packed, tied = (
         {name for to_pack in weights_to_pack for name in to_pack.modules},
@@ -114,17 +117,18 @@ def _check_same_base(
                 raise CheckpointError(f"{adapter}: {name} comes with a base weight that differs from the checkpoint's")
 
 
-def _check_own_base(
+def _check_repacked_base(
     adapter: Path, names: list[str], checkpoint: Checkpoint, weights_to_pack: list[WeightToPack], dtype: torch.dtype
 ) -> None:
-    """CheckpointError for an adapter on a base that LoftQ packed anew, unless that base is the checkpoint."""
+    """Raises CheckpointError for an adapter on weights that LoftQ packed, unless the checkpoint holds these."""
     digest = read_json(adapter / CONFIG_FILE).get(PACKED_HASH_KEY)
     if digest is None:
         return
-    slot_of = {name: to_pack for to_pack in weights_to_pack for name in to_pack.modules}
-    ordered, there = sorted(names), not checkpoint.originals and slot_of.keys() >= set(names)
-    sources = ((name, checkpoint.packed_weights(f"{name}.weight", slot_of[name], dtype)[0]) for name in ordered)
-    if not there or packed_weights_hash((name, source.load(torch.device("cpu"))) for name, source in sources) != digest:
+    weight_of = {name: to_pack for to_pack in weights_to_pack for name in to_pack.modules}
+    is_packed = not checkpoint.originals and weight_of.keys() >= set(names)
+    stored = ((name, checkpoint.packed_weights(f"{name}.weight", weight_of[name], dtype)[0]) for name in sorted(names))
+    packed = ((name, weight.load(torch.device("cpu"))) for name, weight in stored)
+    if not is_packed or packed_weights_hash(packed) != digest:
         raise CheckpointError(
             f"{adapter} belongs to a base that LoftQ packed anew, which {checkpoint.folder} is not; "
             f"{LOAD_REPACKED_HINT}"
@@ -132,7 +136,7 @@ def _check_own_base(
 
 
 def _verified(folder: Path, plan: ExportPlan, examples: Sequence[TokenizedExample]) -> Verification:
-    """What transformers would build from the folder, on the folder's tensors, beside the model that was trained."""
+    """Compares the model that transformers would load from the folder with the adapter model."""
     empty: Any = hub.empty_model(hub.read_config(folder), torch.float32)
     architecture.tie(empty)
     written = Checkpoint.open(folder, empty, None)
@@ -145,7 +149,7 @@ def _write(
     source: Path | None,
     folder: Path,
     plan: ExportPlan,
-    shard: int,
+    max_shard_bytes: int,
     overwrite: bool,
     examples: Sequence[TokenizedExample] | None,
 ) -> Exported:
@@ -155,13 +159,13 @@ def _write(
     with new_folder(folder, overwrite) as temporary:
         check_free_space(folder, sum(tensor.nbytes for tensor in plan.tensors.values()))
         with plan.packing_ahead():
-            files = write_sharded(temporary, plan.tensors, shard)
+            files = write_sharded(temporary, plan.tensors, max_shard_bytes)
         hub.save_config_and_tokenizer(model, source, temporary, plan.dtype, untie=plan.untied)
         report = plan.report()
-        found = None if examples is None else _verified(temporary, plan, examples)
-        verify = {} if found is None else {"verify": found.to_json()}
-        write_json(temporary / REPORT_FILE, report.to_json() | verify)
-    return Exported(files, report, plan.untied, found)
+        verification = None if examples is None else _verified(temporary, plan, examples)
+        verified = {} if verification is None else {"verify": verification.to_json()}
+        write_json(temporary / REPORT_FILE, report.to_json() | verified)
+    return Exported(files, report, plan.untied, verification)
 
 
 def export_merged(
@@ -175,21 +179,22 @@ def export_merged(
     verify: Sequence[TokenizedExample] | None = None,
     name: str | None = None,
 ) -> Exported:
-    """Writes W0 + scaling * B A of every layer, summed in fp32 and cast, as safetensors shards.
+    """Writes W0 + scaling * B A of every layer, summed in fp32 and cast to `dtype`, as safetensors shards.
 
-    base: `dequantized` writes into W0 as it was packed and trained on; `original` into the weights of the checkpoint
-    that the model was loaded from, read from there; a packed checkpoint has none. The folder also gets config,
-    generation config, tokenizer, chat template and `merge_report.json`, and loads with
-    `AutoModelForCausalLM.from_pretrained`. Where an adapter is on one of two tied weights (output head, input
-    embedding), or on each, both are written, each with its own update or none, and `tie_word_embeddings` is False in
-    the exported config (not in the model's). A slice of a tensor is made at a time; the model is not changed, and
-    need not be merged.
-    verify: held-out examples (`data.tokenize_all`) on which this export, read back from its files, and the merge into
-    the other base are compared with the adapter model (verify.py) before the folder gets its name.
-    name: of several adapters (multi_adapter.py), the one to merge; None: the one in use, which it is afterwards too.
-    Raises QuantizationError, naming the tensor, for values above `dtype`'s range (fp16: 65,504), CheckpointError for
-    too little room on the disk, a checkpoint that is not there, or a folder with something in it unless `overwrite`;
-    what was there before is then untouched. ConfigError for examples that do not belong to the model.
+    base: `dequantized` adds the update to W0 as it was packed and trained on; `original` to the weights of the
+    checkpoint that the model was loaded from, which are read from disk (a packed checkpoint has none).
+    verify: held-out examples (`data.tokenize_all`). The export, read back from its files, and the merge into the other
+    base are compared with the adapter model on them (verify.py) before the folder gets its name.
+    name: the adapter to merge, of several (multi_adapter.py); None for the active one, which stays active.
+
+    The folder also gets config, generation config, tokenizer, chat template and `merge_report.json`, and loads with
+    `AutoModelForCausalLM.from_pretrained`. If an adapter is on one of two tied weights (output head, input embedding),
+    or on both, both are written, each with its own update, and `tie_word_embeddings` is False in the exported config.
+    A slice of a tensor is computed at a time. The model is not changed.
+
+    Raises QuantizationError, naming the tensor, for values above the range of `dtype` (fp16: 65,504); CheckpointError
+    if the disk has too little space, if the original checkpoint is gone, or if the folder is not empty (unless
+    `overwrite`), which is then left as it was; ConfigError for examples that the model cannot be run on.
     """
     _check_options(base, dtype, max_shard_bytes)
     if getattr(model, "config", None) is None:
@@ -214,12 +219,14 @@ def merge_checkpoint(
     verify: Sequence[TokenizedExample] | None = None,
     any_base: bool = False,
 ) -> Exported:
-    """What `export_merged` writes of a model loaded with `config` and the adapter, bit for bit, without loading it.
+    """Writes, without loading the model, what `export_merged` writes of a model loaded with `config` and the adapter.
 
-    Rows are read, packed and unpacked again as training had them (load_dtype: the dtype that it was loaded in; only
-    `base='original'` leaves that out), merged and written, so memory does not grow with the model. Raises what
-    `load_quantized`, `load_adapter_` (any_base: as there) and `export_merged` raise; another base than the adapter's is
-    told from the files before anything else.
+    The files are the same bit for bit. Rows are read, packed and unpacked as in training, merged and written, so memory
+    does not grow with the size of the model. load_dtype: the dtype that the model was loaded in for training; it has
+    no effect on `base='original'`. any_base: as in `load_adapter_`.
+
+    Raises the errors of `load_quantized`, `load_adapter_` and `export_merged`. A base other than the one that the
+    adapter was trained on is refused first, from its files.
     """
     _check_options(base, dtype, max_shard_bytes)
     set_host_limits()
@@ -232,10 +239,10 @@ def merge_checkpoint(
     _check_has_originals(source, base)
     checkpoint = Checkpoint.open(source, model, config)
     weights_to_pack = checkpoint.weights_to_pack(model)
-    adapted = load_adapter_(model, adapter, any_base=True)  # which was asked above
-    _check_own_base(Path(adapter), adapted, checkpoint, weights_to_pack, load_dtype)
+    adapted = load_adapter_(model, adapter, any_base=True)  # checked above
+    _check_repacked_base(Path(adapter), adapted, checkpoint, weights_to_pack, load_dtype)
     _check_same_base(Path(adapter), model, checkpoint, weights_to_pack, load_dtype)
-    origin = ModelOnDisk(weights_to_pack, checkpoint, load_dtype, lazy_updates_(model, adapter))
+    held = ModelOnDisk(weights_to_pack, checkpoint, load_dtype, lazy_updates_(model, adapter))
     hub.load_generation_config_(model, source)
-    plan = ExportPlan.of(model, base, dtype, origin, checkpoint.originals)
+    plan = ExportPlan.of(model, base, dtype, held, checkpoint.originals)
     return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)

@@ -1,10 +1,12 @@
-"""A model's weights under the names that a plain checkpoint gives them, whatever packing and adapters did to it."""
+"""The weights of a model under the names of a plain checkpoint, with packing and adapters undone by name.
+
+The step of a weight on its way out that lists what plan.py and quantized.py write.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,35 +19,38 @@ from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.experts import DenseStack, PackedStack
 from qlora_lite.quantization.packed_weight import PackedWeight
 
+# The object of a model that holds a weight.
+Holder = Tensor | PackedWeight | PackedStack
+
 
 @dataclass(frozen=True)
 class PlainWeight:
     """A tensor of the plain checkpoint.
 
-    holder: what holds it in the model, equal for tied ones. tied_to: other names of the holder by the config, under
-    one of which the checkpoint that the model came from may have it. transposed: the holder was turned round to be
-    packed; the delta is in the checkpoint's orientation.
+    holder: the object of the model that holds it, the same one for tied tensors. delta: the adapter's update of it, in
+    the orientation of the checkpoint. transposed: the holder was transposed to be packed. tied_to: other names of the
+    holder by the config; the checkpoint that the model came from may have it under one of these.
     """
 
     name: str
-    holder: Any
+    holder: Holder
     delta: Update | None = None
     transposed: bool = False
     tied_to: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """In the plain checkpoint."""
+        """The shape in the plain checkpoint."""
         held = tuple(self.holder.shape)
         return (*held[:-2], held[-1], held[-2]) if self.transposed else held
 
     def name_in(self, checkpoint: Container[str]) -> str | None:
-        """The name under which that checkpoint has it, None if it does not."""
+        """Returns the name under which a checkpoint has the tensor, None if it does not."""
         return next((name for name in (self.name, *self.tied_to) if name in checkpoint), None)
 
 
 def _trained(module: nn.Module) -> Mapping[str, Update]:
-    """The updates of a module's own parameters by name: those trained whole, rows of them, and biases."""
+    """Returns the updates of a module's own parameters by name: trained as a whole, in some rows, or as a bias."""
 
     def rows_of(values: Tensor) -> Rows:
         return lambda start, stop: values.detach()[start:stop] if values.dim() else values.detach()
@@ -62,8 +67,14 @@ def _trained(module: nn.Module) -> Mapping[str, Update]:
     return {} if added is None else {"bias": added}
 
 
-def _own(module: nn.Module, prefix: str) -> Iterator[PlainWeight]:
-    """The tensors that a module holds itself."""
+def _holder(layer: LoraLayer) -> Holder:
+    weight = layer.base_layer.weight
+    assert isinstance(weight, (Tensor, PackedWeight, PackedStack))
+    return weight
+
+
+def _direct_tensors(module: nn.Module, prefix: str) -> Iterator[PlainWeight]:
+    """Yields the parameters and persistent buffers that a module holds directly."""
     for key, parameter in module._parameters.items():
         if parameter is not None:
             yield PlainWeight(f"{prefix}{key}", parameter)
@@ -73,16 +84,16 @@ def _own(module: nn.Module, prefix: str) -> Iterator[PlainWeight]:
 
 
 def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
-    """Every tensor that the model would have without adapters and packing, under the name that it would have."""
+    """Yields every tensor that the model would have without adapters and packing, under its name there."""
 
     def visit_base(layer: LoraLayer, prefix: str) -> Iterator[PlainWeight]:
         delta = layer.delta
-        if not isinstance(delta, Delta):  # of a stack, which the checkpoint has as a parameter of the module above
-            yield PlainWeight(prefix.removesuffix("."), layer.base_layer.weight, delta)
+        if not isinstance(delta, Delta):  # a stack of experts: a parameter of the parent module in the checkpoint
+            yield PlainWeight(prefix.removesuffix("."), _holder(layer), delta)
             return
-        turned = getattr(layer.base_layer, "transposed", False)
-        delta = delta.transposed if turned else delta
-        yield PlainWeight(f"{prefix}weight", layer.base_layer.weight, delta, turned)
+        transposed = getattr(layer.base_layer, "transposed", False)
+        delta = delta.transposed if transposed else delta
+        yield PlainWeight(f"{prefix}weight", _holder(layer), delta, transposed)
         yield from (weight for weight in visit(layer.base_layer, prefix) if weight.name != f"{prefix}weight")
 
     def visit(module: nn.Module, prefix: str) -> Iterator[PlainWeight]:
@@ -91,7 +102,7 @@ def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
             own = visit_base(module, prefix) if isinstance(module, LoraLayer) else visit(module.base_layer, prefix)
             yield from (replace(weight, delta=trained.get(weight.name, weight.delta)) for weight in own)
             return
-        yield from _own(module, prefix)
+        yield from _direct_tensors(module, prefix)
         for key, child in module._modules.items():
             if isinstance(child, (PackedStack, DenseStack)):
                 yield PlainWeight(f"{prefix}{key}", child if isinstance(child, PackedStack) else child.weight)
@@ -104,7 +115,7 @@ def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
 
 
 def _differ(updates: list[Update | None]) -> bool:
-    """Whether tied weights are not the same any more: any has an update, unless they share it."""
+    """Whether tied weights have become different: one of them has an update, and they do not share it."""
     owners = {id(update.owner) if isinstance(update, Replaced) else id(update) for update in updates}
     shared = len(owners) == 1 and all(update is None or isinstance(update, Replaced) for update in updates)
     return not shared
@@ -112,30 +123,32 @@ def _differ(updates: list[Update | None]) -> bool:
 
 def _check_biases(model: nn.Module) -> None:
     """Raises ConfigError, listing all layers whose variant adds to a bias that the plain checkpoint does not have."""
-    lost = [
+    without_bias = [
         name
         for name, layer in lora_layers(model).items()
         if layer.variant.added_bias is not None and getattr(layer.base_layer, "bias", None) is None
     ]
-    if lost:
-        raise ConfigError(f"the adapter adds a bias to layers that have none in a plain checkpoint: {listing(lost, 4)}")
+    if without_bias:
+        names = listing(without_bias, 4)
+        raise ConfigError(f"the adapter adds a bias to layers that have none in a plain checkpoint: {names}")
 
 
 def weights_to_write(model: nn.Module) -> tuple[list[PlainWeight], bool]:
-    """What the checkpoint holds, and whether it is untied: tied weights are written once, or all if one is adapted.
+    """Returns the tensors to write, and whether tied weights are written apart.
 
-    All of the model's, since a config unties every pair or none.
+    Tied weights are written once. If one of them is adapted, all tied weights of the model are written, because a
+    config unties all pairs or none.
     """
     _check_biases(model)
     weights = list(plain_weights(model))
     sharing: dict[int, list[PlainWeight]] = {}
     for weight in weights:
         sharing.setdefault(id(weight.holder), []).append(weight)
-    # Only what the config ties is found again by who loads the checkpoint; other shared tensors are written twice.
+    # Loading restores only the ties that the config declares. Other shared tensors are written twice.
     aliases = architecture.tied_names(model)
     tied = [group for group in sharing.values() if len(group) > 1 and aliases & {weight.name for weight in group}]
     if any(_differ([weight.delta for weight in group]) for group in tied):
-        names = {weight.name: tuple(twin.name for twin in group) for group in tied for weight in group}
+        names = {weight.name: tuple(other.name for other in group) for group in tied for weight in group}
         return [replace(weight, tied_to=names.get(weight.name, ())) for weight in weights], True
-    spared = {weight.name for group in tied for weight in group[1:] if {weight.name, group[0].name} & aliases}
-    return [weight for weight in weights if weight.name not in spared], False
+    omitted = {weight.name for group in tied for weight in group[1:] if {weight.name, group[0].name} & aliases}
+    return [weight for weight in weights if weight.name not in omitted], False

@@ -1,6 +1,7 @@
-"""A weight as something that gives its rows in fp32, a slice at a time, wherever it is: in memory, packed, or on disk.
+"""Rows of a weight in fp32, a slice at a time, from a dense, packed or stored tensor.
 
-What is written is computed from these alone, so a model in memory and a checkpoint on disk are exported by one path.
+The first step of a weight on its way out: plan.py computes every exported tensor from `WeightRows`, so models in memory
+and checkpoints on disk are exported by the same code.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from qlora_lite.signals import check_signals
 
 
 class WeightRows(Protocol):
-    """Rows of a weight in fp32. `step`: a slice begins at a multiple of it."""
+    """A weight whose rows are read in fp32. step: a slice of rows has to start at a multiple of it."""
 
     @property
     def step(self) -> int: ...
@@ -37,11 +38,11 @@ class WeightRows(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start to stop, a new tensor."""
+        """Returns rows `start` to `stop` as a new tensor."""
 
 
 class DenseRows:
-    """Of a tensor in memory."""
+    """Rows of a dense tensor in memory."""
 
     step = 1
 
@@ -50,12 +51,12 @@ class DenseRows:
 
     def rows(self, start: int, stop: int) -> Tensor:
         part = self._tensor[start:stop] if self.shape else self._tensor
-        # A kernel may lie with its channels last; its rows must be ones that can be seen as those of a matrix.
+        # A convolution's kernel may be stored channels last; its rows have to be viewable as those of a matrix.
         return part.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 class PackedRows:
-    """Of a packed weight."""
+    """Rows of a packed weight."""
 
     def __init__(self, packed: PackedWeight) -> None:
         self.shape, self.step, self._packed = tuple(packed.shape), packed.row_step, packed
@@ -65,7 +66,7 @@ class PackedRows:
 
 
 class TransposedRows:
-    """Of a weight that was packed the other way round: columns of it, for which all of it is unpacked by slices."""
+    """Rows of a weight that was packed transposed, which are columns of it; each read unpacks all of it in slices."""
 
     step = 1
 
@@ -82,13 +83,13 @@ class TransposedRows:
 
 
 def packed_rows(packed: PackedWeight, transposed: bool) -> PackedRows | TransposedRows:
-    """Rows in the orientation of the plain checkpoint; `transposed`: the weight was turned round to be packed."""
+    """Returns the rows of a packed weight as the plain checkpoint has them. transposed: it was packed transposed."""
     return TransposedRows(packed) if transposed else PackedRows(packed)
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Of a tensor in a file; rounded to `through` first, if given: what a model holds that was loaded in that dtype."""
+    """Rows of a tensor in a file; rounded to the dtype `through` first, if given, as a model loaded in it has them."""
 
     stored: LazyTensor
     through: torch.dtype | None = None
@@ -104,42 +105,42 @@ class StoredRows:
 
 
 class RepackedRows:
-    """Of a tensor in a file as they are once it is packed: packed when first asked for, dropped after the last row.
+    """Rows of a tensor in a file after packing: packed on the first read, freed after the last row.
 
-    transposed: `source` is turned round to be packed, and the rows are those of the plain checkpoint.
+    transposed: the weight is transposed to be packed, and the rows are those of the plain checkpoint.
     """
 
-    def __init__(self, source: LazyPackedWeight, transposed: bool = False) -> None:
-        rows, columns = source.shape
+    def __init__(self, weight: LazyPackedWeight, transposed: bool = False) -> None:
+        rows, columns = weight.shape
         self.shape = (columns, rows) if transposed else (rows, columns)
-        self.step = 1 if transposed else source.step
-        self._source, self._transposed = source, transposed
+        self.step = 1 if transposed else weight.step
+        self._weight, self._transposed = weight, transposed
         self._rows: PackedRows | TransposedRows | None = None
-        self._begun: Future[PackedRows | TransposedRows] | None = None
-        # What begins to pack the weights that come after this one.
-        self.then: Callable[[], None] = _nothing
+        self._started: Future[PackedRows | TransposedRows] | None = None
+        # Called on the first read; starts to pack the next weight (`packing_ahead`).
+        self.on_first_read: Callable[[], None] = _nothing
 
     def rows(self, start: int, stop: int) -> Tensor:
         if self._rows is None:
-            self._rows = self._packed() if self._begun is None else self._begun.result()
-            self._begun = None
-            self.then()
+            self._rows = self._packed() if self._started is None else self._started.result()
+            self._started = None
+            self.on_first_read()
         part = self._rows.rows(start, stop)
         if stop == self.shape[0]:
             self._rows = None
         return part
 
-    def begin(self, pool: Executor) -> None:
-        """Has it packed in another thread; the first rows wait for that, and raise what went wrong with it."""
-        if self._rows is None and self._begun is None:
-            self._begun = pool.submit(self._packed)
+    def start_packing(self, pool: Executor) -> None:
+        """Packs the weight in another thread. The first read waits for it, and raises its error."""
+        if self._rows is None and self._started is None:
+            self._started = pool.submit(self._packed)
 
-    def forget(self) -> None:
-        """Drops what was begun, and begins nothing any more."""
-        self._begun, self.then = None, _nothing
+    def cancel(self) -> None:
+        """Drops a packed weight that was not read, and starts no other."""
+        self._started, self.on_first_read = None, _nothing
 
     def _packed(self) -> PackedRows | TransposedRows:
-        return packed_rows(self._source.load(torch.device("cpu")), self._transposed)
+        return packed_rows(self._weight.load(torch.device("cpu")), self._transposed)
 
 
 def _nothing() -> None:
@@ -148,16 +149,16 @@ def _nothing() -> None:
 
 @contextmanager
 def packing_ahead(weights: Sequence[RepackedRows]) -> Iterator[None]:
-    """Within the block each of these is packed in a thread of its own while the one before it gives its rows.
+    """Within the block, packs each weight in a second thread while the rows of the one before it are read.
 
-    torch's threads are shared out between the two: much of packing is done by one of them however many there are. At
-    the end, whatever happens, the thread is waited for; what it had begun is dropped.
+    torch's threads are divided between the two, because one thread does most of the packing however many there are. At
+    the end of the block the second thread is joined, and a packed weight that was not read is dropped.
     """
     threads = torch.get_num_threads()
     share = max(1, threads // 2)
     pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(share,))
     for weight, following in itertools.pairwise(weights):
-        weight.then = functools.partial(following.begin, pool)
+        weight.on_first_read = functools.partial(following.start_packing, pool)
     torch.set_num_threads(share)
     try:
         yield
@@ -165,36 +166,37 @@ def packing_ahead(weights: Sequence[RepackedRows]) -> Iterator[None]:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
         for weight in weights:
-            weight.forget()
+            weight.cancel()
 
 
 def aligned_slices(
-    matrices: Iterable[tuple[WeightRows, ...]], update: Update | None, largest_bytes: int
+    matrices: Iterable[tuple[WeightRows, ...]], update: Update | None, max_bytes: int
 ) -> Iterator[tuple[int, list[Tensor], Update | None]]:
-    """(first row of its matrix, the rows in each form, the matrix's update) of a weight's slices.
+    """Reads several versions of a weight slice by slice; yields (first row, rows of each version, update).
 
-    They begin where every form and the update allow it. matrices: each as one or several forms of it; one matrix, or
-    those of a stack.
+    matrices: the matrices of a stack, or the one matrix of a weight, each as a tuple of its versions (trained,
+    original). First row and update are those of the matrix. A slice starts where all versions and the update allow it.
     """
-    pieces = list(matrices)
-    deltas = [None] * len(pieces) if update is None else update.matrices
-    for forms, delta in zip(pieces, deltas, strict=True):
-        step = math.lcm(*(form.step for form in forms), 1 if delta is None else Delta.TILE_ROWS)
-        for part in slices_within(forms[0].shape, torch.float32.itemsize, largest_bytes, step):
+    weights = list(matrices)
+    deltas = [None] * len(weights) if update is None else update.matrices
+    for versions, delta in zip(weights, deltas, strict=True):
+        step = math.lcm(*(version.step for version in versions), 1 if delta is None else Delta.TILE_ROWS)
+        for part in slices_within(versions[0].shape, torch.float32.itemsize, max_bytes, step):
             check_signals()
-            yield part.start, [form.rows(part.start, part.stop) for form in forms], delta
+            yield part.start, [version.rows(part.start, part.stop) for version in versions], delta
 
 
-def whole_slices(
-    matrices: Iterable[WeightRows], update: Update | None, largest_bytes: int
-) -> Iterator[tuple[int, Tensor]]:
-    """`aligned_slices` of one form: (first row, rows)."""
-    for start, (rows,), _ in aligned_slices(zip(matrices), update, largest_bytes):
+def whole_slices(matrices: Iterable[WeightRows], update: Update | None, max_bytes: int) -> Iterator[tuple[int, Tensor]]:
+    """Reads one version of a weight slice by slice; yields (first row, rows)."""
+    for start, (rows,), _ in aligned_slices(zip(matrices), update, max_bytes):
         yield start, rows
 
 
 def merged_rows(rows: Tensor, first: int, delta: Update | None, dtype: torch.dtype, name: str) -> Tensor:
-    """W0 + scaling * B A of some rows from `first` on, as it is written; `rows` (W0, fp32) become the sum."""
+    """Returns rows of W0 + scaling * B A in `dtype`, from row `first` on; changes `rows` (W0, fp32) into the sum.
+
+    Raises QuantizationError, naming the weight, for values above the range of `dtype`.
+    """
     if delta is not None:
         delta.add_to_(rows, first)
     return cast_finite(rows, dtype, name)
@@ -202,10 +204,10 @@ def merged_rows(rows: Tensor, first: int, delta: Update | None, dtype: torch.dty
 
 @dataclass(frozen=True)
 class MergeInputs:
-    """What a tensor can be made of: W0 as trained on, W0 of the checkpoint if it is at hand, the update.
+    """The inputs of a merged weight: W0 as it was trained on, W0 of the checkpoint if it has one, and the update.
 
-    W0 comes in one piece, or as the matrices of a stack, one after the other. The update is made, or read, when it is
-    needed; low_rank: it can be applied apart from W0. Slices take at most `largest_bytes` in fp32.
+    W0 is one matrix, or the matrices of a stack. delta: computes or reads the update when it is needed. low_rank:
+    whether the update can be applied to activations without adding it to W0. Slices take at most `max_bytes` in fp32.
     """
 
     name: str
@@ -214,23 +216,23 @@ class MergeInputs:
     delta: Callable[[], Update] | None
     low_rank: bool = True
 
-    def base(self, largest_bytes: int) -> Iterator[Tensor]:
-        """W0 as trained on, in fp32."""
-        return self._slices(self.trained, None, torch.float32, largest_bytes)
+    def base(self, max_bytes: int) -> Iterator[Tensor]:
+        """Yields rows of W0 as it was trained on, in fp32."""
+        return self._slices(self.trained, None, torch.float32, max_bytes)
 
-    def merged(self, from_original: bool, dtype: torch.dtype, largest_bytes: int) -> Iterator[Tensor]:
-        """W0 + scaling * B A as it would be written. CheckpointError if it is the original that is not at hand."""
+    def merged(self, from_original: bool, dtype: torch.dtype, max_bytes: int) -> Iterator[Tensor]:
+        """Yields rows of W0 + scaling * B A in `dtype`. Raises CheckpointError if the original W0 is missing."""
         chosen = self.original if from_original else self.trained
         if chosen is None:
-            raise CheckpointError(f"the checkpoint's own {self.name} is not at hand")
-        return self._slices(chosen, self.delta, dtype, largest_bytes)
+            raise CheckpointError(f"the checkpoint has no {self.name} in full precision")
+        return self._slices(chosen, self.delta, dtype, max_bytes)
 
     @torch.no_grad()
     def _slices(
-        self, pieces: list[WeightRows], make: Callable[[], Update] | None, dtype: torch.dtype, largest_bytes: int
+        self, matrices: list[WeightRows], make: Callable[[], Update] | None, dtype: torch.dtype, max_bytes: int
     ) -> Iterator[Tensor]:
         update = None if make is None else make()
         if update is not None:
-            update = update.prepared(lambda: whole_slices(pieces, update, largest_bytes))
-        for start, (rows,), delta in aligned_slices(zip(pieces), update, largest_bytes):
+            update = update.prepared(lambda: whole_slices(matrices, update, max_bytes))
+        for start, (rows,), delta in aligned_slices(zip(matrices), update, max_bytes):
             yield merged_rows(rows, start, delta, dtype, self.name)

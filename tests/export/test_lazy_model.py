@@ -1,4 +1,4 @@
-"""A streamed model against the same one with its weights in memory, for architectures of different modules."""
+"""A lazy model against the same one with its weights in memory, for architectures of different modules."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def weights_of(model: Any, **deltas: Delta) -> LazyWeights:
     return LazyWeights(tensors, {name.replace("__", "."): delta for name, delta in deltas.items()})
 
 
-def streamed(config: Any, weights: LazyWeights) -> LazyModel:
+def lazy_model(config: Any, weights: LazyWeights) -> LazyModel:
     empty = hub.empty_model(config, torch.float32)
     architecture.tie(empty)
     return LazyModel(empty, weights.tensors)
@@ -80,7 +80,7 @@ BATCH = {
 def test_it_computes_what_the_model_in_memory_does(kind: str) -> None:
     plain = in_memory(CONFIGS[kind]())
     weights = weights_of(plain)
-    model = streamed(CONFIGS[kind](), weights)
+    model = lazy_model(CONFIGS[kind](), weights)
     inside = BATCH["attention_mask"].bool().flatten()
     expected = plain(**BATCH, use_cache=False).logits.flatten(0, 1)
     found = logits(model, weights, BATCH)
@@ -103,7 +103,7 @@ def test_updates_apart_are_those_of_the_summed_weights(kind: str, names: list[st
         name: Delta(torch.randn(rows, 2), torch.randn(2, columns), 0.3) for name, (rows, columns) in sizes.items()
     }
     weights = LazyWeights(weights_of(plain).tensors, deltas)
-    model = streamed(config, weights)
+    model = lazy_model(config, weights)
     without = logits(model, LazyWeights(weights.tensors), BATCH)
     with torch.no_grad():
         for name, delta in deltas.items():
@@ -121,7 +121,7 @@ def test_a_stack_may_come_as_rows_of_its_matrices_and_takes_no_adapter() -> None
     name = next(name for name, tensor in plain.named_parameters() if tensor.dim() == 3)
     rows = plain.get_parameter(name).detach().flatten(0, 1)
     flat = LazyWeights({**weights.tensors, name: sliced(rows)})
-    model = streamed(config, weights)
+    model = lazy_model(config, weights)
     assert torch.equal(logits(model, flat, BATCH), logits(model, weights, BATCH))
     adapted = LazyWeights(weights.tensors, {name: Delta(torch.ones(1, 1), torch.ones(1, 1), 1.0)})
     with pytest.raises(ConfigError, match="has an adapter on a MixtralExperts, which cannot be verified"):
@@ -131,7 +131,7 @@ def test_a_stack_may_come_as_rows_of_its_matrices_and_takes_no_adapter() -> None
 def test_a_module_whose_weight_another_reads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS["untied"]()
     weights = weights_of(in_memory(config))
-    model = streamed(config, weights)
+    model = lazy_model(config, weights)
     layer = model._model.model.layers[0]
     monkeypatch.setattr(layer.mlp, "forward", lambda x: nn.functional.linear(x, layer.self_attn.o_proj.weight))
     with pytest.raises(ConfigError, match="LlamaForCausalLM cannot be verified: it uses a weight without calling"):
@@ -141,7 +141,7 @@ def test_a_module_whose_weight_another_reads_is_refused(monkeypatch: pytest.Monk
 def test_logits_changed_in_an_unknown_way_are_refused() -> None:
     config = CONFIGS["scaled logits"]()
     weights = weights_of(in_memory(config))
-    model = streamed(config, weights)
+    model = lazy_model(config, weights)
     model._options.clear()
     with pytest.raises(ConfigError, match="CohereForCausalLM cannot be verified: it changes its head's logits"):
         model.head_inputs(weights, BATCH)

@@ -13,7 +13,8 @@ from qlora_lite.checkpoints.checkpoint import Checkpoint
 from qlora_lite.checkpoints.hub import empty_model, read_config
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError
-from qlora_lite.export.plan import ExportPlan, ModelInMemory, ModelOnDisk, lazy_updates_
+from qlora_lite.export.model_weights import ModelInMemory, ModelOnDisk, lazy_updates_
+from qlora_lite.export.plan import ExportPlan
 from qlora_lite.lora.adapters import lora_layers
 
 QUANT = QuantConfig(embedding_format="int8")
@@ -80,9 +81,9 @@ def test_what_an_export_is_compared_with(tiny_folder: Path, adapter: Path) -> No
     assert not compared.missing
 
 
-def test_an_original_that_is_not_at_hand(tiny_folder: Path, adapter: Path) -> None:
+def test_a_missing_original(tiny_folder: Path, adapter: Path) -> None:
     model = load_quantized(tiny_folder)
-    with pytest.raises(CheckpointError, match=r"needs the checkpoint.s own model\.embed_tokens\.weight"):
+    with pytest.raises(CheckpointError, match=r"needs model\.embed_tokens\.weight in full precision"):
         ExportPlan.of(model, "original", torch.float16, ModelInMemory(), {})
     plan = ExportPlan.of(model, "dequantized", torch.float16, ModelInMemory(), {})
-    assert plan.compared({}).missing["original"] == "no checkpoint with its model.embed_tokens.weight is at hand"
+    assert plan.compared({}).missing["original"] == "no checkpoint with its model.embed_tokens.weight was found"

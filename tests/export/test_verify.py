@@ -223,10 +223,10 @@ def test_without_its_checkpoint_the_original_is_not_guessed_at(
     model.config._name_or_path = ""
     found = export_merged(model, tmp_path / "out", verify=examples).verification
     assert found is not None and found.merged["original"] is None and found.merged["dequantized"] is not None
-    assert found.missing == {"original": "no checkpoint with its model.embed_tokens.weight is at hand"}
+    assert found.missing == {"original": "no checkpoint with its model.embed_tokens.weight was found"}
     assert found.sentence() == (
         "Ship the dequantized base: original could not be compared (no checkpoint with its model.embed_tokens.weight "
-        "is at hand)."
+        "was found)."
     )
 
 

@@ -75,7 +75,7 @@ def test_merged_slices_are_the_sum_of_the_base_that_is_asked_for(rows: int, larg
     for base, from_original in ((trained, False), (original, True)):
         merged = torch.cat(list(sources.merged(from_original, torch.float16, largest)))
         torch.testing.assert_close(merged, (base + update).half(), rtol=2e-3, atol=1e-4)
-    with pytest.raises(CheckpointError, match="the checkpoint's own w is not at hand"):
+    with pytest.raises(CheckpointError, match="the checkpoint has no w in full precision"):
         MergeInputs("w", [DenseRows(trained)], None, lambda: delta).merged(True, torch.float16, largest)
 
 
