@@ -1,4 +1,7 @@
-"""Packed weights as bitsandbytes names and lays them out in a checkpoint, which is what transformers saves and loads.
+"""Packed weights in the names and layout of bitsandbytes, in which transformers saves and loads them.
+
+The step of a weight that is packed in the files, both ways: for checkpoint.py on its way in, and for export/quantized.py
+on its way out.
 
 A linear layer `X` of shape (out, in), n = out * in, in a 4-bit format:
 
@@ -12,10 +15,11 @@ A linear layer `X` of shape (out, in), n = out * in, in a 4-bit format:
 
 and in 8 bits `X.weight` int8 (out, in), `X.SCB` fp32 (out,), the absmax of each row, and `X.weight_format`, 0 for rows.
 
-bitsandbytes has no such names for an embedding. One that is packed as int8 rows, and a head that shares its rows, are
-stored unpacked, which every reader understands, with the absmax of each row in a file beside (`ROWS_FILE`). bf16 rounds
-code * absmax / 127 by less than 1 / 256 of it, so that 127 value / absmax is off by less than 127 / 256, and rounds to
-the code: all come back. fp16 is finer, but for values below 2**-14, whose steps are 2**-24 (`int8_rows_recoverable`).
+bitsandbytes has no names for embeddings. An embedding in int8 rows, and a head that shares these, are stored unpacked,
+which every reader understands, with the absmax of each row in a separate file (`ROWS_FILE`). The codes can be restored
+exactly: bf16 rounds code * absmax / 127 by less than 1 / 256 of it, so 127 * value / absmax is off by less than
+127 / 256 and rounds to the code. fp16 is finer, except for values below 2**-14, whose steps are 2**-24
+(`int8_rows_recoverable`).
 """
 
 from __future__ import annotations
@@ -51,19 +55,19 @@ ROWS_FILE = "int8_rows/absmax.safetensors"
 STATE = "quant_state.bitsandbytes__"
 STATISTIC_4BIT = re.compile(rf"(.+\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|{re.escape(STATE)}\w+)")
 STATISTIC_8BIT = re.compile(r"(.+\.)(SCB|weight_format)")
-# What each buffer of a PackedWeight is called in a file, beside the weight itself.
+# The names in a file of each buffer of a PackedWeight but the codes.
 BUFFERS_4BIT = {"absmax": "absmax"}
 BUFFERS_NESTED = {**BUFFERS_4BIT, "nested_absmax": "nested_absmax", "nested_code": "nested_quant_map"}
 BUFFERS_8BIT = {"absmax": "SCB"}
-# Tables written by other versions differ in the last bits; kernels use their own, whatever a file says.
-SAME_TABLE = 1e-3
+# Tables written by other versions differ in the last bits. Kernels use their own table, not the file's.
+TABLE_TOLERANCE = 1e-3
 LARGEST_CODE = 127
 SMALLEST_FP16_ABSMAX = LARGEST_CODE * 2**-24
 SHOWN = 8
 
 
-def _as_tensor(facts: Mapping[str, Any]) -> Tensor:
-    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+def _as_tensor(fields: Mapping[str, object]) -> Tensor:
+    return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
 
 
 def _code_values(format: str) -> tuple[float, ...]:
@@ -73,9 +77,9 @@ def _code_values(format: str) -> tuple[float, ...]:
 
 
 def bitsandbytes_tensors(name: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str, PlannedTensor]:
-    """The tensors that a checkpoint holds for the packed weight `name` (ends in `weight`), bytes as they are.
+    """Returns the tensors of a checkpoint for a packed weight, its bytes unchanged.
 
-    dtype: what bitsandbytes unpacks it to for a product.
+    name: ends in `weight`. dtype: the one to which bitsandbytes unpacks the weight for a product.
     """
     if format_named(packed.format).bitsandbytes == "8bit":
         layer = name.removesuffix("weight")
@@ -85,18 +89,18 @@ def bitsandbytes_tensors(name: str, packed: PackedWeight, dtype: torch.dtype) ->
     table = torch.tensor(_code_values(packed.format))
     tensors = {name: packed.packed.view(-1, 1), f"{name}.absmax": packed.absmax, f"{name}.quant_map": table}
     kind, shape = str(dtype).removeprefix("torch."), list(packed.shape)
-    facts = {"quant_type": packed.format, "blocksize": packed.blocksize, "dtype": kind, "shape": shape}
+    fields = {"quant_type": packed.format, "blocksize": packed.blocksize, "dtype": kind, "shape": shape}
     if packed.double_quant:
         tensors |= {f"{name}.nested_absmax": packed.nested_absmax, f"{name}.nested_quant_map": packed.nested_code}
-        facts |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
-        facts |= {"nested_offset": float(packed.nested_offset)}
-    tensors[f"{name}.{STATE}{packed.format}"] = _as_tensor(facts)
+        fields |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
+        fields |= {"nested_offset": float(packed.nested_offset)}
+    tensors[f"{name}.{STATE}{packed.format}"] = _as_tensor(fields)
     return {key: planned(tensor) for key, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
 class StoredPackedWeight:
-    """A packed weight in a file, checked against the sizes that its shape asks for. buffers: of `PackedWeight`."""
+    """A packed weight in a file, whose sizes were checked. buffers: by the names of `PackedWeight`'s buffers."""
 
     name: str
     format: str
@@ -110,21 +114,21 @@ class StoredPackedWeight:
         return row_step(self.shape, self.format, self.blocksize)
 
     def empty(self, device: torch.device) -> PackedWeight:
-        """A packed weight of this layout."""
+        """Returns an uninitialized packed weight of this layout."""
         nested = self.nested_offset is not None
         return PackedWeight((self.shape[0], self.shape[1]), self.format, self.blocksize, nested, device)
 
     def load(self, device: torch.device) -> PackedWeight:
-        """The bytes as they are in the file. QuantizationError for statistics that are NaN or infinite."""
+        """Reads the packed bytes. Raises QuantizationError for statistics that are NaN or infinite."""
         packed = self.empty(device)
         for key, stored in self.buffers.items():
-            flat, place = getattr(packed, key).view(-1), 0
+            flat, offset = getattr(packed, key).view(-1), 0
             for first, rows in read_slices(stored, READ_BYTES):
                 if key != "packed":  # codes may be stored as floats of the same bytes
                     check_finite(rows, stored.name, first)
                 part = rows.reshape(-1).view(flat.dtype)
-                flat[place : place + part.numel()] = part
-                place += part.numel()
+                flat[offset : offset + part.numel()] = part
+                offset += part.numel()
         if self.nested_offset is not None:
             packed.nested_offset.fill_(self.nested_offset)
         return packed
@@ -132,7 +136,7 @@ class StoredPackedWeight:
 
 @dataclass(frozen=True)
 class StoredInt8Rows:
-    """An int8 matrix in a file, unpacked, and the absmax of its rows beside it, which give its codes back exactly."""
+    """An int8 matrix that is stored unpacked, with the absmax of its rows, from which its codes are restored."""
 
     stored: StoredTensor
     absmax: StoredTensor
@@ -147,7 +151,7 @@ class StoredInt8Rows:
         return self.stored.shape
 
     def load(self, device: torch.device) -> PackedWeight:
-        """CheckpointError if the two do not belong together."""
+        """Restores the packed weight. Raises CheckpointError if the absmax was written for other rows."""
         absmax = self.absmax.read()
         check_finite(absmax, f"the absmax of {self.name}")
         packed = PackedWeight((self.shape[0], self.shape[1]), eight_bit_format().name, device=device)
@@ -156,21 +160,23 @@ class StoredInt8Rows:
         for part in slices_within(self.shape, torch.float32.itemsize, READ_BYTES):
             rows = self.stored.rows(part.start, part.stop)
             codes = (rows.float() * scale[part]).round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
-            packed.packed[part] = codes  # (NaN becomes some code, and differs below)
+            packed.packed[part] = codes  # (NaN becomes an arbitrary code, and differs below)
             if not torch.equal(packed.dequantize_rows(part.start, part.stop, rows.dtype).cpu(), rows):
-                raise CheckpointError(f"{self.name} is not what {self.absmax.path} was written with; save it again")
+                raise CheckpointError(
+                    f"{self.name} has other rows than {self.absmax.path} was written for; save the checkpoint again"
+                )
         return packed
 
 
 def int8_rows_recoverable(absmax: Tensor, dtype: torch.dtype) -> bool:
-    """Whether int8 codes of rows with these absmax come back from values in `dtype`."""
+    """Whether the int8 codes of rows with these absmax can be restored exactly from values in `dtype`."""
     return dtype != torch.float16 or not bool(((absmax > 0) & (absmax <= SMALLEST_FP16_ABSMAX)).any())
 
 
 def stored_int8_rows(
     stored: Mapping[str, StoredTensor], absmax: Mapping[str, StoredTensor]
 ) -> dict[str, StoredInt8Rows]:
-    """The matrices whose codes the file of absmax gives back. CheckpointError lists what does not fit."""
+    """Returns the matrices that have an entry in the file of absmax. Raises CheckpointError listing mismatches."""
     bad = [
         name
         for name, rows in absmax.items()
@@ -185,9 +191,9 @@ def stored_int8_rows(
 
 
 def stored_packed_weights(stored: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredPackedWeight], set[str]]:
-    """The weights that bitsandbytes packed, by name, and the names of their statistics.
+    """Returns the weights that bitsandbytes packed, by name, and the names of their statistics.
 
-    One CheckpointError lists every weight whose statistics are missing, damaged, or of a size that does not fit.
+    Raises one CheckpointError that lists every weight whose statistics are missing, damaged, or of a wrong size.
     """
     four: dict[str, dict[str, StoredTensor]] = {}
     eight: dict[str, dict[str, StoredTensor]] = {}
@@ -216,7 +222,7 @@ def _read(
     parts: Mapping[str, StoredTensor],
     problems: list[str],
 ) -> StoredPackedWeight | None:
-    """A weight in one of the layouts; None, and one more problem, for one that cannot be read."""
+    """Returns a weight in one of the layouts; None, after appending to `problems`, if it is damaged."""
     try:
         return _checked(layout(name, stored, parts))
     except CheckpointError as error:
@@ -232,20 +238,22 @@ def _require(condition: bool, problem: str) -> None:
 def _named(
     name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str, StoredTensor], names: Mapping[str, str]
 ) -> dict[str, StoredTensor]:
-    """The stored tensor of each buffer; what is missing is listed."""
+    """Returns the stored tensor of each buffer. Raises CheckpointError listing missing ones."""
     missing = [part for part in names.values() if part not in parts]
     missing = [*(["the weight itself"] if name not in stored else []), *missing]
     _require(not missing, f"{name} misses {', '.join(missing)}")
     return {"packed": stored[name], **{buffer: parts[part] for buffer, part in names.items()}}
 
 
-def _facts(state: StoredTensor) -> dict[str, Any]:
+def _quant_state(state: StoredTensor) -> dict[str, Any]:
+    """Reads the JSON object that bitsandbytes stores as a tensor."""
     try:
-        facts = json.loads(bytes(state.read().view(-1).view(torch.uint8).numpy()))
+        fields = json.loads(bytes(state.read().view(-1).view(torch.uint8).numpy()))
     except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
-        raise CheckpointError(f"{state.name} is no JSON: {error}") from error
-    _require(isinstance(facts, dict), f"{state.name} should be a JSON object; got a {type(facts).__name__}")
-    return facts  # type: ignore[no-any-return]
+        raise CheckpointError(f"{state.name} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{state.name} should be a JSON object; got a {type(fields).__name__}")
+    return fields
 
 
 def _four_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str, StoredTensor]) -> StoredPackedWeight:
@@ -254,8 +262,8 @@ def _four_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str,
     choice = either(*(STATE + format for format in formats))
     _require(len(states) == 1, f"{name} should have one {choice}; got {', '.join(states) or 'none'}")
     state = parts[states[0]]
-    facts, format = _facts(state), states[0].removeprefix(STATE)
-    nested = any(key.startswith("nested_") for key in (*facts, *parts))
+    fields, format = _quant_state(state), states[0].removeprefix(STATE)
+    nested = any(key.startswith("nested_") for key in (*fields, *parts))
     checks: dict[str, Callable[[Any], bool]] = {
         "quant_type": lambda value: value == format and format in formats,
         "blocksize": lambda value: is_count(value, 1) and value in BLOCKSIZES,
@@ -263,26 +271,26 @@ def _four_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str,
     }
     if nested:
         checks |= {"nested_blocksize": lambda value: value == NESTED_BLOCKSIZE, "nested_offset": is_finite}
-    bad = [f"{key} {facts.get(key)!r}" for key, check in checks.items() if not check(facts.get(key))]
+    bad = [f"{key} {fields.get(key)!r}" for key, check in checks.items() if not check(fields.get(key))]
     _require(not bad, f"{state.name} has {', '.join(bad)}")
     buffers = _named(name, stored, parts, BUFFERS_NESTED if nested else BUFFERS_4BIT)
     _check_table(name, format, parts.get("quant_map"))
-    offset = float(facts["nested_offset"]) if nested else None
-    return StoredPackedWeight(name, format, tuple(facts["shape"]), facts["blocksize"], offset, buffers)
+    offset = float(fields["nested_offset"]) if nested else None
+    return StoredPackedWeight(name, format, tuple(fields["shape"]), fields["blocksize"], offset, buffers)
 
 
 def _check_table(name: str, format: str, table: StoredTensor | None) -> None:
     ours = torch.tensor(_code_values(format))
     _require(table is not None, f"{name} misses quant_map")
     same = table is not None and table.shape == tuple(ours.shape) and table.dtype == ours.dtype
-    same = same and table is not None and torch.allclose(table.read(), ours, rtol=0, atol=SAME_TABLE)
+    same = same and table is not None and torch.allclose(table.read(), ours, rtol=0, atol=TABLE_TOLERANCE)
     _require(same, f"{name}.quant_map is not the table of {format}")
 
 
 def _eight_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str, StoredTensor]) -> StoredPackedWeight:
     buffers = _named(name, stored, parts, BUFFERS_8BIT)
     layout = parts.get("weight_format")
-    order = 0 if layout is None else int(layout.read().sum())  # files without it are older, and in rows
+    order = 0 if layout is None else int(layout.read().sum())  # older files have none, and are laid out by rows
     _require(order == 0, f"{name} is laid out for one kind of accelerator (weight_format {order}), not by rows")
     shape = buffers["packed"].shape
     _require(len(shape) == 2, f"{name} should be a matrix; got {shape}")
@@ -290,7 +298,7 @@ def _eight_bit(name: str, stored: Mapping[str, StoredTensor], parts: Mapping[str
 
 
 def _checked(weight: StoredPackedWeight) -> StoredPackedWeight:
-    """The weight, once each of its tensors has the size and the dtype of the buffer that it is read into."""
+    """Returns the weight. Raises CheckpointError if a tensor differs from its buffer in size or dtype."""
     codes, needed = weight.buffers["packed"], packed_bytes(weight.shape, weight.format)
     got = math.prod(codes.shape) * codes.dtype.itemsize
     _require(got == needed, f"{weight.name} has {got:,} bytes, {weight.format} of {weight.shape} needs {needed:,}")

@@ -89,7 +89,7 @@ def merge(
     }
     figures |= {"embedding_and_head_untied": done.untied, "report": str(output / REPORT_FILE)}
     if json:
-        figures |= done.report.to_json()["total"]
+        figures |= done.report.total_json()
     if done.verification is not None and prompts is not None:
         print(render_verification(done.verification))
         figures |= {"verify_shortened": prompts.truncated}

@@ -1,6 +1,6 @@
-"""`save_quantized`: a packed model as a checkpoint that transformers loads as pre-quantized, and `load_quantized` too.
+"""`save_quantized`: writes a packed model as a checkpoint that transformers and `load_quantized` load as pre-quantized.
 
-Packed bytes are written as they are; packed_files.py says under which names.
+Packed bytes are written unchanged, under the names of checkpoints/bitsandbytes_layout.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from qlora_lite.checkpoints.safetensors_write import (
 from qlora_lite.checks import check_finite, is_count, require
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, listing
-from qlora_lite.export.plain_weights import weights_to_write
+from qlora_lite.export.plain_weights import Holder, weights_to_write
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.formats import format_named
@@ -47,15 +47,18 @@ def _is_8bit(format: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Layers:
-    """What is packed in a model. row_weights: those that bitsandbytes has no layer for, by id."""
+class _PackedLayers:
+    """The packed layers of a model.
+
+    linears: by name. row_weights: ids of the int8 weights, such as embeddings, that bitsandbytes has no layer for.
+    """
 
     linears: dict[str, QuantizedLinear]
     row_weights: set[int]
 
     @classmethod
-    def of(cls, model: nn.Module) -> _Layers:
-        """ConfigError unless the linear layers, the head aside, are packed in one format, and no stacks of experts."""
+    def of(cls, model: nn.Module) -> _PackedLayers:
+        """Raises ConfigError unless all packed linear layers but the head have one format, and no stack is packed."""
         modules = dict(model.named_modules(remove_duplicate=False))
         if stacks := [name for name, module in modules.items() if isinstance(module, PackedStack)]:
             raise ConfigError(
@@ -90,35 +93,38 @@ class _Layers:
         return next(iter(self.linears.values())).weight.format
 
 
-def _skipped(model: nn.Module, layers: _Layers) -> list[str]:
-    """Linear layers that transformers is to leave unpacked. CheckpointError where it would leave a packed one, too."""
+def _skipped(model: nn.Module, layers: _PackedLayers) -> list[str]:
+    """Returns the linear layers that transformers must not take for packed ones.
+
+    Raises CheckpointError if the patterns for these also match a packed layer.
+    """
     # transformers packs GPT-2's Conv1D like a linear layer.
     kinds = (nn.Linear, QuantizedLinear)
     modules = model.named_modules(remove_duplicate=False)
     linears = [name for name, module in modules if isinstance(module, kinds) or type(module).__name__ == "Conv1D"]
     skipped = [name for name in linears if name not in layers.linears]
     patterns = [*skipped, *architecture.kept_unpacked(model)]
-    # transformers leaves alone what begins with a pattern, up to a dot, or ends with it.
-    lost = [
+    # transformers skips names that begin with a pattern, up to a dot, or end with it.
+    matched = [
         name
         for name in layers.linears
         if any(re.match(rf"(?:{key})(?:\.|$)", name) or name.endswith(key) for key in patterns)
     ]
-    if lost:
+    if matched:
         raise CheckpointError(
-            f"transformers would take these packed layers for unpacked ones by their names: {listing(lost, SHOWN)}; "
+            f"transformers would take these packed layers for unpacked ones by their names: {listing(matched, SHOWN)}; "
             f"pack {listing(patterns, SHOWN)} too, or export_merged"
         )
     return skipped
 
 
-def _quantization_config(layers: _Layers, skipped: list[str], compute: torch.dtype) -> dict[str, Any]:
-    """What transformers' BitsAndBytesConfig would save."""
-    said: dict[str, Any] = {"quant_method": BITSANDBYTES, "llm_int8_skip_modules": skipped}
+def _quantization_config(layers: _PackedLayers, skipped: list[str], compute: torch.dtype) -> dict[str, object]:
+    """Returns `quantization_config` as transformers' BitsAndBytesConfig saves it. compute: the dtype of products."""
+    common: dict[str, object] = {"quant_method": BITSANDBYTES, "llm_int8_skip_modules": skipped}
     if _is_8bit(layers.format):
-        return {**said, "load_in_8bit": True, "load_in_4bit": False}
+        return {**common, "load_in_8bit": True, "load_in_4bit": False}
     return {
-        **said,
+        **common,
         "load_in_8bit": False,
         "load_in_4bit": True,
         "bnb_4bit_quant_type": layers.format,
@@ -130,14 +136,15 @@ def _quantization_config(layers: _Layers, skipped: list[str], compute: torch.dty
 
 @dataclass
 class _Plan:
-    """The tensors of the checkpoint, and the absmax of the rows that are written unpacked."""
+    """The tensors of the checkpoint, and the absmax of rows that are written unpacked."""
 
     tensors: dict[str, PlannedTensor] = field(default_factory=dict)
     absmax: dict[str, PlannedTensor] = field(default_factory=dict)
 
-    def add(self, name: str, holder: Any, layers: _Layers, dtype: torch.dtype, compute: torch.dtype) -> None:
-        """compute: what bitsandbytes is to unpack the packed weights to."""
+    def add(self, name: str, holder: Holder, layers: _PackedLayers, dtype: torch.dtype, compute: torch.dtype) -> None:
+        """Adds a tensor. compute: the dtype to which bitsandbytes unpacks the packed weights."""
         if not isinstance(holder, PackedWeight):
+            assert isinstance(holder, Tensor)  # packed stacks are refused
             check_finite(holder, name)
             self.tensors[name] = planned(holder)
         elif id(holder) not in layers.row_weights:
@@ -148,7 +155,7 @@ class _Plan:
             self.tensors[name] = PlannedTensor(tuple(holder.shape), dtype, lambda: _unpacked(holder, dtype))
             self.absmax[name] = planned(holder.absmax)
 
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.tensors.values(), *self.absmax.values()))
 
 
@@ -160,20 +167,20 @@ def _unpacked(packed: PackedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
 def save_quantized(
     model: Any, folder: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False
 ) -> list[str]:
-    """Writes a packed transformers model as it is, and returns the names of the tensor files.
+    """Writes a packed transformers model, its packed bytes unchanged; returns the names of the tensor files.
 
-    Layers keep their packed bytes under bitsandbytes' names: `AutoModelForCausalLM.from_pretrained` loads them as
-    pre-quantized, `load_quantized` as they were. The folder also gets config, generation config and tokenizer,
-    and what it was packed from (base_identity.py).
+    Packed layers have the names that bitsandbytes gives them: `AutoModelForCausalLM.from_pretrained` and
+    `load_quantized` load them as pre-quantized. The folder also gets config, generation config, tokenizer, and the
+    identity of the checkpoint that was packed (base_identity.py).
 
-    An embedding packed as int8 rows (and a head that shares them, or is int8 above 4-bit layers) has no such names: it
-    is written unpacked in the model's dtype, with the absmax of its rows in a file of its own.
-    transformers then computes with the very values that this model computes with; `load_quantized` has the int8 codes
-    back, all of them. Above int8 layers transformers rounds activations to int8 too, which differs from unpacking.
+    bitsandbytes has no names for an embedding in int8 rows, for a head that shares these, or for an int8 head above
+    4-bit layers. They are written unpacked in the model's dtype, with the absmax of each row in a separate file.
+    transformers then computes with the same values as this model, and `load_quantized` restores the int8 codes exactly.
+    With int8 layers transformers also rounds activations to int8, which this model does only if asked to.
 
-    Adapters have no place in a packed checkpoint: ConfigError, so that none is lost unseen. Raises ConfigError also
-    for layers in several formats or none that is packed, QuantizationError for NaN or infinity, CheckpointError for
-    too little room on the disk or a folder with something in it unless `overwrite`, which is then untouched.
+    Raises ConfigError for a model with adapters, which a packed checkpoint cannot hold, and for layers in several
+    formats or none; QuantizationError for NaN or infinity; CheckpointError if the disk has too little space, or if the
+    folder is not empty (unless `overwrite`), which is then left as it was.
     """
     require(is_count(max_shard_bytes, 1), "max_shard_bytes must be an integer of at least 1", max_shard_bytes)
     if getattr(model, "config", None) is None:
@@ -185,17 +192,17 @@ def save_quantized(
         )
     source = hub.model_folder(model)
     check_output_is_not_input(Path(folder), source)
-    layers = _Layers.of(model)
+    layers = _PackedLayers.of(model)
     dtype = model.dtype
     compute = next(iter(layers.linears.values())).compute_dtype or dtype
     quantization = _quantization_config(layers, _skipped(model, layers), compute)
     plan = _Plan()
-    weights, _ = weights_to_write(model)  # nothing is adapted, so what is tied stays so
+    weights, _ = weights_to_write(model)  # without adapters, tied weights stay tied
     for weight in weights:
         check_signals()
         plan.add(weight.name, weight.holder, layers, dtype, compute)
     with new_folder(Path(folder), overwrite) as temporary:
-        check_free_space(Path(folder), plan.bytes())
+        check_free_space(Path(folder), plan.nbytes())
         files = write_sharded(temporary, plan.tensors, max_shard_bytes)
         if plan.absmax:
             (temporary / ROWS_FILE).parent.mkdir()

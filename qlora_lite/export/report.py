@@ -1,11 +1,14 @@
-"""What an export did to each weight, in numbers: what packing had cost, how large the update is, what the cast cost."""
+"""Figures of an export for each weight: the error of packing, the size of the update, the error of rounding.
+
+plan.py measures them while it computes the tensors.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -15,24 +18,27 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _squares(tensor: Tensor) -> float:
-    """Summed in fp32 along a row and in fp64 over the rows, so that neither slices nor threads show in the figures."""
+    """Returns the sum of squares, in fp32 along a row and in fp64 over the rows: independent of slices and threads."""
     rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
     return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
 
 
 def _different(one: Tensor, other: Tensor) -> int:
-    """How many values are not equal; of bits less the sign, since torch compares floats ten times as slowly."""
+    """Returns how many values differ.
+
+    Counts nonzero bits of the differences without the sign, because torch compares floats ten times slower.
+    """
     bits = (one - other).view(INTEGERS[one.element_size()])
     return int(torch.count_nonzero(bits.bitwise_left_shift_(1)))
 
 
 @dataclass
 class TensorFigures:
-    """Sums over the values of one exported tensor; norms are their roots. None: not measured, or nothing to measure.
+    """Sums of squares over the values of one exported tensor; None if there is nothing to measure.
 
-    weight: W0, the base that was written into. quantization: W0 as it was packed, less the checkpoint's; None without
-    a checkpoint. update: what the adapter adds to W0, None without an adapter. rounding: what was written
-    less what was computed. moved: values that the update changed after the cast.
+    weight: W0, the base that the update is added to. quantization: W0 as it was packed minus the checkpoint's, None
+    without a checkpoint. update: what the adapter adds to W0, None without an adapter. rounding: the written minus the
+    computed values. moved: the number of values that the update changed after the cast.
     """
 
     name: str
@@ -47,35 +53,52 @@ class TensorFigures:
         self.weight += _squares(base)
 
     def add_quantization(self, packed: Tensor, original: Tensor) -> None:
-        """Leaves `original` changed."""
+        """Adds the error of packing; overwrites `original`."""
         self.quantization = (self.quantization or 0.0) + _squares(original.sub_(packed))
 
     def add_update(self, update: Tensor) -> None:
         self.update = (self.update or 0.0) + _squares(update)
 
     def add_written(self, computed: Tensor, written: Tensor, without_update: Tensor | None) -> None:
-        """Leaves `computed` changed."""
+        """Adds the error of rounding and the number of moved values; overwrites `computed`."""
         if without_update is not None:
             self.moved = (self.moved or 0) + _different(written, without_update)
-        if written is not computed:  # as it is where nothing was cast
+        if written is not computed:  # the same object if nothing was cast
             self.rounding += _squares(computed.sub_(written.to(computed.dtype)))
+
+
+class ReportRow(TypedDict):
+    """The figures of one tensor in `merge_report.json`.
+
+    update_over_quantization: update_norm / quantization_error_norm. unmoved_share: the share of values that the update
+    left unchanged after the cast. None: as in `TensorFigures`.
+    """
+
+    name: str
+    weight_norm: float | None
+    quantization_error_norm: float | None
+    update_norm: float | None
+    update_over_quantization: float | None
+    rounding_error_norm: float | None
+    unmoved_share: float | None
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The figures of all exported floating tensors, and which base was written into."""
+    """The figures of all exported floating tensors. base: the one that the updates were added to."""
 
     base: str
     dtype: str
     tensors: tuple[TensorFigures, ...]
 
     def total(self) -> TensorFigures:
-        """The sums over all tensors; for quantization and update over those that have one."""
+        """Returns the sums over all tensors that have the figure."""
 
-        def added(values: Iterable[float | int | None]) -> Any:
+        def added(values: Iterable[float | None]) -> float | None:
             known = [value for value in values if value is not None]
             return sum(known) if known else None
 
+        moved = added(figures.moved for figures in self.tensors)
         return TensorFigures(
             "all tensors",
             sum(figures.values for figures in self.tensors),
@@ -83,18 +106,24 @@ class MergeReport:
             added(figures.quantization for figures in self.tensors),
             added(figures.update for figures in self.tensors),
             sum(figures.rounding for figures in self.tensors),
-            added(figures.moved for figures in self.tensors),
+            None if moved is None else int(moved),
         )
 
     def adapted_values(self) -> int:
+        """Returns the number of values of the tensors that have an update."""
         return sum(figures.values for figures in self.tensors if figures.update is not None)
 
-    def to_json(self) -> dict[str, Any]:
+    def total_json(self) -> dict[str, object]:
+        """Returns the entry `total` of `merge_report.json`."""
         total = row(self.total(), self.adapted_values())
+        return {key: value for key, value in total.items() if key != "name"}
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the contents of `merge_report.json`."""
         return {
             "base": self.base,
             "dtype": self.dtype,
-            "total": {key: value for key, value in total.items() if key != "name"},
+            "total": self.total_json(),
             "tensors": [row(figures, figures.values) for figures in self.tensors],
         }
 
@@ -103,8 +132,8 @@ def _root(square: float | None) -> float | None:
     return None if square is None else math.sqrt(square)
 
 
-def row(figures: TensorFigures, adapted_values: int) -> dict[str, Any]:
-    """Norms and shares of one tensor. `update_over_quantization`: how many times the error of packing the update is."""
+def row(figures: TensorFigures, adapted_values: int) -> ReportRow:
+    """Returns the figures of one tensor as they are in the report."""
     quantization, update = _root(figures.quantization), _root(figures.update)
     ratio = None if update is None or not quantization else update / quantization
     return {
@@ -119,7 +148,7 @@ def row(figures: TensorFigures, adapted_values: int) -> dict[str, Any]:
 
 
 def render(report: MergeReport) -> str:
-    """A short table: all tensors together, and those whose update is smallest beside the error of packing."""
+    """Returns a table: all tensors together, then those with the smallest update relative to the error of packing."""
     from rich.console import Console
     from rich.table import Table
 
@@ -132,11 +161,18 @@ def render(report: MergeReport) -> str:
         return "–" if value is None else format(value, form)
 
     rows = [row(figures, figures.values) for figures in report.tensors]
-    compared = [figures for figures in rows if figures["update_over_quantization"] is not None]
-    weakest = sorted(compared, key=lambda figures: figures["update_over_quantization"])
-    for figures in (row(report.total(), report.adapted_values()), *weakest[:MOST_SHOWN]):
-        cells = (shown(figures[key]) for key in list(figures)[1:-1])
-        table.add_row(figures["name"], *cells, shown(figures["unmoved_share"], ".2%"))
+    ratios = {number: figures["update_over_quantization"] for number, figures in enumerate(rows)}
+    weakest = sorted((ratio, number) for number, ratio in ratios.items() if ratio is not None)[:MOST_SHOWN]
+    for figures in (row(report.total(), report.adapted_values()), *(rows[number] for _, number in weakest)):
+        table.add_row(
+            figures["name"],
+            shown(figures["weight_norm"]),
+            shown(figures["quantization_error_norm"]),
+            shown(figures["update_norm"]),
+            shown(figures["update_over_quantization"]),
+            shown(figures["rounding_error_norm"]),
+            shown(figures["unmoved_share"], ".2%"),
+        )
     console = Console(width=120, record=False)
     with console.capture() as capture:
         console.print(table)

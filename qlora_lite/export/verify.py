@@ -1,12 +1,13 @@
-"""Is what was exported the model that was trained? Logits of both bases against the adapter model's, token by token.
+"""Verifies an export: compares the logits of merges into both bases with those of the adapter model, per token.
 
-    KL(p || q) = sum over the vocabulary of p (log p - log q)      p: adapter model, W4 x + s B (A x); q: a merged one
+    KL(p || q) = sum over the vocabulary of p (log p - log q)
 
-Both merges have the tensors as they are, or would be, written: W4 + s B A (`dequantized`, what was trained on) and
-W16 + s B A (`original`). LazyWeights are streamed (lazy_model.py) and logits compared a block of the vocabulary at a
-time, so memory grows neither with the number of layers nor with that of prompts. Products are in fp32 and what is
-summed over the vocabulary in fp64, whatever dtype is exported, and not in integers where training was: what is measured
-is the difference of weights.
+p is the adapter model, W4 x + s B (A x). q is a merge with its tensors as they are, or would be, written: W4 + s B A
+(`dequantized`, the base of training) or W16 + s B A (`original`).
+
+Weights are read when they are needed (lazy_model.py) and logits are compared a block of the vocabulary at a time, so
+memory grows neither with the number of layers nor with the number of prompts. Products are in fp32 and sums over the
+vocabulary in fp64, whatever the exported dtype, and never in integers, so only the weights differ between models.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from qlora_lite import architecture
 from qlora_lite.checks import require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
+from qlora_lite.compute.slicing import rows_that_fit
 from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import ConfigError, QuantizationError
 from qlora_lite.export.lazy_model import LazyModel, LazyWeights
@@ -29,16 +31,19 @@ from qlora_lite.signals import check_signals
 
 BASE, ADAPTER = "base", "adapter"
 DEQUANTIZED, ORIGINAL = BASES = ("dequantized", "original")
-# Padded tokens that go through the layers together: the more, the fewer times are the weights read.
+# Padded tokens that go through the layers together. With more of them, weights are read fewer times.
 GROUP_TOKENS = 2048
-# Of fp64 logits of one model at once.
+# fp64 logits of one model at once.
 BLOCK_BYTES = 16 << 20
 NOISE = 2  # standard errors
 
 
 @dataclass(frozen=True)
 class ModelsToCompare:
-    """The models to compare: W4, and A and B beside it; the merge into each base, or why there is none of it."""
+    """The models to compare.
+
+    base: W4. adapter: W4 with A and B. merged: the merge by base. missing: why a base has no merge.
+    """
 
     base: LazyWeights
     adapter: LazyWeights
@@ -48,7 +53,10 @@ class ModelsToCompare:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A merged model beside the adapter model, over all tokens: KL in nats, the share with the same likeliest token."""
+    """A merged model compared with the adapter model over all tokens.
+
+    KL divergences are in nats. top1_agreement: the share of tokens with the same most likely next token.
+    """
 
     mean_kl: float
     worst_kl: float
@@ -58,10 +66,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found. Losses are means over learned tokens, in nats; None where the prompts have no completions.
+    """The result of a comparison. Losses are means over learned tokens, in nats; None if there are no such tokens.
 
-    merged: by base, None for one that could not be compared, `missing` says why. difference: loss of `original` less
-    that of `dequantized`; noise: its standard error over the examples, None below two of them.
+    written: the base of the export. merged: by base, None for a base that could not be compared, for the reason in
+    `missing`. difference: loss of `original` minus that of `dequantized`. noise: its standard error over the examples,
+    None for fewer than two.
     """
 
     written: str
@@ -75,7 +84,8 @@ class Verification:
     difference: float | None
     noise: float | None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """Returns the entry `verify` of `merge_report.json`."""
         return {**asdict(self), "recommended": self.recommended, "sentence": self.sentence()}
 
     def _separated(self) -> bool:
@@ -83,11 +93,11 @@ class Verification:
 
     @property
     def recommended(self) -> str:
-        """The base to ship: the one with the lower held-out loss where the difference is beyond noise, else the nearer.
+        """The base to ship.
 
-        Beyond noise: more than two standard errors of the difference, paired by example. Nearer: lower mean KL from
-        the adapter model, for that is the one that was trained and tested. A base that could not be compared is not
-        recommended.
+        If the held-out losses differ by more than two standard errors of their difference, paired by example, the base
+        with the lower loss. Otherwise the base with the lower mean KL from the adapter model, which is the model that
+        was trained and tested. A base that could not be compared is not recommended.
         """
         dequantized, original = (self.merged[base] for base in BASES)
         if dequantized is None or original is None:
@@ -97,7 +107,7 @@ class Verification:
         return ORIGINAL if original.mean_kl < dequantized.mean_kl else DEQUANTIZED
 
     def sentence(self) -> str:
-        """One sentence: which base to ship and why."""
+        """Returns one sentence: which base to ship, and why."""
         ship = self.recommended
         other = DEQUANTIZED if ship == ORIGINAL else ORIGINAL
         best, second = self.merged[ship], self.merged[other]
@@ -111,7 +121,7 @@ class Verification:
         else:
             losses = "no held-out loss was measured" if self.difference is None else "held-out losses are within noise"
             if self.difference is not None and self.noise is None:
-                losses = "one example's loss says nothing about noise"
+                losses = "one example gives no estimate of noise"
             why = (
                 f"{losses}, and it is no farther from the adapter model, which was trained and tested: mean KL "
                 f"{best.mean_kl:.3g} against {second.mean_kl:.3g}"
@@ -121,8 +131,11 @@ class Verification:
 
 
 @dataclass
-class _Tokens:
-    """Log-softmax of one model at some tokens, built up block by block of the vocabulary: z_label - log sum exp z."""
+class _TokenStatistics:
+    """log p(label) = z_label - log(sum(exp(z))) of some tokens, accumulated over blocks of the vocabulary.
+
+    top: the largest logit so far. best: its token. total: sum of exp(z - top). labelled: z of the label.
+    """
 
     labels: Tensor
     top: Tensor = field(init=False)
@@ -136,7 +149,10 @@ class _Tokens:
         self.best = torch.zeros_like(self.labels)
 
     def add(self, first: int, block: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns exp(z - top), and what sums made with the top before have to be multiplied by."""
+        """Adds the logits of tokens `first` and up.
+
+        Returns exp(z - top), and the factor that converts sums over exp(z - old top) to the new top.
+        """
         largest, index = block.max(1)
         self.best = torch.where(largest > self.top, index + first, self.best)
         top = torch.maximum(largest, self.top)
@@ -152,13 +168,13 @@ class _Tokens:
         return self.top + self.total.log()
 
     def losses(self) -> Tensor:
-        """-log p of the label, 0 where there is none."""
+        """Returns -log p of each label, 0 for a token without a label."""
         return torch.where(self.labels == IGNORE_INDEX, 0.0, self.log_total - self.labelled)
 
 
 @dataclass
-class _Sums:
-    """Of one model over all groups; losses: one sum per example."""
+class _ModelSums:
+    """Sums of one model over all groups. losses: one sum for each example. worst: the largest KL of a token."""
 
     losses: list[float] = field(default_factory=list)
     kl: float = 0.0
@@ -171,7 +187,7 @@ class _Sums:
 
 
 def _groups(examples: Sequence[TokenizedExample]) -> Iterator[list[TokenizedExample]]:
-    """Examples of similar length, at most GROUP_TOKENS with their padding, a longer one alone."""
+    """Yields groups of examples of similar length, of at most GROUP_TOKENS with padding; a longer example alone."""
     group: list[TokenizedExample] = []
     for example in sorted(examples, key=lambda example: len(example.input_ids)):
         if group and (len(group) + 1) * len(example.input_ids) > GROUP_TOKENS:
@@ -183,7 +199,11 @@ def _groups(examples: Sequence[TokenizedExample]) -> Iterator[list[TokenizedExam
 
 @dataclass(frozen=True)
 class _Group:
-    """Examples as one padded batch; of each of its tokens (`mask`) the label of the next, and whose it is (`owner`)."""
+    """Examples as one padded batch.
+
+    mask: True for tokens, False for padding, `(examples, width)`. labels, owner: for each token under the mask, the
+    label of the next token, and the index of its example.
+    """
 
     batch: dict[str, Tensor]
     mask: Tensor
@@ -205,14 +225,16 @@ class _Group:
         return cls({"input_ids": ids, "attention_mask": mask}, inside, after[inside], owner[inside])
 
 
-def _compare_group(model: LazyModel, models: Mapping[str, LazyWeights], group: _Group, sums: dict[str, _Sums]) -> None:
-    """Adds what one group gives to the sums; all models' logits are made side by side, block by block."""
+def _compare_group(
+    model: LazyModel, models: Mapping[str, LazyWeights], group: _Group, sums: dict[str, _ModelSums]
+) -> None:
+    """Adds the results of one group to the sums. All models' logits are computed together, block by block."""
     hidden = {name: model.head_inputs(weights, group.batch)[group.mask] for name, weights in models.items()}
-    count = max(1, BLOCK_BYTES // (8 * len(group.labels)))
-    seen = {name: _Tokens(group.labels) for name in models}
+    count = rows_that_fit(BLOCK_BYTES, torch.float64.itemsize * len(group.labels))
+    seen = {name: _TokenStatistics(group.labels) for name in models}
     gaps = {name: torch.zeros(len(group.labels), dtype=torch.float64) for name in models}
-    sides = [model.logits(weights, hidden[name], count) for name, weights in models.items()]
-    for blocks in zip(*sides, strict=True):
+    logits = [model.logits(weights, hidden[name], count) for name, weights in models.items()]
+    for blocks in zip(*logits, strict=True):
         block = dict(zip(models, blocks, strict=True))
         first, ours = block[ADAPTER]
         shares, shrink = seen[ADAPTER].add(first, ours)
@@ -228,7 +250,7 @@ def _compare_group(model: LazyModel, models: Mapping[str, LazyWeights], group: _
         by_example = torch.zeros(int(group.owner[-1]) + 1, dtype=torch.float64)
         sums[name].losses += by_example.index_add(0, group.owner, tokens.losses()).tolist()
         if name in BASES:
-            # Below zero by rounding only, where the two are the same.
+            # Rounding may give a value below zero where both models are equal.
             kl = (gaps[name] / adapter.total + tokens.log_total - adapter.log_total).clamp_min(0)
             sums[name].kl += float(kl.sum())
             sums[name].worst = max(sums[name].worst, float(kl.max()))
@@ -236,10 +258,11 @@ def _compare_group(model: LazyModel, models: Mapping[str, LazyWeights], group: _
 
 
 def _paired_difference(one: list[float], other: list[float], learned: list[int]) -> tuple[float, float | None]:
-    """Mean loss of `one` less that of `other` over all learned tokens, and its standard error over the examples.
+    """Returns the mean loss of `one` minus that of `other` over all learned tokens, and its standard error.
 
-    mean = sum(d) / sum(n), d and n of each of k examples. A ratio, so the error is
-    sqrt(k / (k - 1) * sum((d - n * mean)^2)) / sum(n) (W. G. Cochran, Sampling Techniques, section 2.11).
+    With d the difference and n the number of learned tokens of each of k examples, mean = sum(d) / sum(n). It is a
+    ratio, so its standard error is sqrt(k / (k - 1) * sum((d - n * mean)^2)) / sum(n) (W. G. Cochran, Sampling
+    Techniques, section 2.11). The error is None for fewer than two examples.
     """
     pairs = [(mine - theirs, count) for mine, theirs, count in zip(one, other, learned, strict=True) if count]
     total, examples = sum(count for _, count in pairs), len(pairs)
@@ -251,7 +274,7 @@ def _paired_difference(one: list[float], other: list[float], learned: list[int])
 
 
 def check_examples(examples: Sequence[TokenizedExample], config: Any, vocabulary: int | None) -> None:
-    """ConfigError for examples that a model of this config and vocabulary cannot be run on."""
+    """Raises ConfigError for examples that a model of this config and vocabulary size cannot be run on."""
     require(len(examples) > 0, "verify needs at least one example", len(examples))
     longest, limit = max(len(example.input_ids) for example in examples), architecture.longest_sequence(config)
     if limit is not None and longest > limit:
@@ -264,18 +287,18 @@ def check_examples(examples: Sequence[TokenizedExample], config: Any, vocabulary
 def compare(
     empty: Any, compared: ModelsToCompare, examples: Sequence[TokenizedExample], written: str = DEQUANTIZED
 ) -> Verification:
-    """Runs the examples through the models of `compared`, whose shapes the `empty` (meta) model has.
+    """Runs the examples through the models of `compared`.
 
-    KL and agreement are over all tokens, losses over learned ones. The base model serves for its loss alone, so
-    without learned tokens it is not run. written: the base that the export has. Raises ConfigError for a model that
-    cannot be streamed, QuantizationError for a merge that does not fit into the dtype and for logits not finite.
+    KL and agreement are over all tokens, losses over learned tokens; without these, the base model is not run. empty:
+    the model on meta. written: the base of the export. Raises ConfigError for a model that lazy_model.py cannot run,
+    QuantizationError for a merge that exceeds the range of the dtype, and for logits that are not finite.
     """
     model = LazyModel(empty, compared.base.tensors)
     learned = [example.learned_tokens for group in _groups(examples) for example in group]
     models = {ADAPTER: compared.adapter, **compared.merged}
     if sum(learned):
         models[BASE] = compared.base
-    sums = {name: _Sums() for name in models}
+    sums = {name: _ModelSums() for name in models}
     for group in _groups(examples):
         check_signals()
         _compare_group(model, models, _Group.of(group), sums)
@@ -294,7 +317,7 @@ def compare(
 
 
 def render(found: Verification) -> str:
-    """A short table, one row for each model, and the sentence below it."""
+    """Returns a table with one row for each model, and the sentence below it."""
     from rich.console import Console
     from rich.table import Table
 

@@ -126,7 +126,7 @@ def test_rows_that_were_changed_since_are_found(tmp_path: Path) -> None:
     values[3, 2] = 1.5 * packed.absmax[3] / 127
     save_file({"w": values, "codes": packed.packed, "absmax": packed.absmax}, tmp_path / "x.safetensors")
     stored = stored_tensors(tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match=r"w is not what .* was written with"):
+    with pytest.raises(CheckpointError, match=r"w has other rows than .* was written for"):
         stored_int8_rows({"w": stored["w"]}, {"w": stored["absmax"]})["w"].load(CPU)
     for plain, name in (({}, "w"), ({"codes": stored["codes"]}, "codes"), ({"absmax": stored["absmax"]}, "absmax")):
         with pytest.raises(CheckpointError, match=f"no matching rows in the checkpoint for {name}"):
@@ -183,8 +183,8 @@ STATE_KEY = f"x.weight.{STATE}nf4"
         (lost(STATE + "nf4"), r"x\.weight should have one .*; got none"),
         (lost("x.weight"), r"x\.weight misses the weight itself"),
         (put(f"x.weight.{STATE}fp4", torch.zeros(2, dtype=torch.uint8)), "should have one"),
-        (put(STATE_KEY, torch.tensor(list(b"{nf4"), dtype=torch.uint8)), "is no JSON"),
-        (put(STATE_KEY, torch.tensor([255, 254], dtype=torch.uint8)), "is no JSON"),
+        (put(STATE_KEY, torch.tensor(list(b"{nf4"), dtype=torch.uint8)), "is not JSON"),
+        (put(STATE_KEY, torch.tensor([255, 254], dtype=torch.uint8)), "is not JSON"),
         (put(STATE_KEY, torch.tensor(list(b"[1]"), dtype=torch.uint8)), "should be a JSON object; got a list"),
         (facts(quant_type="fp4"), "has quant_type 'fp4'"),
         (facts(blocksize=96, shape=[40]), r"has blocksize 96, shape \[40\]"),

@@ -63,7 +63,7 @@ def test_damaged_statistics_are_all_listed(tiny_folder: Path, tmp_path: Path) ->
     state = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
     tensors[state] = tensors[state][:-1].clone()
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"0\.mlp\.up_proj\.weight misses absmax; .*1\.mlp.* is no JSON"):
+    with pytest.raises(CheckpointError, match=r"0\.mlp\.up_proj\.weight misses absmax; .*1\.mlp.* is not JSON"):
         load_quantized(folder)
 
 
