@@ -1,7 +1,7 @@
 """Packed weights in the names and layout of bitsandbytes, in which transformers saves and loads them.
 
-The step of a weight that is packed in the files, both ways: for checkpoint.py on its way in, and for export/quantized.py
-on its way out.
+The step of a weight that is packed in the files: checkpoint.py reads it by this file on its way in, and
+export/quantized.py writes it on its way out.
 
 A linear layer `X` of shape (out, in), n = out * in, in a 4-bit format:
 

@@ -22,7 +22,7 @@ from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.tokenization import TokenizedExample, tokenize_all
 from qlora_lite.errors import ConfigError, QuantizationError
 from qlora_lite.export import merged, plan, verify
-from qlora_lite.export.verify import BASES, Agreement, Verification, _paired_difference, _Tokens, render
+from qlora_lite.export.verify import BASES, Agreement, Verification, _paired_difference, _TokenStatistics, render
 from qlora_lite.lora.adapters import adapters_disabled, lora_layers
 
 RECORDS = [
@@ -259,7 +259,7 @@ def test_block_by_block_it_is_the_log_softmax(sizes: list[int], scale: float, se
     width = sum(sizes)
     logits = scale * torch.randn(4, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     labels = torch.tensor([0, width - 1, IGNORE_INDEX, width // 2])
-    tokens, first = _Tokens(labels), 0
+    tokens, first = _TokenStatistics(labels), 0
     for block in logits.split(sizes, 1):
         tokens.add(first, block)
         first += block.shape[1]
