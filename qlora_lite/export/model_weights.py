@@ -76,12 +76,16 @@ class ModelInMemory:
 class ModelOnDisk:
     """The weights that `load_quantized` and `load_adapter_` would give a model, read from disk.
 
-    weights_to_pack: the packed layers of the model on meta, before it got adapters. updates: of the adapter on disk, by the
-    weights' names (`lazy_updates_`).
+    weights_to_pack: the packed layers of the model on meta, before it got adapters. updates: of the adapter on disk, by
+    the weights' names (`lazy_updates_`).
     """
 
     def __init__(
-        self, weights_to_pack: list[WeightToPack], checkpoint: Checkpoint, dtype: torch.dtype, updates: Mapping[str, Callable[[], Update]]
+        self,
+        weights_to_pack: list[WeightToPack],
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        updates: Mapping[str, Callable[[], Update]],
     ) -> None:
         self._checkpoint, self._dtype, self._updates = checkpoint, dtype, updates
         self._to_pack = {id(to_pack.weight): to_pack for to_pack in weights_to_pack}

@@ -22,9 +22,9 @@ def test_rows_and_updates_are_the_same_in_memory_and_on_disk(tiny_folder: Path, 
     empty = empty_model(read_config(tiny_folder), torch.bfloat16)
     tie(empty)
     checkpoint = Checkpoint.open(tiny_folder, empty, QuantConfig())
-    slots = checkpoint.slots(empty)
+    weights_to_pack = checkpoint.weights_to_pack(empty)
     load_adapter_(empty, tmp_path / "adapter")
-    on_disk = ModelOnDisk(slots, checkpoint, torch.bfloat16, lazy_updates_(empty, tmp_path / "adapter"))
+    on_disk = ModelOnDisk(weights_to_pack, checkpoint, torch.bfloat16, lazy_updates_(empty, tmp_path / "adapter"))
     in_memory, originals = ModelInMemory(), TensorFiles(tiny_folder).stored
     pairs = list(zip(weights_to_write(model)[0], weights_to_write(empty)[0], strict=True))
     assert any(held.delta is not None for held, _ in pairs)
