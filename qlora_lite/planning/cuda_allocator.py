@@ -1,32 +1,36 @@
-"""What torch's caching allocator would reserve on a CUDA device for a sequence of allocations. Arithmetic, no torch.
+"""A model of torch's CUDA caching allocator: the bytes it reserves for a sequence of allocations. Without torch.
 
-torch asks the driver for segments and hands out blocks of them. So a process takes more from the device (`reserved`)
-than its tensors need: sizes are rounded, freed segments are kept, and holes between blocks in use fit nothing. This
-follows c10/cuda/CUDACachingAllocator.cpp, with the constants of c10/core/AllocatorConfig.h of torch 2.13, by rule:
+torch gets segments from the driver and hands out blocks of them. A process therefore reserves more of the device than
+its tensors need: sizes are rounded up, freed segments are kept, and free blocks between blocks in use fit few requests.
+This follows c10/cuda/CUDACachingAllocator.cpp and the constants of c10/core/AllocatorConfig.h in torch 2.13, by these
+rules (torch's functions in parentheses):
 
-1. A size is rounded up to 512 bytes (`round_size`).
-2. Blocks of up to 1 MiB come from one pool, larger ones from another (`get_pool`).
-3. The smallest free block of the pool that fits is taken; of equal ones, that at the lowest address
+1. A size is rounded up to a multiple of 512 bytes (`round_size`).
+2. Blocks of up to 1 MiB come from the small pool, larger ones from the large pool (`get_pool`).
+3. The smallest free block of the pool that fits is taken; of equal ones, the one at the lowest address
    (`get_free_block`, `BlockComparatorSize`).
-4. If none fits, the driver is asked for a segment: of 2 MiB in the small pool; of 20 MiB for less than 10 MiB, else of
-   the size rounded up to 2 MiB, in the large one (`get_allocation_size`).
-5. What a block has beyond the size asked for is split off and stays free if it is 512 bytes or more in the small pool,
-   more than 1 MiB in the large one (`should_split`). Otherwise it goes with the block and counts as allocated.
-6. A freed block merges with free neighbours in its segment, and the segment stays reserved (`free_block`).
-7. When the driver refuses, all segments without a block in use are handed back, those of both pools, and the driver is
-   asked once more; if it refuses again, memory is out (`malloc`, `release_cached_blocks`).
-8. A storage that is resized gets a new block before it gives back the old one, even if it shrinks; one that is resized
-   to nothing only gives back (`resize_bytes_cuda` in aten/src/ATen/native/cuda/Resize.cpp).
+4. If none fits, the driver is asked for a segment: 2 MiB in the small pool; in the large pool 20 MiB for less than
+   10 MiB, else the size rounded up to a multiple of 2 MiB (`get_allocation_size`).
+5. The remainder of a block is split off and stays free if it is at least 512 bytes in the small pool, or more than
+   1 MiB in the large pool (`should_split`). Otherwise it stays part of the block and counts as allocated.
+6. A freed block merges with free neighbours in its segment. The segment stays reserved (`free_block`).
+7. If the driver refuses, all segments of both pools without a block in use are released, and the driver is asked once
+   more. If it refuses again, the device is out of memory (`malloc`, `release_cached_blocks`).
+8. A storage that is resized gets its new block before the old one is freed, even if it shrinks. A storage resized to 0
+   bytes is only freed (`resize_bytes_cuda` in aten/src/ATen/native/cuda/Resize.cpp).
 
-With PYTORCH_ALLOC_CONF=expandable_segments:True each pool has one segment that grows and shrinks by pages of 2 or
-20 MiB. Then for rule 3 a block before unmapped addresses counts with these; for 4 pages are mapped at the lowest place
-where free and unmapped neighbours have the size together; for 5 a rest of 512 bytes is split off in both pools; for 7
-whole pages that are free are handed back (`get_free_block`, `try_allocate_expandable_block`, `unmap_block`).
+With PYTORCH_ALLOC_CONF=expandable_segments:True each pool has one segment, which grows and shrinks by pages of 2 MiB
+(small) or 20 MiB (large), and these rules change (`get_free_block`, `try_allocate_expandable_block`, `unmap_block`):
 
-Not modelled: other settings, several streams, pools of CUDA graphs, and what a process takes past the allocator (the
-context, workspaces of libraries). The addresses of segments are the driver's choice: here each lies above those before
-it, which decides between free blocks of the same size, no more. A segment that grows has no end here; torch begins
-another after 1 1/8 of the device's memory, which holes from rule 7 alone can fill.
+3. A free block in front of unmapped addresses is compared by its size together with these.
+4. Pages are mapped at the lowest address where free and unmapped neighbours together have the size.
+5. A remainder of 512 bytes or more is split off in both pools.
+7. Free whole pages are unmapped.
+
+Not modelled: other settings, several streams, pools of CUDA graphs, and memory outside of the allocator (the context,
+libraries). The driver chooses addresses of segments; here each lies above the previous ones. That only decides between
+free blocks of equal size. An expandable segment has no end here, while torch starts another one after 1 1/8 of the
+device's memory, which only holes from rule 7 can use up.
 """
 
 from __future__ import annotations
@@ -52,10 +56,10 @@ from qlora_lite.planning.cuda_block_pools import (
 
 
 class Usage(NamedTuple):
-    """Bytes in torch's words (`torch.cuda.memory_stats`), now or each at its own peak.
+    """Bytes by the names of `torch.cuda.memory_stats`, at one moment, or each at its own peak.
 
-    allocated: rounded blocks in use. reserved: segments. inactive_split: free blocks in segments that are in use, which
-    nobody but this allocator can use, and only for what fits; none in expandable segments.
+    allocated: blocks in use, rounded up. reserved: segments. inactive_split: free blocks in segments that are in use,
+    which serve only later requests that fit into them; 0 with expandable segments.
     """
 
     allocated: int
@@ -63,12 +67,12 @@ class Usage(NamedTuple):
     inactive_split: int
 
     def highest(self, other: Usage) -> Usage:
-        """Entry by entry, the larger one."""
+        """Returns the larger value of each entry."""
         return Usage(*map(max, self, other))
 
 
 class StorageChange(Protocol):
-    """`delta` bytes more, or fewer, of a storage: what a `TraceEvent` says."""
+    """A storage grows or shrinks by `delta` bytes; `TraceEvent` is one of these."""
 
     @property
     def phase(self) -> str | None: ...
@@ -80,10 +84,10 @@ class StorageChange(Protocol):
 
 @dataclass(frozen=True)
 class Replay:
-    """What a sequence of changes came to.
+    """The result of `replay`.
 
-    peak: over all of them. by_phase: while a phase was the innermost one, what was there when it was entered included,
-    in the order of their first changes. end: afterwards. retries: how often cached segments had to be handed back.
+    peak: over all changes. by_phase: the peak while a phase was the innermost one, its start included, in the order of
+    first changes. end: after the last change. retries: how often cached segments had to be released (rule 7).
     """
 
     peak: Usage
@@ -94,20 +98,20 @@ class Replay:
 
 @final
 class CachingAllocator:
-    """The allocator of one device and one stream, by the rules above.
+    """The allocator of one device and one stream, by the rules of this file.
 
-    `capacity`: the bytes that the driver has for it, None for any number; `expandable`: with expandable segments.
-    Callers name their blocks by handles. To be read: `allocated`, `reserved`, `inactive_split` (see `Usage`) and their
-    peaks since the start or `reset_peaks`; and `retries`, how often what was cached had to be handed back for more.
+    capacity: bytes that the driver can give, None for no limit. expandable: use expandable segments. Callers identify
+    their blocks by handles. The attributes `allocated`, `reserved` and `inactive_split` (see `Usage`) have peaks since
+    the start or `reset_peaks`. `retries` counts how often cached segments had to be released for a request.
     """
 
     def __init__(self, capacity: int | None = None, expandable: bool = False) -> None:
         if capacity is not None and capacity < 0:
-            raise ConfigError(f"the capacity of a device is a number of bytes, or None for any; got {capacity}")
-        kind = ExpandablePool if expandable else SegmentPool
+            raise ConfigError(f"capacity must be a number of bytes, or None for no limit; got {capacity}")
+        pool = ExpandablePool if expandable else SegmentPool
         self._driver = Driver(capacity)
-        self._small: Pool = kind(self._driver, small=True)
-        self._large: Pool = kind(self._driver, small=False)
+        self._small: Pool = pool(self._driver, small=True)
+        self._large: Pool = pool(self._driver, small=False)
         self._in_use: dict[int, tuple[Pool, Block]] = {}
         self.allocated = self.peak_allocated = self.peak_inactive_split = self.retries = 0
 
@@ -118,7 +122,7 @@ class CachingAllocator:
 
     @property
     def peak_reserved(self) -> int:
-        """The most that was `reserved`."""
+        """The peak of `reserved`."""
         return self._driver.peak_reserved
 
     @property
@@ -127,45 +131,45 @@ class CachingAllocator:
         return self._small.inactive_split + self._large.inactive_split
 
     def malloc(self, handle: int, size: int) -> None:
-        """Gives the handle a block of at least `size` bytes.
+        """Allocates a block of at least `size` bytes for the handle.
 
-        Raises ConfigError for a handle that has one, or fewer bytes than 1 (torch asks for no block then), and
-        DeviceMemoryError if memory is out: what was cached is handed back by then, blocks in use stay.
+        Raises ConfigError for a handle that has a block, or a size below 1 (torch allocates no block then), and
+        DeviceMemoryError if the device is out of memory. Cached segments are released by then; blocks in use stay.
         """
         if handle in self._in_use:
-            raise ConfigError(f"handle {handle} has a block already; free it first, or resize it")
+            raise ConfigError(f"handle {handle} already has a block; free it first, or resize it")
         self._in_use[handle] = self._block_for(handle, size)
 
     def free(self, handle: int) -> None:
-        """Takes the handle's block back. Raises ConfigError if it has none."""
-        self._take_back(*self._block_of(handle))
+        """Frees the block of the handle. Raises ConfigError if it has none."""
+        self._free_block(*self._block_of(handle))
         del self._in_use[handle]
 
     def resize(self, handle: int, size: int) -> None:
-        """Gives the handle a new block and takes the old one back after that. Raises what `malloc` and `free` do."""
+        """Allocates a new block for the handle, then frees the old one. Raises what `malloc` and `free` raise."""
         old = self._block_of(handle)
         self._in_use[handle] = self._block_for(handle, size)
-        self._take_back(*old)
+        self._free_block(*old)
 
     def release_cached(self) -> None:
-        """Hands what no block in use keeps back to the driver, as `torch.cuda.empty_cache` does."""
+        """Releases segments (or pages) without a block in use to the driver, as `torch.cuda.empty_cache` does."""
         self._large.release_cached()
         self._small.release_cached()
 
     def usage(self) -> Usage:
-        """What is in use now."""
+        """Returns the bytes now."""
         return Usage(self.allocated, self.reserved, self.inactive_split)
 
     def peak(self) -> Usage:
-        """The most of each since the start or `reset_peaks`."""
+        """Returns the peak of each entry since the start or `reset_peaks`."""
         return Usage(self.peak_allocated, self.peak_reserved, self.peak_inactive_split)
 
     def reset_peaks(self) -> None:
-        """Lets the peaks start from what is in use now, as `torch.cuda.reset_peak_memory_stats` does."""
+        """Sets the peaks to the bytes now, as `torch.cuda.reset_peak_memory_stats` does."""
         self.peak_allocated, self._driver.peak_reserved, self.peak_inactive_split = self.usage()
 
     def snapshot(self) -> list[list[BlockView]]:
-        """The blocks of each segment, or connected piece of an expandable one, in the order of their addresses."""
+        """Returns the blocks of each segment, or contiguous piece of an expandable one, in the order of addresses."""
         return sorted([*self._small.segments(), *self._large.segments()], key=lambda segment: segment[0].address)
 
     def _block_of(self, handle: int) -> tuple[Pool, Block]:
@@ -175,40 +179,41 @@ class CachingAllocator:
 
     def _block_for(self, handle: int, size: int) -> tuple[Pool, Block]:
         if size < 1:
-            raise ConfigError(f"a block has at least 1 byte; got {size} for handle {handle}")
+            raise ConfigError(f"a block must have at least 1 byte; got {size} for handle {handle}")
         size = rounded_up(size, MIN_BLOCK)
         pool = self._small if size <= SMALL_LIMIT else self._large
-        block = pool.take(size) or pool.grow(size) or self._grown_after_release(pool, size)
-        pool.trim(block, size)
+        block = pool.take_free(size) or pool.allocate(size) or self._allocate_after_release(pool, size)
+        pool.split_remainder(block, size)
         block.handle = handle
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         self.peak_inactive_split = max(self.peak_inactive_split, self.inactive_split)
         return pool, block
 
-    def _grown_after_release(self, pool: Pool, size: int) -> Block:
+    def _allocate_after_release(self, pool: Pool, size: int) -> Block:
         self.retries += 1
         self.release_cached()
-        block = pool.grow(size)
+        block = pool.allocate(size)
         if block is None:
             raise DeviceMemoryError(
                 f"the device is out of memory for a block of {size:,} bytes: "
-                f"of {self._driver.capacity:,} it has {self.reserved:,} are reserved ({self.allocated:,} allocated); "
-                "have less alive at once, or take a device with more memory"
+                f"it has {self._driver.capacity:,}, of which {self.reserved:,} are reserved "
+                f"({self.allocated:,} allocated); "
+                "keep less alive at once, or use a device with more memory"
             )
         return block
 
-    def _take_back(self, pool: Pool, block: Block) -> None:
+    def _free_block(self, pool: Pool, block: Block) -> None:
         self.allocated -= block.size
-        pool.put_back(block)
+        pool.free(block)
         self.peak_inactive_split = max(self.peak_inactive_split, self.inactive_split)
 
 
 def replay(changes: Iterable[StorageChange], capacity: int | None = None, expandable: bool = False) -> Replay:
-    """Puts changes of storages through a new allocator: `StorageTrace.timeline()`, if all was on the device.
+    """Replays changes of storages with a new allocator, for example `StorageTrace.timeline()` of a run on one device.
 
-    Raises ConfigError if a storage shrinks below nothing, DeviceMemoryError, which names the phase, if `capacity` bytes
-    do not suffice.
+    capacity, expandable: as for `CachingAllocator`. Raises ConfigError if a storage shrinks below 0 bytes, and
+    DeviceMemoryError, which names the phase, if `capacity` bytes are not enough.
     """
     allocator = CachingAllocator(capacity, expandable)
     sizes: dict[int, int] = {}
@@ -229,7 +234,7 @@ def replay(changes: Iterable[StorageChange], capacity: int | None = None, expand
 
 
 def _apply(allocator: CachingAllocator, sizes: dict[int, int], serial: int, delta: int) -> None:
-    """Rule 8: what one change makes the allocator do."""
+    """Applies one change by rule 8."""
     old = sizes.get(serial, 0)
     new = sizes[serial] = old + delta
     if new < 0:

@@ -1,7 +1,7 @@
-"""How the caching allocator's pools get memory from the driver and keep its blocks: in segments, or in one that grows.
+"""The block pools of the caching allocator: with separate segments, or with one expandable segment.
 
-What is common: free blocks are sorted by size and address, a block in use may be cut from one, and a freed block merges
-with free neighbours. `allocator.py` has the rules that both kinds of pool serve, and their source.
+In both, free blocks are sorted by size and address, a request may split a free block, and a freed block merges with
+free neighbours. The rules and their source are in cuda_allocator.py.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import NamedTuple, Protocol
 MIN_BLOCK = 512
 SMALL_LIMIT = 1 << 20
 SMALL_SEGMENT = 2 << 20
-# Large blocks share a segment below the limit, and have one of their own, in steps, from there on.
+# Large blocks below the limit share a segment. From there on each has its own, a multiple of the step.
 SHARED_LIMIT = 10 << 20
 SHARED_SEGMENT = 20 << 20
 LARGE_STEP = 2 << 20
-# Pages of addresses that a segment can grow to: more than any device has, and no two such segments overlap.
-GROWING_PAGES = 1 << 26
+# The number of pages in the address range of an expandable segment: more than any device has. Ranges do not overlap.
+EXPANDABLE_PAGES = 1 << 26
 
 
 def rounded_up(size: int, step: int) -> int:
-    """The smallest multiple of `step` that is `size` or more."""
+    """Returns the smallest multiple of `step` that is at least `size`."""
     return -(-size // step) * step
 
 
 class BlockView(NamedTuple):
-    """A block of a snapshot; `handle` is None if it is free."""
+    """A block in a snapshot; `handle` is None if it is free."""
 
     address: int
     size: int
@@ -35,9 +35,9 @@ class BlockView(NamedTuple):
 
 
 class Block:
-    """A stretch of a segment, linked to its neighbours there; free while it has no handle.
+    """A range of addresses in a segment, linked to its neighbours in it; free while it has no handle.
 
-    Addresses of a growing segment that have no memory behind them are a free block that is not `mapped`.
+    Addresses of an expandable segment without memory behind them form free blocks that are not `mapped`.
     """
 
     __slots__ = ("address", "after", "before", "handle", "mapped", "size")
@@ -49,11 +49,11 @@ class Block:
         self.handle: int | None = None
 
     def is_split(self) -> bool:
-        """Whether it shares its segment with other blocks."""
+        """Returns whether the segment has other blocks too."""
         return self.before is not None or self.after is not None
 
     def split_off(self, size: int) -> Block:
-        """Keeps the first `size` bytes and gives the rest as a block of its own."""
+        """Shrinks this block to its first `size` bytes and returns the rest as a block of its own."""
         rest = Block(self.address + size, self.size - size, self.mapped)
         rest.before, rest.after = self, self.after
         if rest.after is not None:
@@ -62,7 +62,10 @@ class Block:
         return rest
 
     def merge(self, forget: Callable[[Block], None]) -> Block:
-        """Joins a free block with free neighbours of its kind, which are forgotten first; gives what it is part of."""
+        """Merges a free block with free neighbours that are mapped, or not, as it is, and returns the merged block.
+
+        `forget` is called with each neighbour before its size changes.
+        """
         block = self
         if block._may_join(self.before):
             assert self.before is not None
@@ -76,7 +79,7 @@ class Block:
         return block
 
     def chain(self) -> Iterator[Block]:
-        """This block and all after it in its segment."""
+        """Yields this block and all after it in the segment."""
         block: Block | None = self
         while block is not None:
             yield block
@@ -86,16 +89,16 @@ class Block:
         return other is not None and other.handle is None and other.mapped is self.mapped
 
     def _absorb_next(self) -> None:
-        gone = self.after
-        assert gone is not None
-        self.size += gone.size
-        self.after = gone.after
+        absorbed = self.after
+        assert absorbed is not None
+        self.size += absorbed.size
+        self.after = absorbed.after
         if self.after is not None:
             self.after.before = self
 
 
 class FreeBlocks:
-    """Free blocks in the order in which they are tried: by size, then by address."""
+    """Free blocks in the order in which requests try them: by size, then by address."""
 
     def __init__(self) -> None:
         self._order: list[tuple[int, int]] = []
@@ -108,7 +111,7 @@ class FreeBlocks:
         return self._by_address[self._order[position][1]]
 
     def first_of(self, size: int) -> int:
-        """The position of the first block of this size or more; the number of blocks if there is none."""
+        """Returns the position of the first block with at least this size; the number of blocks if there is none."""
         return bisect_left(self._order, (size, 0))
 
     def add(self, block: Block) -> None:
@@ -124,65 +127,65 @@ class FreeBlocks:
 
 
 class Driver:
-    """Gives out device memory up to `capacity` bytes (None: any number), and counts what is out."""
+    """Grants device memory up to `capacity` bytes (None: no limit), and counts the bytes reserved."""
 
     def __init__(self, capacity: int | None) -> None:
         self.capacity = capacity
         self.reserved = self.peak_reserved = 0
         self._next_address = 0
 
-    def grants(self, size: int) -> bool:
-        """Whether there were so many bytes left; if so, they are out now."""
+    def reserve(self, size: int) -> bool:
+        """Reserves `size` bytes if the capacity allows it; returns whether it did."""
         if self.capacity is not None and self.reserved + size > self.capacity:
             return False
         self.reserved += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         return True
 
-    def take_back(self, size: int) -> None:
+    def release(self, size: int) -> None:
         self.reserved -= size
 
     def new_address(self, size: int) -> int:
-        """Each segment lies above those before it."""
+        """Returns the address of a new segment, above all previous ones."""
         self._next_address += size
         return self._next_address - size
 
 
 class Pool(Protocol):
-    """The blocks of one class of sizes; `inactive_split` as in `Usage`."""
+    """The blocks of one class of sizes. inactive_split: see `Usage`."""
 
     inactive_split: int
 
-    def take(self, size: int) -> Block | None:
-        """The cached block to use for `size` bytes, if one fits."""
+    def take_free(self, size: int) -> Block | None:
+        """Removes and returns the free block for `size` bytes; None if none fits."""
 
-    def grow(self, size: int) -> Block | None:
-        """A block of at least `size` bytes from the driver, unless it refuses."""
+    def allocate(self, size: int) -> Block | None:
+        """Returns a new block of at least `size` bytes from the driver; None if it refuses."""
 
-    def trim(self, block: Block, size: int) -> None:
-        """Cuts a taken block down to `size` bytes, if the rest is worth it."""
+    def split_remainder(self, block: Block, size: int) -> None:
+        """Shrinks a taken block to `size` bytes if the remainder is large enough to be kept free."""
 
-    def put_back(self, block: Block) -> None:
-        """Makes a block in use a free one."""
+    def free(self, block: Block) -> None:
+        """Frees a block in use, merging it with free neighbours."""
 
     def release_cached(self) -> None:
-        """Hands back to the driver what no block in use keeps."""
+        """Releases memory without a block in use to the driver."""
 
     def segments(self) -> Iterator[list[BlockView]]:
-        """What has memory behind it, piece by piece."""
+        """Yields the blocks of each contiguous piece of memory."""
 
 
 class SegmentPool:
-    """Separate segments, of a size that the first block decides about."""
+    """A pool of separate segments, whose sizes follow from the requests that create them (rule 4)."""
 
     def __init__(self, driver: Driver, small: bool) -> None:
         self.inactive_split = 0
         self._driver = driver
-        self._least_rest = MIN_BLOCK if small else SMALL_LIMIT + 1
+        self._least_remainder = MIN_BLOCK if small else SMALL_LIMIT + 1
         self._free = FreeBlocks()
-        self._first: dict[int, Block] = {}  # of each segment, by its address
+        self._first: dict[int, Block] = {}  # the first block of each segment, by its address
 
-    def take(self, size: int) -> Block | None:
+    def take_free(self, size: int) -> Block | None:
         position = self._free.first_of(size)
         if position == len(self._free):
             return None
@@ -190,22 +193,22 @@ class SegmentPool:
         self._forget(block)
         return block
 
-    def grow(self, size: int) -> Block | None:
+    def allocate(self, size: int) -> Block | None:
         if size <= SMALL_LIMIT:
             wanted = SMALL_SEGMENT
         else:
             wanted = SHARED_SEGMENT if size < SHARED_LIMIT else rounded_up(size, LARGE_STEP)
-        if not self._driver.grants(wanted):
+        if not self._driver.reserve(wanted):
             return None
         block = Block(self._driver.new_address(wanted), wanted)
         self._first[block.address] = block
         return block
 
-    def trim(self, block: Block, size: int) -> None:
-        if block.size - size >= self._least_rest:
+    def split_remainder(self, block: Block, size: int) -> None:
+        if block.size - size >= self._least_remainder:
             self._keep(block.split_off(size))
 
-    def put_back(self, block: Block) -> None:
+    def free(self, block: Block) -> None:
         block.handle = None
         self._keep(block.merge(self._forget))
 
@@ -213,7 +216,7 @@ class SegmentPool:
         for block in [block for block in self._first.values() if block.handle is None and not block.is_split()]:
             self._forget(block)
             del self._first[block.address]
-            self._driver.take_back(block.size)
+            self._driver.release(block.size)
 
     def segments(self) -> Iterator[list[BlockView]]:
         for first in self._first.values():
@@ -229,10 +232,9 @@ class SegmentPool:
 
 
 class ExpandablePool:
-    """One segment of as many addresses as can be wanted, to which memory is mapped page by page.
+    """A pool of one segment with a large range of addresses, to which memory is mapped page by page.
 
-    Whatever is free in it can be used for anything, and whole free pages can be handed back from its middle: it counts
-    nothing as `inactive_split`.
+    Nothing counts as `inactive_split`, since free whole pages can be released from the middle of the segment.
     """
 
     def __init__(self, driver: Driver, small: bool) -> None:
@@ -240,19 +242,19 @@ class ExpandablePool:
         self._driver = driver
         self._page = SMALL_SEGMENT if small else SHARED_SEGMENT
         self._free = FreeBlocks()
-        self._first = Block(self._page * GROWING_PAGES, self._page * GROWING_PAGES, mapped=False)
+        self._first = Block(self._page * EXPANDABLE_PAGES, self._page * EXPANDABLE_PAGES, mapped=False)
         self._unmapped = {self._first.address: self._first}
 
-    def take(self, size: int) -> Block | None:
+    def take_free(self, size: int) -> Block | None:
         position = self._free.first_of(size)
         if position == len(self._free):
             return None
-        # A block that can grow counts with what it can grow to, and so is left alone while a larger one fits.
+        # A block that can grow is compared by the size it could have, so larger blocks with less room are tried first.
         while position + 1 < len(self._free) and self._room(position + 1) < self._room(position):
             position += 1
         return self._free.pop(position)
 
-    def grow(self, size: int) -> Block | None:
+    def allocate(self, size: int) -> Block | None:
         block: Block | None = self._lowest_with_room(size)
         if block is not None and not block.mapped:
             block = self._map(block, min(size, block.size))
@@ -263,11 +265,11 @@ class ExpandablePool:
             self._free.remove(block)
         return block
 
-    def trim(self, block: Block, size: int) -> None:
+    def split_remainder(self, block: Block, size: int) -> None:
         if block.size - size >= MIN_BLOCK:
             self._free.add(block.split_off(size))
 
-    def put_back(self, block: Block) -> None:
+    def free(self, block: Block) -> None:
         block.handle = None
         self._free.add(block.merge(self._free.remove))
 
@@ -292,7 +294,7 @@ class ExpandablePool:
         return block.size + (block.after.size if block.after is not None and not block.after.mapped else 0)
 
     def _lowest_with_room(self, size: int) -> Block:
-        """Where the free and the unmapped blocks from there on have the bytes together; at the end they always have."""
+        """Returns the lowest block from which free and unmapped neighbours have `size` bytes; the last always has."""
         for address in sorted(self._unmapped):
             block = self._unmapped[address]
             if block.before is not None and block.before.handle is None:
@@ -304,12 +306,12 @@ class ExpandablePool:
                 room += part.size
             if room >= size:
                 return block
-        raise AssertionError("a growing segment has run out of addresses")
+        raise AssertionError("an expandable segment has run out of addresses")
 
     def _map(self, block: Block, size: int) -> Block | None:
-        """Puts memory behind the first pages of an unmapped block; the free block that they are part of then."""
+        """Maps the first pages of an unmapped block. Returns the free block that they become part of."""
         size = rounded_up(size, self._page)
-        if not self._driver.grants(size):
+        if not self._driver.reserve(size):
             return None
         del self._unmapped[block.address]
         if size < block.size:
@@ -328,7 +330,7 @@ class ExpandablePool:
             block = inner
         if end < block.address + block.size:
             self._free.add(block.split_off(end - block.address))
-        self._driver.take_back(block.size)
+        self._driver.release(block.size)
         block.mapped = False
         block = block.merge(lambda other: self._unmapped.__delitem__(other.address))
         self._unmapped[block.address] = block

@@ -1,4 +1,4 @@
-"""The rules of the caching allocator, one by one; what torch's own tests state; and a second, naive model beside it."""
+"""The rules of the caching allocator, one by one; what torch's own tests state; and a naive model to compare with."""
 
 from __future__ import annotations
 
@@ -174,8 +174,8 @@ def test_memory_can_be_out_with_enough_bytes_free_in_holes() -> None:
         allocator.malloc(3, 11 * MIB)
     assert str(caught.value) == (
         "the device is out of memory for a block of 11,534,336 bytes: "
-        "of 31,457,280 it has 20,971,520 are reserved (4,194,304 allocated); "
-        "have less alive at once, or take a device with more memory"
+        "it has 31,457,280, of which 20,971,520 are reserved (4,194,304 allocated); "
+        "keep less alive at once, or use a device with more memory"
     )
     assert isinstance(caught.value, QLoRAError) and isinstance(caught.value, MemoryError)
     # It goes on with what it has.
@@ -487,15 +487,15 @@ def test_a_traced_step_allocates_its_rounded_storages_in_every_phase() -> None:
 
 def test_what_makes_no_sense_is_refused_with_a_reason() -> None:
     allocator = filled(512)
-    with pytest.raises(ConfigError, match="handle 0 has a block already; free it first, or resize it"):
+    with pytest.raises(ConfigError, match="handle 0 already has a block; free it first, or resize it"):
         allocator.malloc(0, 512)
     with pytest.raises(ConfigError, match="handle 7 has no block; allocate one first"):
         allocator.free(7)
     with pytest.raises(ConfigError, match="handle 7 has no block; allocate one first"):
         allocator.resize(7, 512)
-    with pytest.raises(ConfigError, match="a block has at least 1 byte; got 0 for handle 1"):
+    with pytest.raises(ConfigError, match="a block must have at least 1 byte; got 0 for handle 1"):
         allocator.malloc(1, 0)
-    with pytest.raises(ConfigError, match="the capacity of a device is a number of bytes, or None for any; got -1"):
+    with pytest.raises(ConfigError, match="capacity must be a number of bytes, or None for no limit; got -1"):
         CachingAllocator(capacity=-1)
     assert allocator.usage() == Usage(512, 2 * MIB, 2 * MIB - 512)
     lost = [Change(None, 0, 512), Change(None, 0, -513)]

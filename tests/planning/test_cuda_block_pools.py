@@ -1,4 +1,4 @@
-"""Segments that grow: rule by rule, with the numbers of torch's own test, and beside a model that knows only pages."""
+"""Expandable segments: rule by rule, with the numbers of torch's own test, and against a model that has only pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qlora_lite.errors import DeviceMemoryError
 from qlora_lite.planning.cuda_allocator import CachingAllocator, Usage
-from qlora_lite.planning.cuda_block_pools import GROWING_PAGES, Block, Driver, FreeBlocks
+from qlora_lite.planning.cuda_block_pools import EXPANDABLE_PAGES, Block, Driver, FreeBlocks
 
 KIB, MIB = 1 << 10, 1 << 20
 PAGES = {True: 2 * MIB, False: 20 * MIB}
@@ -25,7 +25,7 @@ def filled(*sizes: int, capacity: int | None = None) -> CachingAllocator:
 
 def starts(allocator: CachingAllocator, small: bool = False) -> dict[int, int]:
     """Where blocks in use begin, counted from the beginning of their segment."""
-    origin, other = (PAGES[which] * GROWING_PAGES for which in (small, not small))
+    origin, other = (PAGES[which] * EXPANDABLE_PAGES for which in (small, not small))
     blocks = [block for piece in allocator.snapshot() for block in piece]
     mine = [block for block in blocks if block.address >= origin and not origin < other <= block.address]
     return {block.handle: block.address - origin for block in mine if block.handle is not None}
@@ -60,10 +60,10 @@ def test_free_blocks_are_tried_by_size_then_address() -> None:
 
 def test_a_driver_gives_what_it_has_and_no_more() -> None:
     driver = Driver(capacity=10)
-    assert driver.grants(6) and not driver.grants(5) and driver.grants(4)
-    driver.take_back(8)
+    assert driver.reserve(6) and not driver.reserve(5) and driver.reserve(4)
+    driver.release(8)
     assert (driver.reserved, driver.peak_reserved) == (2, 10)
-    assert Driver(capacity=None).grants(1 << 60)
+    assert Driver(capacity=None).reserve(1 << 60)
     assert [driver.new_address(size) for size in (5, 7, 1)] == [0, 5, 12]
 
 
@@ -185,7 +185,7 @@ def test_holes_that_are_too_small_for_fixed_segments_do_not_put_memory_out() -> 
     allocator.malloc(3, 12 * MIB)
     assert (allocator.retries, allocator.reserved) == (0, 40 * MIB)
     # 8 MiB at the start and 16 at the end are free, no page is: 24 MiB are there and 17 in a row are not.
-    with pytest.raises(DeviceMemoryError, match="out of memory for a block of 17,825,792 bytes: of 41,943,040 it has"):
+    with pytest.raises(DeviceMemoryError, match="memory for a block of 17,825,792 bytes: it has 41,943,040, of which"):
         allocator.malloc(4, 17 * MIB)
     assert allocator.retries == 1
     allocator.malloc(4, 16 * MIB)
@@ -249,7 +249,7 @@ class NaivePages:
             if page * self.page > start:
                 yield start, page * self.page
             start = (page + 1) * self.page
-        yield start, self.page * GROWING_PAGES
+        yield start, self.page * EXPANDABLE_PAGES
 
     def free_runs(self) -> list[tuple[int, int]]:
         """Stretches that are mapped and not used."""
@@ -270,7 +270,7 @@ class NaivePages:
         before = {high: low for low, high in self.free_runs()}
         for low, _ in self.unmapped_runs():
             start = before.get(low, low)
-            limit = min([used for used, _ in self.used.values() if used >= start], default=self.page * GROWING_PAGES)
+            limit = min([used for used, _ in self.used.values() if used >= start], default=self.page * EXPANDABLE_PAGES)
             if limit - start >= size:
                 return start
         raise AssertionError
