@@ -1,4 +1,4 @@
-"""`rehearse_steps`: the memory of training a model of which only the config is at hand, run on fake tensors."""
+"""`rehearse_steps`: the memory of training a model from its config alone, by running the training on fake tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite import architecture
@@ -25,10 +26,13 @@ from qlora_lite.training.loop import check_batch_shape, train
 
 
 def read_config(path_or_id: str | Path) -> Any:
-    """The config of a checkpoint's folder, of a config file by itself, or of a hub id."""
+    """Returns the transformers config of a checkpoint folder, a config file, or a model id on the hub.
+
+    Raises CheckpointError for a file that is not a config.
+    """
     path = Path(path_or_id)
     if path.is_file() and path.suffix != ".json":
-        raise CheckpointError(f"{path} is no config; name a config.json, or a folder that has one")
+        raise CheckpointError(f"{path} is not a config; name a config.json, or a folder that contains one")
     return hub.read_config(path if path.is_file() else hub.checkpoint_folder(path_or_id))
 
 
@@ -43,65 +47,77 @@ def rehearse_steps(
     accelerator: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> MemoryReport:
-    """What `profile_steps` would measure of live tensors: phases load, forward, backward, optimizer.
+    """Predicts the live tensor bytes that `profile_steps` measures: phases load, forward, backward, optimizer.
 
-    Runs the packing of `load_quantized`, `add_lora_` and `train`, with batches `(rows, tokens)`, on fake tensors.
-    accelerator: as for `rehearse`. dtype: of what is not packed. RehearsalError for a model whose code cannot run on
-    fake tensors; ConfigError, TargetError, CheckpointError as the real run would raise them.
+    Runs the packing of `load_quantized`, `add_lora_`, and `train` with batches of shape `(rows, tokens)`, on fake
+    tensors. No weight is read.
+
+    Args:
+        accelerator: predict for a CUDA device, as `rehearse` does.
+        dtype: of weights that are not packed.
+
+    Raises RehearsalError for a model whose code cannot run on fake tensors, and ConfigError, TargetError and
+    CheckpointError where the real run would.
     """
-    found = read_config(path_or_id)
-    check_batch_shape(found, rows, tokens)
+    model_config = read_config(path_or_id)
+    check_batch_shape(model_config, rows, tokens)
     with rehearsal(accelerator) as profiler:
-        model = build_fake_model(found, quant, lora, profiler, dtype)
+        model = build_fake_model(model_config, quant, lora, profiler, dtype)
         run_fake_training(model, profiler, config, rows, tokens)
     return rehearsed_report(profiler, accelerator)
 
 
 def build_fake_model(
-    found: Any, quant: QuantConfig, lora: LoraConfig, profiler: MemoryProfiler, dtype: torch.dtype = torch.bfloat16
-) -> Any:
-    """A model of this config, packed, with adapters and without values; made in the profiler's phase `load`.
+    model_config: Any,
+    quant: QuantConfig,
+    lora: LoraConfig,
+    profiler: MemoryProfiler,
+    dtype: torch.dtype = torch.bfloat16,
+) -> nn.Module:
+    """Returns a packed model with adapters on fake tensors, built in the profiler's phase `load`.
 
-    Only within `fake_tensors`. Raises what `rehearse_steps` does.
+    To be called within `fake_tensors`. Raises what `rehearse_steps` raises.
     """
-    # What the files hold; a model that is made of the config writes its own dtype into it.
-    stored = getattr(found, "dtype", None) or dtype
+    # The dtype on disk. It must be read first, since building a model writes the model's dtype into the config.
+    stored = getattr(model_config, "dtype", None) or dtype
     with no_dispatch():
-        model: Any = hub.empty_model(found, dtype)
+        model: nn.Module = hub.empty_model(model_config, dtype)
         architecture.tie(model)
     checkpoint = ShapeOnlyCheckpoint(model, quant, stored)
+    # LoftQ reads weights to initialize A and B, whose sizes do not depend on the initialization.
+    if parse_init(lora.init_lora_weights)[0] == "loftq":
+        lora = replace(lora, init_lora_weights="normal")
     with profiler.phase("load"):
         load_tensors_(model, checkpoint, dtype, torch.device("cpu"))
-        # loftq reads weights to start A and B, which have the same size whatever they start with
-        add_lora_(
-            model,
-            replace(lora, init_lora_weights="normal") if parse_init(lora.init_lora_weights)[0] == "loftq" else lora,
-        )
+        add_lora_(model, lora)
     return model
 
 
-def run_fake_training(model: Any, profiler: MemoryProfiler, config: TrainConfig, rows: int, tokens: int) -> None:
-    """Trains an `build_fake_model` on batches `(rows, tokens)`; the profiler's phases are those of `train`.
+def run_fake_training(model: nn.Module, profiler: MemoryProfiler, config: TrainConfig, rows: int, tokens: int) -> None:
+    """Trains a model from `build_fake_model` on batches of shape `(rows, tokens)`, in the phases of `train`.
 
-    RehearsalError for a model whose code fails on fake tensors, or on a packed base.
+    Raises RehearsalError for a model whose code fails on fake tensors or on a packed base.
     """
     ids = torch.zeros(rows, tokens, dtype=torch.int64)
     try:
         train(model, [{"input_ids": ids, "labels": ids}], config, profiler=profiler, progress=False)
     except QLoRAError:
         raise
-    except Exception as error:  # any code may stand in a stranger's model
+    except Exception as error:  # the code of any model may raise anything
         first_line = next(iter(str(error).strip().splitlines()), "")
         raise RehearsalError(
-            f"a {type(model).__name__} cannot be rehearsed: what it allocates depends on values, or its code does not "
-            f"run on fake tensors and a packed base ({type(error).__name__}: {first_line})"
+            f"a {type(model).__name__} cannot be rehearsed: its allocations depend on values of tensors, or its code "
+            f"does not run on fake tensors and a packed base ({type(error).__name__}: {first_line})"
         ) from error
 
 
 def try_rehearse_steps(
     path_or_id: str | Path, quant: QuantConfig, lora: LoraConfig, config: TrainConfig, *, rows: int, tokens: int
 ) -> tuple[MemoryReport | None, str]:
-    """`rehearse_steps` for the device that training uses here; without a report, a sentence says why there is none."""
+    """Returns the report of `rehearse_steps` for the device that training uses on this machine, and an empty string.
+
+    If the model cannot be rehearsed, returns None and a sentence with the reason.
+    """
     accelerator = torch.accelerator.is_available()
     try:
         return rehearse_steps(path_or_id, quant, lora, config, rows=rows, tokens=tokens, accelerator=accelerator), ""

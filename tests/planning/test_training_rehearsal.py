@@ -1,4 +1,4 @@
-"""Training rehearsed from a config beside the same training, to the byte."""
+"""Training rehearsed from a config, compared with the same training, to the byte."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def test_training_takes_what_was_rehearsed(tiny_folder: Path, quant: dict[str, A
         assert rehearsed.entries == real.entries
 
 
-BESIDE: list[dict[str, Any]] = [
+ALSO_TRAINED: list[dict[str, Any]] = [
     {"modules_to_save": ["lm_head", "norm"]},
     {"trainable_token_indices": [3, 8], "modules_to_save": ["up_proj"]},
 ]
 
 
-@pytest.mark.parametrize("beside", BESIDE)
-def test_what_is_trained_beside_a_and_b_is_rehearsed_too(tiny_folder: Path, beside: dict[str, Any]) -> None:
-    lora = LoraConfig(rank=4, target_modules=["q_proj"], **beside)
+@pytest.mark.parametrize("also_trained", ALSO_TRAINED)
+def test_parameters_trained_besides_a_and_b_are_rehearsed_too(tiny_folder: Path, also_trained: dict[str, Any]) -> None:
+    lora = LoraConfig(rank=4, target_modules=["q_proj"], **also_trained)
     settings = (QuantConfig(embedding_format="int8"), lora, TWO_STEPS)
     before = rehearse_steps(tiny_folder, *settings, rows=2, tokens=24)
     after = profile_steps(tiny_folder, *settings, rows=2, tokens=24)
@@ -71,7 +71,7 @@ def test_on_an_accelerator_attention_keeps_its_output_and_libraries_their_worksp
         for accelerator in (False, True)
     ]
     on_host, on_device = (phase.breakdown.by_category() for phase in phases if phase and phase.breakdown)
-    # Beside the workspaces there is a table of 256 fp32 values that bitsandbytes keeps.
+    # Besides the workspaces there is a table of 256 fp32 values that bitsandbytes keeps.
     assert on_device[Category.OTHER] == 2 * CUBLAS_WORKSPACE + 256 * 4
     # No scores of 64 x 64 for each of two layers and four heads, but a log-sum-exp for each row.
     assert on_device[Category.ACTIVATION] - on_host[Category.ACTIVATION] < 2 * 4 * 64 * 64 * 2
@@ -84,7 +84,7 @@ def test_what_training_would_refuse_is_refused(tiny_folder: Path, tmp_path: Path
     with pytest.raises(ConfigError, match="tokens must be at most 2048"):
         rehearse_steps(tiny_folder, NF4, LoraConfig(), TWO_STEPS, rows=1, tokens=4096)
     (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"weights\.bin is no config; name a config\.json"):
+    with pytest.raises(CheckpointError, match=r"weights\.bin is not a config; name a config\.json"):
         read_config(tmp_path / "weights.bin")
     with pytest.raises(CheckpointError, match="does not exist"):
         read_config(tmp_path / "nothing" / "here")

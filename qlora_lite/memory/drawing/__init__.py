@@ -1,12 +1,12 @@
-"""Pictures of a memory report: an HTML page, SVG and PNG.
+"""Draws a memory report: an HTML page, SVG and PNG.
 
 In reading order:
 
-palette   a colour for each category, light and dark
+palette   a colour for each category, on light and dark backgrounds
 treemap   bytes of modules as nested rectangles
 svg       timeline and treemap as SVG
-tables    the tables of the page
-page      the page, with its style sheet page.css
+tables    the tables of the HTML page
+page      the HTML page, with its style sheet page.css
 png       the timeline as a PNG
 """
 

@@ -1,7 +1,7 @@
-"""A report as one HTML file that needs nothing else: no script, no network. Light or dark, wide or narrow, as read.
+"""Writes a report as one self-contained HTML page: no scripts, no network, light and dark, wide and narrow.
 
-What is not known is shown as that. Every size comes as `<data value="bytes">` with its reading, and every text is
-escaped.
+Unknown sizes are shown as unknown. Every size is a `<data value="bytes">` with a readable size inside, and every text
+of a report is escaped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qlora_lite.checkpoints.files import new_file
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
-from qlora_lite.memory.drawing.palette import DARK, LIGHT, ink_on
+from qlora_lite.memory.drawing.palette import DARK, LIGHT, text_colour_on
 from qlora_lite.memory.drawing.svg import share_bar, timeline_picture, treemap_picture
 from qlora_lite.memory.drawing.tables import comparison_table, module_table, path_html, phase_table, size_html
 from qlora_lite.memory.report import (
@@ -30,7 +30,7 @@ from qlora_lite.memory.report import (
 )
 
 TITLE = "Memory of a training run"
-# (class, width, height): a picture is drawn for a screen and for a telephone, and the style sheet shows one of them.
+# (class, width, height): pictures are drawn for a screen and for a phone, and the style sheet shows one of them.
 SHAPES = (("wide", 1080, 340), ("narrow", 360, 300))
 COUNTERS = (ALLOCATED, RESERVED, RESIDENT, TENSORS)
 TREEMAP_HEIGHTS = {"wide": 520, "narrow": 460}
@@ -43,7 +43,7 @@ def write_page(
     title: str = TITLE,
     overwrite: bool = False,
 ) -> None:
-    """Writes the report, and beside it what was `predicted` of the same work, as one HTML file.
+    """Writes the report as an HTML file, compared with the `predicted` report of the same work if one is given.
 
     Raises CheckpointError if the file exists and is not to be overwritten, or cannot be written.
     """
@@ -52,11 +52,11 @@ def write_page(
 
 
 def page(report: MemoryReport, predicted: MemoryReport | None = None, title: str = TITLE) -> str:
-    """The text of that file."""
+    """Returns the text of the page that `write_page` writes."""
     sections = (
         _over_time(report, predicted),
         _by_module(report),
-        () if predicted is None else _against(predicted, report),
+        () if predicted is None else _compared(predicted, report),
         _by_phase(report),
     )
     body = "\n".join(text for part in (_head(report, title), *sections, _foot()) for text in part)
@@ -71,7 +71,7 @@ def page(report: MemoryReport, predicted: MemoryReport | None = None, title: str
 
 def _style() -> str:
     light, dark = (
-        "".join(f"--{key.value}:{colour};--on-{key.value}:{ink_on(colour)};" for key, colour in colours.items())
+        "".join(f"--{key.value}:{colour};--on-{key.value}:{text_colour_on(colour)};" for key, colour in colours.items())
         for colours in (LIGHT, DARK)
     )
     fills = "".join(
@@ -83,8 +83,8 @@ def _style() -> str:
 
 
 def _head(report: MemoryReport, title: str) -> Iterator[str]:
-    kind, text = ("rehearsed", "rehearsed: predicted, not measured") if report.rehearsed else ("measured", "measured")
-    yield f'<header><h1>{escape(title)}</h1><span class="badge {kind}">{text}</span></header>'
+    badge, text = ("rehearsed", "rehearsed: predicted, not measured") if report.rehearsed else ("measured", "measured")
+    yield f'<header><h1>{escape(title)}</h1><span class="badge {badge}">{text}</span></header>'
     phase = report.peak_phase()
     if phase is None or phase.live_peak is None:
         yield from _counter_headline(report)
@@ -99,12 +99,12 @@ def _head(report: MemoryReport, title: str) -> Iterator[str]:
 
 
 def _counter_headline(report: MemoryReport) -> Iterator[str]:
-    """The largest of what was counted, where storages were not followed."""
+    """Yields the largest counter, for a report without traced storages."""
     column = next((column for column in (RESERVED, ALLOCATED, RESIDENT) if has_values(column, report)), RESIDENT)
     highest = _highest(column, report)
     yield f'<p class="headline"><strong>{size_html(None if highest is None else highest[0])}</strong>'
     place = "" if highest is None else f", in <b>{escape(highest[1])}</b>"
-    yield f"<span>{column.name}{place}; storages were not followed, so what they were is unknown</span></p>"
+    yield f"<span>{column.name}{place}; storages were not traced, so the split by category is unknown</span></p>"
 
 
 def _parts(breakdown: MemoryBreakdown) -> Iterator[str]:
@@ -115,7 +115,7 @@ def _parts(breakdown: MemoryBreakdown) -> Iterator[str]:
     for key, size in sizes.items():
         if size:
             share = f"{100 * size / breakdown.total():.1f} %"
-            # What would be written as nothing in the unit of the others comes in one of its own.
+            # A size that would be shown as 0 in the common unit gets a unit of its own.
             text = size_html(size, unit if 20 * size >= unit[0] else None, is_named=True)
             yield (
                 f'<li><i class="swatch {key.value}"></i><span>{key.label}</span>'
@@ -125,7 +125,7 @@ def _parts(breakdown: MemoryBreakdown) -> Iterator[str]:
 
 
 def _figures(report: MemoryReport) -> Iterator[str]:
-    """The counters' peaks over the run: an accelerator's, or the process's."""
+    """Yields the peaks of the counters over the run: those of the accelerator, or of the process."""
     allocated, reserved, resident, tensors = (
         highest and highest[0] for highest in (_highest(column, report) for column in COUNTERS)
     )
@@ -135,7 +135,7 @@ def _figures(report: MemoryReport) -> Iterator[str]:
         yield _figure("the device needs", needed, "reserved and context")
         yield from (_peak_figure(column, report) for column in (ALLOCATED, RESERVED))
         yield _figure("fragmentation", difference(reserved, allocated), "peak reserved − peak allocated")
-        yield _figure("context", report.context_bytes, "of the device, beside its allocator")
+        yield _figure("context", report.context_bytes, "of the device, outside its allocator")
     else:
         yield _peak_figure(RESIDENT, report)
         yield _figure("rest of the process", difference(resident, tensors), "peak resident − peak tensors")
@@ -152,7 +152,7 @@ def _peak_figure(column: Column, report: MemoryReport) -> str:
 
 
 def _highest(column: Column, report: MemoryReport) -> tuple[int, str] | None:
-    """The largest size of a column and the first phase that has it: an allocator keeps what it once reserved."""
+    """Returns the largest size of a column and its phase: the first one, since an allocator keeps what it reserved."""
     sizes = ((column.size(phase), phase.name) for phase in report.phases)
     return max(((size, name) for size, name in sizes if size is not None), key=lambda item: item[0], default=None)
 
@@ -162,30 +162,30 @@ def _legend(used: Iterable[Category]) -> str:
     return f'<ul class="legend" aria-hidden="true">{"".join(items)}</ul>'
 
 
-def _kind(report: MemoryReport) -> str:
+def _origin(report: MemoryReport) -> str:
     return "predicted" if report.rehearsed else "measured"
 
 
 def _over_time(report: MemoryReport, predicted: MemoryReport | None) -> Iterator[str]:
     yield "<section><h2>Over time</h2>"
-    timelines = [(_kind(report), report.timeline)]
+    timelines = [(_origin(report), report.timeline)]
     timelines += [] if predicted is None else [("predicted", predicted.timeline)]
-    shown = [(kind, timeline) for kind, timeline in timelines if timeline]
+    shown = [(origin, timeline) for origin, timeline in timelines if timeline]
     if not shown:
-        yield '<p class="note">Storages were not followed over time: unknown.</p></section>'
+        yield '<p class="note">No timeline: storages were not traced.</p></section>'
         return
-    yield '<p class="note">Live tensor bytes in the order of their changes: not to the scale of seconds.</p>'
+    yield '<p class="note">Live tensor bytes after each change. The horizontal axis counts changes, not seconds.</p>'
     highest = max(max(timeline.totals()) for _, timeline in shown)
-    for kind, timeline in shown:
+    for origin, timeline in shown:
         peak = readable_bytes(max(timeline.totals()))
-        title = f"Live tensor bytes over the run, {kind}, stacked by category; peak {peak}"
-        yield f"<figure><figcaption>{kind}</figcaption>" if len(timelines) > 1 else "<figure>"
+        title = f"Live tensor bytes over the run, {origin}, stacked by category; peak {peak}"
+        yield f"<figure><figcaption>{origin}</figcaption>" if len(timelines) > 1 else "<figure>"
         for shape, width, height in SHAPES:
             picture = timeline_picture(timeline, highest, width, height, title, tips=shape == "wide")
             yield f'<div class="{shape}">{picture}</div>'
         yield "</figure>"
-    missing = [kind for kind, timeline in timelines if not timeline]
-    yield from (f'<p class="note">{kind} over time: unknown.</p>' for kind in missing)
+    missing = [origin for origin, timeline in timelines if not timeline]
+    yield from (f'<p class="note">No timeline was {origin}.</p>' for origin in missing)
     yield (
         _legend(key for key in Category if any(any(timeline.sizes.get(key, ())) for _, timeline in shown))
         + "</section>"
@@ -196,14 +196,15 @@ def _by_module(report: MemoryReport) -> Iterator[str]:
     phase = report.peak_phase()
     yield "<section><h2>By module at the peak</h2>"
     if phase is None or not phase.breakdown:
-        yield '<p class="note">Tensors were not split by module: unknown.</p></section>'
+        yield '<p class="note">No split by module: storages were not traced.</p></section>'
         return
     breakdown = phase.breakdown
     total = readable_bytes(breakdown.total())
     name = escape(phase.name)
-    yield f'<p class="note">Areas are bytes, {total} in all, in {name}; repeated blocks stand in rows.</p>'
+    text = f"Areas are proportional to bytes: {total} in all, in phase {name}. Repeated blocks are in rows."
+    yield f'<p class="note">{text}</p>'
     for shape, width, _ in SHAPES:
-        title = f"The modules' bytes at the peak of {phase.name} as areas; the largest are in the table below"
+        title = f"Bytes of modules at the peak of {phase.name}, as areas; the table below lists the largest"
         picture = treemap_picture(breakdown, width, TREEMAP_HEIGHTS[shape], title)
         yield f'<figure class="{shape}">{picture}</figure>'
     yield _legend(key for key, size in breakdown.by_category().items() if size)
@@ -217,34 +218,34 @@ def _by_phase(report: MemoryReport) -> Iterator[str]:
     yield "</section>"
 
 
-def _against(predicted: MemoryReport, measured: MemoryReport) -> Iterator[str]:
-    yield "<section><h2>Predicted against measured</h2>"
+def _compared(predicted: MemoryReport, measured: MemoryReport) -> Iterator[str]:
+    yield "<section><h2>Predicted and measured</h2>"
     yield from _pairs(predicted, measured)
     yield from comparison_table(predicted, measured)
     yield "</section>"
 
 
 def _pairs(predicted: MemoryReport, measured: MemoryReport) -> Iterator[str]:
-    """The tensors at each phase's peak as two bars, to one scale."""
+    """Yields two bars for each phase, on one scale: the tensors at its peak, predicted and measured."""
     reports = (("predicted", predicted), ("measured", measured))
     names = dict.fromkeys(phase.name for phase in (*measured.phases, *predicted.phases))
-    pairs = {name: [(kind, report.phase(name)) for kind, report in reports] for name in names}
+    pairs = {name: [(origin, report.phase(name)) for origin, report in reports] for name in names}
     known = [phase.breakdown.total() for pair in pairs.values() for _, phase in pair if phase and phase.breakdown]
     if not known:
-        yield '<p class="note">Tensors were not followed in either: unknown.</p>'
+        yield '<p class="note">Storages were traced in neither run.</p>'
         return
     yield '<p class="note">Tensors at the peak of each phase.</p><div class="pair">'
     for name, pair in pairs.items():
         yield f"<h3>{escape(name)}</h3>"
-        for kind, phase in pair:
+        for origin, phase in pair:
             breakdown = None if phase is None else phase.breakdown
             bar = "" if breakdown is None else share_bar(breakdown.by_category(), max(known))
             size = size_html(None if breakdown is None else breakdown.total())
-            yield f'<div><span>{kind}</span>{bar}<span class="size">{size}</span></div>'
+            yield f'<div><span>{origin}</span>{bar}<span class="size">{size}</span></div>'
     yield "</div>"
 
 
 def _foot() -> Iterator[str]:
-    yield "<footer><p>1 MiB is 1,048,576 bytes. A phase that was entered often shows the largest peaks of any time, and"
-    yield "peaks of different counters need not be at the same moment. Temporaries are tensors that do not wait for the"
-    yield "backward pass.</p></footer>"
+    yield "<footer><p>1 MiB is 1,048,576 bytes. A phase that was entered several times shows the largest peak of any"
+    yield "entry, and peaks of different counters may be at different moments. Temporaries are tensors that do not wait"
+    yield "for the backward pass.</p></footer>"

@@ -1,8 +1,7 @@
-"""One colour for each category, for a light and for a dark ground.
+"""One colour for each category, on a light and on a dark background.
 
-The lightness of neighbours in a stack differs and hues were spread so that every two of the eight stay apart for the
-three kinds of colour blindness too: by 10 in OKLab x 100 and more, by the simulation of Machado, Oliveira and
-Fernandes (2009), which the tests repeat.
+Neighbours in a stack differ in lightness. Every two of the eight colours are at least 10 apart in OKLab x 100, also for
+the three kinds of colour blindness as simulated by Machado, Oliveira and Fernandes (2009). The tests check both.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ DARK = {
 
 
 def luminance(colour: str) -> float:
-    """Of `#rrggbb`, between 0 and 1 (WCAG 2, relative luminance)."""
+    """Returns the relative luminance of `#rrggbb`, between 0 and 1 (WCAG 2)."""
     shares = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
     linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def ink_on(colour: str) -> str:
-    """Black or white, whichever has more contrast on the colour."""
+def text_colour_on(colour: str) -> str:
+    """Returns black or white, whichever has more contrast with the background `colour` (WCAG 2 contrast ratio)."""
     light = luminance(colour) + 0.05
     return "#000000" if light / 0.05 > 1.05 / light else "#ffffff"

@@ -1,9 +1,9 @@
-"""The timeline of a report as a PNG (the only file of the package that imports matplotlib, and only to draw)."""
+"""Draws the timeline of a report as a PNG. No other file of the package imports matplotlib."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_lite.checkpoints.files import new_file
 from qlora_lite.errors import ConfigError
@@ -11,9 +11,13 @@ from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.drawing.palette import LIGHT
 from qlora_lite.memory.report import MemoryReport, Timeline, axis_ticks, readable_bytes
 
-WIDTH, HEIGHT, DOTS = 11.0, 4.2, 150  # inches, inches of each panel, dots an inch
-INK, QUIET, LINE, ACCENT = "#1c1f26", "#5c6370", "#e2e2dc", "#a8321f"
-NARROWEST_NAME = 0.035  # a phase's name is written from this share of the width on
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT, DPI = 11.0, 4.2, 150  # inches, inches of each panel, dots per inch
+TEXT, MUTED, GRID, ACCENT = "#1c1f26", "#5c6370", "#e2e2dc", "#a8321f"
+NARROWEST_NAME = 0.035  # the smallest share of the width at which the name of a phase is shown
 
 
 def require_matplotlib() -> None:
@@ -29,7 +33,7 @@ def require_matplotlib() -> None:
 def write_chart(
     path: str | Path, report: MemoryReport, predicted: MemoryReport | None = None, overwrite: bool = False
 ) -> None:
-    """Draws live tensor bytes over the run, stacked by category, and below it, to the same scale, what was `predicted`.
+    """Draws live tensor bytes over the run, stacked by category, with those of `predicted` below on the same scale.
 
     Raises ConfigError for a report without a timeline and where matplotlib is missing; CheckpointError if the file
     exists and is not to be overwritten, or cannot be written.
@@ -39,11 +43,11 @@ def write_chart(
     from matplotlib.figure import Figure
 
     if not report.timeline:
-        raise ConfigError("a chart needs a timeline and this report has none; measure with storages followed (trace)")
+        raise ConfigError("a chart needs a timeline, and this report has none; measure with MemoryProfiler(trace=True)")
     panels = [("predicted" if report.rehearsed else "measured", report.timeline)]
     if predicted is not None and predicted.timeline:
         panels.append(("predicted", predicted.timeline))
-    figure = Figure(figsize=(WIDTH, HEIGHT * len(panels)), dpi=DOTS)
+    figure = Figure(figsize=(WIDTH, HEIGHT * len(panels)), dpi=DPI)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
     FigureCanvasAgg(figure)
     highest = max(max(timeline.totals()) for _, timeline in panels)
@@ -55,40 +59,40 @@ def write_chart(
         figure.savefig(file, format="png")
 
 
-def _draw(axes: Any, kind: str, timeline: Timeline, highest: int) -> None:
+def _draw(axes: Axes, kind: str, timeline: Timeline, highest: int) -> None:
     totals = timeline.totals()
     edges = range(len(timeline) + 1)
-    below = [0] * len(edges)
+    lower = [0] * len(edges)
     for key, column in timeline.sizes.items():
-        above = [low + size for low, size in zip(below, (*column, column[-1]), strict=True)]
-        axes.fill_between(edges, below, above, step="post", color=LIGHT[key], linewidth=0)
-        below = above
+        upper = [low + size for low, size in zip(lower, (*column, column[-1]), strict=True)]
+        axes.fill_between(edges, lower, upper, step="post", color=LIGHT[key], linewidth=0)
+        lower = upper
     peak = totals.index(max(totals))
     where = f" in {timeline.phases[peak]}" if timeline.phases[peak] else ""
     title = f"{kind}: peak {readable_bytes(totals[peak])} of tensors{where}"
-    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10)
+    axes.set_title(title, loc="left", fontsize=11, color=TEXT, pad=10)
     axes.axvline(peak + 0.5, color=ACCENT, linewidth=1, linestyle=(0, (3, 3)))
     axes.plot([peak + 0.5], [totals[peak]], "o", color=ACCENT, markersize=5, clip_on=False)
     ticks = axis_ticks(highest)
     axes.set_yticks([size for size, _ in ticks], [label for _, label in ticks])
     axes.set(xlim=(0, len(timeline)), ylim=(0, max(1, highest) * 1.03), axisbelow=True)
-    axes.grid(axis="y", color=LINE, linewidth=0.8)
-    axes.tick_params(length=0, labelsize=9, labelcolor=QUIET)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.tick_params(length=0, labelsize=9, labelcolor=MUTED)
     axes.spines[:].set_visible(False)
     _mark_phases(axes, timeline)
 
 
-def _mark_phases(axes: Any, timeline: Timeline) -> None:
+def _mark_phases(axes: Axes, timeline: Timeline) -> None:
     spans = list(timeline.spans())
     for _, first, _ in spans[1:]:
         axes.axvline(first, color="white", linewidth=0.8, alpha=0.6)
     named = [span for span in spans if span[0] and span[2] - span[1] >= NARROWEST_NAME * len(timeline)]
-    # A name in dollar signs is no formula.
+    # Dollar signs in a name must not be read as a formula.
     names = [str(name).replace("$", r"\\$") for name, _, _ in named]
     axes.set_xticks([(first + after) / 2 for _, first, after in named], names)
 
 
-def _add_legend(figure: Any, used: list[Category]) -> None:
+def _add_legend(figure: Figure, used: list[Category]) -> None:
     from matplotlib.patches import Patch
 
     patches = [Patch(color=LIGHT[key], label=key.label) for key in used]
@@ -98,7 +102,7 @@ def _add_legend(figure: Any, used: list[Category]) -> None:
         ncols=min(8, max(1, len(used))),
         frameon=False,
         fontsize=9,
-        labelcolor=QUIET,
+        labelcolor=MUTED,
         handlelength=1,
         handleheight=1,
     )

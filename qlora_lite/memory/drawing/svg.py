@@ -1,6 +1,6 @@
-"""Two pictures as SVG text: what was alive over a run, and the modules at its peak. Colours are the page's (page.css).
+"""Draws two pictures as SVG text: live bytes over a run, and the modules at its peak. page.css holds the colours.
 
-Lengths are in the picture's own units, which are pixels where it is shown at its width.
+Lengths are in units of the viewBox, which are pixels where the picture is shown at its own width.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from qlora_lite.memory.breakdown import Category, MemoryBreakdown
 from qlora_lite.memory.drawing.treemap import ITSELF, Rectangle, Tile, tiles
 from qlora_lite.memory.report import Timeline, axis_ticks, readable_bytes
 
-LETTER = 6.2  # the mean width of a letter at the size of labels
-LINE = 15.0
+LETTER_WIDTH = 6.2  # on average, at the font size of labels
+LINE_HEIGHT = 15.0
 LEFT, RIGHT, TOP, BOTTOM = 68.0, 8.0, 24.0, 24.0
 BETWEEN_PHASES = "between phases"
-SMALLEST_SIDE = 100.0  # of a group that is still split into its modules
+SMALLEST_SIDE = 100.0  # a group with a shorter side is not split into its modules
 
 
 def _picture(width: float, height: float, kind: str, title: str, body: Iterator[str]) -> str:
@@ -29,8 +29,8 @@ def _picture(width: float, height: float, kind: str, title: str, body: Iterator[
 
 
 def truncated(text: str, room: float) -> str:
-    """The text, its beginning, or nothing, as it fits into that width."""
-    letters = int(room / LETTER)
+    """Returns the text, its beginning with an ellipsis, or nothing, as fits into a width of `room`."""
+    letters = int(room / LETTER_WIDTH)
     if len(text) <= letters:
         return text
     return f"{text[: letters - 1]}…" if letters >= 4 else ""
@@ -38,7 +38,7 @@ def truncated(text: str, room: float) -> str:
 
 @dataclass(frozen=True)
 class _Plot:
-    """The place of the stack in its picture: from points and bytes to coordinates."""
+    """The plot area of a timeline: converts points and bytes to coordinates."""
 
     width: float
     height: float
@@ -61,9 +61,9 @@ class _Plot:
 
 
 def timeline_picture(timeline: Timeline, highest: int, width: float, height: float, title: str, tips: bool) -> str:
-    """The categories stacked over the points, phases below; `highest` bytes is the top of the axis, at least the peak.
+    """Returns the categories stacked over the points, with the phases below.
 
-    tips: every point says its sizes where the pointer is.
+    highest: the bytes at the top of the axis, at least the peak. tips: show the sizes of the point under the pointer.
     """
     plot = _Plot(width, height, len(timeline), max(1, highest))
     parts = (_axis(plot), _stack(timeline, plot), _phases(timeline, plot), _peak(timeline, plot))
@@ -84,12 +84,12 @@ def _stack(timeline: Timeline, plot: _Plot) -> Iterator[str]:
     )
     for category, below, above in zip(timeline.sizes, edges, edges[1:], strict=False):
         if below != above:
-            there, back = _edge(above, plot), _edge(below, plot)
-            yield f'<path class="{category.value}" d="M{" ".join(there)} {" ".join(reversed(back))}Z"/>'
+            upper, lower = _edge(above, plot), _edge(below, plot)
+            yield f'<path class="{category.value}" d="M{" ".join(upper)} {" ".join(reversed(lower))}Z"/>'
 
 
 def _edge(sizes: Sequence[int], plot: _Plot) -> list[str]:
-    """The corners of a line of steps, one step for each point."""
+    """Returns the corners of a step line with one step for each point."""
     corners: list[str] = []
     for point, size in enumerate(sizes):
         if not point or size != sizes[point - 1]:
@@ -134,12 +134,12 @@ def _tips(timeline: Timeline, plot: _Plot) -> Iterator[str]:
 
 
 def treemap_picture(breakdown: MemoryBreakdown, width: float, height: float, title: str) -> str:
-    """The bytes of each module at one moment, blocks in their order; colours are categories."""
+    """Returns a treemap of the bytes of each module, coloured by category, with repeated blocks in order."""
     return _picture(width, height, "treemap", title, _treemap(breakdown, Rectangle(0, 0, width, height)))
 
 
-def _treemap(breakdown: MemoryBreakdown, place: Rectangle) -> Iterator[str]:
-    found = list(tiles(breakdown, place, SMALLEST_SIDE))
+def _treemap(breakdown: MemoryBreakdown, area: Rectangle) -> Iterator[str]:
+    found = list(tiles(breakdown, area, SMALLEST_SIDE))
     for tile in found:
         if tile.category is not None:
             tip = f"{tile.path or ITSELF}\n{tile.category.label}: {readable_bytes(tile.size)}"
@@ -152,8 +152,8 @@ def _treemap(breakdown: MemoryBreakdown, place: Rectangle) -> Iterator[str]:
 
 
 def _sides(tile: Tile) -> str:
-    place = tile.rectangle
-    return f'x="{place.x:.2f}" y="{place.y:.2f}" width="{place.width:.2f}" height="{place.height:.2f}"'
+    area = tile.rectangle
+    return f'x="{area.x:.2f}" y="{area.y:.2f}" width="{area.width:.2f}" height="{area.height:.2f}"'
 
 
 def _is_block(tile: Tile) -> bool:
@@ -161,27 +161,30 @@ def _is_block(tile: Tile) -> bool:
 
 
 def _labels(found: list[Tile]) -> Iterator[str]:
-    """Names at the upper left of blocks and of what is not split; a block's first module stands a line lower."""
-    ground = {_corner(tile): tile for tile in found if tile.category is not None}
+    """Yields names at the upper left of blocks and of groups that are not split.
+
+    The first module of a block shares its corner, so its name is one line lower.
+    """
+    backgrounds = {_corner(tile): tile for tile in found if tile.category is not None}
     lines: dict[tuple[float, float], int] = {}
     for tile in found:
-        below = ground.get(_corner(tile))
+        below = backgrounds.get(_corner(tile))
         if tile.category is not None or below is None or (tile.is_split and not _is_block(tile)):
             continue
         line = lines.get(_corner(tile), 0) + 1
-        # The letters are made for the colour of the tile below, so the name stays on it.
+        # The text colour suits the tile below, so the name must not leave that tile.
         room = below.rectangle.width - 6
-        name = next((name for name in _names(tile) if len(name) * LETTER <= room), "")
-        if name and below.rectangle.height >= line * LINE - 2:
+        name = next((name for name in _names(tile) if len(name) * LETTER_WIDTH <= room), "")
+        if name and below.rectangle.height >= line * LINE_HEIGHT - 2:
             lines[_corner(tile)] = line
-            yield _written_name(tile, below, name, line)
+            yield _name_text(tile, below, name, line)
 
 
-def _written_name(tile: Tile, below: Tile, name: str, line: int) -> str:
-    kind = f"name on-{below.category.value}" if below.category else "name"
+def _name_text(tile: Tile, below: Tile, name: str, line: int) -> str:
+    css_class = f"name on-{below.category.value}" if below.category else "name"
     strong = " strong" if _is_block(tile) else ""
-    place = f'x="{tile.rectangle.x + 6:.1f}" y="{tile.rectangle.y + line * LINE:.1f}"'
-    return f'<text class="{kind}{strong}" {place}>{escape(name)}</text>'
+    position = f'x="{tile.rectangle.x + 6:.1f}" y="{tile.rectangle.y + line * LINE_HEIGHT:.1f}"'
+    return f'<text class="{css_class}{strong}" {position}>{escape(name)}</text>'
 
 
 def _corner(tile: Tile) -> tuple[float, float]:
@@ -189,13 +192,13 @@ def _corner(tile: Tile) -> tuple[float, float]:
 
 
 def _names(tile: Tile) -> tuple[str, ...]:
-    """What a group may be called, the longest first."""
+    """Returns the possible labels of a group, the longest first."""
     parts = tile.path.split(".")
     return (".".join(parts[-2:]), parts[-1]) if _is_block(tile) else (parts[-1],)
 
 
 def share_bar(sizes: dict[Category, int], whole: int) -> str:
-    """A bar of the categories, as long as their share of `whole` bytes."""
+    """Returns a stacked bar of the categories, as long as their share of `whole` bytes."""
     parts = (
         f'<i class="{key.value}" style="width:{100 * size / whole:.3f}%"></i>' for key, size in sizes.items() if size
     )

@@ -1,6 +1,6 @@
-"""The tables of a report's page, and the sizes in them, as HTML.
+"""Renders the tables of a report's page, and the sizes in them, as HTML.
 
-Every size is `<data value="bytes">` with its reading; every text of a report is escaped.
+Every size is a `<data value="bytes">` with a readable size inside; every text of a report is escaped.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from qlora_lite.memory.report import (
 )
 
 UNKNOWN = '<span class="unknown">unknown</span>'
-MOST_MODULES, SMALLEST_SHARE = 14, 0.001
+MAX_MODULES, SMALLEST_SHARE = 14, 0.001
 FRAGMENTATION = Column("fragmen\u00adtation", "", lambda phase: phase.fragmentation)
-BESIDE_TENSORS = Column("rest of the process", "", lambda phase: phase.outside_tensors)
+REST_OF_PROCESS = Column("rest of the process", "", lambda phase: phase.outside_tensors)
 
 
 class Row(NamedTuple):
-    """A row of a table, in HTML; rows of one group follow each other."""
+    """A row of a table, in HTML. Rows of the same group must be adjacent."""
 
     heading: str
     cells: list[str]
@@ -45,21 +45,21 @@ class Row(NamedTuple):
 
 
 def size_html(size: int | None, unit: Unit | None = None, is_named: bool = False) -> str:
-    """A size in a unit, which is named if `is_named` or if it was not given."""
+    """Returns a size as HTML. The unit is named if `is_named`, or if none is given and one is chosen."""
     if size is None:
         return UNKNOWN if unit is None else f'<span class="unknown" title="unknown">{format_size(None, unit)}</span>'
     text = readable_bytes(size) if unit is None else format_size(size, unit) + (f" {unit[1]}" if is_named else "")
-    nil = "" if size else ' class="nil"'
-    return f'<data{nil} value="{size}" title="{size:,} bytes">{text}</data>'
+    zero = "" if size else ' class="nil"'
+    return f'<data{zero} value="{size}" title="{size:,} bytes">{text}</data>'
 
 
 def path_html(path: str) -> str:
-    """A module's path, escaped, that may be broken after its dots."""
+    """Returns the escaped path of a module, with line breaks allowed after its dots."""
     return escape(path).replace(".", ".<wbr>")
 
 
 def table(kind: str, caption: str, headings: Iterable[str], rows: Iterable[Row]) -> Iterator[str]:
-    """A table that scrolls by itself where it is too wide; captions, headings and cells are HTML."""
+    """Yields a table that scrolls by itself where it is too wide. Caption, headings and cells are HTML."""
     yield f'<div class="wide-table" tabindex="0" role="region" aria-label="{kind}"><table class="{kind}">'
     yield f"<caption><span>{caption}</span></caption>"
     columns = [f'<th scope="col">{heading}</th>' for heading in headings]
@@ -75,10 +75,10 @@ def table(kind: str, caption: str, headings: Iterable[str], rows: Iterable[Row])
 
 
 def module_table(breakdown: MemoryBreakdown) -> Iterator[str]:
-    """The largest modules, those of all blocks together."""
+    """Yields a table of the largest modules, with the modules of repeated blocks added up."""
     groups = [(name, count, sizes) for name, (count, sizes) in group_repeated(breakdown).items()]
     whole, unit = breakdown.total(), unit_for(breakdown.total())
-    shown = [group for group in groups[:MOST_MODULES] if sum(group[2].values()) >= SMALLEST_SHARE * whole]
+    shown = [group for group in groups[:MAX_MODULES] if sum(group[2].values()) >= SMALLEST_SHARE * whole]
     rest = groups[len(shown) :]
     longest = max(sum(sizes.values()) for _, _, sizes in groups)
     rows = [
@@ -88,7 +88,7 @@ def module_table(breakdown: MemoryBreakdown) -> Iterator[str]:
     if rest:
         sums = {key: sum(sizes[key] for _, _, sizes in rest) for key in Category}
         rows.append(("all others", str(sum(count for name, count, _ in rest if name is not None)), sums))
-    caption = f"The largest modules, those of repeated blocks (*) together; sizes in {unit[1]}"
+    caption = f"The largest modules; modules of repeated blocks (*) are added up; sizes in {unit[1]}"
     cells = (Row(name, [count, *_module_cells(sizes, whole, longest, unit)]) for name, count, sizes in rows)
     yield from table("modules", caption, ("module", "number", "size", "share", ""), cells)
 
@@ -99,8 +99,8 @@ def _module_cells(sizes: dict[Category, int], whole: int, longest: int, unit: Un
 
 
 def phase_table(report: MemoryReport) -> Iterator[str]:
-    """A row for each phase: its counters, then the tensors at its peak."""
-    counters = [ALLOCATED, RESERVED, FRAGMENTATION] if has_values(ALLOCATED, report) else [RESIDENT, BESIDE_TENSORS]
+    """Yields a table with a row for each phase: its counters, then the tensors at its peak."""
+    counters = [ALLOCATED, RESERVED, FRAGMENTATION] if has_values(ALLOCATED, report) else [RESIDENT, REST_OF_PROCESS]
     traced = [column for column in (TENSORS, *CATEGORY_COLUMNS) if any(map(column.size, report.phases))]
     columns = [*counters, *traced]
     unit = unit_for(max((column.size(phase) or 0 for column in columns for phase in report.phases), default=0))
@@ -121,18 +121,18 @@ def _phase_cells(phase: PhaseMemory, columns: list[Column], unit: Unit) -> list[
 
 
 def comparison_table(predicted: MemoryReport, measured: MemoryReport) -> Iterator[str]:
-    """A row for each phase and size that `compare` gives; nothing if there is none."""
+    """Yields a table with a row for each size that `compare` returns; nothing if it returns none."""
     rows = compare(predicted, measured)
     if not rows:
         return
     unit = unit_for(max(size for row in rows for size in (row.predicted, row.measured) if size is not None))
     unknown = format_size(None, unit)
-    caption = f"Difference: predicted − measured, in percent of measured; sizes in {unit[1]}; {unknown} is unknown"
+    caption = f"Difference is predicted − measured, percent is of measured; sizes in {unit[1]}; {unknown} is unknown"
     headings = ("", "predicted", "measured", "difference", "percent")
-    cells = (Row(row.name, _compared_cells(row, unit), escape(row.phase)) for row in rows)
+    cells = (Row(row.name, _comparison_cells(row, unit), escape(row.phase)) for row in rows)
     yield from table("comparison", caption, headings, cells)
 
 
-def _compared_cells(row: SizeComparison, unit: Unit) -> list[str]:
+def _comparison_cells(row: SizeComparison, unit: Unit) -> list[str]:
     sizes = (size_html(size, unit) for size in (row.predicted, row.measured, row.difference))
     return [*sizes, format_percent(row.percent)]

@@ -55,14 +55,14 @@ def test_an_accelerator_needs_its_context_too(on_device: MemoryReport, read_html
     read = read_html(page(on_device))
     assert next(read.all("p", "headline")).text.split("\n") == [
         "1,000.0 MiB",
-        "peak reserved, in step; storages were not followed, so what they were is unknown",
+        "peak reserved, in step; storages were not traced, so the split by category is unknown",
     ]
     assert figures(read) == {
         "the device needs": "1,300.0 MiBreserved and context",
         "peak allocated": "900.0 MiBin step",
         "peak reserved": "1,000.0 MiBin step",
         "fragmentation": "100.0 MiBpeak reserved − peak allocated",
-        "context": "300.0 MiBof the device, beside its allocator",
+        "context": "300.0 MiBof the device, outside its allocator",
     }
     kept = replace(on_device, phases=(*on_device.phases, replace(on_device.phases[1], name="export", allocated_peak=0)))
     assert figures(read_html(page(kept))) == figures(read)
@@ -78,7 +78,8 @@ def test_what_is_not_known_is_shown_as_that(read_html: Read) -> None:
         "rest of the process": "unknownpeak resident − peak tensors",
     }
     for heading in ("Over time", "By module at the peak"):
-        assert section(read, heading).text.endswith(": unknown.") and not list(section(read, heading).all("svg"))
+        found = section(read, heading)
+        assert found.text.endswith(": storages were not traced.") and not list(found.all("svg"))
     assert section(read, "By phase").rows()[1] == ["step", "1", "-", "-", "-"] and not read.sizes()
     assert "No phase was entered." in section(read_html(page(MemoryReport(()))), "By phase").text
 
@@ -96,14 +97,14 @@ def test_both_timelines_stand_to_one_scale(predicted: MemoryReport, measured: Me
     assert [figure.text for figure in over_time.all("figcaption")] == ["measured", "predicted"]
     grids = [[grid.attributes["d"] for grid in svg.all("path", "grid")] for svg in over_time.all("svg")]
     assert len(grids) == 4 and grids[0] == grids[2] and grids[1] == grids[3]
-    assert "predicted over time: unknown." in page(measured, replace(predicted, timeline=None))
-    assert "measured over time: unknown." in page(replace(measured, timeline=None), predicted)
+    assert "No timeline was predicted." in page(measured, replace(predicted, timeline=None))
+    assert "No timeline was measured." in page(replace(measured, timeline=None), predicted)
 
 
 def test_predicted_and_measured_bars_and_table(
     predicted: MemoryReport, measured: MemoryReport, read_html: Read
 ) -> None:
-    against = section(read_html(page(measured, predicted)), "Predicted against measured")
+    against = section(read_html(page(measured, predicted)), "Predicted and measured")
     bars = [[part.text for part in row.inside] for row in next(against.all("div", "pair")).all("div")]
     assert bars == [
         ["predicted", "", "118.3 MiB"],
@@ -120,7 +121,7 @@ def test_predicted_and_measured_bars_and_table(
     assert widths == [pytest.approx(size / 134.3 * 100, abs=0.1) for size in (118.3, 114.3, 131.3, 134.3)]
     assert len(list(against.all("table", "comparison"))) == 1
     counted = replace(measured, phases=(measured.phases[2],))
-    assert "Tensors were not followed in either: unknown." in page(counted, counted)
+    assert "Storages were traced in neither run." in page(counted, counted)
 
 
 def test_the_page_needs_nothing_and_runs_nothing(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_lite.memory.breakdown import Category
-from qlora_lite.memory.drawing.palette import DARK, LIGHT, ink_on, luminance
+from qlora_lite.memory.drawing.palette import DARK, LIGHT, luminance, text_colour_on
 
 # Machado, Oliveira, Fernandes (2009), table of severity 1.0: linear RGB as it is seen.
 SEEN = {
@@ -45,10 +45,10 @@ def test_every_two_categories_stay_apart(colours: dict[Category, str], seen: str
     assert distances[closest] >= 10, (closest, distances[closest])
 
 
-def test_ink_can_be_read_on_every_colour() -> None:
+def test_text_can_be_read_on_every_colour() -> None:
     assert luminance("#ffffff") == pytest.approx(1) and luminance("#000000") == 0
     assert luminance("#ff0000") == pytest.approx(0.2126)
-    assert (ink_on("#ffffff"), ink_on("#000000")) == ("#000000", "#ffffff")
+    assert (text_colour_on("#ffffff"), text_colour_on("#000000")) == ("#000000", "#ffffff")
     for colour in (*LIGHT.values(), *DARK.values()):
-        one, other = sorted((luminance(colour) + 0.05, luminance(ink_on(colour)) + 0.05))
+        one, other = sorted((luminance(colour) + 0.05, luminance(text_colour_on(colour)) + 0.05))
         assert other / one >= 4.5  # WCAG 2, contrast (minimum)

@@ -9,7 +9,7 @@ import pytest
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.drawing.palette import LIGHT
-from qlora_lite.memory.drawing.png import DOTS, HEIGHT, WIDTH, require_matplotlib, write_chart
+from qlora_lite.memory.drawing.png import DPI, HEIGHT, WIDTH, require_matplotlib, write_chart
 from qlora_lite.memory.report import MemoryReport, Timeline
 
 pytest.importorskip("matplotlib")
@@ -30,7 +30,7 @@ def test_a_chart_has_its_size_and_the_categories_their_areas(measured: MemoryRep
     path = tmp_path / "timeline.png"
     write_chart(path, measured)
     size, colours = pixels(path)
-    assert size == (round(WIDTH * DOTS), round(HEIGHT * DOTS))
+    assert size == (round(WIDTH * DPI), round(HEIGHT * DPI))
     assert measured.timeline is not None
     sums = {key: sum(sizes) for key, sizes in measured.timeline.sizes.items()}
     weights, activations = (colours[LIGHT[key]] / sums[key] for key in (Category.BASE_WEIGHT, Category.ACTIVATION))
@@ -40,9 +40,9 @@ def test_a_chart_has_its_size_and_the_categories_their_areas(measured: MemoryRep
 
 def test_what_was_predicted_stands_below(predicted: MemoryReport, measured: MemoryReport, tmp_path: Path) -> None:
     write_chart(tmp_path / "both.png", measured, predicted)
-    assert pixels(tmp_path / "both.png")[0] == (round(WIDTH * DOTS), round(2 * HEIGHT * DOTS))
+    assert pixels(tmp_path / "both.png")[0] == (round(WIDTH * DPI), round(2 * HEIGHT * DPI))
     write_chart(tmp_path / "one.png", measured, replace(predicted, timeline=None))
-    assert pixels(tmp_path / "one.png")[0] == (round(WIDTH * DOTS), round(HEIGHT * DOTS))
+    assert pixels(tmp_path / "one.png")[0] == (round(WIDTH * DPI), round(HEIGHT * DPI))
 
 
 def test_names_are_no_formulas(measured: MemoryReport, tmp_path: Path) -> None:
@@ -52,7 +52,9 @@ def test_names_are_no_formulas(measured: MemoryReport, tmp_path: Path) -> None:
 
 
 def test_no_timeline_is_no_chart(measured: MemoryReport, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a chart needs a timeline and this report has none; measure with storages"):
+    with pytest.raises(
+        ConfigError, match=r"a chart needs a timeline, and this report has none; measure with MemoryProfiler"
+    ):
         write_chart(tmp_path / "timeline.png", replace(measured, timeline=None))
     (tmp_path / "timeline.png").touch()
     with pytest.raises(CheckpointError, match=r"timeline\.png exists"):

@@ -131,6 +131,8 @@ def test_the_path_of_a_repeated_module_leaves_its_number_open() -> None:
 
 
 def test_a_difference_has_no_area() -> None:
-    with pytest.raises(ConfigError, match=r"some of this breakdown are below 0; it must not be a difference"):
+    with pytest.raises(
+        ConfigError, match=r"a treemap cannot show sizes below 0; got a breakdown that is a difference of two"
+    ):
         list(tiles(MemoryBreakdown({(Category.OTHER, None): -1}), PLACE, 0))
     assert list(tiles(MemoryBreakdown(), PLACE, 0)) == []
