@@ -44,7 +44,7 @@ DEFAULT_CATEGORY = (Category.TEMPORARY, Category.TEMPORARY, Category.ACTIVATION,
 NO_BACKWARD = -1  # torch's number of the running backward pass where none runs
 NO_LABEL = -1
 
-TransientBytes = Callable[[OpOverload, tuple[Any, ...]], int]
+TransientBytes = Callable[[OpOverload, tuple[object, ...]], int]
 PersistentBytes = Callable[[OpOverload], int]
 Observer = Callable[[OpOverload, tuple[object, ...], dict[str, object]], object]
 
@@ -308,7 +308,8 @@ class StorageTrace:
             # One call for the pair: between two calls, a storage that is collected could add its own event.
             self._log.extend((serial, delta))
 
-    def _gone(self, ref: Any) -> None:
+    def _gone(self, ref: weakref.ref[torch.UntypedStorage]) -> None:
+        assert isinstance(ref, _StorageRef)
         del self._refs[ref.key]
         self._note(ref.serial, 0)
 

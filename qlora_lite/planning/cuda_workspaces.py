@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
 
 from torch import Tensor
 from torch._ops import OpOverload
@@ -69,7 +68,7 @@ _TRANSIENT: dict[str, Callable[..., int]] = {
 _PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm")} | {"bitsandbytes::gemm_4bit"}
 
 
-def transient_workspace_bytes(operator: OpOverload, args: tuple[Any, ...]) -> int:
+def transient_workspace_bytes(operator: OpOverload, args: tuple[object, ...]) -> int:
     """Returns the bytes that an operator allocates inside itself and frees again; 0 for operators not listed here."""
     size = _TRANSIENT.get(operator.name().partition(".")[0])
     return 0 if size is None else size(*args)

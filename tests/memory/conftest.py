@@ -1,4 +1,4 @@
-"""A report with everything in it, and a reader of HTML, for the tests of what shows reports."""
+"""Reports with all kinds of entries, and an HTML reader, for tests of code that shows reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ODD_NAME = 'x.<b>&"bold"\''
 
 @dataclass
 class Element:
-    """An element of a page: `text` is its own and that of what is inside, in order."""
+    """An element of a page. `text` is its own text and that of the elements inside, in order."""
 
     tag: str
     attributes: dict[str, str] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class _Reader(HTMLParser):
 
 @pytest.fixture(scope="session")
 def read_html() -> Callable[[str], Element]:
-    """The elements of a page; every one has to be closed where it should be."""
+    """Returns a function that parses a page and checks that every element is closed."""
 
     def read(text: str) -> Element:
         reader = _Reader()
@@ -91,7 +91,7 @@ def split(activations: int) -> MemoryBreakdown:
 
 
 def timeline(*peaks: MemoryBreakdown) -> Timeline:
-    """Up to each peak and down again, a phase each, with changes between them."""
+    """A timeline with one phase for each peak, which rises to it and falls again."""
     points = [(None, MemoryBreakdown({(Category.BASE_WEIGHT, None): 16 * MIB}))]
     for name, peak in zip(("forward", "back<ward>"), peaks, strict=True):
         half = MemoryBreakdown({key: size // 2 for key, size in peak.items()})
@@ -102,7 +102,7 @@ def timeline(*peaks: MemoryBreakdown) -> Timeline:
 
 @pytest.fixture
 def measured() -> MemoryReport:
-    """What was measured on a CPU, with odd names in it."""
+    """A report measured on a CPU, with names that need escaping."""
     first, second = split(40 * MIB), split(60 * MIB)
     phases = (
         PhaseMemory("forward", 2, 1.5, 100 * MIB, 300 * MIB, 450 * MIB, live_peak=first.total(), breakdown=first),
@@ -116,7 +116,7 @@ def measured() -> MemoryReport:
 
 @pytest.fixture
 def predicted() -> MemoryReport:
-    """What was predicted of the same work: no export, no process."""
+    """A predicted report of the same work, without the export and without counters of a process."""
     first, second = split(44 * MIB), split(57 * MIB)
     phases = (
         PhaseMemory("forward", 1, live_peak=first.total(), breakdown=first),
@@ -127,7 +127,7 @@ def predicted() -> MemoryReport:
 
 @pytest.fixture
 def on_device() -> MemoryReport:
-    """What an accelerator counted, its storages not followed."""
+    """A report of an accelerator's counters, without traced storages."""
     phases = (
         PhaseMemory("load", 1, 2.0, allocated_peak=700 * MIB, reserved_peak=704 * MIB),
         PhaseMemory("step", 9, 4.0, allocated_peak=900 * MIB, reserved_peak=1000 * MIB),

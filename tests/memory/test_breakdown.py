@@ -14,7 +14,7 @@ SIZES = st.dictionaries(KEYS, st.integers(-(2**40), 2**40))
 
 
 @given(SIZES, SIZES)
-def test_arithmetic_is_that_of_plain_dicts(left: dict, right: dict) -> None:
+def test_arithmetic_agrees_with_plain_dicts(left: dict, right: dict) -> None:
     one, other = MemoryBreakdown(left), MemoryBreakdown(right)
     for combined, sign in ((one + other, 1), (one - other, -1)):
         for key in left.keys() | right.keys():
@@ -35,7 +35,7 @@ def test_sums_by_category_and_by_module_are_the_total(sizes: dict) -> None:
 
 
 @given(SIZES)
-def test_json_brings_back_the_same(sizes: dict) -> None:
+def test_json_round_trip(sizes: dict) -> None:
     breakdown = MemoryBreakdown(sizes)
     again = MemoryBreakdown.from_json(json.loads(json.dumps(breakdown.to_json())))
     assert again == breakdown
@@ -53,7 +53,7 @@ def test_json_is_sorted_by_category_and_module() -> None:
     ]
 
 
-def test_it_cannot_be_changed() -> None:
+def test_a_breakdown_is_immutable() -> None:
     sizes = {(Category.ADAPTER, "a"): 8}
     breakdown = MemoryBreakdown(sizes)
     sizes[Category.ADAPTER, "a"] = 9
@@ -83,7 +83,7 @@ def test_other_keys_and_sizes_are_refused(sizes: dict, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_json_of_something_else_is_refused() -> None:
+def test_invalid_rows_are_refused() -> None:
     row = {"category": "adapter", "module": None, "bytes": 1}
     with pytest.raises(ConfigError, match="must have the keys category, module and bytes; got"):
         MemoryBreakdown.from_json([{"category": "adapter", "bytes": 1}])

@@ -28,7 +28,7 @@ def measured(profiler: MemoryProfiler, name: str) -> PhaseMemory:
 
 
 def touched(size: int) -> None:
-    """Writes to every page of `size` bytes and gives them back to the system, which malloc would not always do."""
+    """Writes to every page of `size` bytes and unmaps them, which free() would not always do."""
     with mmap.mmap(-1, size) as pages:
         for page in range(0, size, mmap.PAGESIZE):
             pages[page] = 1
@@ -79,7 +79,7 @@ def test_where_the_peak_cannot_be_reset_it_is_unknown(monkeypatch: pytest.Monkey
 
 
 class Device(SimpleNamespace):
-    """Counts as torch.cuda does: a peak that a reset sets back to what is allocated now."""
+    """Counts like torch.cuda: a reset sets the peak to the bytes allocated now."""
 
     allocated, peak, started = 0, 0, False
 
@@ -112,7 +112,7 @@ class Device(SimpleNamespace):
         return 600, 1000
 
 
-def test_what_a_pretended_accelerator_holds_beside_the_allocator_is_its_context(
+def test_memory_outside_of_the_allocator_is_the_context(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device = Device()
@@ -139,7 +139,7 @@ def test_an_accelerators_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peaks == {"outer": (100, 102), "idle": (0, 0), "step": (70, 72)}
 
 
-def test_no_accelerator_here_or_one_that_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_accelerator_that_counts_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert counters._accelerator() is None
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)

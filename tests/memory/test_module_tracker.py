@@ -14,7 +14,7 @@ from qlora_lite.memory.trace import StorageTrace
 
 
 class Asked(torch.autograd.Function):
-    """x, and a note of what was said to be running in forward and in backward."""
+    """The identity, which notes the current module in forward and in backward."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, running: ModuleTracker, said: list[str]) -> Tensor:
@@ -61,7 +61,7 @@ def test_forward_and_backward_of_a_module_are_its_own(recomputes: bool) -> None:
         for _ in range(2):
             x = torch.ones(3, requires_grad=True)
             Asked.apply(model["outer"](x), running, said).sum().backward()
-    # (Nothing is kept by these nodes, so nothing is computed again.)
+    # These nodes save no tensors, so nothing is recomputed.
     assert said == 2 * (FORWARD + BACKWARD)
     assert running.current() is None
 

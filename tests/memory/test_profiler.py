@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 
 class Adapted(nn.Module):
-    """A frozen packed base, a frozen norm, and a trained pair: what a quantized model with adapters looks like."""
+    """A frozen packed base, a frozen norm, and a trained pair, as in a quantized model with adapters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def test_a_report_has_the_timeline_of_what_was_followed() -> None:
+def test_a_report_has_the_timeline_of_a_trace() -> None:
     model = Adapted()
     optimizer = torch.optim.AdamW(trained_parameters(model))
     with MemoryProfiler(model, optimizer) as profiler:
@@ -101,11 +101,11 @@ def test_every_category_of_an_adapted_model_to_the_byte() -> None:
     # The largest entry counts: from the second step on, the states live through forward and backward.
     assert split(measured(profiler, "forward")).by_category()[Category.OPTIMIZER_STATE] == 2 * adapter + step_counts
     assert split(measured(profiler, "optimizer")).by_category()[Category.OPTIMIZER_STATE] == 2 * adapter + step_counts
-    # Freed by zero_grad before the phase ends, and recognized all the same.
+    # zero_grad frees gradients before the phase ends; they are labelled nevertheless.
     assert split(measured(profiler, "optimizer")).by_category()[Category.GRADIENT] == adapter
 
 
-def test_a_gradient_that_is_gone_when_its_phase_ends_was_a_gradient() -> None:
+def test_a_gradient_freed_within_its_phase_is_labelled() -> None:
     model = nn.Linear(64, 64, bias=False)
     with MemoryProfiler(model) as profiler, profiler.phase("backward"):
         model(torch.ones(1, 64)).sum().backward()
@@ -188,7 +188,7 @@ def test_the_profiler_keeps_nothing_alive() -> None:
     assert measured(profiler, "step").entries == 1
 
 
-def test_a_phase_belongs_inside_and_a_profiler_opens_once_at_a_time() -> None:
+def test_phases_need_an_open_profiler_and_a_profiler_opens_once() -> None:
     profiler = MemoryProfiler()
     with pytest.raises(ConfigError, match="phase 'load' was entered outside"), profiler.phase("load"):
         pass

@@ -86,7 +86,7 @@ def test_small_runs_are_written_in_kib() -> None:
     assert render(MemoryReport((step,))).splitlines()[-2:] == ["step      1    0.00      1.5", "sizes in KiB"]
 
 
-def test_what_was_predicted_has_no_seconds() -> None:
+def test_a_predicted_report_has_no_seconds() -> None:
     assert render(MemoryReport((PhaseMemory("step", 1),))).splitlines()[-2:] == [
         "step      1       -        -",
         "sizes in KiB; - is not measured",
@@ -125,7 +125,7 @@ def test_a_timeline_by_phase() -> None:
     assert list(Timeline((), {}).spans()) == [] and Timeline((), {}).totals() == ()
 
 
-def test_what_is_left_of_one_counter_beside_another() -> None:
+def test_differences_of_counters() -> None:
     phase = PhaseMemory("step", 1, resident_peak=50, live_peak=30, allocated_peak=7, reserved_peak=10)
     assert (phase.outside_tensors, phase.fragmentation) == (20, 3)
     assert replace(phase, resident_peak=None).outside_tensors is None
@@ -157,12 +157,12 @@ def test_a_size_in_the_unit_that_suits_it(size: int, text: str) -> None:
         (0, ["0"]),
     ],
 )
-def test_marks_of_an_axis(largest: int, labels: list[str]) -> None:
+def test_ticks_of_an_axis(largest: int, labels: list[str]) -> None:
     assert [label for _, label in axis_ticks(largest)] == labels
 
 
 @given(st.integers(0, 1 << 50), st.integers(3, 9))
-def test_marks_are_even_few_and_say_what_they_are(largest: int, most: int) -> None:
+def test_ticks_are_even_few_and_labelled_with_their_size(largest: int, most: int) -> None:
     sizes = [size for size, _ in axis_ticks(largest, most)]
     assert sizes[0] == 0 and sizes[-1] <= largest and len(sizes) <= most + 1
     assert all(abs(after - before - sizes[1]) <= 1 for before, after in pairwise(sizes))

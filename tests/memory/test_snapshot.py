@@ -11,13 +11,13 @@ from qlora_lite.memory import snapshot
 from qlora_lite.memory.snapshot import memory_snapshot
 
 
-def test_without_such_a_device_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_cuda_device_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="CUDA devices only, and none is available"), memory_snapshot(tmp_path / "s"):
         pytest.fail("nothing is run")
 
 
-def test_a_pretended_recorder_is_started_asked_and_stopped_also_when_the_block_fails(
+def test_the_recorder_is_started_dumped_and_stopped_even_if_the_block_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     said: list[object] = []

@@ -1,4 +1,4 @@
-"""What a trace is told about the tensors of layers, ours and bitsandbytes'."""
+"""The labels of tensors in layers of this package and of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qlora_lite.quantization.packed_weight import PackedWeight
 
 OUT, IN = 96, 128
 FLOAT = 4
-CODE_4BIT = 16 * FLOAT  # what codes stand for: bitsandbytes keeps it beside the statistics, and ours needs no table
+CODE_4BIT = 16 * FLOAT  # the values of the codes, which bitsandbytes keeps with the statistics of each weight
 
 
 def theirs(format: str, double_quant: bool) -> nn.Module:
@@ -53,7 +53,7 @@ def test_packed_layers_of_bitsandbytes_are_weights_and_statistics(format: str, d
     assert set(held) == {(Category.BASE_WEIGHT, "layer"), (Category.QUANT_STATE, "layer")}
 
 
-def test_after_a_step_of_theirs_nothing_of_the_layer_is_unknown() -> None:
+def test_after_a_step_with_bitsandbytes_every_tensor_of_the_layer_is_labelled() -> None:
     layer = theirs("int8", False).train()
     layer(torch.randn(2, IN, requires_grad=True)).sum().backward()
     held = labelled(layer).by_category()
@@ -62,7 +62,7 @@ def test_after_a_step_of_theirs_nothing_of_the_layer_is_unknown() -> None:
     assert sum(held.values()) == held[Category.BASE_WEIGHT] + held[Category.QUANT_STATE]
 
 
-def test_what_is_trained_has_gradients_and_states_under_its_layer() -> None:
+def test_gradients_and_states_belong_to_the_layer_of_their_parameter() -> None:
     base = QuantizedLinear(PackedWeight.of(torch.randn(OUT, IN), QuantConfig()))
     model = nn.ModuleDict({"base": base, "trained": nn.Linear(IN, 4, bias=False)})
     optimizer = torch.optim.AdamW(model["trained"].parameters())

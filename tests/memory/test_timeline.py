@@ -19,7 +19,7 @@ NAMES = (None, "forward", "backward")
 
 @st.composite
 def runs(draw: st.DrawFn) -> list[TraceEvent]:
-    """Storages that come and go, at any moment and in any phase."""
+    """Storages created and freed at random moments in random phases."""
     live: list[tuple[int, int, Category]] = []
     phase, total, serial, events = None, 0, 0, []
     for _ in range(draw(st.integers(0, 60))):
@@ -37,13 +37,13 @@ def runs(draw: st.DrawFn) -> list[TraceEvent]:
 
 
 def states(events: list[TraceEvent]) -> list[tuple[int, ...]]:
-    """The bytes of each category after 0, 1, 2, ... changes, added up one by one."""
+    """Returns the bytes of each category after 0, 1, 2, ... events."""
     columns = ([e.delta if e.category is key else 0 for e in events] for key in CATEGORIES)
     return list(zip(*(accumulate(column, initial=0) for column in columns), strict=True))
 
 
 @given(runs(), st.integers(1, 80))
-def test_every_point_was_there_and_no_peak_is_lost(events: list[TraceEvent], points: int) -> None:
+def test_every_point_is_a_state_of_the_run_and_no_peak_is_lost(events: list[TraceEvent], points: int) -> None:
     timeline = downsample(events, points)
     shown = list(zip(*timeline.sizes.values(), strict=True))
     was = states(events)
@@ -72,7 +72,7 @@ def test_a_point_is_the_largest_of_its_stretch() -> None:
     assert downsample(events, 4).phases == ("step",) * 4
 
 
-def test_a_real_step_has_the_peaks_that_the_trace_has() -> None:
+def test_the_timeline_of_a_real_step_has_the_peaks_of_its_trace() -> None:
     model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
     trace = StorageTrace()
     with trace:
@@ -92,12 +92,12 @@ def test_a_real_step_has_the_peaks_that_the_trace_has() -> None:
         assert max(t for t, where in zip(total, timeline.phases, strict=True) if where == name) == trace.peak(name)[0]
 
 
-def test_no_change_is_no_point() -> None:
+def test_no_events_give_no_points() -> None:
     timeline = downsample([])
     assert len(timeline) == 0 and timeline.sizes == dict.fromkeys(Category, ())
 
 
 @pytest.mark.parametrize("points", [0, -1, 2.5, True])
-def test_points_are_counted_from_one(points: object) -> None:
+def test_less_than_one_point_is_refused(points: object) -> None:
     with pytest.raises(ConfigError, match=r"a timeline needs 1 point or more; got "):
         downsample([], points)  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ class Blocks(nn.Module):
 
 
 def train_blocks(trace: StorageTrace, checkpointed: bool, steps: int = 2) -> None:
-    """Steps of AdamW, labelled only once all is over."""
+    """Runs steps of AdamW and labels tensors only after each step, parameters and states only at the end."""
     with trace:
         model = Blocks(checkpointed)
         optimizer = torch.optim.AdamW(model.parameters())
@@ -195,7 +195,7 @@ def test_after_the_run_its_numbers_stand() -> None:
     assert [event.delta for event in trace.timeline()] == [24]
 
 
-def test_what_is_met_and_not_seen_being_made_is_other() -> None:
+def test_a_storage_created_before_the_trace_is_other() -> None:
     before = torch.ones(5)
     with StorageTrace() as trace:
         product = before * 2
@@ -205,14 +205,14 @@ def test_what_is_met_and_not_seen_being_made_is_other() -> None:
 
 
 @pytest.mark.parametrize("fake", [False, True])
-def test_a_constant_is_seen_being_made_and_counts_once(fake: bool) -> None:
+def test_a_constant_counts_once(fake: bool) -> None:
     with FakeTensorMode() if fake else nullcontext(), StorageTrace() as trace:
         constant = torch.tensor([1.0, 2.0])
         assert trace.live_bytes() == constant.nbytes
     assert trace.peak()[1] == MemoryBreakdown({(Category.TEMPORARY, None): constant.nbytes})
 
 
-def test_what_a_backward_pass_made_does_not_wait_for_the_next_one() -> None:
+def test_a_storage_created_in_backward_does_not_wait_for_the_next_backward() -> None:
     weight = nn.Parameter(torch.ones(100))
     with StorageTrace() as trace:
         for _ in range(2):
@@ -222,7 +222,7 @@ def test_what_a_backward_pass_made_does_not_wait_for_the_next_one() -> None:
     assert held[Category.ACTIVATION] <= 2 * FLOAT
 
 
-def test_meta_and_empty_tensors_are_nothing() -> None:
+def test_meta_and_empty_tensors_have_no_bytes() -> None:
     with StorageTrace() as trace:
         kept = torch.empty(1000, device="meta"), torch.empty(0), nn.Linear(50, 50, device="meta")
     assert kept
@@ -293,7 +293,7 @@ STEPS = st.lists(
 
 
 class Oracle:
-    """Live bytes kept by hand: every name for a storage holds the storage's number."""
+    """Live bytes counted by hand: a list with the number of a storage for each tensor that holds it."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []

@@ -26,7 +26,7 @@ class Change(NamedTuple):
 
 
 def filled(*sizes: int, capacity: int | None = None) -> CachingAllocator:
-    """An allocator that was asked for these sizes, under the handles 0, 1, 2, ..."""
+    """Returns an allocator with blocks of these sizes, under the handles 0, 1, 2, ..."""
     allocator = CachingAllocator(capacity)
     for handle, size in enumerate(sizes):
         allocator.malloc(handle, size)
@@ -148,7 +148,7 @@ def test_holes_between_blocks_in_use_are_inactive_and_fit_nothing_larger() -> No
 # Out of memory
 
 
-def test_cached_segments_of_both_pools_are_handed_back_before_memory_is_out() -> None:
+def test_cached_segments_of_both_pools_are_released_before_memory_is_out() -> None:
     allocator = filled(30 * MIB, 512, 4 * MIB, capacity=52 * MIB)
     allocator.free(0)
     allocator.free(1)
@@ -158,7 +158,7 @@ def test_cached_segments_of_both_pools_are_handed_back_before_memory_is_out() ->
     assert allocator.usage() == Usage(36 * MIB, 52 * MIB, 16 * MIB)
 
 
-def test_without_need_nothing_is_handed_back() -> None:
+def test_without_need_nothing_is_released() -> None:
     allocator = filled(30 * MIB, capacity=62 * MIB)
     allocator.free(0)
     allocator.malloc(1, 32 * MIB)
@@ -166,7 +166,7 @@ def test_without_need_nothing_is_handed_back() -> None:
 
 
 def test_memory_can_be_out_with_enough_bytes_free_in_holes() -> None:
-    # 16 of 20 MiB are free, in a segment that a block keeps: no new segment of 12 MiB fits beside it.
+    # 16 of 20 MiB are free, in a segment that a block keeps: no new segment of 12 MiB fits next to it.
     allocator = filled(8 * MIB, 4 * MIB, 8 * MIB, capacity=30 * MIB)
     allocator.free(0)
     allocator.free(2)
@@ -178,7 +178,7 @@ def test_memory_can_be_out_with_enough_bytes_free_in_holes() -> None:
         "keep less alive at once, or use a device with more memory"
     )
     assert isinstance(caught.value, QLoRAError) and isinstance(caught.value, MemoryError)
-    # It goes on with what it has.
+    # It can still allocate from free blocks.
     allocator.malloc(3, 8 * MIB)
     assert addresses(allocator) == {1: 8 * MIB, 3: 0}
 
@@ -251,7 +251,7 @@ SIZES = st.one_of(
     st.integers(1, 2 * MIB),
     st.integers(1, 48 * MIB),
 )
-# Asks for a size, frees the n-th block in use (modulo their number), or hands back what is cached.
+# Asks for a size, frees the n-th block in use (modulo their number), or releases cached segments.
 STEP = st.one_of(
     st.tuples(st.just("malloc"), SIZES),
     st.tuples(st.just("free"), st.integers(0, 50)),
@@ -396,7 +396,7 @@ def test_a_replay_is_the_same_every_time_and_as_the_calls_one_by_one(
 # Replays
 
 
-def test_peaks_of_phases_start_from_what_was_there_and_join_over_entries() -> None:
+def test_peaks_of_phases_include_their_start_and_are_joined_over_entries() -> None:
     changes = [
         Change(None, 0, 12 * MIB),
         Change("forward", 1, 20 * MIB),
@@ -429,12 +429,12 @@ def test_a_resized_storage_has_its_old_and_its_new_block_for_a_moment(delta: int
     assert (result.peak, result.end) == (Usage(both, both, 0), Usage(0, both, 0))
 
 
-def test_a_storage_resized_to_nothing_gives_back_and_starts_anew() -> None:
+def test_a_storage_resized_to_nothing_is_freed_and_can_grow_again() -> None:
     changes = [Change(None, 0, 30 * MIB), Change(None, 0, -30 * MIB), Change(None, 0, 30 * MIB), Change(None, 0, 0)]
     assert replay(changes).peak == Usage(30 * MIB, 30 * MIB, 0)
 
 
-def test_a_replay_that_does_not_fit_says_where() -> None:
+def test_a_replay_that_does_not_fit_names_the_phase() -> None:
     changes = [Change(None, 0, 20 * MIB), Change("forward", 1, 12 * MIB)]
     assert replay(changes, capacity=32 * MIB).peak.reserved == 32 * MIB
     with pytest.raises(
@@ -485,7 +485,7 @@ def test_a_traced_step_allocates_its_rounded_storages_in_every_phase() -> None:
 # Mistakes
 
 
-def test_what_makes_no_sense_is_refused_with_a_reason() -> None:
+def test_invalid_calls_are_refused() -> None:
     allocator = filled(512)
     with pytest.raises(ConfigError, match="handle 0 already has a block; free it first, or resize it"):
         allocator.malloc(0, 512)

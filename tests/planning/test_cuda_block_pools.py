@@ -24,7 +24,7 @@ def filled(*sizes: int, capacity: int | None = None) -> CachingAllocator:
 
 
 def starts(allocator: CachingAllocator, small: bool = False) -> dict[int, int]:
-    """Where blocks in use begin, counted from the beginning of their segment."""
+    """Returns the address of each block in use, relative to its segment."""
     origin, other = (PAGES[which] * EXPANDABLE_PAGES for which in (small, not small))
     blocks = [block for piece in allocator.snapshot() for block in piece]
     mine = [block for block in blocks if block.address >= origin and not origin < other <= block.address]
@@ -58,7 +58,7 @@ def test_free_blocks_are_tried_by_size_then_address() -> None:
     assert free.pop(1) is blocks[0] and len(free) == 2 and free[1] is blocks[2]
 
 
-def test_a_driver_gives_what_it_has_and_no_more() -> None:
+def test_a_driver_reserves_up_to_its_capacity() -> None:
     driver = Driver(capacity=10)
     assert driver.reserve(6) and not driver.reserve(5) and driver.reserve(4)
     driver.release(8)
@@ -107,7 +107,7 @@ def test_of_equal_blocks_the_one_at_the_lowest_address_is_taken() -> None:
     assert starts(allocator)[6] == 2 * MIB
 
 
-def test_whole_free_pages_are_handed_back_from_the_middle_and_mapped_again_there() -> None:
+def test_whole_free_pages_are_released_from_the_middle_and_mapped_again_there() -> None:
     allocator = filled(15 * MIB, 50 * MIB, 5 * MIB)
     allocator.free(1)
     # Of 15..65 MiB the pages 20..40 and 40..60 are free: 5 MiB before and 5 MiB after them stay.
@@ -137,7 +137,7 @@ def test_a_block_across_a_page_boundary_stays_whole_when_it_holds_no_page() -> N
 
 def test_pages_of_one_hole_are_mapped_together_or_not_at_all() -> None:
     allocator = filled(20 * MIB, 20 * MIB, 20 * MIB, 20 * MIB, capacity=80 * MIB)
-    # Two pages side by side, handed back one after the other.
+    # Two pages side by side, released one after the other.
     for handle in (1, 2):
         allocator.free(handle)
         allocator.release_cached()
@@ -168,7 +168,7 @@ def test_a_hole_is_mapped_even_if_the_next_one_cannot_be() -> None:
     allocator.free(3)
     allocator.release_cached()
     allocator.free(2)
-    # As above, but a small page leaves the driver one large page. It is mapped; then all three are handed back, and
+    # As above, but a small page leaves the driver one large page. It is mapped; then all three are released, and
     # they are one too many with what is left.
     allocator.malloc(5, 1)
     allocator.reset_peaks()
@@ -178,7 +178,7 @@ def test_a_hole_is_mapped_even_if_the_next_one_cannot_be() -> None:
 
 
 def test_holes_that_are_too_small_for_fixed_segments_do_not_put_memory_out() -> None:
-    # As in tests/memory/test_allocator.py: 16 of 20 MiB are free, in two holes. Here the last one grows.
+    # As in test_cuda_allocator.py: 16 of 20 MiB are free, in two holes. Here the last one grows.
     allocator = filled(8 * MIB, 4 * MIB, 8 * MIB, capacity=40 * MIB)
     allocator.free(0)
     allocator.free(2)
@@ -192,7 +192,7 @@ def test_holes_that_are_too_small_for_fixed_segments_do_not_put_memory_out() -> 
     assert allocator.reserved == 40 * MIB
 
 
-def test_pages_of_one_pool_are_handed_back_for_the_other() -> None:
+def test_pages_of_one_pool_are_released_for_the_other() -> None:
     allocator = filled(30 * MIB, capacity=41 * MIB)
     with pytest.raises(DeviceMemoryError):
         allocator.malloc(1, 1)
@@ -218,7 +218,7 @@ def test_torchs_test_of_segments_under_a_chain_of_operators(
     size: int, reserved: int, reserved_by_the_last: int
 ) -> None:
     """The cases of test_graph_memory_stats_and_use_result_after_destroy_graph in pytorch's test/test_cuda.py with its
-    values for expandable segments; the chain is explained in tests/memory/test_allocator.py."""
+    values for expandable segments; the chain is explained in test_cuda_allocator.py."""
     allocator = filled(size)
     last = 0
     for clone in range(1, 11, 2):
@@ -329,7 +329,7 @@ SIZES = st.one_of(
     st.integers(1, 2 * MIB),
     st.integers(1, 48 * MIB),
 )
-# Asks for a size, frees the n-th block in use (modulo their number), or hands back what is cached.
+# Asks for a size, frees the n-th block in use (modulo their number), or releases cached segments.
 STEP = st.one_of(
     st.tuples(st.just("malloc"), SIZES),
     st.tuples(st.just("free"), st.integers(0, 50)),

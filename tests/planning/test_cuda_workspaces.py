@@ -1,4 +1,4 @@
-"""Bytes of the formulas in the libraries' sources, with numbers put in by hand."""
+"""The formulas of the libraries' sources, compared with bytes computed by hand."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_product_with_4_bits_unpacks_the_weight(blocks: int, statistics: int) 
     assert size == 64 * 64 * 2 + statistics
 
 
-def test_other_operators_hide_nothing_and_keep_nothing() -> None:
+def test_other_operators_have_no_workspaces() -> None:
     for operator in (aten.add.Tensor, aten.clone.default, aten._to_copy.default):
         assert transient_workspace_bytes(operator, (torch.ones(2),)) == persistent_workspace_bytes(operator) == 0
     assert transient_workspace_bytes(aten.mm.default, (torch.ones(2, 2), torch.ones(2, 2))) == 0

@@ -1,4 +1,4 @@
-"""Forecasts from a few layers, next to rehearsals of all of them."""
+"""Forecasts from a few layers, compared with rehearsals of all layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def deep_config(make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.T
 
 
 def rehearsed_whole(found: Any, wanted: TrainingSetup, accelerator: bool) -> int:
-    """The peak over two steps of all layers."""
+    """Returns the peak over two steps, rehearsed with all layers."""
     config = TrainConfig(
         steps=2,
         optimizer=wanted.optimizer,
@@ -48,7 +48,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("wanted", "accelerator"), CASES)
-def test_a_few_layers_tell_the_peak_of_all_to_the_byte(
+def test_a_few_layers_predict_the_peak_of_all_to_the_byte(
     deep_config: Any, wanted: TrainingSetup, accelerator: bool
 ) -> None:
     with fake_tensors(accelerator):
@@ -60,7 +60,7 @@ def test_a_few_layers_tell_the_peak_of_all_to_the_byte(
 
 
 @pytest.mark.parametrize("layer", [2, 7])
-def test_a_layer_unlike_the_others_is_not_overlooked(deep_config: Any, layer: int) -> None:
+def test_a_layer_unlike_the_others_is_noticed(deep_config: Any, layer: int) -> None:
     assert layer_count(deep_config) == LAYERS > VERIFIED_LAYERS
     wanted = TrainingSetup(QuantConfig(), LoraConfig(4, rank_pattern={f"layers.{layer}.mlp.up_proj": 64}), 2, 24)
     with fake_tensors():
@@ -69,7 +69,7 @@ def test_a_layer_unlike_the_others_is_not_overlooked(deep_config: Any, layer: in
     assert found.layers == (LAYERS,) and found.peak == rehearsed_whole(deep_config, wanted, False)
 
 
-def test_a_number_of_bytes_is_rehearsed_whole(deep_config: Any) -> None:
+def test_a_byte_budget_is_rehearsed_with_all_layers(deep_config: Any) -> None:
     wanted = TrainingSetup(QuantConfig(), LoraConfig(4), 2, 64, checkpointing=4 << 20)
     with fake_tensors():
         found = Forecaster(deep_config, False).forecast(wanted)

@@ -51,7 +51,7 @@ def test_every_phase_of_a_deep_model_follows_from_two_shallow_ones(
     }
 
 
-def test_the_peak_may_move_to_another_place() -> None:
+def test_the_peak_may_move_to_another_site() -> None:
     # The loss is the peak of a run of four layers, and with forty it is the first block's backward.
     runs = [highest_by_site(a_run(n, 1, 20, 16), n) for n in (3, 4, 40)]
     assert [max(sum(s) for s in run.values()) for run in runs] == [23, 24, 95]
@@ -62,7 +62,7 @@ def test_the_peak_may_move_to_another_place() -> None:
     assert absolute_name("model.layers.0.mlp", 40) == "model.layers.0.mlp" and absolute_name(None, 40) is None
 
 
-def test_the_beginning_of_a_phase_is_a_place() -> None:
+def test_the_start_of_a_phase_is_a_site() -> None:
     events = [
         TraceEvent("forward", 0, 8, 8, Category.OTHER, None),
         TraceEvent("backward", 0, -8, 0, Category.OTHER, None),

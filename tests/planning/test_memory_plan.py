@@ -1,4 +1,4 @@
-"""What fits, on a tiny model, beside rehearsals of what is claimed to fit and of what is claimed not to."""
+"""Plans for a tiny model, compared with rehearsals of batches that should fit and that should not."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_largest_batch_fits_and_one_row_more_does_not(
     assert rehearsed(tiny_folder, replace(wanted, rows=found.rows + 1, tokens=tokens)) > size
 
 
-def test_a_plan_says_what_single_changes_do(tiny_folder: Path, tiny_config: Any) -> None:
+def test_a_plan_has_the_effect_of_single_changes(tiny_folder: Path, tiny_config: Any) -> None:
     wanted = replace(WANTED, quant=QuantConfig("int8"), checkpointing="none")
     made = plan(tiny_config, wanted, DeviceMemory(4 * MIB, MIB, accelerator=False), [16])
     assert made.fits and made.forecast is not None and made.needed == made.forecast.peak + MIB
@@ -95,7 +95,7 @@ def test_a_plan_says_what_single_changes_do(tiny_folder: Path, tiny_config: Any)
     assert json.loads(json.dumps(made.to_json()))["largest"][0]["tokens"] == 16
 
 
-def test_bytes_for_checkpointing_are_found_between_none_and_full(tiny_folder: Path, tiny_config: Any) -> None:
+def test_a_byte_budget_is_found_between_none_and_full(tiny_folder: Path, tiny_config: Any) -> None:
     wanted = replace(WANTED, rows=16, tokens=128)
     full, none = (rehearsed(tiny_folder, replace(wanted, checkpointing=kind)) for kind in ("full", "none"))
     size = (full + 3 * none) // 4
@@ -106,7 +106,7 @@ def test_bytes_for_checkpointing_are_found_between_none_and_full(tiny_folder: Pa
         assert checkpointing_within(tiny_config, wanted, DeviceMemory(enough, 0, False)).checkpointing == kind
 
 
-def test_what_fits_in_no_way_is_refused_with_what_does(tiny_folder: Path, tiny_config: Any) -> None:
+def test_a_batch_that_cannot_fit_is_refused_with_the_nearest_that_does(tiny_folder: Path, tiny_config: Any) -> None:
     wanted = replace(WANTED, rows=16, tokens=128)
     size = rehearsed(tiny_folder, replace(wanted, rows=3))
     with pytest.raises(ConfigError, match="the nearest batch that fits is 3 x 128 tokens"):
@@ -115,7 +115,7 @@ def test_what_fits_in_no_way_is_refused_with_what_does(tiny_folder: Path, tiny_c
         checkpointing_within(tiny_config, wanted, DeviceMemory(1000, 0, accelerator=False))
 
 
-def test_counted_bytes_are_those_of_the_real_model(tiny_folder: Path, tiny_config: Any) -> None:
+def test_minimum_bytes_are_those_of_the_real_model(tiny_folder: Path, tiny_config: Any) -> None:
     model = load_quantized(tiny_folder, WANTED.quant)
     add_lora_(model, WANTED.lora)
     values = sum(parameter.numel() for parameter in adapter_parameters(model).values())
@@ -124,7 +124,7 @@ def test_counted_bytes_are_those_of_the_real_model(tiny_folder: Path, tiny_confi
     assert minimum_bytes(tiny_config, WANTED) == expected
 
 
-def test_what_cannot_be_rehearsed_has_counted_bytes_only(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_a_rehearsal_has_counted_bytes_only(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama
 
     own = modeling_llama.LlamaModel.forward
@@ -143,10 +143,10 @@ def test_what_cannot_be_rehearsed_has_counted_bytes_only(tiny_config: Any, monke
     assert plan(tiny_config, WANTED, DeviceMemory(least - 1, 0, accelerator=False), [16]).fits is False
 
 
-def test_model_code_that_fails_on_a_packed_base_is_said_to_be_not_rehearsed() -> None:
+def test_model_code_that_fails_on_a_packed_base_is_not_rehearsed() -> None:
     from transformers import MambaConfig
 
-    # It multiplies by the weights of its layers itself.
+    # Its code multiplies by the weights of its layers itself.
     config = MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2)
     made = plan(config, WANTED, DeviceMemory(10 * MIB, 0, accelerator=False), [16])
     assert made.fits is None and made.counted is not None

@@ -1,4 +1,4 @@
-"""Plans as whole text."""
+"""Plans compared as whole texts."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_cpu_has_no_allocator_and_no_context() -> None:
     assert "Rehearsed with all layers of the model (32)." in said and "in no module" in said
 
 
-def test_what_was_not_rehearsed_is_said() -> None:
+def test_a_plan_without_a_rehearsal_as_text() -> None:
     counted = {"model": 6 * GIB, "gradients": GIB, "optimizer_state": 2 * GIB}
     plan = replace(
         PLAN,

@@ -1,4 +1,4 @@
-"""Rehearsed steps beside real ones, to the byte, and that a rehearsal leaves nothing behind."""
+"""Rehearsed steps agree with real ones to the byte, and a rehearsal restores what it changes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def training(width: int, rows: int, recomputed: bool) -> Callable[[MemoryProfile
             with profiler.phase("backward"):
                 loss.backward()
             with profiler.phase("optimizer"):
-                # A question to values, as clipping and checks for NaN have them.
+                # Reads a value, as clipping and checks for NaN do.
                 assert bool(torch.stack([end.weight.isfinite().all() for end in model.ends]).all())
                 optimizer.step()
                 optimizer.zero_grad()
@@ -66,7 +66,7 @@ def measured(step: Callable[[MemoryProfiler], None]) -> MemoryReport:
 
 @settings(max_examples=15)
 @given(st.integers(1, 40), st.integers(1, 20), st.booleans())
-def test_a_step_takes_what_was_rehearsed(width: int, rows: int, recomputed: bool) -> None:
+def test_a_step_takes_the_rehearsed_bytes(width: int, rows: int, recomputed: bool) -> None:
     step = training(width, rows, recomputed)
     before, after = rehearse(step), measured(step)
     assert [phase.name for phase in before.phases] == [phase.name for phase in after.phases]
@@ -77,14 +77,14 @@ def test_a_step_takes_what_was_rehearsed(width: int, rows: int, recomputed: bool
         assert rehearsed.entries == real.entries
 
 
-def test_nothing_is_counted_that_was_not_there() -> None:
+def test_only_the_steps_own_storages_count() -> None:
     (phase,) = rehearse(lambda: torch.ones(1000).sum()).phases
     assert phase.name == "step"
     assert phase.live_peak == 1000 * 4 + 4
     assert phase.seconds is phase.resident_peak is phase.allocated_peak is phase.reserved_peak is None
 
 
-def test_values_asked_for_are_one_and_true() -> None:
+def test_values_read_are_one_and_true() -> None:
     answers = []
 
     def step() -> None:
@@ -152,7 +152,7 @@ def broken() -> None:
     ],
 )
 @pytest.mark.parametrize("accelerator", [False, True])
-def test_after_an_error_all_is_as_before(
+def test_after_an_error_everything_is_restored(
     step: Callable[[], None], error: type[Exception], text: str, accelerator: bool
 ) -> None:
     masks = importlib.import_module("transformers.masking_utils")
@@ -175,7 +175,7 @@ def test_bitsandbytes_keeps_no_fake_table() -> None:
     assert bnb.dequantize_4bit(packed, state).isfinite().all()
 
 
-def test_the_block_gives_the_profiler_and_fake_tensors() -> None:
+def test_the_block_has_a_profiler_and_fake_tensors() -> None:
     with rehearsal() as profiler:
         with profiler.phase("made"):
             kept = torch.ones(10)

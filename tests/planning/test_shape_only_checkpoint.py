@@ -1,4 +1,4 @@
-"""A checkpoint of shapes alone, beside the files that such a model is saved as."""
+"""Checkpoints without values, compared with real files of the same models."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ def mixtral(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["tied", "converted"])
-def test_its_tensors_are_those_of_the_files_in_the_order_of_reading(
-    tiny_folder: Path, tmp_path: Path, kind: str
-) -> None:
+def test_tensors_are_those_of_the_files_in_reading_order(tiny_folder: Path, tmp_path: Path, kind: str) -> None:
     folder = tiny_folder if kind == "tied" else mixtral(tmp_path)
     model = hub.empty_model(hub.read_config(folder), torch.bfloat16)
     architecture.tie(model)
@@ -44,7 +42,7 @@ def test_its_tensors_are_those_of_the_files_in_the_order_of_reading(
         assert tensor.shape == read.tensors[name].shape
 
 
-def test_rows_are_had_of_tensors_that_nobody_wrote() -> None:
+def test_rows_of_tensors_without_values() -> None:
     tensor = ShapeOnlyTensor("stack", torch.bfloat16, (3, 4, 5))
     with rehearsal():
         assert tensor.rows(1, 3).shape == (2, 4, 5)
@@ -55,7 +53,7 @@ def test_rows_are_had_of_tensors_that_nobody_wrote() -> None:
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_what_is_laid_out_has_the_buffers_of_what_is_packed(format: str, double_quant: bool) -> None:
+def test_weights_without_values_have_the_buffers_of_packed_weights(format: str, double_quant: bool) -> None:
     config = QuantConfig(format=format, double_quant=double_quant)
     shape_only = ShapeOnlyPackedWeight((48, 96), format, config)
     made, packed = shape_only.load(torch.device("cpu")), PackedWeight.of(torch.randn(48, 96), config)

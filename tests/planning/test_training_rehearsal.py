@@ -27,7 +27,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("quant", "train"), CASES)
-def test_training_takes_what_was_rehearsed(tiny_folder: Path, quant: dict[str, Any], train: dict[str, Any]) -> None:
+def test_training_takes_the_rehearsed_bytes(tiny_folder: Path, quant: dict[str, Any], train: dict[str, Any]) -> None:
     settings = (QuantConfig(**quant), LoraConfig(rank=4), TrainConfig(steps=2, **train))
     before = rehearse_steps(tiny_folder, *settings, rows=2, tokens=24)
     after = profile_steps(tiny_folder, *settings, rows=2, tokens=24)
@@ -77,7 +77,7 @@ def test_on_an_accelerator_attention_keeps_its_output_and_libraries_their_worksp
     assert on_device[Category.ACTIVATION] - on_host[Category.ACTIVATION] < 2 * 4 * 64 * 64 * 2
 
 
-def test_what_training_would_refuse_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+def test_settings_that_training_refuses_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     shape = {"rows": 1, "tokens": 8}
     with pytest.raises(TargetError, match="q_porj"):
         rehearse_steps(tiny_folder, NF4, LoraConfig(target_modules=["q_porj"]), TWO_STEPS, **shape)

@@ -26,7 +26,7 @@ def figures(read: Any) -> dict[str, str]:
     return {next(box.all("dt")).text: next(box.all("dd")).text for box in next(read.all("dl")).all("div")}
 
 
-def test_the_headline_says_when_where_and_what(measured: MemoryReport, read_html: Read) -> None:
+def test_the_headline_has_phase_module_and_split(measured: MemoryReport, read_html: Read) -> None:
     read = read_html(page(measured, title="<Run> & co"))
     assert next(read.all("title")).text == next(read.all("h1")).text == "<Run> & co"
     headline = next(read.all("p", "headline"))
@@ -70,7 +70,7 @@ def test_an_accelerator_needs_its_context_too(on_device: MemoryReport, read_html
     assert unknown["the device needs"] == "unknownreserved and context" and unknown["context"].startswith("unknown")
 
 
-def test_what_is_not_known_is_shown_as_that(read_html: Read) -> None:
+def test_unknown_values_are_shown_as_unknown(read_html: Read) -> None:
     read = read_html(page(MemoryReport((PhaseMemory("step", 1),))))
     assert next(read.all("p", "headline")).text.startswith("unknown\npeak resident")
     assert figures(read) == {
@@ -84,14 +84,14 @@ def test_what_is_not_known_is_shown_as_that(read_html: Read) -> None:
     assert "No phase was entered." in section(read_html(page(MemoryReport(()))), "By phase").text
 
 
-def test_a_rehearsal_says_that_it_is_one(predicted: MemoryReport, measured: MemoryReport, read_html: Read) -> None:
+def test_a_rehearsed_report_is_marked(predicted: MemoryReport, measured: MemoryReport, read_html: Read) -> None:
     read = read_html(page(predicted))
     assert next(read.all("span", "badge")).text == "rehearsed: predicted, not measured"
     assert "would be alive" in next(read.all("p", "headline")).text
     assert next(read_html(page(measured)).all("span", "badge")).text == "measured"
 
 
-def test_both_timelines_stand_to_one_scale(predicted: MemoryReport, measured: MemoryReport, read_html: Read) -> None:
+def test_both_timelines_have_one_scale(predicted: MemoryReport, measured: MemoryReport, read_html: Read) -> None:
     read = read_html(page(measured, predicted))
     over_time = section(read, "Over time")
     assert [figure.text for figure in over_time.all("figcaption")] == ["measured", "predicted"]
@@ -139,7 +139,7 @@ def test_the_page_needs_nothing_and_runs_nothing(
     assert all(list(found.all("caption")) and list(found.all("thead")) for found in read.all("table"))
 
 
-def test_every_class_that_the_style_sheet_knows_is_used(
+def test_every_class_of_the_style_sheet_is_used(
     predicted: MemoryReport, measured: MemoryReport, on_device: MemoryReport, read_html: Read
 ) -> None:
     text = page(measured, predicted)

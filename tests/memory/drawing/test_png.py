@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 
 
 def pixels(path: Path) -> tuple[tuple[int, int], dict[str, int]]:
-    """Width and height, and how often each colour is there."""
+    """Returns width and height, and the number of pixels of each colour."""
     import numpy
     from matplotlib.image import imread
 
@@ -38,20 +38,20 @@ def test_a_chart_has_its_size_and_the_categories_their_areas(measured: MemoryRep
     assert LIGHT[Category.GRADIENT] not in colours  # there are none
 
 
-def test_what_was_predicted_stands_below(predicted: MemoryReport, measured: MemoryReport, tmp_path: Path) -> None:
+def test_the_predicted_timeline_is_below(predicted: MemoryReport, measured: MemoryReport, tmp_path: Path) -> None:
     write_chart(tmp_path / "both.png", measured, predicted)
     assert pixels(tmp_path / "both.png")[0] == (round(WIDTH * DPI), round(2 * HEIGHT * DPI))
     write_chart(tmp_path / "one.png", measured, replace(predicted, timeline=None))
     assert pixels(tmp_path / "one.png")[0] == (round(WIDTH * DPI), round(HEIGHT * DPI))
 
 
-def test_names_are_no_formulas(measured: MemoryReport, tmp_path: Path) -> None:
+def test_names_are_not_read_as_formulas(measured: MemoryReport, tmp_path: Path) -> None:
     odd = Timeline(("$\\frac$", "a$b"), {Category.OTHER: (1, 2)})
     write_chart(tmp_path / "odd.png", replace(measured, timeline=odd))
     assert (tmp_path / "odd.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_timeline_is_no_chart(measured: MemoryReport, tmp_path: Path) -> None:
+def test_a_chart_needs_a_timeline(measured: MemoryReport, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"a chart needs a timeline, and this report has none; measure with MemoryProfiler"
     ):
@@ -62,7 +62,7 @@ def test_no_timeline_is_no_chart(measured: MemoryReport, tmp_path: Path) -> None
     assert (tmp_path / "timeline.png").stat().st_size == 0
 
 
-def test_without_matplotlib_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     require_matplotlib()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(

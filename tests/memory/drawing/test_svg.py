@@ -22,7 +22,7 @@ def corners(path: Any) -> list[tuple[float, float]]:
 
 
 def area(points: list[tuple[float, float]]) -> float:
-    """Of a polygon, by the shoelace formula."""
+    """Returns the area of a polygon, by the shoelace formula."""
     after = [*points[1:], points[0]]
     return abs(sum(x * v - u * y for (x, y), (u, v) in zip(points, after, strict=True))) / 2
 
@@ -102,7 +102,7 @@ def test_tiles_are_as_large_as_their_bytes(measured: MemoryReport, read_html: Re
 
 
 def test_names_stay_where_their_colour_is(read_html: Read) -> None:
-    """A name lies on a tile of the colour that it is written for, and does not leave it."""
+    """A name lies within a tile of the category that its text colour suits."""
     sizes = {(Category.BASE_WEIGHT, f"h.{n}.attention.query"): 90 - n for n in range(12)}
     sizes |= {(Category.ACTIVATION, f"h.{n}"): 40 * n for n in range(1, 12)}
     picture = read_html(treemap_picture(MemoryBreakdown(sizes), 700, 500, ""))
@@ -132,7 +132,7 @@ def test_a_bar_is_cut_by_share(read_html: Read) -> None:
     assert parts == [(["adapter"], "width:25.000%"), (["other"], "width:50.000%")]
 
 
-def test_all_that_the_traced_report_has_is_drawn_at_any_size(measured: MemoryReport, read_html: Read) -> None:
+def test_a_timeline_is_drawn_at_any_size(measured: MemoryReport, read_html: Read) -> None:
     timeline = measured.timeline
     assert timeline is not None
     thin = replace(timeline, phases=("a<b",) * len(timeline))

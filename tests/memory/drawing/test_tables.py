@@ -20,7 +20,7 @@ ODD_NAME = 'x.<b>&"bold"\''
 Read = Callable[[str], Any]
 
 
-def test_a_size_says_its_bytes() -> None:
+def test_a_size_has_its_bytes_as_value() -> None:
     assert size_html(MIB * 20) == '<data value="20971520" title="20,971,520 bytes">20.0 MiB</data>'
     assert size_html(0, UNITS[1]) == '<data class="nil" value="0" title="0 bytes">0.0</data>'
     assert size_html(MIB, UNITS[0], is_named=True) == '<data value="1048576" title="1,048,576 bytes">0.00 GiB</data>'
@@ -32,7 +32,7 @@ def test_a_path_may_break_after_its_dots(read_html: Read) -> None:
     assert read_html(path_html(ODD_NAME)).text == ODD_NAME and "<wbr>" in path_html(ODD_NAME)
 
 
-def test_rows_stand_in_their_groups(read_html: Read) -> None:
+def test_rows_are_in_their_groups(read_html: Read) -> None:
     rows = [Row("a", ["1"]), Row("b", ["2"], "g"), Row("c", ["3"], "g"), Row("d", ["4"], "h")]
     page = read_html("".join(table("k", "what", ("x", "y"), rows)))
     assert page.rows() == [["x", "y"], ["a", "1"], ["g"], ["b", "2"], ["c", "3"], ["h"], ["d", "4"]]

@@ -22,7 +22,7 @@ def area(place: Rectangle) -> float:
 
 
 def check_tiling(places: list[Rectangle], sizes: list[int], whole: Rectangle) -> None:
-    """Areas as the sizes say, inside the whole, and no two over each other: then nothing is left uncovered."""
+    """Checks that areas are proportional to sizes, inside the whole, and do not overlap, so they cover it."""
     slack = 1e-6
     for place, size in zip(places, sizes, strict=True):
         assert area(place) == pytest.approx(area(whole) * size / sum(sizes), rel=1e-5, abs=1e-9)
@@ -36,7 +36,7 @@ def check_tiling(places: list[Rectangle], sizes: list[int], whole: Rectangle) ->
 
 
 @given(SIZES, st.sampled_from([squarify, even_rows]), st.floats(1, 2000), st.floats(1, 2000))
-def test_rectangles_tile_their_place(sizes: list[int], lay: object, width: float, height: float) -> None:
+def test_rectangles_tile_their_area(sizes: list[int], lay: object, width: float, height: float) -> None:
     whole = Rectangle(-5, 7, width, height)
     check_tiling(lay(sizes, whole), sizes, whole)  # type: ignore[operator]
 
@@ -57,7 +57,7 @@ def test_the_example_of_the_paper() -> None:
     assert sides == [pytest.approx(place) for place in expected]
 
 
-def test_equal_blocks_stand_in_even_rows_in_their_order() -> None:
+def test_equal_blocks_are_in_even_rows_in_their_order() -> None:
     made = even_rows([7] * 12, Rectangle(0, 0, 400, 300))
     assert [(place.x, place.y) for place in made] == [
         pytest.approx((100 * column, 100 * row)) for row in range(3) for column in range(4)
