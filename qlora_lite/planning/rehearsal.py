@@ -1,9 +1,27 @@
-"""Predicts the memory of a step by running it on fake tensors: shapes and storages without bytes, weights or a GPU.
+"""`rehearse`: predicts the memory of a training step by running it on fake tensors, without weights and without a GPU.
 
-Whatever code the step runs is run, every storage that it makes is followed (trace.py), and the same report comes out
-as of a measured run. What the code asks of values (is the loss finite? which is the largest token?) has no answer on
-fake tensors; it gets 1, or True, and so takes the way of a step in which all is well. Shapes that depend on values
-cannot be known, and are an error.
+What is fake. Within `fake_tensors` every new tensor is one of torch's fake tensors: it has a shape, a dtype, strides
+and a storage with a size, but no bytes. Operators run as shape computations. The code of the step runs unchanged:
+models, autograd, optimizers, packing.
+
+What is traced. The same `StorageTrace` as in a measured run follows every storage, so the report has the same form:
+live tensor bytes by phase, category and module. On a CPU they agree with a measured run to the byte.
+
+What has no answer. A fake tensor has no values. Code that reads one (is the loss finite? which is the largest token?)
+gets 1, or True, and so takes the branch of a step in which all is well. Code whose allocations depend on values
+(`nonzero`, boolean indexing) cannot be rehearsed and raises RehearsalError.
+
+The accelerator that is pretended. A CPU build of torch cannot run autograd on fake CUDA tensors. With
+`accelerator=True` the fake tensors therefore stay on the CPU, and three things differ:
+- This package takes them for an accelerator's (compute/devices.py), so that its kernels for CPUs are not used, and
+  attention saves what a fused kernel saves: its output and one log-sum-exp for each row.
+- Memory that CUDA libraries allocate without a tensor is added to the trace (cuda_workspaces.py).
+- The trace is replayed by a model of the caching allocator (cuda_allocator.py), which gives `allocated_peak` and
+  `reserved_peak`.
+
+What cannot be seen. Memory of the process or the device outside of tensors and the allocator: the context, the
+interpreter, libraries. Memory that an operator allocates inside itself, unless cuda_workspaces.py lists it. Tensors
+created before the rehearsal are real; they count as OTHER from the first operator that uses them.
 """
 
 from __future__ import annotations
@@ -12,9 +30,10 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
+from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -34,8 +53,8 @@ from qlora_lite.planning.cuda_allocator import replay
 from qlora_lite.planning.cuda_workspaces import persistent_workspace_bytes, transient_workspace_bytes
 from qlora_lite.quantization.kernels import bnb
 
-WHOLE = "step"
-UNKNOWABLE = (
+STEP = "step"  # the phase around everything that `rehearse` runs
+VALUE_DEPENDENT_ERRORS = (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedFakeTensorException,
@@ -43,75 +62,80 @@ UNKNOWABLE = (
 )
 
 
-class _Answers(TorchDispatchMode):
-    """Says 1, or True, to whoever asks a fake tensor for its value."""
+class _AnswerValues(TorchDispatchMode):
+    """Answers 1, or True, where code reads the value of a fake tensor (`item()`, `bool()`, `float()`)."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         if func is torch.ops.aten._local_scalar_dense.default:
-            dtype = args[0].dtype
-            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+            (tensor,) = args
+            assert isinstance(tensor, Tensor)
+            return True if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def fake_tensors(accelerator: bool = False) -> Iterator[None]:
-    """Within the block new tensors are fake ones; with `accelerator` they stand for those of a CUDA device.
+    """Makes every new tensor within the block a fake one.
 
-    RehearsalError for what cannot be known without values.
+    accelerator: let them stand for tensors of a CUDA device. Raises RehearsalError where allocations depend on values.
     """
-    # bitsandbytes makes this table when it first needs it and keeps it: a fake one would be there for good.
+    # bitsandbytes creates this table at its first use and keeps it. Created on fake tensors, it would stay fake.
     bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
     with accelerator_pretended() if accelerator else nullcontext(), patched_mask_creation():
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), _Answers(), patched_module_apply():
+            with FakeTensorMode(allow_non_fake_inputs=True), _AnswerValues(), patched_module_apply():
                 yield
-        except UNKNOWABLE as error:
+        except VALUE_DEPENDENT_ERRORS as error:
             first_line = next(iter(str(error).strip().splitlines()), "")
             raise RehearsalError(
-                f"this step cannot be rehearsed: what it allocates depends on values of tensors, or an operator has no "
+                "this step cannot be rehearsed: its allocations depend on values of tensors, or an operator has no "
                 f"fake kernel ({type(error).__name__}: {first_line})"
             ) from error
 
 
 def fake_profiler(accelerator: bool = False) -> MemoryProfiler:
-    """A profiler that follows fake tensors; for an accelerator also what its kernels allocate inside themselves
-    (kernel_workspaces.py)."""
-    return MemoryProfiler(
-        new_trace=lambda: (
-            StorageTrace(transient_workspace_bytes, persistent_workspace_bytes) if accelerator else StorageTrace()
-        ),
-        counters=False,
-    )
+    """Returns a profiler for fake tensors; for an accelerator, its trace includes the workspaces of CUDA libraries."""
+
+    def new_trace() -> StorageTrace:
+        return StorageTrace(transient_workspace_bytes, persistent_workspace_bytes) if accelerator else StorageTrace()
+
+    return MemoryProfiler(new_trace=new_trace, counters=False)
 
 
 @contextmanager
 def rehearsal(accelerator: bool = False) -> Iterator[MemoryProfiler]:
-    """Within the block new tensors are `fake_tensors`, and the profiler that it gives follows them."""
+    """Makes every new tensor within the block a fake one, and yields the open profiler that traces them."""
     with fake_tensors(accelerator), fake_profiler(accelerator) as profiler:
         yield profiler
 
 
-def rehearse(step: Callable[..., Any], *, accelerator: bool = False) -> MemoryReport:
-    """The memory that `step` would take, as a report like that of a measured run.
+def rehearse(
+    step: Callable[[], object] | Callable[[MemoryProfiler], object], *, accelerator: bool = False
+) -> MemoryReport:
+    """Predicts the memory that `step` would take, as a report of the same form as that of a measured run.
 
-    step: any callable that makes its model, optimizer and batch itself and takes as many steps as are to be seen (the
-    second shows optimizer states beside activations). If it takes an argument, it is given a `MemoryProfiler`, whose
-    `phase` and `track` name phases and categories; all of it is the phase `step`.
-    Live tensor bytes; for an accelerator what its allocator makes of them too. What the process or the device takes
-    beside tensors is not rehearsed. Tensors that exist before are real, and count as OTHER where the step meets them.
+    Args:
+        step: a callable that creates its model, optimizer and batch itself and runs the steps to be predicted (the
+            second step shows optimizer states next to activations). If it takes an argument, that is a `MemoryProfiler`
+            whose `phase` and `track` name phases and categories. All of it is the phase `step`.
+        accelerator: predict for a CUDA device instead of a CPU. The report then has `allocated_peak` and
+            `reserved_peak` of the caching allocator too.
+
+    The module docstring lists what is not predicted. Raises RehearsalError where allocations depend on values.
     """
-    with rehearsal(accelerator) as profiler, profiler.phase(WHOLE):
-        if inspect.signature(step).parameters:
-            step(profiler)
-        else:
-            step()
+    with rehearsal(accelerator) as profiler, profiler.phase(STEP):
+        arguments = (profiler,) if inspect.signature(step).parameters else ()
+        step(*arguments)
     return rehearsed_report(profiler, accelerator)
 
 
 def rehearsed_report(profiler: MemoryProfiler, accelerator: bool) -> MemoryReport:
-    """What the profiler of a rehearsal has seen; for an accelerator also what its allocator would allocate and reserve.
+    """Returns the report of a rehearsal's profiler; for an accelerator, with the peaks of its allocator.
 
-    That is the peak of the phase itself (cuda_allocator.py), and of the whole run for the phase that all others lie in.
+    These are the peaks while a phase was the innermost one (cuda_allocator.py), and for `step`, which contains all
+    other phases, the peaks of the whole run.
     """
     report = replace(profiler.report(), rehearsed=True)
     if not accelerator or profiler.trace is None:
@@ -119,7 +143,7 @@ def rehearsed_report(profiler: MemoryProfiler, accelerator: bool) -> MemoryRepor
     replayed = replay(profiler.trace.timeline())
 
     def on_device(phase: PhaseMemory) -> PhaseMemory:
-        usage = replayed.peak if phase.name == WHOLE else replayed.by_phase.get(phase.name)
+        usage = replayed.peak if phase.name == STEP else replayed.by_phase.get(phase.name)
         if usage is None:
             return phase
         return replace(phase, allocated_peak=usage.allocated, reserved_peak=usage.reserved)

@@ -147,7 +147,7 @@ def broken() -> None:
 @pytest.mark.parametrize(
     ("step", "error", "text"),
     [
-        (shapes_by_values, RehearsalError, "cannot be rehearsed: .* depends on values .*nonzero"),
+        (shapes_by_values, RehearsalError, "cannot be rehearsed: .* depend on values .*nonzero"),
         (broken, KeyError, "broken"),
     ],
 )
