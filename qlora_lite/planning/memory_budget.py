@@ -84,8 +84,8 @@ def config_within(
     Raises ConfigError, which names the nearest batch that fits, if recomputing every block is not enough, and
     RehearsalError if the model cannot be run on fake tensors.
     """
-    wanted = TrainingSetup(quant, lora, rows, tokens, config.optimizer, accumulated=config.gradient_accumulation > 1)
-    least = checkpointing_within(read_config(path_or_id), wanted, memory)
+    setup = TrainingSetup(quant, lora, rows, tokens, config.optimizer, accumulated=config.gradient_accumulation > 1)
+    least = checkpointing_within(read_config(path_or_id), setup, memory)
     assert least.checkpointing is not None and least.needed is not None
     chosen = replace(config, checkpointing=least.checkpointing)
     return BudgetedConfig(chosen, memory, rows, tokens, least.needed)

@@ -185,17 +185,17 @@ def least_recomputation(forecaster: Forecaster, setup: TrainingSetup, memory: De
     A budget of bytes bounds the bytes alive above those of the model (`TrainConfig.checkpointing`). A budget needs at
     most needed(full) - above(full) + budget, where above(full) are these bytes with full recomputation.
     """
-    for kind in ("none", "full"):
-        forecast = forecaster.forecast(replace(setup, checkpointing=kind))
+    for checkpointing in ("none", "full"):
+        forecast = forecaster.forecast(replace(setup, checkpointing=checkpointing))
         needed = memory.needed(forecast)
         if needed > memory.size:
             continue
-        if kind == "none":
-            return Recomputation(kind, needed)
+        if checkpointing == "none":
+            return Recomputation(checkpointing, needed)
         above = forecast.peak - forecast.model_bytes
         budget = above + memory.size - needed
         if budget < above * BUDGET_MARGIN:
-            return Recomputation(kind, needed)
+            return Recomputation(checkpointing, needed)
         return Recomputation(budget, needed + budget - above)
     return Recomputation(None, None)
 

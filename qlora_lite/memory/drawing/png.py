@@ -51,15 +51,15 @@ def write_chart(
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
     FigureCanvasAgg(figure)
     highest = max(max(timeline.totals()) for _, timeline in panels)
-    for axes, (kind, timeline) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
-        _draw(axes, kind, timeline, highest)
+    for axes, (origin, timeline) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        _draw(axes, origin, timeline, highest)
     used = [key for key in Category if any(any(timeline.sizes.get(key, ())) for _, timeline in panels)]
     _add_legend(figure, used)
     with new_file(path, overwrite) as file:
         figure.savefig(file, format="png")
 
 
-def _draw(axes: Axes, kind: str, timeline: Timeline, highest: int) -> None:
+def _draw(axes: Axes, origin: str, timeline: Timeline, highest: int) -> None:
     totals = timeline.totals()
     edges = range(len(timeline) + 1)
     lower = [0] * len(edges)
@@ -69,7 +69,7 @@ def _draw(axes: Axes, kind: str, timeline: Timeline, highest: int) -> None:
         lower = upper
     peak = totals.index(max(totals))
     where = f" in {timeline.phases[peak]}" if timeline.phases[peak] else ""
-    title = f"{kind}: peak {readable_bytes(totals[peak])} of tensors{where}"
+    title = f"{origin}: peak {readable_bytes(totals[peak])} of tensors{where}"
     axes.set_title(title, loc="left", fontsize=11, color=TEXT, pad=10)
     axes.axvline(peak + 0.5, color=ACCENT, linewidth=1, linestyle=(0, (3, 3)))
     axes.plot([peak + 0.5], [totals[peak]], "o", color=ACCENT, markersize=5, clip_on=False)

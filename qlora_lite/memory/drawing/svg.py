@@ -21,9 +21,9 @@ BETWEEN_PHASES = "between phases"
 SMALLEST_SIDE = 100.0  # a group with a shorter side is not split into its modules
 
 
-def _picture(width: float, height: float, kind: str, title: str, body: Iterator[str]) -> str:
+def _picture(width: float, height: float, css_class: str, title: str, body: Iterator[str]) -> str:
     return (
-        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
+        f'<svg class="{css_class}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
         f"{''.join(body)}</svg>"
     )
 
@@ -146,8 +146,8 @@ def _treemap(breakdown: MemoryBreakdown, area: Rectangle) -> Iterator[str]:
             yield f'<rect class="{tile.category.value}" {_sides(tile)}><title>{escape(tip)}</title></rect>'
     for tile in sorted(found, key=lambda tile: -tile.depth):
         if tile.category is None and tile.depth:
-            kind = "block" if _is_block(tile) else "group"
-            yield f'<rect class="{kind}" {_sides(tile)}/>'
+            css_class = "block" if _is_block(tile) else "group"
+            yield f'<rect class="{css_class}" {_sides(tile)}/>'
     yield from _labels(found)
 
 

@@ -58,9 +58,9 @@ def path_html(path: str) -> str:
     return escape(path).replace(".", ".<wbr>")
 
 
-def table(kind: str, caption: str, headings: Iterable[str], rows: Iterable[Row]) -> Iterator[str]:
+def table(css_class: str, caption: str, headings: Iterable[str], rows: Iterable[Row]) -> Iterator[str]:
     """Yields a table that scrolls by itself where it is too wide. Caption, headings and cells are HTML."""
-    yield f'<div class="wide-table" tabindex="0" role="region" aria-label="{kind}"><table class="{kind}">'
+    yield f'<div class="wide-table" tabindex="0" role="region" aria-label="{css_class}"><table class="{css_class}">'
     yield f"<caption><span>{caption}</span></caption>"
     columns = [f'<th scope="col">{heading}</th>' for heading in headings]
     yield f"<thead><tr>{''.join(columns)}</tr></thead>"

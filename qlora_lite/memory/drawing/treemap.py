@@ -79,7 +79,7 @@ def group_repeated(breakdown: MemoryBreakdown) -> dict[str | None, tuple[int, di
 
 
 def squarify(sizes: Sequence[int], area: Rectangle) -> list[Rectangle]:
-    """Returns rectangles that tile `area`, in the order of the sizes and proportional to them, all above 0."""
+    """Returns rectangles that tile `area`, proportional to the sizes (all above 0) and in their order."""
     made: list[Rectangle] = []
     left, rest = area, sum(sizes)
     while len(made) < len(sizes):
@@ -93,7 +93,7 @@ def squarify(sizes: Sequence[int], area: Rectangle) -> list[Rectangle]:
 
 
 def even_rows(sizes: Sequence[int], area: Rectangle) -> list[Rectangle]:
-    """Like `squarify`, in rows with about equally many items. The number of rows gives the best worst aspect ratio."""
+    """Like `squarify`, in rows with about equally many items, as many rows as make the worst aspect ratio smallest."""
     count = len(sizes)
 
     def arranged(rows: int) -> list[Rectangle]:
