@@ -61,11 +61,11 @@ def main() -> None:
     )
     rows: dict[str, dict[str, int]] = {}
     with fake_tensors(accelerator=True):
-        forecasts = Forecaster(found, accelerator=True)
+        forecaster = Forecaster(found, accelerator=True)
         for name, quant in SETTINGS.items():
             for kind in CHECKPOINTING:
-                wanted = TrainingSetup(quant, LoraConfig(16, 32), 1, given.lengths[0], checkpointing=kind)
-                found_rows = {n: largest_batch(forecasts, wanted, memory, n).rows for n in given.lengths}
+                setup = TrainingSetup(quant, LoraConfig(16, 32), 1, given.lengths[0], checkpointing=kind)
+                found_rows = {n: largest_batch(forecaster, setup, memory, n).rows for n in given.lengths}
                 rows[f"{name}, checkpointing {kind}"] = {str(length): count for length, count in found_rows.items()}
     table = Table(f"rows that fit into {given.memory}", *map(str, given.lengths))
     for name, counts in rows.items():
