@@ -402,9 +402,9 @@ def test_an_adapter_comes_back_on_its_own_base_alone(tiny_folder: Path, tmp_path
     remove_lora_(model)
     save_quantized(model, tmp_path / "base")
 
-    with pytest.raises(CheckpointError, match=r"packed anew, and the model has another; load the base that save_quan"):
+    with pytest.raises(CheckpointError, match=r"packed again, and the model has another one; load the base that save"):
         load_adapter_(load_quantized(tiny_folder, QuantConfig(), dtype=torch.float32), tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match="packed anew, and the model has another"):
+    with pytest.raises(CheckpointError, match="packed again, and the model has another one"):
         load_adapter_(load_quantized(tiny_folder, QuantConfig(format="none")), tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"packed anew, which .* is not; load the base"):
         merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "not")

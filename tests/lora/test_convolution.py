@@ -243,7 +243,7 @@ def test_grouped_adapters_go_through_our_files_and_no_others(tmp_path: Path) -> 
         peft.PeftModel.from_pretrained(Net(groups=2), str(tmp_path / "ours"))
     theirs = peft.get_peft_model(Net(groups=2), peft.LoraConfig(r=2, target_modules=["flat"]))
     theirs.save_pretrained(str(tmp_path / "theirs"))
-    with pytest.raises(CheckpointError, match="reads the inputs of all groups, as peft's does, is no update"):
+    with pytest.raises(CheckpointError, match="reads the inputs of all groups, as peft's does, is not an update"):
         load_adapter_(Net(groups=2), tmp_path / "theirs")
 
 
