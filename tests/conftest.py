@@ -1,4 +1,4 @@
-"""What every test runs under: few threads, no network, quiet libraries, and repeatable examples in CI."""
+"""Fixtures and settings of all tests: few threads, no network, quiet libraries, repeatable examples in CI."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Two cores: for one process with two threads, or for two processes of pytest-xdist with one each.
+# On two cores: two threads in one process, or one in each of two processes of pytest-xdist.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
 
-# For transformers, which reads them when it is imported, and for the processes that tests start.
+# For transformers, which reads them on import, and for the processes that tests start.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -29,7 +29,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
     "OMP_NUM_THREADS": str(THREADS),
-    # Threads that wait for work let others have the core: on a shared machine spinning costs many times the work.
+    # Waiting threads release the core: on a shared machine, spinning costs many times the work.
     "OMP_WAIT_POLICY": "passive",
     "GOMP_SPINCOUNT": "0",
 }
@@ -38,14 +38,14 @@ for name, value in ENVIRONMENT.items():
 
 torch.set_num_threads(THREADS)
 
-# A model's first call may take seconds, which says nothing about the ones after it: no deadline.
+# No deadline, because the first call of a model may take seconds.
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what is marked `gpu` where torch has no accelerator."""
+    """Skips tests marked `gpu` where torch has no accelerator."""
     if torch.accelerator.is_available():
         return
     skip = pytest.mark.skip(reason="needs an accelerator")
@@ -61,7 +61,7 @@ def _same_numbers_each_time() -> None:
 
 @pytest.fixture(autouse=True)
 def _same_signal_handlers() -> Iterator[None]:
-    """The command line, called as a function, leaves one behind for the end of its process."""
+    """Restores the SIGINT handler, which the command line replaces for the rest of its process."""
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
@@ -69,7 +69,7 @@ def _same_signal_handlers() -> Iterator[None]:
 
 @pytest.fixture
 def memory_path(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory, where there are such, for tests that sync many files: a busy disk takes a second for each."""
+    """A folder in memory where possible, for tests that sync many files: a busy disk takes a second for each."""
     if not Path("/dev/shm").is_dir():
         yield tmp_path
         return
@@ -79,7 +79,7 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def import_script() -> Callable[[str], Any]:
-    """Imports a script by its path from the root. It finds the scripts of its folder as it does when it is run."""
+    """Imports a script by its path from the root. Its folder is importable meanwhile, as when the script is run."""
 
     def imported(path: str) -> Any:
         folder = str((ROOT / path).parent)
@@ -104,7 +104,7 @@ def tiny_folder(make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.T
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-# Of whatever family: each config takes what it knows and keeps the rest.
+# For every family: a config uses the sizes that it knows and keeps the others as they are.
 SMALL_SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -125,7 +125,7 @@ SMALL_SIZES = {
 
 @pytest.fixture(scope="session")
 def small_model() -> Callable[..., Any]:
-    """(family's config, sizes) -> a random model of transformers, the same each time."""
+    """Returns a random model of transformers for a config class and sizes, equal in each call."""
 
     def make(family: str, **sizes: Any) -> Any:
         import transformers
@@ -148,7 +148,7 @@ arm(int(sys.argv.pop(1)), Path(sys.argv.pop(1)))
 
 @pytest.fixture(scope="session")
 def killed_while_writing() -> Callable[..., None]:
-    """(point, folder, program, its words): runs a program that is killed at its change of the disk of this number."""
+    """Runs a program with arguments that is killed at change number `point` below a folder."""
 
     def run(point: int, below: Path, program: str, *words: object) -> None:
         arguments = [str(ROOT / "tests" / "reliability"), str(point), str(below), *map(str, words)]
@@ -161,7 +161,7 @@ def killed_while_writing() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def run() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `qlora-lite` with these words, as a process."""
+    """Runs `qlora-lite` with these arguments as a process."""
     program = "import sys; from qlora_lite.cli.main import main; main()"
 
     def start(*words: object) -> subprocess.CompletedProcess[str]:

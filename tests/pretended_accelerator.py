@@ -1,7 +1,8 @@
-"""A training step of a whole Llama on fake tensors of a pretended accelerator, in a process of its own.
+"""Takes training steps of a Llama on fake tensors of a pretended accelerator, in a process of its own.
 
-`python tests/pretended_accelerator.py CHECKPOINT` prints, for each kind of base, the devices of all that the step made,
-and the error for an adapter that was left on the CPU. (A backend can be registered once in a process.)
+`python tests/pretended_accelerator.py CHECKPOINT` prints the devices of all tensors of the step for each kind of base,
+and the error for an adapter that was left on the CPU. It needs its own process, in which a backend can be registered
+only once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The shape of the repository, read from its sources with `ast`: who imports whom, how long things get, what is banned.
+"""Tests of the shape of the repository, read from its sources with `ast`: imports, lengths, names and banned modules.
 
-A lazy import inside a function and one under TYPE_CHECKING count like any other: they too are things a file knows.
+Imports inside functions and under TYPE_CHECKING count like any other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of numbers, dtypes and sizes, and the errors for NaN, infinity and overflow."""
+"""Tests of the checks of numbers, dtypes and sizes, and of the errors for NaN, infinity and overflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used."""
+"""Tests of names that a package imports on first use."""
 
 from __future__ import annotations
 

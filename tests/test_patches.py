@@ -1,4 +1,4 @@
-"""Patches hold within their block and leave what they found: an own attribute, an inherited one, a registration."""
+"""Tests of patches that hold within a block and restore the previous state."""
 
 from __future__ import annotations
 

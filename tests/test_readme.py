@@ -1,4 +1,4 @@
-"""The README's example runs as it stands there, on a small model."""
+"""Runs the example of the README on a small model."""
 
 from __future__ import annotations
 

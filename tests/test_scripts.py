@@ -1,4 +1,4 @@
-"""Every script and example runs on its small setting and ends with its JSON line."""
+"""Runs every script and example with its small setting; each ends with its JSON line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals wait for a check, come when there was none, and leave the handlers as they were."""
+"""Tests of signals that wait for a check, and of handlers that are restored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replacing modules: every name, nothing below, nothing kept alive."""
+"""Tests of replacing modules under every name without keeping the old ones alive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder is written whole or not at all, and replaces another one in one move."""
+"""Tests of writing a folder atomically, and of replacing another folder in one rename."""
 
 from __future__ import annotations
 

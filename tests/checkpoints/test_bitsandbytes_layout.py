@@ -1,4 +1,4 @@
-"""Packed weights in files: the very tensors that bitsandbytes saves, read back to the same bytes, and damage named."""
+"""Tests of packed weights in files: equal to the tensors that bitsandbytes saves, and errors for damaged ones."""
 
 from __future__ import annotations
 

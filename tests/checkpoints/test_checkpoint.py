@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint folder fit the model, or an error lists what does not."""
+"""Tests of checkpoints that fit a model, and of the errors for those that do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints under other names and in pieces: against what transformers loads, and against its own operations."""
+"""Tests of renamed and split checkpoints against the models and the conversion operations of transformers."""
 
 from __future__ import annotations
 

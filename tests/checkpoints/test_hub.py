@@ -1,4 +1,4 @@
-"""What transformers is asked for, and what is said when it cannot answer."""
+"""Tests of reading configs, tokenizers and folders through transformers, and of the errors when that fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views on tensors in files against torch's own stacking, joining, cutting and transposing."""
+"""Tests of lazy views of tensors in files against torch's stack, cat, slicing and transpose."""
 
 from __future__ import annotations
 

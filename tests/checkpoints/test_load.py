@@ -1,4 +1,4 @@
-"""Loading against transformers' own."""
+"""Tests of loading against transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights packed from slices of a file equal weights packed whole."""
+"""Tests of packing weights from slices of a file against packing them whole."""
 
 from __future__ import annotations
 

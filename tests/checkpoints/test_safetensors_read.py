@@ -1,4 +1,4 @@
-"""Reading checkpoints: the bytes that safetensors reads, by rows too, and never from outside the folder."""
+"""Tests of reading safetensors folders, whole and by rows, never from outside the folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files: readable by safetensors, whole or absent, and never from outside the folder."""
+"""Tests of writing safetensors folders: readable by safetensors, whole or absent, never outside the folder."""
 
 from __future__ import annotations
 

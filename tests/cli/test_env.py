@@ -1,4 +1,4 @@
-"""`qlora-lite env`."""
+"""Tests of `qlora-lite env`."""
 
 from __future__ import annotations
 

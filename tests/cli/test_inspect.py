@@ -1,4 +1,4 @@
-"""The command `inspect`, run as the entry point runs it."""
+"""Tests of `qlora-lite inspect`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line, with good and with bad input, as processes."""
+"""Tests of the command line as a process, with good and with bad input."""
 
 from __future__ import annotations
 

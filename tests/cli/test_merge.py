@@ -1,4 +1,4 @@
-"""`qlora-lite train` and `qlora-lite merge`, one after the other."""
+"""Tests of `qlora-lite train` followed by `qlora-lite merge`."""
 
 from __future__ import annotations
 

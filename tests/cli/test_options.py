@@ -1,3 +1,5 @@
+"""Tests of the options that several commands share."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""The command `plan`, as a process."""
+"""Tests of `qlora-lite plan` as a process."""
 
 from __future__ import annotations
 

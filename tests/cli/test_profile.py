@@ -1,4 +1,4 @@
-"""The command `profile`, as a process."""
+"""Tests of `qlora-lite profile` as a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`qlora-lite quantize`."""
+"""Tests of `qlora-lite quantize`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`qlora-lite train`: how its options become settings, the choice of checkpointing, and what it must not write over.
-
-Whole runs are in test_merge.py.
-"""
+"""Tests of `qlora-lite train`: its settings, the choice of checkpointing, and outputs that it must not overwrite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Causal attention against torch's own, in value, gradient and precision."""
+"""Tests of causal attention on a CPU against torch, in value, gradient and precision."""
 
 from __future__ import annotations
 

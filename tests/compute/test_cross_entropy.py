@@ -1,4 +1,4 @@
-"""The loss without the logits against F.cross_entropy."""
+"""Tests of linear_cross_entropy against F.cross_entropy."""
 
 from __future__ import annotations
 

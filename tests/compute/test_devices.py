@@ -1,3 +1,5 @@
+"""Tests of telling CPUs from accelerators, and out-of-memory errors from others."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,4 @@
-"""What is said of libraries and machine, beside what they say themselves."""
+"""Tests of the report on libraries and machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The autograd node against plain autograd."""
+"""Tests of the autograd function of a LoRA layer against plain autograd."""
 
 from __future__ import annotations
 

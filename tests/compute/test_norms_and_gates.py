@@ -1,4 +1,4 @@
-"""Norms and gated activations against plain torch and transformers' modules."""
+"""Tests of norms and gated activations against plain torch and the modules of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random numbers after a state is restored are those that came after it was captured."""
+"""Tests of capturing and restoring random states."""
 
 from __future__ import annotations
 

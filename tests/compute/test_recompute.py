@@ -1,4 +1,4 @@
-"""Tensors made again: once for all who read them, and given to adapted layers instead of being kept."""
+"""Tests of tensors that are recomputed in backward instead of kept."""
 
 from __future__ import annotations
 

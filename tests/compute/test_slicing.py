@@ -1,4 +1,4 @@
-"""Slices: all of them on real tensors, the ends on fake ones."""
+"""Tests of slicing: all slices of real tensors, the first and last of fake ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The update of a weight: the product that it stands for, and the same sums whatever the slices."""
+"""Tests of adding scaling * B A to a weight in tiles against the plain product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches: packed and padded rows, the order of an epoch, and settings that are refused."""
+"""Tests of batches: packed and padded rows, the order of an epoch, and settings that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading JSONL: four shapes in one file, and one clear sentence with file and line for everything else."""
+"""Tests of reading JSONL: four shapes in one file, and an error with file and line for anything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of batches, over epochs, and going to a place in it."""
+"""Tests of the order of batches over epochs, and of resuming at a position."""
 
 from __future__ import annotations
 

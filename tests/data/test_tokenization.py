@@ -1,4 +1,4 @@
-"""Labels against transformers' own assistant mask, packing against the unpacked model, order against its seed."""
+"""Tests of labels against the assistant mask of transformers, and of chat templates and truncation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The task is fair: nothing open is shared between its splits, and its score forgives no wrong value."""
+"""Tests of the demo's task: splits share no open value, and the score forgives no wrong one."""
 
 from __future__ import annotations
 

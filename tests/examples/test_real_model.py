@@ -1,4 +1,4 @@
-"""The network is the only thing that is faked here; unpacking, converting and loading are done for real."""
+"""Tests of examples/real_model.py. Only the network is replaced; unpacking, converting and loading are real."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A lazy model against the same one with its weights in memory, for architectures of different modules."""
+"""Tests of a model with lazily loaded weights against the same model in memory, for several architectures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports against transformers, and against the layers they come from."""
+"""Tests of merged exports against transformers and against the adapted layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names of a plain checkpoint, against the model that was packed and adapted."""
+"""Tests of the names and weights of a plain checkpoint, recovered from a packed and adapted model."""
 
 from __future__ import annotations
 

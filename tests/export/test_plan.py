@@ -1,4 +1,4 @@
-"""What an export plans to write: one plan from memory and from disk, and the models that it is verified against."""
+"""Tests of export plans, which are equal for models in memory and on disk."""
 
 from __future__ import annotations
 

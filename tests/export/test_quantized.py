@@ -1,4 +1,4 @@
-"""Packed checkpoints with real transformers and bitsandbytes, both ways."""
+"""Tests of packed checkpoints with transformers and bitsandbytes, in both directions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of an export against sums written out, and the table as text."""
+"""Tests of the figures of an export against written-out sums, and of its table as text."""
 
 from __future__ import annotations
 

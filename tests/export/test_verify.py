@@ -1,4 +1,4 @@
-"""What verification reports, against transformers on the exported folder and the live model with its adapter."""
+"""Tests of verification against transformers on the exported folder and against the live model."""
 
 from __future__ import annotations
 

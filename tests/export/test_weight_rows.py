@@ -1,4 +1,4 @@
-"""Rows of a weight, wherever it is, against the tensor that a model would hold."""
+"""Tests of the rows of weights in memory, packed and on disk against the tensors of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoraConfig refuses wrong settings, and its patterns choose rank and alpha by layer."""
+"""Tests of LoraConfig: wrong settings, and patterns that choose rank and alpha by layer."""
 
 from __future__ import annotations
 

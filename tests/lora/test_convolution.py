@@ -1,4 +1,4 @@
-"""Adapted convolutions against torch's own with a merged kernel, against peft, and through files and exports."""
+"""Tests of adapted convolutions against torch with a merged kernel, against peft, and through files and exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How A and B start: beside peft's values, the papers' equations, and what a saved adapter then means."""
+"""Tests of the initializations of A and B against peft, the papers' equations, and saved adapters."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Tests of the kinds of layers that A and B adapt: embeddings, and routers of experts against peft and transformers."""
+
 from __future__ import annotations
 
 import json

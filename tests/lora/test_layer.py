@@ -1,4 +1,4 @@
-"""The layers against the equation, torch.nn.Embedding, and their own promises."""
+"""Tests of the LoRA layers against the equation and torch.nn.Embedding."""
 
 from __future__ import annotations
 

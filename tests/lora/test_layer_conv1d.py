@@ -1,4 +1,4 @@
-"""GPT-2's Conv1D, y = x W + b with W (in, out), from file to file: against transformers and peft."""
+"""Tests of GPT-2's Conv1D (y = x W + b, W of shape (in, out)) against transformers and peft, from file to file."""
 
 from __future__ import annotations
 

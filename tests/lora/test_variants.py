@@ -1,4 +1,4 @@
-"""DoRA and biases of B against their equations under plain autograd, against real peft, and in files and exports."""
+"""Tests of DoRA and of biases of B against their equations in plain autograd, peft, files and exports."""
 
 from __future__ import annotations
 

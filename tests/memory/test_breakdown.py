@@ -1,3 +1,5 @@
+"""Tests of bytes by category and module."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Tests of comparing two reports."""
+
 from __future__ import annotations
 
 import pytest

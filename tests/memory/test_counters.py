@@ -1,4 +1,4 @@
-"""Counters of the process and of a pretended accelerator, as the phases of a profiler read them."""
+"""Tests of the counters of the process and of a pretended accelerator in the phases of a profiler."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Tests of attributing tensors to the module that runs."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,3 +1,5 @@
+"""Tests of the memory profiler: phases, peaks and categories."""
+
 from __future__ import annotations
 
 import gc

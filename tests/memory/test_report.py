@@ -1,3 +1,5 @@
+"""Tests of memory reports as text and JSON."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Tests of torch's record of allocations on an accelerator."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Tests of finding the storages of tensors."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,4 @@
-"""The labels of tensors in layers of this package and of bitsandbytes."""
+"""Tests of labelling the tensors of layers, those of this library and of bitsandbytes."""
 
 from __future__ import annotations
 

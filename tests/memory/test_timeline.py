@@ -1,3 +1,5 @@
+"""Tests of the timeline of live bytes."""
+
 from __future__ import annotations
 
 from itertools import accumulate, groupby

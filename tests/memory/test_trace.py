@@ -1,3 +1,5 @@
+"""Tests of tracing storages, on real and on fake tensors."""
+
 from __future__ import annotations
 
 import gc

@@ -1,4 +1,4 @@
-"""The rules of the caching allocator, one by one; what torch's own tests state; and a naive model to compare with."""
+"""Tests of the model of the caching allocator: each rule, torch's own test cases, and a second, naive model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Expandable segments: rule by rule, with the numbers of torch's own test, and against a model that has only pages."""
+"""Tests of expandable segments: each rule, the numbers of torch's own test, and a second model of pages alone."""
 
 from __future__ import annotations
 

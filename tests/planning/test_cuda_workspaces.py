@@ -1,4 +1,4 @@
-"""The formulas of the libraries' sources, compared with bytes computed by hand."""
+"""Tests of the formulas of kernel workspaces with numbers worked out by hand."""
 
 from __future__ import annotations
 

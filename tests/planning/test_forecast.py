@@ -1,4 +1,4 @@
-"""Forecasts from a few layers, compared with rehearsals of all layers."""
+"""Tests of forecasts from a few layers against rehearsals of all layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Straight lines over the number of layers, on made-up runs whose peaks are known."""
+"""Tests of extrapolating over the number of layers, on made-up runs with known peaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkpointing of a training run, chosen by a memory; the command line's choice is tested in cli/test_train.py."""
+"""Tests of choosing the checkpointing of a training run by a memory budget."""
 
 from __future__ import annotations
 

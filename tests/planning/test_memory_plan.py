@@ -1,4 +1,4 @@
-"""Plans for a tiny model, compared with rehearsals of batches that should fit and that should not."""
+"""Tests of plans on a tiny model against rehearsals of fitting and of non-fitting batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans compared as whole texts."""
+"""Tests of plans as text."""
 
 from __future__ import annotations
 

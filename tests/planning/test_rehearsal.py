@@ -1,4 +1,4 @@
-"""Rehearsed steps agree with real ones to the byte, and a rehearsal restores what it changes."""
+"""Tests of rehearsed steps against real ones, to the byte."""
 
 from __future__ import annotations
 

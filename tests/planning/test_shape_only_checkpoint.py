@@ -1,4 +1,4 @@
-"""Checkpoints without values, compared with real files of the same models."""
+"""Tests of checkpoints of shapes only against the files of such a model."""
 
 from __future__ import annotations
 

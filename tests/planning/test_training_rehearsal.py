@@ -1,4 +1,4 @@
-"""Training rehearsed from a config, compared with the same training, to the byte."""
+"""Tests of training rehearsed from a config against real training, to the byte."""
 
 from __future__ import annotations
 

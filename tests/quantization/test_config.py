@@ -1,4 +1,4 @@
-"""QuantConfig refuses wrong settings."""
+"""Tests of QuantConfig: wrong settings are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed experts against transformers' own with the unpacked weights, from file to file."""
+"""Tests of packed experts against transformers with the unpacked weights, from file to file."""
 
 from __future__ import annotations
 

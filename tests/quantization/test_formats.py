@@ -1,4 +1,4 @@
-"""The arithmetic of formats against what packed weights hold."""
+"""Tests of the arithmetic of formats against the bytes of packed weights."""
 
 from __future__ import annotations
 

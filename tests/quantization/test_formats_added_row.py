@@ -1,4 +1,4 @@
-"""A format is one row of `FORMATS`: made-up formats are packed, trained, saved, merged and planned by their row."""
+"""Tests of adding a format as one row of `FORMATS`: it is packed, trained, saved, merged and planned."""
 
 from __future__ import annotations
 

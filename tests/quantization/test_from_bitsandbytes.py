@@ -1,4 +1,4 @@
-"""Models that bitsandbytes packed are taken over with their bytes, and repacked codes are put back in order."""
+"""Tests of taking over models that bitsandbytes packed, re-packed codes included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integer products against fp32 ones."""
+"""Tests of integer products against fp32 products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels of the formats against bitsandbytes' own, wherever rows, blocks and chunks end."""
+"""Tests of the kernels of the formats against bitsandbytes, for all ends of rows, blocks and chunks."""
 
 from __future__ import annotations
 

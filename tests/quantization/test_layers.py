@@ -1,4 +1,4 @@
-"""Packed layers keep no unpacked weight, follow the model's dtype, and multiply in slices."""
+"""Tests of packed layers: no unpacked weight is kept, the dtype follows the model, products run in slices."""
 
 from __future__ import annotations
 

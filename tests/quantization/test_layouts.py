@@ -1,4 +1,4 @@
-"""The buffers of each layout, by hand."""
+"""Tests of the buffers of each layout, worked out by hand."""
 
 from __future__ import annotations
 

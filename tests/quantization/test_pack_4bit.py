@@ -1,4 +1,4 @@
-"""The faster search against bitsandbytes' own, code for code."""
+"""Tests of the faster search for 4-bit codes against bitsandbytes, code for code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed weights through everything that moves or copies a module, and what cannot be packed."""
+"""Tests of packed weights: moved, copied and cast with a module, and values that cannot be packed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing a model in place, and taking over what bitsandbytes has packed."""
+"""Tests of packing a model in place."""
 
 from __future__ import annotations
 

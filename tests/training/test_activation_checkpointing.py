@@ -1,4 +1,4 @@
-"""Recomputation: same gradients, forward methods put back."""
+"""Tests of activation checkpointing: equal gradients, and forward methods that are restored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TrainConfig refuses wrong settings; `checkpointing` is a word or a number of bytes."""
+"""Tests of TrainConfig: wrong settings, and `checkpointing` as a word or a number of bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes on one run, started by `accelerate launch`: gradients, files, errors, signals and resuming."""
+"""Tests of several processes on one run, started by `accelerate launch`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exchanged modules: recognized by what they compute, the same gradients, everything put back."""
+"""Tests of fused modules: recognized by their computation, with equal gradients, and restored afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training against plain torch, and what it leaves alone."""
+"""Tests of training against plain torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice of the loss."""
+"""Tests of the choice of the loss."""
 
 from __future__ import annotations
 

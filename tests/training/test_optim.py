@@ -1,4 +1,4 @@
-"""Learning rates over the steps, and what the optimizers hold."""
+"""Tests of learning rates over the steps, and of the states of optimizers."""
 
 from __future__ import annotations
 

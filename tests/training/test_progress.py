@@ -1,4 +1,4 @@
-"""What is printed while training runs."""
+"""Tests of the progress lines of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of a run: what it does when memory runs out, and where it refuses to run. (Whole runs: test_loop.py.)"""
+"""Tests of one training step: out-of-memory errors and refused settings. Whole runs are in test_loop.py."""
 
 from __future__ import annotations
 

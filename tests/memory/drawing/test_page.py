@@ -1,3 +1,5 @@
+"""Tests of a report as an HTML page."""
+
 from __future__ import annotations
 
 import re

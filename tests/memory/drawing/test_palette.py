@@ -1,3 +1,5 @@
+"""Tests of the colors of categories."""
+
 from __future__ import annotations
 
 from itertools import combinations

@@ -1,3 +1,5 @@
+"""Tests of the timeline as a PNG."""
+
 from __future__ import annotations
 
 import sys

@@ -1,3 +1,5 @@
+"""Tests of drawings as SVG."""
+
 from __future__ import annotations
 
 import re

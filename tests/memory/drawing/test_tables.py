@@ -1,3 +1,5 @@
+"""Tests of the tables of a page."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

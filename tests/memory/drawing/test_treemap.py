@@ -1,3 +1,5 @@
+"""Tests of the treemap layout."""
+
 from __future__ import annotations
 
 import pytest
