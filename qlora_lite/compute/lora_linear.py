@@ -1,10 +1,9 @@
-"""A frozen linear map and its low-rank term with one backward for both.
+"""A frozen linear map and its low-rank term in one autograd function.
 
-What plain autograd would do for y = W0 x + s B A x (s: its scaling):
-keep x for A, keep A x for B, keep s B A x for the addition, and, when W0 is packed, keep the whole
-unpacked W0 until backward. This node keeps x and A x only, and where x came with a recipe (recompute.py) not even x.
-W0 is unpacked a second time in backward, which costs far less than holding it; the low-rank term is added into the
-product in place; no gradient is formed for anything frozen. Dropout keeps a seed instead of a mask.
+For y = W0 x + s B A x, plain autograd keeps x for A, A x for B, s B A x for the sum, and the whole unpacked W0 if W0 is
+packed. The function here keeps x and A x only, and not even x where a recipe can compute it again (recompute.py). W0 is
+unpacked a second time in backward, which costs far less time than its memory is worth. The low-rank term is added into
+the product in place. Nothing frozen gets a gradient. Dropout keeps a seed instead of a mask.
 """
 
 from __future__ import annotations
@@ -25,9 +24,12 @@ from qlora_lite.errors import InputError
 
 
 class Packed(Protocol):
-    """A weight that is not a tensor but can be made into one."""
+    """A packed weight `(out, in)`, which can be unpacked whole or by rows."""
 
     shape: torch.Size
+
+    @property
+    def device(self) -> torch.device: ...
 
     def dequantize(self, dtype: torch.dtype) -> Tensor: ...
 
@@ -35,14 +37,17 @@ class Packed(Protocol):
 
     @property
     def row_step(self) -> int:
-        """A slice of rows must begin at a multiple of this."""
+        """A slice of rows has to start at a multiple of this."""
 
     def own_product(self, rows: Tensor) -> Tensor | None:
-        """rows W0^T computed without unpacking; None where it is to be unpacked."""
+        """Returns rows W0^T computed without unpacking, or None if the weight has to be unpacked."""
 
 
-class Adapted(Protocol):
-    """What a kind asks of the layer that it is applied in."""
+Weight = Tensor | Packed
+
+
+class AdaptedLayer(Protocol):
+    """The attributes of a LoraLayer that a kind reads."""
 
     @property
     def base_layer(self) -> nn.Module: ...
@@ -59,24 +64,29 @@ class Adapted(Protocol):
 
 
 def with_gain(y: Tensor, gain: Tensor) -> Tensor:
-    """y (1 + gain): a sum, since what is near 1 would lose in 16 bits by how much it differs."""
+    """Returns y (1 + gain), as y + y gain: in 16 bits a factor near 1 would lose its difference from 1."""
     return torch.addcmul(y, y, gain.to(y.dtype))
 
 
-def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
-    """The weight as an ordinary tensor of this dtype; the weight itself where it is one already."""
+def weight_of(layer: nn.Module) -> Weight:
+    """Returns the weight of a linear or embedding layer, a tensor or packed."""
+    return cast("Weight", layer.weight)
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Returns the weight as a tensor of this dtype: the weight itself if it is one."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
 
-# Freed memory of up to 32 MiB is used again, larger pieces come as fresh pages each time (memory/host.py), which
-# costs more than the unpacking: larger weights are unpacked and multiplied in slices of rows of this size.
+# malloc reuses freed blocks of up to 32 MiB. Larger ones come as fresh pages each time (host_memory.py), which costs
+# more than unpacking does. So larger weights are unpacked and multiplied in slices of this size.
 SLICE_BYTES = 24 << 20
 
 
-def dense_slices(weight: Tensor | Packed, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in the dtype of `like` as slices of rows, (which rows, the rows), each made when its turn comes."""
+def dense_slices(weight: Weight, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yields (slice of rows, these rows in the dtype of `like`) over the weight. Rows are unpacked when asked for."""
     (rows, columns), dtype = weight.shape, like.dtype
-    if isinstance(weight, Tensor) and weight.dtype == dtype:  # nothing is made
+    if isinstance(weight, Tensor) and weight.dtype == dtype:  # the whole weight costs nothing
         yield slice(0, rows), weight
         return
     step = 1 if isinstance(weight, Tensor) else weight.row_step
@@ -91,8 +101,8 @@ def dense_slices(weight: Tensor | Packed, like: Tensor) -> Iterator[tuple[slice,
             yield part, weight.dequantize_rows(part.start, part.stop, dtype)
 
 
-def _product(rows: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
-    """rows W0^T + bias, slice by slice of W0."""
+def _product(rows: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """Returns rows W0^T + bias `(rows, out)`, slice by slice of W0."""
     own = None if isinstance(weight, Tensor) else weight.own_product(rows)
     if own is not None:
         return own if bias is None else own.add_(bias.to(own.dtype))
@@ -108,8 +118,8 @@ def _product(rows: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tens
     return out
 
 
-def _product_back(grad: Tensor, weight: Tensor | Packed) -> Tensor:
-    """grad W0, slice by slice of W0."""
+def _product_back(grad: Tensor, weight: Weight) -> Tensor:
+    """Returns grad W0 `(rows, in)`, slice by slice of W0."""
     total: Tensor | None = None
     for part, piece in dense_slices(weight, grad):
         if total is None:
@@ -122,27 +132,27 @@ def _product_back(grad: Tensor, weight: Tensor | Packed) -> Tensor:
 
 
 def draw_seed() -> int:
-    """A seed out of torch's default generator, which recomputation under checkpointing rewinds.
+    """Draws a seed from torch's default generator, which recomputation under checkpointing rewinds.
 
-    Drawn outside of any dispatch mode: under fake tensors it would have no value.
+    It is drawn outside of any dispatch mode, because fake tensors would give it no value.
     """
     with no_dispatch():
         return int(torch.randint(2**62, ()))
 
 
-# Each row of a dropout mask is the row above it, moved on by so many places.
+# Each row of a dropout mask is the row above it, shifted by this many entries.
 MASK_SHIFT = 5
-
 
 INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def dropout_mask(like: Tensor, probability: float, seed: int) -> Tensor:
-    """All bits zero with this probability, all set elsewhere, in integers of like's size; see `masked`.
+    """Returns a dropout mask `(rows, width)` for `apply_mask`: integers as wide as like's values.
 
-    `(rows, width)`, a view: row i begins at place MASK_SHIFT * i of one random string, because drawing a number for
-    each entry costs more than the product that the mask is for. Entries of a row are independent; two entries are
-    the same one only if they are MASK_SHIFT * n features and n rows apart. The same seed gives the same mask.
+    An entry has no bit set with this probability, else all bits. The same seed gives the same mask. The mask is a view
+    of one random string, because drawing a number for each entry costs more than the product that the mask is for: row
+    i starts at entry MASK_SHIFT * i. Entries of a row are independent. Two entries share their number only if they are
+    n rows and MASK_SHIFT * n columns apart.
     """
     rows, width = like.shape
     string = like.new_empty(MASK_SHIFT * max(rows - 1, 0) + width, dtype=torch.float32)
@@ -154,7 +164,7 @@ def dropout_mask(like: Tensor, probability: float, seed: int) -> Tensor:
 
 
 def apply_mask(rows: Tensor, mask: Tensor) -> Tensor:
-    """The rows where the mask is set, 0 elsewhere: bit by bit, which is three times as fast as a product of floats."""
+    """Returns the rows with 0 where the mask is 0. The bitwise product is three times as fast as one of floats."""
     return (rows.view(mask.dtype) & mask).view(rows.dtype)
 
 
@@ -165,18 +175,18 @@ def apply_mask_(rows: Tensor, mask: Tensor) -> Tensor:
 
 
 def product_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    """What a product with x is computed in: what is wanted; else x's dtype, or fp32 where that stands in for bf16."""
+    """Returns the dtype of a product with x: `wanted`; without one x's, or fp32 on a CPU that cannot multiply bf16."""
     if wanted is None and x.dtype == torch.bfloat16 and on_cpu(x.device) and not cpu_multiplies_bf16():
         return torch.float32
     return wanted or x.dtype
 
 
 class _LowRank(torch.autograd.Function):
-    """A (m * x) over rows x, m dropout's zeros and ones; and what `_AdaptedLinear` needs in backward: that, A, B, x.
+    """low = (m * x) A^T `(rows, rank)`, for rows x `(rows, in)` and a dropout mask m of zeros and ones.
 
-    Kept by a node of its own, before the product: a block that is computed again for backward ends where the last
-    thing to keep is kept, and so spares the last product, a quarter of a transformer block's. No gradient comes
-    through here, `_AdaptedLinear` forms them all; its backward comes first, and then this one lets go what was kept.
+    Saves low, A, B and x for the backward of `_AdaptedLinear`, which computes all gradients; none passes through here.
+    The two are separate nodes because recomputation of a checkpointed block stops once all saved tensors are made. With
+    the tensors saved before the product, the last product of a block, a quarter of its work, is not computed again.
     """
 
     @staticmethod
@@ -203,13 +213,21 @@ class _LowRank(torch.autograd.Function):
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """y = x W0^T + bias + s (m * x) A^T B^T over rows x; s is scaling / (1 - dropout). Kept: by `_LowRank`."""
+    """y = x W0^T + bias + s low B^T, with low = (m * x) A^T of `_LowRank` and s = scaling / (1 - dropout).
+
+    x `(rows, in)`, W0 `(out, in)`, A `(rank, in)`, B `(out, rank)`, y and its gradient G `(rows, out)`. The gradients:
+
+        x       G W0 + m * (s G B A)
+        A       (s G B)^T (m * x)
+        B       s G^T low
+        bias    the sum of G over its rows
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | Packed,
+        weight: Weight,
         bias: Tensor | None,
         lora_A: Tensor | None,
         lora_B: Tensor | None,
@@ -233,7 +251,7 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_bias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)) if need_bias else None
         grad_A = grad_B = None
         if ctx.kept is not None:
-            low, lora_A, lora_B, *source = ctx.kept.saved_tensors  # under checkpointing, asking is what recomputes
+            low, lora_A, lora_B, *source = ctx.kept.saved_tensors  # under checkpointing, reading them recomputes
             x = source[0] if ctx.kept.again is None else ctx.kept.again.read(tuple(source))
             rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
             grad_low = (grad @ lora_B.to(ctx.dtype)).mul_(ctx.scaling)
@@ -253,15 +271,15 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def check_features(x: object, features: int) -> None:
-    """Raises InputError unless x is a tensor of floats with so many features in the last place."""
+    """Raises InputError unless x is a tensor of floats whose last dimension is `features`."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape[-1:] != (features,):
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise InputError(f"this layer takes floats with {features} features in the last place; got {got}")
+        raise InputError(f"this layer takes floats with {features} features in the last dimension; got {got}")
 
 
 def adapted_linear(
     x: Tensor,
-    weight: Tensor | Packed,
+    weight: Weight,
     bias: Tensor | None = None,
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
@@ -270,11 +288,11 @@ def adapted_linear(
     dropout: float = 0.0,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y = W0 x + bias + scaling * B A dropout(x), with W0 frozen.
+    """Returns W0 x + bias + scaling * B A dropout(x) `(..., out)`, with W0 frozen.
 
-    x `(..., in)`, weight `(out, in)`, bias `(out,)`, lora_A `(rank, in)`, lora_B `(out, rank)` -> `(..., out)`.
-    Computed in `compute_dtype` (None: see `product_dtype`), returned in x's dtype; A and B may be of any float dtype.
-    Gradients: x, bias, lora_A, lora_B; never the weight. Not twice differentiable.
+    x `(..., in)`, weight W0 `(out, in)`, bias `(out,)`, lora_A `(rank, in)`, lora_B `(out, rank)`. A and B may have any
+    float dtype. The products are computed in `compute_dtype` (None: `product_dtype`), and the result has x's dtype.
+    x, bias, lora_A and lora_B get gradients, the weight does not. Not twice differentiable.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):

@@ -1,36 +1,38 @@
-"""What an adapter makes of a weight, as a merge computes it: in tiles, so that slices and wholes come out the same.
+"""Updates of a weight: what merging an adapter, or exporting it, makes of W0.
 
-    W = W0 + scaling * B A
-    W' = m * W / ||W||              norms of the rows of `(out, in)`, for a variant of LoRA that gives them norms m
+    Delta         W0 + scaling * left right; with output norms m, its rows (those of `(out, in)`) scaled to norms m
+    StackDelta    a Delta for each matrix of a stack
+    Replaced      other values in place of W0, or of some of its rows
 
-A stack of matrices has an update for each of them.
+A weight is updated in fixed tiles of rows. A weight that is merged slice by slice therefore equals, bit for bit, one
+that is merged at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_lite.compute.slicing import row_slices
 
+# (start, stop) -> these rows of a tensor.
 Rows = Callable[[int, int], Tensor]
-Pieces = Iterable[tuple[int, Tensor]]
+# (first row, rows in fp32) of W0, in order.
+RowSlices = Iterable[tuple[int, Tensor]]
 
 
 @dataclass(frozen=True)
 class Delta:
-    """scaling * left right, the update of a stored weight: left `(rows, rank)`, right `(rank, columns)`, both fp32.
+    """A low-rank update of a stored weight, W = W0 + scaling * left right.
 
-    output_norms: the norms `(out,)` in fp32 that the weights of each output are then given, if any: those of the rows
-    of the stored weight, or of its columns with `by_columns`, where it is stored as `(in, out)`. norms: those that the
-    columns have before, for which a slice of rows is not enough (`measured`).
+    With `output_norms` m `(out,)`, the weights of each output are then scaled to the norm m: W -> m * W / ||W||.
 
-    Sums are always computed in the same tiles of rows, so that a weight which is merged a slice at a time is, bit for
-    bit, the one that is merged at once.
+    left: `(rows, rank)`, right: `(rank, columns)`, both fp32, in the orientation of the stored weight.
+    by_columns: whether the outputs are the columns of the stored weight, as in `(in, out)`, and not its rows.
+    norms: ||W|| of the columns, where `prepared` has computed it: a slice of rows does not give it.
     """
 
     left: Tensor
@@ -48,53 +50,53 @@ class Delta:
 
     @property
     def matrices(self) -> tuple[Delta, ...]:
-        """The update of each matrix of the weight, which is one."""
+        """The updates of the weight's matrices: this one alone."""
         return (self,)
 
     @property
     def low_rank(self) -> bool:
-        """Whether it can be applied to an input apart from the weight, as a product with left and right."""
+        """Whether left and right can be applied to an input without the weight."""
         return self.output_norms is None
 
     @property
     def additive(self) -> bool:
-        """Whether it adds the same to every weight, so that its size does not depend on W0."""
+        """Whether W - W0 does not depend on W0."""
         return self.output_norms is None
 
     @property
     def transposed(self) -> Delta:
-        """The update of the weight the other way round."""
+        """The update of the transposed weight."""
         left, right = self.right.T.contiguous(), self.left.T.contiguous()
         return Delta(left, right, self.scaling, self.output_norms, not self.by_columns)
 
     def _tiles(self, rows: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(which rows of the weight, those of `rows`, those of left) of each tile."""
+        """Yields (rows of the weight as a slice, those rows of `rows`, those rows of left) for each tile."""
         for taken in row_slices(rows.shape[0], self.TILE_ROWS):
             tile = rows[taken].view(-1, self.right.shape[1])  # a kernel as a matrix
             part = slice(first + taken.start, first + taken.stop)
             yield part, tile, self.left[part]
 
     def add_to_(self, rows: Tensor, first: int) -> Tensor:
-        """Makes what the adapter makes of these rows of W0 (fp32), from `first` on, a multiple of TILE_ROWS."""
+        """Updates these rows of W0 (fp32) in place and returns them. first: their index, a multiple of TILE_ROWS."""
         for part, tile, left in self._tiles(rows, first):
             tile.addmm_(left, self.right, alpha=self.scaling)
             if self.output_norms is None:
                 continue
             if self.by_columns:
-                assert self.norms is not None  # measured
+                assert self.norms is not None  # prepared
                 tile.mul_(self.output_norms / self.norms)
             else:
                 tile.mul_((self.output_norms[part] / _not_zero(torch.linalg.vector_norm(tile, dim=1)))[:, None])
         return rows
 
-    def norms_of(self, pieces: Pieces) -> Tensor:
-        """Norms of W0 + scaling * B A by rows, or columns; pieces: (first row, rows of W0 in fp32), left as they are.
+    def norms_of(self, slices: RowSlices) -> Tensor:
+        """Returns ||W0 + scaling * left right|| of each output `(out,)` in fp32. The slices of W0 are not changed.
 
-        1 in place of 0, so that a row of zeros stays one.
+        A norm of 0 is given as 1, so that weights that are all 0 stay 0.
         """
         found = self.left.new_empty(self.left.shape[0])
         squares = torch.zeros(self.right.shape[1], dtype=torch.float64, device=self.right.device)
-        for first, rows in pieces:
+        for first, rows in slices:
             for part, tile, left in self._tiles(rows, first):
                 total = torch.addmm(tile, left, self.right, alpha=self.scaling)
                 if self.by_columns:
@@ -103,29 +105,29 @@ class Delta:
                     found[part] = torch.linalg.vector_norm(total, dim=1)
         return _not_zero(squares.sqrt().float() if self.by_columns else found)
 
-    def prepared(self, pieces: Callable[[], Pieces]) -> Delta:
-        """With the norms of the columns, for which all of W0 is read once if they are needed."""
+    def prepared(self, slices: Callable[[], RowSlices]) -> Delta:
+        """Returns this update with the norms of the columns, if it needs them. All of W0 is then read once."""
         if self.output_norms is None or not self.by_columns:
             return self
-        return replace(self, norms=self.norms_of(pieces()))
+        return replace(self, norms=self.norms_of(slices()))
 
     def squared_norm(self) -> float:
-        """The sum of squares of scaling * B A, from products of rank x rank values: tr(L^T L R R^T)."""
+        """Returns ||scaling * L R||^2 = scaling^2 tr(L^T L R R^T), from products of `(rank, rank)`."""
         left, right = self.left.double(), self.right.double()
-        # Where the products cancel, rounding may leave less than nothing.
+        # Where the products cancel, rounding may give a negative sum.
         return self.scaling * self.scaling * max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """A weight that is trained itself, or some rows of it: these values stand in its place, or theirs.
+    """Trained values that replace a weight, or some of its rows.
 
-    values: (start, stop) -> rows of what was trained. indices: the rows of the weight that these are; None for all.
-    owner: what holds the values; two tied weights with the same one are still tied.
+    values: (start, stop) -> these rows of the trained values. indices: the rows of the weight that they replace; None:
+    all. owner: the object that holds the values. Two tied weights with the same owner are still tied.
     """
 
     values: Rows
-    owner: Any
+    owner: object
     indices: tuple[int, ...] | None = None
 
     low_rank = False
@@ -133,11 +135,11 @@ class Replaced:
 
     @property
     def matrices(self) -> tuple[Replaced, ...]:
-        """Itself, for a weight that is one matrix, or taken as one."""
+        """The updates of the weight's matrices: this one alone."""
         return (self,)
 
     def add_to_(self, rows: Tensor, first: int) -> Tensor:
-        """Puts what was trained into these rows of W0 (fp32), from `first` on."""
+        """Writes the trained values into these rows of W0 (fp32), from row `first` on, and returns them."""
         if self.indices is None:
             stop = first + rows.shape[0] if rows.dim() else 1
             return rows.copy_(self.values(first, stop).reshape(rows.shape))
@@ -146,14 +148,14 @@ class Replaced:
                 rows[index - first] = self.values(place, place + 1)[0].to(rows)
         return rows
 
-    def prepared(self, pieces: Callable[[], Pieces]) -> Replaced:
-        """Nothing of W0 needs to be known."""
+    def prepared(self, slices: Callable[[], RowSlices]) -> Replaced:
+        """Returns itself: it needs nothing of W0."""
         return self
 
 
 @dataclass(frozen=True)
 class StackDelta:
-    """The updates of the matrices of a stack, `(matrices, rows, columns)`; none of them gives norms."""
+    """The updates of the matrices of a stack `(matrices, rows, columns)`. None of them has output norms."""
 
     matrices: tuple[Delta, ...]
 
@@ -165,21 +167,21 @@ class StackDelta:
         return (len(self.matrices), *self.matrices[0].shape)
 
     def add_to_(self, stack: Tensor, first: int) -> Tensor:
-        """Adds them to the matrices (fp32) from `first` on."""
+        """Adds them to these matrices (fp32), from matrix `first` on, and returns the matrices."""
         for matrix, delta in zip(stack, self.matrices[first : first + len(stack)], strict=True):
             delta.add_to_(matrix, 0)
         return stack
 
-    def prepared(self, pieces: Callable[[], Pieces]) -> StackDelta:
-        """Itself: nothing of W0 is needed."""
+    def prepared(self, slices: Callable[[], RowSlices]) -> StackDelta:
+        """Returns itself: it needs nothing of W0."""
         return self
 
     def squared_norm(self) -> float:
-        """The sum of squares of all updates."""
+        """Returns the sum of squares of all updates."""
         return sum(delta.squared_norm() for delta in self.matrices)
 
 
-# What A and B make of a weight, and all that can become of one.
+# The update by an adapter, and any update of a weight.
 AdapterDelta = Delta | StackDelta
 Update = AdapterDelta | Replaced
 

@@ -1,4 +1,4 @@
-"""Settings as small frozen dataclasses that check themselves; every wrong one raises ConfigError at construction."""
+"""LoraConfig: which layers get adapters, of what size, and what else is trained. It checks itself at construction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
 INITS = ("normal", "kaiming", "gaussian", "orthogonal", "pissa", "loftq")
 LOFTQ_ITERATIONS = re.compile(r"loftq:([1-9][0-9]{0,3})")
-# A is (rank, in): beyond the widest layers there are, a rank only takes memory.
+# Above the width of the widest layers, a rank costs memory and adds nothing.
 MAX_RANK = 2**16
 
 Number = TypeVar("Number", int, float)
@@ -26,13 +26,13 @@ Targets = str | Sequence[str] | Callable[[str, torch.nn.Module], bool]
 
 
 def check_rank(what: str, rank: object) -> None:
-    """ConfigError that begins with `what` for a rank that is no integer of at least 1, or a hopelessly large one."""
+    """Raises ConfigError, which starts with `what`, unless rank is an integer in [1, MAX_RANK]."""
     require(is_count(rank, 1), f"{what} must be an integer of at least 1", rank)
     require(rank <= MAX_RANK, f"{what} must be at most {MAX_RANK}", rank)  # type: ignore[operator]
 
 
 def check_alpha(what: str, alpha: object) -> None:
-    """ConfigError that begins with `what` for an alpha that is no finite number."""
+    """Raises ConfigError, which starts with `what`, unless alpha is a finite number."""
     require(is_finite(alpha), f"{what} must be a finite number", alpha)
 
 
@@ -61,48 +61,48 @@ def _check_targets(setting: str, targets: object) -> None:
 
 
 def check_lora_numbers(rank: object, alpha: object, dropout: object) -> None:
-    """The bounds that every LoRA layer has: rank >= 1, alpha finite, 0 <= dropout < 1."""
+    """Raises ConfigError unless rank >= 1, alpha is finite and 0 <= dropout < 1."""
     check_rank("rank", rank)
     check_alpha("alpha", alpha)
     require(is_finite(dropout) and 0 <= dropout < 1, "dropout must be in [0, 1)", dropout)  # type: ignore[operator]
 
 
 def parse_init(init: str) -> tuple[str, int]:
-    """(`loftq`, 5) of `loftq:5`: the start's name and how many iterations it takes; one where it does not say."""
+    """Returns the name of an initialization and its number of iterations: (`loftq`, 5) for `loftq:5`, else 1."""
     rounds = LOFTQ_ITERATIONS.fullmatch(init) if isinstance(init, str) else None
     return (init, 1) if rounds is None else ("loftq", int(rounds[1]))
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which layers get an adapter, and of what size and scale (see LoraLayer).
+    """The layers that get an adapter, its size and scale (see LoraLayer), and what else is trained.
 
-    target_modules: `"all-linear"` (every linear layer but the output head, and no stack of experts; peft takes the
-        stacks and the router in with some families, under another rank); another string is a regular expression
-        that must match a layer's whole name; a list names layers by their whole name or its last parts;
-        these may mean convolutions too; a function `(name, module) -> bool` decides itself. A stack of experts'
-        matrices is a layer of its own name, `model.layers.0.mlp.experts.gate_up_proj`: peft's target_parameters. It
-        has no dropout and only the variant `lora`.
-    exclude_modules: which of those are left out, said in the same ways but `"all-linear"`.
-    layers_to_transform: numbers of the repeated blocks that get adapters: the first number in a layer's name, 7 in
-        `model.layers.7.mlp.up_proj`. Layers outside of the blocks then get none. A number or an exclusion that
-        decides nothing is an error (TargetError of `add_lora_`).
-    adapter_dtype: what A and B are stored and updated in; activations keep the dtype of the layer's input.
-    use_rslora: scale by alpha / sqrt(rank) in place of alpha / rank, so that a high rank learns as fast as a low one.
-    rank_pattern, alpha_pattern: {pattern: number} for layers that get another rank or alpha than the others, as in
-        peft: a pattern is a regular expression for a layer's whole name or its last parts, and the first one that
-        matches decides. One that decides for no adapted layer is an error (TargetError of `add_lora_`).
-    init_lora_weights: how A and B start (init.py): `normal` (A from N(0, 0.02), B zero); `kaiming`, `gaussian`,
-        `orthogonal` as peft does; `pissa`, with the principal part of the base; `loftq`, making up for the error of
-        packing, which reads the checkpoint that the model was loaded from; `loftq:5`, that in five iterations, which
-        packs the base anew: the adapter then belongs to that base and to no other (base_identity.py).
-    variant: of LoRA, by its name (variants.py): `lora` is the plain one.
-    modules_to_save: names of modules, whole or their last parts, that are trained themselves (peft's modules_to_save):
-        norms (`input_layernorm`, `model.norm`), an output head, a classifier. A trained copy in adapter_dtype lies,
-        unpacked, beside each frozen original. One of two tied modules leaves the other as it is; both get a copy each.
-    bias: trains biases too, copies of them: `lora_only` of the adapted layers, `all` of every module.
-    trainable_token_indices: tokens whose rows of the input embedding are trained, and those of a head that is tied
-        to it: memory for these rows only.
+    target_modules: `"all-linear"` means every linear layer except the output head, and no stack of experts (for some
+        families, peft adapts the stacks and the router too, with another rank). Another string is a regular expression
+        for the whole name of a layer. A list names layers by their whole name or its last parts. Both may select
+        convolutions too. A function `(name, module) -> bool` decides by itself. A stack of experts' matrices has its
+        own name, `model.layers.0.mlp.experts.gate_up_proj` (peft: target_parameters), no dropout, and the variant
+        `lora` only.
+    exclude_modules: the targets to leave out, given in the same ways except `"all-linear"`.
+    layers_to_transform: numbers of the repeated blocks that get adapters. The number of a block is the first number in
+        a layer's name: 7 in `model.layers.7.mlp.up_proj`. Layers outside of the blocks get none. `add_lora_` raises
+        TargetError for a number or an exclusion that changes nothing.
+    adapter_dtype: the dtype in which A and B are stored and updated. Activations keep the dtype of the layer's input.
+    use_rslora: scale by alpha / sqrt(rank) instead of alpha / rank, so that a high rank learns as fast as a low one.
+    rank_pattern, alpha_pattern: {pattern: number} for layers with another rank or alpha, as in peft. A pattern is a
+        regular expression for the whole name of a layer or its last parts. The first one that matches decides.
+        `add_lora_` raises TargetError for a pattern that decides for no adapted layer.
+    init_lora_weights: the initialization of A and B (init.py). `normal`: A from N(0, 0.02), B zero. `kaiming`,
+        `gaussian`, `orthogonal`: those of peft. `pissa`: the principal part of the base. `loftq`: the principal part of
+        the packing error, which needs the checkpoint that the model was loaded from. `loftq:5`: five iterations of
+        that, which pack the base again; the adapter then belongs to that base only (checkpoints/base_identity.py).
+    variant: `lora`, or the name of a variant that trains more than A and B (variants.py).
+    modules_to_save: names of modules, whole or their last parts, that are trained in full: norms (`input_layernorm`,
+        `model.norm`), an output head, a classifier. Each gets a trained, unpacked copy in adapter_dtype next to the
+        frozen original. Tied modules get a copy each; a copy of one leaves the other as it is.
+    bias: `lora_only` trains copies of the biases of the adapted layers, `all` of every module, `none` none.
+    trainable_token_indices: tokens whose rows of the input embedding are trained, and those of a head that is tied to
+        it. Only these rows take memory.
     """
 
     rank: int = 16
@@ -153,15 +153,15 @@ class LoraConfig:
         _check_patterns("alpha_pattern", self.alpha_pattern, check_alpha)
 
     def rank_of(self, name: str) -> int:
-        """The rank of the adapter on the layer of this name."""
+        """Returns the rank of the adapter on the layer of this name."""
         return _number_of(name, self.rank_pattern, self.rank)
 
     def alpha_of(self, name: str) -> float:
-        """The alpha of the adapter on the layer of this name."""
+        """Returns the alpha of the adapter on the layer of this name."""
         return _number_of(name, self.alpha_pattern, self.alpha)
 
-    def idle_patterns(self, names: Collection[str]) -> list[str]:
-        """A sentence for each setting with patterns that decide for none of these layers."""
+    def unused_patterns(self, names: Collection[str]) -> list[str]:
+        """Returns a sentence for each setting with patterns that decide for none of these layers."""
         sentences = []
         for setting, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             deciding = {matching_pattern(patterns, name) for name in names}

@@ -1,17 +1,19 @@
-"""How A and B start, by name: `LoraConfig.init_lora_weights`.
+"""Initialization of A and B, by name: `LoraConfig.init_lora_weights`.
 
-With one of them zero, or their rows and columns orthogonal, B A = 0 and the layer begins as its base. PiSSA and LoftQ
-begin with parts of weights:
+With A or B zero, or with orthogonal rows and columns, B A = 0 and the layer starts as its base. PiSSA and LoftQ start
+with principal parts of weights:
 
-    pissa    B A = the principal rank-r part of W0; what is added is scaling (B A - B_0 A_0), which begins as 0
-    loftq    scaling B A = the principal rank-r part of W - W0, W the checkpoint's weight, W0 its packed form
+    pissa    scaling B A = the principal part of rank r of W0; the update is scaling (B A - B_0 A_0), which starts as 0
+    loftq    scaling B A = the principal part of rank r of W - W0, with W the checkpoint's weight and W0 its packed form
 
-The base is never written to. PiSSA (arXiv:2404.02948) takes B_0 A_0 out of the base; here the layer keeps B_0 A_0 and
-takes it out of what it adds, which gives the same outputs and gradients, begins as the packed base exactly, and is an
-ordinary adapter of rank 2 r when it is saved. LoftQ (arXiv:2310.08659, algorithm 1) alternates Q = q(W - scaling B A)
-and scaling B A = the principal part of W - Q, from B A = 0 on. `loftq` is its first iteration, in which Q is the base
-as it is: such an adapter means what it means with the base packed in this format and blocksize, and with no other.
-`loftq:5` takes five, and puts the last Q in the place of the base (base_identity.py).
+PiSSA (arXiv:2404.02948) subtracts B_0 A_0 from the base. Here the layer keeps B_0 A_0 and subtracts it from the update.
+Outputs and gradients are the same, the layer starts exactly as its packed base, and it is saved as an ordinary adapter
+of rank 2 r.
+
+LoftQ (arXiv:2310.08659, algorithm 1) alternates Q = q(W - scaling B A) and scaling B A = the principal part of W - Q,
+starting with B A = 0. `loftq` is the first iteration, with the base as Q. Its adapter belongs to the base packed in the
+same format and blocksize, and to no other. `loftq:5` takes five iterations, and replaces the base by the last Q
+(checkpoints/base_identity.py).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from qlora_lite.checkpoints.checkpoint import tensors_for_model
 from qlora_lite.checkpoints.lazy_tensors import LazyTensor
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checks import check_finite
-from qlora_lite.compute.lora_linear import dense
+from qlora_lite.compute.lora_linear import Weight, dense, weight_of
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError, listing
 from qlora_lite.lora.config import parse_init
 from qlora_lite.lora.kinds import EmbeddingKind, LinearKind, StackKind
@@ -40,8 +42,8 @@ from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.signals import check_signals
 
-# Up to this size of the smaller side, singular vectors are computed exactly; above it by subspace iteration (Halko,
-# arXiv:0909.4061), of which PiSSA's authors use 16 rounds at the most: seconds in place of minutes.
+# Singular vectors are computed exactly if the smaller side has at most this size. Otherwise subspace iteration (Halko,
+# arXiv:0909.4061) takes seconds instead of minutes. The authors of PiSSA use at most 16 rounds.
 EXACT_SIDE = 1024
 OVERSAMPLING = 8
 ROUNDS = 16
@@ -50,7 +52,7 @@ CheckpointWeights = Mapping[str, LazyTensor]
 
 
 def principal_pair(matrix: Tensor, rank: int, exact_side: int = EXACT_SIDE) -> tuple[Tensor, Tensor]:
-    """(A, B) of B A, the nearest matrix of this rank: A = sqrt(S) V^T `(rank, in)`, B = U sqrt(S) `(out, rank)`."""
+    """Returns A = sqrt(S) V^T `(rank, in)` and B = U sqrt(S) `(out, rank)`: B A is the nearest matrix of this rank."""
     side = min(matrix.shape)
     if side <= exact_side:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -62,13 +64,13 @@ def principal_pair(matrix: Tensor, rank: int, exact_side: int = EXACT_SIDE) -> t
 
 
 def _normal(layer: LoraLayer, name: str, originals: CheckpointWeights) -> None:
-    """A from N(0, 0.02), B zero: as a LoraLayer is made."""
+    """Does nothing: a new LoraLayer has A from N(0, 0.02) and B zero."""
 
 
-def _with_zero_B(fill: Callable[[LoraLayer], Any]) -> Callable[[LoraLayer, str, CheckpointWeights], None]:
-    """A filled so and B zero; of an embedding A zero and B from N(0, 1), whatever the name, as in peft."""
+def _with_zero_B(fill: Callable[[LoraLayer], object]) -> Callable[[LoraLayer, str, CheckpointWeights], None]:
+    """Returns an initializer that fills A and zeroes B. An embedding gets A zero and B from N(0, 1), as in peft."""
 
-    def start(layer: LoraLayer, name: str, originals: CheckpointWeights) -> None:
+    def initialize(layer: LoraLayer, name: str, originals: CheckpointWeights) -> None:
         if isinstance(layer.kind, EmbeddingKind):
             nn.init.zeros_(layer.lora_A)
             nn.init.normal_(layer.lora_B)
@@ -76,21 +78,21 @@ def _with_zero_B(fill: Callable[[LoraLayer], Any]) -> Callable[[LoraLayer, str, 
             fill(layer)
             nn.init.zeros_(layer.lora_B)
 
-    return start
+    return initialize
 
 
 @torch.no_grad()
 def _kaiming(layer: LoraLayer) -> None:
-    """A, or each matrix of it, uniform in +-1 / sqrt(in)."""
+    """Fills A, or each matrix of it, uniformly in +-1 / sqrt(in)."""
     for matrix in layer.lora_A if isinstance(layer.kind, StackKind) else (layer.lora_A,):
         nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 
 
 @torch.no_grad()
 def _orthogonal(layer: LoraLayer, name: str, originals: CheckpointWeights) -> None:
-    """A = Q_even^T N / 10 and B = M Q_odd / 10, Q an orthogonal matrix's rows, so that B A = 0 and neither is zero.
+    """Sets A = Q_even^T N / 10 and B = M Q_odd / 10, with the even and odd rows of an orthogonal matrix: B A = 0.
 
-    N `(rank / 2, in)` and M `(out, rank / 2)` from N(0, 1): peft's `orthogonal`.
+    N `(rank / 2, in)` and M `(out, rank / 2)` are from N(0, 1), as in peft's `orthogonal`.
     """
     rank = layer.rank
     rows, _ = torch.linalg.qr(torch.randn(rank, rank))
@@ -99,12 +101,12 @@ def _orthogonal(layer: LoraLayer, name: str, originals: CheckpointWeights) -> No
 
 
 def _base_weight(layer: LoraLayer) -> Tensor:
-    """W0 `(out, in)` in fp32."""
+    """Returns W0 `(out, in)` in fp32."""
     return layer.kind.as_matrix(dense(layer.weight, torch.float32).detach())
 
 
 def _set_principal_part_(layer: LoraLayer, name: str, matrix: Tensor) -> None:
-    """A and B with scaling B A = the principal part of this matrix."""
+    """Sets A and B so that scaling B A is the principal part of this matrix."""
     check_finite(matrix, name, 0)
     lora_A, lora_B = principal_pair(matrix, layer.rank)
     share = abs(layer.scaling) ** -0.5
@@ -113,7 +115,7 @@ def _set_principal_part_(layer: LoraLayer, name: str, matrix: Tensor) -> None:
 
 
 def _original_weight(layer: LoraLayer, name: str, originals: CheckpointWeights) -> Tensor:
-    """W `(out, in)` in fp32, from the checkpoint."""
+    """Returns W `(out, in)` in fp32, from the checkpoint."""
     stored = originals[f"{name}.weight"]
     weight = stored.rows(0, stored.shape[0]).to(layer.lora_A.device, torch.float32)
     return weight.T if layer.stored_transposed else weight
@@ -121,20 +123,20 @@ def _original_weight(layer: LoraLayer, name: str, originals: CheckpointWeights) 
 
 @torch.no_grad()
 def _pissa(layer: LoraLayer, name: str, originals: CheckpointWeights) -> None:
-    """A = sqrt(S / scaling) V^T, B = U sqrt(S / scaling) of the r largest singular values S of W0 (equations 2, 3)."""
+    """Sets A = sqrt(S / scaling) V^T and B = U sqrt(S / scaling), S the r largest singular values of W0 (eqs. 2, 3)."""
     _set_principal_part_(layer, f"{name}.weight", _base_weight(layer))
     set_reference_(layer)
 
 
 @torch.no_grad()
 def _loftq(layer: LoraLayer, name: str, originals: CheckpointWeights) -> None:
-    """The same of W - W0, the error of packing (algorithm 1, an iteration without its packing)."""
+    """Does the same for W - W0, the error of packing (algorithm 1, an iteration without its packing step)."""
     _set_principal_part_(layer, f"{name}.weight", _original_weight(layer, name, originals) - _base_weight(layer))
 
 
 @torch.no_grad()
 def _repack_base_(layer: LoraLayer, name: str, originals: CheckpointWeights) -> None:
-    """The base becomes W - scaling B A, packed as the old one, which is let go (algorithm 1, the packing)."""
+    """Replaces the base by W - scaling B A, packed like the old one (algorithm 1, the packing step)."""
     rest = _original_weight(layer, name, originals).addmm(layer.lora_B, layer.lora_A, alpha=-layer.scaling)
     layer.base_layer.weight = repacked(layer.base_layer.weight, rest, f"{name}.weight")  # type: ignore[arg-type]
 
@@ -149,7 +151,7 @@ INITIALIZERS: dict[str, Callable[[LoraLayer, str, CheckpointWeights], None]] = {
     "pissa": _pissa,
     "loftq": _loftq,
 }
-# What is defined for linear layers alone.
+# Initializations that exist for linear layers only, and those that are computed from weights.
 LINEAR_ONLY = ("orthogonal", "pissa", "loftq")
 FROM_WEIGHTS = ("pissa", "loftq")
 
@@ -160,7 +162,7 @@ def check_initialization(model: nn.Module, layers: Iterable[TargetedLayer], init
     init, rounds = parse_init(init_lora_weights)
     for layer in layers:
         name, kind, rank = layer.name, layer.kind, layer.rank
-        weight: Any = layer.module.weight
+        weight = weight_of(layer.module)
         if not isinstance(kind, LinearKind) and init in LINEAR_ONLY:
             raise TargetError(
                 f"init_lora_weights {init_lora_weights!r} is for linear layers; {name} is {kind.title}: leave it out"
@@ -181,9 +183,10 @@ def check_initialization(model: nn.Module, layers: Iterable[TargetedLayer], init
 
 
 def checkpoint_weights(model: nn.Module, names: Iterable[str], init: str) -> CheckpointWeights:
-    """The weights of these layers in the checkpoint that the model was loaded from, for an init that needs them.
+    """Returns the weights of these layers in the checkpoint that the model was loaded from, by their names.
 
-    CheckpointError if there is none, or it is packed.
+    Empty for an initialization that does not need them. Raises CheckpointError if there is no such checkpoint, or it is
+    packed.
     """
     if parse_init(init)[0] != "loftq":
         return {}
@@ -199,32 +202,32 @@ def checkpoint_weights(model: nn.Module, names: Iterable[str], init: str) -> Che
     empty = hub.empty_model(hub.read_config(folder), torch.float32)
     architecture.tie(empty)
     stored: Any = tensors_for_model(empty, folder, TensorFiles(folder).stored)
-    lost = [name for name in names if f"{name}.weight" not in stored]
-    if lost:
-        raise CheckpointError(f"{folder} has no weight for: {listing(lost)}")
+    missing = [name for name in names if f"{name}.weight" not in stored]
+    if missing:
+        raise CheckpointError(f"{folder} has no weight for: {listing(missing)}")
     return {f"{name}.weight": stored[f"{name}.weight"] for name in names}
 
 
 def initialize_(layer: LoraLayer, name: str, init: str, originals: CheckpointWeights) -> None:
-    """Gives A and B of the layer of this name the values that `init` says; `loftq:N` gives it another base, too."""
-    start, rounds = parse_init(init)
+    """Initializes A, B and the variant's other parameters of a layer. `loftq:N` replaces its base, too."""
+    initializer, rounds = parse_init(init)
     check_signals()
-    INITIALIZERS[start](layer, name, originals)
+    INITIALIZERS[initializer](layer, name, originals)
     for _ in range(rounds - 1):
         check_signals()
         _repack_base_(layer, name, originals)
-        INITIALIZERS[start](layer, name, originals)
+        INITIALIZERS[initializer](layer, name, originals)
     layer.variant.reset_parameters_(layer)
 
 
 def repacked(old: PackedWeight, matrix: Tensor, name: str) -> PackedWeight:
-    """Another matrix `(out, in)` packed as `old` is, which is left as it was; QuantizationError if it cannot be."""
+    """Returns another matrix `(out, in)` packed like `old`. Raises QuantizationError if it cannot be packed."""
     config = QuantConfig(old.format, old.blocksize, old.double_quant, int8_activations=old.int8_activations)
     new = PackedWeight.of(matrix, config, name=name)
     new.of_checkpoint = False
     return new
 
 
-def count_holders(model: nn.Module, weight: Any) -> int:
-    """How many modules have this very weight: more than one where it is tied."""
+def count_holders(model: nn.Module, weight: Weight) -> int:
+    """Returns how many modules have this weight object: more than one if it is tied."""
     return sum(getattr(module, "weight", None) is weight for module in model.modules())

@@ -1,22 +1,34 @@
-"""How each kind of layer applies A and B: linear, GPT-2's Conv1D, embedding, stacks of experts' matrices.
+"""Kinds of layers: how W0, A and B meet an input in linear layers, embeddings, stacks of experts and routers.
 
-(Convolutions: conv_kind.py. Routers of experts: router_kind.py.)
+Convolutions have their kind in convolution.py. A kind knows the shapes of A and B, computes a layer's output from them,
+and gives the update scaling * B A in the orientation of the stored weight. For rows x:
 
-The equation itself stands in lora.py; a kind says what shapes A and B have, how a weight and a low-rank term meet an
-input, and how the update lies in the orientation of the stored weight.
+    LinearKind              y = x W0^T + scaling * (dropout(x) A^T) B^T + b         W0 `(out, in)`
+    TransposedLinearKind    the same, with W0 stored as `(in, out)`
+    EmbeddingKind           y = W0[x] + scaling * dropout(A^T[x]) B^T               W0 `(vocabulary, out)`, tokens x
+    StackKind               LinearKind for each matrix, by the module that routes tokens
+    RouterKind              the router itself, with the weight W0 + scaling * B A
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qlora_lite.compute.lora_linear import Adapted, adapted_linear, check_features, with_gain
+from qlora_lite.compute.lora_linear import (
+    AdaptedLayer,
+    Packed,
+    Weight,
+    adapted_linear,
+    check_features,
+    weight_of,
+    with_gain,
+)
 from qlora_lite.compute.weight_update import AdapterDelta, Delta, StackDelta
 from qlora_lite.errors import InputError, listing
 from qlora_lite.lora.convolution import CONVOLUTIONS, ConvKind, refusal_reason
@@ -24,66 +36,72 @@ from qlora_lite.surgery import has_own_forward, is_router, is_transposed_linear
 
 MAX_NORM_EPS = 1e-7  # torch.nn.functional.embedding's own
 
+Factors = tuple[Tensor, Tensor]
+
 
 class Kind(Protocol):
-    """How one kind of layer applies a weight and a low-rank term to its input; `title` is its name in messages."""
+    """How one kind of layer computes with W0, A and B. `title` is its name in messages."""
 
     title: ClassVar[str]
 
-    def features(self, base: Any) -> tuple[int, int]:
-        """(in, out) of the weight update B A, whose shape is (out, in)."""
+    def features(self, base: nn.Module) -> tuple[int, int]:
+        """Returns (in, out) of the update B A `(out, in)`."""
 
     def apply(
-        self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None, gain: Tensor | None = None
+        self, layer: AdaptedLayer, x: Tensor, weight: Weight, lora: Factors | None, gain: Tensor | None = None
     ) -> Tensor:
-        """The layer's output for this weight, with or without the low-rank term, times 1 + gain `(out,)` if given."""
+        """Returns the layer's output for this weight and, unless None, A and B.
+
+        gain `(out,)`: the sum of both products is multiplied by 1 + gain before the bias is added.
+        """
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """The stored weight as `(out, in)`."""
+        """Returns the stored weight as `(out, in)`."""
 
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> AdapterDelta:
-        """scaling * B A `(out, in)`, in the orientation of the stored weight."""
+        """Returns scaling * B A in the orientation of the stored weight."""
 
-    def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of A and B in peft's files, by our names of them."""
+    def file_shapes(self, base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of `lora_A` and `lora_B` in peft's files."""
 
 
 def matrix_shapes(width: int, height: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Those of A and B of a matrix `(height, width)`."""
+    """Returns the shapes of `lora_A` and `lora_B` for an update `(height, width)`."""
     return {"lora_A": (rank, width), "lora_B": (height, rank)}
 
 
 class LinearKind:
     title: ClassVar[str] = "a linear layer"
 
-    def features(self, base: Any) -> tuple[int, int]:
-        return base.in_features, base.out_features
+    def features(self, base: nn.Module) -> tuple[int, int]:
+        rows, columns = weight_of(base).shape
+        return columns, rows
 
     def apply(
-        self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None, gain: Tensor | None = None
+        self, layer: AdaptedLayer, x: Tensor, weight: Weight, lora: Factors | None, gain: Tensor | None = None
     ) -> Tensor:
-        base: Any = layer.base_layer
         check_features(x, layer.in_features)
         lora_A, lora_B = lora or (None, None)
+        bias = layer.bias
         y = adapted_linear(
             x,
             weight,
-            layer.bias if gain is None else None,
+            bias if gain is None else None,
             lora_A,
             lora_B,
             scaling=layer.scaling,
             dropout=layer.dropout if layer.training else 0.0,
-            compute_dtype=getattr(base, "compute_dtype", None),
+            compute_dtype=getattr(layer.base_layer, "compute_dtype", None),
         )
         if gain is not None:
             y = with_gain(y, gain)
-            y = y if layer.bias is None else y.add_(layer.bias.to(y.dtype))
+            y = y if bias is None else y.add_(bias.to(y.dtype))
         return y
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight
 
-    def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+    def file_shapes(self, base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
         return matrix_shapes(*self.features(base), rank)
 
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
@@ -91,14 +109,16 @@ class LinearKind:
 
 
 class TransposedLinearKind(LinearKind):
-    """A linear layer that holds its weight as `(in, out)`, unpacked: GPT-2's Conv1D."""
+    """A linear layer that stores its weight unpacked as `(in, out)`: GPT-2's Conv1D."""
 
-    def features(self, base: Any) -> tuple[int, int]:
-        return base.weight.shape[0], base.weight.shape[1]
+    def features(self, base: nn.Module) -> tuple[int, int]:
+        rows, columns = weight_of(base).shape
+        return rows, columns
 
     def apply(
-        self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None, gain: Tensor | None = None
+        self, layer: AdaptedLayer, x: Tensor, weight: Weight, lora: Factors | None, gain: Tensor | None = None
     ) -> Tensor:
+        assert isinstance(weight, Tensor)
         return super().apply(layer, x, weight.T, lora, gain)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -109,7 +129,11 @@ class TransposedLinearKind(LinearKind):
 
 
 class _TokenColumns(torch.autograd.Function):
-    """A[:, tokens] as `(*tokens.shape, rank)`, with the gradients that torch.nn.Embedding would give its weight."""
+    """A[:, tokens] as `(*tokens.shape, rank)`, with the gradient that torch.nn.Embedding gives its weight.
+
+    A `(rank, vocabulary)`. The gradient of A is dense, or sparse with `sparse`; tokens equal to padding_idx add nothing
+    to it, and with scale_by_freq each token's is divided by how often the token occurs.
+    """
 
     @staticmethod
     def forward(
@@ -127,7 +151,7 @@ class _TokenColumns(torch.autograd.Function):
         rows = torch.ops.aten.embedding_backward(grad, tokens, ctx.width, padding_idx, scale_by_freq, sparse)
         if not sparse:
             return rows.T, None, None, None, None
-        # A is stored the other way round: the same values, with the token as second index.
+        # A is the transpose of that weight, so the token is the second index of each value.
         (token_index,), values = rows._indices(), rows._values()
         rank = values.shape[1]
         first = torch.arange(rank, device=values.device).repeat(token_index.numel())
@@ -137,58 +161,77 @@ class _TokenColumns(torch.autograd.Function):
 
 
 def is_scaled_embedding(module: nn.Module) -> bool:
-    """Whether this is an embedding of transformers whose rows are multiplied by a constant (Gemma's, BART's)."""
+    """Returns whether this is an embedding of transformers that multiplies its rows by a constant (Gemma's, BART's)."""
     named = isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding")
     return named and isinstance(getattr(module, "embed_scale", None), (Tensor, float, int))
 
 
-def _scale_of(base: Any) -> Tensor:
-    return torch.as_tensor(base.embed_scale, device=base.weight.device)
+class PackedTable(Packed, Protocol):
+    """A packed weight of an embedding."""
+
+    def rows(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the rows of these tokens `(*tokens.shape, width)`."""
+
+
+class EmbeddingBase(Protocol):
+    """Attributes of embeddings. `output_dtype` is that of packed ones, `norm_type` and `embed_scale` of others."""
+
+    num_embeddings: int
+    padding_idx: int | None
+    output_dtype: torch.dtype
+    norm_type: float
+    embed_scale: Tensor | float
 
 
 class EmbeddingKind:
     title: ClassVar[str] = "an embedding"
 
-    def features(self, base: Any) -> tuple[int, int]:
-        return base.num_embeddings, base.embedding_dim
-
-    def _check_tokens(self, base: Any, tokens: Tensor) -> None:
-        kind = tokens.dtype if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-        if kind not in (torch.int64, torch.int32):
-            raise InputError(f"an embedding takes tokens of dtype int64 or int32; got {kind}")
+    def features(self, base: nn.Module) -> tuple[int, int]:
+        tokens, width = weight_of(base).shape
+        return tokens, width
 
     def apply(
-        self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None, gain: Tensor | None = None
+        self, layer: AdaptedLayer, x: Tensor, weight: Weight, lora: Factors | None, gain: Tensor | None = None
     ) -> Tensor:
-        base: Any = layer.base_layer
-        self._check_tokens(base, x)
-        try:
-            y = F.embedding(x, weight) if isinstance(weight, Tensor) else weight.rows(x, base.output_dtype)
-        except IndexError as error:
-            bad = x[(x < 0) | (x >= base.num_embeddings)]
-            raise InputError(
-                f"tokens must be in [0, {base.num_embeddings}); got {listing(bad.flatten().tolist(), 1)}"
-            ) from error
+        base = cast("EmbeddingBase", layer.base_layer)
+        y = self._rows(base, x, weight)
         if lora is not None:
             lora_A, lora_B = lora
             frequency, sparse = getattr(base, "scale_grad_by_freq", False), getattr(base, "sparse", False)
-            low = _TokenColumns.apply(lora_A, x, base.padding_idx, frequency, sparse)
+            low: Tensor = _TokenColumns.apply(lora_A, x, base.padding_idx, frequency, sparse)
             low = F.dropout(low, layer.dropout, layer.training).to(y.dtype)
             y = y + (low @ lora_B.to(y.dtype).T) * layer.scaling
         y = self._limit_norm(base, y if gain is None else with_gain(y, gain))
-        return y * _scale_of(base).to(y.dtype) if is_scaled_embedding(base) else y
+        if not is_scaled_embedding(layer.base_layer):
+            return y
+        return y * torch.as_tensor(base.embed_scale, device=weight.device).to(y.dtype)
 
-    def _limit_norm(self, base: Any, rows: Tensor) -> Tensor:
-        """Rows longer than `max_norm` are shortened to it: those that are returned, not those that are stored."""
-        if getattr(base, "max_norm", None) is None:
+    def _rows(self, base: EmbeddingBase, tokens: Tensor, weight: Weight) -> Tensor:
+        """Returns W0[tokens]. Raises InputError for tokens of another dtype or outside of the vocabulary."""
+        got = tokens.dtype if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        if got not in (torch.int64, torch.int32):
+            raise InputError(f"an embedding takes tokens of dtype int64 or int32; got {got}")
+        try:
+            if isinstance(weight, Tensor):
+                return F.embedding(tokens, weight)
+            return cast("PackedTable", weight).rows(tokens, base.output_dtype)
+        except IndexError as error:
+            count = base.num_embeddings
+            bad = tokens[(tokens < 0) | (tokens >= count)]
+            raise InputError(f"tokens must be in [0, {count}); got {listing(bad.flatten().tolist(), 1)}") from error
+
+    def _limit_norm(self, base: EmbeddingBase, rows: Tensor) -> Tensor:
+        """Returns the rows with those longer than `max_norm` shortened to it. The stored rows keep their length."""
+        max_norm = getattr(base, "max_norm", None)
+        if max_norm is None:
             return rows
         norm = rows.norm(base.norm_type, dim=-1, keepdim=True)
-        return torch.where(norm > base.max_norm, rows * (base.max_norm / (norm + MAX_NORM_EPS)), rows)
+        return torch.where(norm > max_norm, rows * (max_norm / (norm + MAX_NORM_EPS)), rows)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
 
-    def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+    def file_shapes(self, base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
         return matrix_shapes(*self.features(base), rank)
 
     def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
@@ -198,21 +241,21 @@ class EmbeddingKind:
 
 @dataclass(frozen=True)
 class StackKind:
-    """A stack of matrices `(experts, out, in)`, or `(experts, in, out)` if transposed, each with its own A and B.
+    """A stack of experts' matrices `(experts, out, in)`, or `(experts, in, out)` if transposed.
 
-    A `(experts, rank, in)`, B `(experts, out, rank)`. The module that routes tokens to experts holds the stack, and
-    computes matrix by matrix with what `LoraLayer.in_use` gives it (experts.py).
+    Each matrix has its own A and B: A `(experts, rank, in)`, B `(experts, out, rank)`. The module that routes tokens to
+    experts holds the stack, and multiplies matrix by matrix with `LoraLayer.current_weights` (quantization/experts.py).
     """
 
     transposed: bool
     title: ClassVar[str] = "a stack of experts"
 
-    def features(self, base: Any) -> tuple[int, int]:
-        _, rows, columns = base.weight.shape
+    def features(self, base: nn.Module) -> tuple[int, int]:
+        _, rows, columns = weight_of(base).shape
         return (rows, columns) if self.transposed else (columns, rows)
 
     def apply(
-        self, layer: Adapted, x: Tensor, weight: Any, lora: tuple[Tensor, Tensor] | None, gain: Tensor | None = None
+        self, layer: AdaptedLayer, x: Tensor, weight: Weight, lora: Factors | None, gain: Tensor | None = None
     ) -> Tensor:
         raise InputError("a stack of experts is not called by itself; call the module that routes tokens to them")
 
@@ -224,15 +267,50 @@ class StackKind:
         matrices = (Delta(matrix_B, matrix_A, scaling) for matrix_A, matrix_B in pairs)
         return StackDelta(tuple(matrix.transposed if self.transposed else matrix for matrix in matrices))
 
-    def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
-        """By experts; in the files they lie flat (experts.py)."""
-        experts, (width, height) = base.weight.shape[0], self.features(base)
+    def file_shapes(self, base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes by experts. The files have A and B of all experts in one matrix each (peft/experts.py)."""
+        experts, (width, height) = weight_of(base).shape[0], self.features(base)
         return {"lora_A": (experts, rank, width), "lora_B": (experts, height, rank)}
 
 
+class RouterKind:
+    title: ClassVar[str] = "a router"
+
+    def features(self, base: nn.Module) -> tuple[int, int]:
+        experts, width = weight_of(base).shape
+        return width, experts
+
+    def apply(
+        self, layer: AdaptedLayer, x: Tensor, weight: Weight, lora: Factors | None, gain: Tensor | None = None
+    ) -> Any:
+        """Returns the output of the router, a tensor or several, with the weight W0 + scaling * B A.
+
+        The sum is formed in fp32 and cast to the router's dtype, whatever dtype A, B or a merged weight has.
+        """
+        base = layer.base_layer
+        assert isinstance(weight, Tensor)
+        if lora is not None:
+            lora_A, lora_B = lora
+            with torch.autocast(x.device.type, enabled=False):
+                weight = weight.float() + layer.scaling * (lora_B.float() @ lora_A.float())
+        held = {"weight": weight.to(base.weight.dtype)}  # type: ignore[arg-type]
+        if layer.bias is not None:
+            held["bias"] = layer.bias.to(base.bias.dtype)  # type: ignore[arg-type]
+        return functional_call(base, held, (x,))
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def file_shapes(self, base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
+        return matrix_shapes(*self.features(base), rank)
+
+    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
+        return Delta(lora_B.float(), lora_A.float(), scaling)
+
+
 def kind_of(base: nn.Module) -> Kind | None:
-    """How this layer is adapted, from what it offers; None for a layer that cannot be."""
-    # nn.MultiheadAttention reads the weight of its out_proj itself and never calls it: an adapter there does nothing.
+    """Returns the kind of this layer, or None if it cannot be adapted. `refusal_reason` explains convolutions."""
+    # nn.MultiheadAttention reads the weight of its out_proj and never calls the module: an adapter would do nothing.
     if type(base).__name__ == "NonDynamicallyQuantizableLinear":
         return None
     if has_own_forward(base) and not is_scaled_embedding(base):
@@ -254,38 +332,3 @@ def kind_of(base: nn.Module) -> Kind | None:
     if isinstance(base, nn.Embedding) or (packed and hasattr(base, "num_embeddings")):
         return EmbeddingKind()
     return None
-
-
-class RouterKind:
-    title: ClassVar[str] = "a router"
-
-    def features(self, base: Any) -> tuple[int, int]:
-        return base.weight.shape[1], base.weight.shape[0]
-
-    def apply(
-        self, layer: Adapted, x: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None, gain: Tensor | None = None
-    ) -> Any:
-        """What the router returns, be it a tensor or several. The sum is formed in fp32, and is of the router's dtypes.
-
-        (So is what was merged or trained in others: the router multiplies as it is, with tokens of the model's.)
-        """
-        base: Any = layer.base_layer
-        if lora is not None:
-            lora_A, lora_B = lora
-            with torch.autocast(x.device.type, enabled=False):
-                added = layer.scaling * (lora_B.float() @ lora_A.float())
-                weight = weight.float() + added
-        held = {"weight": weight.to(base.weight.dtype)}
-        if layer.bias is not None:
-            held["bias"] = layer.bias.to(base.bias.dtype)
-        return functional_call(base, held, (x,))
-
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        return weight
-
-    def file_shapes(self, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
-        width, experts = self.features(base)
-        return {"lora_A": (rank, width), "lora_B": (experts, rank)}
-
-    def delta(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Delta:
-        return Delta(lora_B.float(), lora_A.float(), scaling)

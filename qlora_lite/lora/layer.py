@@ -1,11 +1,10 @@
-"""y = W0 x + scaling * B A x: a frozen layer of any kind and format, and a trained low-rank term beside it.
+"""LoraLayer: a frozen layer with a trained low-rank term.
 
-`LoraLayer` holds the equation; a *kind* (kinds.py) says how A and B are applied to an input.
-`LinearWithLoRA` and `Embedding` are LoraLayers that make their own base.
+A *kind* (kinds.py) says how A and B are applied to the input of a linear layer, an embedding or another layer. A
+*variant* (variants.py) says what is trained in addition. `LinearWithLoRA` and `Embedding` make their own base.
 
-The base is never written to. Merging puts W0 + scaling * B A beside it and unmerging drops that again, so that
-unmerged weights are the old ones bit for bit, packed bases can be merged too, and `forward`, `train`, `eval` and
-`state_dict` change nothing.
+Nothing writes to the base. Merging computes a second weight and unmerging drops it. So unmerging restores W0 bit for
+bit, packed bases can be merged, and `forward`, `train`, `eval` and `state_dict` change no stored value.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.checks import cast_finite, is_count, require
-from qlora_lite.compute.lora_linear import dense, dense_slices
+from qlora_lite.compute.lora_linear import Weight, dense, dense_slices, weight_of
 from qlora_lite.compute.weight_update import AdapterDelta
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.config import check_lora_numbers
-from qlora_lite.lora.convolution import OPTIONS, refusal_reason
+from qlora_lite.lora.convolution import FORWARDED_ATTRIBUTES, refusal_reason
 from qlora_lite.lora.kinds import RouterKind, StackKind, kind_of
 from qlora_lite.lora.variants import (
     REFERENCE,
@@ -35,33 +34,35 @@ from qlora_lite.lora.variants import (
 from qlora_lite.surgery import is_transposed_linear
 
 INIT_STD = 0.02
-# What an adapter is called that was added without a name, as in peft.
+# The name of an adapter that was added without one, as in peft.
 DEFAULT_ADAPTER = "default"
 
 
 class LoraLayer(nn.Module):
-    """y = W0 x + scaling * B A x around any linear or embedding layer, packed or not, or a convolution.
+    """A linear layer, embedding, convolution, stack of experts or router with a low-rank term:
 
-    scaling = alpha / rank (LoRA: arXiv:2106.09685, section 4.1), or alpha / sqrt(rank) with use_rslora (rank-stabilized
-    LoRA: arXiv:2312.03732), with which what the adapter adds keeps its size as the rank grows.
+        y = W0 x + scaling * B A dropout(x) + b
 
-    lora_A `(rank, in)`, lora_B `(out, rank)`; an embedding has in = vocabulary and looks A up by token; of a
-    convolution, in is all that its kernel has for one output channel (convolution.py). Only A and B are trainable: the
-    base is frozen here. dropout acts in training, on the input of A, or on the looked-up columns of A (embedding).
+    W0 `(out, in)`, of any format, and b are frozen here. A `(rank, in)` and B `(out, rank)` are trained. scaling is
+    alpha / rank (LoRA: arXiv:2106.09685, section 4.1), or alpha / sqrt(rank) with `use_rslora` (rank-stabilized LoRA:
+    arXiv:2312.03732), with which the size of the update does not depend on the rank.
 
-    variant: what else is trained, and how it changes y, by the variant's name (variants.py). Dropout acts on the
-    low-rank term, whatever the variant.
+    For an embedding, `in` is the vocabulary, and tokens select columns of A; dropout then acts on these columns. For a
+    convolution, `in` is the size of the kernel of one output channel (convolution.py). A stack of experts has an A and
+    a B for each matrix, `(experts, rank, in)` and `(experts, out, rank)`. Stacks and routers have no dropout and no
+    variant, as in peft.
 
-    In a stack of experts' matrices each has its own A and B, lora_A `(experts, rank, in)`, lora_B
-    `(experts, out, rank)`, without dropout and as plain LoRA, as peft's files have it. Who routes tokens asks for
-    `in_use`. A router (kinds.py) is adapted without them too, and returns what it returns.
+    rank, alpha, dropout: see above; dropout acts in training only.
+    base_layer: the layer that this one stands around. It is frozen, and otherwise not changed.
+    merge_weights: whether the method of this name is permitted.
+    adapter_dtype: the dtype of A, B and the variant's other parameters.
+    variant: the name of a variant (variants.py), which may change y and train more parameters.
 
-    trained_bias: used in place of the base's bias (`train_bias`), or None.
+    trained_bias is a parameter in place of b, or None (`train_bias`). start_A and start_B are initial values that the
+    update is counted from, or None (variants.py).
 
-    start_A, start_B: the values of A and B that the update is counted from (variants.py), or None.
-
-    merge_weights: permits the method of that name. Raises ConfigError for rank < 1, alpha that is not finite or
-    dropout outside [0, 1), TargetError for a base of another kind.
+    Raises ConfigError for rank < 1, alpha that is not finite, dropout outside [0, 1) and combinations that a variant
+    does not have; TargetError for a base that cannot be adapted.
     """
 
     lora_A: nn.Parameter
@@ -106,7 +107,7 @@ class LoraLayer(nn.Module):
         self.kind = kind
         self.base_layer = base_layer.requires_grad_(False)
         self.in_features, self.out_features = kind.features(base_layer)
-        weight: Any = base_layer.weight
+        weight = weight_of(base_layer)
         device, each = weight.device, weight.shape[:1] if isinstance(kind, StackKind) else ()
         self.lora_A = nn.Parameter(torch.empty(*each, rank, self.in_features, dtype=adapter_dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(*each, self.out_features, rank, dtype=adapter_dtype, device=device))
@@ -117,7 +118,7 @@ class LoraLayer(nn.Module):
         for name in REFERENCE:
             self.register_buffer(name, None)
         self.register_buffer("merged_weight", None, persistent=False)
-        self.register_load_state_dict_post_hook(_merge_again)
+        self.register_load_state_dict_post_hook(_refresh_merged_weight)
         LoraLayer.reset_parameters(self)
 
     @property
@@ -126,7 +127,7 @@ class LoraLayer(nn.Module):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of the update: lora_A and lora_B, or those of rank 2 r where it is counted from a reference."""
+        """A and B of the update: lora_A and lora_B, or A and B of rank 2 r if it is counted from initial values."""
         return (self.lora_A, self.lora_B) if self.start_A is None else factors_from_reference(self)
 
     @property
@@ -137,31 +138,31 @@ class LoraLayer(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the low-rank term is in the weight that `forward` uses."""
+        """Whether `forward` uses a merged weight."""
         return self.merged_weight is not None
 
     @property
-    def weight(self) -> Any:
-        """W0, or W0 + scaling * B A while merged. A model that reads it instead of calling the layer misses A and B."""
-        return self.base_layer.weight if self.merged_weight is None else self.merged_weight
+    def weight(self) -> Weight:
+        """W0, or the merged weight. A model that reads it instead of calling the layer does not use A and B."""
+        return weight_of(self.base_layer) if self.merged_weight is None else self.merged_weight
 
     @property
     def stored_transposed(self) -> bool:
-        """Whether a plain checkpoint has this weight as `(in, out)`, GPT-2's Conv1D, packed or not."""
+        """Whether a plain checkpoint stores this weight as `(in, out)`: GPT-2's Conv1D, packed or not."""
         return is_transposed_linear(self.base_layer) or bool(getattr(self.base_layer, "transposed", False))
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            handed_on = name in OPTIONS or isinstance(self.__dict__.get("kind"), RouterKind)
+            handed_on = name in FORWARDED_ATTRIBUTES or isinstance(self.__dict__.get("kind"), RouterKind)
             if name == "base_layer" or not handed_on:
                 raise
-        return getattr(self.base_layer, name)  # what models ask of a convolution or a router
+        return getattr(self.base_layer, name)  # an attribute that models read from a convolution or a router
 
     @property
     def bias(self) -> Tensor | None:
-        """What is added to the product: the base's bias; with adapters on, the trained one and the variant's."""
+        """b: the base's bias, or the trained one, plus the variant's. With adapters disabled, the base's."""
         bias: Tensor | None = getattr(self.base_layer, "bias", None)
         if not self.adapter_enabled:
             return bias
@@ -172,11 +173,14 @@ class LoraLayer(nn.Module):
         return added if bias is None else bias + added
 
     def train_bias(self, values: Tensor) -> None:
-        """Trains a bias that begins as these values, beside the base's own, which it stands for."""
+        """Adds a trained bias with these initial values, which replaces the base's."""
         self.trained_bias = nn.Parameter(values)
 
     def reset_parameters(self) -> None:
-        """A from N(0, 0.02), B zero: the layer computes what its base does. An embedding's padding token has A = 0."""
+        """Fills A from N(0, 0.02) and B with 0, so that the layer computes what its base does.
+
+        The column of A for an embedding's padding token is 0.
+        """
         clear_reference_(self)
         nn.init.normal_(self.lora_A, mean=0, std=INIT_STD)
         nn.init.zeros_(self.lora_B)
@@ -185,20 +189,20 @@ class LoraLayer(nn.Module):
             with torch.no_grad():
                 self.lora_A[:, padding_idx].zero_()
         self.variant.reset_parameters_(self)
-        _merge_again(self, None)
+        _refresh_merged_weight(self, None)
 
     def base_rows(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows in fp32) of W0 as it is stored."""
-        weight: Any = self.base_layer.weight
+        """Yields (first row, rows in fp32) of W0 as it is stored."""
+        weight = weight_of(self.base_layer)
         weight = weight.flatten(1) if isinstance(weight, Tensor) else weight  # a kernel as a matrix
         for part, rows in dense_slices(weight, torch.empty(0, device=self.lora_A.device)):
             yield part.start, rows.detach()
 
-    def current_weights(self) -> tuple[Any, tuple[Tensor, Tensor] | None]:
-        """The weight, and A and B beside it or None, that a call computes with now."""
+    def current_weights(self) -> tuple[Weight, tuple[Tensor, Tensor] | None]:
+        """Returns the weight that a call uses now, and A and B, or None if it is merged or adapters are disabled."""
         if self.merged_weight is not None and self.adapter_enabled:
             return self.merged_weight, None
-        return self.base_layer.weight, self.factors if self.adapter_enabled else None
+        return weight_of(self.base_layer), self.factors if self.adapter_enabled else None
 
     def forward(self, x: Tensor) -> Tensor:
         weight, lora = self.current_weights()
@@ -207,36 +211,35 @@ class LoraLayer(nn.Module):
 
     @property
     def delta(self) -> AdapterDelta:
-        """The update of the base weight, in its orientation: scaling * B A, as the variant changes it."""
+        """The update of the base weight, in the orientation of the stored weight."""
         lora_A, lora_B = self.factors
         low_rank = self.kind.delta(lora_A.detach(), lora_B.detach(), self.scaling)
         return self.variant.updated(low_rank, self.lora_parameters)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """What the adapter adds to W0, in fp32 and the orientation of the base weight."""
+        """Returns W - W0, with W the merged weight, in fp32 and the orientation of the stored weight."""
         delta = self.delta
         if not delta.additive:
-            return self.effective_weight(torch.float32) - dense(self.base_layer.weight, torch.float32)  # type: ignore[arg-type]
-        weight: Any = self.base_layer.weight
-        return delta.add_to_(torch.zeros(weight.shape, device=self.lora_A.device), 0)
+            return self.effective_weight(torch.float32) - dense(weight_of(self.base_layer), torch.float32)
+        return delta.add_to_(torch.zeros(weight_of(self.base_layer).shape, device=self.lora_A.device), 0)
 
     @torch.no_grad()
     def effective_weight(self, dtype: torch.dtype, name: str = "the merged weight") -> Tensor:
-        """W0 with its update (`delta`), unpacked and summed in fp32, then cast.
+        """Returns the merged weight: W0 with its update, unpacked and summed in fp32, then cast.
 
-        QuantizationError, naming it, on overflow.
+        Raises QuantizationError with this name if a value overflows the dtype.
         """
-        base: Any = self.base_layer.weight
+        base = weight_of(self.base_layer)
         weight = base.detach().to(torch.float32, copy=True) if isinstance(base, Tensor) else dense(base, torch.float32)
-        weight = weight.contiguous()  # so that a kernel can be seen as a matrix
+        weight = weight.contiguous()  # so that the view of a kernel as a matrix exists
         return cast_finite(self.delta.prepared(self.base_rows).add_to_(weight, 0), dtype, name)
 
     def merge_weights(self, dtype: torch.dtype | None = None, name: str = "the merged weight") -> None:
-        """Uses W0 + scaling * B A from now on; does nothing if it does already.
+        """Makes `forward` use a merged weight (`effective_weight`). Does nothing if it does already.
 
-        dtype: of the merged weight; None keeps the base's own, or what a packed base computes in (fp32 if that is
-        the input's). Raises ConfigError if the layer was made with merge_weights=False.
+        dtype: that of the merged weight; None: the base's dtype, or the compute dtype of a packed base, or fp32 if that
+        has none. Raises ConfigError if the layer was made with merge_weights=False.
         """
         if not self.merge_permitted:
             raise ConfigError("this layer was made with merge_weights=False and must not be merged")
@@ -244,15 +247,15 @@ class LoraLayer(nn.Module):
             self.merged_weight = self.effective_weight(dtype or self._merge_dtype(), name)
 
     def unmerge_weights(self) -> None:
-        """Uses W0 and the low-rank term apart again; W0 was never changed. Does nothing if they are apart already."""
+        """Drops the merged weight. W0 was never changed. Does nothing if the layer is not merged."""
         if not self.merge_permitted:
             raise ConfigError("this layer was made with merge_weights=False and is never merged")
         self.merged_weight = None
 
     def _merge_dtype(self) -> torch.dtype:
-        base: Any = self.base_layer
-        if isinstance(base.weight, Tensor):
-            return base.weight.dtype
+        base, weight = self.base_layer, weight_of(self.base_layer)
+        if isinstance(weight, Tensor):
+            return weight.dtype
         return getattr(base, "compute_dtype", None) or getattr(base, "output_dtype", None) or torch.float32
 
     def extra_repr(self) -> str:
@@ -261,14 +264,14 @@ class LoraLayer(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in facts.items())
 
 
-def _merge_again(layer: nn.Module, incompatible: Any) -> None:
-    """After a merged layer was given other values, its merged weight is theirs."""
+def _refresh_merged_weight(layer: nn.Module, incompatible_keys: object) -> None:
+    """Computes the merged weight again, if there is one. A hook of `load_state_dict`."""
     if isinstance(layer, LoraLayer) and layer.merged_weight is not None:
         layer.merged_weight = layer.effective_weight(layer.merged_weight.dtype)
 
 
 class LinearWithLoRA(LoraLayer):
-    """A LoraLayer around a new `nn.Linear(fan_in, fan_out, bias)`: `(..., fan_in)` -> `(..., fan_out)`. No dropout."""
+    """A LoraLayer around a new `nn.Linear(fan_in, fan_out, bias)`, without dropout."""
 
     def __init__(
         self, fan_in: int, fan_out: int, rank: int, alpha: float = 1, bias: bool = True, merge_weights: bool = True
@@ -277,10 +280,10 @@ class LinearWithLoRA(LoraLayer):
 
 
 class Embedding(LoraLayer):
-    """A LoraLayer around a new `nn.Embedding(vocab_size, embed_dim)` with its options. No dropout.
+    """A LoraLayer around a new `nn.Embedding(vocab_size, embed_dim)`, without dropout.
 
-    padding_idx: that row is zero, and stays so. max_norm and norm_type limit what is returned; the stored weight
-    keeps its length. scale_grad_by_freq and sparse are those of the gradient of A, the only one by token.
+    padding_idx: this row is zero, and stays zero. max_norm, norm_type: limit the returned rows; the stored weight is
+    not renormalized. scale_grad_by_freq, sparse: as in nn.Embedding, for the gradient of A.
     """
 
     def __init__(
@@ -305,7 +308,7 @@ class Embedding(LoraLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weight from N(0, 1 / sqrt(vocab_size)) with a zero padding row; A and B as in LoraLayer."""
+        """Fills the weight from N(0, 1 / sqrt(vocab_size)), its padding row with 0, and A and B as in LoraLayer."""
         base = self.base_layer
         assert isinstance(base, nn.Embedding)
         nn.init.normal_(base.weight, mean=0, std=1 / math.sqrt(base.num_embeddings))

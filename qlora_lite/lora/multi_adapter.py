@@ -80,7 +80,7 @@ def _check_can_change(model: nn.Module) -> None:
 def _fits(layer: LoraLayer, base: nn.Module | None) -> bool:
     """Whether an inactive adapter's layer can be put around this base."""
     kind = None if base is None else kind_of(base)
-    if kind is None or type(kind) is not type(layer.kind):
+    if base is None or kind is None or type(kind) is not type(layer.kind):
         return False
     return kind.features(base) == (layer.in_features, layer.out_features)
 

@@ -250,6 +250,6 @@ def select_targets(model: nn.Module, config: LoraConfig) -> list[TargetedLayer]:
     modules = dict(model.named_modules()) | unpacked_stacks(model)
     found = [TargetedLayer.of(name, module, config) for name, module in modules.items() if name in names]
     layers = [layer for layer in found if layer is not None]
-    if unused := config.idle_patterns([layer.name for layer in layers]):
+    if unused := config.unused_patterns([layer.name for layer in layers]):
         raise TargetError("; ".join(unused))
     return layers

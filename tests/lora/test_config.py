@@ -46,9 +46,9 @@ def test_the_first_pattern_that_matches_decides() -> None:
     names = ["layers.0.q", "layers.1.q", "layers.0.k", "layers.0.v", "x.layers.1.q"]
     assert [config.rank_of(name) for name in names] == [4, 2, 4, 8, 2]
     assert [config.alpha_of(name) for name in names] == [3.5] * 4 + [16]
-    assert config.idle_patterns(names) == []
+    assert config.unused_patterns(names) == []
     # Before "layers.1.q", "q" has decided for all that it matches.
-    idle = LoraConfig(rank_pattern={"q": 4, "layers.1.q": 2}, alpha_pattern={"z": 1}).idle_patterns(names)
+    idle = LoraConfig(rank_pattern={"q": 4, "layers.1.q": 2}, alpha_pattern={"z": 1}).unused_patterns(names)
     assert [sentence.split(" decides")[0] for sentence in idle] == [
         "rank_pattern ['layers.1.q']",
         "alpha_pattern ['z']",

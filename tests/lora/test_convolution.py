@@ -271,10 +271,10 @@ class OwnConvolution(nn.Conv1d):
 
 
 REFUSED = [
-    (nn.ConvTranspose2d(2, 2, 2), "a ConvTranspose2d cannot be adapted: transposed convolutions are not known here"),
+    (nn.ConvTranspose2d(2, 2, 2), "a ConvTranspose2d cannot be adapted: transposed convolutions are not supported"),
     (OwnForward(2, 2, 2), "a OwnForward cannot be adapted: it has a forward of its own"),
     (OwnConvolution(2, 2, 2), "a OwnConvolution cannot be adapted: it has a forward of its own"),
-    (nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 2)), "its kernel is made of other parameters"),
+    (nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 2)), "each call makes its kernel of other parameters"),
     (nn.LazyConv1d(2, 2), "no kernel before its first call"),
 ]
 
@@ -338,7 +338,7 @@ def test_targets_name_match_or_choose_convolutions_but_all_linear_does_not() -> 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 3, 9), torch.zeros(2, 2, 4, 9), torch.zeros(4, 9).long(), 5])
 def test_wrong_inputs_are_told(x: Any) -> None:
-    with pytest.raises(InputError, match="takes floats with 4 channels and 1 places; got"):
+    with pytest.raises(InputError, match="takes floats with 4 channels and 1 dimensions of space; got"):
         LoraLayer(2, 2, nn.Conv1d(4, 2, 3))(x)
 
 

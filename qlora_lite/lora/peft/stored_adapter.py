@@ -183,7 +183,7 @@ class StoredAdapter:
             *self.auxiliary.problems,
             *(problem for name in names for problem in self._layer_problems(name, modules.get(name))),
             *_base_copy_problems(model, self.tensors),
-            *self.config.idle_patterns([self.layers[n].peft_name if n in self.layers else n for n in names]),
+            *self.config.unused_patterns([self.layers[n].peft_name if n in self.layers else n for n in names]),
             *weights_read_by_parents(model, [name for name in names if name not in self.key_names]),
             *target_problems(model, names - self.parameter_layers.keys(), self.options),
             *(
