@@ -272,8 +272,8 @@ class OwnConvolution(nn.Conv1d):
 
 REFUSED = [
     (nn.ConvTranspose2d(2, 2, 2), "a ConvTranspose2d cannot be adapted: transposed convolutions are not supported"),
-    (OwnForward(2, 2, 2), "a OwnForward cannot be adapted: it has a forward of its own"),
-    (OwnConvolution(2, 2, 2), "a OwnConvolution cannot be adapted: it has a forward of its own"),
+    (OwnForward(2, 2, 2), "a OwnForward cannot be adapted: it has its own forward"),
+    (OwnConvolution(2, 2, 2), "a OwnConvolution cannot be adapted: it has its own forward"),
     (nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 2)), "each call makes its kernel of other parameters"),
     (nn.LazyConv1d(2, 2), "no kernel before its first call"),
 ]
