@@ -402,7 +402,8 @@ def test_an_adapter_comes_back_on_its_own_base_alone(tiny_folder: Path, tmp_path
     remove_lora_(model)
     save_quantized(model, tmp_path / "base")
 
-    with pytest.raises(CheckpointError, match=r"packed again, and the model has another one; load the base that save"):
+    message = "packed again, and the model has another one; load the base that save_quantized wrote"
+    with pytest.raises(CheckpointError, match=message):
         load_adapter_(load_quantized(tiny_folder, QuantConfig(), dtype=torch.float32), tmp_path / "adapter")
     with pytest.raises(CheckpointError, match="packed again, and the model has another one"):
         load_adapter_(load_quantized(tiny_folder, QuantConfig(format="none")), tmp_path / "adapter")
