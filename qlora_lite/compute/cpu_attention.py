@@ -13,8 +13,6 @@ Scores are the one product in fp32: rounded to bf16, those of 16 and more would 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lite.compute.lora_linear import product_dtype
+from qlora_lite.compute.recompute import stash_output, stashed_output
 from qlora_lite.compute.slicing import row_slices, rows_that_fit, slices_within
 
 # Rows of queries that meet their keys at once, and the bytes of fp32 scores that are held at once.
@@ -29,36 +28,6 @@ BLOCK_ROWS = 128
 SCORE_BYTES = 4 << 20
 # Rows of a batch go together, up to so many bytes of keys in fp32: few large products, and copies that stay small.
 KEY_BYTES = 4 << 20
-
-
-class OutputStash:
-    """The outputs of the attention calls of a block, in their order: kept `filling()`, handed out again `using()`."""
-
-    def __init__(self) -> None:
-        self.outputs: list[Tensor] = []
-
-    @contextmanager
-    def filling(self) -> Iterator[None]:
-        with _active((self.outputs, True)):
-            yield
-
-    @contextmanager
-    def using(self) -> Iterator[None]:
-        outputs, self.outputs = self.outputs, []
-        with _active((outputs, False)):
-            yield
-
-
-_stash: ContextVar[tuple[list[Tensor], bool] | None] = ContextVar("stash of attention outputs", default=None)
-
-
-@contextmanager
-def _active(stash: tuple[list[Tensor], bool]) -> Iterator[None]:
-    token = _stash.set(stash)
-    try:
-        yield
-    finally:
-        _stash.reset(token)
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,9 +188,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
     mask `(batch, 1, tokens, tokens)`, True where a row may look at a column; a row that may look at nothing is NaN.
     -> `(batch, heads, tokens, d)`, laid out as `(batch, tokens, heads, d)`.
     """
-    dtype, (outputs, fill) = product_dtype(query, None), _stash.get() or ([], False)
-    known = [] if fill or not outputs else [outputs.pop(0)]
-    out: Tensor = _CausalAttention.apply(query, key, value, mask, scale, dtype, known)
-    if fill:
-        outputs.append(out.detach())
+    known = stashed_output()
+    # In a list, so that autograd does not take the output for an input.
+    known_list = [] if known is None else [known]
+    out: Tensor = _CausalAttention.apply(query, key, value, mask, scale, product_dtype(query, None), known_list)
+    stash_output(out)
     return out

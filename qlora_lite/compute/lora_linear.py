@@ -1,7 +1,7 @@
 """A frozen linear map and its low-rank term in one autograd function.
 
 For y = W0 x + s B A x, plain autograd keeps x for A, A x for B, s B A x for the sum, and the whole unpacked W0 if W0 is
-packed. The function here keeps x and A x only, and not even x where a recipe can compute it again (recompute.py). W0 is
+packed. The function here keeps x and A x only, and not even x where it can be recomputed (recompute.py). W0 is
 unpacked a second time in backward, which costs far less time than its memory is worth. The low-rank term is added into
 the product in place. Nothing frozen gets a gradient. Dropout keeps a seed instead of a mask.
 """
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite.compute.devices import cpu_multiplies_bf16, on_cpu
-from qlora_lite.compute.recompute import Recipe, recipe_of
+from qlora_lite.compute.recompute import Recomputation, recomputation_of, saving_node
 from qlora_lite.compute.slicing import row_slices, rows_that_fit
 from qlora_lite.errors import InputError
 
@@ -191,19 +191,25 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, dropout: float, dtype: torch.dtype, recipe: Recipe | None
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        dropout: float,
+        dtype: torch.dtype,
+        again: Recomputation | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.dropout, ctx.seed, ctx.again = dropout, 0, None
+        ctx.dropout, ctx.seed, ctx.shared = dropout, 0, None
         rows = x.to(dtype)
         if dropout > 0:
             ctx.seed = draw_seed()
             rows = apply_mask(rows, dropout_mask(rows, dropout, ctx.seed))
         low = rows @ lora_A.to(dtype).T
-        if recipe is not None:
-            ctx.again = recipe.again
-            ctx.again.will_read()
-        ctx.save_for_backward(low, lora_A, lora_B, *((x,) if recipe is None else recipe.parents))
+        if again is not None:
+            ctx.shared = again.result
+            ctx.shared.expect_reader()
+        ctx.save_for_backward(low, lora_A, lora_B, *((x,) if again is None else again.inputs))
         return low
 
     @staticmethod
@@ -238,7 +244,7 @@ class _AdaptedLinear(torch.autograd.Function):
         y = _product(x.to(dtype), weight, bias)
         ctx.weight, ctx.scaling, ctx.dtype, ctx.kept = weight, scaling, dtype, None
         if low is not None and lora_B is not None:
-            ctx.kept = low.grad_fn
+            ctx.kept = saving_node(low)
             y.addmm_(low, lora_B.to(dtype).T, alpha=scaling)
         return y.to(x.dtype)
 
@@ -252,7 +258,7 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_A = grad_B = None
         if ctx.kept is not None:
             low, lora_A, lora_B, *source = ctx.kept.saved_tensors  # under checkpointing, reading them recomputes
-            x = source[0] if ctx.kept.again is None else ctx.kept.again.read(tuple(source))
+            x = source[0] if ctx.kept.shared is None else ctx.kept.shared.read(tuple(source))
             rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
             grad_low = (grad @ lora_B.to(ctx.dtype)).mul_(ctx.scaling)
             grad_B = (low.T @ grad).T.to(lora_B.dtype).mul_(ctx.scaling) if need_B else None
@@ -302,6 +308,6 @@ def adapted_linear(
     dtype = product_dtype(x, compute_dtype)
     with torch.autocast(device, enabled=False):
         if lora_A is not None and lora_B is not None:
-            low = _LowRank.apply(rows, lora_A, lora_B, dropout, dtype, recipe_of(x))
+            low = _LowRank.apply(rows, lora_A, lora_B, dropout, dtype, recomputation_of(x))
         y: Tensor = _AdaptedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling / (1 - dropout), dtype, low)
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -2,7 +2,7 @@
 
 Written with torch's operators one by one, an RMSNorm keeps its input twice in fp32, and silu(gate) * up keeps
 silu(gate) beside gate and up. Here each keeps what it was given, computes in fp32 in slices of rows, and hands its
-output on with a recipe (recompute.py), so that the linear layers after it need not keep that either.
+output on with a way to recompute it (recompute.py), so that the linear layers after it need not keep that either.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_lite.compute.recompute import with_recipe
+from qlora_lite.compute.recompute import recomputable
 from qlora_lite.compute.slicing import slices_within
 
 # Of fp32 temporaries at once: what stays in a core's caches.
@@ -79,7 +79,7 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`normalized` as one autograd node: x `(..., features)`, weight `(features,)`. Kept for backward: x alone."""
     y: Tensor = _RMSNorm.apply(x, weight, eps)
-    return with_recipe(y, functools.partial(normalized, eps=eps), x, weight)
+    return recomputable(y, functools.partial(normalized, eps=eps), x, weight)
 
 
 class Activation(NamedTuple):
@@ -122,4 +122,4 @@ class _Gated(torch.autograd.Function):
 def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """f(gate) * up as one autograd node (arXiv:2002.05202); kept for backward: gate and up, and no third tensor."""
     y: Tensor = _Gated.apply(gate, up, activation)
-    return with_recipe(y, functools.partial(gated_product, activation=activation), gate, up)
+    return recomputable(y, functools.partial(gated_product, activation=activation), gate, up)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lite.compute.cpu_attention import OutputStash
+from qlora_lite.compute.recompute import OutputStash
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.storages import storages_of

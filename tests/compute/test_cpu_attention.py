@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qlora_lite.compute import cpu_attention
-from qlora_lite.compute.cpu_attention import OutputStash, causal_attention
+from qlora_lite.compute.cpu_attention import causal_attention
+from qlora_lite.compute.recompute import OutputStash
 
 
 def inputs(shape: tuple[int, int, int, int], key_heads: int, dtype: torch.dtype, values: int = 0) -> list[Tensor]:

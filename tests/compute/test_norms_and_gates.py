@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_lite.compute import norms_and_gates
 from qlora_lite.compute.norms_and_gates import ACTIVATIONS, gated, rms_norm
-from qlora_lite.compute.recompute import recipe_of
+from qlora_lite.compute.recompute import recomputation_of
 
 
 @pytest.fixture(params=[1, 1 << 20], ids=["a row at a time", "all at once"], autouse=True)
@@ -74,12 +74,12 @@ def test_only_the_inputs_are_kept_in_their_own_dtype() -> None:
     assert len(kept) == 4
 
 
-def test_outputs_come_with_recipes_that_give_them_again() -> None:
+def test_outputs_can_be_recomputed_bit_for_bit() -> None:
     x, up = (torch.randn(4, 16).bfloat16().requires_grad_() for _ in range(2))
     for y in (rms_norm(x, torch.randn(16).bfloat16(), 1e-5), gated(x, up)):
-        recipe = recipe_of(y)
-        assert recipe is not None
-        recipe.again.will_read()
-        assert torch.equal(recipe.again.read(recipe.parents), y)
+        found = recomputation_of(y)
+        assert found is not None
+        found.result.expect_reader()
+        assert torch.equal(found.result.read(found.inputs), y)
     with torch.no_grad():
-        assert recipe_of(gated(x, up)) is None
+        assert recomputation_of(gated(x, up)) is None
