@@ -20,7 +20,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,14 +115,14 @@ def weight_hashes(stored: Mapping[str, StoredTensor], packed: bool = False) -> W
     return WeightHashes(json_hash([[name, stored[name].shape] for name in names]), sample.hexdigest(), packed)
 
 
-def _type_and_sizes(config: Any) -> dict[str, int | str]:
+def _type_and_sizes(config: object) -> dict[str, int | str]:
     """Returns model type and sizes of the language model of a transformers config, those that it has."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = {key: getattr(text, key, None) for key in (MODEL_TYPE, *SIZES)}
     return {key: value for key, value in found.items() if isinstance(value, (int, str))}
 
 
-def checkpoint_identity(folder: Path, config: Any) -> BaseIdentity:
+def checkpoint_identity(folder: Path, config: object) -> BaseIdentity:
     """Returns the identity of a checkpoint folder; for one that `save_quantized` wrote, of what was packed.
 
     config: the transformers config of that folder. Raises CheckpointError for damaged files, and for a
@@ -144,7 +143,7 @@ def checkpoint_identity(folder: Path, config: Any) -> BaseIdentity:
     return replace(packed_from, written=None)
 
 
-def checkpoint_identity_or_error(folder: Path, config: Any) -> BaseIdentity | CheckpointError:
+def checkpoint_identity_or_error(folder: Path, config: object) -> BaseIdentity | CheckpointError:
     """`checkpoint_identity`, or the error that it raises, for a caller that loads the tensors next.
 
     The identity is computed before loading, so that it adds nothing to the peak of memory. Loading reads every tensor
@@ -161,7 +160,7 @@ def set_base_identity_(model: nn.Module, base: BaseIdentity) -> None:
     setattr(model, IDENTITY_ATTRIBUTE, base)
 
 
-def model_identity(model: Any) -> BaseIdentity | None:
+def model_identity(model: nn.Module) -> BaseIdentity | None:
     """Returns the identity of the checkpoint that a model was loaded from; None for a model without a config.
 
     `load_quantized` stores it on the model. For any other model the folder that its config names is hashed on the first
@@ -175,7 +174,7 @@ def model_identity(model: Any) -> BaseIdentity | None:
     return replace(base, weights=None) if base is not None and repacked_weights(model) else base
 
 
-def _hashed_folder(model: Any) -> BaseIdentity | None:
+def _hashed_folder(model: nn.Module) -> BaseIdentity | None:
     """Computes the identity of the folder that a model names, and stores it on the model; None if it is gone."""
     if (folder := _existing_folder(model)) is None:
         return None
@@ -187,7 +186,7 @@ def _hashed_folder(model: Any) -> BaseIdentity | None:
     return base
 
 
-def _existing_folder(model: Any) -> Path | None:
+def _existing_folder(model: nn.Module) -> Path | None:
     """Returns the folder that a model came from; None, not an error, if it is gone: the adapter is saved anyway."""
     try:
         folder = hub.model_folder(model)

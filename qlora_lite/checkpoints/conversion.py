@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -20,6 +20,16 @@ from qlora_lite.errors import CheckpointError
 Shapes = Mapping[str, tuple[int, ...]]
 # Lazy tensors by the pattern of transformers' rule that their names match; several if the pattern has a star.
 ViewsByPattern = dict[str, list[LazyTensor]]
+
+
+class Operation(Protocol):
+    """The attributes of transformers' operations that are read here; each operation has some of them."""
+
+    dim: int
+    dim0: int
+    dim1: int
+    check_dims: bool
+    num_shards_attribute: str | None
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Conversion:
     sources: dict[str, list[str]]
     source_patterns: tuple[str, ...] = ()
     target_patterns: tuple[str, ...] = ()
-    operations: tuple[Any, ...] = ()
+    operations: tuple[Operation, ...] = ()
 
     @property
     def targets(self) -> set[str]:
@@ -109,7 +119,7 @@ class _Rule:
         return self.targets[0]
 
 
-def _stacked(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
+def _stacked(operation: Operation, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
     """MergeModulelist: stacks the tensors of each pattern along a new first dimension."""
     if operation.dim != 0:
         raise CheckpointError(f"{rule.target}: {operation!r} is not supported, only stacks along dimension 0")
@@ -120,7 +130,7 @@ def _stacked(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPatte
     return made
 
 
-def _joined(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
+def _joined(operation: Operation, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
     """Concatenate: joins the tensors of all patterns, in the order of the rule's patterns."""
     parts = tuple(view for pattern in rule.sources for view in views.get(pattern, []))
     return {rule.one_target(operation): [Concatenated(rule.target, parts, operation.dim)]}
@@ -135,7 +145,7 @@ def _cut(source: LazyTensor, targets: list[str], sizes: list[int], dim: int) -> 
     return made
 
 
-def _in_chunks(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
+def _in_chunks(operation: Operation, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
     """Chunk: cuts one tensor into equal parts, one for each target."""
     source, count = rule.only(views, operation), len(rule.targets)
     size, left = divmod(source.shape[operation.dim], count)
@@ -146,7 +156,7 @@ def _in_chunks(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPat
     return _cut(source, rule.targets, [size] * count, operation.dim)
 
 
-def _in_pieces(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
+def _in_pieces(operation: Operation, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
     """Split: cuts one tensor into parts of the sizes of the targets."""
     source = rule.only(views, operation)
     names = [rule.target.replace(rule.targets[0], target) for target in rule.targets]
@@ -156,7 +166,7 @@ def _in_pieces(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPat
     return _cut(source, rule.targets, sizes, operation.dim)
 
 
-def _transposed(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
+def _transposed(operation: Operation, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
     """Transpose: exchanges two dimensions; with check_dims only if the shape differs from the model's."""
     source = rule.only(views, operation)
     key = rule.targets[0] if len(rule.targets) == 1 else rule.sources[0]
@@ -166,7 +176,7 @@ def _transposed(operation: Any, views: ViewsByPattern, rule: _Rule) -> ViewsByPa
     return {key: [Transposed(source, first, second)]}
 
 
-OPERATIONS: dict[str, Callable[[Any, ViewsByPattern, _Rule], ViewsByPattern]] = {
+OPERATIONS: dict[str, Callable[[Operation, ViewsByPattern, _Rule], ViewsByPattern]] = {
     "MergeModulelist": _stacked,
     "Concatenate": _joined,
     "Chunk": _in_chunks,

@@ -114,7 +114,7 @@ def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
         return model.eval()
 
 
-def load_generation_config_(model: Any, folder: Path) -> None:
+def load_generation_config_(model: nn.Module, folder: Path) -> None:
     """Sets `model.generation_config` from the checkpoint folder, if it has one."""
     if (folder / GENERATION_FILE).is_file():
         with _errors_of_transformers(f"{folder / GENERATION_FILE} is not a generation config"):
@@ -169,17 +169,18 @@ def save_config_and_tokenizer(
             shutil.copyfile(template, target / TEMPLATE_FOLDER / template.name)
 
 
-def model_folder(model: Any) -> Path | None:
+def model_folder(model: nn.Module) -> Path | None:
     """Returns the folder that a model was loaded from, None if it was not loaded from one.
 
     Raises CheckpointError if the folder does not exist any more.
     """
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "") or ""
     if not name or Path(name).is_dir():
         return Path(name) if name else None
     from huggingface_hub import snapshot_download
 
-    revision = getattr(model.config, "_commit_hash", None)
+    revision = getattr(config, "_commit_hash", None)
     try:
         found = snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=CHECKPOINT_PATTERNS)
         return Path(found)

@@ -118,7 +118,7 @@ def load_quantized(
     return model
 
 
-def load_tensors_(model: Any, checkpoint: CheckpointLike, dtype: torch.dtype, device: torch.device) -> None:
+def load_tensors_(model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dtype, device: torch.device) -> None:
     """Fills a model on meta with the tensors of a checkpoint, packed where they are to be, and freezes the model."""
     targets = model.state_dict(keep_vars=True)
     loader = _Loader(model, checkpoint, dtype, device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ from qlora_lite.surgery import has_own_forward, is_transposed_linear
 
 # The tolerance for the same value computed in fp32 by operations in another order.
 TOLERANCE = 1e-5
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def _ramp(x: Tensor) -> Tensor:
     return torch.linspace(-20, 20, rows.numel()).view(*rows, 1)
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def _is_plain(module: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
     return isinstance(module, kind) and not has_own_forward(module) and getattr(module, "max_norm", None) is None
 
 
@@ -99,7 +101,7 @@ class LazyModel:
     ConfigError for a model without a plain linear output head.
     """
 
-    def __init__(self, model: Any, names: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         head = architecture.output_head(model)
         if head is None or not _is_plain(head, nn.Linear):
             got = "none" if head is None else type(head).__name__
@@ -118,10 +120,10 @@ class LazyModel:
                 if tensor is not None and id(tensor) in self._name_of:
                     yield holder, key, self._name_of[id(tensor)]
 
-    def _bias(self, weights: LazyWeights, module: Any) -> Tensor | None:
+    def _bias(self, weights: LazyWeights, module: nn.Module) -> Tensor | None:
         return None if module.bias is None else weights.whole(self._name_of[id(module.bias)])
 
-    def _linear(self, module: Any, weights: LazyWeights) -> Callable[[Tensor], Tensor]:
+    def _linear(self, module: nn.Linear, weights: LazyWeights) -> Callable[[Tensor], Tensor]:
         name = self._name_of[id(module.weight)]
 
         def forward(x: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ class LazyModel:
 
         return forward
 
-    def _embedding(self, module: Any, weights: LazyWeights) -> Callable[[Tensor], Tensor]:
+    def _embedding(self, module: nn.Embedding, weights: LazyWeights) -> Callable[[Tensor], Tensor]:
         name = self._name_of[id(module.weight)]
 
         def forward(tokens: Tensor) -> Tensor:

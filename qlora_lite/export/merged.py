@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -137,7 +136,7 @@ def _check_repacked_base(
 
 def _verified(folder: Path, plan: ExportPlan, examples: Sequence[TokenizedExample]) -> Verification:
     """Compares the model that transformers would load from the folder with the adapter model."""
-    empty: Any = hub.empty_model(hub.read_config(folder), torch.float32)
+    empty = hub.empty_model(hub.read_config(folder), torch.float32)
     architecture.tie(empty)
     written = Checkpoint.open(folder, empty, None)
     read_back = {name: written.plain(name) for name in written.tensors}
@@ -145,7 +144,7 @@ def _verified(folder: Path, plan: ExportPlan, examples: Sequence[TokenizedExampl
 
 
 def _write(
-    model: Any,
+    model: nn.Module,
     source: Path | None,
     folder: Path,
     plan: ExportPlan,
@@ -234,7 +233,7 @@ def merge_checkpoint(
     check_output_is_not_input(Path(folder), source, Path(adapter))
     if not any_base:
         check_trained_on_checkpoint(Path(adapter), source)
-    model: Any = hub.empty_model(hub.read_config(source), load_dtype)
+    model = hub.empty_model(hub.read_config(source), load_dtype)
     architecture.tie(model)
     _check_has_originals(source, base)
     checkpoint = Checkpoint.open(source, model, config)

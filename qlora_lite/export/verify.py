@@ -15,10 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checks import require
@@ -273,7 +272,7 @@ def _paired_difference(one: list[float], other: list[float], learned: list[int])
     return mean, math.sqrt(examples / (examples - 1) * squares) / total
 
 
-def check_examples(examples: Sequence[TokenizedExample], config: Any, vocabulary: int | None) -> None:
+def check_examples(examples: Sequence[TokenizedExample], config: object, vocabulary: int | None) -> None:
     """Raises ConfigError for examples that a model of this config and vocabulary size cannot be run on."""
     require(len(examples) > 0, "verify needs at least one example", len(examples))
     longest, limit = max(len(example.input_ids) for example in examples), architecture.longest_sequence(config)
@@ -285,7 +284,7 @@ def check_examples(examples: Sequence[TokenizedExample], config: Any, vocabulary
 
 
 def compare(
-    empty: Any, compared: ModelsToCompare, examples: Sequence[TokenizedExample], written: str = DEQUANTIZED
+    empty: nn.Module, compared: ModelsToCompare, examples: Sequence[TokenizedExample], written: str = DEQUANTIZED
 ) -> Verification:
     """Runs the examples through the models of `compared`.
 
