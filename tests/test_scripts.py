@@ -151,7 +151,7 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
         assert not figures["full_disks_wrong"] and figures["full_disks"] != 0
     if "restored" in figures:
         assert figures["restored"] is True and figures["loss_after"] < figures["loss_before"]
-    if "perplexity_ratio" in figures:  # three steps of one program's adapter are those of the other's
+    if "perplexity_ratio" in figures:  # after three steps, both programs have the same adapter
         assert abs(figures["perplexity_ratio"] - 1) < 1e-3
         assert figures["differences"]["both in fp32"]["largest"] < 1e-4
         assert figures["ours_perplexity"] < figures["base_perplexity"]

@@ -1,6 +1,6 @@
 """The checks of matrix.py: adapters that each side makes, and a check for each direction.
 
-A side that refuses raises: every exception of peft, and those errors of ours that the table of known refusals has,
+A side that refuses raises: exceptions of peft, and errors of this library that the table of known refusals has,
 become Refused. Any other exception in a check fails its case.
 """
 

@@ -55,7 +55,7 @@ def _special(path: Path, rng: random.Random) -> str:
         "nothing": lambda: None,
         "empty": path.touch,
         "pickle": lambda: path.write_bytes(rng.choice([canary, pickled])(path.parent)),
-        "pickle beside": lambda: (path.parent / "pytorch_model.bin").write_bytes(pickled(path.parent)),
+        "pickle as well": lambda: (path.parent / "pytorch_model.bin").write_bytes(pickled(path.parent)),
     }
     what = rng.choice(sorted(kinds))
     kinds[what]()

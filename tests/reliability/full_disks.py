@@ -182,7 +182,7 @@ def _begin(disk: Path, old: Path | None) -> None:
 
 
 def _refused(work: Work, disk: Path, because: str) -> tuple[bool, list[str]]:
-    """Returns whether the work finished, and what was wrong with its refusal."""
+    """Returns whether the work finished, and the problems of its refusal."""
     before = work.files(disk / "out")
     try:
         work.write(disk / "out", False)
