@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.surgery import repeated_blocks
-from qlora_lite.training import fused_forward as lean_module
+from qlora_lite.training import fused_forward
 from qlora_lite.training.activation_checkpointing import checkpointed
 from qlora_lite.training.fused_forward import fused
 from qlora_lite.training.objective import logit_free_loss
@@ -167,16 +167,16 @@ def test_a_kept_block_keeps_products_and_no_more(tiny_folder: Path) -> None:
 
 def test_attention_beyond_ours_goes_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(lean_module, "causal_attention", lambda *given: (calls.append("ours"), given[0])[1])
+    monkeypatch.setattr(fused_forward, "causal_attention", lambda *given: (calls.append("ours"), given[0])[1])
     q = torch.randn(1, 2, 6, 4)
 
     def own(*given: Any, **options: Any) -> str:
         return "theirs"
 
     def attend(query: Tensor, mask: Tensor | None = None, **options: Any) -> Any:
-        return lean_module._attention(own, masks, nn.Identity(), query, q, q, mask, **options)
+        return fused_forward._attention(own, masks, nn.Identity(), query, q, q, mask, **options)
 
-    masks = lean_module._Masks()
+    masks = fused_forward._CausalMasks()
     causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
     assert attend(q) != "theirs" and attend(q, causal) != "theirs" and calls == ["ours", "ours"]
     assert attend(q, dropout=0.1) == attend(q, is_causal=False) == attend(q, softcap=3.0) == "theirs"
