@@ -1,4 +1,4 @@
-"""Settings as small frozen dataclasses that check themselves; every wrong one raises ConfigError at construction."""
+"""Checks of settings, names, sizes and tensor values, used by every room."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qlora_lite.errors import ConfigError, QuantizationError
 FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 BYTE_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-COUNT_LIMIT = 2**63  # nor do its shapes, or files
+COUNT_LIMIT = 2**63  # torch's shapes are int64
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """`"bf16"` or `"bfloat16"` -> torch.bfloat16, and so on. Raises ConfigError for a name that is none."""
+    """Returns the torch dtype of a name such as `bf16` or `bfloat16`. Raises ConfigError for an unknown name."""
     full = DTYPE_ALIASES.get(name, name)
     if full not in FLOAT_DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join((*DTYPE_ALIASES, *FLOAT_DTYPES))}; got {name!r}")
@@ -26,7 +26,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def byte_count(what: str, text: str) -> int:
-    """Bytes of a size such as `300MiB` or `5GB`. ConfigError that begins with `what` for anything else."""
+    """Returns the bytes of a size such as `300MiB` or `5GB`. Raises ConfigError, beginning with `what`, otherwise."""
     size = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", text.strip())
     if size is None or size[2].lower() not in BYTE_UNITS:
         raise ConfigError(f"{what} a size such as 300MiB or 5GB; got {text!r}")
@@ -41,28 +41,28 @@ def require(condition: bool, what: str, got: object) -> None:
 
 
 def is_count(value: object, least: int) -> bool:
-    """Whether value is an int (no bool) of at least `least`, and below 2**63."""
+    """Whether value is an int (not a bool) from `least` to 2**63 - 1."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < COUNT_LIMIT
 
 
 def is_finite(value: object) -> bool:
-    """Whether value is a real, finite number (no bool)."""
+    """Whether value is a finite int or float (not a bool)."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an int that no float reaches
+    except OverflowError:  # an int above the largest float
         return False
 
 
 def check_finite(tensor: Tensor, name: str, first_row: int = 0) -> float:
-    """The largest magnitude. QuantizationError, naming the tensor and the first bad index, for NaN or infinity.
+    """Returns the largest magnitude. Raises QuantizationError for NaN or infinity, with name and first bad index.
 
-    first_row: where these rows begin in the tensor that has the name.
+    first_row: number of the first of these rows in the tensor that has the name.
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return 0.0
-    # aminmax hands NaN on and makes no temporary; the tensor is searched only on failure.
+    # aminmax propagates NaN and makes no temporary; the tensor is searched only on failure.
     low, high = tensor.detach().aminmax()
     if not (low.isfinite() & high.isfinite()):
         index = tuple(int(i) for i in (~tensor.isfinite()).nonzero()[0])
@@ -73,7 +73,7 @@ def check_finite(tensor: Tensor, name: str, first_row: int = 0) -> float:
 
 
 def cast_finite(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The tensor in another floating dtype; QuantizationError if a value is, or becomes, NaN or infinite."""
+    """Returns the tensor in another float dtype. Raises QuantizationError if a value is or becomes NaN or infinite."""
     result = tensor.to(dtype)
     if not result.numel() or torch.stack(result.aminmax()).isfinite().all():
         return result

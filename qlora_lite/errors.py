@@ -1,4 +1,4 @@
-"""What can go wrong, by whose hand: every error that qlora_lite raises on purpose is one of these."""
+"""The errors of qlora_lite; everything that it raises on purpose is a QLoRAError, or Stopped."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 
 class QLoRAError(Exception):
-    """The common ancestor: `except QLoRAError` catches what this package refuses, and nothing else."""
+    """Base class of the errors of this package."""
 
 
 class ConfigError(QLoRAError, ValueError):
-    """A setting is outside what it may be, or two settings contradict each other."""
+    """A setting has a value that is not allowed, or two settings contradict each other."""
 
 
 class TargetError(QLoRAError, ValueError):
@@ -18,7 +18,7 @@ class TargetError(QLoRAError, ValueError):
 
 
 class QuantizationError(QLoRAError, ValueError):
-    """A weight cannot be held in the wanted format: it has NaN or infinity in it, or exceeds its range."""
+    """A weight cannot be stored in a format or dtype: it has NaN or infinity, or exceeds the range."""
 
 
 class CheckpointError(QLoRAError, ValueError):
@@ -26,7 +26,7 @@ class CheckpointError(QLoRAError, ValueError):
 
 
 class TrainingError(QLoRAError, RuntimeError):
-    """Training cannot go on: the loss is not a number, or adapters receive no gradient."""
+    """Training cannot continue, for example because adapters receive no gradient."""
 
 
 class NotFiniteError(TrainingError):
@@ -34,22 +34,22 @@ class NotFiniteError(TrainingError):
 
 
 class RehearsalError(QLoRAError, RuntimeError):
-    """A step cannot be run on fake tensors: its shapes depend on values, or an operator has no fake kernel."""
+    """A step cannot run on fake tensors: its shapes depend on values, or an operator has no fake kernel."""
 
 
 class InputError(QLoRAError, ValueError):
-    """A tensor handed to a layer has the wrong dtype or shape, or holds tokens that the vocabulary does not have."""
+    """A tensor passed to a layer has the wrong dtype or shape, or tokens outside of the vocabulary."""
 
 
 class DeviceMemoryError(QLoRAError, MemoryError):
-    """A device does not have the memory that a sequence of allocations needs."""
+    """A device has less memory than a sequence of allocations needs."""
 
 
 class Stopped(SystemExit):
-    """SIGINT or SIGTERM was obeyed, at a place where nothing is half-done; the text says where to go on from.
+    """SIGINT or SIGTERM was obeyed at a place where no work is half done; the text says how to continue later.
 
-    A SystemExit, so that `except Exception` does not keep a process alive that was asked to end; uncaught it ends with
-    the status that shells give such an end, 130 or 143.
+    A SystemExit, so that `except Exception` does not keep the process alive. Uncaught, it exits with the status that
+    shells report for these signals, 130 or 143.
     """
 
     def __init__(self, number: int, sentence: str) -> None:
@@ -61,7 +61,7 @@ class Stopped(SystemExit):
 
 
 def listing(items: Iterable[object], most: int = 8, separator: str = ", ") -> str:
-    """Returns the first `most` items as text, and how many are left: `a, b, and 3 more`."""
+    """Returns the first `most` items as text, and the number of the others: `a, b, and 3 more`."""
     texts = [str(item) for item in items]
     left = len(texts) - most
     return separator.join([*texts[:most], f"and {left} more"] if left > 0 else texts)

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that importing the package costs nothing."""
+"""Public names of a package that are imported on first use, so that importing the package costs nothing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 def lazy_names(
     package: str, files: Mapping[str, str]
 ) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
-    """Returns `__getattr__`, `__dir__` and `__all__` of a package (PEP 562) that hands on names of its files.
+    """Returns `__getattr__`, `__dir__` and `__all__` of a package (PEP 562) whose names come from its files.
 
     files: {dotted name of a module inside the package: the names it holds, separated by spaces}.
 
-    A name is looked up in its module when it is first read, and is kept in the package from then on. Raises
-    AttributeError for any other name, as a module without `__getattr__` does.
+    A name is imported from its module when it is first read, and then stored in the package. `__getattr__` raises
+    AttributeError for any other name.
     """
     module_of = {name: module for module, names in files.items() for name in names.split()}
 

@@ -1,4 +1,4 @@
-"""Naming and replacing modules inside a model: what packing the base and adding adapters have in common."""
+"""Names, recognizes and replaces modules inside a model, for packing a base and adding adapters."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ from qlora_lite.errors import TargetError
 
 
 def name_matches(name: str, wanted: str) -> bool:
-    """Whether a module's dotted name is `wanted`, or ends with it at a dot."""
+    """Whether a module's dotted name is `wanted` or ends with `.wanted`, as peft matches target_modules."""
     return name == wanted or name.endswith("." + wanted)
 
 
-# A file may have a pattern for each of many hundred layers, more than `re` keeps compiled.
+# A file may have a pattern for each of several hundred layers, more than `re` caches.
 @functools.lru_cache(maxsize=1 << 14)
 def layer_pattern(pattern: str) -> re.Pattern[str]:
-    """peft's reading of a pattern in rank_pattern or alpha_pattern: it matches a whole name, or its end after a dot."""
+    """Compiles a pattern of rank_pattern or alpha_pattern as peft does: it matches a name, or its end after a dot."""
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def matching_pattern(patterns: Collection[str], name: str) -> str | None:
-    """The pattern that decides for a layer: the first that matches, else one that is its name letter for letter."""
+    """Returns the pattern that applies to a layer: the first that matches, else one equal to its name, else None."""
     matching = (pattern for pattern in patterns if layer_pattern(pattern).match(name))
     return next(matching, name if name in patterns else None)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether this linear layer, embedding or convolution computes something else than torch's own.
+    """Whether a linear layer, embedding or convolution has another forward than torch's class, as scaled embeddings do.
 
-    (Scaled embeddings, say.) A layer of ours in its place would lose that.
+    A packed or adapted layer in its place would not compute the same.
     """
     plain = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return any(isinstance(module, kind) and type(module).forward is not kind.forward for kind in plain)
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, GPT-2's linear layer: y = x W + b with W `(in, out)`."""
+    """Whether this is the linear layer of GPT-2, transformers' Conv1D: y = x W + b with W `(in, out)`."""
     return f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D"
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether this sends tokens to experts by a matrix `(experts, in)` of its own: a router of transformers'.
+    """Whether this is a transformers router that scores tokens with a matrix `(experts, in)` of its own.
 
-    (One that is a linear layer is none: with torch's forward it is adapted as that, with its own not at all.)
+    A router that is a linear layer does not count: with torch's forward it is adapted as a linear layer, with another
+    forward not at all.
     """
     weight = module._parameters.get("weight")
     if not type(module).__name__.endswith("Router") or isinstance(module, (nn.Linear, nn.Embedding)):
@@ -59,7 +60,7 @@ def is_router(module: nn.Module) -> bool:
 
 
 def check_all_matched(setting: str, wanted: Iterable[str], names: Iterable[str]) -> None:
-    """Raises TargetError that lists every wanted name which no module answers to, and the last parts there are."""
+    """Raises TargetError with all wanted names that match no module, and the last parts of the names that exist."""
     names = list(names)
     lost = [name for name in wanted if not any(name_matches(candidate, name) for candidate in names)]
     if lost:
@@ -73,10 +74,11 @@ def _below_any(name: str, above: set[str]) -> bool:
 
 
 def replace_modules_(model: nn.Module, make: Callable[[str, nn.Module], nn.Module | None]) -> list[str]:
-    """Puts `make(name, module)` in the place of every module for which it is not None; returns their names in order.
+    """Replaces every module for which `make(name, module)` is not None. Returns their names in order.
 
-    A module registered under several names is made once and replaced under all of them. Nothing below a replaced
-    module is visited. A replaced module is let go before the next one is made.
+    Changes the model. `make` is called once for a module that is registered under several names, and the result is put
+    under all of them. Modules below a replaced one are not visited. A replaced module is released before the next one
+    is made.
     """
     names_of: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -103,7 +105,7 @@ def replace_modules_(model: nn.Module, make: Callable[[str, nn.Module], nn.Modul
 
 
 def exchange_modules_(model: nn.Module, new: dict[int, nn.Module]) -> None:
-    """Puts `new[id(module)]` in the place of a module wherever it is registered; one pass over the model."""
+    """Replaces each module by `new[id(module)]` wherever it is registered, in one pass over the model."""
     if id(model) in new:
         raise TargetError(f"the model itself is the {type(model).__name__} to replace; put it into a container")
     for parent in list(model.modules()):
@@ -113,7 +115,7 @@ def exchange_modules_(model: nn.Module, new: dict[int, nn.Module]) -> None:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the children of its outermost ModuleLists."""
+    """Returns the repeated blocks of a model: the children of its outermost ModuleLists."""
     blocks: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What is multiplied, and where: autograd functions that keep little for backward, the loss, devices, host memory.
+"""Autograd functions that keep little for backward, the loss, devices, and host memory.
 
 In reading order:
 

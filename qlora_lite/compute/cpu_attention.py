@@ -1,13 +1,16 @@
 """Causal attention on a CPU from large matrix products, faster than torch's own kernel there.
 
-torch's CPU kernel of `scaled_dot_product_attention` multiplies small tiles, at a fraction of the speed of batched
-products. Here a block of query rows meets all the keys that it may see at once: a product for the scores and a softmax
-in fp32, a product with the values. Query heads that share a key head (grouped-query attention) are rows of the same
-product, so keys and values are not repeated. Kept for backward are q, k and v; the scores are computed again there
-(FlashAttention: arXiv:2205.14135, section 3.1). Where a whole block is computed again in backward, an
-`OutputStash` hands it the outputs of the first time: of all that a block computes, they save the most time a byte.
+    Y = softmax(scale * Q K^T + M) V        M: 0 where a query may see a key, minus infinity elsewhere
 
-Scores are the one product in fp32: rounded to bf16, those of 16 and more would be off by 6 % after the exponential.
+torch's CPU kernel of `scaled_dot_product_attention` multiplies small tiles, at a fraction of the speed of batched
+products. Here a block of query rows is multiplied with all keys that it may see at once: a product for the scores and
+the softmax in fp32, a product with the values in the dtype of the inputs. Query heads that share a key head
+(grouped-query attention) are rows of the same product, so keys and values are not repeated. Only Q, K and V are kept
+for backward, and the scores are computed again there (FlashAttention, arXiv:2205.14135, section 3.1). A block that is
+recomputed as a whole may keep the outputs of its attention calls in an `OutputStash` (recompute.py): of everything
+that a block computes, they save the most time per byte.
+
+The scores are the one product in fp32: rounded to bf16, a score of 16 would be off by up to 6 % after the exponential.
 """
 
 from __future__ import annotations
@@ -23,30 +26,33 @@ from qlora_lite.compute.lora_linear import product_dtype
 from qlora_lite.compute.recompute import stash_output, stashed_output
 from qlora_lite.compute.slicing import row_slices, rows_that_fit, slices_within
 
-# Rows of queries that meet their keys at once, and the bytes of fp32 scores that are held at once.
+# Query tokens of a block, and the bytes of fp32 scores that are held at once.
 BLOCK_ROWS = 128
 SCORE_BYTES = 4 << 20
-# Rows of a batch go together, up to so many bytes of keys in fp32: few large products, and copies that stay small.
+# Bytes of fp32 keys in the rows of a batch that are computed together: few large products, and small copies.
 KEY_BYTES = 4 << 20
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A dense copy in this dtype: products of what is laid out in steps are slow."""
+    """Returns a contiguous copy in this dtype; products of strided tensors are slow."""
     return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
 
 
 def _batch_parts(key: Tensor) -> Iterator[slice]:
-    """Rows of the batch to take together."""
+    """Yields slices of the batch that are computed together."""
     return slices_within(key.shape, torch.float32.itemsize, KEY_BYTES, like=key)
 
 
 def _blocks(tokens: int) -> Iterator[slice]:
-    """The query tokens of one block of rows at a time; they see the keys up to `stop`."""
+    """Yields slices of query tokens; the tokens of a slice see keys up to its `stop` at most."""
     return row_slices(tokens, BLOCK_ROWS)
 
 
 def _pieces(rows: Tensor, seen: int) -> Iterator[slice]:
-    """Which key heads of rows `(key heads, rows, d)` meet their keys at once; an even share for each thread, if any."""
+    """Yields slices of the key heads of `rows` `(key heads, rows, d)` whose scores are held at once.
+
+    Their number is a multiple of the number of threads where possible, so that threads get even shares.
+    """
     heads, threads = rows.shape[0], torch.get_num_threads()
     count = rows_that_fit(SCORE_BYTES, 4 * rows.shape[1] * seen)
     if threads < count < heads:
@@ -55,27 +61,29 @@ def _pieces(rows: Tensor, seen: int) -> Iterator[slice]:
 
 
 def _by_key_head(tensor: Tensor, key_heads: int) -> Tensor:
-    """`(batch, query heads, tokens, d)` -> `(batch, key heads, group, tokens, d)`, a view."""
+    """Returns a view `(batch, key heads, group, tokens, d)` of `(batch, query heads, tokens, d)`."""
     view: Tensor = tensor.unflatten(1, (key_heads, -1))
     return view
 
 
 def _rows(grouped: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
-    """A copy of the tokens of a block, `(batch * key heads, group * block, d)`."""
+    """Returns a copy of the tokens of a block, `(batch * key heads, group * block, d)`."""
     return _copied(grouped[:, :, :, block], dtype).flatten(2, 3).flatten(0, 1)
 
 
-def _beside(like: Tensor) -> Tensor:
-    """An empty tensor of this shape `(batch, heads, tokens, d)` with the heads of a token side by side, as the layers
-    before and after attention want them."""
+def _empty_by_token(like: Tensor) -> Tensor:
+    """Returns an empty tensor `(batch, heads, tokens, d)` laid out as `(batch, tokens, heads, d)`.
+
+    The linear layers before and after attention read and write this layout.
+    """
     batch, heads, tokens, width = like.shape
     return like.new_empty((batch, tokens, heads, width)).transpose(1, 2)
 
 
-class _Sight:
-    """What the tokens of a block may see, as numbers to add to scores: 0 or minus infinity.
+class _BlockMask:
+    """M for the tokens of a block: 0 where a token may see a key, minus infinity elsewhere, added to its scores.
 
-    Added, not filled in: on a CPU that is ten times as fast.
+    On a CPU adding is ten times as fast as `masked_fill_`.
     """
 
     def __init__(self, block: slice, mask: Tensor | None, key_heads: int, device: torch.device) -> None:
@@ -86,8 +94,8 @@ class _Sight:
             shown = mask[:, 0, block, : block.stop]
             self._mask = torch.zeros(shown.shape, device=device).masked_fill_(shown.logical_not(), -torch.inf)
 
-    def limit_(self, scores: Tensor, piece: slice) -> None:
-        """scores `(key heads of the piece, group * block, seen)`."""
+    def add_to_(self, scores: Tensor, piece: slice) -> None:
+        """Adds M to scores `(key heads of the piece, group * block, keys)` in place."""
         size = self._later.shape[0]
         by_token = scores.unflatten(1, (-1, size))
         by_token[..., -size:] += self._later
@@ -98,37 +106,44 @@ class _Sight:
             by_token += self._mask[rows_of_batch].unsqueeze(1)
 
 
-def _weights(rows: Tensor, keys: Tensor, piece: slice, sight: _Sight) -> Tensor:
-    """softmax(rows keys^T) over the keys that each row may see, in fp32: `(key heads, group * block, seen)`."""
+def _weights(rows: Tensor, keys: Tensor, piece: slice, mask: _BlockMask) -> Tensor:
+    """Returns softmax(rows keys^T + M) in fp32, `(key heads, group * block, keys)`."""
     scores = torch.bmm(rows[piece], keys[piece].transpose(1, 2))
-    sight.limit_(scores, piece)
+    mask.add_to_(scores, piece)
     return scores.softmax(-1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
     heads, tokens = key.shape[1:3]
-    out = _beside(query[..., :1].expand(*query.shape[:3], value.shape[-1]))
+    out = _empty_by_token(query[..., :1].expand(*query.shape[:3], value.shape[-1]))
     for part in _batch_parts(key):
         queries, target = _by_key_head(query[part], heads), _by_key_head(out[part], heads)
         keys, values = _copied(key[part], torch.float32).flatten(0, 1), _copied(value[part], dtype).flatten(0, 1)
         for block in _blocks(tokens):
             rows = _rows(queries, block, torch.float32).mul_(scale)
-            sight = _Sight(block, None if mask is None else mask[part], heads, rows.device)
+            block_mask = _BlockMask(block, None if mask is None else mask[part], heads, rows.device)
             results = values.new_empty((*rows.shape[:2], values.shape[-1]))
             for piece in _pieces(rows, block.stop):
-                weights = _weights(rows, keys[:, : block.stop], piece, sight).to(dtype)
+                weights = _weights(rows, keys[:, : block.stop], piece, block_mask).to(dtype)
                 torch.bmm(weights, values[piece, : block.stop], out=results[piece])
-            here = target[:, :, :, block]
-            here.copy_(results.view(here.shape))
+            block_out = target[:, :, :, block]
+            block_out.copy_(results.view(block_out.shape))
     return out
 
 
 def _attend_back(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
+    """Returns the gradients of Q, K and V, the last two summed in fp32.
+
+    P = softmax(scale * Q K^T + M), G = gradient of Y:
+
+        dV = P^T G
+        dS = P * (G V^T - rowsum(P * G V^T))
+        dQ = scale * dS K,  dK = scale * dS^T Q
+    """
     heads, tokens = key.shape[1:3]
-    found = grad_query, grad_key, grad_value = _beside(query), _beside(key), _beside(value)
+    found = grad_query, grad_key, grad_value = _empty_by_token(query), _empty_by_token(key), _empty_by_token(value)
     for part in _batch_parts(key):
         queries, grads, target = (_by_key_head(t[part], heads) for t in (query, grad, grad_query))
         keys, low_keys, values = (
@@ -139,25 +154,30 @@ def _attend_back(
         for block in _blocks(tokens):
             low_rows, grad_rows = _rows(queries, block, dtype), _rows(grads, block, dtype)
             rows = low_rows.to(torch.float32, copy=True).mul_(scale)
-            sight = _Sight(block, None if mask is None else mask[part], heads, rows.device)
+            block_mask = _BlockMask(block, None if mask is None else mask[part], heads, rows.device)
             results = torch.empty_like(low_rows)
             for piece in _pieces(rows, block.stop):
                 seen = piece, slice(0, block.stop)
-                weights = _weights(rows, keys[:, : block.stop], piece, sight).to(dtype)
+                weights = _weights(rows, keys[:, : block.stop], piece, block_mask).to(dtype)
                 sum_value[seen] += torch.bmm(weights.transpose(1, 2), grad_rows[piece])
                 slope = torch.bmm(grad_rows[piece], values[seen].transpose(1, 2))
-                # p (g - sum of p g), the derivative of a softmax, in one pass.
+                # dS, the derivative of a softmax, in one pass.
                 slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, dtype)
                 torch.bmm(slope, low_keys[seen], out=results[piece])
                 sum_key[seen] += torch.bmm(slope.transpose(1, 2), low_rows[piece])
-            here = target[:, :, :, block]
-            here.copy_(results.mul_(scale).view(here.shape))
+            block_grad = target[:, :, :, block]
+            block_grad.copy_(results.mul_(scale).view(block_grad.shape))
         grad_key[part] = sum_key.mul_(scale).view(key[part].shape)
         grad_value[part] = sum_value.view(value[part].shape)
     return found
 
 
 class _CausalAttention(torch.autograd.Function):
+    """Attention as one node. Kept for backward: Q, K, V and the mask.
+
+    known: a list with the output if it is known, in a list so that autograd does not take it for an input.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -182,15 +202,16 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """softmax(scale * q k^T) v, where a token sees itself and those before it, and no more than `mask` lets it see.
+    """Returns softmax(scale * Q K^T + M) V, where a token sees itself and earlier tokens that `mask` allows.
 
-    query `(batch, heads, tokens, d)`, key and value `(batch, key heads, tokens, d)`, heads a multiple of key heads;
-    mask `(batch, 1, tokens, tokens)`, True where a row may look at a column; a row that may look at nothing is NaN.
-    -> `(batch, heads, tokens, d)`, laid out as `(batch, tokens, heads, d)`.
+    query: `(batch, heads, tokens, d)`; heads is a multiple of key heads.
+    key, value: `(batch, key heads, tokens, d)`.
+    mask: `(batch, 1, tokens, tokens)`, True where a row may see a column. A row that may see nothing gives NaN.
+
+    Returns `(batch, heads, tokens, d)`, laid out as `(batch, tokens, heads, d)`. Not twice differentiable.
     """
-    known = stashed_output()
-    # In a list, so that autograd does not take the output for an input.
-    known_list = [] if known is None else [known]
-    out: Tensor = _CausalAttention.apply(query, key, value, mask, scale, product_dtype(query, None), known_list)
+    stashed = stashed_output()
+    known = [] if stashed is None else [stashed]
+    out: Tensor = _CausalAttention.apply(query, key, value, mask, scale, product_dtype(query, None), known)
     stash_output(out)
     return out

@@ -1,12 +1,13 @@
-"""Cross-entropy of a linear head without the logits.
+"""Cross entropy of a linear head without its logits.
 
-The plain way, `F.cross_entropy(hidden @ W.T, labels)`, holds tokens x vocabulary values several times over (logits,
-their fp32 copy, their softmax): 12-16 bytes each, 1.8 MB per token at a vocabulary of 128k. Here a few tokens at a
-time get their logits, their loss and all gradients, and the logits are dropped; a packed head is unpacked a slice of
-the vocabulary at a time. Products and what they give are in the dtype of the hidden states, as in the plain way; the
-softmax is in fp32, a few rows at a time. Tokens without a label are skipped before the product. What is held beside
-inputs and gradients is bounded by `CHUNK_BYTES` of logits, a few `SOFTMAX_BYTES` and a slice of the head, whatever
-the vocabulary.
+    loss = F.cross_entropy(softcap(scale * (H W^T + b)), labels)       H (tokens, features), W (vocabulary, features)
+
+Computed this way, tokens x vocabulary values are held several times over (logits, their fp32 copy, their softmax): 12
+to 16 bytes each, 1.8 MB per token for a vocabulary of 128k. Here the logits of a few tokens at a time are computed,
+their loss and all gradients are formed, and the logits are dropped; a packed head is unpacked some rows at a time.
+Products are in the dtype of the hidden states, as in the plain way; the softmax is in fp32, a few rows at a time.
+Tokens without a label are removed before the product. Memory above inputs and gradients is bounded by `CHUNK_BYTES` of
+logits, a few `SOFTMAX_BYTES` and a slice of the head, whatever the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import InputError
 
 IGNORE_INDEX = -100
-# Bounds the logits of one chunk of tokens: the head is read twice for each, so small chunks are slow.
+# Bytes of logits of one chunk of tokens. Each chunk reads the head twice, so small chunks are slow.
 CHUNK_BYTES = 24 << 20
-# Bounds the fp32 values of the softmax at once.
+# Bytes of fp32 values of the softmax at once.
 SOFTMAX_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
 class _Options:
-    """z = softcap(scale * (W h + b)), labels smoothed; lora_scaling is that of the head's adapter.
+    """Options of the loss: z = softcap(scale * (W h + b)), with smoothed labels.
 
-    tokens `(n,)`: the rows of W in whose place others stand, or None.
+    lora_scaling: of the adapter on the head. tokens `(n,)`: the rows of W that other rows replace, or None.
     """
 
     scale: float
@@ -47,19 +48,19 @@ class _Options:
 
 
 class _Sums(dict[str, Tensor]):
-    """The gradients that grow chunk by chunk, in fp32; only those that are asked for are there."""
+    """Gradients summed over chunks, in fp32; only those that are needed have an entry."""
 
     def add(self, name: str, part: slice, value: Callable[[], Tensor]) -> None:
         if name in self:
             self[name][part] += value()
 
 
-def _logits(rows: Tensor, weight: Tensor | Packed, low: Tensor | None, lora_B: Any, o: _Options) -> Tensor:
-    """The products of some rows with the head, in the dtype of the rows; bias, scale and softcap come later."""
+def _logits(rows: Tensor, weight: Tensor | Packed, low: Tensor | None, lora_B: Tensor | None, o: _Options) -> Tensor:
+    """Returns rows W^T + lora_scaling * low B^T in the dtype of the rows, without bias, scale and softcap."""
     logits: Tensor | None = None
     for part, dense in dense_slices(weight, rows):
         piece = rows @ dense.T
-        if low is not None:
+        if low is not None and lora_B is not None:
             piece.addmm_(low, lora_B[part].to(rows.dtype).T, alpha=o.lora_scaling)
         if piece.shape[1] == weight.shape[0]:
             return piece
@@ -74,7 +75,13 @@ def _logits(rows: Tensor, weight: Tensor | Packed, low: Tensor | None, lora_B: A
 def _loss_and_slope(
     logits: Tensor, bias: Tensor | None, labels: Tensor, o: _Options, with_slope: bool
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of some rows, and their derivative by the logits before bias, scale and softcap, in fp32."""
+    """Returns the summed loss of some rows, and its derivative by their products with W, in fp32.
+
+    With p = softmax(z), c = softcap, e = smoothing, V = vocabulary, and y the one-hot label:
+
+        loss  = logsumexp(z) - (1 - e) z[label] - e mean(z)
+        slope = scale * (1 - (z / c)^2) * (p - (1 - e) y - e / V)      factor of softcap only with a softcap
+    """
     z = logits.to(torch.float32, copy=True)
     if bias is not None:
         z += bias
@@ -104,7 +111,7 @@ def _loss_and_slope(
 
 
 def _chunk_loss(logits: Tensor, bias: Tensor | None, labels: Tensor, o: _Options, sums: _Sums | None) -> Tensor:
-    """Sum of the losses of a chunk. With sums (of gradients), the logits become their derivative, and bias adds its."""
+    """Returns the summed loss of a chunk; with `sums`, overwrites the logits by their derivative."""
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     for part in slices_within(logits.shape, torch.float32.itemsize, SOFTMAX_BYTES, like=logits):
         part_loss, slope = _loss_and_slope(logits[part], bias, labels[part], o, sums is not None)
@@ -116,7 +123,7 @@ def _chunk_loss(logits: Tensor, bias: Tensor | None, labels: Tensor, o: _Options
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum over rows of logsumexp(z) - z[label]; every gradient is formed in forward and scaled in backward."""
+    """Sum over rows of logsumexp(z) - z[label]. Forms every gradient in forward, and scales it in backward."""
 
     @staticmethod
     def forward(
@@ -153,10 +160,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             needed = any(needs.values())
             loss += _chunk_loss(logits, bias, labels[chunk], o, sums if needed else None)
             if needed:
-                beside = None if replaced is None else _replaced_gradients(rows, replaced, logits, o, sums)
+                replaced_grad = None if replaced is None else _replaced_gradients(rows, replaced, logits, o, sums)
                 grad_rows = _gradients(rows, weight, low, lora_A, lora_B, logits, o, sums)
                 if gradient is not None:
-                    gradient[chunk] = grad_rows if beside is None else grad_rows.add_(beside)
+                    gradient[chunk] = grad_rows if replaced_grad is None else grad_rows.add_(replaced_grad)
             del logits
         found = [gradient, *(sums.get(name) for name in names[1:])]
         ctx.save_for_backward(*found)
@@ -174,9 +181,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _replaced_gradients(rows: Tensor, replaced: Tensor, slope: Tensor, o: _Options, sums: _Sums) -> Tensor:
-    """Adds a chunk's gradient of the replaced rows to the sums; returns their part in that of its rows.
+    """Adds a chunk's gradient of the replaced rows of W to the sums. Returns their part of the gradient of hidden rows.
 
-    In the slope of the logits their columns become 0: what they stand for has no part in them.
+    Sets their columns of `slope` to 0, since the rows of W that they replace have no part in the logits.
     """
     piece = slope[:, o.tokens]
     sums.add("replaced", slice(None), functools.partial(torch.mm, piece.T, rows))
@@ -194,7 +201,7 @@ def _gradients(
     o: _Options,
     sums: _Sums,
 ) -> Tensor:
-    """Adds a chunk's gradients of weight, A and B to the sums; returns that of its rows in fp32."""
+    """Adds a chunk's gradients of weight, A and B to the sums. Returns the gradient of its hidden rows, in fp32."""
     grad_rows = torch.zeros_like(rows, dtype=torch.float32)
     grad_low = None if low is None else torch.zeros_like(low, dtype=torch.float32)
     for part, dense in dense_slices(weight, rows):
@@ -211,7 +218,7 @@ def _gradients(
 
 
 def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
-    """Positions with a label. Fake labels have no values: there every position counts, the most that can be."""
+    """Returns the positions with a label. Fake labels have no values: all positions count, which is the maximum."""
     if isinstance(labels, FakeTensor):
         return torch.arange(labels.numel(), device=labels.device)
     return (labels != ignore_index).nonzero().squeeze(1)
@@ -250,14 +257,17 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """`F.cross_entropy(hidden @ weight.T + bias, labels)` without the logits.
+    """Returns `F.cross_entropy(hidden @ weight.T + bias, labels)` as an fp32 scalar, without making the logits.
 
-    hidden `(..., features)`, weight `(vocabulary, features)` dense or packed, labels `(...)` int64 -> fp32 scalar.
-    lora: (A, B, scaling) of an adapter on the head. replaced: (tokens `(n,)`, rows `(n, features)`) that stand in the
-    place of those rows of the weight, whatever it and its adapter have there. logit_scale multiplies the logits, then
-    softcap c makes them c * tanh(logits / c). Products in hidden's dtype (see `product_dtype`), all else in fp32.
-    reduction: `mean` over labelled tokens (NaN without any, as in torch) or `sum`. Gradients: hidden and whatever else
-    of weight, bias, A, B and replaced rows requires one. InputError for shapes and labels that do not match.
+    hidden: `(..., features)`. labels: `(...)`, int64; tokens with `ignore_index` do not count.
+    weight: `(vocabulary, features)`, a tensor or packed.
+    lora: (A, B, scaling) of an adapter on the head.
+    replaced: (tokens `(n,)`, rows `(n, features)`); these rows replace those of the weight and its adapter.
+    logit_scale, softcap: logits z become c * tanh(logit_scale * z / c) with c = softcap.
+    reduction: `mean` over labelled tokens (NaN without any, as in torch) or `sum`.
+
+    Products are in hidden's dtype (see `product_dtype`), everything else in fp32. Gradients: hidden, weight, bias, A, B
+    and replaced rows, where they require one. Raises InputError for shapes, labels or options that do not fit.
     """
     if hidden.shape[:-1] != labels.shape:
         raise InputError(f"labels should have the shape {tuple(hidden.shape[:-1])}; got {tuple(labels.shape)}")

@@ -1,8 +1,7 @@
-"""Whether tensors are computed on by a CPU: the one question about devices that code here asks.
+"""Whether a CPU computes on a tensor, whether it has bf16 instructions, and whether an error means out of memory.
 
-A rehearsal answers for another machine: a CPU build of torch cannot run autograd on fake tensors of an accelerator, so
-they stand on the CPU and are taken for an accelerator's. Attention then shows outputs and log-sum-exps, as a fused
-kernel does.
+A rehearsal predicts for another machine. A CPU build of torch cannot run autograd on fake tensors of an accelerator, so
+fake tensors on the CPU stand for them (`accelerator_pretended`), and `on_cpu` is then False.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def on_cpu(device: torch.device) -> bool:
 
 @contextmanager
 def accelerator_pretended() -> Iterator[None]:
-    """Within the block, tensors on the CPU are taken for an accelerator's; only fake ones make sense there."""
+    """Makes tensors on the CPU, which must be fake, count as an accelerator's within the block."""
     token = _pretended.set(True)
     try:
         yield
@@ -33,17 +32,17 @@ def accelerator_pretended() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: of an accelerator, or of the machine, which torch tells by a plain RuntimeError.
+    """Whether an accelerator or the machine ran out of memory; torch reports the latter as a plain RuntimeError.
 
-    oneDNN, which makes torch's products on a CPU, says no more than that it could not create a primitive.
+    oneDNN, which computes torch's products on a CPU, only reports that it could not create a primitive.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    said = ("can't allocate memory", "could not create a primitive")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    messages = ("can't allocate memory", "could not create a primitive")
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 
 @functools.cache
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 instructions; without them a bf16 product takes about ten times an fp32 one."""
+    """Whether this CPU has bf16 instructions; without them a bf16 product takes ten times as long as an fp32 one."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,11 +1,10 @@
-"""What a run depends on beside its settings: versions of the libraries, and the machine."""
+"""Versions of the libraries and facts about the machine, which a run depends on besides its settings."""
 
 from __future__ import annotations
 
 import functools
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import psutil
 import torch
@@ -23,12 +22,12 @@ def _version_of(package: str) -> str | None:
         return None
 
 
-def environment() -> dict[str, Any]:
-    """Versions by package (None: not installed), cores, bytes of memory, accelerator, whether bf16 products are fast.
+def environment() -> dict[str, object]:
+    """Returns versions by package (None if not installed), cores, memory, accelerator, and bf16 support.
 
-    Bytes are the machine's, in use or not.
+    memory_bytes: of the machine, used or free.
     """
-    figures: dict[str, Any] = {"python": platform.python_version()}
+    figures: dict[str, object] = {"python": platform.python_version()}
     figures |= {package: _version_of(package) for package in PACKAGES}
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     figures["cores"] = psutil.cpu_count()
@@ -38,8 +37,8 @@ def environment() -> dict[str, Any]:
     return figures
 
 
-def arithmetic(device: torch.device) -> dict[str, Any]:
-    """What decides on the last bits of a result, beside settings and data: versions, threads, processor."""
+def arithmetic(device: torch.device) -> dict[str, object]:
+    """Returns what the last bits of a result depend on besides settings and data: versions, threads, processor."""
     packages = ("qlora-lite", "torch", "bitsandbytes", "transformers")
     return {
         **{package: _version_of(package) for package in packages},

@@ -1,8 +1,11 @@
-"""Norms and gated activations as single nodes that keep their inputs only, in the inputs' own dtype.
+"""RMSNorm and gated activations as single autograd nodes that keep only their inputs, in the inputs' dtype.
 
-Written with torch's operators one by one, an RMSNorm keeps its input twice in fp32, and silu(gate) * up keeps
-silu(gate) beside gate and up. Here each keeps what it was given, computes in fp32 in slices of rows, and hands its
-output on with a way to recompute it (recompute.py), so that the linear layers after it need not keep that either.
+    RMSNorm      y = w * x / sqrt(mean(x^2) + eps)       (arXiv:1910.07467)
+    gated        y = f(g) * u                            (arXiv:2002.05202; f: SiLU or GELU)
+
+Composed of torch's operators, an RMSNorm keeps its input twice in fp32, and silu(g) * u keeps silu(g) next to g and u.
+Each node here keeps its inputs, computes in fp32 in slices of rows, and marks its output as recomputable
+(recompute.py), so that the linear layers that read it need not keep it either.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from qlora_lite.compute.recompute import recomputable
 from qlora_lite.compute.slicing import slices_within
 
-# Of fp32 temporaries at once: what stays in a core's caches.
+# Bytes of fp32 temporaries at once, which stay in the caches of a core.
 SLICE_BYTES = 1 << 20
 
 
@@ -28,7 +31,7 @@ def _row_slices(rows: Tensor) -> Iterator[slice]:
 
 
 def _widened(rows: Tensor) -> Tensor:
-    """A copy of the rows in fp32, or in fp64 if that is what they are."""
+    """Returns a copy of the rows in fp32, or in fp64 if they are fp64."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
 
 
@@ -37,9 +40,9 @@ def _reciprocal_rms(rows: Tensor, eps: float) -> Tensor:
 
 
 def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * (x / sqrt(mean(x^2) + eps)), the quotient in fp32 and then cast to x's dtype. (arXiv:1910.07467)"""
+    """Returns weight * (x / sqrt(mean(x^2) + eps)), the quotient computed in fp32 and cast to x's dtype."""
     flat = x.reshape(-1, x.shape[-1])
-    out = x.new_empty(x.shape)  # no view of another tensor: routers with jitter change what they get in place
+    out = x.new_empty(x.shape)  # not a view: routers with jitter change their input in place
     for part in _row_slices(flat):
         rows = _widened(flat[part])
         out.view(flat.shape)[part] = rows.mul_(_reciprocal_rms(rows, eps))
@@ -47,6 +50,12 @@ def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
+    """y = w n with n = x r, r = 1 / sqrt(mean(x^2) + eps), over rows x `(..., features)`, w `(features,)`.
+
+    dw = sum over rows of dy * n
+    dx = r (h - n mean(h n)) with h = dy * w
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -68,7 +77,6 @@ class _RMSNorm(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += (grads[part] * rows.to(x.dtype)).sum(0, dtype=torch.float32)
             if grad_x is not None:
-                # d/dx of x r(x), r = 1 / rms: r (g - n mean(g n)) with n = x r.
                 slope = _widened(grads[part] * weight)
                 inner = (slope * rows).mean(-1, keepdim=True)
                 grad_x[part] = slope.sub_(rows.mul_(inner)).mul_(scale)
@@ -77,13 +85,16 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`normalized` as one autograd node: x `(..., features)`, weight `(features,)`. Kept for backward: x alone."""
+    """Returns `normalized(x, weight, eps)` as one autograd node: x `(..., features)`, weight `(features,)`.
+
+    Kept for backward: x and the weight. Gradients: x and weight.
+    """
     y: Tensor = _RMSNorm.apply(x, weight, eps)
     return recomputable(y, functools.partial(normalized, eps=eps), x, weight)
 
 
 class Activation(NamedTuple):
-    """A function of one number and its derivative: `slope(grad, x)` is grad * f'(x)."""
+    """An elementwise function f and its derivative: `slope(grad, x)` is grad * f'(x)."""
 
     function: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
@@ -99,11 +110,13 @@ ACTIVATIONS = {
 
 
 def gated_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """f(gate) * up for a named activation."""
+    """Returns f(gate) * up for the activation f of this name in ACTIVATIONS."""
     return ACTIVATIONS[activation].function(gate).mul_(up)
 
 
 class _Gated(torch.autograd.Function):
+    """y = f(g) * u:  dg = dy * u * f'(g),  du = dy * f(g)."""
+
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
@@ -120,6 +133,9 @@ class _Gated(torch.autograd.Function):
 
 
 def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """f(gate) * up as one autograd node (arXiv:2002.05202); kept for backward: gate and up, and no third tensor."""
+    """Returns f(gate) * up as one autograd node; gate, up and the result have the same shape.
+
+    Kept for backward: gate and up.
+    """
     y: Tensor = _Gated.apply(gate, up, activation)
     return recomputable(y, functools.partial(gated_product, activation=activation), gate, up)

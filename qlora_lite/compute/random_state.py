@@ -1,4 +1,4 @@
-"""The states of all random numbers that a run draws: torch's, the accelerator's, Python's, numpy's, a loader's own."""
+"""States of all random number generators of a run: torch, the accelerator, Python, numpy, and data loaders."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from qlora_lite.compute.devices import on_cpu
 from qlora_lite.errors import CheckpointError, ConfigError
 
-MERSENNE = "MT19937"  # numpy's global generator, unless somebody exchanged it
+MERSENNE = "MT19937"  # numpy's global generator, unless it was replaced
 MERSENNE_WORDS = 624
 
 
 @dataclass(frozen=True)
 class RandomState:
-    """States at one moment. tensors: those of torch's generators by name; plain: what JSON can hold."""
+    """States at one time. tensors: of torch's generators, by name. plain: of Python's and numpy's, as JSON."""
 
     tensors: Mapping[str, Tensor]
     plain: Mapping[str, Any]
@@ -28,19 +28,19 @@ class RandomState:
 
 @dataclass(frozen=True)
 class RandomSources:
-    """Where a run's random numbers come from. generators: torch's, besides the default ones."""
+    """The generators of a run. generators: of torch, besides the default ones."""
 
     device: torch.device
     generators: Sequence[torch.Generator] = ()
 
     def capture(self) -> RandomState:
-        """The states as they are now."""
+        """Returns the current states."""
         tensors = {"torch": torch.get_rng_state()}
         if not on_cpu(self.device):
             tensors["accelerator"] = torch.get_device_module(self.device).get_rng_state()
         tensors |= {f"generator.{number}": source.get_state() for number, source in enumerate(self.generators)}
         version, words, gauss = random.getstate()
-        plain: dict[str, Any] = {"python": [version, list(words), gauss]}
+        plain: dict[str, object] = {"python": [version, list(words), gauss]}
         if (numpy := sys.modules.get("numpy")) is not None:
             state = numpy.random.get_state(legacy=False)
             if (kind := state["bit_generator"]) != MERSENNE:
@@ -50,7 +50,7 @@ class RandomSources:
         return RandomState(tensors, plain)
 
     def restore(self, state: RandomState) -> None:
-        """Has all sources give what they gave after `state` was captured. CheckpointError if they are others."""
+        """Restores all generators. Raises CheckpointError if the state is of other generators, or damaged."""
         wanted = {"torch", *(f"generator.{number}" for number in range(len(self.generators)))}
         wanted |= set() if on_cpu(self.device) else {"accelerator"}
         if wanted != set(state.tensors):
@@ -62,9 +62,7 @@ class RandomSources:
             self._set(state)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             why = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"the states of the run's random numbers are none of these generators: {why}"
-            ) from error
+            raise CheckpointError(f"the random states of the run do not fit these generators: {why}") from error
 
     def _set(self, state: RandomState) -> None:
         torch.set_rng_state(state.tensors["torch"])
@@ -83,8 +81,8 @@ class RandomSources:
             numpy.random.set_state((MERSENNE, numpy.array(words, dtype=numpy.uint32), place, has_gauss, gauss))
 
 
-def loader_generators(batches: Any) -> list[torch.Generator]:
-    """The generators that a DataLoader and its samplers were given, each once; none of anything else."""
+def loader_generators(batches: object) -> list[torch.Generator]:
+    """Returns the generators that a DataLoader and its samplers were given, each once; [] for other objects."""
     if not isinstance(batches, torch.utils.data.DataLoader):
         return []
     owners = (batches, batches.sampler, batches.batch_sampler, getattr(batches.batch_sampler, "sampler", None))

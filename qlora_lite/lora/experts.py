@@ -63,6 +63,6 @@ def wrap_stacks_(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 def unwrap_stacks_(model: nn.Module) -> None:
     """Restores transformers' experts modules where no stack is packed or adapted any more."""
     for module in list(model.modules()):
-        plain = module.plain_again() if isinstance(module, RoutedExperts) else None
+        plain = module.as_plain() if isinstance(module, RoutedExperts) else None
         if plain is not None:
             exchange_modules_(model, {id(module): plain})

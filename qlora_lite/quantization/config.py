@@ -1,4 +1,4 @@
-"""Settings as small frozen dataclasses that check themselves; every wrong one raises ConfigError at construction."""
+"""`QuantConfig`: how a frozen base is stored. A wrong setting raises ConfigError at construction."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from qlora_lite.quantization.layouts import check_blocksize
 class QuantConfig:
     """How a frozen base is stored.
 
-    format: `nf4`, `fp4`, `int8` or `none`, for every linear layer that is not skipped.
+    format: of every linear layer that is not skipped: `nf4`, `fp4`, `int8`, or `none` to leave it unpacked.
     blocksize: values per block of the 4-bit formats.
-    double_quant: pack the statistics of the 4-bit formats too (QLoRA, section 3).
-    compute_dtype: what a packed weight is unpacked to for the product; None follows the layer's input, but is fp32
-        for bf16 on a CPU without bf16 instructions.
-    int8_activations: with format `int8`, round the layers' inputs to int8 by rows too and multiply in integers, columns
-        with large values apart (LLM.int8()): a faster forward pass, less exact than unpacking the weight. Gradients
-        are computed from the unpacked weight in either case.
-    embedding_format: `int8` also packs input embedding and output head by rows, tied or not; `none` leaves them.
-    skip_modules: names of linear layers and of experts modules to leave alone (whole name or its last parts); None
-        skips the output head.
+    double_quant: whether the statistics of the 4-bit formats are packed too (QLoRA, section 3).
+    compute_dtype: dtype that a packed weight is unpacked to for a product. None follows the layer's input, except for
+        bf16 on a CPU without bf16 instructions, where it is fp32.
+    int8_activations: with format `int8`, whether layers round their inputs to int8 by rows and multiply in integers,
+        with columns of large values apart (LLM.int8()). The forward pass is faster, and less exact than unpacking the
+        weight. Gradients are computed from the unpacked weight in either case.
+    embedding_format: `int8` packs input embedding and output head by rows, tied or not; `none` leaves them unpacked.
+    skip_modules: names of linear layers and experts modules to leave unpacked, whole or their last parts; None skips
+        the output head.
     """
 
     format: str = DEFAULT_FORMAT

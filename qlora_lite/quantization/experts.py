@@ -1,16 +1,16 @@
-"""Mixture of experts, expert by expert: transformers' stacks of matrices (experts, out, in), each matrix by itself.
+"""Mixture of experts: stacks of packed or plain matrices, and the module that computes with them expert by expert.
 
-An experts module of transformers holds the matrices of all experts in two 3-D parameters. Here each matrix may be
-packed by itself, to the codes that it has as a layer of its own, or have a low-rank term of its own; the forward pass
-goes from expert to expert: it unpacks the matrices of one, multiplies the tokens that were sent to it, and lets them
-go; backward does the same again. Neither the plain stack nor the updates of all experts are ever made.
+An experts module of transformers holds the matrices of all experts in two 3-D parameters `(experts, out, in)`. Here
+each matrix may be packed, to the same codes as a layer of its own, and may have a low-rank term of its own. The forward
+pass unpacks the matrices of one expert, multiplies the tokens that were routed to it, and frees them; backward does the
+same again. Neither the plain stack nor the updates of all experts exist at any time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,12 @@ class PackedStack(nn.Module):
         super().__init__()
         self.matrices = nn.ModuleList(matrices)
         self.transposed = transposed
-        # What the module that holds it unpacks it to; None: what its input says.
+        # The dtype that the module around it unpacks it to; None: the dtype of the input.
         self.compute_dtype: torch.dtype | None = None
 
     @property
     def weight(self) -> PackedStack:
-        """Itself: what a layer around it finds as the weight of its base."""
+        """Itself, so that a layer around it can read `base_layer.weight`."""
         return self
 
     @property
@@ -59,7 +59,7 @@ class PackedStack(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the values are stored as: uint8 or int8."""
+        """The dtype of the codes: uint8 or int8."""
         return self[0].dtype
 
     @property
@@ -67,17 +67,17 @@ class PackedStack(nn.Module):
         return self[0].device
 
     def storage_bytes(self) -> int:
-        """Bytes of values and statistics of all matrices."""
+        """Returns the bytes of codes and statistics of all matrices."""
         return sum(matrix.storage_bytes() for matrix in self)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The whole plain tensor in this dtype, as a new one."""
+        """Returns the whole plain tensor in this dtype, as a new tensor."""
         plain = torch.stack([matrix.dequantize(dtype) for matrix in self])
         return plain.transpose(1, 2).contiguous() if self.transposed else plain
 
 
 class DenseStack(nn.Module):
-    """A frozen stack of plain matrices, as a module that an adapter can be put around.
+    """A frozen stack of plain matrices, as a module that an adapter can wrap.
 
     weight: `(experts, out, in)`, or `(experts, in, out)` if `transposed`.
     """
@@ -94,7 +94,7 @@ class DenseStack(nn.Module):
 
 @dataclass(frozen=True)
 class ExpertMap:
-    """What one expert's matrix computes now: y = W x + bias + scaling * B A x, the low-rank term if there is one."""
+    """The linear map of one expert: y = W x + bias + scaling * B A x, with the low-rank term if it is adapted."""
 
     weight: Tensor | Packed
     bias: Tensor | None
@@ -116,12 +116,12 @@ class ExpertMap:
 
 
 class RoutedExperts(nn.Module):
-    """y_t = sum over the experts e of token t of p_te * down_e(gate(up_e(x_t))), the matrices frozen.
+    """y_t = sum over the experts e of token t of p_te * down_e(gate(up_e(x_t))), with frozen matrices.
 
     x `(tokens, hidden)`, experts of each token `(tokens, k)`, their weights p `(tokens, k)` -> y `(tokens, hidden)`.
-    Made of an experts module of transformers, whose parameters and gate it takes over; `hold_` gives it stacks that are
-    packed, or have adapters around them. An expert number that there is none for (a token sent nowhere) adds nothing.
-    Gradients flow to x and p, and to A and B of adapted stacks: zero for an expert without tokens.
+    Built from an experts module of transformers, whose parameters and gate it uses; `hold_` replaces a parameter by a
+    packed or adapted stack. A number for which there is no expert (a token that is not routed) adds nothing.
+    Gradients: x, p, and A and B of adapted stacks, zero for an expert without tokens.
     """
 
     def __init__(self, experts: Any, compute_dtype: torch.dtype | None = None) -> None:
@@ -134,30 +134,30 @@ class RoutedExperts(nn.Module):
             self.register_buffer(name, buffer, name not in experts._non_persistent_buffers_set)
         for name, module in experts._modules.items():
             self.add_module(name, module)
-        # The plain module stays as the owner of its gate, hidden from the tree of modules, and without its weights.
+        # In a tuple, which hides it from the tree of modules. It keeps its gate, but not its weights.
         self._plain = (experts,)
         self.train(experts.training)
 
     @property
     def is_transposed(self) -> bool:
-        """Whether the stacks lie as `(experts, in, out)`."""
+        """Whether the stacks are laid out as `(experts, in, out)`."""
         return bool(self._plain[0].is_transposed)
 
     @property
     def stack_names(self) -> tuple[str, ...]:
-        """Its stacks in the order in which transformers' module declares them."""
+        """The names of its stacks, in the order in which transformers' module declares them."""
         return tuple(name for name in self._plain[0]._parameters if name in (self.up, DOWN))
 
     def hold_(self, name: str, stack: PackedStack | DenseStack) -> None:
-        """Puts a stack in the place of the parameter of that name."""
+        """Replaces the parameter of this name by a stack."""
         delattr(self, name)
         self._plain[0]._parameters[name] = None
         self.add_module(name, stack)
         if isinstance(stack, PackedStack):
             stack.compute_dtype = self.compute_dtype
 
-    def plain_again(self) -> nn.Module | None:
-        """transformers' module with the parameters that are here by now; None if a stack is packed or adapted."""
+    def as_plain(self) -> nn.Module | None:
+        """Returns transformers' module with the current parameters, None if a stack is packed or adapted."""
         held = {name: getattr(self, name) for name in self.stack_names}
         if not all(isinstance(stack, (DenseStack, nn.Parameter)) for stack in held.values()):
             return None
@@ -183,12 +183,12 @@ class RoutedExperts(nn.Module):
         return plain.post_expert_norm(y) if plain.has_post_expert_norm else y
 
     def _maps(self, name: str) -> list[ExpertMap]:
-        """What the matrices of this stack compute now, expert by expert."""
+        """Returns the linear map of each expert for this stack."""
         held: Any = getattr(self, name)
-        # An adapter around the stack says what it computes with: what was merged, or the base and A and B apart.
+        # An adapter around the stack gives the merged weight, or the base weight and A and B separately.
         weight, lora = held.current_weights() if hasattr(held, "current_weights") else (held, None)
         count, scaling = weight.shape[0], held.scaling if lora else 1.0
-        # Once for all experts: the gradient of one expert's part would be as large as that of all.
+        # Unbound once for all experts: the gradient of a single indexed part is as large as that of all.
         all_A, all_B = (part.unbind(0) for part in lora) if lora else ([None] * count, [None] * count)
         bias = getattr(self, f"{name}_bias") if self._plain[0].has_bias else [None] * count
         turned = self.is_transposed and isinstance(weight, Tensor)
@@ -199,9 +199,9 @@ class RoutedExperts(nn.Module):
 
 
 def _routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(expert, its tokens, its place among the k of each) for every expert that has some.
+    """Yields (expert, its tokens, its position among the k experts of each) for every expert that has tokens.
 
-    Fake numbers have no values: there each expert gets an even share, at least one token.
+    Fake tensors have no values: each expert gets an even share, at least one token.
     """
     if isinstance(top_k_index, FakeTensor):
         share = torch.arange(max(1, top_k_index.numel() // experts), device=top_k_index.device)
@@ -212,18 +212,18 @@ def _routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Te
             yield expert, *(top_k_index == expert).nonzero(as_tuple=True)
 
 
-# What transformers' decorator `use_experts_implementation` sets: it says what the module computes, so that other
-# implementations of it, this one among them, can stand in for its forward.
+# Attributes that transformers' decorator `use_experts_implementation` sets. They describe what the module computes, so
+# that another implementation, such as this one, can replace its forward.
 MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_apply_gate")
 
 
 def up_name(experts: Any) -> str:
-    """The name of an experts module's first stack."""
+    """Returns the name of the first stack of an experts module."""
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
 def packable_stacks(module: Any) -> tuple[str, ...]:
-    """Names of the 3-D parameters of an experts module that can be packed or adapted; none for any other module."""
+    """Returns the names of the stacks of an experts module that can be packed or adapted; () for other modules."""
     if isinstance(module, RoutedExperts):
         names: tuple[str, ...] = module.stack_names
     elif all(hasattr(module, mark) for mark in MARKS):
@@ -233,15 +233,15 @@ def packable_stacks(module: Any) -> tuple[str, ...]:
     return tuple(name for name in names if is_stack(module._parameters.get(name)))
 
 
-def is_stack(weight: object) -> bool:
-    """Whether this is a parameter of matrices, not of single rows or columns; or what became of one."""
+def is_stack(weight: object) -> TypeGuard[nn.Parameter | PackedStack]:
+    """Whether this is a 3-D parameter of matrices (not of single rows or columns), or a packed stack."""
     shape = getattr(weight, "shape", ())
     return isinstance(weight, (nn.Parameter, PackedStack)) and len(shape) == 3 and min(shape[1:]) > 1
 
 
-def stacks(model: nn.Module) -> dict[str, Any]:
-    """Every stack of matrices in the model by name, packed or not; kernels of convolutions and A and B are none."""
-    found = {}
+def stacks(model: nn.Module) -> dict[str, nn.Parameter | PackedStack]:
+    """Returns all stacks of matrices in a model by name, packed or not, without kernels of convolutions, A and B."""
+    found: dict[str, nn.Parameter | PackedStack] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd) or hasattr(module, "lora_A"):
             continue

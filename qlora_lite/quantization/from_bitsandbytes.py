@@ -1,8 +1,8 @@
-"""`quantize_base_`: packs a model's linear layers and experts; takes over what bitsandbytes has packed already.
+"""Converts layers that bitsandbytes packed to `QuantizedLinear`, sharing their bytes.
 
-bitsandbytes' `Linear4bit` may arrive re-packed: on a CPU with AVX512-BF16 one forward pass in eval mode changes the
-byte order of its weight in place and rounds its statistics to bfloat16. The codes are put back in order exactly; the
-statistics stay as they are, since they are what that model computes with.
+bitsandbytes' `Linear4bit` may arrive re-packed: on a CPU with AVX512-BF16, one forward pass in eval mode changes the
+byte order of its weight in place and rounds its statistics to bfloat16. The order of the codes is restored exactly.
+The rounded statistics are kept, since the model computes with them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ BNB_4BIT_MODULES = ("Linear4bit", "LinearNF4", "LinearFP4")
 BNB_8BIT_MODULE = "Linear8bitLt"
 
 
-def _is_bitsandbytes(module: nn.Module) -> bool:
+def is_bitsandbytes(module: nn.Module) -> bool:
     return type(module).__module__.startswith("bitsandbytes.")
 
 
 def _assign(empty: PackedWeight, **buffers: Tensor) -> PackedWeight:
-    """Hands existing tensors to an empty `PackedWeight` without copying them."""
+    """Makes existing tensors the buffers of an empty `PackedWeight`, without copying them."""
     for name, tensor in buffers.items():
         expected: Tensor = getattr(empty, name)
         if tensor.numel() != expected.numel() or tensor.dtype != expected.dtype:
@@ -42,7 +42,7 @@ def _assign(empty: PackedWeight, **buffers: Tensor) -> PackedWeight:
 
 
 def adopt_4bit(module: Any, name: str) -> PackedWeight:
-    """The packed weight of a bitsandbytes 4-bit layer; bytes in their own order are shared, re-packed ones put back."""
+    """Returns the weight of a bitsandbytes 4-bit layer. Its bytes are shared, or copied to restore their order."""
     state = getattr(module.weight, "quant_state", None)
     if state is None:
         raise QuantizationError(
@@ -53,7 +53,7 @@ def adopt_4bit(module: Any, name: str) -> PackedWeight:
     nested = bool(state.nested)
     if getattr(state, "packing_format_for_cpu", False):
         plain = copy.copy(state)
-        plain.original_nested = False  # keeps the statistics as they stand instead of packing them anew
+        plain.original_nested = False  # keeps the statistics instead of packing them again
         data, _ = bnb._convert_weight_packed_for_cpu_inverse(data, plain)
         absmax, nested = state.absmax.T.reshape(-1).float(), False
     shape = (int(state.shape[0]), int(state.shape[1]))
@@ -66,7 +66,7 @@ def adopt_4bit(module: Any, name: str) -> PackedWeight:
 
 
 def adopt_8bit(module: Any, name: str) -> PackedWeight:
-    """The int8 rows of a bitsandbytes `Linear8bitLt`, shared."""
+    """Returns the weight of a bitsandbytes `Linear8bitLt`, sharing its bytes."""
     state, weight = module.state, module.weight
     codes = state.CB if state.CB is not None else getattr(weight, "CB", None)
     absmax = state.SCB if state.SCB is not None else getattr(weight, "SCB", None)
@@ -80,8 +80,8 @@ def adopt_8bit(module: Any, name: str) -> PackedWeight:
     return _assign(empty, packed=codes, absmax=absmax)
 
 
-def _taken_over(linear: nn.Linear, name: str, config: QuantConfig) -> QuantizedLinear:
-    """A `QuantizedLinear` with the bytes and the bias of a layer that bitsandbytes packed."""
+def converted(linear: nn.Linear, name: str, config: QuantConfig) -> QuantizedLinear:
+    """Returns a `QuantizedLinear` with the bytes and the bias of a layer that bitsandbytes packed."""
     compute_dtype = config.compute_dtype
     if type(linear).__name__ in BNB_4BIT_MODULES:
         packed = adopt_4bit(linear, name)
@@ -90,12 +90,12 @@ def _taken_over(linear: nn.Linear, name: str, config: QuantConfig) -> QuantizedL
         packed = adopt_8bit(linear, name)
         packed.int8_activations = config.int8_activations
     else:
-        raise QuantizationError(f"{name} is a {type(linear).__name__} of bitsandbytes, which is not known here")
+        raise QuantizationError(f"{name} is a {type(linear).__name__} of bitsandbytes, a class that is not supported")
     return QuantizedLinear(packed, linear.bias, compute_dtype).train(linear.training)
 
 
-def _forget_bitsandbytes(model: nn.Module) -> None:
-    """Drops transformers' marks of a bitsandbytes model, which forbid `.to()` and would be saved with it."""
+def remove_bitsandbytes_marks_(model: nn.Module) -> None:
+    """Removes transformers' marks of a bitsandbytes model, which forbid `.to()` and would be saved with it."""
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         del model.config.quantization_config  # type: ignore[union-attr]
     for mark in ("hf_quantizer", "quantization_method"):

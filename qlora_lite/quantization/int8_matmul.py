@@ -1,8 +1,10 @@
 """x W^T with both sides in int8, large features apart: LLM.int8() (arXiv:2208.07339, section 3).
 
-W comes as int8 codes with an absmax for each row. Each row of x is divided by its own absmax and rounded to int8; the
-sums of products are exact integers, and one multiplication by both absmax gives y. Columns of x in which a magnitude
-reaches OUTLIER would spoil the steps of all others: they are left out and multiplied in x's own dtype.
+    Y_ij = (sum over k not in O of q_ik w_jk) * a_i b_j / 127^2 + sum over k in O of x_ik W_jk
+
+W is given as int8 codes w with an absmax b for each row. Each row of x is divided by its own absmax a and rounded to
+int8 codes q; the sums of products are exact integers. A column of x with a magnitude of OUTLIER or more would coarsen
+the steps of all others: such columns (the set O) are left out, and multiplied in the dtype of x.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from qlora_lite.compute.slicing import row_slices, rows_that_fit
 
 OUTLIER = 6.0  # the paper's threshold
 LARGEST = 127
-# What an accelerator's integer product asks of its shapes: more rows than this, columns in multiples of this.
+# Shapes that an accelerator's integer product takes: at least LEAST_ROWS rows, sizes in multiples of MULTIPLE.
 LEAST_ROWS, MULTIPLE = 17, 8
 SLICE_VALUES = 1 << 19  # rows are converted in slices that stay in the caches
 
@@ -27,14 +29,14 @@ def _slices(rows: int, columns: int) -> Iterator[slice]:
 
 
 def outlier_columns(x: Tensor) -> Tensor:
-    """The columns of x with a magnitude of OUTLIER or more. Fake tensors have no values, and so none."""
+    """Returns the columns of x with a magnitude of OUTLIER or more; none for fake tensors, which have no values."""
     if isinstance(x, FakeTensor):
         return torch.empty(0, dtype=torch.int64, device=x.device)
     return x.abs().amax(0).ge(OUTLIER).nonzero().squeeze(1)
 
 
 def quantize_rows(x: Tensor, without: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes of x `(rows, columns)`, and the absmax of each row `(rows, 1)`; the columns `without` are zero."""
+    """Returns int8 codes of x `(rows, columns)`, 0 in the columns `without`, and absmax of rows `(rows, 1)`."""
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     absmax = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
     for part in _slices(*x.shape):
@@ -48,12 +50,12 @@ def quantize_rows(x: Tensor, without: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def suits(rows: int, shape: tuple[int, ...]) -> bool:
-    """Whether every device multiplies so many rows with a weight of this shape in integers."""
+    """Whether every device can multiply this number of rows with a weight of this shape in integers."""
     return rows >= LEAST_ROWS and all(size % MULTIPLE == 0 for size in shape)
 
 
 def int8_product(x: Tensor, weight_codes: Tensor, weight_absmax: Tensor) -> Tensor:
-    """x W^T: x `(rows, in)` of any float dtype, codes `(out, in)` int8, absmax `(out,)` -> `(rows, out)` as x."""
+    """Returns x W^T in the dtype of x: x `(rows, in)`, weight_codes `(out, in)`, weight_absmax `(out,)`."""
     apart = outlier_columns(x)
     codes, absmax = quantize_rows(x, apart)
     sums = torch._int_mm(codes, weight_codes.T)

@@ -1,10 +1,7 @@
-"""Packs frozen weights with bitsandbytes' functions and unpacks them again, under modules of our own.
+"""Layers around a `PackedWeight`: a linear layer and an embedding.
 
-bitsandbytes' modules are not used: on a CPU with AVX512-BF16 the forward pass of its `Linear4bit`, called once
-in eval mode, re-packs the weight in place, after which gradients and merges are wrong without a word. Its codes
-and statistics are kept: what is packed here unpacks there, bit for bit.
-
-Reading order: how one weight is packed and unpacked in each format -> `PackedWeight` -> the two layers that hold one.
+Neither keeps an unpacked weight: `QuantizedLinear` unpacks W0 for each product, in slices of rows where it is large,
+and `QuantizedEmbedding` unpacks the rows of the tokens that it gets.
 """
 
 from __future__ import annotations
@@ -21,10 +18,10 @@ from qlora_lite.quantization.packed_weight import PackedWeight
 
 
 class QuantizedLinear(nn.Module):
-    """y = W0 x + bias with W0 `(out, in)` packed and frozen; x `(..., in)` -> y `(..., out)` in x's dtype.
+    """y = W0 x + bias with W0 `(out, in)` packed and frozen; x `(..., in)`, y `(..., out)` in the dtype of x.
 
-    The product is computed in `compute_dtype` (None: see `product_dtype`). Gradients flow to x and the bias.
-    transposed: the plain layer holds W0 as `(in, out)`, as GPT-2's Conv1D does, and an export writes it so.
+    compute_dtype: of the product (None: see `product_dtype`). Gradients: x and bias.
+    transposed: whether the plain layer holds W0 as `(in, out)`, as GPT-2's Conv1D does; an export writes it so.
     """
 
     bias: nn.Parameter | None
@@ -51,9 +48,11 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """Rows of a frozen int8 matrix `(num_embeddings, embedding_dim)`: tokens `(...)` -> `(..., embedding_dim)`.
+    """y_t = W[token_t] with W `(num_embeddings, embedding_dim)` packed by rows and frozen.
 
-    An output head may hold the same `PackedWeight`: a tie is two owners of one module.
+    tokens `(...)`, int64 or int32 -> `(..., embedding_dim)` in `dtype`. A tied output head holds the same
+    `PackedWeight` module. Raises QuantizationError for a format that does not store rows apart, and InputError for
+    tokens outside of the vocabulary.
     """
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, padding_idx: int | None = None) -> None:
@@ -73,7 +72,7 @@ class QuantizedEmbedding(nn.Module):
             raise InputError(f"tokens must be int64 or int32 in [0, {self.num_embeddings}): {error}") from error
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
-        # `.to(dtype)` must change what is returned, as it would for an nn.Embedding, though no stored float changes.
+        # `.to(dtype)` changes the dtype of the output, as for an nn.Embedding, although no stored float changes.
         self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype)).dtype
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 

@@ -1,8 +1,10 @@
-"""Packs floats to 4 bits on a CPU, many times as fast as bitsandbytes' own search and with its codes, bit for bit.
+"""Packs floats to 4 bits on a CPU, many times as fast as bitsandbytes' own search and to the same codes, bit for bit.
 
-bitsandbytes divides each block by its largest magnitude and searches the 15 midpoints between neighbouring code
-values by bisection for each number. Here [-1, 1] is cut into equal cells, at most one midpoint in each; a cell without
-one gives its code at once, and the few numbers in a cell with a midpoint are compared with it.
+    index_i = argmin_j |x_i / absmax - code_j|        absmax: largest magnitude of the block of x_i
+
+bitsandbytes searches the 15 midpoints between neighbouring code values by bisection, for each value. Here [-1, 1] is
+cut into equal cells with at most one midpoint in each. A cell without a midpoint gives the code at once; the few
+values in a cell with a midpoint are compared with it.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 
-CELLS = 8192  # of half the interval; the table of codes stays in the cache nearest to the core
-# A number may be computed into the next cell when it lies this near to a border (in cells; fp32 errs by 1e-3).
+CELLS = 8192  # of half the interval; the table of codes stays in the L1 cache
+# Distance from a cell's border, in cells, within which rounding may compute the next cell (fp32 errs by 1e-3).
 SAFE_DISTANCE = 0.02
-SMALLEST_ABSMAX = 1e-38  # bitsandbytes' own: a block of zeros is divided by it
-# Marks the code of a cell with a midpoint, in each of the bytes that are looked at together.
+SMALLEST_ABSMAX = 1e-38  # as in bitsandbytes: the divisor of a block of zeros
+# The bit that marks the code of a cell with a midpoint; TOGETHER codes are tested at once.
 UNDECIDED = 0x80
 TOGETHER = 8
 ANY_UNDECIDED = -0x7F7F7F7F7F7F7F80  # 0x80 in each byte of an int64
@@ -28,9 +30,10 @@ ANY_UNDECIDED = -0x7F7F7F7F7F7F7F80  # 0x80 in each byte of an int64
 
 @dataclass(frozen=True)
 class CodeTables:
-    """What a number in a cell is packed to: `code[cell]`, or, where that has the bit `UNDECIDED`, by a midpoint.
+    """The code of a value by its cell: `code[cell]`, unless that has the bit `UNDECIDED`.
 
-    Numbers above `midpoint[cell]` get `above[cell]`, the others `below[cell]`. undecided: the share of such cells.
+    In an undecided cell, values above `midpoint[cell]` get `above[cell]`, the others `below[cell]`.
+    undecided: the share of undecided cells.
     """
 
     cells: int
@@ -43,8 +46,8 @@ class CodeTables:
 
 @functools.cache
 def code_tables(values: tuple[float, ...]) -> CodeTables:
-    """Tables for the 16 values of a 4-bit code, which lie in [-1, 1]."""
-    with no_dispatch():  # under fake tensors too, the tables have values
+    """Returns the tables for the 16 values of a 4-bit code, which lie in [-1, 1]."""
+    with no_dispatch():  # the tables have values under fake tensors too
         return _code_tables(values)
 
 
@@ -66,9 +69,9 @@ def _code_tables(values: tuple[float, ...]) -> CodeTables:
 
 
 def _well_inside(midpoints: Tensor, cells: int) -> bool:
-    """Whether each midpoint has a cell of its own and keeps its distance from the cell's borders.
+    """Whether each midpoint has a cell of its own and is not too near to the borders of the cell.
 
-    One at 0 stands on a border and may: 0 is exact, so nothing above it is computed into the cell below.
+    A midpoint at 0 may lie on a border: 0 is exact, so no value above it is computed into the cell below.
     """
     place = (midpoints.double() + 1) * cells
     within = place - place.floor()
@@ -77,32 +80,32 @@ def _well_inside(midpoints: Tensor, cells: int) -> bool:
 
 
 def pack_4bit(values: Tensor, blocksize: int, code: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Two codes a byte, the first in the upper half, and the absmax of each block.
+    """Returns the codes, two in a byte with the first in the upper half, and the absmax of each block.
 
     values `(n,)` with n a multiple of blocksize -> uint8 `(n / 2,)`, fp32 `(n / blocksize,)`.
     """
     tables = code_tables(code)
     blocks = values.view(-1, blocksize).float()
     absmax = blocks.abs().amax(1)
-    # bitsandbytes cuts the scaled values off at -1 and 1. They are beyond by rounding alone, which changes no code.
+    # bitsandbytes clamps the scaled values to [-1, 1]. They exceed it by rounding only, which changes no code.
     scaled = (blocks * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX)).unsqueeze(1)).view(-1)
     cell = torch.add(torch.tensor(float(tables.cells)), scaled, alpha=tables.cells).to(torch.int32)
     index = tables.code.index_select(0, cell)
     _decide_(index, scaled, cell, tables)
-    # Both codes of a byte at once: as a little-endian number, the first one is the lower byte.
+    # Both codes of a byte at once: in a little-endian number, the first one is the lower byte.
     pairs = index.view(torch.int16)
     return ((pairs << 4) | (pairs >> 8)).to(torch.uint8), absmax
 
 
 def _undecided(marks: Tensor, tables: CodeTables) -> Tensor:
-    """Places of the groups that have a mark. Fake ones have no values: there, as many as of evenly spread numbers."""
+    """Returns the positions of groups with a mark; for fake tensors, as many as evenly spread values would give."""
     if not isinstance(marks, FakeTensor):
         return marks.nonzero().view(-1)
     return torch.arange(math.ceil(TOGETHER * tables.undecided * marks.numel()), device=marks.device)
 
 
 def _decide_(index: Tensor, scaled: Tensor, cell: Tensor, tables: CodeTables) -> None:
-    """Compares numbers in cells with a midpoint, and their neighbours: bytes are looked at eight at a time."""
+    """Sets the codes of values in undecided cells, and of the others in their groups of eight."""
     groups = _undecided(index.view(torch.int64) & ANY_UNDECIDED, tables)
     if not groups.numel():
         return

@@ -1,15 +1,14 @@
-"""`quantize_base_`: packs a model's linear layers and experts; takes over what bitsandbytes has packed already.
+"""`quantize_base_`: packs the linear layers, experts, and if asked embedding and head of a model, in place.
 
-bitsandbytes' `Linear4bit` may arrive re-packed: on a CPU with AVX512-BF16 one forward pass in eval mode changes the
-byte order of its weight in place and rounds its statistics to bfloat16. The codes are put back in order exactly; the
-statistics stay as they are, since they are what that model computes with.
+Reading order: which layers are packed -> `WeightToPack` -> `weights_to_pack` -> `quantize_base_`. Loading a checkpoint
+asks `weights_to_pack` too, for a model on the meta device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from qlora_lite.errors import ConfigError, TargetError, listing
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.experts import PackedStack, RoutedExperts, packable_stacks, stacks
 from qlora_lite.quantization.formats import UNPACKED
-from qlora_lite.quantization.from_bitsandbytes import _forget_bitsandbytes, _is_bitsandbytes, _taken_over
+from qlora_lite.quantization.from_bitsandbytes import converted, is_bitsandbytes, remove_bitsandbytes_marks_
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight, check_packable
 from qlora_lite.surgery import (
@@ -37,7 +36,7 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return plain or is_transposed_linear(module)
 
 
-def _skip_rule(model: nn.Module, config: QuantConfig) -> Any:
+def _skip_rule(model: nn.Module, config: QuantConfig) -> Callable[[str, nn.Module], bool]:
     if config.skip_modules is not None:
         linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or _is_plain_linear(m)]
         held = stacks(model)
@@ -48,8 +47,8 @@ def _skip_rule(model: nn.Module, config: QuantConfig) -> Any:
     return lambda name, module: module is head
 
 
-def _ends(model: nn.Module, config: QuantConfig) -> tuple[nn.Embedding, nn.Linear | None]:
-    """The input embedding and the output head, if it is linear. Raises for kinds of them that cannot be packed."""
+def _embedding_and_head(model: nn.Module, config: QuantConfig) -> tuple[nn.Embedding, nn.Linear | None]:
+    """Returns the input embedding, and the output head if it is linear. Raises ConfigError if they cannot be packed."""
     embedding, head = input_embedding(model), output_head(model)
     if not isinstance(embedding, nn.Embedding) or has_own_forward(embedding):
         got = "no get_input_embeddings()" if embedding is None else f"a {type(embedding).__name__}"
@@ -63,13 +62,13 @@ def _ends(model: nn.Module, config: QuantConfig) -> tuple[nn.Embedding, nn.Linea
 
 
 def _check_structure(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """Raises for what cannot be packed whatever its values are; the model may be on the meta device."""
+    """Raises ConfigError or TargetError for layers that cannot be packed whatever their values are."""
     merged = [name for name, module in model.named_modules() if getattr(module, "merged", False)]
     if merged:
         raise ConfigError(f"{len(merged)} layers are merged with the base that would be replaced; unmerge_lora_ first")
     embedding = getattr(input_embedding(model), "weight", None)
     for name, module in targets.items():
-        if has_own_forward(module) and not _is_bitsandbytes(module):
+        if has_own_forward(module) and not is_bitsandbytes(module):
             kind = type(module).__name__
             raise TargetError(f"{name} is a {kind} with a forward of its own; leave it unpacked (skip_modules)")
         if embedding is not None and module.weight is embedding:
@@ -80,11 +79,11 @@ def _check_structure(model: nn.Module, targets: dict[str, nn.Module]) -> None:
 
 
 def _linear_targets(model: nn.Module, config: QuantConfig, ends: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """The linear layers to pack, or to take over, by name; `ends` are packed in another way."""
+    """Returns the linear layers to pack or convert, by name, without `ends`: embedding and head, if packed apart."""
     skip = _skip_rule(model, config)
 
     def is_target(name: str, module: nn.Module) -> bool:
-        wanted = config.format != UNPACKED or _is_bitsandbytes(module)
+        wanted = config.format != UNPACKED or is_bitsandbytes(module)
         return _is_plain_linear(module) and wanted and not any(module is end for end in ends) and not skip(name, module)
 
     return {name: module for name, module in model.named_modules() if is_target(name, module)}
@@ -92,9 +91,9 @@ def _linear_targets(model: nn.Module, config: QuantConfig, ends: Sequence[nn.Mod
 
 @dataclass(frozen=True)
 class WeightToPack:
-    """A weight that is to be packed, and the modules that have it, by name: more than one where it is tied.
+    """A weight to pack, and the modules that hold it, by name; several if it is tied.
 
-    stack: the parameter's name, if it is a stack of matrices in an experts module; each matrix is packed by itself.
+    stack: for a stack of matrices in an experts module, the name of the parameter; each matrix is packed separately.
     """
 
     weight: Tensor
@@ -112,12 +111,12 @@ class WeightToPack:
 
     @property
     def transposed(self) -> bool:
-        """Whether the weight is `(in, out)` and turned round to be packed."""
+        """Whether the weight is `(in, out)`, and is transposed before it is packed."""
         module = self.first[1]
         return is_transposed_linear(module) or (self.stack is not None and bool(module.is_transposed))
 
     def fill_stack_(self, model: nn.Module, matrices: Iterable[PackedWeight], config: QuantConfig) -> None:
-        """Puts packed matrices in the place of the stack, and a RoutedExperts in that of the module that has it."""
+        """Replaces the stack by packed matrices, and the module that holds it by a `RoutedExperts`."""
         packed = PackedStack(matrices, self.transposed)
         assert self.stack is not None
         for name, module in self.modules.items():
@@ -128,7 +127,7 @@ class WeightToPack:
             now.hold_(self.stack, packed)
 
     def fill_(self, model: nn.Module, packed: PackedWeight, config: QuantConfig) -> None:
-        """Replaces the modules by packed ones."""
+        """Replaces the modules by packed layers."""
         made = {id(module): _packed_module(module, packed, config) for module in self.modules.values()}
         exchange_modules_(model, made)
 
@@ -143,7 +142,7 @@ def _packed_module(module: nn.Module, packed: PackedWeight, config: QuantConfig)
 
 
 def _stacks_to_pack(model: nn.Module, config: QuantConfig) -> dict[Tensor, WeightToPack]:
-    """Those of the stacks of experts. TargetError lists stacks that nobody here knows how to compute with."""
+    """Returns the stacks of experts to pack. Raises TargetError with all stacks that cannot be packed."""
     if config.format == UNPACKED:
         return {}
     skip, unknown = _skip_rule(model, config), []
@@ -166,11 +165,13 @@ def _stacks_to_pack(model: nn.Module, config: QuantConfig) -> dict[Tensor, Weigh
 
 
 def weights_to_pack(model: nn.Module, config: QuantConfig) -> list[WeightToPack]:
-    """What is to be packed of a model, which may be on the meta device; whatever its values are.
+    """Returns the weights of a model to pack. The model may be on the meta device: values are not read.
 
-    Raises as `quantize_base_` does, but for the values, which are not looked at.
+    Raises ConfigError and TargetError as `quantize_base_` does.
     """
-    ends = [] if config.embedding_format == UNPACKED else [module for module in _ends(model, config) if module]
+    ends: list[nn.Module] = []
+    if config.embedding_format != UNPACKED:
+        ends = [module for module in _embedding_and_head(model, config) if module is not None]
     targets = _linear_targets(model, config, ends)
     if not targets and config.format != UNPACKED:
         raise TargetError("no layer to pack: the model has no nn.Linear outside of skip_modules and the output head")
@@ -188,11 +189,11 @@ def weights_to_pack(model: nn.Module, config: QuantConfig) -> list[WeightToPack]
 
 
 def _check_values(found: list[WeightToPack], config: QuantConfig) -> None:
-    """Whatever could stop the packing half-way is found here, before the first layer is replaced."""
+    """Raises QuantizationError for values that cannot be packed, before the first layer is replaced."""
     for to_pack in found:
         name, module = to_pack.first
-        if _is_bitsandbytes(module):
-            _taken_over(cast(nn.Linear, module), name, config)
+        if is_bitsandbytes(module):
+            converted(cast(nn.Linear, module), name, config)
         elif to_pack.stack is not None:
             for expert, matrix in enumerate(to_pack.weight):
                 check_packable(matrix, f"{to_pack.name}[{expert}]", to_pack.format)
@@ -201,27 +202,29 @@ def _check_values(found: list[WeightToPack], config: QuantConfig) -> None:
 
 
 def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
-    """Replaces the linear layers of a model by packed ones, one at a time, and returns the names of what it replaced.
+    """Replaces the linear layers of a model by packed ones, one at a time. Returns the names of the replaced modules.
 
-    Stacks of experts are packed matrix by matrix. Each full-precision weight is let go before the next is packed.
-    Layers that bitsandbytes packed are taken over as they are, whatever `config.format` says, their bytes shared.
-    `config.embedding_format` packs embedding and head. Raises QuantizationError naming the weight and the first bad
-    index for NaN or infinity; TargetError when there is nothing to pack, a tied head would be packed without its
-    embedding, or there are stacks of matrices that cannot be packed, which it lists; the model is then as it was.
+    Stacks of experts are packed matrix by matrix; `config.embedding_format` packs embedding and head. Each
+    full-precision weight is released before the next one is packed. Layers that bitsandbytes packed keep their format,
+    whatever `config.format` says, and share their bytes.
+
+    Raises QuantizationError for NaN or infinity, with the weight and the first bad index; TargetError if there is
+    nothing to pack, if a tied head would be packed without its embedding, or for stacks of matrices that cannot be
+    packed; ConfigError for merged layers and unsupported embeddings. The model is then unchanged.
     """
     found = weights_to_pack(model, config)
     replaced = list(dict.fromkeys(name for to_pack in found for name in to_pack.modules))
     _check_values(found, config)
     while found:
-        _pack_(model, found.pop(0), config)  # nothing else holds its weight while the next one is packed
-    _forget_bitsandbytes(model)
+        _pack_(model, found.pop(0), config)  # popped, so that its weight is released before the next one is packed
+    remove_bitsandbytes_marks_(model)
     return replaced
 
 
 def _pack_(model: nn.Module, to_pack: WeightToPack, config: QuantConfig) -> None:
     name, module = to_pack.first
-    if _is_bitsandbytes(module):
-        made = _taken_over(cast(nn.Linear, module), name, config)
+    if is_bitsandbytes(module):
+        made = converted(cast(nn.Linear, module), name, config)
         replace_modules_(model, lambda other, old: made if old is module else None)
         return
     weight = to_pack.weight.mT if to_pack.transposed else to_pack.weight

@@ -90,7 +90,7 @@ def test_bf16_is_no_less_exact_than_the_written_out_formula() -> None:
 
 def test_scores_lose_nothing_to_bf16() -> None:
     q, k, _ = (tensor.detach() for tensor in inputs((1, 2, 64, 32), 2, torch.bfloat16))
-    sight = cpu_attention._Sight(slice(0, 64), None, 2, q.device)
+    sight = cpu_attention._BlockMask(slice(0, 64), None, 2, q.device)
     weights = cpu_attention._weights(q[0].float() * 0.5, k[0].float(), slice(0, 2), sight)
     seen = torch.ones(64, 64, dtype=torch.bool).tril()
     exact = (q[0].double() @ k[0].double().transpose(1, 2) * 0.5).masked_fill(~seen, -torch.inf).softmax(-1)
