@@ -302,7 +302,7 @@ def verification(
         (verification(0.3, 0.1, 0.0), "dequantized", "its held-out loss is 1.0000 against 1.3000, a difference of"),
         (verification(-0.1, 0.1, 0.2), "dequantized", "held-out losses are within noise, and it is no farther"),
         (verification(0.1, 0.1, 0.05), "original", "within noise, and it is no farther .* KL 0.05 against 0.1"),
-        (verification(-0.3, None, 0.2), "dequantized", "one example's loss says nothing about noise"),
+        (verification(-0.3, None, 0.2), "dequantized", "one example gives no estimate of noise"),
         (verification(None, None, 0.05), "original", "no held-out loss was measured"),
         (verification(0.0, 0.0, 0.1), "dequantized", "mean KL 0.1 against 0.1"),
     ],
