@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from qlora_lite.compute.lora_linear import Packed, dense_slices, product_dtype
+from qlora_lite.compute.lora_linear import Weight, dense_slices, product_dtype
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import InputError
 
@@ -55,7 +55,7 @@ class _Sums(dict[str, Tensor]):
             self[name][part] += value()
 
 
-def _logits(rows: Tensor, weight: Tensor | Packed, low: Tensor | None, lora_B: Tensor | None, o: _Options) -> Tensor:
+def _logits(rows: Tensor, weight: Weight, low: Tensor | None, lora_B: Tensor | None, o: _Options) -> Tensor:
     """Returns rows W^T + lora_scaling * low B^T in the dtype of the rows, without bias, scale and softcap."""
     logits: Tensor | None = None
     for part, dense in dense_slices(weight, rows):
@@ -129,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor | Packed,
+        weight: Weight,
         bias: Tensor | None,
         lora_A: Tensor | None,
         lora_B: Tensor | None,
@@ -193,7 +193,7 @@ def _replaced_gradients(rows: Tensor, replaced: Tensor, slope: Tensor, o: _Optio
 
 def _gradients(
     rows: Tensor,
-    weight: Tensor | Packed,
+    weight: Weight,
     low: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -245,7 +245,7 @@ def _check_options(reduction: str, label_smoothing: float, softcap: float | None
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor | Packed,
+    weight: Weight,
     labels: Tensor,
     bias: Tensor | None = None,
     *,

@@ -23,7 +23,7 @@ from qlora_lite.compute.slicing import row_slices, rows_that_fit
 from qlora_lite.errors import InputError
 
 
-class Packed(Protocol):
+class PackedMatrix(Protocol):
     """A packed weight `(out, in)`, which can be unpacked whole or by rows."""
 
     shape: torch.Size
@@ -39,11 +39,11 @@ class Packed(Protocol):
     def row_step(self) -> int:
         """A slice of rows has to start at a multiple of this."""
 
-    def own_product(self, rows: Tensor) -> Tensor | None:
+    def integer_product(self, rows: Tensor) -> Tensor | None:
         """Returns rows W0^T computed without unpacking, or None if the weight has to be unpacked."""
 
 
-Weight = Tensor | Packed
+Weight = Tensor | PackedMatrix
 
 
 class AdaptedLayer(Protocol):
@@ -73,7 +73,7 @@ def weight_of(layer: nn.Module) -> Weight:
     return cast("Weight", layer.weight)
 
 
-def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+def dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
     """Returns the weight as a tensor of this dtype: the weight itself if it is one."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
@@ -92,7 +92,7 @@ def dense_slices(weight: Weight, like: Tensor) -> Iterator[tuple[slice, Tensor]]
     step = 1 if isinstance(weight, Tensor) else weight.row_step
     count = rows_that_fit(SLICE_BYTES, columns * dtype.itemsize, step)
     if count >= rows:
-        yield slice(0, rows), dense(weight, dtype)
+        yield slice(0, rows), dequantized(weight, dtype)
         return
     for part in row_slices(rows, count, like):
         if isinstance(weight, Tensor):
@@ -103,7 +103,7 @@ def dense_slices(weight: Weight, like: Tensor) -> Iterator[tuple[slice, Tensor]]
 
 def _product(rows: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Returns rows W0^T + bias `(rows, out)`, slice by slice of W0."""
-    own = None if isinstance(weight, Tensor) else weight.own_product(rows)
+    own = None if isinstance(weight, Tensor) else weight.integer_product(rows)
     if own is not None:
         return own if bias is None else own.add_(bias.to(own.dtype))
     out = rows.new_empty(0)

@@ -2,7 +2,7 @@
 
     Delta         W0 + scaling * left right; with output norms m, its rows (those of `(out, in)`) scaled to norms m
     StackDelta    a Delta for each matrix of a stack
-    Replaced      other values in place of W0, or of some of its rows
+    Replacement   other values in place of W0, or of some of its rows
 
 A weight is updated in fixed tiles of rows. A weight that is merged slice by slice therefore equals, bit for bit, one
 that is merged at once.
@@ -119,7 +119,7 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class Replaced:
+class Replacement:
     """Trained values that replace a weight, or some of its rows.
 
     values: (start, stop) -> these rows of the trained values. indices: the rows of the weight that they replace; None:
@@ -134,7 +134,7 @@ class Replaced:
     additive = False
 
     @property
-    def matrices(self) -> tuple[Replaced, ...]:
+    def matrices(self) -> tuple[Replacement, ...]:
         """The updates of the weight's matrices: this one alone."""
         return (self,)
 
@@ -148,7 +148,7 @@ class Replaced:
                 rows[index - first] = self.values(place, place + 1)[0].to(rows)
         return rows
 
-    def prepared(self, slices: Callable[[], RowSlices]) -> Replaced:
+    def prepared(self, slices: Callable[[], RowSlices]) -> Replacement:
         """Returns itself: it needs nothing of W0."""
         return self
 
@@ -183,7 +183,7 @@ class StackDelta:
 
 # The update by an adapter, and any update of a weight.
 AdapterDelta = Delta | StackDelta
-Update = AdapterDelta | Replaced
+Update = AdapterDelta | Replacement
 
 
 def _not_zero(norms: Tensor) -> Tensor:

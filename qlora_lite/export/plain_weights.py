@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from qlora_lite import architecture
-from qlora_lite.compute.weight_update import Delta, Replaced, Rows, Update
+from qlora_lite.compute.weight_update import Delta, Replacement, Rows, Update
 from qlora_lite.errors import ConfigError, listing
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.auxiliary_layers import TrainableTokensLayer, TrainedCopy
@@ -56,13 +56,13 @@ def _trained(module: nn.Module) -> Mapping[str, Update]:
         return lambda start, stop: values.detach()[start:stop] if values.dim() else values.detach()
 
     if isinstance(module, TrainedCopy):
-        return {name: Replaced(rows_of(values), values) for name, values in module.trained.items()}
+        return {name: Replacement(rows_of(values), values) for name, values in module.trained.items()}
     if isinstance(module, TrainableTokensLayer):
-        return {"weight": Replaced(rows_of(module.rows.values), module.rows, module.rows.indices)}
+        return {"weight": Replacement(rows_of(module.rows.values), module.rows, module.rows.indices)}
     assert isinstance(module, LoraLayer)
     bias = module.trained_bias
     if bias is not None:
-        return {"bias": Replaced(rows_of(bias), bias)}
+        return {"bias": Replacement(rows_of(bias), bias)}
     added = module.variant.bias_update(module.scaling, module.lora_parameters)
     return {} if added is None else {"bias": added}
 
@@ -116,8 +116,8 @@ def plain_weights(model: nn.Module) -> Iterator[PlainWeight]:
 
 def _differ(updates: list[Update | None]) -> bool:
     """Whether tied weights have become different: one of them has an update, and they do not share it."""
-    owners = {id(update.owner) if isinstance(update, Replaced) else id(update) for update in updates}
-    shared = len(owners) == 1 and all(update is None or isinstance(update, Replaced) for update in updates)
+    owners = {id(update.owner) if isinstance(update, Replacement) else id(update) for update in updates}
+    shared = len(owners) == 1 and all(update is None or isinstance(update, Replacement) for update in updates)
     return not shared
 
 

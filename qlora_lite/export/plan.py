@@ -18,7 +18,7 @@ from qlora_lite.checkpoints.lazy_tensors import LazyTensor, read_slices
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor
 from qlora_lite.checks import FLOAT_DTYPES
 from qlora_lite.compute.host_memory import HeapTrimmer
-from qlora_lite.compute.weight_update import Delta, Replaced, Update
+from qlora_lite.compute.weight_update import Delta, Replacement, Update
 from qlora_lite.errors import CheckpointError
 from qlora_lite.export.lazy_model import LazyWeights
 from qlora_lite.export.model_weights import ModelWeights, as_stored
@@ -173,7 +173,7 @@ class _MergedTensor:
         update = None if self.delta is None else self.delta()
         if update is not None:
             update = update.prepared(lambda: whole_slices(self.chosen, update, SLICE_BYTES))
-            if not isinstance(update, Replaced) and update.additive:
+            if not isinstance(update, Replacement) and update.additive:
                 figures.update = update.squared_norm()
             else:
                 figures.update = 0.0  # summed up slice by slice

@@ -31,7 +31,7 @@ from qlora_lite.checkpoints.checkpoint import tensors_for_model
 from qlora_lite.checkpoints.lazy_tensors import LazyTensor
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checks import check_finite
-from qlora_lite.compute.lora_linear import Weight, dense, weight_of
+from qlora_lite.compute.lora_linear import Weight, dequantized, weight_of
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError, listing
 from qlora_lite.lora.config import parse_init
 from qlora_lite.lora.kinds import EmbeddingKind, LinearKind, StackKind
@@ -102,7 +102,7 @@ def _orthogonal(layer: LoraLayer, name: str, originals: CheckpointWeights) -> No
 
 def _base_weight(layer: LoraLayer) -> Tensor:
     """Returns W0 `(out, in)` in fp32."""
-    return layer.kind.as_matrix(dense(layer.weight, torch.float32).detach())
+    return layer.kind.as_matrix(dequantized(layer.weight, torch.float32).detach())
 
 
 def _set_principal_part_(layer: LoraLayer, name: str, matrix: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from qlora_lite.compute.lora_linear import (
     AdaptedLayer,
-    Packed,
+    PackedMatrix,
     Weight,
     adapted_linear,
     check_features,
@@ -166,7 +166,7 @@ def is_scaled_embedding(module: nn.Module) -> bool:
     return named and isinstance(getattr(module, "embed_scale", None), (Tensor, float, int))
 
 
-class PackedTable(Packed, Protocol):
+class PackedTable(PackedMatrix, Protocol):
     """A packed weight of an embedding."""
 
     def rows(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:

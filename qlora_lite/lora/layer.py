@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.checks import cast_finite, is_count, require
-from qlora_lite.compute.lora_linear import Weight, dense, dense_slices, weight_of
+from qlora_lite.compute.lora_linear import Weight, dense_slices, dequantized, weight_of
 from qlora_lite.compute.weight_update import AdapterDelta
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.config import check_lora_numbers
@@ -221,7 +221,7 @@ class LoraLayer(nn.Module):
         """Returns W - W0, with W the merged weight, in fp32 and the orientation of the stored weight."""
         delta = self.delta
         if not delta.additive:
-            return self.effective_weight(torch.float32) - dense(weight_of(self.base_layer), torch.float32)
+            return self.effective_weight(torch.float32) - dequantized(weight_of(self.base_layer), torch.float32)
         return delta.add_to_(torch.zeros(weight_of(self.base_layer).shape, device=self.lora_A.device), 0)
 
     @torch.no_grad()
@@ -231,7 +231,9 @@ class LoraLayer(nn.Module):
         Raises QuantizationError with this name if a value overflows the dtype.
         """
         base = weight_of(self.base_layer)
-        weight = base.detach().to(torch.float32, copy=True) if isinstance(base, Tensor) else dense(base, torch.float32)
+        weight = (
+            base.detach().to(torch.float32, copy=True) if isinstance(base, Tensor) else dequantized(base, torch.float32)
+        )
         weight = weight.contiguous()  # so that the view of a kernel as a matrix exists
         return cast_finite(self.delta.prepared(self.base_rows).add_to_(weight, 0), dtype, name)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qlora_lite.compute.lora_linear import Packed, adapted_linear
+from qlora_lite.compute.lora_linear import Weight, adapted_linear
 from qlora_lite.quantization.packed_weight import PackedWeight
 
 DOWN = "down_proj"
@@ -96,7 +96,7 @@ class DenseStack(nn.Module):
 class ExpertMap:
     """The linear map of one expert: y = W x + bias + scaling * B A x, with the low-rank term if it is adapted."""
 
-    weight: Tensor | Packed
+    weight: Weight
     bias: Tensor | None
     lora_A: Tensor | None
     lora_B: Tensor | None

@@ -45,7 +45,7 @@ class PackedWeight(nn.Module):
     take exactly `storage_bytes()` bytes. They move between devices with the model, and no cast changes them: `.half()`
     or `.to(dtype)` on a model leaves every bit in place. A new instance holds zeros.
 
-    int8_activations: whether `own_product` multiplies in integers.
+    int8_activations: whether `integer_product` multiplies in integers.
     """
 
     of_checkpoint = True  # False once an initialization such as LoftQ has replaced the checkpoint's values
@@ -122,7 +122,7 @@ class PackedWeight(nn.Module):
         """Returns rows start to stop; start, and stop unless it is the end, are multiples of `row_step`."""
         return format_named(self.format).kernels().unpack(self, dtype, start, stop)
 
-    def own_product(self, rows: Tensor) -> Tensor | None:
+    def integer_product(self, rows: Tensor) -> Tensor | None:
         """Returns rows W^T in integers if `int8_activations` asks for it and format and shapes allow it, else None."""
         product = format_named(self.format).kernels().integer_product if self.int8_activations else None
         return None if product is None else product(self, rows)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.compute.weight_update import Delta, Replaced
+from qlora_lite.compute.weight_update import Delta, Replacement
 
 
 @given(
@@ -69,8 +69,8 @@ def test_output_norms_are_the_norms_of_what_is_merged_in_slices_as_in_one(by_col
 
 def test_what_replaces_a_weight_stands_in_its_place_slice_by_slice() -> None:
     whole, rows = torch.randn(10, 4), torch.randn(3, 4)
-    all_of_it = Replaced(lambda start, stop: whole[start:stop], whole)
-    some = Replaced(lambda start, stop: rows[start:stop], rows, (7, 0, 9))
+    all_of_it = Replacement(lambda start, stop: whole[start:stop], whole)
+    some = Replacement(lambda start, stop: rows[start:stop], rows, (7, 0, 9))
     base = torch.randn(10, 4)
     expected = base.clone()
     expected[[7, 0, 9]] = rows

@@ -26,7 +26,7 @@ from qlora_lite import (
 )
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
-from qlora_lite.compute.lora_linear import dense
+from qlora_lite.compute.lora_linear import dequantized
 from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.export.merged import merge_checkpoint
@@ -79,7 +79,7 @@ def adapted(folder: Path, format: str, config: LoraConfig = STACKS) -> Any:
 def reference(model: Any, folder: Path) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
     """transformers' model of the unpacked base, A and B as leaves, and the merged weights that they make."""
     theirs = plain(folder)
-    theirs.load_state_dict({weight.name: dense(weight.holder, torch.float32) for weight in plain_weights(model)})
+    theirs.load_state_dict({weight.name: dequantized(weight.holder, torch.float32) for weight in plain_weights(model)})
     leaves = {name: p.detach().clone().requires_grad_() for name, p in adapter_parameters(model).items()}
     merged = {}
     for name, layer in lora_layers(model).items():

@@ -59,9 +59,9 @@ def test_rows_of_zeros_and_of_nothing_but_outliers() -> None:
 @pytest.mark.parametrize(("rows", "width", "used"), [(40, 32, True), (3, 32, False), (40, 30, False)])
 def test_used_where_it_was_asked_for_and_shapes_allow(rows: int, width: int, used: bool) -> None:
     weight = packed(columns=width)
-    assert (weight.own_product(torch.randn(rows, width)) is not None) == used
+    assert (weight.integer_product(torch.randn(rows, width)) is not None) == used
     weight.int8_activations = False
-    assert weight.own_product(torch.randn(rows, width)) is None
+    assert weight.integer_product(torch.randn(rows, width)) is None
 
 
 def test_an_adapted_layer_trains_on_it() -> None:

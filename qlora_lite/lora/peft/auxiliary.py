@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints.lazy_tensors import LazyTensor
-from qlora_lite.compute.weight_update import Replaced, Rows
+from qlora_lite.compute.weight_update import Replacement, Rows
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError, listing
 from qlora_lite.lora.auxiliary import (
     modules_with_bias,
@@ -313,7 +313,7 @@ def _token_indices(model: nn.Module, config: Mapping[str, object], problems: lis
     return {n: tokens for n, tokens in found.items() if n not in layers[1:] or tokens != found.get(layers[0])}
 
 
-def stored_replacements_(model: nn.Module, stored: Mapping[str, LazyTensor]) -> dict[str, Callable[[], Replaced]]:
+def stored_replacements_(model: nn.Module, stored: Mapping[str, LazyTensor]) -> dict[str, Callable[[], Replacement]]:
     """Returns the replacement of each weight that an auxiliary parameter trains, by the weight's name.
 
     Replacements are read from the files, some rows at a time. The model's own values are dropped (moved to meta).
@@ -322,14 +322,14 @@ def stored_replacements_(model: nn.Module, stored: Mapping[str, LazyTensor]) -> 
     def rows_of(source: LazyTensor) -> Rows:
         return lambda start, stop: source.rows(start, stop)
 
-    found: dict[str, Callable[[], Replaced]] = {}
+    found: dict[str, Callable[[], Replacement]] = {}
     for key, weight, _ in list(auxiliary_tensors(model)):
         source = stored[key]
-        found[weight] = functools.partial(Replaced, rows_of(source), source)
+        found[weight] = functools.partial(Replacement, rows_of(source), source)
     for name, layer in trainable_tokens_layers(model).items():
         owner = next(n for n, other in _layers_with_rows(model).items() if other.rows is layer.rows)
         source = stored[f"{PREFIX}{owner}{ROWS}"]
-        found[f"{name}.weight"] = functools.partial(Replaced, rows_of(source), source, layer.rows.indices)
+        found[f"{name}.weight"] = functools.partial(Replacement, rows_of(source), source, layer.rows.indices)
     for copy in (*trained_copies(model).values(), *trainable_tokens_layers(model).values()):
         copy.to("meta")
     return found
