@@ -5,7 +5,7 @@ In reading order:
 config             LoraConfig
 kinds              how linear layers, embeddings, stacks of experts and routers apply A and B
 convolution        how convolutions apply them
-variants           what DoRA and other variants of LoRA train, compute and merge, and their names in peft's files
+variants           what each variant of LoRA trains, computes and merges, and its names in peft's files
 layer              LoraLayer, LinearWithLoRA, Embedding
 auxiliary_layers   modules with trained copies of their parameters, or with trained token rows
 auxiliary          modules_to_save, bias and trainable_token_indices of a model

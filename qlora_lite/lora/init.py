@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -201,11 +201,12 @@ def checkpoint_weights(model: nn.Module, names: Iterable[str], init: str) -> Che
         )
     empty = hub.empty_model(hub.read_config(folder), torch.float32)
     architecture.tie(empty)
-    stored: Any = tensors_for_model(empty, folder, TensorFiles(folder).stored)
+    stored = tensors_for_model(empty, folder, TensorFiles(folder).stored)
     missing = [name for name in names if f"{name}.weight" not in stored]
     if missing:
         raise CheckpointError(f"{folder} has no weight for: {listing(missing)}")
-    return {f"{name}.weight": stored[f"{name}.weight"] for name in names}
+    # The folder is not a packed one, so all of its tensors are plain.
+    return {f"{name}.weight": cast("LazyTensor", stored[f"{name}.weight"]) for name in names}
 
 
 def initialize_(layer: LoraLayer, name: str, init: str, originals: CheckpointWeights) -> None:

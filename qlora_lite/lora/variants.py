@@ -182,7 +182,7 @@ PEFT_OPTIONS = {variant.peft_option: variant for variant in VARIANTS.values() if
 
 
 def check_variant(name: object) -> None:
-    """Raises ConfigError if there is no variant of this name."""
+    """Raises ConfigError unless a variant has this name."""
     require(name in VARIANTS, f"variant must be one of {', '.join(VARIANTS)}", name)
 
 
