@@ -4,7 +4,7 @@ In reading order:
 
 devices             which device computes, and whether its CPU multiplies bf16
 slicing             work on a few rows at a time
-recompute           tensors that backward computes again instead of keeping
+recompute           tensors recomputed in backward, saved by other nodes, or stashed for recomputation
 lora_linear         y = x W0^T + scaling (x A^T) B^T, one autograd function for a dense or packed W0
 weight_update       scaling B A added to a weight, in tiles
 norms_and_gates     RMSNorm and gated activations that keep only their inputs
