@@ -72,7 +72,11 @@ def test_a_stopped_run_says_the_command_that_goes_on_with_it(
         (("train", "--model", "{m}", "--data", "nowhere.jsonl", "--output", "{t}/o"), 1, "nowhere.jsonl"),
         (("profile", "--model", "{m}", "--format", "nf5"), 2, "got 'nf5'"),
         (("profile", "--model", "{m}", "--html", "{t}/report.txt"), 2, "must be named *.html; got"),
-        (("profile", "--model", "{m}", "--html", "{m}/config.json/a.html"), 1, "no folder that may be written to"),
+        (
+            ("profile", "--model", "{m}", "--html", "{m}/config.json/a.html"),
+            1,
+            "is not a folder that may be written to",
+        ),
         (("profile", "--model", "{m}", "--png", "{t}"), 2, "must be named *.png; got"),
         (
             ("quantize", "--model", "{m}", "--output", "{t}/o", "--format", "none"),
