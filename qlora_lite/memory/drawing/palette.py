@@ -1,6 +1,6 @@
 """One colour for each category, on a light and on a dark background.
 
-Neighbours in a stack differ in lightness. Every two of the eight colours are at least 10 apart in OKLab x 100, also for
+Neighbours in a stack differ in lightness. Every two colours are at least 10 apart in OKLab x 100, also for
 the three kinds of colour blindness as simulated by Machado, Oliveira and Fernandes (2009). Tests check the distances.
 """
 
