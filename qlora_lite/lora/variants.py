@@ -1,12 +1,15 @@
-"""The variants of LoRA. This is the only file that tells them apart.
+"""The variants of LoRA. Other files of the package ask a `Variant`, and name none but the default, `lora`.
 
 With A and B, the base weight W0 and the base's bias b, an adapted layer computes
 
     y = (1 + gain) * (W0 x + scaling * B A x) + b + added_bias
 
-    lora         gain = 0            added_bias = 0
-    dora         gain = m / n - 1    added_bias = 0            n `(out,)`: the norms of the rows of W0 + scaling * B A
-    lora_bias    gain = 0            added_bias = scaling * c  c `(out,)`: a bias that B has
+    lora         gain = 0            added_bias = 0            arXiv:2106.09685
+    dora         gain = m / n - 1    added_bias = 0            arXiv:2402.09353
+    lora_bias    gain = 0            added_bias = scaling * c  for adapters extracted from a model with trained biases
+
+m `(out,)` are trained magnitudes, n `(out,)` the norms of the rows of W0 + scaling * B A, and c `(out,)` a trained bias
+of B.
 
 A `Variant` names the parameters that a layer has in addition to A and B and computes gain and added_bias from them. It
 says what merging makes of the weight, how peft's files name the parameters and the option, and which layers cannot have
@@ -77,21 +80,28 @@ class ExtraParameter:
 class Variant:
     """A variant of LoRA. The module docstring has the equation.
 
-    name: LoraConfig's `variant`. help: one line for users. peft_option: the option of peft's configuration that
-    chooses it. excluded: kinds of layers that cannot have it.
+    name: LoraConfig's `variant`. peft_option: the option of peft's configuration that chooses it; None only for a
+    variant without parameters of its own. excluded: kinds of layers that cannot have it.
     gain: `(out,)` in fp32, with gradients for the extra parameters. None where it is 0.
     weight_update: the update of the weight, from scaling * B A and the extra parameters. None where that is all of it.
     added_bias: `(out,)`, from the scaling and the extra parameters, with gradients for them. None where it is 0.
     """
 
     name: str
-    help: str
     peft_option: str | None = None
     parameters: tuple[ExtraParameter, ...] = ()
     excluded: tuple[type, ...] = PLAIN_ONLY
     gain: Callable[[VariantLayer], Tensor] | None = None
     weight_update: Callable[[Delta, Values], Delta] | None = None
     added_bias: Callable[[float, Values], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.parameters and self.peft_option is None:
+            titles = " and ".join(parameter.title for parameter in self.parameters)
+            raise ConfigError(
+                f"variant {self.name!r} has parameters ({titles}) and no peft_option, so its files would be read as "
+                f"those of plain LoRA; give it a peft_option"
+            )
 
     def bias_update(self, scaling: float, values: Values) -> Delta | None:
         """Returns the update of the base's bias, taken as a matrix of one column. None where it stays as it is."""
@@ -141,10 +151,9 @@ def _dora_update(low_rank: Delta, values: Values) -> Delta:
     return replace(low_rank, output_norms=values["lora_magnitude"].detach().float().flatten())
 
 
-LORA = Variant("lora", "A and B alone (arXiv:2106.09685)", excluded=())
+LORA = Variant("lora", excluded=())
 DORA = Variant(
     "dora",
-    "also trains the norm of each row of the weight (arXiv:2402.09353)",
     peft_option="use_dora",
     parameters=(
         ExtraParameter(
@@ -162,7 +171,6 @@ DORA = Variant(
 
 LORA_BIAS = Variant(
     "lora_bias",
-    "also trains a bias of B, as adapters have that were extracted from a model whose biases were trained",
     peft_option="lora_bias",
     parameters=(
         ExtraParameter(

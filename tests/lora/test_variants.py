@@ -32,7 +32,7 @@ from qlora_lite.data.tokenization import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.lora.adapters import adapter_parameters, lora_layers
-from qlora_lite.lora.variants import DORA, LORA, LORA_BIAS
+from qlora_lite.lora.variants import DORA, LORA, LORA_BIAS, Variant
 from qlora_lite.quantization.quantize_model import quantize_base_
 
 TOKENS = torch.arange(12).view(2, 6)
@@ -453,3 +453,9 @@ def test_what_biases_of_B_cannot_be_combined_with(tiny_folder: Path, tmp_path: P
         path.write_text(json.dumps(config | wrong))
         with pytest.raises(CheckpointError, match=message):
             load_adapter_(load_quantized(tiny_folder, QuantConfig(format="none")), tmp_path / "adapter")
+
+
+def test_a_variant_with_parameters_needs_an_option_of_peft() -> None:
+    assert Variant("plain").peft_option is None
+    with pytest.raises(ConfigError, match=r"variant 'new' has parameters \(magnitudes\) and no peft_option"):
+        Variant("new", parameters=DORA.parameters)

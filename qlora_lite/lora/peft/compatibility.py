@@ -23,12 +23,12 @@ VLLM_SKIPPED_ENDS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.wei
 VLLM_KEY_ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 # embedding_modules of the models in vllm/model_executor/models.
 VLLM_EMBEDDINGS = ("embed_tokens", "lm_head")
-# vllm/lora/peft_helper.py, _validate_features and validate_legal: refused by name; older releases ignored those after
-# bias. For classifiers, vLLM accepts their heads (`classifier`, `score`) in modules_to_save.
+# vllm/lora/peft_helper.py, _validate_features and validate_legal: refused by name, as the options of the variants are;
+# older releases ignored those after bias. For classifiers, vLLM accepts their heads (`classifier`, `score`) in
+# modules_to_save.
 VLLM_REFUSED_OPTIONS = (
     "modules_to_save",
     "bias",
-    "lora_bias",
     "alora_invocation_tokens",
     "layer_replication",
     "use_bdlora",

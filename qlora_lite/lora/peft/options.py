@@ -1,7 +1,8 @@
 """The options in adapter_config.json: read as a LoraConfig, ignored, or refused.
 
-An option that changes what the adapter computes must be understood or refused. An option that only says where the
-adapter came from or how it was trained is ignored.
+An option that changes what the adapter computes, or that comes with tensors of its own, must be understood or refused.
+An option that only says where the adapter came from or how it was trained is ignored. Every option that is neither read
+nor ignored is refused if it is set.
 """
 
 from __future__ import annotations
@@ -63,19 +64,6 @@ IGNORED_OPTIONS = frozenset(
 )
 # Written by this package and ignored by peft: the packed base that the adapter belongs to (base_identity.py).
 OWN_OPTIONS = frozenset({"packed_base_sha256"})
-# Options that change what is computed, or that come with tensors of their own.
-REFUSED_OPTIONS = frozenset(
-    {
-        "alora_invocation_tokens",
-        "arrow_config",
-        "enable_lora",  # peft 0.2: A and B for some thirds of a joined projection only
-        "kasa_config",
-        "layer_replication",
-        "monteclora_config",
-        "use_bdlora",
-        "use_qalora",
-    }
-)
 # Initializations that change the base weight too, so that A and B alone are not the adapter.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 UNSET: tuple[object, ...] = (None, False, "none", "", [], {})
