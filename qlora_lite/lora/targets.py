@@ -8,7 +8,7 @@ take TargetedLayers.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -103,9 +103,31 @@ def adaptable_names(model: nn.Module) -> set[str]:
 
 
 def _adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the layers of a model without adapters that could get one, under every name that they have."""
-    modules = model.named_modules(remove_duplicate=False)
+    """Returns the layers of a model without adapters that could get one, each under its first name."""
+    modules = model.named_modules()
     return {name: module for name, module in modules if kind_of(module) is not None} | unpacked_stacks(model)
+
+
+def _further_names(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Returns the names of these layers that are not keys of `layers`, each with the key of its layer."""
+    first = {module: name for name, module in layers.items()}
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: first[module] for name, module in modules if module in first and name not in layers}
+
+
+def _check_first_names(model: nn.Module, targets: Iterable[str], layers: Mapping[str, nn.Module]) -> None:
+    """Raises TargetError for targets that match layers by another name than their first only, as peft refuses them."""
+    further, wrong, right = _further_names(model, layers), list[str](), list[str]()
+    for target in targets:
+        matched = [first for name, first in further.items() if name_matches(name, target)]
+        if matched and not any(name_matches(name, target) for name in layers):
+            wrong.append(target)
+            right += matched
+    if wrong:
+        raise TargetError(
+            f"target_modules {wrong} match layers that have several names, by a name that is not their first; "
+            f"use the first: {listing(dict.fromkeys(right), 4)}"
+        )
 
 
 def _check_no_custom_forward(chosen: Mapping[str, nn.Module]) -> None:
@@ -183,6 +205,7 @@ def _targeted(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     else:
         _check_convolutions(model, targets)
         if not isinstance(targets, str) and not callable(targets):
+            _check_first_names(model, targets, layers)
             check_all_matched("target_modules", targets, layers)
         targeted = {name: layers[name] for name in _matching("target_modules", targets, layers)}
     if not targeted:
@@ -245,7 +268,7 @@ def select_targets(model: nn.Module, config: LoraConfig) -> list[TargetedLayer]:
     if not chosen:
         raise TargetError(f"exclude_modules leaves none of the {len(targeted)} targeted layers")
     _check_no_custom_forward(chosen)
-    _check_called(model, list(chosen))
+    _check_called(model, [*chosen, *_further_names(model, chosen)])
     names = _without_modules_to_save(chosen, model, config)
     modules = dict(model.named_modules()) | unpacked_stacks(model)
     found = [TargetedLayer.of(name, module, config) for name, module in modules.items() if name in names]

@@ -144,6 +144,24 @@ def test_a_layer_with_a_forward_of_its_own_can_be_excluded() -> None:
     assert [layer.name for layer in select_targets(model, LoraConfig(exclude_modules=["1"]))] == ["0"]
 
 
+def test_layers_with_several_names_are_targeted_by_their_first() -> None:
+    model = nn.Module()
+    model.a = model.b = nn.Linear(4, 4)
+    model.c = nn.Linear(4, 4)
+    for targets in (["a"], "[ab]", "all-linear", lambda name, layer: True):
+        layers = select_targets(model, LoraConfig(target_modules=targets))
+        assert [layer.name for layer in layers if layer.module is model.a] == ["a"]
+    for names in (["b"], ["c", "b"]):
+        with pytest.raises(TargetError, match=r"target_modules \['b'\] match layers that .*; use the first: a$"):
+            add_lora_(model, LoraConfig(target_modules=names))
+    for targets in ("b", lambda name, layer: name == "b"):
+        with pytest.raises(TargetError, match=r"target_modules .* matched no layer"):
+            add_lora_(model, LoraConfig(target_modules=targets))
+    with pytest.raises(TargetError, match=r"exclude_modules \['b'\] excludes no targeted layer; targeted are: a, c"):
+        add_lora_(model, LoraConfig(exclude_modules=["b"]))
+    assert not lora_layers(model) and model.a is model.b
+
+
 def test_each_target_is_resolved_once_with_its_own_numbers(small_model: Callable[..., Any]) -> None:
     model = small_model("MixtralConfig")
     config = LoraConfig(
