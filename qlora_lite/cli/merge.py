@@ -22,6 +22,7 @@ from qlora_lite.cli.options import (
     finish,
     shard_bytes,
 )
+from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 
 def merge(
@@ -33,10 +34,10 @@ def merge(
         typer.Option(help="Weights to merge into: dequantized (those that the adapter was trained on) or original."),
     ] = "dequantized",
     dtype: Annotated[str, typer.Option(help="dtype to write: fp16, bf16 or fp32.")] = "fp16",
-    format: Format = "nf4",
+    format: Format = DEFAULT_FORMAT,
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
-    embedding_format: EmbeddingFormat = "none",
+    embedding_format: EmbeddingFormat = UNPACKED,
     max_shard_size: MaxShardSize = "5GB",
     verify: Annotated[
         Path | None,

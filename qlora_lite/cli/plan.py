@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from qlora_lite.cli.options import Checkpointing, DoubleQuant, EmbeddingFormat, Format, Json, Optimizer, Rank
+from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 DOES_NOT_FIT = 3
 NOT_KNOWN = 1
@@ -28,9 +29,9 @@ def plan(
             "Default: 512MiB on an accelerator; on a CPU, what this process takes before it loads a model."
         ),
     ] = None,
-    format: Format = "nf4",
+    format: Format = DEFAULT_FORMAT,
     double_quant: DoubleQuant = True,
-    embedding_format: EmbeddingFormat = "none",
+    embedding_format: EmbeddingFormat = UNPACKED,
     rank: Rank = 16,
     optimizer: Optimizer = "adamw",
     checkpointing: Checkpointing = "full",

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from qlora_lite.cli.options import Checkpointing, EmbeddingFormat, Format, Int8Activations, Json, Model, Rank
+from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 
 def profile(
     model: Model,
-    format: Format = "nf4",
-    embedding_format: EmbeddingFormat = "none",
+    format: Format = DEFAULT_FORMAT,
+    embedding_format: EmbeddingFormat = UNPACKED,
     int8_activations: Int8Activations = False,
     rank: Rank = 16,
     rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 2,

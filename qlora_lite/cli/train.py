@@ -28,7 +28,9 @@ from qlora_lite.cli.options import (
     listed_tokens,
     settings,
 )
+from qlora_lite.data.records import SHAPES_IN_WORDS
 from qlora_lite.errors import ConfigError
+from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 if TYPE_CHECKING:
     from qlora_lite.data.tokenization import TokenizedSet
@@ -92,16 +94,13 @@ def train(
     model: Model,
     data: Annotated[
         Path,
-        typer.Option(
-            "--data",
-            help="JSONL file of records with messages; prompt and completion; instruction and output; or text.",
-        ),
+        typer.Option("--data", help=f"JSONL file of records, each with the keys of one shape: {SHAPES_IN_WORDS}."),
     ],
     output: Output,
-    format: Format = "nf4",
+    format: Format = DEFAULT_FORMAT,
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
-    embedding_format: EmbeddingFormat = "none",
+    embedding_format: EmbeddingFormat = UNPACKED,
     int8_activations: Int8Activations = False,
     rank: Rank = 16,
     alpha: Alpha = 32.0,
