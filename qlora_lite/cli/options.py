@@ -26,7 +26,12 @@ _FORMATS = [f"{row.name} ({row.help})" for row in FORMATS.values()]
 _EMBEDDING_FORMATS = either(*embedding_formats())
 _INTEGER_FORMATS = either(*formats_where(lambda row: row.integer_product))
 Format = Annotated[str, typer.Option("--format", help=f"Format of the base weights: {either(*_FORMATS, UNPACKED)}.")]
-PackedFormat = Annotated[str, typer.Option("--format", help=f"Format of the linear layers: {either(*_FORMATS)}.")]
+_WRITABLE_FORMATS = [
+    f"{name} ({FORMATS[name].help})" for name in formats_where(lambda row: row.bitsandbytes is not None)
+]
+PackedFormat = Annotated[
+    str, typer.Option("--format", help=f"Format of the linear layers: {either(*_WRITABLE_FORMATS)}.")
+]
 EmbeddingFormat = Annotated[
     str,
     typer.Option(

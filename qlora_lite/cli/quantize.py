@@ -16,28 +16,28 @@ from qlora_lite.cli.options import (
     finish,
     shard_bytes,
 )
+from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 
 def quantize(
     model: Model,
     output: Output,
-    format: PackedFormat = "nf4",
+    format: PackedFormat = DEFAULT_FORMAT,
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
-    embedding_format: EmbeddingFormat = "none",
+    embedding_format: EmbeddingFormat = UNPACKED,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Write a packed checkpoint that transformers loads as pre-quantized, and the other commands as --model."""
     from qlora_lite.checkpoints.load import load_quantized
-    from qlora_lite.export.quantized import save_quantized
+    from qlora_lite.export.quantized import check_formats, save_quantized
     from qlora_lite.quantization.config import QuantConfig
-    from qlora_lite.quantization.formats import format_named
     from qlora_lite.signals import deferred_signals
 
     quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
-    format_named(format)  # refuses "none", which packs nothing
+    check_formats(quant)
     shard = shard_bytes(max_shard_size)
     check_output(output, overwrite, model)
     with deferred_signals():

@@ -33,13 +33,25 @@ from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, listing
 from qlora_lite.export.plain_weights import Holder, weights_to_write
 from qlora_lite.lora.layer import LoraLayer
+from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.experts import PackedStack
-from qlora_lite.quantization.formats import format_named
+from qlora_lite.quantization.formats import UNPACKED, either, embedding_formats, format_named, formats_where
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.signals import check_signals
 
 SHOWN = 8
+
+
+def check_formats(config: QuantConfig) -> None:
+    """Raises ConfigError for formats that `save_quantized` cannot write, before a model is loaded in them."""
+    names = formats_where(lambda row: row.bitsandbytes is not None)
+    require(
+        config.format in names, f"the format of a packed checkpoint must be one of {', '.join(names)}", config.format
+    )
+    tables = [*filter(_is_8bit, embedding_formats()), UNPACKED]
+    choice = f"the embedding_format of a packed checkpoint must be {either(*tables)}"
+    require(config.embedding_format in tables, choice, config.embedding_format)
 
 
 def _is_8bit(format: str) -> bool:
