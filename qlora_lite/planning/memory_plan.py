@@ -16,7 +16,7 @@ from qlora_lite.errors import ConfigError, QLoRAError, RehearsalError
 from qlora_lite.planning.forecast import Forecast, Forecaster, TrainingSetup, parameter_and_buffer_bytes
 from qlora_lite.planning.rehearsal import fake_profiler, fake_tensors
 from qlora_lite.planning.training_rehearsal import build_fake_model
-from qlora_lite.quantization.formats import DEFAULT_FORMAT, FORMATS, UNPACKED, embedding_formats
+from qlora_lite.quantization.formats import FORMATS, UNPACKED, embedding_formats
 from qlora_lite.training.loop import check_batch_shape
 
 # The search for the largest batch ends here; nobody trains with more rows.
@@ -277,7 +277,7 @@ def _changes(setup: TrainingSetup) -> list[tuple[str, TrainingSetup]]:
     if quant.embedding_format == UNPACKED:
         rows = embedding_formats()[0]
         found.append((f"{rows} embedding and head", replace(setup, quant=replace(quant, embedding_format=rows))))
-    row, smallest = FORMATS.get(quant.format), FORMATS[DEFAULT_FORMAT]
+    row, smallest = FORMATS.get(quant.format), min(FORMATS.values(), key=lambda row: row.bits)
     if row is None or row.bits > smallest.bits:
         packed = replace(quant, format=smallest.name, int8_activations=False)
         found.append((f"{smallest.name} in place of {quant.format}", replace(setup, quant=packed)))

@@ -15,15 +15,16 @@ from qlora_lite.quantization.layouts import check_blocksize
 class QuantConfig:
     """How a frozen base is stored.
 
-    format: of every linear layer that is not skipped: `nf4`, `fp4`, `int8`, or `none` to leave it unpacked.
+    format: of every linear layer that is not skipped: a name in `FORMATS`, or `none` to leave it unpacked.
     blocksize: values per block of the 4-bit formats.
     double_quant: whether the statistics of the 4-bit formats are packed too (QLoRA, section 3).
     compute_dtype: dtype that a packed weight is unpacked to for a product. None follows the layer's input, except for
         bf16 on a CPU without bf16 instructions, where it is fp32.
-    int8_activations: with format `int8`, whether layers round their inputs to int8 by rows and multiply in integers,
-        with columns of large values apart (LLM.int8()). The forward pass is faster, and less exact than unpacking the
-        weight. Gradients are computed from the unpacked weight in either case.
-    embedding_format: `int8` packs input embedding and output head by rows, tied or not; `none` leaves them unpacked.
+    int8_activations: with a format whose row has `integer_product` (`int8`), whether layers round their inputs to int8
+        by rows and multiply in integers, with columns of large values apart (LLM.int8()). The forward pass is faster,
+        and less exact than unpacking the weight. Gradients are computed from the unpacked weight in either case.
+    embedding_format: a format whose row has `holds_embeddings` (`int8`) packs input embedding and output head, tied or
+        not; `none` leaves them unpacked.
     skip_modules: names of linear layers and experts modules to leave unpacked, whole or their last parts; None skips
         the output head.
     """

@@ -1,7 +1,7 @@
 """One row for each format that a frozen base weight is stored in; plain arithmetic, no torch.
 
-Nothing else in the package compares names of formats: what code asks of a format, it asks the row. To add a format,
-add its row to `FORMATS`, with kernels that pack and unpack it if none here do.
+Other files ask the row of a format, and compare no format with a name of their own. To add a format, add its row to
+`FORMATS`; if no kernels of kernels.py pack and unpack it, write these there.
 
 `nf4`, `fp4`  QLoRA (arXiv:2305.14314, section 3): each value of a block becomes the index of the nearest of 16 code
               values after division by the block's absmax; two indices share a byte.
@@ -33,7 +33,7 @@ class Format:
 
     name: as settings, and bitsandbytes' files (`quant_type`), have it.
     help: what it is, in a few words for the command line.
-    bits: of one code; `8 // bits` codes share a byte.
+    bits: of one code, 4 or 8. Two codes of 4 bits share a byte.
     layout: which statistics there are, of blocks or of rows.
     kernels: returns the functions that pack and unpack it; called only once there is something to pack, because these
         import torch and bitsandbytes.
@@ -41,8 +41,10 @@ class Format:
     holds_embeddings: whether an embedding can be stored in it: its kernels select rows by number.
     integer_product: whether its kernels can multiply it by int8 activations (`int8_activations`).
     largest: the largest magnitude that it can hold.
-    bitsandbytes: the layout of bitsandbytes' checkpoints that holds it, None if there is none. The 8-bit layout does
-        not record a name, so one format alone can be read from it.
+    bitsandbytes: the layout of bitsandbytes' checkpoints that holds it, None if there is none. `4bit` promises codes of
+        4 bits in layout `BLOCKS`, the first of two in the upper half of a byte, and kernels with `code_values`, the
+        table that the file stores; transformers can load it if bitsandbytes knows the name. `8bit` promises layout
+        `ROWS` and values index * absmax / 127. It does not record a name, so one format alone can be read from it.
     """
 
     name: str

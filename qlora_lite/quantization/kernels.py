@@ -46,6 +46,9 @@ class PackedBuffers(Protocol):
     nested_code: Tensor
 
     @property
+    def bits(self) -> int: ...
+
+    @property
     def device(self) -> torch.device: ...
 
 
@@ -125,7 +128,7 @@ def _pack_blocks(into: PackedBuffers, slices: Slices) -> None:
         flat, offset = rows.reshape(-1), first_row * into.shape[1]
         for part in row_slices(flat.numel(), CHUNK_VALUES, flat):
             codes, chunk_absmax = _pack_chunk(flat[part], into.blocksize, into.format)
-            place = (offset + part.start) // 2
+            place = (offset + part.start) * into.bits // 8
             into.packed[place : place + codes.numel()] = codes.view(-1)
             first = (offset + part.start) // into.blocksize
             absmax[first : first + chunk_absmax.numel()] = chunk_absmax
@@ -158,7 +161,7 @@ def _unpack_blocks(packed: PackedBuffers, dtype: torch.dtype, first: int, last: 
     columns, blocksize = packed.shape[1], packed.blocksize
     values = (last - first) * columns
     start = first * columns
-    codes = packed.packed[start // 2 : block_count(start + values, 2)]
+    codes = packed.packed[start * packed.bits // 8 : block_count((start + values) * packed.bits, 8)]
     absmax = _block_absmax(packed, start // blocksize, block_count(start + values, blocksize))
     if blocksize > LARGEST_KERNEL_BLOCK:
         absmax = absmax.repeat_interleave(blocksize // LARGEST_KERNEL_BLOCK)

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from qlora_lite.checks import check_finite
 from qlora_lite.errors import QuantizationError
 from qlora_lite.quantization.config import QuantConfig
-from qlora_lite.quantization.formats import either, embedding_formats, format_named, row_step, storage_bytes
+from qlora_lite.quantization.formats import (
+    UNPACKED,
+    either,
+    embedding_formats,
+    format_named,
+    formats_where,
+    row_step,
+    storage_bytes,
+)
 from qlora_lite.quantization.kernels import Slices, nested_code
 
 
@@ -31,7 +39,8 @@ def check_packable(weight: Tensor, name: str, format: str, first_row: int = 0) -
         raise QuantizationError(f"{name} has no values: {tuple(weight.shape)}; leave it unpacked (skip_modules)")
     largest, limit = check_finite(weight, name, first_row), format_named(format).largest
     if largest > limit:
-        raise QuantizationError(f"{name} reaches {largest:g}, above {limit:g}, the limit of {format}; use nf4")
+        wider = either(*formats_where(lambda row: row.largest >= largest), UNPACKED)
+        raise QuantizationError(f"{name} reaches {largest:g}, above {limit:g}, the limit of {format}; use {wider}")
 
 
 class PackedWeight(nn.Module):
@@ -104,6 +113,11 @@ class PackedWeight(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.packed.device
+
+    @property
+    def bits(self) -> int:
+        """The bits of one code."""
+        return format_named(self.format).bits
 
     def storage_bytes(self) -> int:
         """Returns the bytes of codes and statistics by the formula; equal to the bytes of the buffers."""

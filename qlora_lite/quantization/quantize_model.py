@@ -16,7 +16,7 @@ from qlora_lite.architecture import input_embedding, output_head
 from qlora_lite.errors import ConfigError, TargetError, listing
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.experts import PackedStack, RoutedExperts, packable_stacks, stacks
-from qlora_lite.quantization.formats import UNPACKED
+from qlora_lite.quantization.formats import UNPACKED, either, embedding_formats
 from qlora_lite.quantization.from_bitsandbytes import converted, is_bitsandbytes, remove_bitsandbytes_marks_
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight, check_packable
@@ -72,9 +72,10 @@ def _check_structure(model: nn.Module, targets: dict[str, nn.Module]) -> None:
             kind = type(module).__name__
             raise TargetError(f"{name} is a {kind} with a forward of its own; leave it unpacked (skip_modules)")
         if embedding is not None and module.weight is embedding:
+            formats = either(*map(repr, embedding_formats()))
             raise TargetError(
                 f"{name} shares its weight with the input embedding and packing it alone would untie them; "
-                f"leave it out (skip_modules) or pack both (embedding_format='int8')"
+                f"leave it out (skip_modules) or pack both (embedding_format={formats})"
             )
 
 

@@ -54,7 +54,9 @@ def test_bad_values_are_named_with_their_place(bad: float) -> None:
     weight[3, 5] = weight[6, 1] = bad
     with pytest.raises(QuantizationError, match=r"mlp\.weight holds -?(nan|inf) at index \(3, 5\)"):
         PackedWeight.of(weight, QuantConfig(), name="mlp.weight")
-    with pytest.raises(QuantizationError, match=r"reaches 70000, above 65504"):
+    with pytest.raises(
+        QuantizationError, match=r"reaches 70000, above 65504, the limit of int8; use nf4, fp4 or none$"
+    ):
         PackedWeight.of(torch.full((2, 2), 7e4), QuantConfig(format="int8"))
     with pytest.raises(QuantizationError, match="must be a matrix of floats"):
         PackedWeight.of(torch.ones(3), QuantConfig())
