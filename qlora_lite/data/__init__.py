@@ -2,10 +2,15 @@
 
 In reading order:
 
-records        records of a JSONL file, checked
-tokenization   token ids of records, with labels on the tokens that are learned
-batching       batches of examples, padded or packed
-stream         the batches of a run, with a position that can be resumed
+messages        the messages of a conversation, checked
+records         records of a JSONL file, checked
+chat_marks      marks that show where a chat template writes each piece of a conversation
+chat            the characters of a rendered conversation that are learned
+chat_template   the forms of a conversation that a chat template accepts
+encoding        the token ids of one record, with labels on the tokens that are learned
+tokenization    the same for all records of a file
+batching        batches of examples, padded or packed
+stream          the batches of a run, with a position that can be resumed
 """
 
 from __future__ import annotations
@@ -18,9 +23,9 @@ if TYPE_CHECKING:
     from qlora_lite.data.batching import Batch as Batch
     from qlora_lite.data.batching import batches as batches
     from qlora_lite.data.batching import labelled_tokens as labelled_tokens
+    from qlora_lite.data.encoding import TokenizedExample as TokenizedExample
     from qlora_lite.data.records import read_records as read_records
     from qlora_lite.data.stream import BatchStream as BatchStream
-    from qlora_lite.data.tokenization import TokenizedExample as TokenizedExample
     from qlora_lite.data.tokenization import TokenizedSet as TokenizedSet
     from qlora_lite.data.tokenization import tokenize_all as tokenize_all
     from qlora_lite.data.tokenization import tokenize_file as tokenize_file
@@ -29,7 +34,8 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "records": "read_records",
-        "tokenization": "tokenize_file tokenize_all TokenizedExample TokenizedSet",
+        "encoding": "TokenizedExample",
+        "tokenization": "tokenize_file tokenize_all TokenizedSet",
         "batching": "batches Batch labelled_tokens",
         "stream": "BatchStream",
     },

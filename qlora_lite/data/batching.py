@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_lite.checks import is_count, require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.tokenization import TokenizedExample
+from qlora_lite.data.encoding import TokenizedExample
 
 Batch = dict[str, Tensor]
 

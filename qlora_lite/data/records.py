@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from qlora_lite.checkpoints.files import excerpt, open_regular, reason
+from qlora_lite.data.messages import check_text, checked_messages
 from qlora_lite.errors import CheckpointError
 
 SHAPES: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",))
@@ -29,17 +30,13 @@ PROMPT_ALONE = ("prompt",)
 LONGEST_LINE = 32 << 20
 
 
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
 class Record(TypedDict, total=False):
     """A checked record. It has the keys of one shape, and maybe others."""
 
-    messages: list[Message]
+    messages: list[dict[str, object]]
+    tools: list[object] | str
+    documents: list[object]
+    chat_template_kwargs: dict[str, object]
     prompt: str
     completion: str
     instruction: str
@@ -101,12 +98,12 @@ def check_record(record: object, place: str = "record", prompts_too: bool = Fals
         raise CheckpointError(f"{place}: expected a JSON object, got {got}; write one JSON object per line")
     shape = shape_of(record, place, prompts_too)
     if shape == ("messages",):
-        _check_messages(record["messages"], place)
+        checked_messages(record["messages"], place)
         return
     for key in shape:
-        _check_string(record[key], key, place)
+        check_text(record[key], key, place)
     if shape == ("instruction", "output") and record.get("input") is not None:
-        _check_string(record["input"], "input", place)
+        check_text(record["input"], "input", place)
 
 
 def shape_of(record: Mapping[str, object], place: str, prompts_too: bool = False) -> tuple[str, ...]:
@@ -117,29 +114,3 @@ def shape_of(record: Mapping[str, object], place: str, prompts_too: bool = False
     keys = ", ".join(sorted(map(str, record))) or "none"
     words = f"{SHAPES_IN_WORDS} | prompt" if prompts_too else SHAPES_IN_WORDS
     raise CheckpointError(f"{place}: unknown shape with keys {keys}; use one of: {words}")
-
-
-def _check_string(value: object, key: str, place: str) -> None:
-    if not isinstance(value, str):
-        got = f"{type(value).__name__} {excerpt(value)}"
-        raise CheckpointError(f"{place}: {key} must be a string, got {got}; write it as text in quotes")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        got = f"a lone surrogate at character {error.start + 1}"
-        raise CheckpointError(f"{place}: {key} must be valid Unicode, got {got}; remove it") from error
-
-
-def _check_messages(messages: object, place: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        wanted = "messages must be a list of {role, content}, at least one"
-        raise CheckpointError(f"{place}: {wanted}, got {type(messages).__name__} {excerpt(messages)}")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise CheckpointError(f"{place}: messages[{i}] must be {{role, content}}, got {excerpt(message)}")
-        _check_string(message["role"], f"messages[{i}].role", place)
-        _check_string(message["content"], f"messages[{i}].content", place)
-    roles = [message["role"] for message in messages]
-    if "assistant" in roles and "user" not in roles[: roles.index("assistant")]:
-        wanted = "messages must have a user message before the first assistant message"
-        raise CheckpointError(f"{place}: {wanted}, got roles {', '.join(roles)}; add the question that is answered")

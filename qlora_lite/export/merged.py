@@ -33,7 +33,7 @@ from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checkpoints.safetensors_write import DEFAULT_SHARD_BYTES, write_sharded
 from qlora_lite.checks import FLOAT_DTYPES, is_count, require
 from qlora_lite.compute.host_memory import set_host_limits
-from qlora_lite.data.tokenization import TokenizedExample
+from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.model_weights import ModelInMemory, ModelOnDisk, lazy_updates_
 from qlora_lite.export.plain_weights import plain_weights

@@ -23,7 +23,7 @@ from qlora_lite import architecture
 from qlora_lite.checks import require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.compute.slicing import rows_that_fit
-from qlora_lite.data.tokenization import TokenizedExample
+from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import ConfigError, QuantizationError
 from qlora_lite.export.lazy_model import LazyModel, LazyWeights
 from qlora_lite.signals import check_signals

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.batching import batches, epoch_order, pack
-from qlora_lite.data.tokenization import TokenizedExample
+from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import ConfigError
 
 

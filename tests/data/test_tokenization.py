@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.tokenization import TokenizedExample, tokenize, tokenize_all
+from qlora_lite.data.encoding import TokenizedExample
+from qlora_lite.data.tokenization import tokenize, tokenize_all
 from qlora_lite.errors import CheckpointError, ConfigError
 
 CHATML = (
@@ -128,7 +129,10 @@ def test_a_template_that_closes_no_turn_is_closed_with_eos() -> None:
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{{ messages[-1]['content'] }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "cannot be told apart"),
+        (
+            "{{ messages[-1]['content'] }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            r"writes messages\[1\].content in the prompt too",
+        ),
         ("{{ raise_exception('only one turn') }}", "refuses roles user, assistant, user, assistant.*only one turn"),
         ("{{ messages[7]['content'] }}", "the chat template refuses"),
         (None, "this tokenizer has no chat template"),

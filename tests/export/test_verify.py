@@ -19,7 +19,8 @@ from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_q
 from qlora_lite.checkpoints.hub import load_tokenizer
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.tokenization import TokenizedExample, tokenize_all
+from qlora_lite.data.encoding import TokenizedExample
+from qlora_lite.data.tokenization import tokenize_all
 from qlora_lite.errors import ConfigError, QuantizationError
 from qlora_lite.export import merged, plan, verify
 from qlora_lite.export.verify import BASES, Agreement, Verification, _paired_difference, _TokenStatistics, render

@@ -28,7 +28,7 @@ from qlora_lite import (
     save_adapter,
     unmerge_lora_,
 )
-from qlora_lite.data.tokenization import TokenizedExample
+from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import CheckpointError, InputError, TargetError
 from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.lora.adapters import adapters_disabled, lora_layers

@@ -28,7 +28,7 @@ from qlora_lite import (
 )
 from qlora_lite.checkpoints.safetensors_read import read_safetensors
 from qlora_lite.compute import lora_linear
-from qlora_lite.data.tokenization import TokenizedExample
+from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.lora.adapters import adapter_parameters, lora_layers

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_adapter_, load_quantized, save_adapter
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
-from qlora_lite.data.tokenization import TokenizedExample
+from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled

@@ -1,0 +1,180 @@
+"""A tokenizer's chat template: which form of a conversation it takes, what else it is given, and what it writes.
+
+Templates expect different forms of the same conversation. The content of an answer that only calls tools is None, an
+empty string or absent; the arguments of a call are an object or JSON text; a content is text or a list of parts; the
+reasoning of an answer is a field of its own or stands in the content between `<think>` and `</think>`. The forms are
+tried in turn until the template writes everything that the author wrote.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from qlora_lite.data.chat import (
+    ChatTemplateError,
+    Conversation,
+    KnownShapes,
+    LearnedText,
+)
+from qlora_lite.data.chat_marks import REASONING_KEYS, marks_in
+from qlora_lite.data.messages import ASSISTANT, Message
+from qlora_lite.errors import CheckpointError
+
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
+
+
+class TemplatedTokenizer(Protocol):
+    """The part of a transformers tokenizer that writes and knows special tokens."""
+
+    chat_template: Any  # a string, or several by name
+
+    def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> object: ...
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to hand a conversation over."""
+
+    reasoning: str = "as given"  # or "field", "content"
+    content: str = "as given"  # or "text", "parts"
+    missing: str = "none"  # or "text", "absent"
+    arguments: str = "object"  # or "text"
+
+    def of(self, message: Message) -> dict[str, object]:
+        """The message in this form."""
+        changed = _with_reasoning(message, self.reasoning)
+        content = changed.get("content")
+        if content is None:
+            changed.pop("content", None)
+            if self.missing != "absent":
+                changed["content"] = None if self.missing == "none" else ""
+        elif self.content == "parts" and isinstance(content, str):
+            changed["content"] = [{"type": "text", "text": content}]
+        elif self.content == "text" and isinstance(content, list) and all(_is_text(part) for part in content):
+            changed["content"] = "".join(str(part["text"]) for part in content)
+        calls = changed.get("tool_calls")
+        if isinstance(calls, list):
+            changed["tool_calls"] = [self._call(call) for call in calls]
+        return changed
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, object]:
+        arguments = call["function"].get("arguments")
+        if self.arguments == "text" and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        elif self.arguments == "object" and isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _is_text(part: object) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
+
+
+def _with_reasoning(message: Message, place: str) -> dict[str, object]:
+    changed, content = dict(message), message.get("content")
+    if message["role"] != ASSISTANT or place == "as given":
+        return changed
+    if place == "field" and isinstance(content, str) and (found := THOUGHT.fullmatch(content)):
+        changed |= {"reasoning_content": found[1].strip("\n"), "content": found[2]}
+    if place == "content" and isinstance(content, str | None):
+        thought = next((changed.pop(key) for key in REASONING_KEYS if isinstance(changed.get(key), str)), None)
+        if thought is not None:
+            changed["content"] = f"<think>\n{thought}\n</think>\n\n{content or ''}"
+    return changed
+
+
+def forms_for(messages: Sequence[Message]) -> Iterator[Form]:
+    """The forms that these messages can have, the given one first."""
+    contents = [message.get("content") for message in messages]
+    in_field = any(isinstance(message.get(key), str) for message in messages for key in REASONING_KEYS)
+    in_content = any(isinstance(text, str) and THOUGHT.fullmatch(text) for text in contents)
+    reasoning = ("as given", *("field",) * in_content, *("content",) * in_field)
+    is_list = any(isinstance(content, list) for content in contents)
+    missing = ("none", "text", "absent") if None in contents else ("none",)
+    arguments = ("object", "text") if any(message.get("tool_calls") for message in messages) else ("object",)
+    for reason, content in itertools.product(reasoning, ("as given", "text" if is_list else "parts")):
+        for absent, argument in itertools.product(missing, arguments):
+            yield Form(reason, content, absent, argument)
+
+
+@dataclass
+class ChatTemplate:
+    """The chat template of a tokenizer, and what conversations have shown of it so far."""
+
+    tokenizer: TemplatedTokenizer
+    specials: Sequence[str] = ()
+    known: KnownShapes = field(default_factory=KnownShapes)
+    _taken: dict[object, Form] = field(default_factory=dict)
+    _special: re.Pattern[str] | None = None
+
+    def __post_init__(self) -> None:
+        longest_first = sorted(map(re.escape, filter(None, self.specials)), key=len, reverse=True)
+        self._special = re.compile("|".join(longest_first)) if longest_first else None
+
+    def special_at(self, text: str, position: int) -> int:
+        """The length of the special token that begins at a position of a text, or 0."""
+        found = self._special and self._special.match(text, position)
+        return len(found[0]) if found else 0
+
+    def write(self, messages: Sequence[Message], for_generation: bool, given: Mapping[str, object]) -> str:
+        """The text of a conversation. given: tools, documents and other variables of the template.
+
+        Raises CheckpointError with the template's own words if it refuses the conversation.
+        """
+        options = {"tokenize": False, "add_generation_prompt": for_generation, **given}
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), **options))
+        except Exception as error:  # a template is a program of the checkpoint's, and may raise anything
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise CheckpointError(
+                f"the chat template refuses roles {roles} ({type(error).__name__}: {error}); "
+                f"change the record to what it accepts"
+            ) from error
+
+    def learned(
+        self, messages: Sequence[Message], answers: Iterable[int], given: Mapping[str, object]
+    ) -> list[LearnedText]:
+        """Texts in which each of these messages is learned as the model generates it.
+
+        Raises ChatTemplateError, naming the fields, if the template leaves out text of the messages or the tools in
+        every form, and CheckpointError if it refuses all forms.
+        """
+        if marks_in(messages):
+            raise ChatTemplateError("messages hold characters of Unicode's private use, U+E000 to U+E01F; remove them")
+        chosen, setting = list(answers), json.dumps(given, sort_keys=True, default=str)
+        structure = tuple(self._structure(message) for message in messages[:8])
+        known = self._taken.get((setting, structure))
+        errors: list[CheckpointError] = []
+        for form in dict.fromkeys([*([known] if known else []), *forms_for(messages)]):
+            written = [form.of(message) for message in messages]
+            conversation = Conversation(
+                written, lambda part, ask: self.write(part, ask, given), self.special_at, self.known, (form, setting)
+            )
+            try:
+                found = conversation.learned(chosen)
+                self._check_tools(found, given)
+            except CheckpointError as error:
+                errors.append(error)
+                continue
+            self._taken[setting, structure] = form
+            return found
+        raise next((error for error in errors if isinstance(error, ChatTemplateError)), errors[0])
+
+    @staticmethod
+    def _structure(message: Message) -> tuple[object, ...]:
+        content = message.get("content")
+        thinks = isinstance(content, str) and THOUGHT.fullmatch(content) is not None
+        return (message["role"], type(content).__name__, thinks, *sorted(message))
+
+    @staticmethod
+    def _check_tools(found: Sequence[LearnedText], given: Mapping[str, object]) -> None:
+        tools = given.get("tools")
+        for tool in tools if isinstance(tools, list) else ():
+            name = str(tool.get("function", tool).get("name"))
+            if any(name not in text.text for text in found):
+                raise ChatTemplateError(f"the chat template leaves out the tool {name!r}")

@@ -1,0 +1,116 @@
+"""The messages of a conversation, checked, in the form of OpenAI's chats and without what Arrow adds.
+
+    {"role": "assistant", "content": "...", "reasoning_content": "...", "weight": 1,
+     "tool_calls": [{"type": "function", "function": {"name": "...", "arguments": {...}}}]}
+
+content: text, a list of parts, or null for an answer that only calls tools. arguments: an object or JSON text. A null
+in any other place counts as absent, since Arrow writes one for every missing column. `weight` (0 or 1), `train`,
+`trainable` and `loss` say whether an answer is learned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from qlora_lite.checkpoints.files import excerpt
+from qlora_lite.errors import CheckpointError
+
+ASSISTANT = "assistant"
+SWITCHES = ("weight", "train", "trainable", "loss")
+Message = Mapping[str, object]
+
+
+def check_text(value: object, name: str, place: str) -> None:
+    """Raises CheckpointError, beginning with `place`, unless the value is a string that UTF-8 can hold."""
+    if not isinstance(value, str):
+        got = f"{type(value).__name__} {excerpt(value)}"
+        raise CheckpointError(f"{place}: {name} must be a string, got {got}; write it as text in quotes")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        got = f"a lone surrogate at character {error.start + 1}"
+        raise CheckpointError(f"{place}: {name} must be valid Unicode, got {got}; remove it") from error
+
+
+def without_nulls(value: object) -> object:
+    """A JSON value without the keys that hold null."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [without_nulls(part) for part in value]
+    return value
+
+
+def checked_messages(messages: object, place: str) -> list[dict[str, object]]:
+    """Copies of the messages, checked; `content` is None where an answer only calls tools.
+
+    Raises CheckpointError, beginning with `place`, for what is not a conversation.
+    """
+    if not isinstance(messages, list) or not messages:
+        wanted = "messages must be a list of {role, content}, at least one"
+        raise CheckpointError(f"{place}: {wanted}, got {type(messages).__name__} {excerpt(messages)}")
+    return [_checked(message, f"messages[{index}]", place) for index, message in enumerate(messages)]
+
+
+def _checked(message: object, name: str, place: str) -> dict[str, object]:
+    if not isinstance(message, Mapping) or message.get("role") is None:
+        raise CheckpointError(f"{place}: {name} must be {{role, content}}, got {excerpt(message)}")
+    checked = {key: without_nulls(value) for key, value in message.items() if value is not None}
+    check_text(checked["role"], f"{name}.role", place)
+    if calls := checked.pop("tool_calls", None):
+        checked["tool_calls"] = _checked_calls(calls, f"{name}.tool_calls", place)
+    content = checked.get("content")
+    if isinstance(content, list):
+        for number, part in enumerate(content):
+            if isinstance(part, Mapping) and part.get("type", "text") == "text":
+                check_text(part.get("text"), f"{name}.content[{number}].text", place)
+            else:
+                got = excerpt(part)
+                raise CheckpointError(f"{place}: {name}.content[{number}] must be a text part, got {got}; remove it")
+    elif content is None and "tool_calls" in checked:
+        checked["content"] = None
+    elif content is None and "content" not in message:
+        raise CheckpointError(f"{place}: {name} must be {{role, content}}, got {excerpt(message)}")
+    else:
+        check_text(content, f"{name}.content", place)
+    return checked
+
+
+def _checked_calls(calls: object, name: str, place: str) -> list[dict[str, object]]:
+    if not isinstance(calls, list):
+        raise CheckpointError(f"{place}: {name} must be a list of calls, got {excerpt(calls)}")
+    checked = []
+    for number, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            wanted = "{function: {name, arguments}}"
+            raise CheckpointError(f"{place}: {name}[{number}] must be {wanted}, got {excerpt(call)}")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                json.loads(arguments or "{}")
+            except ValueError as error:
+                got = excerpt(arguments)
+                raise CheckpointError(f"{place}: {name}[{number}].arguments must be JSON, got {got}") from error
+        made = {"name": function["name"], "arguments": arguments if arguments != "" else {}}
+        rest = call if "function" in call else {}
+        checked.append({"type": "function", **rest, "function": made})
+    return checked
+
+
+def is_learned(message: Message, place: str) -> bool:
+    """Whether the switches of an answer say that it is learned; they do if there are none.
+
+    Raises CheckpointError, beginning with `place`, for a switch that is neither on nor off.
+    """
+    found = [(key, message[key]) for key in SWITCHES if key in message]
+    for key, value in found:
+        if value not in (0, 1):
+            raise CheckpointError(f"{place}: {key} must be 0 or 1, true or false; got {excerpt(value)}")
+    return all(bool(value) for _, value in found)
+
+
+def without_switches(message: Message) -> dict[str, object]:
+    """The message as a chat template gets it."""
+    return {key: value for key, value in message.items() if key not in SWITCHES}
