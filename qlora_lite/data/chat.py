@@ -60,13 +60,21 @@ class _Borders:
     behind: int
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """How a template opens an answer that follows a user's message, and whether it writes anything behind it."""
+
+    opening: str
+    is_ended: bool
+
+
 @dataclass
 class KnownShapes:
     """What was found of answers of one shape, for all conversations of one template. None: such an answer does not
     stand in a rendering that goes on."""
 
     borders: dict[tuple[Hashable, ...], _Borders | None] = field(default_factory=dict)
-    ends_turns: dict[bool, bool] = field(default_factory=dict)  # by whether contents are lists of parts
+    turns: dict[bool, _Turn] = field(default_factory=dict)  # by whether contents are lists of parts
 
 
 def common_length(one: str, other: str) -> int:
@@ -153,7 +161,7 @@ class Conversation:
     ) -> LearnedText:
         spans = tuple(span for index in standing if (span := borders[index]) is not None)
         is_last = not rendering.text[spans[-1][1] :].strip()
-        return LearnedText(rendering.text, spans, tuple(standing), is_last and not self._ends_turns())
+        return LearnedText(rendering.text, spans, tuple(standing), is_last and not self._turn().is_ended)
 
     def _borders(self, rendering: Rendering, index: int, count: int) -> tuple[int, int] | None:
         """(start, stop) of an answer, or None if it does not stand in this rendering of `count` messages."""
@@ -162,6 +170,8 @@ class Conversation:
             return self._compared(rendering, index, count)
         first = min(rendering.spans[number][0] for number in pieces)
         last = max(rendering.spans[number][1] for number in pieces)
+        if pieces[0] > rendering.whole:  # the template left out a piece before: it rewrote history
+            return self._compared(rendering, index, count)
         shape = self._shape(rendering, index, first, last, index + 1 == count)
         if shape not in self._known.borders:
             span = self._compared(rendering, index, count)
@@ -186,10 +196,7 @@ class Conversation:
         next_one = bisect_left(order, (last, last))
         behind = order[next_one][0] if next_one < len(order) else len(rendering.text)
         fields = tuple(self._marked.pieces[number].field for number in self._of[index])
-        # Where the template left out a piece before, it rewrote history: such an answer is compared by itself.
-        rewritten = self._of[index][0] > rendering.whole
-        unique = (id(self), index) if rewritten else None
-        return (self._setting, fields, tuple(frames), rendering.text[last:behind], is_last, earlier is None, unique)
+        return (self._setting, fields, tuple(frames), rendering.text[last:behind], is_last, earlier is None)
 
     def _compared(self, rendering: Rendering, index: int, count: int) -> tuple[int, int] | None:
         """The same, by comparing the renderings that end before and with the answer."""
@@ -202,27 +209,35 @@ class Conversation:
             names = dict.fromkeys(f"messages[{index}].{self._marked.pieces[number].field}" for number in early)
             raise ChatTemplateError(f"the chat template writes {listing(names)} in the prompt too")
         first = min((own.spans[number][0] for number in pieces), default=len(own.text.rstrip()))
-        start = min(prompt, first)
-        empty = [match.end() for match in EMPTY_REASONING.finditer(own.text, 0, first) if match.end() > start]
-        start = min(max([start, *empty]), first)
+        start = self._start(own.text, min(prompt, first), first)
         last = max(last, start)
         stop = last + len(own.text[last:].rstrip())
         self._check_answer(index, own.text, start, first, stop)
         if not rendering.text.startswith(own.text[:stop]):
             return None
-        if own is not rendering and not self._ends_turns():  # the token that begins the next turn ends this one
+        if own is not rendering and not self._turn().is_ended:  # the token that begins the next turn ends this one
             following = self._special_at(rendering.text, stop)
             return (start, stop + following) if following else None
         return start, stop
 
-    def _ends_turns(self) -> bool:
-        """Whether the template writes anything behind an answer."""
+    def _start(self, text: str, prompt: int, first: int) -> int:
+        """Where the learned part of an answer begins whose first piece is at `first`: behind the generation prompt, and
+        behind an opening of a turn or an empty block of reasoning that only the template wrote."""
+        start, opening = prompt, self._turn().opening
+        if opening and (place := text.rfind(opening, max(0, prompt - len(opening)), first)) >= 0:
+            start = max(start, place + len(opening))
+        empty = [match.end() for match in EMPTY_REASONING.finditer(text, 0, first) if match.end() > start]
+        return min(max([start, *empty]), first)
+
+    def _turn(self) -> _Turn:
         in_parts = any(isinstance(message.get("content"), list) for message in self._messages)
-        if in_parts not in self._known.ends_turns:
+        if in_parts not in self._known.turns:
             contents = [[{"type": "text", "text": text}] if in_parts else text for text in ("question", "answer")]
-            asked = [{"role": role, "content": text} for role, text in zip(("user", ASSISTANT), contents, strict=True)]
-            self._known.ends_turns[in_parts] = not self._write(asked, False).rstrip().endswith("answer")
-        return self._known.ends_turns[in_parts]
+            asked: list[Message] = [{"role": "user", "content": contents[0]}]
+            opening = self._write(asked, True).removeprefix(self._write(asked, False))
+            answered = self._write([*asked, {"role": ASSISTANT, "content": contents[1]}], False).rstrip()
+            self._known.turns[in_parts] = _Turn(opening, not answered.endswith("answer"))
+        return self._known.turns[in_parts]
 
     def _check_answer(self, index: int, text: str, start: int, first: int, stop: int) -> None:
         """Numbers bear no marks, and some templates write `None` for an answer that is a call alone."""
@@ -242,7 +257,9 @@ class Conversation:
         except CheckpointError:  # most templates refuse a conversation without messages
             if index:
                 raise
-            return self._opening(own.text)
+            opening = self._turn().opening
+            place = own.text.find(opening)
+            return place + len(opening) if opening and place >= 0 else 0
         if own.text.startswith(text):
             return len(text)
         # The template writes earlier messages differently before the answer and with it: what counts is the text behind
@@ -253,10 +270,3 @@ class Conversation:
                 place = own.spans[number][1]
                 return place + common_length(prompt.text[stop:], own.text[place:])
         return common_length(text, own.text)
-
-    def _opening(self, text: str) -> int:
-        """The same for a conversation that begins with an answer, from the prompt that follows another message."""
-        asked = [{"role": "user", "content": "a"}]
-        opening = self._write(asked, True).removeprefix(self._write(asked, False))
-        place = text.find(opening)
-        return place + len(opening) if opening and place >= 0 else 0

@@ -1,0 +1,229 @@
+"""Every chat template that trl ships, with conversations of every kind: what is learned is the answers and their ends.
+
+A template may refuse a conversation only if it cannot write it: in every form it raises, or leaves out text of the
+author. Anything else that is learned must hold every answer whole, its end, and nothing else.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qlora_lite.compute.cross_entropy import IGNORE_INDEX
+from qlora_lite.data.chat_template import forms_for
+from qlora_lite.data.encoding import Encoder, TokenizedExample
+from qlora_lite.errors import CheckpointError
+
+SPECIAL = re.compile(
+    r"<[|｜][^<>{}'\"]{1,40}?[|｜]>|<(?:start|end)_of_(?:turn|utterance)>|</?s>|<turn\|>|<\|turn>|\[/?INST\]|\[gMASK\]|<sop>"
+)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Tells the weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "A city."}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def call(arguments: object, number: int = 1) -> dict[str, Any]:
+    return {"type": "function", "id": f"c{number}", "function": {"name": "get_weather", "arguments": arguments}}
+
+
+def result(text: str, number: int = 1) -> dict[str, Any]:
+    return {"role": "tool", "name": "get_weather", "tool_call_id": f"c{number}", "content": text}
+
+
+def turns(*texts: str) -> list[dict[str, Any]]:
+    return [(answer if index % 2 else user)(text) for index, text in enumerate(texts)]
+
+
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "one turn": turns("Hi there", "Hello you."),
+    "two turns": turns("Hi there", "Hello you.", "And then?", "Nothing more."),
+    "four turns": turns("q one", "r one x", "q two", "r two y", "q three", "r three z", "q four", "r four w"),
+    "system": [{"role": "system", "content": "Be brief."}, *turns("Hi there", "Hello you.")],
+    "thinking in one turn": [user("Hi"), answer("Hello you.", reasoning_content="I should greet.")],
+    "thinking in all turns": [
+        user("Hi"),
+        answer("Hello you.", reasoning_content="I should greet."),
+        user("More?"),
+        answer("No more.", reasoning_content="Refuse politely."),
+    ],
+    "thinking in the content": [user("Hi"), answer("<think>\nI should greet.\n</think>\n\nHello you.")],
+    "call, arguments as object": [
+        user("Weather?"),
+        answer(None, tool_calls=[call({"city": "Paris", "days": 3})]),
+        result("rainy"),
+        answer("It pours."),
+    ],
+    "call, arguments as text": [
+        user("Weather?"),
+        answer(None, tool_calls=[call('{"city": "Paris"}')]),
+        result("rainy"),
+        answer("It pours."),
+    ],
+    "two calls in a turn": [
+        user("Weather?"),
+        answer(None, tool_calls=[call({"city": "Paris"}), call({"city": "Rome"}, 2)]),
+        result("rainy"),
+        result("sunny", 2),
+        answer("Wet there, dry here."),
+    ],
+    "text before a call": [
+        user("Weather?"),
+        answer("Let me see.", tool_calls=[call({"city": "Paris"})]),
+        result("rainy"),
+        answer("It pours."),
+        user("And Rome?"),
+        answer(None, tool_calls=[call({"city": "Rome"}, 2)]),
+        result("sunny", 2),
+        answer("Bright."),
+    ],
+    "null columns": [
+        {**user("Hi there"), "tool_calls": None, "reasoning_content": None, "name": None},
+        answer("Hello you.", tool_calls=None, reasoning_content=None),
+    ],
+    "answer repeats its question": turns("Say hello", "Say hello"),
+    "answer is a prefix of another": turns("Count", "one", "Again", "one two"),
+    "emoji and right-to-left": turns("שלום 👋🏽", "مرحبا 🌍 é"),
+}
+
+
+def templates() -> dict[str, str]:
+    specification = importlib.util.find_spec("trl")
+    assert specification is not None and specification.origin is not None
+    folder = Path(specification.origin).parent / "chat_templates"
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.jinja"))}
+
+
+TEMPLATES = templates()
+
+
+def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """A token for each byte, and one for everything in the template that looks like a special token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = sorted({"<s>", "</s>", *SPECIAL.findall(template)})
+    core = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(specials)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=template
+    )
+
+
+def learned_runs(example: TokenizedExample, tokenizer: Any) -> Iterator[str]:
+    """The text of each run of learned tokens."""
+    run: list[int] = []
+    for token, label in zip([*example.input_ids, -1], [*example.labels, IGNORE_INDEX], strict=True):
+        if label != IGNORE_INDEX:
+            run.append(token)
+        elif run:
+            yield tokenizer.decode(run)
+            run = []
+
+
+def author_texts(message: dict[str, Any]) -> list[str]:
+    """What has to be in the text for a message."""
+    texts = [part.strip() for part in re.split(r"</?think>", message.get("content") or "")]
+    texts.append(message.get("reasoning_content") or "")
+    for made in message.get("tool_calls") or ():
+        arguments = made["function"]["arguments"]
+        values = json.loads(arguments) if isinstance(arguments, str) else arguments
+        texts += [made["function"]["name"], *map(str, values), *map(str, values.values())]
+    return [text for text in texts if text]
+
+
+def can_be_written(messages: list[dict[str, Any]], tools: list[Any] | None, tokenizer: Any) -> bool:
+    """Whether some form of the conversation, and of its beginnings up to each answer, is written with all its texts."""
+    given = {"tools": tools} if tools else {}
+
+    def written(part: list[dict[str, Any]], form: Any) -> str:
+        messages = [form.of({key: value for key, value in message.items() if value is not None}) for message in part]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **given))
+
+    for form in forms_for(messages):
+        try:
+            for index, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    text = written(messages[: index + 1], form)
+                    if not all(part in text for part in author_texts(message)) or "None" in text:
+                        raise LookupError
+            whole = written(messages, form)
+        except Exception:  # a template raises what it likes
+            continue
+        if all(
+            part in whole for message in messages if message["role"] != "assistant" for part in author_texts(message)
+        ):
+            return True
+    return False
+
+
+def check_learned(messages: list[dict[str, Any]], examples: list[TokenizedExample], tokenizer: Any) -> None:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    others = [text for message in messages if message["role"] != "assistant" for text in author_texts(message)]
+    runs = [run for example in examples for run in learned_runs(example, tokenizer)]
+    assert len(runs) == len(answers), runs
+    plain = tokenizer.apply_chat_template
+    for message, run in zip(answers, runs, strict=True):
+        for text in author_texts(message):
+            assert text in run, (text, run)
+        for text in others:
+            assert text not in run or any(text in part for part in author_texts(message)), (text, run)
+        if not message.get("tool_calls"):
+            content = author_texts({"content": message["content"]})[-1]
+            end = run[run.rindex(content) + len(content) :].strip()
+            assert end and SPECIAL.search(end), f"no end is learned behind {run!r}"
+        try:
+            asked = plain([user("a")], tokenize=False, add_generation_prompt=True)
+            prompt = asked.removeprefix(plain([user("a")], tokenize=False))
+        except Exception:
+            continue
+        assert not (prompt.strip() and run.startswith(prompt)), (prompt, run)
+        assert not re.match(r"\s*<think>\s*</think>", run), run
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_answers_are_learned_whole_with_their_ends_and_nothing_else(name: str) -> None:
+    tokenizer = byte_tokenizer(TEMPLATES[name])
+    encoder = Encoder(tokenizer)
+    outcome: collections.Counter[str] = collections.Counter()
+    for title, messages in CONVERSATIONS.items():
+        tools = [TOOL] if any(message.get("tool_calls") for message in messages) else None
+        record = {"messages": messages, **({"tools": tools} if tools else {})}
+        try:
+            examples = encoder.conversation(record, True, "record 1")
+        except CheckpointError as error:
+            said = str(error)
+            if not said.startswith("record 1: the chat template ") or can_be_written(messages, tools, tokenizer):
+                pytest.fail(f"{title}: {said}")
+            outcome["refused"] += 1
+            continue
+        check_learned(messages, examples, tokenizer)
+        if tools:
+            assert all("get_weather" in tokenizer.decode(example.input_ids) for example in examples)
+        outcome["learned"] += 1
+    assert outcome["learned"] >= 4, outcome
