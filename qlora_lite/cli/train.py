@@ -78,6 +78,7 @@ def _figures(
         "examples": len(tokenized.examples),
         "examples_shortened": tokenized.truncated,
         "examples_dropped": tokenized.dropped,
+        "conversations_split": tokenized.split,
         "first_loss": result.losses[0],
         "last_loss": result.losses[-1],
         "seconds": round(result.seconds, 1),
