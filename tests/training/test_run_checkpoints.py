@@ -160,7 +160,7 @@ def test_what_is_another_run_is_refused_where_it_is_used(fuzz_targets: Any, fold
         "optimizer": ({"first.lora_A.step": {"same_as": "nothing"}}, "is that of 'nothing', which is not there"),
         "random": (
             {**plain["random"], "now": {"python": [3, [1, 2], None]}},
-            "none of these generators: state vector is the wrong size",
+            "the random states of the run do not fit these generators: state vector is the wrong size",
         ),
     }
     long = plain["random"]["now"]["python"]
