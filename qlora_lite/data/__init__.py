@@ -2,15 +2,13 @@
 
 In reading order:
 
-messages        the messages of a conversation, checked
 records         records of a JSONL file, checked
-chat_marks      marks that show where a chat template writes each piece of a conversation
-chat            the characters of a rendered conversation that are learned
-chat_template   the forms of a conversation that a chat template accepts
 encoding        the token ids of one record, with labels on the tokens that are learned
 tokenization    the same for all records of a file
 batching        batches of examples, padded or packed
 stream          the batches of a run, with a position that can be resumed
+
+The room chat/ writes conversations by chat templates.
 """
 
 from __future__ import annotations

@@ -14,9 +14,16 @@ from typing import Any, Protocol
 from qlora_lite.checkpoints.files import excerpt
 from qlora_lite.checks import require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.chat import LearnedText
-from qlora_lite.data.chat_template import ChatTemplate
-from qlora_lite.data.messages import ASSISTANT, Message, checked_messages, is_learned, without_nulls, without_switches
+from qlora_lite.data.chat.answers import LearnedText
+from qlora_lite.data.chat.messages import (
+    ASSISTANT,
+    Message,
+    checked_messages,
+    is_learned,
+    without_nulls,
+    without_switches,
+)
+from qlora_lite.data.chat.template import ChatTemplate
 from qlora_lite.errors import CheckpointError
 
 

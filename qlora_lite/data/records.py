@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from qlora_lite.checkpoints.files import excerpt, open_regular, reason
-from qlora_lite.data.messages import check_text, checked_messages
+from qlora_lite.data.chat.messages import check_text, checked_messages
 from qlora_lite.errors import CheckpointError
 
 SHAPES: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",))

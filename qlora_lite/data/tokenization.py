@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lite.checks import is_count, require
+from qlora_lite.data.chat.messages import ASSISTANT
 from qlora_lite.data.encoding import Encoder, TokenizedExample, Tokenizer
-from qlora_lite.data.messages import ASSISTANT
 from qlora_lite.data.records import PROMPT_ALONE, Record, check_record, read_records, shape_of
 from qlora_lite.errors import CheckpointError
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.chat_template import forms_for
+from qlora_lite.data.chat.template import forms_for
 from qlora_lite.data.encoding import Encoder, TokenizedExample
 from qlora_lite.errors import CheckpointError
 

@@ -20,8 +20,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qlora_lite.data.chat_marks import MarkedMessages, Rendering, without_marks
-from qlora_lite.data.messages import ASSISTANT, Message
+from qlora_lite.data.chat.marks import MarkedMessages, Rendering, without_marks
+from qlora_lite.data.chat.messages import ASSISTANT, Message
 from qlora_lite.errors import CheckpointError, listing
 
 Write = Callable[[Sequence[Message], bool], str]

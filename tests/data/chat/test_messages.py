@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_lite.data.messages import checked_messages, is_learned, without_nulls, without_switches
+from qlora_lite.data.chat.messages import checked_messages, is_learned, without_nulls, without_switches
 from qlora_lite.errors import CheckpointError
 
 

@@ -15,14 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from qlora_lite.data.chat import (
+from qlora_lite.data.chat.answers import (
     ChatTemplateError,
     Conversation,
     KnownShapes,
     LearnedText,
 )
-from qlora_lite.data.chat_marks import REASONING_KEYS, marks_in
-from qlora_lite.data.messages import ASSISTANT, Message
+from qlora_lite.data.chat.marks import REASONING_KEYS, marks_in
+from qlora_lite.data.chat.messages import ASSISTANT, Message
 from qlora_lite.errors import CheckpointError
 
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_lite.data.messages import Message
+from qlora_lite.data.chat.messages import Message
 
 MARKS = 0xE000  # Unicode's private-use area
 START, STOP, DIGITS = chr(MARKS), chr(MARKS + 1), MARKS + 0x10

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qlora_lite.data.chat_template import ChatTemplate, Form, forms_for
-from qlora_lite.data.messages import Message
+from qlora_lite.data.chat.messages import Message
+from qlora_lite.data.chat.template import ChatTemplate, Form, forms_for
 from qlora_lite.errors import CheckpointError
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": "x"}}}

@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.data.chat_marks import MarkedMessages, marks_in, without_marks
+from qlora_lite.data.chat.marks import MarkedMessages, marks_in, without_marks
 
 
 @given(st.lists(st.text(max_size=12).filter(lambda text: not marks_in([{"role": text}])), min_size=1, max_size=5))

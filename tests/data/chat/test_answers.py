@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_lite.data.chat import ChatTemplateError, Conversation, KnownShapes
-from qlora_lite.data.messages import Message
+from qlora_lite.data.chat.answers import ChatTemplateError, Conversation, KnownShapes
+from qlora_lite.data.chat.messages import Message
 
 ENDS = ["<end>", "<end>\n", ""]
 

@@ -1,0 +1,9 @@
+"""Conversations: checked, written by a chat template, and what is learned of the text.
+
+In reading order:
+
+messages   the messages of a conversation, checked
+marks      marks that show where a chat template writes each piece of a conversation
+answers    the characters of a rendered conversation that are learned
+template   the forms of a conversation that a chat template accepts
+"""
