@@ -32,6 +32,7 @@ FLOORS: dict[str, int] = {
     "lora": 4,
     "lora.peft": 4,
     "data.chat": 4,
+    "data.sources": 4,
     "data": 5,
     "memory": 5,
     "memory.drawing": 5,

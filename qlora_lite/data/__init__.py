@@ -8,7 +8,7 @@ tokenization    the same for all records of a file
 batching        batches of examples, padded or packed
 stream          the batches of a run, with a position that can be resumed
 
-The room chat/ writes conversations by chat templates.
+The room chat/ writes conversations by chat templates. The room sources/ reads records from files.
 """
 
 from __future__ import annotations
