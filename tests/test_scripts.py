@@ -82,6 +82,7 @@ SCRIPTS = {
         "unpack_temporaries",
         "unpacked_bytes",
     },
+    "profiling/row_fill.py": {"log-normal 512", "log-normal 2048", "uniform 512"},
     "profiling/profiler_cost.py": {"plain_seconds", "phases_ratio", "full_ratio"},
     "profiling/plan_vs_measured.py": {
         "cases",
@@ -151,6 +152,8 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
         assert not figures["full_disks_wrong"] and figures["full_disks"] != 0
     if "restored" in figures:
         assert figures["restored"] is True and figures["loss_after"] < figures["loss_before"]
+    if "uniform 512" in figures:
+        assert all(case["first_fit_fill"] < case["best_fit_fill"] <= 1 for case in figures.values())
     if "perplexity_ratio" in figures:  # after three steps, both programs have the same adapter
         assert abs(figures["perplexity_ratio"] - 1) < 1e-3
         assert figures["differences"]["both in fp32"]["largest"] < 1e-4

@@ -5,6 +5,7 @@ In reading order:
 records         records of a JSONL file, checked
 encoding        the token ids of one record, with labels on the tokens that are learned
 tokenization    the same for all records of a file
+packing         which examples share a row
 batching        batches of examples, padded or packed
 stream          the batches of a run, with a position that can be resumed
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from qlora_lite.data.batching import batches as batches
     from qlora_lite.data.batching import labelled_tokens as labelled_tokens
     from qlora_lite.data.encoding import TokenizedExample as TokenizedExample
+    from qlora_lite.data.packing import Fill as Fill
+    from qlora_lite.data.packing import packed_fill as packed_fill
     from qlora_lite.data.records import read_records as read_records
     from qlora_lite.data.stream import BatchStream as BatchStream
     from qlora_lite.data.tokenization import TokenizedSet as TokenizedSet
@@ -34,6 +37,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "records": "read_records",
         "encoding": "TokenizedExample",
         "tokenization": "tokenize_file tokenize_all TokenizedSet",
+        "packing": "packed_fill Fill",
         "batching": "batches Batch labelled_tokens",
         "stream": "BatchStream",
     },

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +12,9 @@ from torch import Tensor
 from qlora_lite.checks import is_count, require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.encoding import TokenizedExample
+from qlora_lite.data.packing import INDICES, as_array, pack
 
 Batch = dict[str, Tensor]
-
-# First-fit tries this many of the newest rows, so that packing n examples takes time proportional to n.
-OPEN_ROWS = 256
 
 
 def labelled_tokens(batch: Batch) -> Tensor:
@@ -23,32 +22,22 @@ def labelled_tokens(batch: Batch) -> Tensor:
     return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+def epoch_order(count: int, seed: int, epoch: int) -> Sequence[int]:
     """Returns the order of `count` examples in one epoch. It depends on the arguments only, so a run can be resumed."""
-    order = list(range(count))
-    random.Random(f"{seed} {epoch}").shuffle(order)
+    return _shuffled(count, f"{seed} {epoch}")
+
+
+def _shuffled(count: int, key: str) -> array[int]:
+    """Returns the numbers below `count` in an order that depends on the key."""
+    order = array(INDICES, range(count))
+    random.Random(key).shuffle(order)
     return order
 
 
-def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Returns the indices of the examples in each row, packed first-fit in the given order.
-
-    A row has at most `max_length` tokens. Every index occurs once. Only the newest OPEN_ROWS rows are tried.
-    Raises ConfigError if an example is longer than `max_length`.
-    """
-    longest = max(lengths, default=0)
-    require(longest <= max_length, "max_length must hold the longest example", f"{max_length} for {longest} tokens")
-    rows: list[list[int]] = []
-    space: list[int] = []
-    for index, length in enumerate(lengths):
-        oldest = max(0, len(rows) - OPEN_ROWS)
-        row = next((r for r in range(oldest, len(rows)) if space[r] >= length), len(rows))
-        if row == len(rows):
-            rows.append([])
-            space.append(max_length)
-        rows[row].append(index)
-        space[row] -= length
-    return rows
+def example_lengths(examples: Sequence[TokenizedExample]) -> array[int]:
+    """Returns the tokens of each example: the attribute `lengths` of `examples` if there is one, else counted."""
+    known = getattr(examples, "lengths", None)
+    return array(INDICES, (len(example.input_ids) for example in examples)) if known is None else as_array(known)
 
 
 def batches(
@@ -63,12 +52,16 @@ def batches(
 ) -> Iterator[Batch]:
     """Returns an iterator of batches, in a new order in each epoch.
 
+    examples: if they have an attribute `lengths`, the number of tokens of each, an example is read only when its batch
+    is made. If they have a method `epoch_order(seed, epoch)`, it returns the indices of an epoch in their order, in
+    place of the function of this name.
     A batch has int64 tensors `input_ids` and `labels` of shape (rows, tokens): rows <= batch_size, tokens of the
     longest row. Shorter rows are padded at the end, with label IGNORE_INDEX.
     Without `packing`, a row is one example, and `attention_mask` is 1 on tokens and 0 on padding.
-    With `packing`, a row has several examples, of at most `max_length` tokens together. `position_ids` start at 0 for
-    each example, and there is no `attention_mask`: transformers builds a mask from the positions in which no example
-    attends to another, **if the model is called with `use_cache=False`**.
+    With `packing`, a row has several examples, of at most `max_length` tokens together (`pack`), and the rows of an
+    epoch are shuffled too. `position_ids` start at 0 for each example, and there is no `attention_mask`: transformers
+    builds a mask from the positions in which no example attends to another, **if the model is called with
+    `use_cache=False`**.
     epochs: None repeats without end.
     Raises ConfigError for wrong settings before the first batch is made.
     """
@@ -79,7 +72,7 @@ def batches(
     require(epochs is None or is_count(epochs, 1), "epochs must be None or an integer of at least 1", epochs)
     if packing or max_length is not None:
         require(is_count(max_length, 2), "max_length must be at least 2, and packing needs it", max_length)
-        longest = max(len(example.input_ids) for example in examples)
+        longest = max(example_lengths(examples))
         wanted = "max_length must hold the longest example; tokenize with the same max_length"
         require(longest <= int(max_length or 0), wanted, f"{max_length} for {longest} tokens")
     return _batches(examples, batch_size, seed, pad_token_id, epochs, int(max_length or 0) if packing else None)
@@ -93,17 +86,31 @@ def _batches(
     epochs: int | None,
     packed_length: int | None,
 ) -> Iterator[Batch]:
+    own_order: Callable[[int, int], Sequence[int]] | None = getattr(examples, "epoch_order", None)
     epoch = 0
     while epochs is None or epoch < epochs:
-        order = epoch_order(len(examples), seed, epoch)
-        rows = [[index] for index in order]
-        if packed_length is not None:
-            lengths = [len(examples[index].input_ids) for index in order]
-            rows = [[order[position] for position in row] for row in pack(lengths, packed_length)]
-        for first in range(0, len(rows), batch_size):
-            chosen = [[examples[index] for index in row] for row in rows[first : first + batch_size]]
+        order = epoch_order(len(examples), seed, epoch) if own_order is None else own_order(seed, epoch)
+        require(len(order) > 0, "epoch_order of the examples must give at least one index", len(order))
+        for rows in _grouped(examples, order, batch_size, f"{seed} {epoch} rows", packed_length):
+            chosen = [[examples[index] for index in row] for row in rows]
             yield _collate(chosen, pad_token_id, with_positions=packed_length is not None)
         epoch += 1
+
+
+def _grouped(
+    examples: Sequence[TokenizedExample], order: Sequence[int], batch_size: int, key: str, packed_length: int | None
+) -> Iterator[Sequence[Sequence[int]]]:
+    """Yields the rows of indices of each batch of one epoch. key: decides on the order of packed rows."""
+    if packed_length is None:
+        for first in range(0, len(order), batch_size):
+            yield [[index] for index in order[first : first + batch_size]]
+        return
+    lengths = example_lengths(examples)
+    packed = pack(array(INDICES, (lengths[index] for index in order)), packed_length)
+    # As packed, rows are sorted by the length of their examples, which would change in the course of an epoch.
+    shuffled = _shuffled(len(packed), key)
+    for first in range(0, len(packed), batch_size):
+        yield [[order[place] for place in packed[row]] for row in shuffled[first : first + batch_size]]
 
 
 def _collate(rows: list[list[TokenizedExample]], pad_token_id: int, with_positions: bool) -> Batch:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import random
+import tracemalloc
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.batching import batches, epoch_order, pack
+from qlora_lite.data.batching import batches, epoch_order
 from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import ConfigError
 
@@ -22,24 +27,6 @@ def numbered(lengths: list[int]) -> list[TokenizedExample]:
     starts = [1, *itertools.accumulate(lengths, initial=1)][1:]
     spans = [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=False)]
     return [TokenizedExample(span, [*span[:1], IGNORE_INDEX, *span[2:]] if len(span) > 2 else span) for span in spans]
-
-
-@given(st.lists(st.integers(1, 12), max_size=600), st.integers(12, 30))
-@settings(deadline=None)
-def test_packing_puts_every_example_into_one_row_that_holds_it(lengths: list[int], max_length: int) -> None:
-    rows = pack(lengths, max_length)
-    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
-    totals = [sum(lengths[index] for index in row) for row in rows]
-    assert all(0 < total <= max_length for total in totals)
-    # First-fit leaves at most one row half empty, among those that are open together.
-    assert sum(2 * total <= max_length for total in totals) <= 1 + len(rows) // 256
-
-
-def test_packing_is_first_fit() -> None:
-    assert pack([5, 4, 6, 3, 2, 1], 9) == [[0, 1], [2, 3], [4, 5]]
-    assert pack([], 9) == []
-    with pytest.raises(ConfigError, match="must hold the longest example; got '9 for 10 tokens'"):
-        pack([10], 9)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 5), st.integers(0, 99), st.booleans())
@@ -83,7 +70,94 @@ def test_order_depends_on_seed_and_epoch_alone_and_never_ends() -> None:
     assert len({tuple(order) for order in epochs(3, 4)}) == 4
     firsts = [example.input_ids[0] for example in examples]
     assert epochs(3, 4)[2] == [firsts[index] for index in epoch_order(10, seed=3, epoch=2)]
-    assert epoch_order(5, 0, 0) == [1, 0, 3, 4, 2], "a stored run must find the same order again"
+    assert list(epoch_order(5, 0, 0)) == [1, 0, 3, 4, 2], "a stored run must find the same order again"
+
+
+def packed_rows(examples: Any, seed: int = 0, epochs: int = 1, batch_size: int = 4) -> list[tuple[int, ...]]:
+    """The first token of each example in each row, without the padding."""
+    made = batches(examples, batch_size, seed, pad_token_id=0, epochs=epochs, packing=True, max_length=20)
+    rows = [row for batch in made for row in zip(batch["input_ids"], batch["position_ids"], strict=True)]
+    return [tuple(int(token) for token in ids[(positions == 0) & (ids != 0)]) for ids, positions in rows]
+
+
+def test_packed_rows_are_shuffled_anew_in_each_epoch_and_equal_for_equal_seeds() -> None:
+    generator = random.Random(0)
+    lengths = [generator.randint(1, 20) for _ in range(200)]
+    examples = numbered(lengths)
+    length_of = {example.input_ids[0]: len(example.input_ids) for example in examples}
+    rows = packed_rows(examples, epochs=2)
+    first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    assert packed_rows(examples, epochs=2) == rows and packed_rows(examples, batch_size=1, epochs=2) == rows
+    assert packed_rows(examples, seed=1) != first
+    for epoch in (first, second):
+        assert sorted(token for row in epoch for token in row) == sorted(length_of)
+        assert all(sum(length_of[token] for token in row) <= 20 for row in epoch)
+        longest = [length_of[row[0]] for row in epoch]
+        halves = sum(longest[: len(epoch) // 2]), sum(longest[len(epoch) // 2 :])
+        assert max(halves) < 1.3 * min(halves), "rows come sorted by the length of their examples"
+    assert [[length_of[token] for token in row] for row in first] != [
+        [length_of[token] for token in row] for row in second
+    ]
+    assert {frozenset(row) for row in first} != {frozenset(row) for row in second}, "equal lengths keep their partners"
+
+
+class Stored(Sequence[TokenizedExample]):
+    """Examples that note which of them are read, with known lengths and an order of their own."""
+
+    def __init__(self, examples: list[TokenizedExample], lengths: Any) -> None:
+        self.examples, self.lengths, self.read = examples, lengths, list[int]()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read.append(index)
+        return self.examples[index]
+
+
+class Ordered(Stored):
+    def epoch_order(self, seed: int, epoch: int) -> Sequence[int]:
+        return torch.tensor([seed, epoch, seed]).tolist()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", [list, torch.tensor, functools.partial(torch.tensor, dtype=torch.int32)])
+def test_examples_of_known_lengths_are_read_with_their_batch(packing: bool, kind: Any) -> None:
+    examples = numbered([3, 9, 2, 5, 7, 1, 4, 4, 8, 6])
+    lengths = [len(example.input_ids) for example in examples]
+    stored = Stored(examples, kind(lengths))
+    options: dict[str, Any] = {"pad_token_id": 0, "epochs": 2, "packing": packing, "max_length": 20}
+    made = batches(stored, 2, 0, **options)
+    first = next(made)
+    assert sum(lengths[index] for index in stored.read) == int((first["input_ids"] != 0).sum())
+    for batch, expected in zip([first, *made], batches(examples, 2, 0, **options), strict=True):
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    with pytest.raises(ConfigError, match=r"must hold the longest example; tokenize .*; got '8 for 9 tokens'"):
+        batches(Stored(examples, kind(lengths)), 2, 0, **(options | {"max_length": 8}))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_examples_may_give_the_order_of_an_epoch(packing: bool) -> None:
+    examples = Ordered(numbered([3, 3, 3, 3]), [3] * 4)
+    made = batches(examples, 3, 3, pad_token_id=0, epochs=2, packing=packing, max_length=3)
+    assert [sorted(batch["input_ids"][:, 0].tolist()) for batch in made] == [[1, 10, 10], [4, 10, 10]]
+
+    class Nothing(Stored):
+        def epoch_order(self, seed: int, epoch: int) -> Sequence[int]:
+            return []
+
+    with pytest.raises(ConfigError, match="epoch_order of the examples must give at least one index"):
+        next(batches(Nothing(numbered([3]), [3]), 1, 0, pad_token_id=0))
+
+
+def test_a_large_epoch_costs_eight_bytes_an_example() -> None:
+    examples = Stored(numbered([2]) * 50_000, array("q", [2]) * 50_000)
+    tracemalloc.start()
+    next(batches(examples, 1, 0, pad_token_id=0))
+    epoch_order(50_000, 0, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * 50_000
 
 
 @pytest.mark.parametrize(
