@@ -41,7 +41,7 @@ def merge(
     max_shard_size: MaxShardSize = "5GB",
     verify: Annotated[
         Path | None,
-        typer.Option("--verify", help="JSONL as for train, or prompts alone: compare the logits before and after."),
+        typer.Option("--verify", help="Records as for train, or prompts alone: compare the logits before and after."),
     ] = None,
     verify_max_length: Annotated[int, typer.Option(help="Tokens that records of --verify are truncated to.")] = 512,
     any_base: AnyBase = False,
@@ -51,7 +51,7 @@ def merge(
     """Merge an adapter into a checkpoint, from disk to disk; give the --format that it was trained with."""
     from qlora_lite.checkpoints.hub import load_tokenizer
     from qlora_lite.checks import dtype_named, is_count, require
-    from qlora_lite.data.tokenization import tokenize_file
+    from qlora_lite.data.tokenization import DataConfig, tokenize_sources
     from qlora_lite.export.merged import REPORT_FILE, merge_checkpoint
     from qlora_lite.export.report import render
     from qlora_lite.export.verify import render as render_verification
@@ -65,7 +65,8 @@ def merge(
     check_output(output, overwrite, model, adapter, *(() if verify is None else (verify,)))
     prompts = None
     if verify is not None:
-        prompts = tokenize_file(verify, load_tokenizer(model), verify_max_length, prompts_too=True)
+        config = DataConfig(max_length=verify_max_length, prompts_too=True)
+        prompts = tokenize_sources([str(verify)], load_tokenizer(model), config)
     with deferred_signals():
         done = merge_checkpoint(
             model,

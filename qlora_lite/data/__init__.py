@@ -2,9 +2,13 @@
 
 In reading order:
 
-records         records of a JSONL file, checked
+shapes          the shapes of a record: which keys it has, and what they mean
+records         records, renamed and checked, and the bad ones listed
 encoding        the token ids of one record, with labels on the tokens that are learned
-tokenization    the same for all records of a file
+token_arrays    tokenized examples in flat arrays, in memory or mapped from files
+token_cache     the same on disk next to the data
+mixture         several sources as one sequence of examples, by weights; what is held out
+tokenization    records to examples, for lists, files and data sets
 packing         which examples share a row
 batching        batches of examples, padded or packed
 stream          the batches of a run, with a position that can be resumed
@@ -27,16 +31,17 @@ if TYPE_CHECKING:
     from qlora_lite.data.packing import packed_fill as packed_fill
     from qlora_lite.data.records import read_records as read_records
     from qlora_lite.data.stream import BatchStream as BatchStream
+    from qlora_lite.data.tokenization import DataConfig as DataConfig
     from qlora_lite.data.tokenization import TokenizedSet as TokenizedSet
     from qlora_lite.data.tokenization import tokenize_all as tokenize_all
-    from qlora_lite.data.tokenization import tokenize_file as tokenize_file
+    from qlora_lite.data.tokenization import tokenize_sources as tokenize_sources
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "records": "read_records",
         "encoding": "TokenizedExample",
-        "tokenization": "tokenize_file tokenize_all TokenizedSet",
+        "tokenization": "tokenize_all tokenize_sources DataConfig TokenizedSet",
         "packing": "packed_fill Fill",
         "batching": "batches Batch labelled_tokens",
         "stream": "BatchStream",

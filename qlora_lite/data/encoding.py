@@ -1,40 +1,37 @@
 """Records as token ids with labels: conversations by a chat template, other text as it stands.
 
-A conversation is rendered once and tokenized once. The offsets of the tokens say which of them stand in what is
-learned. A token that reaches over the start of an answer counts to the answer.
+A record becomes drafts: texts, and the characters of each that are learned. Drafts are tokenized in batches, and the
+offsets of the tokens say which of them stand in what is learned. A token that reaches over the start of an answer
+counts to the answer.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import datetime
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from qlora_lite.checkpoints.files import excerpt
 from qlora_lite.checks import require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.chat.answers import LearnedText
-from qlora_lite.data.chat.messages import (
-    ASSISTANT,
-    Message,
-    checked_messages,
-    is_learned,
-    without_nulls,
-    without_switches,
-)
-from qlora_lite.data.chat.template import ChatTemplate
+from qlora_lite.data.chat.messages import ASSISTANT, is_learned, without_switches
+from qlora_lite.data.chat.template import ChatTemplate, TemplatedTokenizer
+from qlora_lite.data.shapes import Content, Conversation, Exchange, Tokens
 from qlora_lite.errors import CheckpointError
 
+LEARN = ("answers", "last-answer", "all")
 
-class Tokenizer(Protocol):
+
+class Tokenizer(TemplatedTokenizer):
     """The part of a transformers tokenizer that is used here."""
 
-    chat_template: Any  # a string, or several by name
     eos_token_id: Any  # None, or the token id
+    backend_tokenizer: Any  # of a fast tokenizer: that of the package tokenizers
 
-    def __call__(self, text: str, *, add_special_tokens: bool, **options: Any) -> Any: ...
-    def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> object: ...
+    def __len__(self) -> int: ...
+    def __call__(self, text: Any, *, add_special_tokens: bool, **options: Any) -> Any: ...
     def decode(self, token_ids: list[int]) -> object: ...
 
 
@@ -58,6 +55,37 @@ class TokenizedExample:
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A text before it is tokenized.
+
+    spans: (start, stop) of the characters that are learned. prompt: the beginning of the text that a model gets for
+    generation; its tokens stay as they are alone. special: let the tokenizer add its special tokens. end: append the
+    end-of-sequence token, learned.
+    """
+
+    text: str
+    spans: Sequence[tuple[int, int]] = ()
+    prompt: str = ""
+    special: bool = False
+    end: bool = False
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Token ids, and the ranges (start, stop) of those that are learned, in order."""
+
+    ids: list[int]
+    learned: list[tuple[int, int]]
+
+    def example(self) -> TokenizedExample:
+        """The same with labels."""
+        labels = [IGNORE_INDEX] * len(self.ids)
+        for start, stop in self.learned:
+            labels[start:stop] = self.ids[start:stop]
+        return TokenizedExample(self.ids, labels)
+
+
 def special_tokens(tokenizer: object) -> list[str]:
     """The texts of the special tokens that a tokenizer knows, added ones included."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -65,10 +93,20 @@ def special_tokens(tokenizer: object) -> list[str]:
 
 
 class Encoder:
-    """Turns checked records into examples, for one tokenizer."""
+    """Turns the contents of records into tokens, for one tokenizer.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    learn: `answers`, the `last-answer` of each conversation, or `all` tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        learn: str = "answers",
+        learn_empty_reasoning: bool = False,
+        date: datetime.date | None = None,
+    ) -> None:
+        require(learn in LEARN, f"learn must be one of {', '.join(LEARN)}", learn)
+        self._tokenizer, self._learn = tokenizer, learn
         self._template = ChatTemplate(tokenizer, special_tokens(tokenizer))
         self._bos = str(getattr(tokenizer, "bos_token", None) or "")
 
@@ -77,122 +115,190 @@ class Encoder:
         """Whether the tokenizer has a chat template."""
         return self._tokenizer.chat_template is not None
 
-    def end_token(self, place: str) -> int:
+    @property
+    def date_written(self) -> datetime.date | None:
+        """The date that the chat template writes; None if it writes none."""
+        return None
+
+    def end_token(self) -> int:
         """The end-of-sequence token. Raises CheckpointError for a tokenizer without one."""
         if self._tokenizer.eos_token_id is None:
             raise CheckpointError(
-                f"{place}: this tokenizer has no end-of-sequence token, so the model could not learn to stop;"
-                " set tokenizer.eos_token"
+                "this tokenizer has no end-of-sequence token, so the model could not learn to stop; "
+                "set tokenizer.eos_token"
             )
         return int(self._tokenizer.eos_token_id)
 
-    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Tokens of a text. A text that begins with the token that the tokenizer would put first gets no second one."""
-        add = add_special_tokens and not (self._bos and text.startswith(self._bos))
-        return list(self._tokenizer(text, add_special_tokens=add)["input_ids"])
+    def drafts(self, content: Content) -> list[Draft] | Marked:
+        """The texts that learn a record: one, or more if the template rewrites earlier turns. Tokens stay tokens.
 
-    def prompt(self, prompt: str, place: str) -> TokenizedExample:
-        """A prompt as a model gets it for generation; no token is learned."""
-        if self.has_template:
-            ids = self._ids(self._template.write([{"role": "user", "content": prompt}], True, {}), False)
-        else:
-            ids = _without_end(self._ids(prompt, True), self.end_token(place))
-        if not ids:
-            got = excerpt(prompt)
-            raise CheckpointError(f"{place}: the prompt has no tokens; got {got}; write one that is not empty")
-        return TokenizedExample(ids, [IGNORE_INDEX] * len(ids))
-
-    def text(self, prompt: str, completion: str, completion_only: bool, place: str) -> TokenizedExample:
-        """`prompt`, `completion` and one end-of-sequence token. With an empty prompt every token is learned."""
-        end = self.end_token(place)
-        # Some tokenizers append the end token themselves, and some texts have it.
-        prompt_ids = _without_end(self._ids(prompt, True), end)
-        ids = _without_end(self._ids(prompt + completion, True), end)
-        if ids[: len(prompt_ids)] != prompt_ids:
-            # A token merged across the border. For generation a model gets the tokens of the prompt alone.
-            ids = prompt_ids + _without_end(self._ids(completion, False), end)
-        ids = [*ids, end]
-        ignored = len(prompt_ids) if completion_only and prompt else 0
-        return TokenizedExample(ids, [IGNORE_INDEX] * ignored + ids[ignored:])
-
-    def conversation(self, record: Mapping[str, object], completion_only: bool, place: str) -> list[TokenizedExample]:
-        """The examples that learn a conversation: one, or more if the template rewrites earlier turns.
-
-        Raises CheckpointError, beginning with `place`, for a conversation that the template cannot write whole.
+        Raises CheckpointError, without a place, for what cannot be written or learned.
         """
+        if isinstance(content, Tokens):
+            return self._checked(content)
+        if isinstance(content, Conversation):
+            return self._conversation(content)
+        if self.has_template and (content.prompt or content.completion is None):
+            return self._conversation(_as_conversation(content))
+        if content.given:
+            raise CheckpointError(f"got {', '.join(content.given)}, but this tokenizer has no chat template")
+        return [self._plain(content)]
+
+    def _checked(self, tokens: Tokens) -> Marked:
+        largest = max(tokens.input_ids)
+        if largest >= len(self._tokenizer):
+            raise CheckpointError(
+                f"input_ids must be below {len(self._tokenizer)}, the tokenizer's size; got {largest}"
+            )
+        learned = [True] * len(tokens.learned) if self._learn == "all" else tokens.learned
+        return Marked(tokens.input_ids, _ranges(learned))
+
+    def _plain(self, exchange: Exchange) -> Draft:
+        system = f"{exchange.system}\n\n" if exchange.system else ""
+        prompt = system + exchange.prompt
+        if exchange.completion is None:
+            return Draft(prompt, special=True)
+        self.end_token()
+        prompt += exchange.separator
+        text = prompt + exchange.completion
+        start = 0 if self._learn == "all" else len(prompt)
+        return Draft(text, ((start, len(text)),), prompt, special=True, end=True)
+
+    def _conversation(self, content: Conversation) -> list[Draft]:
         if not self.has_template:
             raise CheckpointError(
-                f"{place}: got messages, but this tokenizer has no chat template; use an instruct model's tokenizer,"
-                " or records with prompt and completion"
+                "got messages, but this tokenizer has no chat template; use an instruct model's tokenizer, "
+                "or records with prompt and completion"
             )
-        checked = checked_messages(record["messages"], place)
-        answers = [index for index, message in enumerate(checked) if message["role"] == ASSISTANT]
-        chosen = [index for index in answers if is_learned(checked[index], place)]
-        messages = [without_switches(message) for message in checked]
-        given = _given(record, place)
-        try:
-            if not chosen:
-                return [self._labelled(LearnedText(self._template.write(messages, False, given), (), (), False), place)]
-            texts = self._template.learned(messages, chosen if completion_only else answers, given)
-        except CheckpointError as error:
-            raise CheckpointError(f"{place}: {error}") from error
-        if completion_only:
-            return [self._labelled(text, place) for text in texts]
-        whole = texts[-1]
-        return [self._labelled(LearnedText(whole.text, ((0, len(whole.text)),), whole.answers, whole.is_open), place)]
+        answers = [index for index, message in enumerate(content.messages) if message["role"] == ASSISTANT]
+        chosen = [index for index in answers if is_learned(content.messages[index], f"messages[{index}]")]
+        if self._learn == "last-answer":
+            chosen = [index for index in chosen if index == answers[-1]]
+        messages = [without_switches(message) for message in content.messages]
+        if not chosen:
+            asked = messages[-1]["role"] != ASSISTANT
+            return [Draft(self._template.write(messages, asked, content.given))]
+        texts = self._template.learned(messages, answers if self._learn == "all" else chosen, content.given)
+        if self._learn == "all":
+            texts = [LearnedText(texts[-1].text, ((0, len(texts[-1].text)),), texts[-1].answers, texts[-1].is_open)]
+        if any(text.is_open for text in texts):
+            self.end_token()
+        return [Draft(text.text, text.spans, end=text.is_open) for text in texts]
 
-    def _labelled(self, written: LearnedText, place: str) -> TokenizedExample:
-        ids, learned = self._learned_tokens(written)
-        if written.is_open:
-            ids, learned = [*ids, self.end_token(place)], [*learned, True]
-        return TokenizedExample(
-            ids, [token if keep else IGNORE_INDEX for token, keep in zip(ids, learned, strict=True)]
-        )
+    def tokens(self, drafts: Sequence[Draft]) -> list[Marked]:
+        """Tokenizes drafts, all in one call of the tokenizer where it can. A text may have no tokens."""
+        if getattr(self._tokenizer, "is_fast", False):
+            return self._by_offsets(drafts)
+        return [self._by_prefix(draft) for draft in drafts]
 
-    def _learned_tokens(self, written: LearnedText) -> tuple[list[int], list[bool]]:
-        """The tokens of a text, and whether each stands in one of its spans."""
-        if not getattr(self._tokenizer, "is_fast", False):
-            return self._learned_tokens_by_prefix(written)
-        encoded = self._tokenizer(written.text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        learned = [False] * len(ids)
-        spans = iter((*written.spans, (len(written.text) + 1, len(written.text) + 1)))
-        start, stop = next(spans)
-        for index, (first, last) in enumerate(offsets):
-            while first >= stop:
-                start, stop = next(spans)
-            learned[index] = last > start and last > first
-        return ids, learned
+    def _by_offsets(self, drafts: Sequence[Draft]) -> list[Marked]:
+        found: list[Marked | None] = [None] * len(drafts)
+        for special in (False, True):
+            numbers = [number for number, draft in enumerate(drafts) if self._adds(draft) == special]
+            texts = [drafts[number].text for number in numbers]
+            for number, encoding in zip(numbers, self._encodings(texts, special), strict=True):
+                draft = drafts[number]
+                if draft.prompt:
+                    found[number] = self._after_prompt(draft, encoding.ids)
+                else:
+                    found[number] = self._closed(draft, encoding.ids, _learned_ranges(encoding, draft))
+        return [marked for marked in found if marked is not None]
 
-    def _learned_tokens_by_prefix(self, written: LearnedText) -> tuple[list[int], list[bool]]:
+    def _encodings(self, texts: list[str], special: bool) -> Sequence[Any]:
+        """The encodings of the Rust tokenizer. A call of the tokenizer of transformers costs half as much again."""
+        if not texts:
+            return ()
+        backend = self._tokenizer.backend_tokenizer
+        if backend.truncation is not None or backend.padding is not None:
+            self._tokenizer("", add_special_tokens=False)  # transformers turns off what the tokenizer's file asks for
+        return list(backend.encode_batch(texts, add_special_tokens=special))
+
+    def _adds(self, draft: Draft) -> bool:
+        """Whether the tokenizer adds special tokens; none is added before a text that begins with it."""
+        return draft.special and not (self._bos and draft.text.startswith(self._bos))
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        add = special and not (self._bos and text.startswith(self._bos))
+        return list(self._tokenizer(text, add_special_tokens=add)["input_ids"])
+
+    def _after_prompt(self, draft: Draft, ids: list[int]) -> Marked:
+        """Prompt and completion: the tokens of the prompt are those that a model gets for generation."""
+        end = self.end_token()
+        prompt = _without_end(self._ids(draft.prompt, draft.special), end)
+        ids = _without_end(ids, end)
+        if ids[: len(prompt)] != prompt:  # a token merged across the border
+            ids = prompt + _without_end(self._ids(draft.text[len(draft.prompt) :], False), end)
+        start = 0 if draft.spans[0][0] == 0 else len(prompt)
+        return Marked([*ids, end], [(start, len(ids) + 1)])
+
+    def _closed(self, draft: Draft, ids: list[int], learned: list[tuple[int, int]]) -> Marked:
+        if draft.special and self._tokenizer.eos_token_id is not None:
+            # Some tokenizers append the end token themselves, and some texts have it.
+            ids = _without_end(ids, self.end_token())
+        if draft.special and draft.spans:
+            learned = [(0, len(ids))]  # of a text every token is learned, those that the tokenizer put first too
+        if draft.end:
+            ids, learned = [*ids, self.end_token()], [*learned, (len(ids), len(ids) + 1)]
+        return Marked(ids, learned)
+
+    def _by_prefix(self, draft: Draft) -> Marked:
         """The same for a tokenizer that does not tell the places of its tokens."""
-        ids = self._ids(written.text, False)
-        learned = [False] * len(ids)
-        for start, stop in written.spans:
-            first, last = (_common_prefix(ids, self._ids(written.text[:place], False)) for place in (start, stop))
-            learned[first:last] = [True] * (last - first)
-        return ids, learned
+        ids = self._ids(draft.text, draft.special)
+        if draft.prompt:
+            return self._after_prompt(draft, ids)
+        learned = []
+        for start, stop in draft.spans if not draft.special else ():
+            first, last = (_common_prefix(ids, self._ids(draft.text[:place], False)) for place in (start, stop))
+            learned.append((first, last))
+        return self._closed(draft, ids, learned)
 
 
-def _given(record: Mapping[str, object], place: str) -> dict[str, object]:
-    """What the template is given beside messages: tools (a list or JSON text), documents and its own variables."""
-    given: dict[str, object] = {}
-    for key in ("tools", "documents"):
-        value = record.get(key)
-        if isinstance(value, str) and value.strip():
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise CheckpointError(f"{place}: {key} must be a list or JSON text, got {excerpt(value)}") from error
-        if not value:
-            continue
-        if not isinstance(value, list) or not all(isinstance(part, Mapping) for part in value):
-            raise CheckpointError(f"{place}: {key} must be a list of objects, got {excerpt(value)}")
-        given[key] = without_nulls(value)
-    options = record.get("chat_template_kwargs") or {}
-    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-        raise CheckpointError(f"{place}: chat_template_kwargs must be an object, got {excerpt(options)}")
-    return {**options, **given}
+def _as_conversation(exchange: Exchange) -> Conversation:
+    system = [{"role": "system", "content": exchange.system}] if exchange.system else []
+    messages: list[dict[str, object]] = [*system, {"role": "user", "content": exchange.prompt}]
+    if exchange.completion is not None:
+        messages.append({"role": ASSISTANT, "content": exchange.completion})
+    return Conversation(messages, exchange.given)
+
+
+def _learned_ranges(encoding: Any, draft: Draft) -> list[tuple[int, int]]:
+    """The ranges of tokens that stand in the spans of a draft."""
+    ranges: list[tuple[int, int]] = []
+    for start, stop in draft.spans:
+        first, last = encoding.char_to_token(start), encoding.char_to_token(stop) if stop < len(draft.text) else None
+        if first is None or (last is None and stop < len(draft.text)):  # a character that no token has
+            return _ranges_by_offsets(encoding.offsets, draft.spans)
+        if last is None:
+            last = len(encoding)
+        elif encoding.token_to_chars(last)[0] < stop:  # it reaches over the end
+            last += 1
+        ranges.append((max(first, ranges[-1][1]) if ranges else first, last))
+    return ranges
+
+
+def _ranges_by_offsets(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same from the characters of each token, in order."""
+    ranges = []
+    token, count = 0, len(offsets)
+    for start, stop in spans:
+        while token < count and offsets[token][1] <= start:
+            token += 1
+        first = token
+        while token < count and offsets[token][0] < stop:
+            token += 1
+        ranges.append((first, token))
+    return ranges
+
+
+def _ranges(flags: Sequence[bool]) -> list[tuple[int, int]]:
+    """The ranges of positions whose flag is set."""
+    ranges, start = [], 0
+    for flag, group in itertools.groupby(flags):
+        stop = start + sum(1 for _ in group)
+        if flag:
+            ranges.append((start, stop))
+        start = stop
+    return ranges
 
 
 def _without_end(ids: list[int], end: int) -> list[int]:

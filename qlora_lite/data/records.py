@@ -1,116 +1,177 @@
-"""Records of training data, read from a JSONL file and checked.
+"""Records of training data: renamed, checked, and the bad ones listed.
 
-A record is a JSON object with the keys of one of these shapes, tried in this order. Other keys are ignored:
+    raw_records(source) -> checked_records(...) -> what each record contains -> tokenization
 
-    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
-    {"prompt": "...", "completion": "..."}
-    {"instruction": "...", "input": "...", "output": "..."}        `input` is optional
-    {"text": "..."}
-
-Where no answer is needed, `{"prompt": "..."}` is a record too. A file may mix the shapes. Any other line raises
-CheckpointError with the file and the line number.
+A record is a JSON object, or a row of a table, of one of the shapes in shapes.py. A set may mix the shapes.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple
 
-from qlora_lite.checkpoints.files import excerpt, open_regular, reason
-from qlora_lite.data.chat.messages import check_text, checked_messages
-from qlora_lite.errors import CheckpointError
+from qlora_lite.checkpoints.files import excerpt
+from qlora_lite.checks import require
+from qlora_lite.data.shapes import KEYS, Content, Record, shape_of, unused_keys
+from qlora_lite.data.sources.raw import RawRecord
+from qlora_lite.data.sources.source import Source, raw_records
+from qlora_lite.errors import CheckpointError, listing
 
-SHAPES: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",))
-SHAPES_IN_WORDS = "messages | prompt, completion | instruction, input (optional), output | text"
-PROMPT_ALONE = ("prompt",)
-# 32 MiB of text are about ten million tokens.
-LONGEST_LINE = 32 << 20
-
-
-class Record(TypedDict, total=False):
-    """A checked record. It has the keys of one shape, and maybe others."""
-
-    messages: list[dict[str, object]]
-    tools: list[object] | str
-    documents: list[object]
-    chat_template_kwargs: dict[str, object]
-    prompt: str
-    completion: str
-    instruction: str
-    input: str | None
-    output: str
-    text: str
+# So many bad records are kept with their reasons. All are counted.
+MOST_KEPT = 10_000
+MOST_REASONS, MOST_PLACES = 20, 8
 
 
-def read_records(path: str | Path, prompts_too: bool = False) -> list[Record]:
-    """Returns the records of a JSONL file, one for each line that is not blank.
+class CheckedRecord(NamedTuple):
+    """What a record contains, or why it is bad."""
+
+    place: str
+    content: Content | None
+    error: str | None
+
+
+@dataclass
+class BadRecords:
+    """The records that cannot be learned from. allowed: as many are left out, and more are an error."""
+
+    allowed: int = 0
+    count: int = 0
+    kept: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, place: str, reason: str) -> None:
+        """Notes one bad record."""
+        self.count += 1
+        if len(self.kept) < MOST_KEPT:
+            self.kept.append((place, reason))
+
+    def reasons(self) -> list[str]:
+        """One line for each reason and file, with the places."""
+        places: dict[tuple[str, str], list[str]] = {}
+        for place, reason in self.kept:
+            file, _, part = place.rpartition(", ")
+            places.setdefault((file, reason), []).append(part)
+        return [
+            f"{file}{', ' if file else ''}{listing(parts, MOST_PLACES)}: {reason}"
+            for (file, reason), parts in places.items()
+        ]
+
+    def check(self, records: int) -> None:
+        """Raises CheckpointError, with all reasons, if there are more bad records than are allowed."""
+        if self.count <= self.allowed:
+            return
+        reasons = self.reasons()
+        if self.count == 1:
+            raise CheckpointError(reasons[0])
+        raise CheckpointError(
+            f"{self.count:,} of {records:,} records are bad: {listing(reasons, MOST_REASONS, '; ')}; "
+            f"correct them, or leave them out with --skip-bad {self.count}"
+        )
+
+
+@dataclass
+class Found:
+    """What a set of records has.
+
+    records: their number. shapes: records of each shape. unused: records with each key that their shape does not read.
+    split: conversations that became several examples.
+    """
+
+    records: int = 0
+    shapes: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    split: int = 0
+
+
+def check_fields(fields: Mapping[str, str]) -> None:
+    """Raises ConfigError unless `fields` maps keys of the shapes to keys of records."""
+    unknown = [key for key in fields if key not in KEYS]
+    require(not unknown, f"fields must name keys of the shapes ({listing(KEYS, len(KEYS))})", listing(unknown))
+
+
+def renamed(record: Mapping[str, object], fields: Mapping[str, str]) -> Record:
+    """The record without its nulls, and with the keys of the shapes. fields: key of a shape -> key of the record.
+
+    A key such as `turn.answer` reads `answer` of the object `turn`, unless the record has a key of that name.
+    """
+    if not fields:
+        return {key: value for key, value in record.items() if value is not None}
+    used = {name if name in record else name.partition(".")[0] for name in fields.values()}
+    kept = {key: value for key, value in record.items() if value is not None and key not in used}
+    mapped = {key: _value(record, name) for key, name in fields.items()}
+    return kept | {key: value for key, value in mapped.items() if value is not None}
+
+
+def _value(record: Mapping[str, object], name: str) -> object:
+    if name in record:
+        return record[name]
+    value: object = record
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def check_record(record: object, place: str = "record", prompts_too: bool = False) -> Content:
+    """Returns what a record contains. Raises CheckpointError, beginning with `place`, for one of no shape.
 
     prompts_too: also accept a prompt without a completion.
-    Raises CheckpointError with the file and the line for what is not UTF-8, not a JSON object or of none of the shapes.
     """
-    records = [
-        _parse_line(line, f"{path}, line {number}", prompts_too)
-        for number, line in enumerate(_lines(Path(path)), 1)
-        if line.strip()
-    ]
-    if not records:
-        raise CheckpointError(f"{path} holds no records; expected one JSON object per line")
-    return records
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Yields the lines without a byte order mark. A line above LONGEST_LINE is refused before all of it is read."""
-    with open_regular(path, "a JSONL file") as file:
-        for number in itertools.count(1):
-            try:
-                line = file.readline(LONGEST_LINE + 1)
-            except OSError as error:
-                raise CheckpointError(f"{path}, line {number}: cannot be read: {reason(error)}") from error
-            if not line:
-                return
-            if len(line) > LONGEST_LINE:
-                raise CheckpointError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes; split the record")
-            yield (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).removesuffix(b"\n")
-
-
-def _parse_line(line: bytes, place: str, prompts_too: bool) -> Record:
-    try:
-        record: Record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        bad = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
-        raise CheckpointError(f"{place}: not UTF-8 ({bad}); save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        # str(error) of a JSONDecodeError would count lines from this one.
-        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        wrong = f"not valid JSON ({why}), got {excerpt(line.decode('utf-8'))}"
-        raise CheckpointError(f"{place}: {wrong}; write one JSON object per line") from error
-    check_record(record, place, prompts_too)
-    return record
-
-
-def check_record(record: object, place: str = "record", prompts_too: bool = False) -> None:
-    """Raises CheckpointError unless `record` is an object of one of the shapes. The message begins with `place`."""
-    if not isinstance(record, dict):
+    if not isinstance(record, Mapping):
         got = f"{type(record).__name__} {excerpt(record)}"
         raise CheckpointError(f"{place}: expected a JSON object, got {got}; write one JSON object per line")
-    shape = shape_of(record, place, prompts_too)
-    if shape == ("messages",):
-        checked_messages(record["messages"], place)
-        return
-    for key in shape:
-        check_text(record[key], key, place)
-    if shape == ("instruction", "output") and record.get("input") is not None:
-        check_text(record["input"], "input", place)
+    plain = renamed(record, {})
+    return shape_of(plain, place, prompts_too).read(plain, place)
 
 
-def shape_of(record: Mapping[str, object], place: str, prompts_too: bool = False) -> tuple[str, ...]:
-    """Returns the keys of the record's shape, one of SHAPES or PROMPT_ALONE. Raises CheckpointError if it has none."""
-    for shape in (*SHAPES, PROMPT_ALONE) if prompts_too else SHAPES:
-        if all(key in record for key in shape):
-            return shape
-    keys = ", ".join(sorted(map(str, record))) or "none"
-    words = f"{SHAPES_IN_WORDS} | prompt" if prompts_too else SHAPES_IN_WORDS
-    raise CheckpointError(f"{place}: unknown shape with keys {keys}; use one of: {words}")
+def checked_records(
+    raws: Iterable[RawRecord],
+    found: Found,
+    fields: Mapping[str, str] | None = None,
+    prompts_too: bool = False,
+) -> Iterator[CheckedRecord]:
+    """Yields what each record contains, or the reason why it is bad. found: is counted up."""
+    for place, value, error in raws:
+        found.records += 1
+        if value is None:
+            yield CheckedRecord(place, None, error)
+            continue
+        record = renamed(value, fields or {})
+        try:
+            shape = shape_of(record, place, prompts_too)
+            content = shape.read(record, place)
+        except CheckpointError as problem:
+            yield CheckedRecord(place, None, reason_of(problem, place))
+            continue
+        found.shapes[shape.name] += 1
+        found.unused.update(unused_keys(record, shape))
+        yield CheckedRecord(place, content, None)
+
+
+def reason_of(error: CheckpointError, place: str) -> str:
+    """The message of an error without the place that it begins with."""
+    return str(error).removeprefix(f"{place}: ")
+
+
+def read_records(path: str | Path, prompts_too: bool = False) -> list[dict[str, object]]:
+    """Returns the records of a file or folder, checked.
+
+    prompts_too: also accept a prompt without a completion.
+    Raises CheckpointError for a file that cannot be read, and one with all reasons for bad records.
+    """
+    kept: list[dict[str, object]] = []
+
+    def noted(raws: Iterable[RawRecord]) -> Iterator[RawRecord]:
+        for raw in raws:
+            kept.append(raw.value or {})
+            yield raw
+
+    bad = BadRecords()
+    for place, _, error in checked_records(noted(raw_records(Source(str(path)))), Found(), None, prompts_too):
+        if error is not None:
+            bad.add(place, error)
+    bad.check(len(kept))
+    if not kept:
+        raise CheckpointError(f"{path} holds no records; expected one JSON object per line")
+    return kept

@@ -1,56 +1,124 @@
 """Tokenizes records, with labels on the tokens that are learned.
 
-    read_records(path) -> records -> tokenize_all(records, tokenizer) -> examples -> batches(examples, ...) -> tensors
+    records -> drafts (here) -> tokens (in a thread) -> arrays, in memory or cached on disk -> TokenizedSet
 
-A wrong record, or a chat template that cannot be used for it, raises CheckpointError; a wrong setting raises
-ConfigError. The tokenizer is any object with the methods of `Tokenizer`.
+Chat templates are rendered by Python and texts are tokenized by Rust without Python's lock, so both run at once. The
+tokenizer is any object with the methods of `Tokenizer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 
+from qlora_lite.checkpoints.files import excerpt
 from qlora_lite.checks import is_count, require
-from qlora_lite.data.chat.messages import ASSISTANT
-from qlora_lite.data.encoding import Encoder, TokenizedExample, Tokenizer
-from qlora_lite.data.records import PROMPT_ALONE, Record, check_record, read_records, shape_of
+from qlora_lite.data.encoding import Draft, Encoder, Marked, TokenizedExample, Tokenizer
+from qlora_lite.data.mixture import Mixture, mixture_weights
+from qlora_lite.data.records import BadRecords, CheckedRecord, Found, check_fields, checked_records, reason_of
+from qlora_lite.data.sources.raw import RawRecord
+from qlora_lite.data.sources.source import Source, parse_source, raw_records
+from qlora_lite.data.token_arrays import Examples, TokenArrays, TokenWriter, with_something_to_learn
+from qlora_lite.data.token_cache import cache_folder, cache_key, load_tokens, save_tokens
 from qlora_lite.errors import CheckpointError
+from qlora_lite.signals import check_signals
+
+CHUNK_RECORDS = 128
+CHUNKS_AHEAD = 3
+
+Show = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How records become examples.
+
+    max_length: examples are truncated to this number of tokens; None truncates none.
+    learn: `answers` (each turn of the assistant, or the completion, with the token that ends it), `last-answer`, or
+        `all` tokens. All tokens of a `text` are learned in either case.
+    learn_empty_reasoning: also learn an empty block of reasoning that only the chat template wrote.
+    fields: key of a shape -> key of the records. limit: records of each source that are read, None for all.
+    skip_bad: so many bad records are left out; more are an error.
+    prompts_too: keep records without a learned token, such as a prompt alone.
+    date: the day that chat templates write; None is today.
+    """
+
+    max_length: int | None = None
+    learn: str = "answers"
+    learn_empty_reasoning: bool = False
+    fields: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    skip_bad: int = 0
+    prompts_too: bool = False
+    date: date | None = None
+
+    def __post_init__(self) -> None:
+        length, limit = self.max_length, self.limit
+        require(length is None or is_count(length, 2), "max_length must be None or at least 2", length)
+        require(limit is None or is_count(limit, 1), "limit must be None or at least 1", limit)
+        require(is_count(self.skip_bad, 0), "skip_bad must be an integer of at least 0", self.skip_bad)
+        check_fields(self.fields)
+
+    def encoder(self, tokenizer: Tokenizer) -> Encoder:
+        """An encoder of these settings. Raises ConfigError for an unknown `learn`."""
+        return Encoder(tokenizer, self.learn, self.learn_empty_reasoning, self.date)
+
+
+@dataclass(frozen=True)
+class SourceTokens:
+    """The tokens of one source, and what was found in it. was_cached: they were read, not made."""
+
+    name: str
+    arrays: TokenArrays
+    found: Found
+    bad: BadRecords
+    was_cached: bool = False
 
 
 @dataclass(frozen=True)
 class TokenizedSet:
-    """Examples, and the effect of `max_length` on them.
+    """Examples of one or several sources, and what became of their records.
 
-    truncated: the number of examples that were truncated.
+    truncated: the number of examples that were truncated to `max_length`.
     dropped: the number of examples left out because no learned token was within `max_length`.
-    split: the number of conversations that became several examples, since the chat template rewrites earlier turns.
     """
 
-    examples: list[TokenizedExample]
+    examples: Mixture
     truncated: int
     dropped: int
-    split: int = 0
+    parts: tuple[SourceTokens, ...]
+
+    @property
+    def split(self) -> int:
+        """The number of conversations that became several examples, since the chat template rewrites earlier turns."""
+        return sum(part.found.split for part in self.parts)
+
+    @property
+    def skipped(self) -> int:
+        """The number of bad records that were left out."""
+        return sum(part.bad.count for part in self.parts)
 
     @property
     def longest(self) -> int:
         """The number of tokens of the longest example."""
-        return max(len(example.input_ids) for example in self.examples)
+        return int(self.examples.lengths.max())
 
 
 def tokenize(
-    record: Record, tokenizer: Tokenizer, max_length: int | None = None, completion_only: bool = True
+    record: Mapping[str, object], tokenizer: Tokenizer, max_length: int | None = None, learn: str = "answers"
 ) -> TokenizedExample:
     """Returns the tokens of one record, truncated to `max_length`, with labels on the tokens that are learned.
 
-    completion_only: learn the assistant's turns, or the completion, up to and including the token that ends it;
-        False learns every token. All tokens of a `text` are learned in either case.
     With a chat template, prompt and completion become a user and an assistant message. Without one they are
     concatenated and closed with EOS; instruction, input and output are separated by a blank line.
     Raises CheckpointError for a wrong record, and for one without a learned token within `max_length`.
     """
-    found = tokenize_all([record], tokenizer, max_length, completion_only)
+    found = tokenize_all([record], tokenizer, max_length, learn=learn)
     if len(found.examples) > 1:
         raise CheckpointError(
             f"the chat template rewrites earlier turns, so the record becomes {len(found.examples)} examples; "
@@ -60,68 +128,170 @@ def tokenize(
 
 
 def tokenize_all(
-    records: Iterable[Record],
+    records: Iterable[Mapping[str, object]],
     tokenizer: Tokenizer,
     max_length: int | None = None,
-    completion_only: bool = True,
+    *,
+    learn: str = "answers",
+    learn_empty_reasoning: bool = False,
+    skip_bad: int = 0,
     prompts_too: bool = False,
+    date: date | None = None,
 ) -> TokenizedSet:
-    """Returns `tokenize` of many records. A record without a learned token within `max_length` is left out and counted.
+    """Returns the examples of many records, in memory. A record without a learned token within `max_length` is left
+    out and counted. The settings are those of `DataConfig`.
 
-    prompts_too: keep records without a learned token, such as a prompt alone or messages without an answer.
-    Raises CheckpointError, with the record's number from 1, for a wrong record, and if no example is left.
+    Raises CheckpointError, with the records' numbers from 1, for bad records, and if no example is left.
     """
-    require(max_length is None or is_count(max_length, 2), "max_length must be None or at least 2", max_length)
-    examples: list[TokenizedExample] = []
-    encoder = Encoder(tokenizer)
-    truncated = dropped = split = 0
-    for number, record in enumerate(records, 1):
-        place = f"record {number}"
-        check_record(record, place, prompts_too)
-        wholes = _encode(record, encoder, completion_only, place, prompts_too)
-        split += len(wholes) > 1
-        for whole in wholes:
-            example = TokenizedExample(whole.input_ids[:max_length], whole.labels[:max_length])
-            if example.learned_tokens == 0 and not prompts_too:
-                dropped += 1
-                continue
-            truncated += len(example.input_ids) < len(whole.input_ids)
-            examples.append(example)
-    if not examples:
-        got = f"{dropped} records without a token to learn" if dropped else "no records"
-        cut = f" within max_length {max_length}" if max_length else ""
-        raise CheckpointError(f"there is nothing to train on: got {got}{cut}; give records with answers that fit")
-    return TokenizedSet(examples, truncated, dropped, split)
+    config = DataConfig(
+        max_length,
+        learn,
+        learn_empty_reasoning,
+        skip_bad=skip_bad,
+        prompts_too=prompts_too,
+        date=date,
+    )
+    raws = (
+        RawRecord(f"record {number}", record, None)  # type: ignore[arg-type]
+        for number, record in enumerate(records, 1)
+    )
+    writer = TokenWriter()
+    found, bad = _append_all(raws, config.encoder(tokenizer), config, writer)
+    return _tokenized_set([SourceTokens("records", writer.finish()[0], found, bad)], None, config)
 
 
-def tokenize_file(
-    path: str | Path,
+def tokenize_sources(
+    sources: Sequence[Source | str | Path],
     tokenizer: Tokenizer,
-    max_length: int | None = None,
-    completion_only: bool = True,
-    prompts_too: bool = False,
+    config: DataConfig | None = None,
+    cache: bool = True,
+    show: Show | None = None,
 ) -> TokenizedSet:
-    """Returns `tokenize_all` of the records of a JSONL file."""
-    return tokenize_all(read_records(path, prompts_too), tokenizer, max_length, completion_only, prompts_too)
+    """Returns the examples of files, folders and hub data sets, mapped from a cache on disk.
+
+    sources: paths, `name:split` of the hub, or these with a weight, `a.jsonl=0.7`. Weights are shares of an epoch.
+    cache: keep the tokens on disk, see `token_cache`; False holds them in memory. show: is called with the number of
+    records so far.
+    Raises CheckpointError for what cannot be read, for bad records, and if no example is left; ConfigError for wrong
+    weights.
+    """
+    config = config or DataConfig()
+    named = [source if isinstance(source, Source) else parse_source(str(source)) for source in sources]
+    weights = mixture_weights([source.weight for source in named])
+    encoder = config.encoder(tokenizer)
+    parts = [_source_tokens(source, tokenizer, encoder, config, cache, show) for source in named]
+    return _tokenized_set(parts, weights, config)
 
 
-def _encode(
-    record: Record, encoder: Encoder, completion_only: bool, place: str, prompts_too: bool
-) -> list[TokenizedExample]:
-    shape = shape_of(record, place, prompts_too)
-    if shape == PROMPT_ALONE:
-        return [encoder.prompt(record["prompt"], place)]
-    if shape == ("messages",):
-        return encoder.conversation(record, completion_only, place)
-    if shape == ("text",):
-        return [encoder.text("", record["text"], completion_only, place)]
-    if shape == ("instruction", "output"):
-        parts = (record["instruction"], record.get("input") or "")
-        prompt = "\n\n".join(part for part in parts if part) + ("" if encoder.has_template else "\n\n")
-        completion = record["output"]
+def _source_tokens(
+    source: Source, tokenizer: Tokenizer, encoder: Encoder, config: DataConfig, cache: bool, show: Show | None
+) -> SourceTokens:
+    settings = asdict(config) | {"date": encoder.date_written}
+    for name in ("max_length", "skip_bad"):  # they choose among the tokens, and do not change them
+        del settings[name]
+    key = cache_key(source, tokenizer, settings) if cache else None
+    if key is not None and (loaded := load_tokens(cache_folder(source) / key)) is not None:
+        arrays, noted = loaded
+        bad = BadRecords(config.skip_bad, noted["bad"], [tuple(pair) for pair in noted["bad_kept"]])
+        found = Found(noted["records"], Counter(noted["shapes"]), Counter(noted["unused"]), noted["split"])
+        bad.check(found.records)
+        return SourceTokens(source.location, arrays, found, bad, was_cached=True)
+    made: list[tuple[Found, BadRecords]] = []
+
+    def fill(writer: TokenWriter) -> dict[str, object]:
+        found, bad = _append_all(raw_records(source), encoder, config, writer, show)
+        made.append((found, bad))
+        return {**vars(found), "bad": bad.count, "bad_kept": bad.kept}
+
+    if key is None:
+        writer = TokenWriter()
+        fill(writer)
+        arrays = writer.finish()[0]
     else:
-        prompt, completion = record["prompt"], record["completion"]
-    if not encoder.has_template:
-        return [encoder.text(prompt, completion, completion_only, place)]
-    messages = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": completion}]
-    return encoder.conversation({"messages": messages}, completion_only, place)
+        arrays, _ = save_tokens(cache_folder(source) / key, fill)
+    return SourceTokens(source.location, arrays, *made[0])
+
+
+def _append_all(
+    raws: Iterable[RawRecord], encoder: Encoder, config: DataConfig, writer: TokenWriter, show: Show | None = None
+) -> tuple[Found, BadRecords]:
+    """Appends the examples of records. Raises CheckpointError if more records are bad than are allowed."""
+    found, bad = Found(), BadRecords(config.skip_bad)
+    limited = itertools.islice(raws, config.limit)
+    for number, (place, examples) in enumerate(
+        _encoded(checked_records(limited, found, config.fields, config.prompts_too), encoder)
+    ):
+        if isinstance(examples, str):
+            bad.add(place, examples)
+            continue
+        found.split += len(examples) > 1
+        writer.append(number, examples)
+        if show is not None and number % CHUNK_RECORDS == 0:
+            show(number)
+    bad.check(found.records)
+    return found, bad
+
+
+def _encoded(records: Iterator[CheckedRecord], encoder: Encoder) -> Iterator[tuple[str, list[Marked] | str]]:
+    """Yields the place of each record, and its examples, or the reason why it is bad.
+
+    Texts are made here and tokenized in one thread, some chunks ahead, so that the order of all work is fixed.
+    """
+    with ThreadPoolExecutor(1) as executor:
+        ahead: list[tuple[list[tuple[str, list[Draft] | Marked | str]], Future[list[Marked]]]] = []
+        while True:
+            check_signals()
+            chunk = [_drafted(record, encoder) for record in itertools.islice(records, CHUNK_RECORDS)]
+            if chunk:
+                drafts = [draft for _, made in chunk if isinstance(made, list) for draft in made]
+                ahead.append((chunk, executor.submit(encoder.tokens, drafts)))
+            while ahead and (len(ahead) >= CHUNKS_AHEAD or not chunk):
+                made, future = ahead.pop(0)
+                yield from _joined(made, iter(future.result()))
+            if not chunk:
+                return
+
+
+def _drafted(record: CheckedRecord, encoder: Encoder) -> tuple[str, list[Draft] | Marked | str]:
+    if record.content is None:
+        return record.place, str(record.error)
+    try:
+        return record.place, encoder.drafts(record.content)
+    except CheckpointError as error:
+        return record.place, reason_of(error, record.place)
+
+
+def _joined(
+    chunk: list[tuple[str, list[Draft] | Marked | str]], tokens: Iterator[Marked]
+) -> Iterator[tuple[str, list[Marked] | str]]:
+    for place, made in chunk:
+        if isinstance(made, str):
+            yield place, made
+        elif isinstance(made, Marked):
+            yield place, [made]
+        else:
+            examples = list(itertools.islice(tokens, len(made)))
+            empty = next((draft.text for draft, example in zip(made, examples, strict=True) if not example.ids), None)
+            if empty is not None:
+                yield place, f"the text has no tokens; got {excerpt(empty)}; write one that is not empty"
+            else:
+                yield place, examples
+
+
+def _tokenized_set(parts: Sequence[SourceTokens], weights: Sequence[float] | None, config: DataConfig) -> TokenizedSet:
+    chosen = [None if config.prompts_too else with_something_to_learn(part.arrays, config.max_length) for part in parts]
+    kept = [Examples(part.arrays, numbers, config.max_length) for part, numbers in zip(parts, chosen, strict=True)]
+    for part, examples in zip(parts, kept, strict=True):
+        if len(examples) == 0:
+            dropped = len(part.arrays)
+            got = f"{dropped} records without a token to learn" if dropped else "no records"
+            cut = f" within max_length {config.max_length}" if config.max_length else ""
+            raise CheckpointError(
+                f"there is nothing to train on in {part.name}: got {got}{cut}; give records with answers that fit"
+            )
+    return TokenizedSet(
+        Mixture(kept, weights),
+        sum(examples.truncated for examples in kept),
+        sum(len(part.arrays) - len(examples) for part, examples in zip(parts, kept, strict=True)),
+        tuple(parts),
+    )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.encoding import Encoder, special_tokens
-from qlora_lite.errors import CheckpointError
+from qlora_lite.data.encoding import Draft, Encoder, TokenizedExample, _learned_ranges, special_tokens
+from qlora_lite.data.records import check_record
+from qlora_lite.errors import CheckpointError, ConfigError
 
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}[{% for tool in tools %}{{ tool.function.name }}{% endfor %}]{% endif %}"
@@ -44,6 +48,9 @@ class Slow:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._fast, name)
 
+    def __len__(self) -> int:
+        return len(self._fast)
+
     def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
         return self._fast(text, add_special_tokens=add_special_tokens)
 
@@ -58,6 +65,12 @@ RECORD = {
 }
 
 
+def examples(tokens: Any, record: dict[str, Any], learn: str = "answers") -> list[TokenizedExample]:
+    encoder = Encoder(tokens, learn)
+    drafts = encoder.drafts(check_record(record))
+    return [marked.example() for marked in (encoder.tokens(drafts) if isinstance(drafts, list) else [drafts])]
+
+
 def learned(example: Any, tokens: Any) -> str:
     return str(tokens.decode([label for label in example.labels if label != IGNORE_INDEX])).replace(" ", "")
 
@@ -65,23 +78,23 @@ def learned(example: Any, tokens: Any) -> str:
 @pytest.mark.parametrize("wrap", [lambda fast: fast, Slow], ids=["offsets", "prefixes"])
 def test_answers_and_their_ends_are_learned(wrap: Any) -> None:
     tokens = wrap(tokenizer())
-    (example,) = Encoder(tokens).conversation(RECORD, True, "record 1")
+    (example,) = examples(tokens, RECORD)
     assert learned(example, tokens) == "b.</s>d.</s>"
     assert example.input_ids.count(0) == 1  # one <s>
 
 
 def test_all_tokens_are_learned_on_request() -> None:
     tokens = tokenizer()
-    (example,) = Encoder(tokens).conversation(RECORD, False, "record 1")
+    (example,) = examples(tokens, RECORD, "all")
     assert example.labels == example.input_ids
 
 
 def test_an_answer_of_weight_0_is_not_learned() -> None:
     tokens = tokenizer()
     messages = [{**message, "weight": int(index == 3)} for index, message in enumerate(RECORD["messages"])]
-    (example,) = Encoder(tokens).conversation({"messages": messages}, True, "record 1")
+    (example,) = examples(tokens, {"messages": messages})
     assert learned(example, tokens) == "d.</s>"
-    (example,) = Encoder(tokens).conversation({"messages": messages[:2]}, True, "record 1")
+    (example,) = examples(tokens, {"messages": messages[:2]})
     assert learned(example, tokens) == ""
 
 
@@ -90,7 +103,7 @@ def test_tools_and_variables_reach_the_template(as_text: bool) -> None:
     tools = [{"type": "function", "function": {"name": "get_it", "parameters": None}}]
     record = {**RECORD, "tools": json.dumps(tools) if as_text else tools, "chat_template_kwargs": {"mood": "!"}}
     tokens = tokenizer()
-    (example,) = Encoder(tokens).conversation(record, True, "record 1")
+    (example,) = examples(tokens, record)
     assert "[get_it]" in str(tokens.decode(example.input_ids)).replace(" ", "")
     assert learned(example, tokens) == "b.?u</s>d.?u</s>"
 
@@ -98,23 +111,106 @@ def test_tools_and_variables_reach_the_template(as_text: bool) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("tools", "{", r"record 1: tools must be a list or JSON text, got '\{'"),
-        ("tools", {"name": "f"}, "record 1: tools must be a list of objects"),
-        ("documents", [3], "record 1: documents must be a list of objects"),
-        ("chat_template_kwargs", [1], "record 1: chat_template_kwargs must be an object"),
+        ("tools", "{", r"record: tools must be a list, or JSON text of one, got '\{'"),
+        ("tools", {"name": "f"}, "record: tools must be a list of objects"),
+        ("documents", [3], "record: documents must be a list of objects"),
+        ("chat_template_kwargs", [1], "record: chat_template_kwargs must be an object"),
     ],
 )
 def test_wrong_fields_are_named(field: str, value: object, says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
-        Encoder(tokenizer()).conversation({**RECORD, field: value}, True, "record 1")
+        examples(tokenizer(), {**RECORD, field: value})
 
 
-def test_text_gets_one_begin_and_one_end_whatever_it_has() -> None:
-    tokens = tokenizer(None)
+@pytest.mark.parametrize("wrap", [lambda fast: fast, Slow], ids=["offsets", "prefixes"])
+def test_text_gets_one_begin_and_one_end_whatever_it_has(wrap: Any) -> None:
+    tokens = wrap(tokenizer(None))
     expected = [0, *tokens("ab", add_special_tokens=False)["input_ids"], 1]
     for text in ("ab", "<s>ab", "ab</s>", "<s>ab</s>"):
-        assert Encoder(tokens).text("", text, True, "record 1").input_ids == expected, text
-    assert Encoder(tokens).text("a", "b", True, "record 1").labels == [IGNORE_INDEX, IGNORE_INDEX, *expected[2:]]
+        (example,) = examples(tokens, {"text": text})
+        assert example.input_ids == example.labels == expected, text
+    (example,) = examples(tokens, {"prompt": "a", "completion": "b"})
+    assert example.labels == [IGNORE_INDEX, IGNORE_INDEX, *expected[2:]]
+    (example,) = examples(tokens, {"prompt": "a", "completion": "b"}, "all")
+    assert example.labels == example.input_ids == expected
+
+
+def test_the_last_answer_alone_is_learned_on_request() -> None:
+    tokens = tokenizer()
+    (example,) = examples(tokens, RECORD, "last-answer")
+    assert learned(example, tokens) == "d.</s>"
+    messages = [{**message, "weight": int(index == 1)} for index, message in enumerate(RECORD["messages"])]
+    (example,) = examples(tokens, {"messages": messages}, "last-answer")
+    assert learned(example, tokens) == ""
+    with pytest.raises(ConfigError, match="learn must be one of answers, last-answer, all; got 'answer'"):
+        Encoder(tokens, "answer")
+
+
+def test_ready_tokens_stay_as_they_are() -> None:
+    tokens = tokenizer()
+    record = {"input_ids": [0, 5, 6, 7, 8], "labels": [-100, 5, -100, 7, 8], "attention_mask": [1, 1, 1, 1, 0]}
+    assert examples(tokens, record) == [TokenizedExample([0, 5, 6, 7], [-100, 5, -100, 7])]
+    assert examples(tokens, record, "all") == [TokenizedExample([0, 5, 6, 7], [0, 5, 6, 7])]
+    with pytest.raises(CheckpointError, match=f"input_ids must be below {len(tokens)}, the tokenizer's size; got 9000"):
+        examples(tokens, {"input_ids": [9000], "labels": [9000]})
+
+
+def test_a_system_text_and_tools_need_the_template_or_stand_before_the_prompt() -> None:
+    chat, plain = tokenizer(), tokenizer(None)
+    record = {"system": "c", "prompt": "a", "completion": "b"}
+    messages = [{"role": r, "content": c} for r, c in (("system", "c"), ("user", "a"), ("assistant", "b"))]
+    assert examples(chat, record) == examples(chat, {"messages": messages})
+    assert plain.decode(examples(plain, record)[0].input_ids, skip_special_tokens=True).replace(" ", "") == "c?u?uab"
+    with pytest.raises(CheckpointError, match="got tools, but this tokenizer has no chat template"):
+        examples(plain, record | {"tools": [{"name": "f"}]})
+
+
+def test_a_batch_of_drafts_has_the_tokens_of_each_alone() -> None:
+    for tokens in (tokenizer(), tokenizer(None)):
+        encoder = Encoder(tokens)
+        records = [
+            {"text": "ab"},
+            {"prompt": "a", "completion": "b"},
+            {"text": "<s>b"},
+            {"prompt": "ab", "completion": ""},
+        ]
+        drafts = [draft for record in records for draft in encoder.drafts(check_record(record))]
+        assert encoder.tokens(drafts) == [encoder.tokens([draft])[0] for draft in drafts]
+
+
+def test_truncation_in_the_tokenizers_file_does_not_cut_texts() -> None:
+    tokens = tokenizer(None)
+    whole = examples(tokens, {"text": "abcdefgh"})
+    tokens.backend_tokenizer.enable_truncation(3)
+    tokens.backend_tokenizer.enable_padding(length=20)
+    assert examples(tokens, {"text": "abcdefgh"}) == whole
+
+
+LETTERS = st.text("ab .é\U0001f600", min_size=1, max_size=12)
+
+
+@given(text=LETTERS, data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_ranges_are_those_of_the_characters(text: str, data: st.DataObject) -> None:
+    """A byte-level tokenizer: several tokens for one character, and a token for several characters."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
+    spans = [(start, stop) for start, stop in zip(cuts[::2], cuts[1::2], strict=False) if start < stop]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    core.train_from_iterator(["abab ab. é"] * 3, trainer)
+    encoding = core.encode(text)
+    found = _learned_ranges(encoding, Draft(text, spans))
+    learned = {token for start, stop in found for token in range(start, stop)}
+    expected = {
+        token
+        for token, (first, last) in enumerate(encoding.offsets)
+        if any(first < stop and last > start for start, stop in spans)
+    }
+    assert learned == expected
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(found))
 
 
 def test_special_tokens_are_those_that_the_tokenizer_knows() -> None:

@@ -1,0 +1,156 @@
+"""Tests of tokens on disk: what makes a new key, damaged folders, two runs at once, and folders that are removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qlora_lite.data import token_cache
+from qlora_lite.data.records import read_records
+from qlora_lite.data.sources.source import Source
+from qlora_lite.data.token_cache import INDEX_FILE, cache_folder, cache_key, load_tokens
+from qlora_lite.data.tokenization import DataConfig, TokenizedSet, tokenize_all, tokenize_sources
+from qlora_lite.errors import CheckpointError
+
+TEMPLATE = "{% for m in messages %}{{ m.role + ' ' + m.content + ' </s> ' }}{% endfor %}"
+
+
+def words(template: str | None = TEMPLATE, more: str = "") -> PreTrainedTokenizerFast:
+    names = ["</s>", "user", "assistant", "a", "b", "c", "d", "?", *more.split()]
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(names)}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens(["</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", chat_template=template)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    lines = [{"prompt": "a b", "completion": "c"}, {"text": "a a a d"}, {"prompt": "d", "completion": "b b"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def start(data: Path, config: DataConfig | None = None, tokenizer: Any = None) -> TokenizedSet:
+    return tokenize_sources([data], tokenizer or words(), config)
+
+
+def test_a_second_start_reads_the_tokens_of_the_first(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = start(data, DataConfig(skip_bad=1))
+    monkeypatch.setattr("qlora_lite.data.tokenization.raw_records", None)  # it must not be read again
+    second = start(data)
+    assert not first.parts[0].was_cached and second.parts[0].was_cached
+    assert first.examples == second.examples and first.parts[0].found == second.parts[0].found
+    shorter = start(data, DataConfig(max_length=3))
+    assert shorter.parts[0].was_cached and (shorter.truncated, shorter.dropped) == (1, 2)
+    assert all(len(example.input_ids) <= 3 for example in shorter.examples)
+    monkeypatch.undo()
+    assert second.examples == tokenize_all(read_records(data), words()).examples
+    assert start(data, DataConfig(limit=2)).examples == second.examples[:2]
+
+
+def test_whatever_decides_on_the_tokens_makes_another_key(data: Path) -> None:
+    source, settings = Source(str(data)), {"learn": "answers"}
+    keys = {cache_key(source, words(), settings), cache_key(source, words(), {"learn": "all"})}
+    keys |= {cache_key(source, words(TEMPLATE + "!"), settings), cache_key(source, words(more="e"), settings)}
+    data.write_text(data.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    keys.add(cache_key(source, words(), settings))
+    assert len(keys) == 5 and None not in keys
+    assert cache_key(source, words(), settings) == cache_key(Source(str(data), 0.5), words(), settings)
+
+
+@pytest.mark.parametrize("damage", ["byte", "short", "missing", "index", "no index"])
+def test_damaged_tokens_are_made_again(data: Path, damage: str) -> None:
+    first = list(start(data).examples)
+    (folder,) = cache_folder(Source(str(data))).iterdir()
+    tokens = folder / "tokens.safetensors"
+    content = tokens.read_bytes()
+    if damage == "byte":
+        tokens.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "short":
+        tokens.write_bytes(content[:-4])
+    elif damage == "missing":
+        tokens.unlink()
+    elif damage == "index":
+        (folder / INDEX_FILE).write_text("{}", encoding="utf-8")
+    else:
+        (folder / INDEX_FILE).unlink()
+    again = start(data)
+    assert not again.parts[0].was_cached and again.examples == first
+    assert start(data).parts[0].was_cached
+
+
+def test_bad_records_are_remembered_and_counted_again(data: Path) -> None:
+    data.write_text(data.read_text(encoding="utf-8") + '{"text": 3}\n', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="line 4: text must be a string"):
+        start(data)
+    assert not any(cache_folder(Source(str(data))).glob("*")), "a refused set left tokens behind"
+    assert start(data, DataConfig(skip_bad=1)).skipped == 1
+    kept = start(data, DataConfig(skip_bad=5))
+    assert kept.parts[0].was_cached and kept.skipped == 1
+    with pytest.raises(CheckpointError, match="line 4: text must be a string"):
+        start(data)
+
+
+def test_runs_that_race_do_not_disturb_each_other(data: Path) -> None:
+    expected = list(start(data).examples)
+    for folder in cache_folder(Source(str(data))).iterdir():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.extend(list(start(data).examples) for _ in range(5))
+        except Exception as error:  # shown by the assertion
+            found.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 20
+
+
+def test_few_folders_are_kept(data: Path) -> None:
+    for limit in range(1, 4):
+        start(data, DataConfig(limit=limit))
+    folder = cache_folder(Source(str(data)))
+    (oldest,) = [path for path in folder.iterdir() if load_tokens(path)[1]["records"] == 1]  # type: ignore[index]
+    for age, path in enumerate(folder.iterdir()):
+        os.utime(path, (1000 + age, 1000 + age))
+    os.utime(oldest, (1, 1))
+    for learn in ("all", "last-answer"):
+        start(data, DataConfig(learn=learn))
+    assert len(list(folder.iterdir())) == token_cache.KEPT_FOLDERS and not oldest.exists()
+
+
+def test_a_folder_that_cannot_be_written_has_its_tokens_elsewhere(
+    data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(path: Path) -> None:
+        raise CheckpointError("pretended: the tests run as root")
+
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(token_cache, "check_creatable", refuse)
+    start(data)
+    monkeypatch.undo()
+    assert not cache_folder(Source(str(data))).exists()
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
+
+
+def test_a_slow_tokenizer_has_no_cache(data: Path) -> None:
+    slow = words()
+    monkey = type("Slow", (type(slow),), {"is_fast": False})
+    slow.__class__ = monkey
+    assert cache_key(Source(str(data)), slow, {}) is None
+    assert start(data, None, slow).examples == start(data).examples
