@@ -169,3 +169,21 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Callable[..., Any]:
+    """Makes a tokenizer of the words user, assistant, a, b, c, d, with a chat template that ends turns with </s>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    written = "{% for m in messages %}{{ m.role + ' ' + m.content + ' </s> ' }}{% endfor %}"
+
+    def made(template: str | None = written, more: str = "") -> Any:
+        names = ["</s>", "user", "assistant", "a", "b", "c", "d", "?", *more.split()]
+        core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(names)}, unk_token="?"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        core.add_special_tokens(["</s>"])
+        return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", chat_template=template)
+
+    return made

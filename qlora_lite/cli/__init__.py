@@ -2,13 +2,14 @@
 
 In reading order:
 
-main       the entry point: commands, errors, exit status
-options    options that several commands share
-plan       predicts whether training fits into a memory
-train      trains adapters on a JSONL file
-profile    measures the memory of two training steps
-merge      merges an adapter into its base
-quantize   writes a packed checkpoint
-inspect    shows an adapter on disk
-env        shows versions and the machine
+main           the entry point: commands, errors, exit status
+options        options that several commands share
+data_options   options of the commands that read records, and the records of a run
+plan           predicts whether training fits into a memory
+train          trains adapters on records
+profile        measures the memory of two training steps
+merge          merges an adapter into its base
+quantize       writes a packed checkpoint
+inspect        shows an adapter on disk
+env            shows versions and the machine
 """

@@ -1,12 +1,29 @@
-"""`qlora-lite train`: trains adapters on a JSONL file."""
+"""`qlora-lite train`: trains adapters on records of files and data sets."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qlora_lite.cli.data_options import (
+    SOURCES_HELP,
+    Fields,
+    Learn,
+    LearnEmptyReasoning,
+    Limit,
+    MaxLength,
+    SkipBad,
+    TokenCache,
+    TrainingData,
+    data_config,
+    input_paths,
+    training_data,
+)
 from qlora_lite.cli.options import (
     Alpha,
     AnyBase,
@@ -28,15 +45,19 @@ from qlora_lite.cli.options import (
     listed_tokens,
     settings,
 )
-from qlora_lite.data.records import SHAPES_IN_WORDS
 from qlora_lite.errors import ConfigError
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 if TYPE_CHECKING:
-    from qlora_lite.data.tokenization import TokenizedSet
+    from torch import nn
+
+    from qlora_lite.data.encoding import Tokenizer
     from qlora_lite.lora.config import LoraConfig
     from qlora_lite.planning.memory_budget import BudgetedConfig
     from qlora_lite.training.loop import TrainResult
+
+
+LARGEST_EXPONENT = 700.0  # of a perplexity that is a finite float
 
 
 def _check_options(lora: LoraConfig, memory_budget: str | None, checkpointing: str | None) -> None:
@@ -50,7 +71,7 @@ def _check_options(lora: LoraConfig, memory_budget: str | None, checkpointing: s
         raise ConfigError("--memory-budget chooses the checkpointing itself; leave out it or --checkpointing")
 
 
-def _check_run(output: Path, replaced: bool, model: str, data: Path, same_base: bool) -> None:
+def _check_run(output: Path, replaced: bool, model: str, data: Sequence[Path], same_base: bool) -> None:
     """Raises CheckpointError if the run cannot be written there.
 
     same_base: an adapter of an earlier run in `output` must belong to this base. Sizes and samples of the base are
@@ -60,25 +81,77 @@ def _check_run(output: Path, replaced: bool, model: str, data: Path, same_base: 
     from qlora_lite.checkpoints.base_identity import check_trained_on_checkpoint
     from qlora_lite.checkpoints.hub import checkpoint_folder
     from qlora_lite.training.distributed import is_first_process
-    from qlora_lite.training.run_checkpoints import ADAPTER_FOLDER, METRICS_FILE
+    from qlora_lite.training.run_checkpoints import ADAPTER_FOLDER, DATA_FILE, METRICS_FILE
 
     if same_base:
         check_trained_on_checkpoint(output / ADAPTER_FOLDER, checkpoint_folder(model))
     if not is_first_process():  # the first one may have begun to write
         return
-    check_output_is_not_input(output / METRICS_FILE, data)
-    check_output(output / ADAPTER_FOLDER if replaced else output, replaced, model, data)
+    for name in (METRICS_FILE, DATA_FILE):
+        check_output_is_not_input(output / name, *data)
+    check_output(output / ADAPTER_FOLDER if replaced else output, replaced, model, *map(str, data))
+
+
+def _run_date(output: Path) -> date:
+    """The date that the chat template writes in a resumed run: that of the run's start."""
+    from qlora_lite.checkpoints.files import read_json
+    from qlora_lite.errors import CheckpointError
+    from qlora_lite.training.run_checkpoints import DATA_FILE
+
+    path = output / DATA_FILE
+    if not path.exists():  # no step was done, or the run is older than this file
+        return date.today()
+    try:
+        return date.fromisoformat(str(read_json(path)["date"]))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} has no date of the run; delete it to go on with today's") from error
+
+
+def _described_records(options: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[TrainingData, dict[str, object]]:
+    """Reads the records, and prints what is learned; returns them, and the notes that a run keeps of them."""
+    from qlora_lite.data.summary import summarize
+    from qlora_lite.training.distributed import is_first_process
+
+    run_date = _run_date(options["output"]) if options["resume"] else date.today()
+    config, cache = data_config(options, run_date), options["token_cache"]
+    records = training_data(options["data"], options["eval_data"], options["eval_share"], tokenizer, config, cache)
+    summary = summarize(records.tokenized)
+    held_out = None if records.held_out is None else len(records.held_out)
+    if is_first_process():
+        notes = (held_out and f"{held_out:,} examples are held out", records.warning())
+        print("\n".join([*summary.in_words(), *filter(None, notes)]))
+    return records, {"date": run_date.isoformat(), **summary.to_json(), "examples_held_out": held_out}
+
+
+def _held_out_loss(model: nn.Module, records: TrainingData, options: Mapping[str, Any], pad: int) -> list[float]:
+    """The loss of the held-out examples, in a list; an empty list without any."""
+    from qlora_lite.data.batching import batches
+    from qlora_lite.training.loop import held_out_loss
+
+    if records.held_out is None:
+        return []
+    packing, max_length, rows = options["packing"], options["max_length"], options["batch_size"]
+    stream = batches(records.held_out, rows, 0, pad_token_id=pad, epochs=1, packing=packing, max_length=max_length)
+    return [held_out_loss(model, stream)]
 
 
 def _figures(
-    result: TrainResult, tokenized: TokenizedSet, budgeted: BudgetedConfig | None, output: Path
+    result: TrainResult, data: TrainingData, losses: list[float], budgeted: BudgetedConfig | None, output: Path
 ) -> dict[str, object]:
+    """The figures of a run. losses: of the held-out examples, before and after it."""
     predicted = {} if budgeted is None else {"predicted_peak_bytes": budgeted.predicted_peak}
+    held_out: dict[str, object] = {}
+    if data.held_out is not None:
+        held_out["examples_held_out"] = len(data.held_out)
+        for when, loss in zip(("before", "after"), losses, strict=True):
+            held_out |= {f"held_out_loss_{when}": loss, f"perplexity_{when}": math.exp(min(loss, LARGEST_EXPONENT))}
     return {
-        "examples": len(tokenized.examples),
-        "examples_shortened": tokenized.truncated,
-        "examples_dropped": tokenized.dropped,
-        "conversations_split": tokenized.split,
+        "examples": len(data.examples),
+        "examples_shortened": data.tokenized.truncated,
+        "examples_dropped": data.tokenized.dropped,
+        "conversations_split": data.tokenized.split,
+        "bad_records_skipped": data.tokenized.skipped,
+        **held_out,
         "first_loss": result.losses[0],
         "last_loss": result.losses[-1],
         "seconds": round(result.seconds, 1),
@@ -93,10 +166,7 @@ def _figures(
 def train(
     ctx: typer.Context,
     model: Model,
-    data: Annotated[
-        Path,
-        typer.Option("--data", help=f"JSONL file of records, each with the keys of one shape: {SHAPES_IN_WORDS}."),
-    ],
+    data: Annotated[list[str], typer.Option("--data", help=SOURCES_HELP)],
     output: Output,
     format: Format = DEFAULT_FORMAT,
     blocksize: Blocksize = 64,
@@ -136,11 +206,24 @@ def train(
     warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up of the learning rate.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 2,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
-    max_length: Annotated[int, typer.Option(help="Tokens that longer examples are truncated to.")] = 512,
+    field: Fields = None,
+    limit: Limit = None,
+    skip_bad: SkipBad = 0,
+    learn: Learn = "answers",
+    learn_empty_reasoning: LearnEmptyReasoning = False,
+    token_cache: TokenCache = True,
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option("--eval-data", help="Records that are not trained on: their loss is computed before and after."),
+    ] = None,
+    eval_share: Annotated[
+        float | None,
+        typer.Option(help="Share of the records of --data that is held out in this way. Equal records stay together."),
+    ] = None,
+    max_length: MaxLength = 512,
     packing: Annotated[bool, typer.Option(help="Put several examples into one row of up to --max-length tokens.")] = (
         False
     ),
-    completion_only: Annotated[bool, typer.Option(help="Learn the answers only, or all tokens.")] = True,
     optimizer: Optimizer = "adamw",
     checkpointing: Annotated[
         str | None,
@@ -166,14 +249,13 @@ def train(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Train adapters on a JSONL file; writes metrics.jsonl and adapter/ into the output folder."""
+    """Train adapters on records; writes metrics.jsonl, data.json and adapter/ into the output folder."""
     import torch
 
     from qlora_lite.checkpoints.hub import load_tokenizer
     from qlora_lite.checkpoints.load import load_quantized
     from qlora_lite.checks import byte_count
     from qlora_lite.data.batching import batches
-    from qlora_lite.data.tokenization import tokenize_file
     from qlora_lite.lora.adapters import add_lora_
     from qlora_lite.lora.config import LoraConfig
     from qlora_lite.lora.targets import layer_numbers
@@ -196,22 +278,25 @@ def train(
     )
     config = settings(TrainConfig, ctx.params, checkpointing=checkpointing_named(checkpointing or "full"))
     _check_options(lora, memory_budget, checkpointing)
-    _check_run(output, overwrite or resume, model, data, same_base=resume and not any_base)
+    inputs = input_paths([*data, *(eval_data or ())])
+    _check_run(output, overwrite or resume, model, inputs, same_base=resume and not any_base)
     tokenizer = load_tokenizer(model)
-    tokenized = tokenize_file(data, tokenizer, max_length, completion_only)
+    records, notes = _described_records(ctx.params, tokenizer)
     pad = tokenizer.pad_token_id
-    stream = batches(tokenized.examples, batch_size, seed, pad_token_id=pad, packing=packing, max_length=max_length)
+    stream = batches(records.examples, batch_size, seed, pad_token_id=pad, packing=packing, max_length=max_length)
     budgeted = None
     with deferred_signals():
         if memory_budget is not None:
             memory = device_memory(byte_count("--memory-budget must be", memory_budget))
-            tokens = max_length if packing else tokenized.longest
+            tokens = max_length if packing else records.tokenized.longest
             budgeted = config_within(memory, model, quant, lora, config, rows=batch_size, tokens=tokens)
             print(budgeted.described())
         torch.manual_seed(seed)
         loaded = load_quantized(model, quant)
         add_lora_(loaded, lora)
         chosen = config if budgeted is None else budgeted.config
-        result = train_model(loaded, stream, chosen, output_dir=output, overwrite=overwrite, resume=resume)
+        losses = _held_out_loss(loaded, records, ctx.params, pad)
+        result = train_model(loaded, stream, chosen, output_dir=output, overwrite=overwrite, resume=resume, notes=notes)
+        losses += _held_out_loss(loaded, records, ctx.params, pad)
     if is_first_process():
-        finish(_figures(result, tokenized, budgeted, output), json)
+        finish(_figures(result, records, losses, budgeted, output), json)

@@ -12,6 +12,7 @@ tokenization    records to examples, for lists, files and data sets
 packing         which examples share a row
 batching        batches of examples, padded or packed
 stream          the batches of a run, with a position that can be resumed
+summary         what a set of records becomes, in numbers
 
 The room chat/ writes conversations by chat templates. The room sources/ reads records from files.
 """
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from qlora_lite.data.packing import packed_fill as packed_fill
     from qlora_lite.data.records import read_records as read_records
     from qlora_lite.data.stream import BatchStream as BatchStream
+    from qlora_lite.data.summary import Summary as Summary
+    from qlora_lite.data.summary import summarize as summarize
     from qlora_lite.data.tokenization import DataConfig as DataConfig
     from qlora_lite.data.tokenization import TokenizedSet as TokenizedSet
     from qlora_lite.data.tokenization import tokenize_all as tokenize_all
@@ -45,5 +48,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "packing": "packed_fill Fill",
         "batching": "batches Batch labelled_tokens",
         "stream": "BatchStream",
+        "summary": "summarize Summary",
     },
 )

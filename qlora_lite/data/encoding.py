@@ -11,7 +11,7 @@ import datetime
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from qlora_lite.checks import require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
@@ -24,7 +24,7 @@ from qlora_lite.errors import CheckpointError
 LEARN = ("answers", "last-answer", "all")
 
 
-class Tokenizer(TemplatedTokenizer):
+class Tokenizer(TemplatedTokenizer, Protocol):
     """The part of a transformers tokenizer that is used here."""
 
     eos_token_id: Any  # None, or the token id
@@ -254,8 +254,9 @@ class Encoder:
 
 
 def _as_conversation(exchange: Exchange) -> Conversation:
-    system = [{"role": "system", "content": exchange.system}] if exchange.system else []
-    messages: list[dict[str, object]] = [*system, {"role": "user", "content": exchange.prompt}]
+    messages: list[dict[str, object]] = [{"role": "user", "content": exchange.prompt}]
+    if exchange.system:
+        messages.insert(0, {"role": "system", "content": exchange.system})
     if exchange.completion is not None:
         messages.append({"role": ASSISTANT, "content": exchange.completion})
     return Conversation(messages, exchange.given)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from qlora_lite.checkpoints.files import excerpt
-from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.chat.messages import ASSISTANT, SWITCHES, check_text, checked_messages, without_nulls
 from qlora_lite.errors import CheckpointError, listing
 
@@ -217,7 +216,9 @@ def _read_prompt(record: Record, place: str) -> Content:
 
 
 def _read_tokens(record: Record, place: str) -> Content:
-    columns = {}
+    from qlora_lite.compute.cross_entropy import IGNORE_INDEX  # imports torch, and help texts import this file
+
+    columns: dict[str, list[int]] = {}
     for key in ("input_ids", "labels", "attention_mask"):
         values = parsed_list(record.get(key), key, place)
         if key == "attention_mask" and values is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +14,21 @@ from torch import nn
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import load_quantized
+from qlora_lite.checks import require
 from qlora_lite.compute.host_memory import heap_trimming, set_host_limits
-from qlora_lite.data.batching import Batch
+from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.adapters import add_lora_
 from qlora_lite.lora.config import LoraConfig
 from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.signals import check_signals, deferred_signals
 from qlora_lite.training.activation_checkpointing import checkpointed
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.distributed import Processes
 from qlora_lite.training.fused_forward import fused
+from qlora_lite.training.objective import check_packing, choose_loss
 from qlora_lite.training.progress import say, training_progress
 from qlora_lite.training.run_checkpoints import StepMetrics
 from qlora_lite.training.run_folder import run_folder
@@ -81,6 +84,7 @@ def train(
     resume: bool = False,
     profiler: MemoryProfiler | None = None,
     progress: bool = True,
+    notes: Mapping[str, object] | None = None,
 ) -> TrainResult:
     """Trains the adapters of a model in place; no other value of the model changes.
 
@@ -94,6 +98,7 @@ def train(
         training starts at step 1.
     profiler: its phases forward, backward and optimizer are entered.
     progress: show the progress on stderr.
+    notes: what is to be known of the batches later, written to `data.json` in output_dir with the first step.
 
     SIGINT and SIGTERM take effect between two batches if there is an output_dir: a checkpoint is written and Stopped
     raised. A second SIGINT raises KeyboardInterrupt at once and saves nothing.
@@ -118,7 +123,7 @@ def train(
     shown = progress and processes.is_first
     started = time.perf_counter()
     with (
-        run_folder(run, folder if processes.is_first else None, overwrite, resume) as writer,
+        run_folder(run, folder if processes.is_first else None, overwrite, resume, notes) as writer,
         _training_mode(run),
         fused(run.model),
         checkpointed(run.model, config.checkpointing) as blocks,
@@ -138,6 +143,37 @@ def train(
     seconds = time.perf_counter() - started
     reason, halved_at = run.decisions.model_loss_reason, run.decisions.halved_at
     return TrainResult(run.metrics, seconds, reason, writer.resumed_from, tuple(writer.skipped), halved_at)
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Returns the mean loss over all labelled tokens of some batches, computed as in training, without an update.
+
+    Modes and forward methods of the model are restored.
+    Raises ConfigError if no token has a label, or if packed examples would see each other.
+    """
+    set_host_limits()
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    total, count, loss = 0.0, 0, None
+    model.eval()
+    try:
+        with deferred_signals(), fused(model):
+            for batch in batches:
+                check_signals()
+                batch = {name: value.to(device) for name, value in batch.items()}
+                labelled = int(labelled_tokens(batch))
+                if labelled == 0:
+                    continue
+                if loss is None:
+                    check_packing(model, batch)
+                    loss, _ = choose_loss(model, batch)
+                total, count = total + float(loss(model, batch)), count + labelled
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    require(count > 0, "held-out batches need a token with a label", "none")
+    return total / count
 
 
 def check_batch_shape(config: object, rows: int, tokens: int) -> None:

@@ -38,6 +38,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
 METRICS_FILE = "metrics.jsonl"
 ADAPTER_FOLDER = "adapter"
+DATA_FILE = "data.json"
 
 # Prefixes of the tensors in RANDOM_FILE: the generators after the last step, and before the first batch of its epoch.
 NOW, EPOCH = "now.", "epoch."

@@ -1,4 +1,4 @@
-"""The folder of a training run: `metrics.jsonl`, one line for each step, `adapter/` and `checkpoints/`.
+"""The folder of a training run: `metrics.jsonl`, one line for each step, `data.json`, `adapter/` and `checkpoints/`.
 
 `adapter/` holds the last values known to be good: those with which a finite loss was computed. They are saved before
 the next update (not before every update, if saving takes long), so that a run that diverges leaves the adapter that it
@@ -12,18 +12,20 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 from qlora_lite.checkpoints.atomic_folder import check_replaceable
+from qlora_lite.checkpoints.files import write_json
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped, listing
 from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.signals import deferred_signals, uninterrupted
 from qlora_lite.training.run_checkpoints import (
     ADAPTER_FOLDER,
     CHECKPOINTS,
+    DATA_FILE,
     METRICS_FILE,
     StepMetrics,
     checkpoint_path,
@@ -45,12 +47,18 @@ LOCK_FILE = ".run.lock"
 class RunFolder:
     """Writes what a run leaves on disk; without a folder, nothing.
 
-    check: raises CheckpointError if the folder does not exist any more.
+    check: raises CheckpointError if the folder does not exist any more. notes: about the run's data, for `data.json`.
     resumed_from, skipped: set by `resume`.
     """
 
-    def __init__(self, run: Run, folder: Path | None, check: Callable[[], None] = lambda: None) -> None:
-        self._run, self._folder, self._check = run, folder, check
+    def __init__(
+        self,
+        run: Run,
+        folder: Path | None,
+        check: Callable[[], None] = lambda: None,
+        notes: Mapping[str, object] | None = None,
+    ) -> None:
+        self._run, self._folder, self._check, self._notes = run, folder, check, notes
         self._mode = "w"
         self._next_save = 0.0
         self._checkpoint_step: int | None = None  # of the last checkpoint
@@ -93,6 +101,8 @@ class RunFolder:
         """Writes the metrics of a step, notes in the run that it is finished, and writes a checkpoint if one is due."""
         if self._folder is not None:
             with self._writing():
+                if self._mode == "w" and self._notes is not None:
+                    write_json(self._folder / DATA_FILE, self._notes)
                 self._append(self._folder / METRICS_FILE, json.dumps(asdict(metrics)) + "\n")
         self._mode = "a"
         self._run.finish_step(metrics)
@@ -176,10 +186,16 @@ def _check_writable(folder: Path, overwrite: bool, resume: bool) -> None:
 
 
 @contextmanager
-def run_folder(run: Run, folder: Path | None, overwrite: bool, resume: bool = False) -> Iterator[RunFolder]:
+def run_folder(
+    run: Run,
+    folder: Path | None,
+    overwrite: bool,
+    resume: bool = False,
+    notes: Mapping[str, object] | None = None,
+) -> Iterator[RunFolder]:
     """Within the block a run may write into a folder, and no other run.
 
-    folder: None writes nothing.
+    folder: None writes nothing. notes: written to `data.json` with the first step.
     At the end of the block, also by an error, the adapter is saved, unless it has diverged. On Stopped a checkpoint is
     written too; a KeyboardInterrupt saves nothing. Existing files are not touched before the first finite loss, and a
     new folder that nothing was written to is removed.
@@ -198,7 +214,7 @@ def run_folder(run: Run, folder: Path | None, overwrite: bool, resume: bool = Fa
         with deferred_signals(), locked_folder(folder) as check:
             _check_writable(folder, overwrite, resume)  # again: another run may have ended meanwhile
             remove_leftovers(folder)
-            writer = RunFolder(run, folder, check)
+            writer = RunFolder(run, folder, check, notes)
             with _saved_on_error(writer, folder):
                 yield writer
             writer.finish()

@@ -105,9 +105,7 @@ def test_whatever_json_holds_it_is_accepted_or_refused_in_words(value: Any) -> N
 def test_a_prompt_alone_is_a_record_where_nothing_has_to_be_learned(tmp_path: Path) -> None:
     path = written(tmp_path, b'{"prompt": "a"}\n{"prompt": "a", "completion": "b"}\n')
     assert len(read_records(path, prompts_too=True)) == 2
-    with pytest.raises(
-        CheckpointError, match=r"line 1: unknown shape with keys prompt; .* text; or map"
-    ):
+    with pytest.raises(CheckpointError, match=r"line 1: unknown shape with keys prompt; .* text; or map"):
         read_records(path)
     with pytest.raises(
         CheckpointError,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.data import token_cache
 from qlora_lite.data.records import read_records
@@ -19,15 +18,7 @@ from qlora_lite.data.token_cache import INDEX_FILE, cache_folder, cache_key, loa
 from qlora_lite.data.tokenization import DataConfig, TokenizedSet, tokenize_all, tokenize_sources
 from qlora_lite.errors import CheckpointError
 
-TEMPLATE = "{% for m in messages %}{{ m.role + ' ' + m.content + ' </s> ' }}{% endfor %}"
-
-
-def words(template: str | None = TEMPLATE, more: str = "") -> PreTrainedTokenizerFast:
-    names = ["</s>", "user", "assistant", "a", "b", "c", "d", "?", *more.split()]
-    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(names)}, unk_token="?"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.add_special_tokens(["</s>"])
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", chat_template=template)
+TEMPLATE = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
 
 
 @pytest.fixture
@@ -38,11 +29,17 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def start(data: Path, config: DataConfig | None = None, tokenizer: Any = None) -> TokenizedSet:
-    return tokenize_sources([data], tokenizer or words(), config)
+@pytest.fixture
+def start(word_tokenizer: Any) -> Callable[..., TokenizedSet]:
+    def started(data: Path, config: DataConfig | None = None, tokenizer: Any = None) -> TokenizedSet:
+        return tokenize_sources([data], tokenizer or word_tokenizer(), config)
+
+    return started
 
 
-def test_a_second_start_reads_the_tokens_of_the_first(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_start_reads_the_tokens_of_the_first(
+    data: Path, monkeypatch: pytest.MonkeyPatch, start: Any, word_tokenizer: Any
+) -> None:
     first = start(data, DataConfig(skip_bad=1))
     monkeypatch.setattr("qlora_lite.data.tokenization.raw_records", None)  # it must not be read again
     second = start(data)
@@ -52,22 +49,23 @@ def test_a_second_start_reads_the_tokens_of_the_first(data: Path, monkeypatch: p
     assert shorter.parts[0].was_cached and (shorter.truncated, shorter.dropped) == (1, 2)
     assert all(len(example.input_ids) <= 3 for example in shorter.examples)
     monkeypatch.undo()
-    assert second.examples == tokenize_all(read_records(data), words()).examples
+    assert second.examples == tokenize_all(read_records(data), word_tokenizer()).examples
     assert start(data, DataConfig(limit=2)).examples == second.examples[:2]
 
 
-def test_whatever_decides_on_the_tokens_makes_another_key(data: Path) -> None:
-    source, settings = Source(str(data)), {"learn": "answers"}
-    keys = {cache_key(source, words(), settings), cache_key(source, words(), {"learn": "all"})}
-    keys |= {cache_key(source, words(TEMPLATE + "!"), settings), cache_key(source, words(more="e"), settings)}
+def test_whatever_decides_on_the_tokens_makes_another_key(data: Path, word_tokenizer: Any) -> None:
+    def key(settings: Any = ("learn", "answers"), weight: float | None = None, **changed: Any) -> str | None:
+        return cache_key(Source(str(data), weight), word_tokenizer(**changed), dict([settings]))
+
+    keys = {key(), key(("learn", "all")), key(template=TEMPLATE + "!"), key(more="e")}
+    assert key() in keys and key(weight=0.5) in keys
     data.write_text(data.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    keys.add(cache_key(source, words(), settings))
+    keys.add(key())
     assert len(keys) == 5 and None not in keys
-    assert cache_key(source, words(), settings) == cache_key(Source(str(data), 0.5), words(), settings)
 
 
 @pytest.mark.parametrize("damage", ["byte", "short", "missing", "index", "no index"])
-def test_damaged_tokens_are_made_again(data: Path, damage: str) -> None:
+def test_damaged_tokens_are_made_again(data: Path, damage: str, start: Any) -> None:
     first = list(start(data).examples)
     (folder,) = cache_folder(Source(str(data))).iterdir()
     tokens = folder / "tokens.safetensors"
@@ -87,7 +85,7 @@ def test_damaged_tokens_are_made_again(data: Path, damage: str) -> None:
     assert start(data).parts[0].was_cached
 
 
-def test_bad_records_are_remembered_and_counted_again(data: Path) -> None:
+def test_bad_records_are_remembered_and_counted_again(data: Path, start: Any) -> None:
     data.write_text(data.read_text(encoding="utf-8") + '{"text": 3}\n', encoding="utf-8")
     with pytest.raises(CheckpointError, match="line 4: text must be a string"):
         start(data)
@@ -99,7 +97,7 @@ def test_bad_records_are_remembered_and_counted_again(data: Path) -> None:
         start(data)
 
 
-def test_runs_that_race_do_not_disturb_each_other(data: Path) -> None:
+def test_runs_that_race_do_not_disturb_each_other(data: Path, start: Any) -> None:
     expected = list(start(data).examples)
     for folder in cache_folder(Source(str(data))).iterdir():
         for file in folder.iterdir():
@@ -121,7 +119,7 @@ def test_runs_that_race_do_not_disturb_each_other(data: Path) -> None:
     assert found == [expected] * 20
 
 
-def test_few_folders_are_kept(data: Path) -> None:
+def test_few_folders_are_kept(data: Path, start: Any) -> None:
     for limit in range(1, 4):
         start(data, DataConfig(limit=limit))
     folder = cache_folder(Source(str(data)))
@@ -135,7 +133,7 @@ def test_few_folders_are_kept(data: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_has_its_tokens_elsewhere(
-    data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, start: Any
 ) -> None:
     def refuse(path: Path) -> None:
         raise CheckpointError("pretended: the tests run as root")
@@ -148,8 +146,8 @@ def test_a_folder_that_cannot_be_written_has_its_tokens_elsewhere(
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
 
 
-def test_a_slow_tokenizer_has_no_cache(data: Path) -> None:
-    slow = words()
+def test_a_slow_tokenizer_has_no_cache(data: Path, start: Any, word_tokenizer: Any) -> None:
+    slow = word_tokenizer()
     monkey = type("Slow", (type(slow),), {"is_fast": False})
     slow.__class__ = monkey
     assert cache_key(Source(str(data)), slow, {}) is None

@@ -64,7 +64,7 @@ MOMENTS = (
     Moment(QUANTIZE, "checkpoints.load:_Loader.load_", 3),
     Moment(MERGE, "export.lazy_model:LazyModel.head_inputs"),
     Moment(TRAIN, "checkpoints.load:_Loader.load_", 3),
-    Moment(TRAIN, "data.tokenization:tokenize_all"),
+    Moment(TRAIN, "data.tokenization:tokenize_sources"),
     Moment(TRAIN, "lora.init:initialize_", 2),
     Moment(TRAIN, "training.objective:linear_cross_entropy", 1, steps=0),
     Moment(TRAIN, "training.objective:linear_cross_entropy", 7, steps=2),

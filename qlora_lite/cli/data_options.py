@@ -1,0 +1,109 @@
+"""Options of the commands that read records, and the records of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_lite.data.shapes import KEYS
+from qlora_lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qlora_lite.data.encoding import Tokenizer
+    from qlora_lite.data.mixture import Mixture
+    from qlora_lite.data.tokenization import DataConfig, TokenizedSet
+
+SOURCES_HELP = (
+    "Records: a JSONL, JSON, CSV, TSV, parquet or Arrow file, also of gzip or zstd, a folder of them, or name:split of "
+    "a data set on the hub. Several are joined; data=0.7 gives each its share of an epoch."
+)
+Fields = Annotated[
+    list[str] | None,
+    typer.Option("--field", help=f"Name of a key in the records, as prompt=question. Keys: {', '.join(KEYS)}."),
+]
+Limit = Annotated[int | None, typer.Option(help="Records of each source that are read, from its first one on.")]
+SkipBad = Annotated[int, typer.Option(help="Bad records of each source that are left out; more are an error.")]
+Learn = Annotated[str, typer.Option(help="Tokens to learn: answers, last-answer (of a conversation) or all.")]
+LearnEmptyReasoning = Annotated[
+    bool,
+    typer.Option("--learn-empty-reasoning", help="Learn an empty think block that only the chat template wrote, too."),
+]
+TokenCache = Annotated[bool, typer.Option(help="Keep the tokens on disk, next to the data, for the next start.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens that longer examples are truncated to.")]
+
+
+def fields_named(fields: list[str] | None) -> dict[str, str]:
+    """Returns `{"prompt": "question"}` for `["prompt=question"]`. Raises ConfigError for anything else."""
+    named: dict[str, str] = {}
+    for text in fields or ():
+        key, equals, name = text.partition("=")
+        if not (key and equals and name):
+            raise ConfigError(f"--field must be KEY=NAME, as prompt=question; got {text!r}")
+        if key in named:
+            raise ConfigError(f"--field names {key} twice: {named[key]} and {name}; leave out one")
+        named[key] = name
+    return named
+
+
+def data_config(options: Mapping[str, Any], run_date: date | None = None) -> DataConfig:
+    """Returns the settings of the records that the options of a command ask for."""
+    from qlora_lite.data.tokenization import DataConfig
+
+    return DataConfig(
+        max_length=options["max_length"],
+        learn=options["learn"],
+        learn_empty_reasoning=options["learn_empty_reasoning"],
+        fields=fields_named(options["field"]),
+        limit=options["limit"],
+        skip_bad=options["skip_bad"],
+        date=run_date,
+    )
+
+
+def input_paths(sources: Sequence[str]) -> list[Path]:
+    """Returns the files and folders that sources read, which no output may replace."""
+    from qlora_lite.data.sources.source import parse_source
+
+    paths = [Path(parse_source(source).location) for source in sources]
+    return [path for path in paths if path.exists()]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The records of a run. examples: of them those that are trained on. held_out: others, None without any."""
+
+    tokenized: TokenizedSet
+    examples: Mixture
+    held_out: Mixture | None
+
+    def warning(self) -> str | None:
+        """A sentence if records are trained on that are held out too."""
+        from qlora_lite.data.mixture import common_records
+
+        common = 0 if self.held_out is None else common_records(self.held_out, self.examples)
+        return f"{common:,} of the held-out examples are trained on too" if common else None
+
+
+def training_data(
+    data: Sequence[str],
+    eval_data: Sequence[str] | None,
+    eval_share: float | None,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    cache: bool,
+) -> TrainingData:
+    """Reads the records of a run. Raises ConfigError if both `eval_data` and `eval_share` are given."""
+    from qlora_lite.data.tokenization import tokenize_sources
+
+    if eval_data and eval_share is not None:
+        raise ConfigError("--eval-data and --eval-share both choose what is held out; leave out one")
+    tokenized = tokenize_sources(data, tokenizer, config, cache)
+    if eval_share is not None:
+        return TrainingData(tokenized, *tokenized.examples.held_out(eval_share))
+    held_out = tokenize_sources(eval_data, tokenizer, config, cache).examples if eval_data else None
+    return TrainingData(tokenized, tokenized.examples, held_out)
