@@ -48,6 +48,8 @@ KEEPERS = {
     "bitsandbytes": {"quantization.kernels", "training.optim"},
     "accelerate": {"training.step"},
     "matplotlib": {"memory.drawing.png"},
+    "pyarrow": {"data.sources.arrow_tables"},
+    "datasets": {"data.sources.hub_dataset"},
 }
 PICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 

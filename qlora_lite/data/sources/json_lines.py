@@ -49,6 +49,8 @@ def _parsed(line: bytes, place: str) -> RawRecord:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         # str(error) of a JSONDecodeError would count lines from this one.
-        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        why = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            why = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         return RawRecord(place, None, f"not valid JSON ({why}), got {excerpt(text)}; {ADVICE}")
     return RawRecord(place, value, None) if isinstance(value, dict) else checked_object(place, value, ADVICE)

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lite.checkpoints.files import excerpt, open_regular, reason
-from qlora_lite.data.sources.json_lines import json_lines
+from qlora_lite.data.sources.compression import EXPECTED
+from qlora_lite.data.sources.data_file import file_records, text_suffix
+from qlora_lite.data.sources.folder import DATA_SUFFIXES, data_files
+from qlora_lite.data.sources.hub_dataset import HubDataset, hub_fingerprint, hub_records, parse_hub_dataset
 from qlora_lite.data.sources.raw import RawRecord
 from qlora_lite.errors import CheckpointError, ConfigError
 
-EXPECTED = "a data file"
 CHUNK = 1 << 20
 
 
@@ -52,15 +54,59 @@ def parse_source(text: str) -> Source:
 
 
 def files_of(source: Source) -> list[Path]:
-    """Returns the files that a source reads, in reading order."""
-    return [Path(source.location)]
+    """Returns the files that a source reads, in reading order; none for a data set of the hub.
+
+    A folder gives the data files in it, and `folder:split` those of a split. Raises CheckpointError if there are none.
+    """
+    return [path for _, path in _named_files(source)]
+
+
+def _named_files(source: Source) -> list[tuple[str, Path]]:
+    """The files of a source with their names: their paths from the folder that was named."""
+    path = Path(source.location)
+    if os.path.isdir(path):
+        return [(found.relative_to(path).as_posix(), found) for found in data_files(path)]
+    if _exists(path):
+        return [(path.name, path)]
+    before, colon, split = source.location.rpartition(":")
+    if colon and os.path.isdir(before):
+        return [(found.relative_to(before).as_posix(), found) for found in data_files(Path(before), split)]
+    if _hub_dataset(source) is None:
+        wanted = "name a file, a folder, or a data set of the hub with its split, as org/name:train"
+        raise CheckpointError(f"{source.location} does not exist; {wanted}")
+    return []
+
+
+def _exists(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {excerpt(str(path))}: {reason(error)}") from error
+    return True
+
+
+def _hub_dataset(source: Source) -> HubDataset | None:
+    """The data set of the hub that a location without a file means, if it has the form of one."""
+    named = parse_hub_dataset(source.location)
+    is_file_name = named is not None and text_suffix(Path(named.name)) in DATA_SUFFIXES
+    return None if is_file_name else named
 
 
 def fingerprint(source: Source) -> str:
-    """Returns the SHA-256 of the source's content in hexadecimal: of the names and the bytes of its files."""
+    """Returns the SHA-256 of the source's content in hexadecimal.
+
+    It is over the names and the bytes of all files, where the path of a folder does not count, or over the rows of a
+    data set of the hub. Raises CheckpointError if the content cannot be read.
+    """
+    files = _named_files(source)
+    named = _hub_dataset(source)
+    if not files and named is not None:
+        return hub_fingerprint(named)
     whole = hashlib.sha256()
-    for path in files_of(source):
-        whole.update(os.fsencode(path.name) + b"\0" + _digest(path))
+    for name, path in files:
+        whole.update(os.fsencode(name) + b"\0" + _digest(path))
     return whole.hexdigest()
 
 
@@ -78,8 +124,11 @@ def _digest(path: Path) -> bytes:
 def raw_records(source: Source) -> Iterator[RawRecord]:
     """Yields the records of a source as they are, those that cannot be read with the reason.
 
-    Raises CheckpointError for a file that cannot be read.
+    Raises CheckpointError for a file or data set that cannot be read.
     """
-    for path in files_of(source):
-        with open_regular(path, EXPECTED) as file:
-            yield from json_lines(file, str(path))
+    files = files_of(source)
+    named = _hub_dataset(source)
+    if not files and named is not None:
+        yield from hub_records(named)
+    for path in files:
+        yield from file_records(path)
