@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from qlora_lite import LoraConfig
 from qlora_lite.cli import train as module
 from qlora_lite.cli.main import app
-from qlora_lite.errors import ConfigError
+from qlora_lite.errors import CheckpointError, ConfigError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -67,3 +68,49 @@ def test_training_within_a_budget_chooses_the_checkpointing(run: Run, tiny_folde
     assert refused.returncode == 2 and "leave out it or --checkpointing" in refused.stderr
     small = run(*words, "--memory-budget", "1MiB", "--overwrite")
     assert small.returncode == 2 and "not even two tokens fit" in small.stderr and len(small.stderr.splitlines()) == 1
+
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def chats(path: Path, count: int, keys: tuple[str, str] = ("prompt", "completion")) -> Path:
+    rows = [{keys[0]: f"say {n} {word}", keys[1]: word} for n in range(count) for word in WORDS[:1]]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_mixture_is_trained_on_and_a_share_is_held_out(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    one, other = chats(tmp_path / "a.jsonl", 20), chats(tmp_path / "b.jsonl", 10, ("q", "a"))
+    output = tmp_path / "run"
+    sources = ("--data", f"{one}=1", "--data", f"{other}=1", "--field", "prompt=q", "--field", "completion=a")
+    words = ("train", "--model", tiny_folder, *sources, "--output", output, "--rank", 2, "--steps", 2)
+    done = run(*words, "--limit", 9, "--eval-share", 0.25, "--learn", "all", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["examples"] == 14 and figures["examples_held_out"] == 4, "2 of 9 records of each source"
+    assert figures["held_out_loss_before"] > 0 and figures["perplexity_after"] > 1
+    assert done.stdout.splitlines()[0] == "18 records (18 prompt and completion), 18 examples"
+    notes = json.loads((output / "data.json").read_text(encoding="utf-8"))
+    assert notes["duplicates"] == 9 and notes["examples_held_out"] == 4 and notes["sources"][0]["records"] == 9
+
+
+def test_held_out_records_of_another_file_that_are_trained_on_too_are_told(
+    run: Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    one, other = chats(tmp_path / "a.jsonl", 6), chats(tmp_path / "b.jsonl", 3)
+    words = ("train", "--model", tiny_folder, "--data", one, "--eval-data", other, "--output", tmp_path / "run")
+    done = run(*words, "--rank", 2, "--steps", 1)
+    assert done.returncode == 0, done.stderr
+    assert "3 examples are held out" in done.stdout and "3 of the held-out examples are trained on too" in done.stdout
+    both = run(*words, "--eval-share", 0.5, "--overwrite")
+    assert both.returncode == 2 and "--eval-data and --eval-share both choose" in both.stderr
+
+
+def test_a_resumed_run_writes_the_date_of_its_start(tmp_path: Path) -> None:
+    assert module._run_date(tmp_path) == date.today()
+    (tmp_path / "data.json").write_text('{"date": "2025-02-03"}', encoding="utf-8")
+    assert module._run_date(tmp_path) == date(2025, 2, 3)
+    for wrong in ("{}", '{"date": 3}', '{"date": "soon"}'):
+        (tmp_path / "data.json").write_text(wrong, encoding="utf-8")
+        with pytest.raises(CheckpointError, match=r"data.json has no date of the run; delete it to go on with today's"):
+            module._run_date(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.encoding import TokenizedExample
-from qlora_lite.data.tokenization import tokenize, tokenize_all
+from qlora_lite.data.tokenization import DataConfig, tokenize, tokenize_all, tokenize_sources
 from qlora_lite.errors import CheckpointError, ConfigError
 
 CHATML = (
@@ -189,3 +191,36 @@ def test_what_is_cut_to_its_question_stays_where_nothing_has_to_be_learned() -> 
     assert tokenize_all([record], CHAT, 4, prompts_too=True).examples[0].learned_tokens == 0
     with pytest.raises(CheckpointError, match="nothing to train on in records: got 1 records without a token to learn"):
         tokenize_all([record], CHAT, 4)
+
+
+def test_sources_are_read_in_the_order_of_their_lines(tmp_path: Path) -> None:
+    """Several chunks, some ahead in another thread: with bad records, splits and tokens among them."""
+    records: list[dict[str, Any]] = []
+    for n in range(75):
+        records += [{"prompt": f"what {n}", "completion": "that"}, {"text": f"the {n}"}, {"text": n}]
+        records.append({"input_ids": [n, n], "labels": [n, n]})
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
+    config = DataConfig(skip_bad=100)
+    seen: list[int] = []
+    found = tokenize_sources([path], CHAT, config, cache=False, show=seen.append)
+    good = [record for record in records if not isinstance(record.get("text"), int)]
+    kept = [tokenize_all([record], CHAT, prompts_too=True).examples[0] for record in good]
+    whole = tokenize_sources([path], CHAT, DataConfig(skip_bad=100, prompts_too=True), cache=False)
+    assert list(whole.examples) == kept
+    assert found.skipped == 75 and found.parts[0].found.records == 300
+    assert seen == sorted(seen) and seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_length": 1}, "max_length must be None or at least 2; got 1"),
+        ({"limit": 0}, "limit must be None or at least 1; got 0"),
+        ({"skip_bad": -1}, "skip_bad must be an integer of at least 0; got -1"),
+        ({"fields": {"answer": "x"}}, "fields must name keys of the shapes"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        DataConfig(**settings)

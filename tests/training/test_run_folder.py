@@ -64,11 +64,13 @@ def test_behind_a_link_stands_the_folder_that_is_meant(tmp_path: Path) -> None:
 
 def test_a_run_that_ends_well_leaves_its_metrics_and_its_last_values(tmp_path: Path) -> None:
     layers = model()
-    with run_folder(run_of(layers), tmp_path / "run", overwrite=False) as writer:
+    with run_folder(run_of(layers), tmp_path / "run", overwrite=False, notes={"date": "today"}) as writer:
         for loss in (2.0, 1.0):
             writer.before_update()
+            assert (tmp_path / "run" / "data.json").exists() == (loss == 1.0), "notes came before the first step"
             set_b(layers, loss)
             writer.finish_step(Step(loss))
+    assert json.loads((tmp_path / "run" / "data.json").read_text()) == {"date": "today"}
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"loss": 2.0}, {"loss": 1.0}]
     assert saved_b(tmp_path / "run") == 1.0
