@@ -9,10 +9,13 @@ patched_attention        transformers' `sdpa` attention function: a faster one f
 patched_mask_creation    transformers' test for tracing: masks on fake tensors as on real ones
 patched_module_apply     torch's `Module._apply`: `Module.to` on fake tensors
 patched_storage_resize   torch's `UntypedStorage.resize_`: memory that no dispatch mode sees
+patched_template_date    transformers' clock for chat templates: texts that do not depend on the day of the run
 """
 
 from __future__ import annotations
 
+import datetime
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,4 +137,28 @@ def patched_storage_resize(resized: Callable[[torch.UntypedStorage], None]) -> I
         return result
 
     with _patched(torch.UntypedStorage, "resize_", resize_):
+        yield
+
+
+@functools.lru_cache(maxsize=8)
+def _clock_stopped_at(date: datetime.date) -> type[datetime.datetime]:
+    """`datetime.datetime` with a `now` that is midnight of this date."""
+
+    class StoppedClock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> StoppedClock:
+            return cls(date.year, date.month, date.day, tzinfo=tz)
+
+    return StoppedClock
+
+
+@contextmanager
+def patched_template_date(date: datetime.date) -> Iterator[None]:
+    """Makes `strftime_now` of chat templates write this date, at midnight, within the block.
+
+    transformers defines `strftime_now` by `datetime.now()`, and gives a template no function of the caller's: callables
+    among its variables become text.
+    """
+    module = importlib.import_module("transformers.utils.chat_template_utils")
+    with _patched(module, "datetime", _clock_stopped_at(date)):
         yield

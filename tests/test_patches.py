@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from qlora_lite.patches import (
     patched_mask_creation,
     patched_module_apply,
     patched_storage_resize,
+    patched_template_date,
 )
 
 
@@ -82,3 +84,21 @@ def test_resized_storages_are_reported() -> None:
         tensor.untyped_storage().resize_(32)
     tensor.untyped_storage().resize_(64)
     assert seen == [32] and vars(torch.UntypedStorage).get("resize_") is before
+
+
+def test_templates_write_the_date_that_is_set() -> None:
+    import transformers.utils.chat_template_utils as templates
+
+    def written() -> str:
+        template = "{{ strftime_now('%d %b %Y %H:%M') }}"
+        return str(templates.render_jinja_template(conversations=[[]], chat_template=template)[0][0])
+
+    before = templates.datetime
+    with pytest.raises(ValueError, match="inside"), patched_template_date(datetime.date(2024, 2, 29)):
+        assert written() == "29 Feb 2024 00:00"
+        with patched_template_date(datetime.date(1999, 12, 31)):
+            assert written() == "31 Dec 1999 00:00"
+        assert written() == "29 Feb 2024 00:00"
+        raise ValueError("inside")
+    assert templates.datetime is before is datetime.datetime
+    assert written().startswith(datetime.date.today().strftime("%d %b %Y"))

@@ -7,7 +7,9 @@ author. Anything else that is learned must hold every answer whole, its end, and
 from __future__ import annotations
 
 import collections
+import datetime
 import importlib.util
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -19,8 +21,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.chat.template import forms_for
-from qlora_lite.data.encoding import Encoder, TokenizedExample
+from qlora_lite.data.chat.jinja import depends_on_date, with_generation_marks
+from qlora_lite.data.chat.marks import without_marks
+from qlora_lite.data.chat.template import ChatTemplate, Form, forms_for
+from qlora_lite.data.chat.turns import EMPTY_REASONING
+from qlora_lite.data.encoding import Encoder, TokenizedExample, special_tokens
 from qlora_lite.data.records import check_record
 from qlora_lite.errors import CheckpointError
 
@@ -245,3 +250,105 @@ def test_readme_has_the_table() -> None:
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
     rows = {title: (int(learned), int(refused)) for title, learned, refused in ROW.findall(readme)}
     assert rows == {title: (LEARNED[title], len(TEMPLATES) - LEARNED[title]) for title in CONVERSATIONS}
+
+
+def learned_parts(template: ChatTemplate, messages: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    """The index and the learned text of each answer."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    texts = template.learned(messages, answers, {})
+    return [
+        (index, text.text[start:stop])
+        for text in texts
+        for index, (start, stop) in zip(text.answers, text.spans, strict=True)
+    ]
+
+
+GENERATION = [name for name, source in TEMPLATES.items() if with_generation_marks(source)]
+
+
+def test_templates_that_say_what_is_generated_are_known() -> None:
+    assert len(GENERATION) >= 30 and {name for name in TEMPLATES if name.endswith("_training")} <= {*GENERATION}
+
+
+@pytest.mark.parametrize("name", GENERATION)
+def test_what_a_template_says_is_generated_is_found_as_transformers_finds_it(name: str) -> None:
+    tokenizer = byte_tokenizer(TEMPLATES[name])
+    marked = with_generation_marks(TEMPLATES[name])
+    compared = 0
+    # transformers forgets the last bytes of a last character.
+    conversations = [messages for title, messages in CONVERSATIONS.items() if not title.startswith("emoji")]
+    for messages, form in itertools.product(conversations, (Form(), Form(content="parts"))):
+        tools = [TOOL] if any(message.get("tool_calls") for message in messages) else None
+        written = [form.of(message) for message in messages]
+        try:
+            expected = tokenizer.apply_chat_template(
+                written, tools, return_dict=True, return_assistant_tokens_mask=True
+            )
+        except Exception:  # a template raises what it likes
+            continue
+        plain = str(tokenizer.apply_chat_template(written, tools, tokenize=False))
+        found = without_marks(str(tokenizer.apply_chat_template(written, tools, chat_template=marked, tokenize=False)))
+        assert found.text == plain
+        offsets = tokenizer(plain, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        got = [int(any(start <= first < stop for start, stop in found.generated)) for first, _ in offsets]
+        assert got == expected["assistant_masks"]
+        compared += any(got)
+    assert compared >= 4
+
+
+@pytest.mark.parametrize("name", GENERATION)
+def test_tags_around_whole_answers_change_nothing(name: str) -> None:
+    """trl's training templates mark whole answers, and some of them forget the end of the turn."""
+    source = re.sub(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}", r"{%\1 if true \2%}{% endif %}", TEMPLATES[name])
+    with_tags, without = (byte_tokenizer(text) for text in (TEMPLATES[name], source))
+    for title in ("two turns", "thinking in one turn", "system"):
+        try:
+            expected = learned_parts(ChatTemplate(without), CONVERSATIONS[title])
+        except CheckpointError:
+            continue
+        assert learned_parts(ChatTemplate(with_tags), CONVERSATIONS[title]) == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_user_cannot_write_an_answer(name: str) -> None:
+    """Special tokens and whole turns inside of a question change nothing of what is learned."""
+    tokenizer = byte_tokenizer(TEMPLATES[name])
+    template = ChatTemplate(tokenizer, special_tokens(tokenizer))
+    messages = turns("Hi there", "Hello you.", "More?", "No.")
+    (answered,) = [text.text for text in template.learned(messages[:2], [1], {})]
+    turn = answered[answered.index("Hi there") + len("Hi there") :].replace("Hello you.", "I am evil.")
+    expected = [part for _, part in learned_parts(template, messages)]
+    everything = " ".join(special_tokens(tokenizer))
+    for text in (f"x{turn}", f"{turn}{turn}x", everything, "<think>\n\n</think>\n\n", "Hello you.", f"x{answered}"):
+        asked = [{**message, "content": text} if message["role"] == "user" else message for message in messages]
+        for one in (template, ChatTemplate(tokenizer, special_tokens(tokenizer))):
+            assert [part for _, part in learned_parts(one, asked)] == expected, text
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_added_block_of_reasoning_is_learned_on_request(name: str) -> None:
+    tokenizer = byte_tokenizer(TEMPLATES[name])
+    messages = turns("Hi there", "Hello you.")
+    (got,) = [part for _, part in learned_parts(ChatTemplate(tokenizer, learn_empty_reasoning=True), messages)]
+    (without,) = [part for _, part in learned_parts(ChatTemplate(tokenizer), messages)]
+    prompt = ChatTemplate(tokenizer).prompt(messages[:1], {})
+    (whole,) = [text.text for text in ChatTemplate(tokenizer).learned(messages, [1], {})]
+    assert got.endswith(without)
+    if whole.startswith(prompt):
+        assert got == whole[len(prompt) :].rstrip()
+    if got != without:
+        (added,) = EMPTY_REASONING.finditer(whole)
+        assert whole[added.end() :].rstrip() == without and whole.index(got) < added.end()
+
+
+def test_templates_that_write_the_date_are_known() -> None:
+    dated = {name for name, source in TEMPLATES.items() if depends_on_date(source)}
+    assert dated == {"gptoss", "gptoss_training", "llama3_2", "muse_glimmer", "muse_glimmer_training"}
+    days = [datetime.date(2024, 2, 29), datetime.date(1999, 12, 31)]
+    for name, source in TEMPLATES.items():
+        one, other = (ChatTemplate(byte_tokenizer(source), date=day) for day in days)
+        texts = [template.learned(CONVERSATIONS["one turn"], [1], {})[0].text for template in (one, other)]
+        assert (texts[0] != texts[1]) is (name in dated)
+        assert ("2024" in texts[0] and "1999" in texts[1]) or name not in dated
+        prompts = [template.prompt(CONVERSATIONS["one turn"][:1], {}) for template in (one, other)]
+        assert (prompts[0] != prompts[1]) is (name in dated)

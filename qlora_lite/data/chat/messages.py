@@ -5,19 +5,23 @@
 
 content: text, a list of parts, or null for an answer that only calls tools. arguments: an object or JSON text. A null
 in any other place counts as absent, since Arrow writes one for every missing column. `weight` (0 or 1), `train`,
-`trainable` and `loss` say whether an answer is learned.
+`trainable` and `loss` say whether an answer is learned; `learned_messages` chooses among the others.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qlora_lite.checkpoints.files import excerpt
+from qlora_lite.checks import require
 from qlora_lite.errors import CheckpointError
 
 ASSISTANT = "assistant"
 SWITCHES = ("weight", "train", "trainable", "loss")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+TEXT_KEYS = {"role", *REASONING_KEYS}
+LEARN = ("all", "answers", "last-answer")
 Message = Mapping[str, object]
 
 
@@ -26,6 +30,8 @@ def check_text(value: object, name: str, place: str) -> None:
     if not isinstance(value, str):
         got = f"{type(value).__name__} {excerpt(value)}"
         raise CheckpointError(f"{place}: {name} must be a string, got {got}; write it as text in quotes")
+    if value.isascii():
+        return
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -33,8 +39,23 @@ def check_text(value: object, name: str, place: str) -> None:
         raise CheckpointError(f"{place}: {name} must be valid Unicode, got {got}; remove it") from error
 
 
+def _check_unicode(value: object, name: str, place: str) -> None:
+    """Raises CheckpointError for a string anywhere in a JSON value that UTF-8 cannot hold."""
+    if isinstance(value, str):
+        check_text(value, name, place)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            check_text(key, f"the key {key!a} of {name}", place)
+            _check_unicode(part, f"{name}.{key}", place)
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            _check_unicode(part, f"{name}[{number}]", place)
+
+
 def without_nulls(value: object) -> object:
     """A JSON value without the keys that hold null."""
+    if isinstance(value, str):  # most values are, and other tests take longer
+        return value
     if isinstance(value, Mapping):
         return {key: without_nulls(part) for key, part in value.items() if part is not None}
     if isinstance(value, list):
@@ -50,14 +71,40 @@ def checked_messages(messages: object, place: str) -> list[dict[str, object]]:
     if not isinstance(messages, list) or not messages:
         wanted = "messages must be a list of {role, content}, at least one"
         raise CheckpointError(f"{place}: {wanted}, got {type(messages).__name__} {excerpt(messages)}")
-    return [_checked(message, f"messages[{index}]", place) for index, message in enumerate(messages)]
+    return [
+        dict(message) if _is_plain(message) else _checked(message, f"messages[{index}]", place)
+        for index, message in enumerate(messages)
+    ]
+
+
+def _is_plain(message: object) -> bool:
+    """Whether a message is a role and a text, as most are; then there is nothing to check."""
+    if type(message) is not dict or len(message) != 2:
+        return False
+    role, content = message.get("role"), message.get("content")
+    return type(role) is str and type(content) is str and _is_unicode(role) and _is_unicode(content)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold a text."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _checked(message: object, name: str, place: str) -> dict[str, object]:
     if not isinstance(message, Mapping) or message.get("role") is None:
         raise CheckpointError(f"{place}: {name} must be {{role, content}}, got {excerpt(message)}")
     checked = {key: without_nulls(value) for key, value in message.items() if value is not None}
-    check_text(checked["role"], f"{name}.role", place)
+    for key, value in checked.items():
+        if key in TEXT_KEYS:
+            check_text(value, f"{name}.{key}", place)
+        elif key != "content" and not isinstance(value, int | float):
+            _check_unicode(value, f"{name}.{key}", place)
     if calls := checked.pop("tool_calls", None):
         checked["tool_calls"] = _checked_calls(calls, f"{name}.tool_calls", place)
     content = checked.get("content")
@@ -104,13 +151,27 @@ def is_learned(message: Message, place: str) -> bool:
 
     Raises CheckpointError, beginning with `place`, for a switch that is neither on nor off.
     """
-    found = [(key, message[key]) for key in SWITCHES if key in message]
-    for key, value in found:
-        if value not in (0, 1):
-            raise CheckpointError(f"{place}: {key} must be 0 or 1, true or false; got {excerpt(value)}")
-    return all(bool(value) for _, value in found)
+    for key in SWITCHES:
+        if key in message and message[key] not in (0, 1):
+            raise CheckpointError(f"{place}: {key} must be 0 or 1, true or false; got {excerpt(message[key])}")
+    return all(message.get(key, True) for key in SWITCHES)
 
 
 def without_switches(message: Message) -> dict[str, object]:
     """The message as a chat template gets it."""
     return {key: value for key, value in message.items() if key not in SWITCHES}
+
+
+def learned_messages(messages: Sequence[Message], learn: str, place: str) -> list[int]:
+    """The indices of the messages that are learned: all, all answers, or the last answer, less those switched off.
+
+    learn: one of LEARN. Raises ConfigError for another, and CheckpointError, beginning with `place`, for a switch that
+    is neither on nor off.
+    """
+    require(learn in LEARN, f"learn must be one of {', '.join(LEARN)}", learn)
+    answers = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
+    switched_on = [index for index in answers if is_learned(messages[index], place)]
+    if learn == "all":
+        left_out = {*answers} - {*switched_on}
+        return [index for index in range(len(messages)) if index not in left_out]
+    return [index for index in switched_on if learn == "answers" or index == answers[-1]]

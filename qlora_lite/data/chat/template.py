@@ -8,24 +8,29 @@ tried in turn until the template writes everything that the author wrote.
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from qlora_lite.data.chat.answers import (
-    ChatTemplateError,
-    Conversation,
-    KnownShapes,
-    LearnedText,
-)
-from qlora_lite.data.chat.marks import REASONING_KEYS, marks_in
-from qlora_lite.data.chat.messages import ASSISTANT, Message
-from qlora_lite.errors import CheckpointError
+from qlora_lite.data.chat.answers import Conversation, LearnedText
+from qlora_lite.data.chat.jinja import depends_on_date, template_source, with_generation_marks
+from qlora_lite.data.chat.marks import marks_in
+from qlora_lite.data.chat.messages import ASSISTANT, REASONING_KEYS, Message
+from qlora_lite.data.chat.turns import MOST_SHAPES, ChatTemplateError, KnownShapes, Writer
+from qlora_lite.errors import CheckpointError, listing
+from qlora_lite.patches import patched_template_date
 
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
+# Parameters of `apply_chat_template` that are not variables of a template.
+NOT_VARIABLES = {
+    *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "sanitize_control_tokens"),
+}
 
 
 class TemplatedTokenizer(Protocol):
@@ -45,8 +50,11 @@ class Form:
     missing: str = "none"  # or "text", "absent"
     arguments: str = "object"  # or "text"
 
-    def of(self, message: Message) -> dict[str, object]:
+    def of(self, message: Message) -> Message:
         """The message in this form."""
+        is_text = isinstance(message.get("content"), str) and "tool_calls" not in message
+        if is_text and self.reasoning == "as given" and self.content != "parts":
+            return message
         changed = _with_reasoning(message, self.reasoning)
         content = changed.get("content")
         if content is None:
@@ -104,17 +112,37 @@ def forms_for(messages: Sequence[Message]) -> Iterator[Form]:
 
 @dataclass
 class ChatTemplate:
-    """The chat template of a tokenizer, and what conversations have shown of it so far."""
+    """The chat template of a tokenizer, and what conversations have shown of it so far.
+
+    specials: the texts of the tokenizer's special tokens. date: what `strftime_now` writes, today by default, at
+    midnight. learn_empty_reasoning: whether an empty block of reasoning is learned that the template adds behind the
+    generation prompt.
+    """
 
     tokenizer: TemplatedTokenizer
     specials: Sequence[str] = ()
-    known: KnownShapes = field(default_factory=KnownShapes)
-    _taken: dict[object, Form] = field(default_factory=dict)
-    _special: re.Pattern[str] | None = None
+    date: datetime.date | None = None
+    learn_empty_reasoning: bool = False
+    _known: KnownShapes = field(default_factory=KnownShapes, init=False)
+    _taken: dict[object, Form] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         longest_first = sorted(map(re.escape, filter(None, self.specials)), key=len, reverse=True)
         self._special = re.compile("|".join(longest_first)) if longest_first else None
+        sources = {has_tools: template_source(self.tokenizer.chat_template, has_tools) for has_tools in (False, True)}
+        self._marked = {has_tools: with_generation_marks(source) for has_tools, source in sources.items()}
+        # One date for all texts, also if the day ends in between.
+        self._date = (self.date or datetime.date.today()) if self.depends_on_date else None
+
+    @property
+    def depends_on_date(self) -> bool:
+        """Whether texts may hold the date, so that they differ from one day to another unless it is set."""
+        return depends_on_date(self.tokenizer.chat_template)
+
+    @property
+    def date_written(self) -> datetime.date | None:
+        """The date that the template writes; None if it writes none."""
+        return self._date
 
     def special_at(self, text: str, position: int) -> int:
         """The length of the special token that begins at a position of a text, or 0."""
@@ -128,7 +156,10 @@ class ChatTemplate:
         """
         options = {"tokenize": False, "add_generation_prompt": for_generation, **given}
         try:
-            return str(self.tokenizer.apply_chat_template(list(messages), **options))
+            if self._date is None:
+                return str(self.tokenizer.apply_chat_template(list(messages), **options))
+            with patched_template_date(self._date):
+                return str(self.tokenizer.apply_chat_template(list(messages), **options))
         except Exception as error:  # a template is a program of the checkpoint's, and may raise anything
             roles = ", ".join(str(message["role"]) for message in messages)
             raise CheckpointError(
@@ -144,37 +175,81 @@ class ChatTemplate:
         Raises ChatTemplateError, naming the fields, if the template leaves out text of the messages or the tools in
         every form, and CheckpointError if it refuses all forms.
         """
+        chosen = list(answers)
+        return self._tried(messages, given, lambda conversation: conversation.learned(chosen))
+
+    def whole(self, messages: Sequence[Message], left_out: Iterable[int], given: Mapping[str, object]) -> LearnedText:
+        """The text of a conversation, learned as a whole but for these answers. Raises as `learned`."""
+        chosen = list(left_out)
+        return self._tried(messages, given, lambda conversation: [conversation.whole(chosen)])[0]
+
+    def prompt(self, messages: Sequence[Message], given: Mapping[str, object]) -> str:
+        """The text behind which a model writes the next answer. Raises as `learned`."""
+        return self._tried(messages, given, lambda conversation: [conversation.prompt()])[0].text
+
+    def _tried(
+        self,
+        messages: Sequence[Message],
+        given: Mapping[str, object],
+        texts_of: Callable[[Conversation], list[LearnedText]],
+    ) -> list[LearnedText]:
+        """What the first form gives that the template writes whole."""
         if marks_in(messages):
             raise ChatTemplateError("messages hold characters of Unicode's private use, U+E000 to U+E01F; remove them")
-        chosen, setting = list(answers), json.dumps(given, sort_keys=True, default=str)
-        structure = tuple(self._structure(message) for message in messages[:8])
-        known = self._taken.get((setting, structure))
-        errors: list[CheckpointError] = []
-        for form in dict.fromkeys([*([known] if known else []), *forms_for(messages)]):
+        if wrong := sorted(NOT_VARIABLES & given.keys()):
+            raise ChatTemplateError(f"{listing(wrong)} cannot be set for a chat template; leave it out")
+        setting = _setting(given)
+        structure = (setting, *(_structure(message) for message in messages[:8]))
+        writer, errors = self._writer(given), []
+        for form in self._forms(messages, structure):
             written = [form.of(message) for message in messages]
-            conversation = Conversation(
-                written, lambda part, ask: self.write(part, ask, given), self.special_at, self.known, (form, setting)
-            )
             try:
-                found = conversation.learned(chosen)
-                self._check_tools(found, given)
+                found = texts_of(Conversation(written, writer, self._known, (form, setting)))
+                _check_tools(found, given)
             except CheckpointError as error:
                 errors.append(error)
                 continue
-            self._taken[setting, structure] = form
+            if len(self._taken) >= MOST_SHAPES:
+                self._taken.clear()
+            self._taken[structure] = form
             return found
         raise next((error for error in errors if isinstance(error, ChatTemplateError)), errors[0])
 
-    @staticmethod
-    def _structure(message: Message) -> tuple[object, ...]:
-        content = message.get("content")
-        thinks = isinstance(content, str) and THOUGHT.fullmatch(content) is not None
-        return (message["role"], type(content).__name__, thinks, *sorted(message))
+    def _forms(self, messages: Sequence[Message], structure: object) -> Iterator[Form]:
+        """The form that messages of this structure took, and then the others."""
+        known = self._taken.get(structure)
+        if known is not None:
+            yield known
+        yield from (form for form in forms_for(messages) if form != known)
 
-    @staticmethod
-    def _check_tools(found: Sequence[LearnedText], given: Mapping[str, object]) -> None:
-        tools = given.get("tools")
-        for tool in tools if isinstance(tools, list) else ():
-            name = str(tool.get("function", tool).get("name"))
-            if any(name not in text.text for text in found):
-                raise ChatTemplateError(f"the chat template leaves out the tool {name!r}")
+    def _writer(self, given: Mapping[str, object]) -> Writer:
+        source = self._marked[given.get("tools") is not None]
+        marked = {**given, "chat_template": source}
+        return Writer(
+            lambda messages, for_generation: self.write(messages, for_generation, given),
+            self.special_at,
+            (lambda messages, for_generation: self.write(messages, for_generation, marked)) if source else None,
+            self.learn_empty_reasoning,
+        )
+
+
+def _setting(given: Mapping[str, object]) -> str:
+    """What decides how a template writes answers, beside messages. Which tools there are does not."""
+    if not given:
+        return ""
+    shown = {key: bool(value) if key in ("tools", "documents") else value for key, value in given.items()}
+    return json.dumps(shown, sort_keys=True, default=str)
+
+
+def _structure(message: Message) -> tuple[object, ...]:
+    content = message.get("content")
+    thinks = isinstance(content, str) and THOUGHT.fullmatch(content) is not None
+    return (message["role"], type(content), thinks, *message)
+
+
+def _check_tools(found: Sequence[LearnedText], given: Mapping[str, object]) -> None:
+    tools = given.get("tools")
+    for tool in tools if isinstance(tools, list) else ():
+        name = str(tool.get("function", tool).get("name"))
+        if any(name not in text.text for text in found):
+            raise ChatTemplateError(f"the chat template leaves out the tool {name!r}")

@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_lite.data.chat.answers import ChatTemplateError, Conversation, KnownShapes
+from qlora_lite.data.chat.answers import Conversation, LearnedText
+from qlora_lite.data.chat.marks import END_OF_GENERATION, GENERATION
 from qlora_lite.data.chat.messages import Message
+from qlora_lite.data.chat.turns import ChatTemplateError, KnownShapes, Write, Writer
+from qlora_lite.errors import CheckpointError
 
 ENDS = ["<end>", "<end>\n", ""]
 
@@ -86,7 +89,7 @@ def test_every_answer_is_learned_once_as_it_is_generated(
     for exchanges in conversations:
         messages = conversation(exchanges)
         answers = range(1, len(messages), 2)
-        texts = Conversation(messages, template, special_at, known).learned(answers)
+        texts = Conversation(messages, Writer(template, special_at), known).learned(answers)
         learned = {}
         for text in texts:
             assert len(text.spans) == len(text.answers)
@@ -105,9 +108,11 @@ def test_every_answer_is_learned_once_as_it_is_generated(
 
 def test_answers_share_a_text_where_the_template_keeps_history_and_are_split_where_it_does_not() -> None:
     messages = conversation([("a", "b", "c"), ("d", "e", "f"), ("g", "h", None)])
-    kept = Conversation(messages, Template(), special_at, KnownShapes()).learned([1, 3, 5])
+    kept = Conversation(messages, Writer(Template(), special_at), KnownShapes()).learned([1, 3, 5])
     assert [text.answers for text in kept] == [(1, 3, 5)]
-    dropped = Conversation(messages, Template(keeps_thinking=False), special_at, KnownShapes()).learned([1, 3, 5])
+    dropped = Conversation(messages, Writer(Template(keeps_thinking=False), special_at), KnownShapes()).learned(
+        [1, 3, 5]
+    )
     assert [text.answers for text in dropped] == [(1,), (3,), (5,)]
 
 
@@ -120,13 +125,13 @@ def test_what_a_template_leaves_out_is_named() -> None:
         )
 
     with pytest.raises(ChatTemplateError, match=r"leaves out messages\[1\].reasoning_content$"):
-        Conversation(messages, without_thinking, special_at, KnownShapes()).learned([1])
+        Conversation(messages, Writer(without_thinking, special_at), KnownShapes()).learned([1])
 
     def of_answers(part: Sequence[Message], for_generation: bool) -> str:
         return Template()([message for message in part if message["role"] == "assistant"], for_generation)
 
     with pytest.raises(ChatTemplateError, match=r"leaves out messages\[0\].content$"):
-        Conversation(messages, of_answers, special_at, KnownShapes()).learned([1])
+        Conversation(messages, Writer(of_answers, special_at), KnownShapes()).learned([1])
 
 
 def test_renderings_grow_with_the_conversation_and_not_with_its_square() -> None:
@@ -139,5 +144,163 @@ def test_renderings_grow_with_the_conversation_and_not_with_its_square() -> None
     for turns in (10, 80):
         calls.clear()
         messages = conversation([(f"question {n}", f"answer {n}", None) for n in range(turns)])
-        (text,) = Conversation(messages, counted, special_at, KnownShapes()).learned(range(1, 2 * turns, 2))
+        (text,) = Conversation(messages, Writer(counted, special_at), KnownShapes()).learned(range(1, 2 * turns, 2))
         assert len(text.spans) == turns and len(calls) <= 14, calls
+
+
+def under(template: Write, messages: Sequence[Message], marked: Write | None = None) -> Conversation:
+    return Conversation(messages, Writer(template, special_at, marked), KnownShapes())
+
+
+def parts(text: LearnedText) -> list[tuple[int, str]]:
+    return [(index, text.text[start:stop]) for index, (start, stop) in zip(text.answers, text.spans, strict=True)]
+
+
+def marking(pattern: str) -> Write:
+    """`Template()`, with marks for `[` and `]` of a pattern of an answer: T is its reasoning, C its content."""
+
+    def write(messages: Sequence[Message], for_generation: bool) -> str:
+        text = ""
+        for message in messages:
+            if message["role"] != "assistant":
+                text += Template()([message], False)
+                continue
+            thought = f"<think>{message['reasoning_content']}</think>" if message.get("reasoning_content") else ""
+            values = {"T": thought, "C": str(message["content"]), "[": GENERATION, "]": END_OF_GENERATION}
+            text += "<assistant>" + "".join(values.get(sign, sign) for sign in pattern.replace("E", "<end>\n"))
+        return f"{text}<assistant>" if for_generation else text
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("[TCE]", ["<think>b</think>answer<end>"]),
+        ("[TC]E", ["<think>b</think>answer<end>"]),  # the end is learned even if it was forgotten
+        ("T[CE]", ["answer<end>"]),  # reasoning is left out
+        ("T[C]E", ["answer<end>"]),
+        ("[T][C]E", ["<think>b</think>answer<end>"]),
+        ("[T]CE", ["<think>b</think>", "<end>"]),  # the content is left out, and the end is learned still
+    ],
+)
+def test_what_the_template_says_is_generated_is_learned_and_the_end(pattern: str, expected: list[str]) -> None:
+    messages = [*conversation([("a", "answer", "b")]), *conversation([("c", "d", None)])]
+    conversation_ = under(Template(), messages, marking(pattern))
+    if pattern != "[T]CE":
+        (text,) = conversation_.learned([1, 3])
+        assert parts(text) == [*((1, part) for part in expected), (3, "d<end>")]
+    (text,) = conversation_.learned([1])
+    assert parts(text) == [(1, part) for part in expected]
+
+
+def test_an_answer_of_which_nothing_is_marked_is_named() -> None:
+    messages = conversation([("a", "answer", "b"), ("c", "d", None)])
+    with pytest.raises(
+        ChatTemplateError, match=r"marks nothing of messages\[3\] by it; mark what is learned of it, or"
+    ):
+        under(Template(), messages, marking("[T]CE")).learned([1, 3])
+
+
+@settings(max_examples=100, deadline=None)
+@given(EXCHANGES, st.text(alphabet="[]", max_size=2), st.lists(st.sampled_from(["[", "]", ""]), min_size=4, max_size=4))
+def test_marks_choose_among_the_characters_of_answers(
+    exchanges: list[tuple[str, str, str | None]], first: str, signs: list[str]
+) -> None:
+    """What is learned is marked, or the template's own text at the end of a turn."""
+    messages = conversation([(question.strip(), answer.strip(), thought) for question, answer, thought in exchanges])
+    pattern = first + "".join(sign + part for sign, part in zip(signs, ["T", "C", "E", ""], strict=True))
+    answers = range(1, len(messages), 2)
+    (plain,) = under(Template(), messages).learned(answers)
+    conversation_ = under(Template(), messages, marking(pattern))
+    generated = conversation_._renderings.up_to(len(messages)).generated
+    try:
+        (text,) = conversation_.learned(answers)
+    except ChatTemplateError:
+        assert any(not any(a < stop and b > start for a, b in generated) for start, stop in plain.spans)
+        return
+    marked = {place for start, stop in generated for place in range(start, stop)}
+    for index, (start, stop) in zip(plain.answers, plain.spans, strict=True):
+        got = {place for n, span in zip(text.answers, text.spans, strict=True) if n == index for place in range(*span)}
+        end = {*range(stop - len("<end>"), stop)}
+        assert got == ({*range(start, stop)} & marked) | end
+
+
+def test_a_whole_conversation_is_learned_but_for_some_answers() -> None:
+    messages = [*conversation([("a", "b", None), ("c", "d", None)]), {"role": "user", "content": "e"}]
+    whole = under(Template(), messages).whole([])
+    assert whole.spans == ((0, len(whole.text)),) and not whole.is_open
+    text = under(Template(), messages).whole([1])
+    assert [text.text[start:stop] for start, stop in text.spans] == [
+        "<user>a<end>\n<assistant>",
+        "\n<user>c<end>\n<assistant>d<end>\n<user>e<end>\n",
+    ]
+    marked = under(Template(), messages, marking("[T]CE")).whole([])
+    assert marked.spans == whole.spans  # marks say what is generated, and all is to be learned
+    for left_out, is_open in (([], True), ([3], False)):
+        assert under(Template(closes=""), messages[:4]).whole(left_out).is_open is is_open
+    rewritten = conversation([("a", "b", "c"), ("d", "e", None)])
+    assert under(Template(keeps_thinking=False), rewritten).whole([]).text.count("<think>") == 0
+    with pytest.raises(ChatTemplateError, match=r"rewrites messages\[1\], so the rest cannot be learned without it"):
+        under(Template(keeps_thinking=False), rewritten).whole([1])
+
+
+def test_prompts_end_with_the_opening_of_an_answer_and_hold_what_was_said() -> None:
+    messages = conversation([("a", "b", "c"), ("d", "e", None)])[:3]
+    prompt = "<user>a<end>\n<assistant>b<end>\n<user>d<end>\n<assistant>"
+    assert under(Template(keeps_thinking=False), messages).prompt().text == prompt
+
+    def of_users(part: Sequence[Message], for_generation: bool) -> str:
+        return Template()([message for message in part if message["role"] == "user"], for_generation)
+
+    with pytest.raises(ChatTemplateError, match=r"leaves out messages\[1\].content$"):
+        under(of_users, messages).prompt()
+
+
+def refusing(template: Write) -> Write:
+    """The same, refusing what has no message of a user."""
+
+    def write(messages: Sequence[Message], for_generation: bool) -> str:
+        if all(message["role"] != "user" for message in messages):
+            raise CheckpointError("the chat template refuses it")
+        return template(messages, for_generation)
+
+    return write
+
+
+GREETED = [{"role": "assistant", "content": "welcome"}, *conversation([("a", "b", None)])]
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "s"}]])
+def test_an_opening_answer_is_learned_if_it_stands_as_behind_a_question(system: list[Message]) -> None:
+    messages, first = [*system, *GREETED], len(system)
+    (text,) = under(refusing(Template()), messages).learned([first, first + 2])
+    assert parts(text) == [(first, "welcome<end>"), (first + 2, "b<end>")]
+    (text,) = under(refusing(Template(closes="")), messages).learned([first])
+    assert parts(text) == [(first, "welcome<user>")]
+
+
+def test_an_opening_answer_that_stands_otherwise_is_refused_and_can_be_switched_off() -> None:
+    template = refusing(Template(adds_empty=True))  # an answer begins behind an empty block only if it is the last
+    with pytest.raises(ChatTemplateError, match=r"cannot ask for messages\[0\].*give it weight 0, or put a user's"):
+        under(template, GREETED).learned([0, 2])
+    (text,) = under(template, GREETED).learned([2])
+    assert parts(text) == [(2, "b<end>")]
+
+
+def test_a_question_cannot_end_an_answer() -> None:
+    """Without ends of turns, the token of the next turn ends an answer. It has to be the template's own."""
+
+    def bare(messages: Sequence[Message], for_generation: bool) -> str:
+        return "".join(str(message["content"]) for message in messages) + ("<assistant>" if for_generation else "")
+
+    messages = conversation([("a", "b", None), ("<user>c", "d", None)])
+    texts = under(bare, messages).learned([1, 3])
+    assert [parts(text) for text in texts] == [[(1, "b")], [(3, "d")]]
+
+    def closing(messages: Sequence[Message], for_generation: bool) -> str:
+        return bare(messages, for_generation) + ("" if for_generation else "</s>")
+
+    texts = under(closing, conversation([("a", "b", None), ("</s>c", "d", None)])).learned([1, 3])
+    assert [parts(text) for text in texts] == [[(1, "b</s>")], [(3, "d</s>")]]
+    assert [text.text for text in texts] == ["ab</s>", "ab</s>cd</s>"]

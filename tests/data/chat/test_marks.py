@@ -7,7 +7,8 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.data.chat.marks import MarkedMessages, marks_in, without_marks
+import qlora_lite.data.chat.marks as marks
+from qlora_lite.data.chat.marks import END_OF_GENERATION, GENERATION, MarkedMessages, marks_in, without_marks
 
 
 @given(st.lists(st.text(max_size=12).filter(lambda text: not marks_in([{"role": text}])), min_size=1, max_size=5))
@@ -47,3 +48,36 @@ def test_a_piece_that_is_written_twice_counts_at_its_first_place() -> None:
     content = marked.messages[0]["content"]
     rendering = without_marks(f"{content} and {content}")
     assert rendering.spans == {0: (0, 3)} and rendering.repeated == {0} and rendering.whole == 1
+
+
+@given(
+    st.lists(st.text(alphabet="a <é\U0001f44b", max_size=4), min_size=1, max_size=4),
+    st.lists(st.integers(min_value=0, max_value=3) | st.sampled_from(["|", GENERATION, END_OF_GENERATION]), max_size=8),
+    st.integers(min_value=0, max_value=6),
+)
+def test_both_ways_to_read_marks_agree(contents: list[str], order: list[int | str], cut: int) -> None:
+    """The quick way is taken for renderings in which each piece is whole and stands once."""
+    messages = MarkedMessages([{"role": "user", "content": text} for text in contents]).messages
+    parts = [part if isinstance(part, str) else str(messages[part % len(messages)]["content"]) for part in order]
+    for marked in ("".join(parts), "".join(parts)[cut:]):
+        quick = marks._in_order(marked)
+        assert quick in (None, marks._in_any_order(marked))
+        if not any(mark in marked for mark in (GENERATION, END_OF_GENERATION)) and marked == "".join(parts):
+            pieces = [part for part in order if not isinstance(part, str) and contents[part % len(messages)].strip()]
+            repeated = len({part % len(messages) for part in pieces if not isinstance(part, str)}) < len(pieces)
+            assert (quick is None) is repeated
+
+
+def test_generated_text_is_between_its_marks() -> None:
+    marked = MarkedMessages([{"role": "assistant", "content": "a b"}]).messages[0]["content"]
+    rendering = without_marks(f"x{GENERATION}{marked}{END_OF_GENERATION}y{GENERATION}{END_OF_GENERATION}z")
+    assert rendering.text == "xa byz" and rendering.spans == {0: (1, 4)} and rendering.generated == ((1, 4),)
+    nested = without_marks(f"{GENERATION}a{GENERATION}b{END_OF_GENERATION}c{END_OF_GENERATION}d")
+    assert nested.text == "abcd" and nested.generated == ((0, 3),)
+
+
+def test_private_characters_are_found_anywhere() -> None:
+    call = {"function": {"name": "f", "arguments": {"a": ["\ue01f"]}}}
+    assert marks_in([{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}])
+    assert marks_in([{"role": "assistant", "tool_calls": [{"function": {"arguments": {"\ue000": 1}}}]}])
+    assert not marks_in([{"role": "user", "content": "\ue020 é", "weight": 1}])

@@ -6,8 +6,14 @@ from typing import Any
 
 import pytest
 
-from qlora_lite.data.chat.messages import checked_messages, is_learned, without_nulls, without_switches
-from qlora_lite.errors import CheckpointError
+from qlora_lite.data.chat.messages import (
+    checked_messages,
+    is_learned,
+    learned_messages,
+    without_nulls,
+    without_switches,
+)
+from qlora_lite.errors import CheckpointError, ConfigError
 
 
 def test_null_columns_count_as_absent() -> None:
@@ -48,6 +54,19 @@ def test_arguments_are_an_object_or_json_text(arguments: object) -> None:
             {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{a"}]},
             r"tool_calls\[0\].arguments must be JSON, got '\{a'",
         ),
+        ({"role": "user", "content": "\ud800"}, r"messages\[1\].content must be valid Unicode, got a lone surrogate"),
+        (
+            {"role": "assistant", "content": "a", "reasoning_content": 3},
+            r"messages\[1\].reasoning_content must be a string, got int 3",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": ["b", "\udc00"]}}]},
+            r"messages\[1\].tool_calls\[0\].arguments.a\[1\] must be valid Unicode",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"\udc00": 1}}]},
+            r"the key '\\udc00' of messages\[1\].tool_calls\[0\].arguments must be valid Unicode",
+        ),
     ],
 )
 def test_wrong_messages_are_named(message: dict[str, Any], says: str) -> None:
@@ -65,3 +84,42 @@ def test_switches_say_whether_an_answer_is_learned(switch: dict[str, object], le
 def test_a_switch_is_on_or_off() -> None:
     with pytest.raises(CheckpointError, match=r"record 1: weight must be 0 or 1, true or false; got 0.5"):
         is_learned({"role": "assistant", "content": "a", "weight": 0.5}, "record 1")
+
+
+CHAT = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+    {"role": "user", "content": "e"},
+]
+
+
+@pytest.mark.parametrize(
+    ("learn", "off", "expected"),
+    [
+        ("answers", [], [2, 4]),
+        ("answers", [2], [4]),
+        ("last-answer", [], [4]),
+        ("last-answer", [2], [4]),
+        ("last-answer", [4], []),
+        ("all", [], [0, 1, 2, 3, 4, 5]),
+        ("all", [2], [0, 1, 3, 4, 5]),
+    ],
+)
+def test_messages_are_chosen_by_what_is_to_be_learned_and_by_switches(
+    learn: str, off: list[int], expected: list[int]
+) -> None:
+    messages = [{**message, "train": False} if index in off else message for index, message in enumerate(CHAT)]
+    assert learned_messages(messages, learn, "record 1") == expected
+
+
+def test_a_wrong_choice_or_switch_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="learn must be one of all, answers, last-answer; got 'answer'"):
+        learned_messages(CHAT, "answer", "record 1")
+    wrong = [*CHAT[:2], {**CHAT[2], "weight": 2}, *CHAT[3:]]
+    for learn in ("all", "last-answer"):
+        with pytest.raises(CheckpointError, match="record 1: weight must be 0 or 1"):
+            learned_messages(wrong, learn, "record 1")
+    assert learned_messages(CHAT[:2], "last-answer", "record 1") == []

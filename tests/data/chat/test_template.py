@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,3 +94,104 @@ def test_the_longest_special_token_counts() -> None:
 def test_private_characters_are_refused() -> None:
     with pytest.raises(CheckpointError, match="private use"):
         ChatTemplate(Templated(call_as_text)).learned([{"role": "assistant", "content": "\ue000"}], [0], {})
+
+
+class Sourced:
+    """A tokenizer that renders a source by transformers."""
+
+    def __init__(self, source: object) -> None:
+        self.chat_template, self.renderings = source, 0
+
+    def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self.renderings += 1
+        options.setdefault("chat_template", self.chat_template)
+        return str(render_jinja_template([conversation], **{**options, "tokenize": False})[0][0])
+
+
+DATED = (
+    "{{ strftime_now('%d %B %Y, %H:%M') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}{% if fails %}{{ raise_exception('no') }}{% endif %}"
+)
+PLAIN = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def test_the_date_is_the_one_that_is_set_and_today_by_default() -> None:
+    import transformers.utils.chat_template_utils as templates
+
+    before = templates.datetime
+    days = {
+        datetime.date(2024, 2, 29): "29 February 2024, 00:00",
+        datetime.date(1999, 12, 31): "31 December 1999, 00:00",
+    }
+    for day, shown in days.items():
+        template = ChatTemplate(Sourced(DATED), date=day)
+        assert template.depends_on_date and template.date_written == day
+        assert template.learned(PLAIN, [1], {})[0].text == f"{shown}<user>q<end><assistant>a<end>"
+        assert template.prompt(PLAIN[:1], {}) == f"{shown}<user>q<end><assistant>"
+        assert template.whole(PLAIN, [], {}).text.startswith(shown)
+        with pytest.raises(CheckpointError, match="TemplateError: no"):
+            template.learned(PLAIN, [1], {"fails": True})
+        assert templates.datetime is before
+    today = ChatTemplate(Sourced(DATED))
+    assert today.date_written == datetime.date.today()
+    assert today.prompt(PLAIN, {}).startswith(datetime.date.today().strftime("%d %B %Y, 00:00"))
+
+
+def test_nothing_is_patched_for_a_template_without_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_lite.data.chat.template.patched_template_date", None)
+    template = ChatTemplate(Sourced(DATED.replace("strftime_now", "['2024'] | join")), date=datetime.date(1999, 1, 1))
+    assert template.prompt(PLAIN[:1], {}).startswith("2024") and template.date_written is None
+
+
+def test_tags_are_obeyed_in_the_source_that_is_used() -> None:
+    start = "{% for m in messages %}<{{ m.role }}>"
+    tagged = start + "{% if m.role == 'assistant' %}x{%- generation -%} {{ m.content }}{% endgeneration %}{% else %}"
+    tagged += "{{ m.content }}{% endif %}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+    class Named(Sourced):
+        def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> str:
+            name = "tool_use" if options.get("tools") else "default"
+            options.setdefault("chat_template", self.chat_template[name])
+            return super().apply_chat_template(conversation, **options)
+
+    untagged = tagged.replace("{%- generation -%} ", "").replace("{% endgeneration %}", "{% if tools %}f{% endif %}")
+    for tokenizer, given, expected in (
+        (Sourced(tagged), {}, "a<end>"),
+        (Sourced(untagged), {}, "xa<end>"),
+        (Named({"default": tagged, "tool_use": untagged}), {}, "a<end>"),
+        (Named({"default": tagged, "tool_use": untagged}), {"tools": [{"function": {"name": "f"}}]}, "xaf<end>"),
+    ):
+        (text,) = ChatTemplate(tokenizer).learned(PLAIN, [1], given)
+        assert [text.text[start:stop] for start, stop in text.spans] == [expected]
+
+
+def test_prompts_are_handed_over_in_the_form_that_the_template_takes() -> None:
+    result = {"role": "tool", "content": "r"}
+    for render, called in ((call_as_text, 'f{"a": "x"}'), (call_as_object, "fx")):
+        prompt = ChatTemplate(Templated(render)).prompt([*MESSAGES, result], {})
+        assert prompt == f"<user>q<end><assistant>{called}<end><tool>r<end><assistant>"
+    with pytest.raises(CheckpointError, match="the chat template leaves out the tool 'unheard_of'"):
+        ChatTemplate(Templated(call_as_text)).prompt(MESSAGES, {"tools": [{"function": {"name": "unheard_of"}}]})
+
+
+def test_settings_of_the_tokenizer_are_no_variables() -> None:
+    with pytest.raises(CheckpointError, match="add_generation_prompt, tokenize cannot be set for a chat template"):
+        ChatTemplate(Templated(call_as_text)).learned(MESSAGES, [1], {"tokenize": True, "add_generation_prompt": 1})
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "s"}]])
+def test_what_is_known_of_answers_does_not_depend_on_which_tools_there_are(system: list[Message]) -> None:
+    tools = "{% for tool in tools %}{{ tool.function.name }}{% endfor %}"
+    tokenizer = Sourced(
+        DATED.replace("{% for", f"{tools}{{% for", 1).replace(
+            "<end>", f"{{% if m.role == 'system' %}}{tools}{{% endif %}}<end>"
+        )
+    )
+    template, renderings = ChatTemplate(tokenizer), []
+    for number in range(3):
+        tokenizer.renderings = 0
+        template.learned([*system, *PLAIN], [1 + len(system)], {"tools": [{"function": {"name": f"tool_{number}"}}]})
+        renderings.append(tokenizer.renderings)
+    assert renderings[0] > renderings[1] == renderings[2] == 2
