@@ -28,6 +28,7 @@ bench: $(INSTALLED)
 	$(RUN) profiling/packing.py
 	$(RUN) profiling/base_formats.py
 	$(RUN) profiling/step_growth.py
+	$(RUN) profiling/tokenizing.py
 	$(RUN) profiling/streaming_io.py
 	$(RUN) profiling/versus_peft.py
 	$(RUN) profiling/learn_like_peft.py

@@ -112,6 +112,24 @@ SCRIPTS = {
         "merge_peak_bytes",
         "merge_peak_growth",
     },
+    "profiling/tokenizing.py": {
+        "cpu",
+        "records",
+        "tokens",
+        "learned_tokens",
+        "bytes_per_token",
+        "seconds_100k",
+        "second_start_seconds",
+        "peak_mib_above_tokenizer",
+        "anonymous_peak_mib",
+        "time_ratio",
+        "ratios",
+        "seconds",
+        "cpu_seconds",
+        "labels_equal_trl",
+        "growth_160_over_80",
+        "peak_growth",
+    },
     "profiling/varied_lengths.py": {"ours", "ours_with_all_programs", "peft", "peak_ratio", "time_ratio"},
     "profiling/versus_peft.py": {"nf4_full", "floor"},
 }
@@ -154,6 +172,19 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
         assert figures["restored"] is True and figures["loss_after"] < figures["loss_before"]
     if "uniform 512" in figures:
         assert all(case["first_fit_fill"] < case["best_fit_fill"] <= 1 for case in figures.values())
+    if "labels_equal_trl" in figures:  # the ways are compared only if they do the same work
+        assert figures["labels_equal_trl"] is True
+        assert 300 == figures["records"] < figures["learned_tokens"] < figures["tokens"]
+        assert 4 < figures["bytes_per_token"] < 5
+        assert (
+            set(figures["seconds"])
+            > set(figures["ratios"])
+            == {
+                "trl, SFTTrainer, 2 processes",
+                "datasets.map, prefixes, 2 processes",
+                "datasets.map, no labels, 2 processes",
+            }
+        )
     if "perplexity_ratio" in figures:  # after three steps, both programs have the same adapter
         assert abs(figures["perplexity_ratio"] - 1) < 1e-3
         assert figures["differences"]["both in fp32"]["largest"] < 1e-4
