@@ -33,7 +33,7 @@ from qlora_lite.signals import check_signals
 from qlora_lite.training.activation_checkpointing import BlockCheckpointing
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.distributed import Processes, split_in_two
-from qlora_lite.training.objective import Loss, check_packing, choose_loss, logit_free_loss, model_loss
+from qlora_lite.training.objective import Loss, check_packing, choose_loss, is_packed, logit_free_loss, model_loss
 from qlora_lite.training.optim import learning_rate_factor, make_optimizer, set_learning_rates_
 from qlora_lite.training.progress import say
 from qlora_lite.training.run_checkpoints import StepMetrics
@@ -158,6 +158,7 @@ class TrainingStep:
         self._profiler, self._progress = profiler, progress
         self._blocks.costs = run.decisions.block_costs
         self._loss: Loss | None = None
+        self._rows_checked = 0  # the rows of batches for which packing was checked
         if run.steps > 0:
             self._loss = logit_free_loss if run.decisions.model_loss_reason is None else model_loss
         if profiler is not None:
@@ -190,8 +191,9 @@ class TrainingStep:
             raise TrainingError(
                 f"no token of step {self.number} has a label; check the data's completions and truncation"
             )
+        self._check_packing(batches)
         if self._loss is None:
-            self._loss, reason = self.processes.call_in_all(functools.partial(self._chosen_loss, batches[0]))
+            self._loss, reason = self.processes.call_in_all(functools.partial(choose_loss, self.run.model, batches[0]))
             self.run.decisions = replace(self.run.decisions, model_loss_reason=reason)
         factor = learning_rate_factor(self.number - 1, config)
         set_learning_rates_(self.run.optimizer, factor)
@@ -207,11 +209,15 @@ class TrainingStep:
     def _phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._profiler is None else self._profiler.phase(name)
 
-    def _chosen_loss(self, batch: Batch) -> tuple[Loss, str | None]:
-        """Returns the loss for batches like this first one, and the reason if it is the model's own."""
-        check_packing(self.run.model, batch)
-        check_signals()
-        return choose_loss(self.run.model, batch)
+    def _check_packing(self, batches: list[Batch]) -> None:
+        """Checks the model before the first packed batch of this call of `train`, and the first with several rows."""
+        packed = max(filter(is_packed, batches), key=lambda batch: len(batch["input_ids"]), default=None)
+        if packed is None:
+            return
+        rows = min(2, math.ceil(len(packed["input_ids"]) / self.processes.count))
+        if rows > self._rows_checked:
+            self.processes.call_in_all(functools.partial(check_packing, self.run.model, packed, rows))
+            self._rows_checked = rows
 
     def _optimizer_bytes(self) -> int:
         """Returns the bytes of the optimizer's states; before the first update, those that AdamW will have at most."""

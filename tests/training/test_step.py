@@ -14,6 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.errors import ConfigError, TrainingError
+from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.training import step as module
 
 IDS = torch.arange(5, 65).view(5, 12)
@@ -96,3 +97,71 @@ def test_torch_leaves_a_packed_base_whole_and_would_hold_it_as_parameters(
             torch.distributed.destroy_process_group()
     assert seen["fake"]["kept"] == pytest.approx(kept, abs=0.01)
     assert seen["gloo"]["bits"] and seen["gloo"]["gradients"][0] <= 1e-6 < seen["gloo"]["gradients"][1]
+
+
+def single_examples(rows: int, packed: bool = True, tokens: int = 12) -> dict[str, torch.Tensor]:
+    """A batch with one example in each row, laid out as a packed or as a padded one."""
+    ids = IDS[:rows, :tokens]
+    layout = {"position_ids": torch.arange(tokens).repeat(rows, 1)} if packed else {"attention_mask": ids * 0 + 1}
+    return {"input_ids": ids, "labels": ids, **layout}
+
+
+def with_convolutions(small_model: Callable[..., Any]) -> Any:
+    model = small_model("Lfm2Config", vocab_size=128, layer_types=["conv", "full_attention"])
+    add_lora_(model, LoraConfig(rank=2))
+    return model
+
+
+REFUSED = "a Lfm2ForCausalLM lets packed examples see each other"
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_model_that_cannot_be_packed_is_refused_before_its_first_packed_batch(
+    small_model: Callable[..., Any], tmp_path: Path, before: int
+) -> None:
+    """A packed batch of single examples shows nothing itself; the next one may hold several."""
+    model = with_convolutions(small_model)
+    start = {name: value.detach().clone() for name, value in adapter_parameters(model).items()}
+    batches = [single_examples(2, packed=False)] * before + [single_examples(2)]
+    with pytest.raises(ConfigError, match=REFUSED):
+        train(model, batches, TrainConfig(steps=3), output_dir=tmp_path / "run", progress=False)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert (len(metrics.read_text().splitlines()) if metrics.exists() else 0) == before
+    equal = [torch.equal(value, start[name]) for name, value in adapter_parameters(model).items()]
+    assert all(equal) is (before == 0)
+
+
+def test_a_resumed_run_is_checked_too(
+    small_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: dict[str, Any] = {"output_dir": tmp_path / "run", "progress": False}
+    config = TrainConfig(steps=3, save_steps=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "check_packing", lambda *words: None)
+        patched.setattr(module.TrainingStep, "_update", failing_after(2, module.TrainingStep._update))
+        with pytest.raises(TrainingError, match="interrupted"):
+            train(with_convolutions(small_model), [single_examples(2)], config, **run)
+    with pytest.raises(ConfigError, match=REFUSED):
+        train(with_convolutions(small_model), [single_examples(2)], config, resume=True, **run)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def failing_after(steps: int, update: Callable[..., float]) -> Callable[..., float]:
+    def limited(step: Any, *words: Any) -> float:
+        if step.number > steps:
+            raise TrainingError("interrupted")
+        return update(step, *words)
+
+    return limited
+
+
+def test_packing_is_checked_once_for_one_row_and_once_for_several(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+    monkeypatch.setattr(module, "check_packing", lambda model, batch, rows: checked.append(rows))
+    model, _ = trained(tiny_folder, TrainConfig(steps=1))
+    assert checked == []
+    batches = [single_examples(5, packed=False), *map(single_examples, (1, 1, 3, 2, 1))]
+    train(model, batches, TrainConfig(steps=6), progress=False)
+    assert checked == [1, 2]
