@@ -26,13 +26,13 @@ from qlora_lite import (
     train,
 )
 from qlora_lite.checkpoints import load_tokenizer
-from qlora_lite.data import batches, read_records, tokenize_all
+from qlora_lite.data import batches, tokenize_sources
 
 
 def fine_tune(model_folder: Path, data: Path, output: Path, steps: int) -> dict[str, object]:
     """Loads the model as NF4, trains, saves the adapter and exports the merged model."""
     tokenizer = load_tokenizer(model_folder)
-    examples = tokenize_all(read_records(data), tokenizer).examples
+    examples = tokenize_sources([data], tokenizer).examples
     model = load_quantized(model_folder, QuantConfig(format="nf4", double_quant=True))
     add_lora_(model, LoraConfig(rank=16, alpha=32, target_modules="all-linear"))
     stream = batches(examples, batch_size=2, seed=0, pad_token_id=tokenizer.pad_token_id)
