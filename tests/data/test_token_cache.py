@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +120,30 @@ def test_runs_that_race_do_not_disturb_each_other(data: Path, start: Any) -> Non
     for thread in threads:
         thread.join()
     assert found == [expected] * 20
+
+
+def test_a_killed_start_leaves_nothing_that_is_used(tmp_path: Path, start: Any, word_tokenizer: Any) -> None:
+    data = tmp_path / "long.jsonl"
+    lines = [json.dumps({"prompt": "a b c", "completion": "d " * (n % 9)}) for n in range(8_000)]
+    data.write_text("\n".join(lines), encoding="utf-8")
+    word_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    program = (
+        "import sys; from transformers import AutoTokenizer; from qlora_lite.data import tokenize_sources;"
+        "words = AutoTokenizer.from_pretrained(sys.argv[2]);"
+        "tokenize_sources([sys.argv[1]], words, show=lambda n: print(n, flush=True))"
+    )
+    words = [sys.executable, "-c", program, str(data), str(tmp_path / "tokenizer")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) >= 256:
+                break
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    (unfinished,) = cache_folder(Source(str(data))).iterdir()
+    assert unfinished.name.endswith(".partial")
+    assert not start(data).parts[0].was_cached
+    assert start(data).parts[0].was_cached
 
 
 def test_few_folders_are_kept(data: Path, start: Any) -> None:
