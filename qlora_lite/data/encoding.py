@@ -15,13 +15,10 @@ from typing import Any, Protocol
 
 from qlora_lite.checks import require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.chat.answers import LearnedText
-from qlora_lite.data.chat.messages import ASSISTANT, is_learned, without_switches
+from qlora_lite.data.chat.messages import ASSISTANT, LEARN, learned_messages, without_switches
 from qlora_lite.data.chat.template import ChatTemplate, TemplatedTokenizer
 from qlora_lite.data.shapes import Content, Conversation, Exchange, Tokens
 from qlora_lite.errors import CheckpointError
-
-LEARN = ("answers", "last-answer", "all")
 
 
 class Tokenizer(TemplatedTokenizer, Protocol):
@@ -107,7 +104,7 @@ class Encoder:
     ) -> None:
         require(learn in LEARN, f"learn must be one of {', '.join(LEARN)}", learn)
         self._tokenizer, self._learn = tokenizer, learn
-        self._template = ChatTemplate(tokenizer, special_tokens(tokenizer))
+        self._template = ChatTemplate(tokenizer, special_tokens(tokenizer), date, learn_empty_reasoning)
         self._bos = str(getattr(tokenizer, "bos_token", None) or "")
 
     @property
@@ -118,7 +115,7 @@ class Encoder:
     @property
     def date_written(self) -> datetime.date | None:
         """The date that the chat template writes; None if it writes none."""
-        return None
+        return self._template.date_written
 
     def end_token(self) -> int:
         """The end-of-sequence token. Raises CheckpointError for a tokenizer without one."""
@@ -170,17 +167,17 @@ class Encoder:
                 "got messages, but this tokenizer has no chat template; use an instruct model's tokenizer, "
                 "or records with prompt and completion"
             )
-        answers = [index for index, message in enumerate(content.messages) if message["role"] == ASSISTANT]
-        chosen = [index for index in answers if is_learned(content.messages[index], f"messages[{index}]")]
-        if self._learn == "last-answer":
-            chosen = [index for index in chosen if index == answers[-1]]
-        messages = [without_switches(message) for message in content.messages]
-        if not chosen:
-            asked = messages[-1]["role"] != ASSISTANT
-            return [Draft(self._template.write(messages, asked, content.given))]
-        texts = self._template.learned(messages, answers if self._learn == "all" else chosen, content.given)
+        chosen = learned_messages(content.messages, self._learn, "messages")
+        messages, given = [without_switches(message) for message in content.messages], content.given
         if self._learn == "all":
-            texts = [LearnedText(texts[-1].text, ((0, len(texts[-1].text)),), texts[-1].answers, texts[-1].is_open)]
+            left_out = [index for index in range(len(messages)) if index not in chosen]
+            texts = [self._template.whole(messages, left_out, given)]
+        elif chosen:
+            texts = self._template.learned(messages, chosen, given)
+        elif messages[-1]["role"] == ASSISTANT:
+            return [Draft(self._template.whole(messages, (), given).text)]
+        else:
+            return [Draft(self._template.prompt(messages, given))]
         if any(text.is_open for text in texts):
             self.end_token()
         return [Draft(text.text, text.spans, end=text.is_open) for text in texts]

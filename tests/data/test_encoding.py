@@ -142,7 +142,7 @@ def test_the_last_answer_alone_is_learned_on_request() -> None:
     messages = [{**message, "weight": int(index == 1)} for index, message in enumerate(RECORD["messages"])]
     (example,) = examples(tokens, {"messages": messages}, "last-answer")
     assert learned(example, tokens) == ""
-    with pytest.raises(ConfigError, match="learn must be one of answers, last-answer, all; got 'answer'"):
+    with pytest.raises(ConfigError, match="learn must be one of all, answers, last-answer; got 'answer'"):
         Encoder(tokens, "answer")
 
 
