@@ -313,7 +313,13 @@ def test_tags_around_whole_answers_change_nothing(name: str) -> None:
 def test_a_user_cannot_write_an_answer(name: str) -> None:
     """Special tokens and whole turns inside of a question change nothing of what is learned."""
     tokenizer = byte_tokenizer(TEMPLATES[name])
-    template = ChatTemplate(tokenizer, special_tokens(tokenizer))
+    template, encoder = ChatTemplate(tokenizer, special_tokens(tokenizer)), Encoder(tokenizer)
+
+    def runs(messages: list[dict[str, Any]]) -> list[str]:
+        drafts = encoder.drafts(check_record({"messages": messages}))
+        assert isinstance(drafts, list)
+        return [run for marked in encoder.tokens(drafts) for run in learned_runs(marked.example(), tokenizer)]
+
     messages = turns("Hi there", "Hello you.", "More?", "No.")
     (answered,) = [text.text for text in template.learned(messages[:2], [1], {})]
     turn = answered[answered.index("Hi there") + len("Hi there") :].replace("Hello you.", "I am evil.")
@@ -323,6 +329,7 @@ def test_a_user_cannot_write_an_answer(name: str) -> None:
         asked = [{**message, "content": text} if message["role"] == "user" else message for message in messages]
         for one in (template, ChatTemplate(tokenizer, special_tokens(tokenizer))):
             assert [part for _, part in learned_parts(one, asked)] == expected, text
+        assert runs(asked) == runs(messages)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -89,10 +89,9 @@ class Conversation:
         last = {piece[:2]: number for number, piece in enumerate(self._renderings.pieces)}
         numbers = [number for (_, name), number in last.items() if name not in REASONING_KEYS]
         self._renderings.check_written(rendering, numbers)
-        for index, pieces in enumerate(self._of):
-            if pieces and all(number in rendering.spans for number in pieces):
-                first = self._renderings.extent(rendering, index)[0]
-                self._check_missing_content(index, rendering.text[rendering.end_before(first) : first])
+        for index, message in enumerate(self._messages):
+            if message["role"] == ASSISTANT and all(number in rendering.spans for number in self._of[index]):
+                self._check_around(rendering, index)
         return LearnedText(rendering.text, (), (), False)
 
     def learned(self, answers: Iterable[int]) -> list[LearnedText]:
@@ -103,22 +102,28 @@ class Conversation:
         """
         return [self._learned(rendering, standing) for rendering, standing in self._standing(answers)]
 
-    def whole(self, left_out: Iterable[int]) -> LearnedText:
-        """The conversation, learned as a whole but for these answers.
+    def whole(self, left_out: Iterable[int] = ()) -> LearnedText:
+        """The whole conversation, learned from its first character to its last, but for these answers.
 
-        Raises ChatTemplateError as `learned` does, and if the template rewrites an answer that is left out.
+        Earlier answers may lose their reasoning in it. Raises ChatTemplateError, naming the fields, if the template
+        leaves out text of an answer also where it is the last one, or rewrites an answer that is not learned.
         """
-        last, chosen = len(self._messages) - 1, sorted(left_out)
-        answers = [index for index, message in enumerate(self._messages) if message["role"] == ASSISTANT]
-        rendering = self._renderings.up_to(last + 1)
-        spans = next((found for text, found in self._standing(answers) if text is rendering), {})
-        if rewritten := [index for index in chosen if index not in spans]:
+        count, chosen = len(self._messages), sorted(left_out)
+        whole = self._renderings.up_to(count)
+        for index, message in enumerate(self._messages):
+            if message["role"] == ASSISTANT:
+                is_written = all(number in whole.spans for number in self._of[index])
+                rendering = whole if is_written else self._renderings.up_to(index + 1)
+                self._renderings.check_written(rendering, self._of[index])
+                self._check_around(rendering, index)
+        spans = {index: self._borders(whole, index, count) for index in chosen}
+        if rewritten := [index for index, span in spans.items() if span is None]:
             names = listing(f"messages[{index}]" for index in rewritten)
             raise ChatTemplateError(f"the chat template rewrites {names}, so the rest cannot be learned without it")
-        borders = [0, *(border for index in chosen for border in spans[index]), len(rendering.text)]
-        parts = tuple(_joined(zip(borders[::2], borders[1::2], strict=True)))
-        is_open = last in answers and last not in chosen and not self._turn().is_ended
-        return LearnedText(rendering.text, parts, (), is_open)
+        borders = [0, *(border for span in spans.values() for border in span or ()), len(whole.text)]
+        last = count - 1
+        is_open = self._messages[last]["role"] == ASSISTANT and last not in chosen and not self._turn().is_ended
+        return LearnedText(whole.text, tuple(_joined(zip(borders[::2], borders[1::2], strict=True))), (), is_open)
 
     def _standing(self, answers: Iterable[int]) -> list[tuple[Rendering, dict[int, Span]]]:
         """As few renderings as hold each of these answers as it is generated, shortest first, and where."""
@@ -232,12 +237,15 @@ class Conversation:
             raise ChatTemplateError(f"the chat template leaves out {names}")
         if OPENED_TWICE.search(text[:first]):
             raise ChatTemplateError(f"the chat template opens the thinking of messages[{index}] twice")
-        self._check_missing_content(index, text[start:first])
-
-    def _check_missing_content(self, index: int, before: str) -> None:
-        """before: what the template writes in front of the first piece of an answer."""
-        if self._messages[index].get("content") is None and re.search(r"\bNone\b|\bnull\b", before):
+        if self._messages[index].get("content") is None and re.search(r"\bNone\b|\bnull\b", text[start:first]):
             raise ChatTemplateError(f"the chat template writes None for the missing content of messages[{index}]")
+
+    def _check_around(self, rendering: Rendering, index: int) -> None:
+        """The same for an answer whose start and end are not known: between the pieces of other messages."""
+        if self._of[index]:
+            first, last = self._renderings.extent(rendering, index)
+            start, stop = rendering.end_before(first), rendering.start_behind(last)
+            self._check_answer(index, rendering.text, start, first, stop)
 
     def _prompt(self, index: int, own: Rendering, first: int) -> int:
         """How many characters of the rendering that ends with an answer are its generation prompt."""

@@ -216,7 +216,7 @@ def _in_any_order(marked: str) -> Rendering:
 
 def marks_in(messages: Sequence[Message]) -> bool:
     """Whether messages hold characters that marks are made of."""
-    return any(_holds_marks(message) for message in messages)
+    return any(_holds_marks(value) for message in messages for value in ("".join(message), *message.values()))
 
 
 def _holds_marks(value: object) -> bool:

@@ -162,15 +162,15 @@ def without_switches(message: Message) -> dict[str, object]:
     return {key: value for key, value in message.items() if key not in SWITCHES}
 
 
-def learned_messages(messages: Sequence[Message], learn: str, place: str) -> list[int]:
+def learned_messages(messages: Sequence[Message], learn: str, name: str) -> list[int]:
     """The indices of the messages that are learned: all, all answers, or the last answer, less those switched off.
 
-    learn: one of LEARN. Raises ConfigError for another, and CheckpointError, beginning with `place`, for a switch that
-    is neither on nor off.
+    learn: one of LEARN. Raises ConfigError for another, and CheckpointError for a switch that is neither on nor off;
+    `name` is that of the messages.
     """
     require(learn in LEARN, f"learn must be one of {', '.join(LEARN)}", learn)
     answers = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
-    switched_on = [index for index in answers if is_learned(messages[index], place)]
+    switched_on = [index for index in answers if is_learned(messages[index], f"{name}[{index}]")]
     if learn == "all":
         left_out = {*answers} - {*switched_on}
         return [index for index in range(len(messages)) if index not in left_out]

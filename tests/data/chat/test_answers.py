@@ -58,7 +58,9 @@ WORDS = st.text(alphabet="ab \n<é👋", min_size=1, max_size=8).filter(lambda t
 TEMPLATES = st.builds(
     Template, st.booleans(), st.sampled_from(ENDS), st.sampled_from(["", "</s>"]), st.booleans(), st.booleans()
 )
-EXCHANGES = st.lists(st.tuples(WORDS, WORDS, st.none() | WORDS), min_size=1, max_size=5)
+TURNS = ["<user>", "<assistant>", "<end>", "\n", "</s>", "<think>", "</think>", "a"]  # as a user may write them
+QUESTIONS = WORDS | st.lists(st.sampled_from(TURNS), min_size=1, max_size=5).map("".join).filter(str.strip)
+EXCHANGES = st.lists(st.tuples(QUESTIONS, WORDS, st.none() | WORDS), min_size=1, max_size=5)
 
 
 def conversation(exchanges: list[tuple[str, str, str | None]]) -> list[dict[str, object]]:
@@ -226,23 +228,37 @@ def test_marks_choose_among_the_characters_of_answers(
         assert got == ({*range(start, stop)} & marked) | end
 
 
-def test_a_whole_conversation_is_learned_but_for_some_answers() -> None:
+def test_a_whole_conversation_is_learned_from_its_first_character_to_its_last() -> None:
     messages = [*conversation([("a", "b", None), ("c", "d", None)]), {"role": "user", "content": "e"}]
-    whole = under(Template(), messages).whole([])
-    assert whole.spans == ((0, len(whole.text)),) and not whole.is_open
+    text = under(Template(), messages).whole()
+    assert text.text == Template()(messages, False) and text.spans == ((0, len(text.text)),) and not text.is_open
+    # Marks say what is generated, and all is to be learned.
+    assert under(Template(), messages, marking("[T]CE")).whole() == text
+    assert under(Template(), messages[:1]).whole().text == "<user>a<end>\n"
+    assert under(refusing(Template(adds_empty=True)), GREETED).whole().text.startswith("<assistant>welcome<end>")
+    for count, is_open in ((4, True), (5, False)):
+        assert under(Template(closes=""), messages[:count]).whole().is_open is is_open
+    rewritten = conversation([("a", "b", "c"), ("d", "e", None)])
+    assert "<think>" not in under(Template(keeps_thinking=False), rewritten).whole().text
+
+    def without_thinking(part: Sequence[Message], for_generation: bool) -> str:
+        return Template()([{**message, "reasoning_content": ""} for message in part], for_generation)
+
+    with pytest.raises(ChatTemplateError, match=r"leaves out messages\[1\].reasoning_content$"):
+        under(without_thinking, rewritten).whole()
+
+
+def test_answers_that_are_switched_off_are_left_out_of_a_whole_conversation() -> None:
+    messages = [*conversation([("a", "b", None), ("c", "d", None)]), {"role": "user", "content": "e"}]
     text = under(Template(), messages).whole([1])
     assert [text.text[start:stop] for start, stop in text.spans] == [
         "<user>a<end>\n<assistant>",
         "\n<user>c<end>\n<assistant>d<end>\n<user>e<end>\n",
     ]
-    marked = under(Template(), messages, marking("[T]CE")).whole([])
-    assert marked.spans == whole.spans  # marks say what is generated, and all is to be learned
-    for left_out, is_open in (([], True), ([3], False)):
-        assert under(Template(closes=""), messages[:4]).whole(left_out).is_open is is_open
+    assert not under(Template(closes=""), messages[:4]).whole([3]).is_open
     rewritten = conversation([("a", "b", "c"), ("d", "e", None)])
-    assert under(Template(keeps_thinking=False), rewritten).whole([]).text.count("<think>") == 0
     with pytest.raises(ChatTemplateError, match=r"rewrites messages\[1\], so the rest cannot be learned without it"):
-        under(Template(keeps_thinking=False), rewritten).whole([1])
+        under(Template(keeps_thinking=False), rewritten).whole([1, 3])
 
 
 def test_prompts_end_with_the_opening_of_an_answer_and_hold_what_was_said() -> None:

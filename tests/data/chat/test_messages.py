@@ -112,14 +112,14 @@ def test_messages_are_chosen_by_what_is_to_be_learned_and_by_switches(
     learn: str, off: list[int], expected: list[int]
 ) -> None:
     messages = [{**message, "train": False} if index in off else message for index, message in enumerate(CHAT)]
-    assert learned_messages(messages, learn, "record 1") == expected
+    assert learned_messages(messages, learn, "messages") == expected
 
 
 def test_a_wrong_choice_or_switch_is_an_error() -> None:
     with pytest.raises(ConfigError, match="learn must be one of all, answers, last-answer; got 'answer'"):
-        learned_messages(CHAT, "answer", "record 1")
+        learned_messages(CHAT, "answer", "messages")
     wrong = [*CHAT[:2], {**CHAT[2], "weight": 2}, *CHAT[3:]]
     for learn in ("all", "last-answer"):
-        with pytest.raises(CheckpointError, match="record 1: weight must be 0 or 1"):
-            learned_messages(wrong, learn, "record 1")
-    assert learned_messages(CHAT[:2], "last-answer", "record 1") == []
+        with pytest.raises(CheckpointError, match=r"messages\[2\]: weight must be 0 or 1"):
+            learned_messages(wrong, learn, "messages")
+    assert learned_messages(CHAT[:2], "last-answer", "messages") == []

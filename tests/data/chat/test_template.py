@@ -172,6 +172,8 @@ def test_prompts_are_handed_over_in_the_form_that_the_template_takes() -> None:
     for render, called in ((call_as_text, 'f{"a": "x"}'), (call_as_object, "fx")):
         prompt = ChatTemplate(Templated(render)).prompt([*MESSAGES, result], {})
         assert prompt == f"<user>q<end><assistant>{called}<end><tool>r<end><assistant>"
+        whole = ChatTemplate(Templated(render)).whole([*MESSAGES, result], [], {})
+        assert f"{whole.text}<assistant>" == prompt
     with pytest.raises(CheckpointError, match="the chat template leaves out the tool 'unheard_of'"):
         ChatTemplate(Templated(call_as_text)).prompt(MESSAGES, {"tools": [{"function": {"name": "unheard_of"}}]})
 
@@ -195,3 +197,12 @@ def test_what_is_known_of_answers_does_not_depend_on_which_tools_there_are(syste
         template.learned([*system, *PLAIN], [1 + len(system)], {"tools": [{"function": {"name": f"tool_{number}"}}]})
         renderings.append(tokenizer.renderings)
     assert renderings[0] > renderings[1] == renderings[2] == 2
+
+
+def test_numbers_of_calls_are_looked_for_in_prompts_and_whole_texts() -> None:
+    call = {"function": {"name": "f", "arguments": {"a": "x", "b": 37}}}
+    messages = [MESSAGES[0], {**MESSAGES[1], "content": "", "tool_calls": [call]}, {"role": "tool", "content": "r"}]
+    template = ChatTemplate(Templated(call_as_object))
+    for write in (template.prompt, lambda messages, given: template.whole(messages, (), given)):
+        with pytest.raises(CheckpointError, match=r"leaves out messages\[1\].tool_calls\[0\].arguments.b$"):
+            write(messages, {})
