@@ -21,6 +21,7 @@ ASSISTANT = "assistant"
 SWITCHES = ("weight", "train", "trainable", "loss")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TEXT_KEYS = {"role", *REASONING_KEYS}
+SWITCHES_AS_SET = frozenset(SWITCHES)
 LEARN = ("all", "answers", "last-answer")
 Message = Mapping[str, object]
 
@@ -151,6 +152,8 @@ def is_learned(message: Message, place: str) -> bool:
 
     Raises CheckpointError, beginning with `place`, for a switch that is neither on nor off.
     """
+    if SWITCHES_AS_SET.isdisjoint(message):
+        return True
     for key in SWITCHES:
         if key in message and message[key] not in (0, 1):
             raise CheckpointError(f"{place}: {key} must be 0 or 1, true or false; got {excerpt(message[key])}")
@@ -159,6 +162,8 @@ def is_learned(message: Message, place: str) -> bool:
 
 def without_switches(message: Message) -> dict[str, object]:
     """The message as a chat template gets it."""
+    if SWITCHES_AS_SET.isdisjoint(message):
+        return dict(message)
     return {key: value for key, value in message.items() if key not in SWITCHES}
 
 
