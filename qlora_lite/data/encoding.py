@@ -168,6 +168,8 @@ class Encoder:
                 "or records with prompt and completion"
             )
         chosen = learned_messages(content.messages, self._learn, "messages")
+        if self._learn != "all":
+            chosen = [index for index in chosen if index >= content.prompt]
         messages, given = [without_switches(message) for message in content.messages], content.given
         if self._learn == "all":
             left_out = [index for index in range(len(messages)) if index not in chosen]

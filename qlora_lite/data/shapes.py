@@ -44,10 +44,14 @@ HALF_AN_INT32 = 2**31 - 1
 
 @dataclass(frozen=True)
 class Conversation:
-    """Checked messages, and what the chat template is given beside them."""
+    """Checked messages, and what the chat template is given beside them.
+
+    prompt: the number of messages at the beginning that are a prompt, so that their answers are not learned.
+    """
 
     messages: list[dict[str, object]]
     given: Mapping[str, object]
+    prompt: int = 0
 
 
 @dataclass(frozen=True)
@@ -188,9 +192,8 @@ def _read_conversational(record: Record, prompt: list[object], completion: objec
     answers = [{"role": ASSISTANT, "content": completion}] if isinstance(completion, str) else completion
     if not isinstance(answers, list) or not answers:
         raise CheckpointError(f"{place}: completion must be a list of messages, as prompt is; got {excerpt(answers)}")
-    before = [{**message, "weight": 0} for message in checked_messages(prompt, place)]
-    both = checked_messages([*before, *answers], place)
-    return Conversation(_with_system(both, record, place), _given(record, place))
+    messages = _with_system(checked_messages([*prompt, *answers], place), record, place)
+    return Conversation(messages, _given(record, place), len(messages) - len(answers))
 
 
 def _read_instruction(record: Record, place: str) -> Content:

@@ -28,7 +28,7 @@ from qlora_lite.training.activation_checkpointing import checkpointed
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.distributed import Processes
 from qlora_lite.training.fused_forward import fused
-from qlora_lite.training.objective import check_packing, choose_loss
+from qlora_lite.training.objective import check_packing, choose_loss, is_packed
 from qlora_lite.training.progress import say, training_progress
 from qlora_lite.training.run_checkpoints import StepMetrics
 from qlora_lite.training.run_folder import run_folder
@@ -166,7 +166,8 @@ def held_out_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
                 if labelled == 0:
                     continue
                 if loss is None:
-                    check_packing(model, batch)
+                    if is_packed(batch):
+                        check_packing(model, batch, min(2, len(batch["input_ids"])))
                     loss, _ = choose_loss(model, batch)
                 total, count = total + float(loss(model, batch)), count + labelled
     finally:

@@ -146,6 +146,15 @@ def test_the_last_answer_alone_is_learned_on_request() -> None:
         Encoder(tokens, "answer")
 
 
+def test_of_trls_prompts_nothing_is_learned_unless_all_is() -> None:
+    tokens = tokenizer()
+    record = {"prompt": RECORD["messages"][:3], "completion": RECORD["messages"][3:]}
+    (example,) = examples(tokens, record)
+    assert learned(example, tokens) == "d.</s>" and example.input_ids == examples(tokens, RECORD)[0].input_ids
+    (example,) = examples(tokens, record, "all")
+    assert example.labels == example.input_ids
+
+
 def test_ready_tokens_stay_as_they_are() -> None:
     tokens = tokenizer()
     record = {"input_ids": [0, 5, 6, 7, 8], "labels": [-100, 5, -100, 7, 8], "attention_mask": [1, 1, 1, 1, 0]}

@@ -73,7 +73,7 @@ CASES: list[tuple[str, dict[str, Any], object]] = [
     (
         "trl's conversational prompt and completion",
         {"prompt": [ASKED, ANSWERED, ASKED], "completion": [ANSWERED]},
-        conversation(ASKED | {"weight": 0}, ANSWERED | {"weight": 0}, ASKED | {"weight": 0}, ANSWERED),
+        Conversation([ASKED, ANSWERED, ASKED, ANSWERED], {}, prompt=3),
     ),
     ("prompt and completion", {"prompt": "a", "completion": "b"}, Exchange("a", "b")),
     ("alpaca", {"instruction": "a", "input": "c", "output": "b"}, Exchange("a\n\nc", "b", "\n\n")),

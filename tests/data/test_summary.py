@@ -33,7 +33,7 @@ def test_counts_are_those_of_the_records(word_tokenizer: Any) -> None:
     assert source.bad_because == ["record 5: text must be a string, got int 5; write it as text in quotes"]
     assert found.packed_fill == pytest.approx(17 / 18)
     assert json.loads(json.dumps(found.to_json()))["lengths"]["longest"] == 11
-    assert found.in_word_tokenizer() == [
+    assert found.in_words() == [
         "5 records (2 messages, 1 prompt and completion, 1 text), 3 examples; keys not used: id, source",
         "17 tokens, 10 of them learned (59%); examples of 5 to 11 tokens, median 7",
         "1 duplicates, 2 shortened, 1 dropped, 1 bad records left out",
