@@ -5,6 +5,7 @@ In reading order:
 main           the entry point: commands, errors, exit status
 options        options that several commands share
 data_options   options of the commands that read records, and the records of a run
+data           shows what is learned from records
 plan           predicts whether training fits into a memory
 train          trains adapters on records
 profile        measures the memory of two training steps

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -73,6 +75,26 @@ def input_paths(sources: Sequence[str]) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
+@contextmanager
+def tokenizing_progress() -> Iterator[Callable[[int], None] | None]:
+    """Yields a function to call with the number of records so far, or None where stderr is not a terminal.
+
+    It shows them on stderr, in a line that vanishes at the end of the block.
+    """
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from qlora_lite.training.distributed import is_first_process
+
+    if not sys.stderr.isatty() or not is_first_process():
+        yield None
+        return
+    counted = TextColumn("{task.completed:,} records are tokenized")
+    with Progress(SpinnerColumn(), counted, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as line:
+        task = line.add_task("tokenize", total=None)
+        yield lambda count: line.update(task, completed=count)
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """The records of a run. examples: of them those that are trained on. held_out: others, None without any."""
@@ -102,8 +124,9 @@ def training_data(
 
     if eval_data and eval_share is not None:
         raise ConfigError("--eval-data and --eval-share both choose what is held out; leave out one")
-    tokenized = tokenize_sources(data, tokenizer, config, cache)
+    with tokenizing_progress() as show:
+        tokenized = tokenize_sources(data, tokenizer, config, cache, show)
+        held_out = tokenize_sources(eval_data, tokenizer, config, cache, show).examples if eval_data else None
     if eval_share is not None:
         return TrainingData(tokenized, *tokenized.examples.held_out(eval_share))
-    held_out = tokenize_sources(eval_data, tokenizer, config, cache).examples if eval_data else None
     return TrainingData(tokenized, tokenized.examples, held_out)

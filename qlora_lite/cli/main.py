@@ -19,6 +19,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_lite.cli.data import data
 from qlora_lite.cli.env import env
 from qlora_lite.cli.inspect import inspect
 from qlora_lite.cli.merge import merge
@@ -42,7 +43,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     """Fine-tune a quantized language model in little memory."""
 
 
-for command in (plan, train, profile, merge, quantize, inspect, env):
+for command in (data, plan, train, profile, merge, quantize, inspect, env):
     app.command(cls=StrictCommand)(command)
 
 

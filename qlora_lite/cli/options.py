@@ -66,11 +66,11 @@ class StrictCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # typer itself has no public name for ctx's class
         given, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for param in order:
-            name, several = param.opts[0], getattr(param, "multiple", False)
-            if order.count(param) > 1 and not several:
+            name, repeated = param.opts[0], getattr(param, "multiple", False)
+            if order.count(param) > 1 and not repeated:
                 ctx.fail(f"{name} is given {order.count(param)} times; give it once")
-            values = given[param.name] if several else [given[param.name]]
-            if "" in values and param.default != "":
+            values = given[param.name] if repeated or param.nargs == -1 else [given[param.name]]
+            if "" in (values or ()) and param.default != "":
                 ctx.fail(f"{name} must not be empty; leave it out, or give a value")
         return super().parse_args(ctx, args)
 

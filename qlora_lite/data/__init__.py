@@ -13,6 +13,7 @@ packing         which examples share a row
 batching        batches of examples, padded or packed
 stream          the batches of a run, with a position that can be resumed
 summary         what a set of records becomes, in numbers
+listing         what is learned from it, as a page and token by token
 
 The room chat/ writes conversations by chat templates. The room sources/ reads records from files.
 """

@@ -7,8 +7,9 @@ A record is a JSON object, or a row of a table, of one of the shapes in shapes.p
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +59,14 @@ class BadRecords:
             for (file, reason), parts in places.items()
         ]
 
+    def by_reason(self) -> list[str]:
+        """The same with the places of all records that were kept."""
+        places: dict[tuple[str, str], list[str]] = {}
+        for place, reason in self.kept:
+            file, _, part = place.rpartition(", ")
+            places.setdefault((file, reason), []).append(part)
+        return [f"{file}{', ' if file else ''}{in_ranges(parts)}: {reason}" for (file, reason), parts in places.items()]
+
     def check(self, records: int) -> None:
         """Raises CheckpointError, with all reasons, if there are more bad records than are allowed."""
         if self.count <= self.allowed:
@@ -69,6 +78,18 @@ class BadRecords:
             f"{self.count:,} of {records:,} records are bad: {listing(reasons, MOST_REASONS, '; ')}; "
             f"correct them, or leave them out with --skip-bad {self.count}"
         )
+
+
+def in_ranges(positions: Sequence[str]) -> str:
+    """Returns `lines 3, 7-9` for `["line 3", "line 7", "line 8", "line 9"]`."""
+    words = [position.rpartition(" ") for position in positions]
+    if len(words) == 1 or len({word for word, _, _ in words}) > 1 or not all(number.isdigit() for *_, number in words):
+        return ", ".join(positions)
+    numbers = sorted({int(number) for *_, number in words})
+    groups = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    shown = (f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"{words[0][0]}s {', '.join(shown)}"
 
 
 @dataclass

@@ -109,6 +109,14 @@ class TokenizedSet:
         return int(self.examples.lengths.max())
 
 
+class NothingToLearn(CheckpointError):
+    """No example is left of a source. parts: what was found in all sources."""
+
+    def __init__(self, sentence: str, parts: Sequence[SourceTokens]) -> None:
+        super().__init__(sentence)
+        self.parts = tuple(parts)
+
+
 def tokenize(
     record: Mapping[str, object], tokenizer: Tokenizer, max_length: int | None = None, learn: str = "answers"
 ) -> TokenizedExample:
@@ -283,12 +291,12 @@ def _tokenized_set(parts: Sequence[SourceTokens], weights: Sequence[float] | Non
     kept = [Examples(part.arrays, numbers, config.max_length) for part, numbers in zip(parts, chosen, strict=True)]
     for part, examples in zip(parts, kept, strict=True):
         if len(examples) == 0:
-            dropped = len(part.arrays)
-            got = f"{dropped} records without a token to learn" if dropped else "no records"
-            cut = f" within max_length {config.max_length}" if config.max_length else ""
-            raise CheckpointError(
-                f"there is nothing to train on in {part.name}: got {got}{cut}; give records with answers that fit"
-            )
+            dropped, bad = len(part.arrays), part.bad.count
+            got = f"{bad:,} bad records and no other" if bad else "no records"
+            got = f"{dropped} records without a token to learn" if dropped else got
+            cut = f" within max_length {config.max_length}" if dropped and config.max_length else ""
+            where = f"there is nothing to train on in {part.name}"
+            raise NothingToLearn(f"{where}: got {got}{cut}; give records with answers that fit", parts)
     return TokenizedSet(
         Mixture(kept, weights),
         sum(examples.truncated for examples in kept),

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.data.records import BadRecords, Found, check_fields, check_record, checked_records, read_records
+from qlora_lite.data.records import (
+    BadRecords,
+    Found,
+    check_fields,
+    check_record,
+    checked_records,
+    in_ranges,
+    read_records,
+)
 from qlora_lite.data.sources.raw import RawRecord
 from qlora_lite.errors import CheckpointError, ConfigError
 
@@ -178,3 +186,19 @@ def test_bad_records_are_allowed_up_to_a_number() -> None:
     for line in range(20_000):
         bad.add(f"a, line {line}", f"why {line}")
     assert bad.count == 20_003 and len(bad.kept) == 10_000
+
+
+def test_all_places_of_a_reason_are_in_ranges() -> None:
+    bad = BadRecords(99)
+    for number in (3, 7, 8, 9, 11, 12, 20, 30, 40, 50, 60):
+        bad.add(f"a, b.jsonl, line {number}", "wrong")
+    bad.add("c.csv, line 4", "wrong")
+    bad.add("record 1", "odd")
+    assert bad.by_reason() == [
+        "a, b.jsonl, lines 3, 7-9, 11-12, 20, 30, 40, 50, 60: wrong",
+        "c.csv, line 4: wrong",
+        "record 1: odd",
+    ]
+    assert in_ranges(["row 2", "line 3"]) == "row 2, line 3" and in_ranges(["lines 2-3", "lines 5-6"]) == (
+        "lines 2-3, lines 5-6"
+    )

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.encoding import TokenizedExample
-from qlora_lite.data.tokenization import DataConfig, tokenize, tokenize_all, tokenize_sources
+from qlora_lite.data.tokenization import DataConfig, NothingToLearn, tokenize, tokenize_all, tokenize_sources
 from qlora_lite.errors import CheckpointError, ConfigError
 
 CHATML = (
@@ -224,3 +224,14 @@ def test_sources_are_read_in_the_order_of_their_lines(tmp_path: Path) -> None:
 def test_wrong_settings_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         DataConfig(**settings)
+
+
+def test_what_was_found_comes_with_the_error_that_nothing_is_left() -> None:
+    with pytest.raises(
+        NothingToLearn, match="nothing to train on in records: got 2 bad records and no other;"
+    ) as found:
+        tokenize_all([{"a": 1}, {"text": 2}], PLAIN, 8, skip_bad=2)
+    (part,) = found.value.parts
+    assert [place for place, _ in part.bad.kept] == ["record 1", "record 2"] and part.found.records == 2
+    with pytest.raises(NothingToLearn, match="in records: got no records; give"):
+        tokenize_all([], PLAIN, 8)
