@@ -168,7 +168,7 @@ def _texts_between(ids: list[int], borders: list[int], tokenizer: Tokenizer) -> 
                 texts[last] = texts[last][:kept]
                 last -= 1
             texts.append(after[same:])
-        if begin - start >= CONTEXT and not before.endswith(UNKNOWN):
+        if begin - start >= CONTEXT and not before.endswith(UNKNOWN) and not after.endswith(UNKNOWN):
             start, after = begin, _decoded(ids[begin:end], tokenizer)
         before = after
     return texts

@@ -309,7 +309,7 @@ def test_bars_stay_within_the_width_where_it_is_not_too_narrow(word_tokenizer: A
         (("good.jsonl", "--skip-bad", "-1"), 2, "skip_bad must be an integer of at least 0; got -1"),
         (("good.jsonl", "--limit", "0"), 2, "limit must be None or at least 1; got 0"),
         (("good.jsonl", "--max-length", "1"), 2, "max_length must be None or at least 2; got 1"),
-        (("good.jsonl", "--learn", "most"), 2, "learn must be one of answers, last-answer, all; got 'most'"),
+        (("good.jsonl", "--learn", "most"), 2, "learn must be one of all, answers, last-answer; got 'most'"),
         (("good.jsonl", "--field", "prompt"), 2, "--field must be KEY=NAME"),
         (("good.jsonl", "--field", "question=q"), 2, "fields must name keys of the shapes"),
         (("good.jsonl", "--html", "page.txt"), 2, "the file must be named *.html; got page.txt"),

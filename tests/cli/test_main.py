@@ -24,7 +24,7 @@ def test_help_needs_nothing_heavy(run: Run) -> None:
     program = f"import sys, qlora_lite.cli.main; print({heavy})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    for command in ((), ("train",), ("merge",), ("quantize",), ("profile",), ("plan",), ("env",)):
+    for command in ((), ("data",), ("train",), ("merge",), ("quantize",), ("profile",), ("plan",), ("env",)):
         assert run(*command, "--help").returncode == 0
 
 

@@ -62,3 +62,18 @@ def test_what_would_mean_something_else_than_it_says_is_refused(words: list[str]
     with pytest.raises(Exception, match=sentence):
         app(words, standalone_mode=False)
     assert len(seen) == 1
+
+
+def test_an_argument_of_several_words_has_no_empty_one() -> None:
+    app = typer.Typer()
+    seen: list[list[str]] = []
+
+    @app.command(cls=options.StrictCommand)
+    def command(places: Annotated[list[str], typer.Argument()]) -> None:
+        seen.append(places)
+
+    app(["here", "there"], standalone_mode=False)
+    for words, sentence in ((["here", ""], "places must not be empty"), ([], "Missing")):
+        with pytest.raises(Exception, match=sentence):
+            app(words, standalone_mode=False)
+    assert seen == [["here", "there"]]
