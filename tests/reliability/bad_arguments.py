@@ -33,8 +33,13 @@ SECONDS, HANGING_SECONDS = 4.0, 60.0
 HUGE = str(10**30)
 
 # The arguments that each command needs; {name} is a path of `CasePaths`.
+# Tokens are not cached, so that nothing is written next to the data.
 NEEDED = {
-    "train": ["--model", "{model}", "--data", "{data}", "--output", "{new}", "--rank", "2", "--steps", "1"],
+    "data": ["{data}", "--model", "{model}", "--no-token-cache"],
+    "train": [
+        *("--model", "{model}", "--data", "{data}", "--output", "{new}", "--rank", "2", "--steps", "1"),
+        "--no-token-cache",
+    ],
     "plan": ["--model", "{model}", "--memory", "1GiB"],
     "profile": ["--model", "{model}", "--rank", "2", "--rows", "1", "--tokens", "4", "--no-predict"],
     "inspect": ["{adapter}"],
@@ -42,12 +47,14 @@ NEEDED = {
     "quantize": ["--model", "{model}", "--output", "{new}"],
     "env": [],
 }
-IN_FOLDER, IN_FILE, OUT_FOLDER, OUT_FILE, NOT_HERE = "in folder", "in file", "out folder", "out file", "not here"
+IN_FOLDER, IN_DATA, OUT_FOLDER, OUT_FILE, NOT_HERE = "in folder", "in data", "out folder", "out file", "not here"
 PATHS = {
     "model": IN_FOLDER,
     "adapter": IN_FOLDER,
-    "data": IN_FILE,
-    "verify": IN_FILE,
+    "data": IN_DATA,
+    "eval_data": IN_DATA,
+    "sources": IN_DATA,
+    "verify": IN_DATA,
     "output": OUT_FOLDER,
     "html": OUT_FILE,
     "png": OUT_FILE,
@@ -66,13 +73,15 @@ VALUES = {
         ("target_modules", "exclude_modules", "modules_to_save"), ("quux", ",", "q_proj;k_proj", "q_proj\nk_proj")
     ),
     "layers_to_transform": ("a", "3-1", "-1", "1.5", "7", "0-99999999999", "9" * 5000),
+    "learn": ("answer", "ALL"),
+    "field": ("prompt", "=q", "prompt=", "question=q", "prompt"),
     "trainable_token_indices": ("a", "-1", "1.5", "1,1", "107", HUGE, "9" * 5000),
 }
 WHOLE_NUMBERS = ("many", "1.5", "1e3", "nan", "inf", "0x10", "-1", "0", HUGE)
 NUMBERS = ("many", "1,5", "nan", "inf", "-inf", "-1", "0", HUGE)
 # Those that are right for some options.
 RIGHT = {
-    **dict.fromkeys(("seed", "warmup_steps", "keep_best"), ("0",)),
+    **dict.fromkeys(("seed", "warmup_steps", "keep_best", "skip_bad", "show"), ("0",)),
     "alpha": ("-1", "0", HUGE),
     "dropout": ("0",),
     **dict.fromkeys(("learning_rate", "lora_plus_ratio"), (HUGE,)),
@@ -156,8 +165,8 @@ class CasePaths:
                 "a file": self.root / "file",
                 "a device": Path("/dev/zero"),
             }
-        elif kind == IN_FILE:
-            files = {"a folder": self.root / "empty", "a device": Path("/dev/zero")}
+        elif kind == IN_DATA:
+            files = {"an empty folder": self.root / "empty", "a device": Path("/dev/zero")}
             files["unreadable"] = Path("/proc/self/mem")
             found = {**missing, **self._nowhere(), **files, "an empty file": self.root / "there.jsonl"}
         elif kind == OUT_FOLDER:
@@ -230,14 +239,14 @@ def _of_one(paths: CasePaths, command: str, param: Any, kind: Any) -> Iterator[t
         yield "empty", (*option, ""), USAGE
     if option:
         yield "without a value", option, USAGE
-    if not param.multiple:
+    if not param.multiple and param.nargs == 1:
         yield "twice", (*option, "7", *option, "7"), USAGE
 
 
 def _without(needed: list[str], param: Any) -> list[str]:
-    """Returns the needed words without those of this option."""
+    """Returns the needed words without those of this option. An argument is the first word."""
     if param.param_type_name == "argument":
-        return [word for word in needed if word.startswith("-")]
+        return needed[1:]
     if param.opts[0] not in needed:
         return needed
     at = needed.index(param.opts[0])
@@ -258,7 +267,10 @@ def cases(paths: CasePaths) -> list[Case]:
                 if param.name == "require":
                     status = USAGE
                 found.append(Case(command, (*rest, *extra, *words), status, f"{param.name}: {what}"))
-        found += [Case(command, (*needed, word), USAGE, f"unknown word {word!r}") for word in NEWS]
+        takes_words = any(param.nargs == -1 for param, _ in options)
+        for word in NEWS:
+            status = FAILURE if takes_words and not word.startswith("-") else USAGE
+            found.append(Case(command, (*needed, word), status, f"unknown word {word!r}"))
     return [*found, Case("destroy", (), USAGE, "no command"), Case("--x", (), USAGE, "no option")]
 
 

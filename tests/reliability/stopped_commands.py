@@ -43,6 +43,7 @@ TINY_MOMENTS = 4
 TRAIN = "train --model {model} --data {data} --output {out} --rank 2 --steps 3 --gradient-accumulation 2 --dropout 0.1"
 MERGE = "merge --model {model} --adapter {adapter} --output {out} --verify {data}"
 QUANTIZE = "quantize --model {model} --output {out}"
+DATA = "data {data} --model {model} --html {out}/page.html"
 PLAN = "plan --model {model} --memory 1GiB --tokens 16 --seq 16"
 PROFILE = "profile --model {model} --rank 2 --rows 1 --tokens 8 --html {out}/page.html"
 
@@ -86,6 +87,9 @@ MOMENTS = (
     Moment(f"{PROFILE} --mode phases", "training.step:TrainingStep._update", 1),
     Moment(PROFILE, "planning.training_rehearsal:run_fake_training"),
     Moment(PROFILE, "checkpoints.files:check_writable", 2),
+    Moment(DATA, "data.token_arrays:TokenWriter.append", 3),
+    Moment(DATA, "data.listing:pieces_of", 2),
+    Moment(DATA, "checkpoints.files:check_writable", 2),
     Moment("inspect {adapter}", "lora.peft.describe:describe_adapter"),
     Moment("env", "compute.environment:environment"),
 )
