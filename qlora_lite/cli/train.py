@@ -119,7 +119,7 @@ def _described_records(options: Mapping[str, Any], tokenizer: Tokenizer) -> tupl
     held_out = None if records.held_out is None else len(records.held_out)
     if is_first_process():
         notes = (held_out and f"{held_out:,} examples are held out", records.warning())
-        print("\n".join([*summary.in_words(), *(note for note in notes if note)]))
+        print("\n".join([*summary.in_words(options["packing"]), *(note for note in notes if note)]))
     return records, {"date": run_date.isoformat(), **summary.to_json(), "examples_held_out": held_out}
 
 

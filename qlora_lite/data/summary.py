@@ -106,8 +106,8 @@ class Summary:
         """Returns the summary as plain data for `json.dumps`."""
         return asdict(self)
 
-    def in_words(self) -> list[str]:
-        """Three lines, as `train` prints them before its first step."""
+    def in_words(self, packing: bool = False) -> list[str]:
+        """Three lines, as `train` prints them before its first step. packing: also say how full packed rows are."""
         shapes: Counter[str] = Counter()
         for source in self.sources:
             shapes.update(source.shapes)
@@ -123,11 +123,12 @@ class Summary:
         }
         happened = listing((f"{count:,} {name}" for name, count in fates.items() if count), len(fates))
         ignored = f"; keys not used: {listing(unused)}" if unused else ""
+        fill = f"; packed rows {self.packed_fill:.1%} full" if packing and self.packed_fill is not None else ""
         return [
             f"{self.records:,} records ({kinds}), {self.examples:,} examples{ignored}",
             f"{self.tokens:,} tokens, {self.learned_tokens:,} of them learned ({share:.0%}); "
             f"examples of {self.lengths.shortest:,} to {self.lengths.longest:,} tokens, median {self.lengths.median:,}",
-            happened or "nothing shortened, dropped, split or bad",
+            (happened or "nothing shortened, dropped, split or bad") + fill,
         ]
 
     def figures(self) -> list[tuple[str, str]]:
@@ -247,4 +248,4 @@ def _bin_ends(longest: int) -> list[int]:
 
 def _fill(examples: Mixture) -> float | None:
     max_length = examples.parts[0].max_length
-    return None if max_length is None else packed_fill(examples.lengths.tolist(), max_length).share
+    return None if max_length is None else packed_fill(examples.lengths, max_length).share

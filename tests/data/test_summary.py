@@ -40,6 +40,7 @@ def test_counts_are_those_of_the_records(word_tokenizer: Any) -> None:
         "17 tokens, 10 of them learned (59%); examples of 5 to 11 tokens, median 7",
         "1 duplicates, 2 shortened, 1 dropped, 1 bad records left out",
     ]
+    assert found.in_words(packing=True)[-1].endswith("; packed rows 94.4% full")
 
 
 def test_figures_are_for_people(word_tokenizer: Any) -> None:
