@@ -5,41 +5,113 @@ The only file that reads their attributes for this; a model of another origin an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, listing
+
+# transformers' mark of tensors, and modules, that it must not initialize.
+INITIALIZED = "_is_hf_initialized"
 
 
-def fill_computed_buffers_(model: Any, device: torch.device) -> None:
-    """Computes the buffers that no checkpoint holds (rotary frequencies, scales) and that were left on meta.
+@dataclass(frozen=True)
+class _Pending:
+    """A buffer that a model has to compute: its module, its name there, the empty tensor and the version of that."""
 
-    transformers computes them in `_init_weights` of a module, together with the weights of the module and its
-    children. Everything already loaded is therefore hidden on meta while it runs. Raises CheckpointError for a buffer
-    that is not computed there.
+    module: nn.Module
+    name: str
+    empty: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> _Pending:
+        """Puts an empty tensor on the CPU, NaN if it is one of floats, in place of the buffer on meta."""
+        empty = torch.empty_like(module._buffers[name], device="cpu")  # type: ignore[arg-type]
+        module._buffers[name] = empty = empty.fill_(torch.nan) if empty.is_floating_point() else empty
+        return cls(module, name, empty, empty._version)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the buffer was written to, or exchanged, and holds no NaN."""
+        now = self.module._buffers[self.name]
+        assert now is not None
+        written = now is not self.empty or now._version > self.version
+        return written and not (now.is_floating_point() and not (now == now).all())
+
+
+def fill_computed_buffers_(model: nn.Module, device: torch.device) -> None:
+    """Computes the buffers that no checkpoint holds (rotary frequencies, positions) and that were left on meta.
+
+    transformers computes them in `_init_weights` of the nearest model that encloses a module, called with the module,
+    or with one above it that prepares its parts. Raises CheckpointError that lists the buffers that nothing computes.
     """
-    for path, module in model.named_modules():
-        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        if not names:
-            continue
-        loaded = [(store, dict(store)) for part in module.modules() for store in (part._parameters, part._buffers)]
-        for store, tensors in loaded:
+    pending = {
+        path: [
+            _Pending.of(module, name)
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_meta and name in module._non_persistent_buffers_set
+        ]
+        for path, module in model.named_modules()
+    }
+    causes: list[Exception] = []
+    for path, buffers in pending.items():
+        for depth in range(path.count(".") + bool(path), -1, -1):
+            if all(buffer.is_computed for buffer in buffers):
+                break
+            try:
+                _initialize_parts_(model, ".".join(path.split(".")[:depth]), pending)
+            except (AttributeError, RuntimeError, TypeError) as error:  # weights that are packed or on meta
+                causes.append(error)
+    made = [(path, buffer) for path, buffers in pending.items() for buffer in buffers]
+    if lost := [f"{path}.{buffer.name}".lstrip(".") for path, buffer in made if not buffer.is_computed]:
+        cause = causes[0] if causes else None
+        raise CheckpointError(f"transformers does not compute {listing(lost)}, which no file holds") from cause
+    for _, buffer in made:
+        buffer.module._buffers[buffer.name] = buffer.module._buffers[buffer.name].to(device)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def _initialize_parts_(model: nn.Module, path: str, pending: Mapping[str, Collection[_Pending]]) -> None:
+    """Runs transformers' initialization of a module, which may reach into its parts, on the pending buffers alone.
+
+    Everything else in it is hidden on meta, with transformers' mark of what is initialized, and restored afterwards.
+    """
+    module, enclosing = model.get_submodule(path), model
+    for depth in range(path.count(".") + bool(path) + 1):
+        part = model.get_submodule(".".join(path.split(".")[:depth]))
+        enclosing = part if any(kind.__name__ == "PreTrainedModel" for kind in type(part).__mro__) else enclosing
+    empty = {id(buffer.module._buffers[buffer.name]) for buffers in pending.values() for buffer in buffers}
+    stores: list[dict[str, Any]] = [store for part in module.modules() for store in (part._parameters, part._buffers)]
+    held = [(store, {name: tensor for name, tensor in store.items() if id(tensor) not in empty}) for store in stores]
+    parts = [part for part in module.modules() if not hasattr(part, INITIALIZED)]
+    try:
+        for store, tensors in held:
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    store[name] = tensor.to("meta")
-        for name in names:
-            empty = torch.empty_like(module._buffers[name], device="cpu")
-            module._buffers[name] = empty.fill_(torch.nan) if empty.is_floating_point() else empty
-        model._init_weights(module)
-        computed = {name: module._buffers[name].to(device) for name in names}
-        for store, tensors in loaded:
+                    store[name] = hidden = tensor.to("meta", copy=True)
+                    setattr(hidden, INITIALIZED, True)
+        for part in parts:  # a packed weight is a module
+            setattr(part, INITIALIZED, True)
+        enclosing._init_weights(module)  # type: ignore[operator]
+    finally:
+        for store, tensors in held:
             store.update(tensors)
-        module._buffers.update(computed)
-        if lost := [name for name, made in computed.items() if made.is_floating_point() and not (made == made).all()]:
-            raise CheckpointError(f"transformers does not compute {', '.join(lost)} of {path}, which no file holds")
+        for part in parts:
+            delattr(part, INITIALIZED)
+
+
+def tensors_on_meta(model: nn.Module) -> list[str]:
+    """Returns the names of parameters, buffers and other tensors of a model that are on the meta device."""
+    found = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        held = {**module._parameters, **module._buffers, **vars(module)}
+        names = [name for name, tensor in held.items() if isinstance(tensor, Tensor) and tensor.is_meta]
+        found += [f"{path}.{name}".lstrip(".") for name in names]
+    return found
 
 
 def tie(model: Any) -> None:

@@ -211,7 +211,9 @@ def _as_stored(
     layers = [name.removesuffix(".weight") for name in packed]
     if both := [name for name in layers for skip in wanted.skip_modules or () if name_matches(name, skip)]:
         raise ConfigError(f"{folder} has packed layers that skip_modules excludes from packing: {listing(both, SHOWN)}")
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed_linear(m)]
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed_linear(m)}
+    # A layer that shares the weight of a packed one, as the config may say, is not in the files and is packed with it.
+    shared = {linears[name].weight for name in layers if name in linears}
     embedding = eight_bit_format().name if rows else wanted.embedding_format
-    unpacked = tuple(name for name in linears if name not in layers)
+    unpacked = tuple(name for name, module in linears.items() if module.weight not in shared)
     return replace(wanted, skip_modules=unpacked, embedding_format=embedding)

@@ -6,6 +6,7 @@ Of this room, only this file and conversion.py import transformers, when it is f
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -107,10 +108,20 @@ def quantization_config(folder: Path) -> dict[str, object] | None:
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
-    """Returns the causal language model of a config on the meta device: shapes without values."""
+    """Returns the causal language model of a config on the meta device: shapes and dtypes without values.
+
+    dtype: of its floats, but for those that transformers keeps in float32 (`_keep_in_fp32_modules`), or that the model
+    makes in a dtype of their own.
+    """
     with _errors_of_transformers(f"no causal language model can be built for model type {config.model_type!r}"):
         with torch.device("meta"):
             model: nn.Module = _transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
+        kept: Mapping[str, torch.dtype] = model._get_dtype_plan(dtype)  # type: ignore[operator]
+        patterns = [(re.compile(pattern.replace("*", ".*")), wanted) for pattern, wanted in kept.items()]
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            wanted = next((dtype for pattern, dtype in patterns if pattern.search(name)), tensor.dtype)
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(wanted)
         return model.eval()
 
 

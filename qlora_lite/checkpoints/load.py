@@ -68,8 +68,7 @@ class _Loader:
                 to_pack.fill_stack_(self.model, packed, config)
             return
         stored = self.checkpoint.plain(name)
-        dtype = self.dtype if stored.dtype.is_floating_point else target.dtype
-        loaded = torch.empty(stored.shape, dtype=dtype, device=self.device)
+        loaded = torch.empty(stored.shape, dtype=target.dtype, device=self.device)
         for first, rows in read_slices(stored, READ_BYTES):
             part = loaded[first : first + rows.shape[0]] if loaded.dim() else loaded
             part.copy_(rows)
@@ -133,4 +132,8 @@ def load_tensors_(model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dty
     if bad:
         raise QuantizationError(listing(bad, SHOWN, "; "))
     architecture.fill_computed_buffers_(model, device)
+    if lost := architecture.tensors_on_meta(model):
+        raise CheckpointError(
+            f"{len(lost)} tensors of this {type(model).__name__} got no values: {listing(lost, SHOWN)}"
+        )
     model.requires_grad_(False)

@@ -100,7 +100,7 @@ class ModelOnDisk:
         if to_pack is None:
             stored = self._checkpoint.plain(name)
             matrices = _matrices(stored, isinstance(weight.delta, StackDelta))
-            return [StoredRows(matrix, self._dtype) for matrix in matrices]
+            return [StoredRows(matrix, weight.holder.dtype) for matrix in matrices]
         packed = self._checkpoint.packed_weights(name, to_pack, self._dtype)
         return [RepackedRows(matrix, to_pack.transposed) for matrix in packed]
 

@@ -147,8 +147,9 @@ def weights_to_write(model: nn.Module) -> tuple[list[PlainWeight], bool]:
     # Loading restores only the ties that the config declares. Other shared tensors are written twice.
     aliases = architecture.tied_names(model)
     tied = [group for group in sharing.values() if len(group) > 1 and aliases & {weight.name for weight in group}]
+    shared = {id(weight.holder) for group in tied for weight in group if weight.name not in aliases}
     if any(_differ([weight.delta for weight in group]) for group in tied):
         names = {weight.name: tuple(other.name for other in group) for group in tied for weight in group}
         return [replace(weight, tied_to=names.get(weight.name, ())) for weight in weights], True
-    omitted = {weight.name for group in tied for weight in group[1:] if {weight.name, group[0].name} & aliases}
-    return [weight for weight in weights if weight.name not in omitted], False
+    # Some models declare the alias first: a head before the embedding that it is tied to.
+    return [weight for weight in weights if weight.name not in aliases or id(weight.holder) not in shared], False

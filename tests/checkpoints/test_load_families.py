@@ -1,0 +1,241 @@
+"""Tests of loading families of transformers whose tensors, dtypes or buffers are unusual, against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qlora_lite import (
+    LoraConfig,
+    QuantConfig,
+    add_lora_,
+    architecture,
+    export_merged,
+    load_adapter_,
+    load_quantized,
+    save_adapter,
+)
+from qlora_lite.checkpoints import hub
+from qlora_lite.errors import CheckpointError
+from qlora_lite.export.merged import merge_checkpoint
+from qlora_lite.export.quantized import save_quantized
+
+TOKENS = torch.arange(2, 14).view(2, 6)
+PLAIN = QuantConfig(format="none")
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "head_dim": 8,
+}
+FALCON_H1 = {
+    "mamba_d_ssm": 64,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+    "ssm_multipliers": [0.5, 0.25, 2.0, 0.7, 1.5],
+}
+GEMMA3N = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 8,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 16,
+    "activation_sparsity_pattern": [0.95, 0.0],
+}
+ZAMBA2 = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "mamba_d_state": 16,
+    "n_mamba_heads": 4,
+    "mamba_ngroups": 1,
+    "chunk_size": 8,
+    "adapter_rank": 8,
+    "num_key_value_heads": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+}
+
+
+def perturbed(model: Any) -> Any:
+    """Adds noise to every float that a checkpoint holds, so that one that is lost, swapped or rounded shows."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor += 0.1 * torch.randn_like(tensor)
+    return model
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def loaded_by_transformers(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    here, there = tensors(ours), tensors(theirs)
+    assert here.keys() == there.keys()
+    assert {name: tensor.dtype for name, tensor in here.items()} == {n: tensor.dtype for n, tensor in there.items()}
+    assert [name for name, tensor in here.items() if not torch.equal(tensor, there[name])] == []
+    with torch.no_grad():
+        assert torch.equal(ours(TOKENS, use_cache=False).logits, theirs(TOKENS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_transformers_keeps_in_float32_is_kept(
+    small_model: Callable[..., Any], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    perturbed(small_model("DeepseekV3Config", **DEEPSEEK)).save_pretrained(tmp_path)
+    ours = load_quantized(tmp_path, PLAIN, dtype=dtype)
+    bias = ours.model.layers[1].mlp.gate.e_score_correction_bias
+    assert bias.dtype == torch.float32 and ours.dtype == dtype
+    assert_same(ours, loaded_by_transformers(tmp_path, dtype))
+    packed = load_quantized(tmp_path, QuantConfig(), dtype=dtype)
+    assert torch.equal(packed.model.layers[1].mlp.gate.e_score_correction_bias, bias)
+
+
+def test_a_dtype_that_a_model_gives_a_tensor_is_kept(small_model: Callable[..., Any], tmp_path: Path) -> None:
+    sizes = {"attn_config": None, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    linear = {f"linear_{part}": size for part, size in zip(("num_key_heads", "num_value_heads"), (2, 2), strict=True)}
+    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    perturbed(small_model("OlmoHybridConfig", **{**sizes, **linear})).save_pretrained(tmp_path)
+    ours, theirs = load_quantized(tmp_path, PLAIN), loaded_by_transformers(tmp_path, torch.bfloat16)
+    assert {tensor.dtype for tensor in tensors(ours).values()} == {torch.bfloat16, torch.float32}
+    assert_same(ours, theirs)
+
+
+def test_merges_on_disk_keep_float32_as_merges_in_memory(small_model: Callable[..., Any], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    perturbed(small_model("DeepseekV3Config", **DEEPSEEK)).save_pretrained(source)
+    model = load_quantized(source)
+    add_lora_(model, LoraConfig(rank=2, target_modules=["o_proj"]))
+    nn.init.normal_(model.model.layers[0].self_attn.o_proj.lora_B)
+    save_adapter(model, tmp_path / "adapter")
+    export_merged(model, tmp_path / "memory", dtype=torch.float32)
+    merge_checkpoint(source, tmp_path / "adapter", tmp_path / "disk", dtype=torch.float32)
+    one, two, plain = (load_quantized(tmp_path / n, PLAIN, dtype=torch.float32) for n in ("memory", "disk", "source"))
+    assert_same(one, two)
+    kept, original = (m.model.layers[1].mlp.gate.e_score_correction_bias for m in (one, plain))
+    assert torch.equal(kept, original) and not torch.equal(kept, kept.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "buffer"),
+    [
+        ("FalconH1Config", FALCON_H1, "model.layers.1.mamba.mup_vector"),
+        ("Gemma3nTextConfig", GEMMA3N, "model.embed_tokens.embed_scale"),
+    ],
+)
+def test_buffers_are_computed_by_the_model_that_encloses_a_module(
+    small_model: Callable[..., Any], tmp_path: Path, family: str, sizes: dict[str, Any], buffer: str
+) -> None:
+    perturbed(small_model(family, **sizes)).save_pretrained(tmp_path)
+    ours = load_quantized(tmp_path, PLAIN, dtype=torch.float32)
+    assert buffer in dict(ours.named_buffers())
+    assert_same(ours, loaded_by_transformers(tmp_path, torch.float32))
+    with torch.no_grad():
+        assert load_quantized(tmp_path, QuantConfig(), dtype=torch.float32)(TOKENS).logits.isfinite().all()
+
+
+def test_integer_buffers_are_computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import transformers
+
+    text = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+    text |= {"num_key_value_heads": 2, "intermediate_size": 32}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    usual = torch.empty_like
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        made = usual(*args, **kwargs)
+        return made if made.is_meta or made.is_floating_point() else made.fill_(77)
+
+    monkeypatch.setattr(torch, "empty_like", poisoned)  # memory that nobody writes to keeps 77
+    found = [b for name, b in load_quantized(tmp_path, PLAIN).named_buffers() if name.endswith("position_ids")]
+    assert [buffer.tolist() for buffer in found] == [[[0, 1, 2, 3]]]
+
+
+def test_a_buffer_that_nothing_computes_is_named(small_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = hub.empty_model(small_model("LlamaConfig").config, torch.bfloat16)
+    for name, dtype in (("counts", torch.int64), ("scales", torch.float32)):
+        model.model.layers[1].register_buffer(name, torch.empty(2, dtype=dtype, device="meta"), persistent=False)
+    with pytest.raises(CheckpointError, match=r"not compute model\.layers\.1\.counts, model\.layers\.1\.scales, which"):
+        architecture.fill_computed_buffers_(model, torch.device("cpu"))
+
+
+def test_nothing_stays_on_meta(
+    small_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_model("LlamaConfig").save_pretrained(tmp_path)
+    usual = hub.empty_model
+
+    def with_a_constant(config: Any, dtype: torch.dtype) -> Any:
+        model: Any = usual(config, dtype)
+        model.model.layers[0].offset = torch.ones(2, device="meta")
+        return model
+
+    monkeypatch.setattr(hub, "empty_model", with_a_constant)
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors of this LlamaForCausalLM got no values: model\.layers\.0\.of"
+    ):
+        load_quantized(tmp_path)
+
+
+def test_layers_that_share_their_weights_are_loaded_packed(small_model: Callable[..., Any], tmp_path: Path) -> None:
+    perturbed(small_model("Zamba2Config", **ZAMBA2)).save_pretrained(tmp_path / "source")
+    model = load_quantized(tmp_path / "source", dtype=torch.float32)
+    one, other = (model.model.layers[block].shared_transformer.self_attn.q_proj for block in (1, 3))
+    assert one is not other and one.weight is other.weight
+    save_quantized(model, tmp_path / "packed")
+    again = load_quantized(tmp_path / "packed", dtype=torch.float32)
+    assert torch.equal(model(TOKENS, use_cache=False).logits, again(TOKENS, use_cache=False).logits)
+    one, other = (again.model.layers[block].shared_transformer.self_attn.q_proj for block in (1, 3))
+    assert one.weight is other.weight and again.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("family", ["CamembertConfig", "XLMRobertaConfig"])
+def test_a_head_declared_before_its_embedding_is_written_as_in_the_source(
+    small_model: Callable[..., Any], tmp_path: Path, family: str
+) -> None:
+    source = tmp_path / "source"
+    model = small_model(family, is_decoder=True, max_position_embeddings=40)
+    perturbed(model).save_pretrained(source)
+    ours = load_quantized(source, PLAIN, dtype=torch.float32)
+    add_lora_(ours, LoraConfig(rank=2, target_modules=["query"]))
+    nn.init.normal_(next(p for name, p in ours.named_parameters() if name.endswith("lora_B")))
+    save_adapter(ours, tmp_path / "adapter")
+    export_merged(ours, tmp_path / "memory", dtype=torch.float32)
+    export_merged(ours, tmp_path / "original", dtype=torch.float32, base="original")
+    merge_checkpoint(source, tmp_path / "adapter", tmp_path / "disk", PLAIN, torch.float32, load_dtype=torch.float32)
+    expected = ours(TOKENS, use_cache=False).logits
+    for folder in ("memory", "original", "disk"):
+        again = load_quantized(tmp_path / folder, PLAIN, dtype=torch.float32)
+        torch.testing.assert_close(again(TOKENS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+    packed = load_quantized(source, dtype=torch.float32)
+    save_quantized(packed, tmp_path / "packed")
+    again = load_quantized(tmp_path / "packed", dtype=torch.float32)
+    assert torch.equal(again(TOKENS, use_cache=False).logits, packed(TOKENS, use_cache=False).logits)
+    load_adapter_(packed, tmp_path / "adapter")
