@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from qlora_lite import QuantConfig, load_quantized
 from qlora_lite.checkpoints.files import LARGEST_JSON, read_json
 from qlora_lite.checkpoints.safetensors_read import read_safetensors
-from qlora_lite.data.records import LONGEST_LINE, read_records
+from qlora_lite.data.records import read_records
+from qlora_lite.data.sources.raw import LONGEST_LINE
 from qlora_lite.errors import CheckpointError
 
 
@@ -73,8 +74,13 @@ def test_too_much_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with open(tmp_path / "a.jsonl", "wb") as file:
         file.write(b'{"text": "a"}\n')
         file.truncate(20 * LONGEST_LINE)  # a line of zeros, which takes no disk space
-    with pytest.raises(CheckpointError, match=r"line 2: longer than 33,554,432 bytes; split the record"):
+    with pytest.raises(CheckpointError, match=r"so it is damaged or of another kind"):
         read_records(tmp_path / "a.jsonl")
+    with open(tmp_path / "b.jsonl", "wb") as file:
+        file.write(b'{"text": "a"}\n{"text": "' + b"a" * 5_000)  # what tells the kind of a file
+        file.truncate(20 * LONGEST_LINE)
+    with pytest.raises(CheckpointError, match=r"line 2: longer than 33,554,432 bytes; split the record"):
+        read_records(tmp_path / "b.jsonl")
     with open(tmp_path / "a.safetensors", "wb") as file:
         file.write((90 << 20).to_bytes(8, "little"))
         file.truncate(91 << 20)
