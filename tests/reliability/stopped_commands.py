@@ -87,7 +87,7 @@ MOMENTS = (
     Moment(f"{PROFILE} --mode phases", "training.step:TrainingStep._update", 1),
     Moment(PROFILE, "planning.training_rehearsal:run_fake_training"),
     Moment(PROFILE, "checkpoints.files:check_writable", 2),
-    Moment(DATA, "data.token_arrays:TokenWriter.append", 3),
+    Moment(f"{DATA} --no-token-cache", "data.token_arrays:TokenWriter.append", 3),
     Moment(DATA, "data.listing:pieces_of", 2),
     Moment(DATA, "checkpoints.files:check_writable", 2),
     Moment("inspect {adapter}", "lora.peft.describe:describe_adapter"),
