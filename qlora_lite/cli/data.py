@@ -169,14 +169,14 @@ def _tokenized(console: Console, model: str, options: Mapping[str, Any]) -> tupl
 
     config = replace(data_config(options), skip_bad=ALL)
     folder = checkpoint_folder(model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer, longest = load_tokenizer(folder), longest_sequence(read_config(folder))
     try:
         with tokenizing_progress() as show:
             tokenized = tokenize_sources(options["sources"], tokenizer, config, options["token_cache"], show)
     except NothingToLearn as error:
         _print_bad(console, error.parts)
         raise
-    return tokenized, tokenizer, longest_sequence(read_config(folder))
+    return tokenized, tokenizer, longest
 
 
 def data(

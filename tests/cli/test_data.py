@@ -202,6 +202,15 @@ def test_the_page_is_written_whole_with_twenty_examples(data: Data) -> None:
     assert Path("out/page.html").read_text(encoding="utf-8").count("<article>") == 2
 
 
+def test_each_source_may_have_as_many_bad_records_as_are_allowed(data: Data) -> None:
+    for name, bad in (("one", 1), ("two", 2)):
+        Path(f"{name}.jsonl").write_text('{"text": "a"}\n' + "{}\n" * bad, encoding="utf-8")
+    assert data("one.jsonl", "two.jsonl", "--skip-bad", 2)[0] == 0
+    status, out, said = data("one.jsonl", "two.jsonl", "--skip-bad", 1)
+    assert status == 1 and "error: bad records: 2 of 3 in two.jsonl; --skip-bad allows 1 of each source" in said
+    assert "3 bad records\n  one.jsonl, line 2: unknown" in out and "  two.jsonl, lines 2-3: unknown" in out
+
+
 def test_nothing_to_learn_lists_the_bad_records_first(data: Data) -> None:
     Path("bad.jsonl").write_text('{"text": 1}\n{"text": 2}\n', encoding="utf-8")
     status, out, said = data("bad.jsonl", "good.jsonl", "--skip-bad", 5, "--html", "page.html", "--json")
@@ -269,6 +278,13 @@ def test_colours_tell_what_is_learned_and_brackets_where_there_are_none() -> Non
         Console(file=io.StringIO(), _environ={"TERM": "dumb"}, **terminal),
     ):
         assert printed(console, pieces) == bracketed
+
+
+def test_a_text_that_ends_its_line_gets_no_second_end() -> None:
+    for text, shown in (("a", "⟦a⟧\n"), ("a\n", "⟦a\n⟧\n")):
+        assert printed(Console(file=io.StringIO(), _environ={}), [Piece(text, True, False)]) == shown
+    ended = printed(Console(file=io.StringIO(), _environ={}), [Piece("a", True, False), Piece("\n", False, False)])
+    assert ended == "⟦a⟧\n"
 
 
 def test_a_stream_without_these_characters_gets_ascii(word_tokenizer: Any) -> None:

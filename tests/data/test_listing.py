@@ -107,6 +107,14 @@ def test_pieces_join_to_the_whole_text_wherever_it_is_cut(name: str, text: str, 
     assert special.replace(" ", "") == "<s>" * ids.count(0)
 
 
+@pytest.mark.parametrize("every", [1, 2, 5, 7, CONTEXT, CONTEXT + 1])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_borders_within_characters_spoil_none_however_far_they_are(name: str, every: int) -> None:
+    ids = TOKENIZERS[name].ids("漢" * CONTEXT * 2)
+    pieces = pieces_of(example_of(ids, [number // every % 2 == 1 for number in range(len(ids))]), TOKENIZERS[name])
+    assert "".join(piece.text for piece in pieces) == TOKENIZERS[name].decode(ids)
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_what_is_learned_is_exact_at_borders_of_characters(name: str) -> None:
     """Also far behind the beginning, where earlier tokens are left out of the decoding."""
