@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: noted when they arrive, obeyed where no work is left half done.
+"""SIGINT and SIGTERM: noted when they arrive, obeyed where no work is left half done. On Windows also SIGBREAK.
 
 An exception raised in a signal handler appears between any two instructions, those of a clean-up included, and the code
 that it reaches may swallow it (a finalizer, a library that catches everything). Handlers here therefore only note the
@@ -21,7 +21,8 @@ from types import FrameType
 
 from qlora_lite.errors import Stopped
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+# SIGBREAK (Ctrl+Break) is how a process of Windows asks another one to stop; its SIGTERM comes from nobody else.
+NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
 
 
 @dataclass

@@ -50,6 +50,7 @@ KEEPERS = {
     "matplotlib": {"memory.drawing.png"},
     "pyarrow": {"data.sources.arrow_tables"},
     "datasets": {"data.sources.hub_dataset"},
+    "filelock": {"locks"},
 }
 PICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -56,6 +57,26 @@ def test_a_poll_obeys_and_the_handlers_come_back(number: int, status: int) -> No
         check_signals()
     assert stop.value.code == status and signal.getsignal(number) is handler
     check_signals()
+
+
+SIMULATED_BREAK = """
+import signal
+signal.SIGBREAK = signal.SIGUSR1
+from qlora_lite.errors import Stopped
+from qlora_lite.signals import check_signals, deferred_signals
+try:
+    with deferred_signals():
+        signal.raise_signal(signal.SIGBREAK)
+        print("went on", flush=True)
+        check_signals()
+except Stopped as stop:
+    print(stop.code)
+"""
+
+
+def test_simulated_the_break_key_of_windows_waits_like_the_others() -> None:
+    done = subprocess.run([sys.executable, "-c", SIMULATED_BREAK], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n") == ["went on", str(128 + signal.SIGUSR1), ""]
 
 
 def test_what_no_poll_obeyed_is_sent_again_and_a_second_interrupt_is_at_once() -> None:

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import glob
 import os
+import secrets
 import shutil
-import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qlora_lite.checkpoints.files import UNFINISHED, sync
+from qlora_lite.checkpoints.files import UNFINISHED, rename, sync
 from qlora_lite.errors import CheckpointError, listing
+from qlora_lite.locks import locked
 from qlora_lite.signals import deferred_signals, removed_at_end
+from qlora_lite.system import c_function
 
 # The files of checkpoints, adapters and runs. A folder that holds other files is never replaced.
 CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jsonl", ".jinja", ".model")
@@ -29,6 +29,9 @@ CHECKPOINT_NAMES = ("merges.txt", "vocab.txt", "README.md")
 # An unfinished folder that nobody holds a lock on is abandoned, unless it is too young to have been locked.
 ABANDONED_AFTER_SECONDS = 60
 SPARE_BYTES = 64 << 20
+# What an unfinished folder holds: its lock, and beside it the folder that is renamed, which has no file of ours then.
+LOCK_FILE = ".lock"
+CONTENT = "new"
 
 # Arguments of renameat2(2), and the errors of a system or file system that cannot exchange names.
 AT_FDCWD = -100
@@ -93,13 +96,14 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     with deferred_signals(), _write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned_folders(target.parent, f".{glob.escape(target.name)}.*{UNFINISHED}")
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent))
-        with removed_at_end(temporary):
-            # mkdtemp gives mode 0700. Here the mode follows the umask, and the setgid bit inherited from the parent is
-            # kept, as for a folder made by mkdir.
-            os.chmod(temporary, temporary.stat().st_mode & stat.S_ISGID | 0o777 & ~_umask())
-            with locked(temporary):
-                yield temporary
+        # Not tempfile's, whose mode is 0700 on POSIX and whose access list is the owner's on Windows: the folder gets
+        # what mkdir gives it there.
+        unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}{UNFINISHED}")
+        unfinished.mkdir()
+        with removed_at_end(unfinished), locked(unfinished / LOCK_FILE):
+            temporary = unfinished / CONTENT
+            temporary.mkdir()
+            yield temporary
             sync(temporary)
             check_replaceable(target, overwrite)  # again, since another process may have written there meanwhile
             _rename_over(temporary, target)
@@ -116,14 +120,18 @@ def _write_errors(target: Path) -> Iterator[None]:
 def _rename_over(temporary: Path, target: Path) -> None:
     """Renames a finished folder to `target` and removes the folder that had this name.
 
-    The two names are exchanged if the file system can do it, so that `target` exists at every instant.
+    The two names are exchanged if the system can do it, so that `target` exists at every instant.
     """
     if not target.exists():
-        os.rename(temporary, target)
+        rename(temporary, target)
     elif not exchange_names(temporary, target):
-        old = temporary.with_suffix(".old")  # not UNFINISHED: for an instant it is the only copy
-        os.rename(target, old)
-        os.rename(temporary, target)
+        old = temporary.parent.with_suffix(".old")  # not UNFINISHED: for an instant it is the only copy
+        rename(target, old)
+        try:
+            rename(temporary, target)
+        except OSError:
+            rename(old, target)
+            raise
         shutil.rmtree(old)
     sync(target.parent)
 
@@ -131,29 +139,12 @@ def _rename_over(temporary: Path, target: Path) -> None:
 def remove_abandoned_folders(folder: Path, pattern: str) -> None:
     """Removes the unfinished folders of killed processes: those matching `pattern` that nobody holds a lock on."""
     for abandoned in folder.glob(pattern):
-        if time.time() - abandoned.stat().st_mtime > ABANDONED_AFTER_SECONDS:
-            with suppress(BlockingIOError), locked(abandoned):
-                shutil.rmtree(abandoned, ignore_errors=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a folder. It ends with the block, or with the process if that is killed.
-
-    Raises BlockingIOError if another process holds the lock.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
+        # Others may hold it, own it, or have removed it just now.
+        with suppress(BlockingIOError, PermissionError, FileNotFoundError):
+            if abandoned.is_dir() and time.time() - abandoned.stat().st_mtime > ABANDONED_AFTER_SECONDS:
+                with locked(abandoned / LOCK_FILE):
+                    shutil.rmtree(abandoned / CONTENT, ignore_errors=True)
+                shutil.rmtree(abandoned, ignore_errors=True)  # without an open file, which NFS and Windows would keep
 
 
 def exchange_names(one: Path, other: Path) -> bool:
@@ -161,7 +152,7 @@ def exchange_names(one: Path, other: Path) -> bool:
 
     Returns False if the system or the file system cannot do it. Raises OSError for any other failure.
     """
-    move = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux, glibc 2.28 or musl 1.2.5
+    move = c_function("renameat2")  # Linux, glibc 2.28 or musl 1.2.5
     if move is None:
         return False
     if move(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:

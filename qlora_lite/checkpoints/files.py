@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.signals import deferred_signals, removed_at_end
+from qlora_lite.system import opens_folders
 
 # For configs and indexes. The index of a model with a hundred thousand tensors has 10 MB.
 LARGEST_JSON = 32 << 20
@@ -25,6 +27,11 @@ SHOWN = 60
 # The suffix of files and folders that are not complete, and the form of their names, next to the final one.
 UNFINISHED = ".partial"
 UNFINISHED_NAME = f".{{}}.12345678{UNFINISHED}"
+
+# Errors of Windows (access denied, sharing violation) about a file that another process has open, and the seconds
+# after which it is tried again: scanners open new files for an instant.
+OPEN_ELSEWHERE = (5, 32)
+RENAME_WAITS = (0.02, 0.05, 0.1, 0.3, 0.6)
 
 
 def excerpt(value: object) -> str:
@@ -104,7 +111,7 @@ def new_file(path: str | Path, overwrite: bool = False) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            rename(temporary, path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -119,7 +126,8 @@ def check_creatable(path: Path) -> None:
         if problem := _name_problem(name):
             raise CheckpointError(f"{path} cannot be written: {problem}")
     path = Path(os.path.realpath(path))  # a link is followed, whether or not its target exists
-    place = next(parent for parent in path.parents if parent.exists()) if path.name else path
+    existing = (parent for parent in path.parents if parent.exists())  # none for a drive that is missing
+    place = next(existing, path.parent) if path.name else path
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise CheckpointError(f"{path} cannot be written: {place} is not a folder that may be written to")
 
@@ -136,17 +144,33 @@ def _name_problem(path: Path) -> str | None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flushes a file of this process, or the names in a folder, to the disk; of a folder where the system opens one."""
+    is_folder = path.is_dir()
+    if is_folder and not opens_folders():
+        return
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows flushes no file opened for reading
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def rename(source: Path, target: Path) -> None:
+    """Renames a file or folder, replacing a file of the name. On Windows, waits a second for others to close it."""
+    for seconds in RENAME_WAITS:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in OPEN_ELSEWHERE:
+                raise
+        time.sleep(seconds)
+    os.replace(source, target)
+
+
 def write_json(path: Path, value: object) -> None:
-    """Writes indented JSON and flushes it to the disk."""
-    with open(path, "w", encoding="utf-8") as file:
+    """Writes indented JSON, the same bytes on every system, and flushes it to the disk."""
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
         json.dump(value, file, indent=2, sort_keys=True)
         file.write("\n")
         file.flush()

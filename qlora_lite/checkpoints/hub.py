@@ -66,7 +66,8 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder} is a file; name the checkpoint's folder")
-    if str(path_or_id).count("/") > 1 or str(path_or_id).startswith((".", "/", "~")):
+    name = str(path_or_id)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or set(name) & set("\\:"):
         raise CheckpointError(f"{path_or_id} does not exist")
     from huggingface_hub import snapshot_download
 

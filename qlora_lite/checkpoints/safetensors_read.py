@@ -2,7 +2,7 @@
 
 The first step of a weight on its way in: `StoredTensor` is the `LazyTensor` (lazy_tensors.py) that lies in a file.
 
-Bytes are read with pread(2), not mapped: pages of a mapped file count as resident memory until the kernel reclaims
+Bytes are read, not mapped: pages of a mapped file count as resident memory until the kernel reclaims
 them, so a process that reads through a checkpoint would grow to its size. The safetensors package checks each file
 first (sizes, overlaps, the header), without reading its tensors.
 """
@@ -80,11 +80,12 @@ class StoredTensor:
             with open(self.path, "rb", buffering=0) as file:
                 if _state(os.fstat(file.fileno())) != self.state:
                     raise CheckpointError(f"{self.path} was changed while it was in use; start again")
+                file.seek(offset)
                 while unfilled:
-                    got = os.preadv(file.fileno(), [unfilled], offset)
-                    if got == 0:
+                    got = file.readinto(unfilled)
+                    if not got:
                         raise CheckpointError(f"{self.path} ends inside {self.name}")
-                    unfilled, offset = unfilled[got:], offset + got
+                    unfilled = unfilled[got:]
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
         return tensor

@@ -10,7 +10,6 @@ the bytes (https://github.com/huggingface/safetensors#format).
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import math
 import mmap
@@ -27,6 +26,7 @@ from torch import Tensor
 from qlora_lite.checkpoints.files import write_json
 from qlora_lite.errors import CheckpointError
 from qlora_lite.signals import check_signals
+from qlora_lite.system import O_DIRECT
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -169,13 +169,16 @@ class _Writer:
 
 def _set_direct(descriptor: int, wanted: bool) -> bool:
     """Sets or clears O_DIRECT; returns whether writes now bypass the page cache."""
-    flag = getattr(os, "O_DIRECT", 0)  # Linux only
+    if not O_DIRECT:
+        return False
+    import fcntl  # not on every system, but where that flag is
+
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | flag if wanted else flags & ~flag)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | O_DIRECT if wanted else flags & ~O_DIRECT)
     except OSError:
         return False
-    return wanted and flag != 0
+    return wanted
 
 
 def write_sharded(folder: Path, tensors: Mapping[str, PlannedTensor], max_shard_bytes: int) -> list[str]:

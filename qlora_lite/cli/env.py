@@ -6,7 +6,7 @@ from qlora_lite.cli.options import Json, finish
 
 
 def env(json: Json = False) -> None:
-    """Show the versions of the libraries, the machine, and whether its CPU has bf16 instructions."""
+    """Show the versions of the libraries, the machine, and what its system lacks."""
     from qlora_lite.compute.environment import environment
 
     finish(environment(), json)

@@ -13,6 +13,7 @@ import itertools
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import traceback
 from typing import Annotated
@@ -73,7 +74,8 @@ def _with_resume_command(message: str, words: list[str]) -> str:
     if command != "train":
         return message
     again = [word for word in words if word not in ("--overwrite", "--resume")]
-    return f"{message}; go on with: {shlex.join(['qlora-lite', *again, '--resume'])}"
+    joined = subprocess.list2cmdline if sys.platform == "win32" else shlex.join  # quoted for the shell of the system
+    return f"{message}; go on with: {joined(['qlora-lite', *again, '--resume'])}"
 
 
 def _exit_at_once(number: int, frame: object) -> None:

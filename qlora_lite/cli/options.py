@@ -106,7 +106,7 @@ def finish(figures: Mapping[str, object], as_json: bool) -> None:
         return
     width = max(len(name) for name in figures)
     for name, value in figures.items():
-        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        text = (", ".join(map(str, value)) or None) if isinstance(value, (list, tuple)) else value
         print(f"{name.replace('_', ' '):<{width}}  {'-' if text is None else text}")
 
 

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from qlora_lite.compute.devices import cpu_multiplies_bf16
+from qlora_lite.system import missing
 
 PACKAGES = ("qlora-lite", "torch", "bitsandbytes", "accelerate", "safetensors", "transformers", "peft")
 
@@ -23,9 +24,9 @@ def _version_of(package: str) -> str | None:
 
 
 def environment() -> dict[str, object]:
-    """Returns versions by package (None if not installed), cores, memory, accelerator, and bf16 support.
+    """Returns versions by package (None if not installed), cores, memory, accelerator, bf16 support, missing things.
 
-    memory_bytes: of the machine, used or free.
+    memory_bytes: of the machine, used or free. missing: of what only some systems have (system.py).
     """
     figures: dict[str, object] = {"python": platform.python_version()}
     figures |= {package: _version_of(package) for package in PACKAGES}
@@ -34,6 +35,7 @@ def environment() -> dict[str, object]:
     figures["memory_bytes"] = psutil.virtual_memory().total
     figures["accelerator"] = str(accelerator) if accelerator else "none"
     figures["cpu_multiplies_bf16"] = cpu_multiplies_bf16()
+    figures["missing"] = missing()
     return figures
 
 

@@ -17,7 +17,6 @@ has about thirty shapes. Compiling a program again takes a millisecond.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from qlora_lite.compute.devices import on_cpu
 from qlora_lite.patches import patched_forward
 from qlora_lite.surgery import repeated_blocks
+from qlora_lite.system import c_function
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -58,9 +58,8 @@ def set_host_limits() -> bool:
     for names in PROGRAM_CACHES:
         if not any(name in os.environ for name in names):
             os.environ[names[0]] = str(KEPT_PROGRAMS)
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
+    mallopt = c_function("mallopt")
+    if mallopt is None:
         return False
     kept = mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
     return bool(kept and mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD))
@@ -104,11 +103,7 @@ class HeapTrimmer:
 
 @functools.cache
 def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError):
-        return None
-    return trim
+    return c_function("malloc_trim")
 
 
 def _with_checks(trimmer: HeapTrimmer, forward: Callable[..., object], *args: object, **kwargs: object) -> object:

@@ -13,12 +13,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from qlora_lite.checkpoints.atomic_folder import new_folder
-from qlora_lite.checkpoints.files import check_creatable, read_json, write_json
+from qlora_lite.checkpoints.files import UNFINISHED, check_creatable, read_json, reason, write_json
 from qlora_lite.data.encoding import Tokenizer
 from qlora_lite.data.sources.source import Source, files_of, fingerprint
 from qlora_lite.data.token_arrays import (
@@ -46,14 +47,20 @@ def cache_folder(source: Source) -> Path:
     """Returns the folder for the tokens of a source: next to the data if that can be written, else in `user_cache`."""
     if files_of(source):
         path = Path(os.path.realpath(source.location))
-        beside = path.parent / f".{path.name}.tokens"
+        own = _file_name(path.name)
+        beside = path.parent / f".{own}.tokens"
         try:
             check_creatable(beside / "key")
         except CheckpointError:
             name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
-            return user_cache() / "tokens" / f"{path.name}-{name}"
+            return user_cache() / "tokens" / f"{own}-{name}"
         return beside
-    return user_cache() / "tokens" / source.location.replace("/", "--").replace(":", "--")
+    return user_cache() / "tokens" / _file_name(source.location)
+
+
+def _file_name(location: str) -> str:
+    """A name for files, also on Windows, where a colon would name a second stream of the file before it."""
+    return location.replace("/", "--").replace(":", "--")
 
 
 def cache_key(source: Source, tokenizer: Tokenizer, settings: Mapping[str, object]) -> str | None:
@@ -98,11 +105,15 @@ def load_tokens(folder: Path) -> tuple[TokenArrays, dict[str, Any]] | None:
         for name in COLUMNS:
             if _sha256(column_path(folder, name)) != digests[name]:
                 return None
-        arrays = {name: mapped(column_path(folder, name), name, counts[name]) for name in COLUMNS}
+        arrays = _mapped(folder, counts)
     except (CheckpointError, OSError, KeyError, TypeError):
         return None
     os.utime(folder)  # the folders used last are kept
-    return TokenArrays(**arrays), dict(noted)
+    return arrays, dict(noted)
+
+
+def _mapped(folder: Path, counts: Mapping[str, int]) -> TokenArrays:
+    return TokenArrays(**{name: mapped(column_path(folder, name), name, counts[name]) for name in COLUMNS})
 
 
 def save_tokens(
@@ -112,21 +123,40 @@ def save_tokens(
 
     Raises the errors of `fill`, and CheckpointError if the folder cannot be written. Then nothing is left behind.
     """
-    with new_folder(folder, overwrite=True) as temporary:
-        writer = TokenWriter(temporary)
-        try:
-            noted = fill(writer)
-            arrays, digests = writer.finish()
-        finally:
-            writer.close()
-        counts = {name: len(getattr(arrays, name)) for name in COLUMNS}
-        write_json(temporary / INDEX_FILE, {"counts": counts, "sha256": digests, "noted": noted})
+    try:
+        with new_folder(folder, overwrite=True) as temporary:
+            counts, noted = _fill(temporary, fill)
+    except CheckpointError:
+        # Windows replaces no folder that another run has mapped. The key says that it holds the same.
+        if (loaded := load_tokens(folder)) is None:
+            raise
+        return loaded
+    try:
+        arrays = _mapped(folder, counts)
+    except OSError as error:
+        raise CheckpointError(f"{folder} was replaced by another run ({reason(error)}); start again") from error
     _remove_old(folder.parent)
     return arrays, noted
 
 
+def _fill(folder: Path, fill: Callable[[TokenWriter], dict[str, object]]) -> tuple[dict[str, int], dict[str, object]]:
+    """Writes the files of a folder. Nothing stays mapped, because Windows renames no folder with an open file."""
+    writer = TokenWriter(folder)
+    try:
+        noted = fill(writer)
+        arrays, digests = writer.finish()
+    finally:
+        writer.close()
+    counts = {name: len(getattr(arrays, name)) for name in COLUMNS}
+    write_json(folder / INDEX_FILE, {"counts": counts, "sha256": digests, "noted": noted})
+    return counts, noted
+
+
 def _remove_old(folder: Path) -> None:
-    """Removes all but the folders used last. A process that has one mapped keeps its mapping."""
+    """Removes all but the folders used last. A process that has one mapped keeps its mapping, on Windows the folder."""
     stands = [path for path in folder.iterdir() if path.is_dir() and (path / INDEX_FILE).is_file()]
     for old in sorted(stands, key=lambda path: path.stat().st_mtime)[:-KEPT_FOLDERS]:
-        shutil.rmtree(old, ignore_errors=True)
+        gone = old.with_name(f".{old.name}.gone{UNFINISHED}")
+        with suppress(OSError):  # one that is in use on Windows, or that another run removes
+            os.replace(old, gone)
+            shutil.rmtree(gone, ignore_errors=True)

@@ -5,7 +5,8 @@ therefore reads the counters on behalf of every block that is open before it res
 profilers may overlap. The peak of an outer block includes those of the blocks inside it.
 
 The resident peak of the process is Linux's VmHWM, which writing "5" to /proc/self/clear_refs resets (proc(5)). Where
-that is not allowed, the peak is unknown.
+that is not possible, the peak over a block is unknown. Resident bytes come from psutil then, and on Windows so does the
+peak of the whole process.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import psutil
 import torch
 
+from qlora_lite.system import CLEAR_REFS_FILE
+
 STATUS_FILE = "/proc/self/status"
-CLEAR_REFS_FILE = "/proc/self/clear_refs"
+# Where psutil has the sizes, by their names in that file. Only Windows has the second one.
+PSUTIL_FIELDS = {"VmRSS": "rss", "VmHWM": "peak_wset"}
 RESET_PEAK = "5"
 
 
@@ -51,9 +56,9 @@ def _used_accelerator() -> AcceleratorModule | None:
 
 
 def resident_bytes(field_name: str = "VmRSS") -> int | None:
-    """Returns a size from /proc/self/status in bytes: `VmRSS` is resident now, `VmHWM` its peak since the last reset.
+    """Returns a size of this process in bytes: `VmRSS` is resident now, `VmHWM` its peak since the last reset.
 
-    Returns None where the system has no such file or field.
+    Other names are those of /proc/self/status. Returns None where the system does not tell the size.
     """
     try:
         with open(STATUS_FILE, encoding="ascii") as status:
@@ -61,8 +66,9 @@ def resident_bytes(field_name: str = "VmRSS") -> int | None:
                 if line.startswith(field_name + ":"):
                     return int(line.split()[1]) * 1024
     except OSError:
-        return None
-    return None
+        pass
+    size: int | None = getattr(psutil.Process().memory_info(), PSUTIL_FIELDS.get(field_name, ""), None)
+    return size
 
 
 def reset_resident_peak() -> bool:

@@ -241,5 +241,7 @@ def render(report: MemoryReport, width: int = 120) -> str:
     with console.capture() as captured:
         console.print(table)
     legend = f"sizes in {unit[1]}" + (f"; {NOT_MEASURED} is not measured" if len(known) < sum(map(len, sizes)) else "")
+    if any(phase.resident_end is not None and phase.resident_peak is None for phase in report.phases):
+        legend += "; this system counts no peaks of resident memory over a phase"
     sentence = textwrap.wrap(peak_sentence(report) or "", width)
     return "".join(line.rstrip() + "\n" for line in (*captured.get().splitlines(), legend, *sentence))

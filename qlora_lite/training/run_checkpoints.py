@@ -20,7 +20,7 @@ from typing import TypedDict, cast
 from torch import Tensor
 
 from qlora_lite.checkpoints.atomic_folder import new_folder
-from qlora_lite.checkpoints.files import UNFINISHED, excerpt, read_json, sync, write_json
+from qlora_lite.checkpoints.files import UNFINISHED, excerpt, read_json, rename, sync, write_json
 from qlora_lite.checkpoints.safetensors_read import read_safetensors
 from qlora_lite.compute.random_state import RandomState
 from qlora_lite.data.stream import Position
@@ -220,7 +220,7 @@ def remove_folder(path: Path) -> None:
     """Removes a folder. It is renamed first, so that an incomplete folder never has its name."""
     gone = path.with_name(f".{path.name}.gone{UNFINISHED}")
     shutil.rmtree(gone, ignore_errors=True)
-    path.rename(gone)
+    rename(path, gone)
     shutil.rmtree(gone)
 
 

@@ -7,19 +7,19 @@ had before.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 from qlora_lite.checkpoints.atomic_folder import check_replaceable
 from qlora_lite.checkpoints.files import write_json
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped, listing
+from qlora_lite.locks import locked
 from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.signals import deferred_signals, uninterrupted
 from qlora_lite.training.run_checkpoints import (
@@ -245,52 +245,22 @@ def _saved_on_error(writer: RunFolder, folder: Path) -> Iterator[None]:
         raise
 
 
-def _is_open_as(path: Path, descriptor: int) -> bool:
-    """Returns whether `descriptor` is the file that has this path now."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _locked_file(path: Path) -> int:
-    """Returns a descriptor of the file with a lock on it. Raises CheckpointError if another process holds the lock."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            raise CheckpointError(
-                f"{path.parent} is being written by another run (process {owner}); wait for it, or name another folder"
-            ) from None
-        except OSError:
-            os.close(descriptor)
-            raise
-        if _is_open_as(path, descriptor):  # otherwise its last owner has just removed it, and others make a new one
-            return descriptor
-        os.close(descriptor)
-
-
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[Callable[[], None]]:
     """Within the block this process holds the lock of a folder. Yields a check that the folder still exists.
 
     Raises CheckpointError if another process holds the lock; the check raises it if the folder was removed or replaced.
     """
-    path = folder / LOCK_FILE
-    descriptor = _locked_file(path)
+    with ExitStack() as stack:
+        try:
+            is_there = stack.enter_context(locked(folder / LOCK_FILE))
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{folder} is being written by another run ({error.strerror}); wait for it, or name another folder"
+            ) from None
 
-    def check() -> None:
-        if not _is_open_as(path, descriptor):
-            raise CheckpointError(f"{folder} was removed, or replaced, while a run was writing there")
+        def check() -> None:
+            if not is_there():
+                raise CheckpointError(f"{folder} was removed, or replaced, while a run was writing there")
 
-    try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
         yield check
-    finally:
-        if _is_open_as(path, descriptor):
-            path.unlink()
-        os.close(descriptor)

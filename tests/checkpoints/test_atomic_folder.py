@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from qlora_lite.checkpoints import atomic_folder
-from qlora_lite.checkpoints.atomic_folder import check_output_is_not_input, exchange_names, locked, new_folder
+from qlora_lite.checkpoints.atomic_folder import LOCK_FILE, check_output_is_not_input, exchange_names, new_folder
 from qlora_lite.errors import CheckpointError
+from qlora_lite.locks import locked
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
@@ -62,11 +65,72 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_holds_is_no
     for name in (".out.old1.partial", ".out.held1.partial", ".out.new1.partial", ".other.old1.partial"):
         (tmp_path / name).mkdir()
     for name in (".out.old1.partial", ".out.held1.partial", ".other.old1.partial"):
+        (tmp_path / name / "new").mkdir()
+        (tmp_path / name / "new" / "half").touch()
+        (tmp_path / name / LOCK_FILE).touch()
         os.utime(tmp_path / name, (0, 0))
-    with locked(tmp_path / ".out.held1.partial"), new_folder(tmp_path / "out"):
-        pass
+    (tmp_path / ".out.file1.partial").touch()
+    os.utime(tmp_path / ".out.file1.partial", (0, 0))
+    with locked(tmp_path / ".out.held1.partial" / LOCK_FILE):
+        os.utime(tmp_path / ".out.held1.partial", (0, 0))
+        with new_folder(tmp_path / "out"):
+            pass
+    (tmp_path / ".out.file1.partial").unlink()
     left = [".other.old1.partial", ".out.held1.partial", ".out.new1.partial", "out"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_one_that_is_written_is_locked_until_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic_folder, "ABANDONED_AFTER_SECONDS", -1)
+    rename, tried = atomic_folder._rename_over, []
+
+    def meanwhile(temporary: Path, target: Path) -> None:
+        atomic_folder.remove_abandoned_folders(tmp_path, ".out.*")
+        tried.append(temporary.is_dir())
+        rename(temporary, target)
+
+    monkeypatch.setattr(atomic_folder, "_rename_over", meanwhile)
+    with new_folder(tmp_path / "out") as folder:
+        atomic_folder.remove_abandoned_folders(tmp_path, ".out.*")
+        (folder / "x.json").touch()
+    assert tried == [True] and [path.name for path in tmp_path.rglob("*")] == ["out", "x.json"]
+
+
+def test_what_another_user_left_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".out.old1.partial").mkdir()
+    os.utime(tmp_path / ".out.old1.partial", (0, 0))
+    lock = atomic_folder.locked
+
+    def refused(path: Path) -> AbstractContextManager[Callable[[], bool]]:
+        if path.parent.name == ".out.old1.partial":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return lock(path)
+
+    monkeypatch.setattr(atomic_folder, "locked", refused)  # the tests run as root
+    with new_folder(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.old1.partial", "out"]
+
+
+def test_without_an_exchange_a_failed_replacement_puts_the_old_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = atomic_folder.rename
+
+    def refused(source: Path, target: Path) -> None:
+        if source.name == "new":
+            raise PermissionError(errno.EACCES, "Access is denied", str(source))
+        rename(source, target)
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.json").write_text("old")
+    monkeypatch.setattr(atomic_folder, "exchange_names", lambda one, other: False)
+    monkeypatch.setattr(atomic_folder, "rename", refused)
+    said = pytest.raises(CheckpointError, match="out cannot be written: Access is denied")
+    with said, new_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "x.json").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "x.json"]
+    assert (tmp_path / "out" / "x.json").read_text() == "old"
 
 
 def test_what_another_one_wrote_meanwhile_is_not_replaced(tmp_path: Path) -> None:

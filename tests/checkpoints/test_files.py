@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,9 @@ from qlora_lite.checkpoints.files import (
     new_file,
     open_regular,
     read_json,
+    rename,
+    sync,
+    write_json,
 )
 from qlora_lite.errors import CheckpointError, ConfigError
 
@@ -97,6 +102,61 @@ def test_each_reason_is_said(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as refused:
             check_creatable(tmp_path / name)
         assert sentence in str(refused.value), name
+
+
+def test_simulated_a_drive_that_is_missing_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)
+    with pytest.raises(CheckpointError, match="is not a folder that may be written to"):
+        check_creatable(Path("Z:/new"))
+
+
+def test_simulated_a_rename_waits_for_a_scanner_but_not_for_a_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals, waited = [32, 5], []
+    replace = os.replace
+
+    def busy(source: Path, target: Path) -> None:
+        if refusals:
+            error = PermissionError(errno.EACCES, "Access is denied", str(source))
+            if number := refusals.pop(0):
+                error.winerror = number  # type: ignore[attr-defined]
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    (tmp_path / "a").touch()
+    rename(tmp_path / "a", tmp_path / "b")
+    assert len(waited) == 2 and (tmp_path / "b").is_file()
+    for always, times in (([5] * 99, 5), ([0], 0)):
+        refusals, waited[:] = always, []
+        with pytest.raises(PermissionError):
+            rename(tmp_path / "b", tmp_path / "c")
+        assert len(waited) == times and sum(waited) < 2
+
+
+def test_simulated_where_no_folder_is_opened_only_files_are_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    flushed: list[os.stat_result] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor)))
+    for path in (tmp_path, tmp_path / "a"):
+        sync(path)
+    assert [stat.S_ISDIR(state.st_mode) for state in flushed] == [True, False]
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    for path in (tmp_path, tmp_path / "a"):
+        sync(path)
+    assert [stat.S_ISDIR(state.st_mode) for state in flushed] == [True, False, False]
+    assert (tmp_path / "a").read_bytes() == b"abc"
+
+
+def test_simulated_json_has_the_same_line_ends_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "linesep", "\r\n")
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert (tmp_path / "a.json").read_bytes() == b'{\n  "a": 1\n}\n'
 
 
 def test_a_file_appears_whole_and_beside_it_nothing(tmp_path: Path) -> None:

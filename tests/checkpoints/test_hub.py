@@ -46,6 +46,8 @@ def test_a_model_of_the_hub_leads_to_its_own_revision(tmp_path: Path, monkeypatc
 def test_wrong_places_get_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         checkpoint_folder(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^C:\\model does not exist$"):
+        checkpoint_folder("C:\\model")
     with pytest.raises(CheckpointError, match="does not exist"):
         checkpoint_folder(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="cannot be fetched"):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from qlora_lite.checkpoints import safetensors_read
 from qlora_lite.checkpoints.lazy_tensors import read_slices
 from qlora_lite.checkpoints.safetensors_read import TensorFiles, stored_tensors
 from qlora_lite.checkpoints.safetensors_write import INDEX_FILE
@@ -33,6 +34,33 @@ def test_slices_are_the_tensor(
         pieces = list(read_slices(stored, largest, step))
         assert torch.equal(torch.cat([piece for _, piece in pieces]) if stored.shape else pieces[0][1], whole[name])
         assert all(first % step == 0 for first, _ in pieces)
+
+
+class Hesitant:
+    """A file that gives at most seven bytes at a time."""
+
+    def __init__(self, path: Path, mode: str, buffering: int) -> None:
+        assert (mode, buffering) == ("rb", 0)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed below
+        self.seek, self.fileno = self._file.seek, self._file.fileno
+
+    def __enter__(self) -> Hesitant:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def readinto(self, buffer: memoryview) -> int:
+        return self._file.readinto(buffer[:7]) or 0
+
+
+def test_every_byte_is_read_however_few_come_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"a": torch.arange(40), "b": torch.randn(5, 9)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    stored = stored_tensors(tmp_path / "x.safetensors")
+    monkeypatch.setattr(safetensors_read, "open", Hesitant, raising=False)
+    for name, tensor in tensors.items():
+        assert torch.equal(stored[name].read(), tensor) and torch.equal(stored[name].rows(2, 4), tensor[2:4])
 
 
 def test_what_was_read_does_not_stay_resident(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,18 @@ def test_every_byte_of_every_piece_is_written_in_order(
             for piece in pieces:
                 writer.write(piece)
     assert path.read_bytes() == b"".join(pieces)
+
+
+def test_simulated_without_direct_writes_and_fcntl_the_bytes_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Writer, "BLOCK_BYTES", 4096)
+    plan = {"a": planned(torch.arange(3000)), "b": planned(torch.randn(7, 100))}
+    write_safetensors(tmp_path / "direct", plan)
+    monkeypatch.setattr(safetensors_write, "O_DIRECT", 0)
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # importing it is an ImportError
+    write_safetensors(tmp_path / "plain", plan)
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "direct").read_bytes()
 
 
 def test_what_the_writing_thread_fails_at_is_raised_and_no_thread_is_left(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lite.cli.main import main
+from qlora_lite.cli.main import _with_resume_command, main
 from qlora_lite.training.run_checkpoints import StepMetrics
 from qlora_lite.training.run_folder import RunFolder
 
@@ -26,6 +26,13 @@ def test_help_needs_nothing_heavy(run: Run) -> None:
     assert done.stdout.strip() == "[]"
     for command in ((), ("data",), ("train",), ("merge",), ("quantize",), ("profile",), ("plan",), ("env",)):
         assert run(*command, "--help").returncode == 0
+
+
+def test_simulated_a_command_is_quoted_for_the_shell_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", "--data", r"C:\my data\a.jsonl"]
+    assert _with_resume_command("stopped", words).endswith(r"qlora-lite train --data 'C:\my data\a.jsonl' --resume")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert _with_resume_command("stopped", words).endswith(r'qlora-lite train --data "C:\my data\a.jsonl" --resume')
 
 
 def test_a_stopped_run_says_the_command_that_goes_on_with_it(

@@ -173,6 +173,13 @@ def test_a_folder_that_cannot_be_written_has_its_tokens_elsewhere(
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
 
 
+def test_names_have_no_colon_which_windows_forbids(data: Path) -> None:
+    for location in (f"{data.parent}:train", "org/name:config:train[:10%]"):
+        if "org" not in location:
+            (data.parent / "train.jsonl").touch()
+        assert ":" not in cache_folder(Source(location)).name
+
+
 def test_a_slow_tokenizer_has_no_cache(data: Path, start: Any, word_tokenizer: Any) -> None:
     slow = word_tokenizer()
     monkey = type("Slow", (type(slow),), {"is_fast": False})

@@ -6,6 +6,7 @@ import mmap
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -71,11 +72,22 @@ def test_where_the_peak_cannot_be_reset_it_is_unknown(monkeypatch: pytest.Monkey
     with MemoryProfiler(trace=False) as profiler, profiler.phase("load"):
         pass
     assert measured(profiler, "load").resident_peak is None
-    assert "- is not measured" in render(profiler.report())
+    legend = "- is not measured; this system counts no peaks of resident memory over a phase\n"
+    assert render(profiler.report()).endswith(legend)
+
+
+def test_simulated_without_proc_resident_bytes_are_those_of_psutil(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(counters, "STATUS_FILE", str(tmp_path / "status"))
-    assert resident_bytes() is None
-    (tmp_path / "status").write_text("Name:\tpython\n", encoding="ascii")
-    assert resident_bytes() is None
+    for status in (None, "Name:\tpython\n"):
+        if status is not None:
+            (tmp_path / "status").write_text(status, encoding="ascii")
+        assert abs((resident_bytes() or 0) - psutil.Process().memory_info().rss) < 64 * MIB
+        assert resident_bytes("VmHWM") is None and resident_bytes("RssAnon") is None
+    windows = SimpleNamespace(rss=3, peak_wset=5)
+    monkeypatch.setattr(counters.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: windows))
+    assert (resident_bytes(), counters.peak_bytes(torch.device("cpu"))) == (3, 5)
 
 
 class Device(SimpleNamespace):

@@ -18,6 +18,8 @@ from qlora_lite.data.sources.raw import RawRecord
 from qlora_lite.errors import CheckpointError, ConfigError
 
 CHUNK = 1 << 20
+# Error of Windows about a name that no file can have.
+INVALID_NAME = 123
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _named_files(source: Source) -> list[tuple[str, Path]]:
     if _exists(path):
         return [(path.name, path)]
     before, colon, split = source.location.rpartition(":")
-    if colon and os.path.isdir(before):
+    if colon and not set(split) & set("/\\") and os.path.isdir(before):  # C:\data.jsonl has no split
         return [(found.relative_to(before).as_posix(), found) for found in data_files(Path(before), split)]
     if _hub_dataset(source) is None:
         wanted = "name a file, a folder, or a data set of the hub with its split, as org/name:train"
@@ -83,6 +85,8 @@ def _exists(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:
+        if getattr(error, "winerror", None) == INVALID_NAME:  # name:config:split
+            return False
         raise CheckpointError(f"cannot read {excerpt(str(path))}: {reason(error)}") from error
     return True
 

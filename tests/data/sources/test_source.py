@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -124,6 +125,26 @@ def test_a_split_of_a_folder_is_read(tmp_path: Path) -> None:
     assert fingerprint(source) != fingerprint(Source(f"{tmp_path}:test"))
     with pytest.raises(CheckpointError, match="has no split 'dev'; it has train, test"):
         files_of(Source(f"{tmp_path}:dev"))
+
+
+def test_simulated_a_path_of_windows_has_no_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "C").mkdir()
+    (tmp_path / "C" / "data.jsonl").write_text('{"text": "a"}')
+    monkeypatch.chdir(tmp_path)
+    for name in ("C:\\data.jsonl", "C:/data.jsonl"):
+        with pytest.raises(CheckpointError, match="does not exist; name a file, a folder"):
+            files_of(Source(name))
+    assert parse_source("C:\\data.jsonl=0.5") == Source("C:\\data.jsonl", 0.5)
+
+
+def test_simulated_a_name_that_windows_forbids_may_be_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: Path) -> None:
+        error = OSError(errno.EINVAL, "The filename, directory name, or volume label syntax is incorrect")
+        error.winerror = 123  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr(module.os, "lstat", forbidden)
+    assert files_of(Source("org/name:en:train")) == []
 
 
 def test_a_data_set_of_the_hub_has_no_files(monkeypatch: pytest.MonkeyPatch) -> None:

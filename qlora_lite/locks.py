@@ -1,0 +1,94 @@
+"""Locks that end with the process that holds them, however it ends.
+
+filelock locks the descriptor of a file: flock(2) on Linux and macOS, LockFileEx on Windows. The file is opened, checked
+and removed here. Of filelock's own classes, one leaves the file behind, another removes it while others open it, and
+none says who holds it.
+
+A file is locked, never a folder: Windows cannot open a folder, and NFS shows the lock of a file that is open for
+writing to other machines, but not that of a folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import lock_descriptor
+
+# The owner's process id, padded so that a later owner's covers it. The lock of Windows covers the first byte, which
+# others cannot read.
+RECORD_BYTES = 32
+LOCKED_BYTES = 1
+
+
+def _is_open_as(path: Path, descriptor: int) -> bool:
+    """Returns whether `descriptor` is the file that has this path now."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _owner(descriptor: int) -> str:
+    os.lseek(descriptor, LOCKED_BYTES, os.SEEK_SET)
+    return os.read(descriptor, RECORD_BYTES).decode(errors="replace").strip() or "unknown"
+
+
+def _lock(descriptor: int) -> bool:
+    """Returns whether this process now holds the lock, which it does not if another one does."""
+    try:
+        return lock_descriptor(descriptor, blocking=False)
+    except OSError as error:
+        raise OSError(error.errno, f"its file system gives no lock ({error.strerror})") from error
+
+
+def _opened_and_locked(path: Path) -> int:
+    """Returns a descriptor of the file, which is made if it is missing, with a lock on it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            if not _lock(descriptor):
+                raise BlockingIOError(errno.EAGAIN, f"process {_owner(descriptor)}", str(path))
+            if _is_open_as(path, descriptor):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its last owner has just removed it, and others make a new one
+
+
+def _remove(path: Path, descriptor: int) -> None:
+    """Removes the file unless it was replaced, and ends the lock."""
+    try:
+        if _is_open_as(path, descriptor):
+            path.unlink()  # before the lock ends: nobody can have locked it, to lose it by this
+    except PermissionError:
+        # Windows removes no open file, so here it is one that nobody else has opened either.
+        os.close(descriptor)
+        with suppress(OSError):
+            path.unlink()
+    except BaseException:
+        os.close(descriptor)
+        raise
+    else:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[Callable[[], bool]]:
+    """Holds the lock of a file within the block. The file is made for it, and removed after it.
+
+    A killed process leaves the file behind, without a lock. Yields a function that returns whether the file is still
+    there: it is not if it, or a folder above it, was removed or replaced.
+    Raises BlockingIOError, whose `strerror` names the owner as "process 123", if another process holds the lock, or
+    this one does; another OSError if the file cannot be written, or its file system has no locks.
+    """
+    descriptor = _opened_and_locked(path)
+    try:
+        os.write(descriptor, b" " * LOCKED_BYTES + f"{os.getpid()}\n".encode().rjust(RECORD_BYTES))
+        yield lambda: _is_open_as(path, descriptor)
+    finally:
+        _remove(path, descriptor)

@@ -1,0 +1,48 @@
+"""Tests of what is asked of the system, where it is there and where its absence is simulated."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_lite import system
+from qlora_lite.system import c_function, missing, opens_folders
+
+
+def test_a_function_of_the_c_library_is_found_by_its_name() -> None:
+    getpid = c_function("getpid")
+    assert getpid is not None and getpid() == os.getpid()
+    assert c_function("no_such_function_anywhere") is None
+
+
+def test_simulated_a_system_without_such_a_library_has_no_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_on_windows(name: str | None, **options: object) -> None:
+        raise TypeError(f"argument of type {type(name).__name__!r} is not iterable")
+
+    monkeypatch.setattr(ctypes, "CDLL", as_on_windows)
+    assert c_function("getpid") is None
+
+
+def test_a_folder_is_opened_where_it_can_be(tmp_path: Path) -> None:
+    try:
+        os.close(os.open(tmp_path, os.O_RDONLY))
+    except PermissionError:
+        assert not opens_folders()
+    else:
+        assert opens_folders()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes from Linux what others lack")
+def test_simulated_what_is_missing_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = missing()
+    assert not any("O_DIRECTORY" in name or "O_DIRECT)" in name for name in before)
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    monkeypatch.setattr(system, "O_DIRECT", 0)
+    monkeypatch.setattr(system, "CLEAR_REFS_FILE", str(tmp_path / "clear_refs"))
+    monkeypatch.setattr(system, "c_function", lambda name: None)
+    names = ("clear_refs", "mallopt", "O_DIRECT", "renameat2", "O_DIRECTORY")
+    assert [name.rpartition("(")[2].rstrip(")") for name in missing()] == list(names)
