@@ -11,6 +11,7 @@ import datetime
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from qlora_lite.checks import require
@@ -18,6 +19,7 @@ from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.chat.messages import ASSISTANT, LEARN, learned_messages, without_switches
 from qlora_lite.data.chat.template import ChatTemplate, TemplatedTokenizer
 from qlora_lite.data.shapes import Content, Conversation, Exchange, Tokens
+from qlora_lite.data.token_spans import Span, TokenBytes, ranges_by_bytes, ranges_by_positions
 from qlora_lite.errors import CheckpointError
 
 
@@ -106,6 +108,11 @@ class Encoder:
         self._tokenizer, self._learn = tokenizer, learn
         self._template = ChatTemplate(tokenizer, special_tokens(tokenizer), date, learn_empty_reasoning)
         self._bos = str(getattr(tokenizer, "bos_token", None) or "")
+        self._spells = True  # until tokens are seen that do not spell their texts
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self._tokenizer.backend_tokenizer)
 
     @property
     def has_template(self) -> bool:
@@ -187,30 +194,54 @@ class Encoder:
     def tokens(self, drafts: Sequence[Draft]) -> list[Marked]:
         """Tokenizes drafts, all in one call of the tokenizer where it can. A text may have no tokens."""
         if getattr(self._tokenizer, "is_fast", False):
-            return self._by_offsets(drafts)
+            return self._by_backend(drafts)
         return [self._by_prefix(draft) for draft in drafts]
 
-    def _by_offsets(self, drafts: Sequence[Draft]) -> list[Marked]:
-        found: list[Marked | None] = [None] * len(drafts)
+    def _by_backend(self, drafts: Sequence[Draft]) -> list[Marked]:
+        ids: list[list[int]] = [[]] * len(drafts)
+        ranges: dict[int, list[Span]] = {}
+        with_positions = not self._spells
         for special in (False, True):
             numbers = [number for number, draft in enumerate(drafts) if self._adds(draft) == special]
             texts = [drafts[number].text for number in numbers]
-            for number, encoding in zip(numbers, self._encodings(texts, special), strict=True):
-                draft = drafts[number]
-                if draft.prompt:
-                    found[number] = self._after_prompt(draft, encoding.ids)
-                else:
-                    found[number] = self._closed(draft, encoding.ids, _learned_ranges(encoding, draft))
-        return [marked for marked in found if marked is not None]
+            for number, encoding in zip(numbers, self._encodings(texts, special, with_positions), strict=True):
+                draft, ids[number] = drafts[number], encoding.ids
+                if with_positions and _has_ranges(draft):
+                    ranges[number] = ranges_by_positions(encoding, draft.text, draft.spans)
+        if not with_positions:
+            ranges = self._spelled_ranges(drafts, ids)
+        return [
+            self._after_prompt(draft, own) if draft.prompt else self._closed(draft, own, ranges.get(number, []))
+            for number, (draft, own) in enumerate(zip(drafts, ids, strict=True))
+        ]
 
-    def _encodings(self, texts: list[str], special: bool) -> Sequence[Any]:
+    def _spelled_ranges(self, drafts: Sequence[Draft], ids: Sequence[list[int]]) -> dict[int, list[Span]]:
+        """The ranges of drafts, by number, from the bytes of their tokens. Those that these do not tell are tokenized
+        again, with positions. If they are most, later drafts are tokenized with positions from the start."""
+        ranges: dict[int, list[Span]] = {}
+        left: list[int] = []
+        for number, draft in enumerate(drafts):
+            if _has_ranges(draft):
+                found = ranges_by_bytes(ids[number], draft.text, draft.spans, self._token_bytes)
+                if found is None:
+                    left.append(number)
+                else:
+                    ranges[number] = found
+        if len(left) > len(ranges):
+            self._spells = False
+        for number, encoding in zip(left, self._encodings([drafts[number].text for number in left]), strict=True):
+            ranges[number] = ranges_by_positions(encoding, drafts[number].text, drafts[number].spans)
+        return ranges
+
+    def _encodings(self, texts: list[str], special: bool = False, with_positions: bool = True) -> Sequence[Any]:
         """The encodings of the Rust tokenizer. A call of the tokenizer of transformers costs half as much again."""
         if not texts:
             return ()
         backend = self._tokenizer.backend_tokenizer
         if backend.truncation is not None or backend.padding is not None:
             self._tokenizer("", add_special_tokens=False)  # transformers turns off what the tokenizer's file asks for
-        return list(backend.encode_batch(texts, add_special_tokens=special))
+        encode = backend.encode_batch if with_positions else backend.encode_batch_fast
+        return list(encode(texts, add_special_tokens=special))
 
     def _adds(self, draft: Draft) -> bool:
         """Whether the tokenizer adds special tokens; none is added before a text that begins with it."""
@@ -252,6 +283,11 @@ class Encoder:
         return self._closed(draft, ids, learned)
 
 
+def _has_ranges(draft: Draft) -> bool:
+    """Whether the positions of tokens matter; of a text that gets special tokens, all or the end is learned."""
+    return bool(draft.spans) and not draft.special
+
+
 def _as_conversation(exchange: Exchange) -> Conversation:
     messages: list[dict[str, object]] = [{"role": "user", "content": exchange.prompt}]
     if exchange.system:
@@ -259,35 +295,6 @@ def _as_conversation(exchange: Exchange) -> Conversation:
     if exchange.completion is not None:
         messages.append({"role": ASSISTANT, "content": exchange.completion})
     return Conversation(messages, exchange.given)
-
-
-def _learned_ranges(encoding: Any, draft: Draft) -> list[tuple[int, int]]:
-    """The ranges of tokens that stand in the spans of a draft."""
-    ranges: list[tuple[int, int]] = []
-    for start, stop in draft.spans:
-        first, last = encoding.char_to_token(start), encoding.char_to_token(stop) if stop < len(draft.text) else None
-        if first is None or (last is None and stop < len(draft.text)):  # a character that no token has
-            return _ranges_by_offsets(encoding.offsets, draft.spans)
-        if last is None:
-            last = len(encoding)
-        elif encoding.token_to_chars(last)[0] < stop:  # it reaches over the end
-            last += 1
-        ranges.append((max(first, ranges[-1][1]) if ranges else first, last))
-    return ranges
-
-
-def _ranges_by_offsets(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same from the characters of each token, in order."""
-    ranges = []
-    token, count = 0, len(offsets)
-    for start, stop in spans:
-        while token < count and offsets[token][1] <= start:
-            token += 1
-        first = token
-        while token < count and offsets[token][0] < stop:
-            token += 1
-        ranges.append((first, token))
-    return ranges
 
 
 def _ranges(flags: Sequence[bool]) -> list[tuple[int, int]]:

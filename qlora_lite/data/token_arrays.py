@@ -30,6 +30,7 @@ HEADER_BYTES = 128
 BUFFER_BYTES = 1 << 20
 NEVER = 2**31 - 1  # the first learned token of an example without one
 COLUMNS = {"tokens": "i", "lengths": "i", "first_learned": "i", "learned": "i", "records": "q", "digests": "q"}
+INVERTED = bytes(255 - byte for byte in range(256))  # turns the bytes of t into those of ~t
 DTYPES = {"i": ("I32", torch.int32), "q": ("I64", torch.int64)}
 
 
@@ -130,10 +131,11 @@ class TokenWriter:
         first = len(self._columns["tokens"].buffer)
         tokens = self._columns["tokens"].buffer
         for example in examples:
-            start = len(tokens)
-            tokens.extend(map(operator.invert, example.ids))
+            ids = array.array("i", example.ids)
+            signed = array.array("i", ids.tobytes().translate(INVERTED))
             for begin, end in example.learned:
-                tokens[start + begin : start + end] = array.array("i", example.ids[begin:end])
+                signed[begin:end] = ids[begin:end]
+            tokens.extend(signed)
             counted = [(max(begin, 1), end) for begin, end in example.learned if end > max(begin, 1)]
             self._columns["lengths"].buffer.append(len(example.ids))
             self._columns["first_learned"].buffer.append(counted[0][0] if counted else NEVER)

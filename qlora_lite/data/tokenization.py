@@ -28,10 +28,14 @@ from qlora_lite.data.token_cache import cache_folder, cache_key, load_tokens, sa
 from qlora_lite.errors import CheckpointError
 from qlora_lite.signals import check_signals
 
-CHUNK_RECORDS = 128
+# Records that are tokenized at once: so many, or fewer if they are long, since the encodings of all are in memory.
+# After each call the thread waits some milliseconds for Python's lock, so that 128 records take a seventh more time.
+CHUNK_RECORDS = 512
+CHUNK_CHARACTERS = 1 << 19
 CHUNKS_AHEAD = 3
 
 Show = Callable[[int], None]
+Drafted = tuple[str, "list[Draft] | Marked | str"]  # the place of a record, and its texts, its tokens, or why it is bad
 
 
 @dataclass(frozen=True)
@@ -241,15 +245,15 @@ def _append_all(
 
 
 def _encoded(records: Iterator[CheckedRecord], encoder: Encoder) -> Iterator[tuple[str, list[Marked] | str]]:
-    """Yields the place of each record, and its examples, or the reason why it is bad.
+    """Yields the place of each record, and its examples, or the reason why it is bad, in the order of the records.
 
     Texts are made here and tokenized in one thread, some chunks ahead, so that the order of all work is fixed.
     """
     with ThreadPoolExecutor(1) as executor:
-        ahead: list[tuple[list[tuple[str, list[Draft] | Marked | str]], Future[list[Marked]]]] = []
+        ahead: list[tuple[list[Drafted], Future[list[Marked]]]] = []
         while True:
             check_signals()
-            chunk = [_drafted(record, encoder) for record in itertools.islice(records, CHUNK_RECORDS)]
+            chunk = _next_chunk(records, encoder)
             if chunk:
                 drafts = [draft for _, made in chunk if isinstance(made, list) for draft in made]
                 ahead.append((chunk, executor.submit(encoder.tokens, drafts)))
@@ -260,7 +264,20 @@ def _encoded(records: Iterator[CheckedRecord], encoder: Encoder) -> Iterator[tup
                 return
 
 
-def _drafted(record: CheckedRecord, encoder: Encoder) -> tuple[str, list[Draft] | Marked | str]:
+def _next_chunk(records: Iterator[CheckedRecord], encoder: Encoder) -> list[Drafted]:
+    chunk: list[Drafted] = []
+    characters = 0
+    for record in itertools.islice(records, CHUNK_RECORDS):
+        place, made = _drafted(record, encoder)
+        chunk.append((place, made))
+        if isinstance(made, list):
+            characters += sum(len(draft.text) for draft in made)
+        if characters >= CHUNK_CHARACTERS:
+            break
+    return chunk
+
+
+def _drafted(record: CheckedRecord, encoder: Encoder) -> Drafted:
     if record.content is None:
         return record.place, str(record.error)
     try:
@@ -269,9 +286,7 @@ def _drafted(record: CheckedRecord, encoder: Encoder) -> tuple[str, list[Draft] 
         return record.place, reason_of(error, record.place)
 
 
-def _joined(
-    chunk: list[tuple[str, list[Draft] | Marked | str]], tokens: Iterator[Marked]
-) -> Iterator[tuple[str, list[Marked] | str]]:
+def _joined(chunk: list[Drafted], tokens: Iterator[Marked]) -> Iterator[tuple[str, list[Marked] | str]]:
     for place, made in chunk:
         if isinstance(made, str):
             yield place, made

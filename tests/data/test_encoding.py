@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.encoding import Draft, Encoder, TokenizedExample, _learned_ranges, special_tokens
+from qlora_lite.data.encoding import Encoder, TokenizedExample, special_tokens
 from qlora_lite.data.records import check_record
+from qlora_lite.data.shapes import Conversation
 from qlora_lite.errors import CheckpointError, ConfigError
 
 TEMPLATE = (
@@ -195,31 +193,47 @@ def test_truncation_in_the_tokenizers_file_does_not_cut_texts() -> None:
     assert examples(tokens, {"text": "abcdefgh"}) == whole
 
 
-LETTERS = st.text("ab .é\U0001f600", min_size=1, max_size=12)
+class Watched:
+    """A tokenizer whose Rust part notes how many texts it gets, and whether positions are wanted."""
+
+    def __init__(self, tokens: PreTrainedTokenizerFast) -> None:
+        self._tokens = tokens
+        self.calls: list[tuple[str, int]] = []
+        self.backend_tokenizer = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokens, name, None) or getattr(self._tokens.backend_tokenizer, name)
+
+    def encode_batch(self, texts: list[str], **options: Any) -> Any:
+        self.calls.append(("with positions", len(texts)))
+        return self._tokens.backend_tokenizer.encode_batch(texts, **options)
+
+    def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+        self.calls.append(("without", len(texts)))
+        return self._tokens.backend_tokenizer.encode_batch_fast(texts, **options)
 
 
-@given(text=LETTERS, data=st.data())
-@settings(max_examples=150, deadline=None)
-def test_ranges_are_those_of_the_characters(text: str, data: st.DataObject) -> None:
-    """A byte-level tokenizer: several tokens for one character, and a token for several characters."""
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
-    spans = [(start, stop) for start, stop in zip(cuts[::2], cuts[1::2], strict=False) if start < stop]
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    core.train_from_iterator(["abab ab. é"] * 3, trainer)
-    encoding = core.encode(text)
-    found = _learned_ranges(encoding, Draft(text, spans))
-    learned = {token for start, stop in found for token in range(start, stop)}
-    expected = {
-        token
-        for token, (first, last) in enumerate(encoding.offsets)
-        if any(first < stop and last > start for start, stop in spans)
-    }
-    assert learned == expected
-    assert all(one[1] <= other[0] for one, other in itertools.pairwise(found))
+def test_positions_are_asked_for_only_where_tokens_do_not_spell_the_text() -> None:
+    def chat(answer: str) -> Conversation:
+        return Conversation([{"role": "user", "content": "a?"}, {"role": "assistant", "content": answer}], {})
+
+    tokens = Watched(tokenizer())
+    encoder, expected = Encoder(tokens), Encoder(Slow(tokenizer()))
+    plain, unknown = ([encoder.drafts(chat(answer))[0] for answer in answers] for answers in ("bcd", "éüö"))
+    batches = [plain, [*plain[:2], unknown[0]], unknown, plain]
+    for batch, calls in zip(
+        batches,
+        [
+            [("without", 3)],
+            [("without", 3), ("with positions", 1)],
+            [("without", 3), ("with positions", 3)],
+            [("with positions", 3)],  # most of the batch before was tokenized twice
+        ],
+        strict=True,
+    ):
+        tokens.calls.clear()
+        assert encoder.tokens(batch) == expected.tokens(batch)
+        assert tokens.calls == calls
 
 
 def test_special_tokens_are_those_that_the_tokenizer_knows() -> None:

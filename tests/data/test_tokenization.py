@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.encoding import TokenizedExample
+from qlora_lite.data import tokenization
+from qlora_lite.data.encoding import Encoder, TokenizedExample
 from qlora_lite.data.tokenization import DataConfig, NothingToLearn, tokenize, tokenize_all, tokenize_sources
 from qlora_lite.errors import CheckpointError, ConfigError
 
@@ -210,6 +211,25 @@ def test_sources_are_read_in_the_order_of_their_lines(tmp_path: Path) -> None:
     assert list(whole.examples) == kept
     assert found.skipped == 75 and found.parts[0].found.records == 300
     assert seen == sorted(seen) and seen
+
+
+def test_few_long_records_are_tokenized_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encodings of a call are in memory together, so long texts come a few at a time."""
+    sizes: list[int] = []
+    tokens = Encoder.tokens
+
+    def noted(encoder: Encoder, drafts: Any) -> Any:
+        sizes.append(len(drafts))
+        return tokens(encoder, drafts)
+
+    monkeypatch.setattr(Encoder, "tokens", noted)
+    monkeypatch.setattr(tokenization, "CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenization, "CHUNK_RECORDS", 8)
+    records = [{"text": f"the {n}"} for n in range(20)] + [{"text": f"{n} " + "mat " * 150} for n in range(5)]
+    found = tokenize_all(records, PLAIN)
+    assert sizes == [8, 8, 6, 2, 1]
+    monkeypatch.undo()
+    assert list(found.examples) == list(tokenize_all(records, PLAIN).examples)
 
 
 @pytest.mark.parametrize(
