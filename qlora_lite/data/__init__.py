@@ -4,7 +4,6 @@ In reading order:
 
 shapes          the shapes of a record: which keys it has, and what they mean
 records         records, renamed and checked, and the bad ones listed
-token_spans     which tokens stand in given characters of a text
 encoding        the token ids of one record, with labels on the tokens that are learned
 token_arrays    tokenized examples in flat arrays, in memory or mapped from files
 token_cache     the same on disk next to the data

@@ -18,8 +18,8 @@ from qlora_lite.checks import require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.chat.messages import ASSISTANT, LEARN, learned_messages, without_switches
 from qlora_lite.data.chat.template import ChatTemplate, TemplatedTokenizer
+from qlora_lite.data.chat.token_spans import Span, TokenBytes, ranges_by_bytes, ranges_by_positions
 from qlora_lite.data.shapes import Content, Conversation, Exchange, Tokens
-from qlora_lite.data.token_spans import Span, TokenBytes, ranges_by_bytes, ranges_by_positions
 from qlora_lite.errors import CheckpointError
 
 

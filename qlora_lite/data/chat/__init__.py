@@ -9,4 +9,5 @@ turns        how a chat template opens and ends an answer
 renderings   the renderings of a conversation, in which every piece of text is found
 answers      the characters of a rendered conversation that are learned
 template     the forms of a conversation that a chat template accepts
+token_spans  the tokens of what is learned
 """

@@ -1,4 +1,4 @@
-"""Which tokens stand in given characters of a text.
+"""The tokens that stand in given characters of a text.
 
 The Rust tokenizer tells the characters of each token, which costs a quarter of its time. Byte-level tokens do not need
 it: each stands for certain bytes, so the token ids spell the text, and add up to the position of each token. Positions

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from qlora_lite.data.token_spans import BYTE_OF_LETTER, TokenBytes, ranges_by_bytes, ranges_by_positions
+from qlora_lite.data.chat.token_spans import BYTE_OF_LETTER, TokenBytes, ranges_by_bytes, ranges_by_positions
 
 END = "<e>"
 TEXTS = ["abab ab. é", "a\n\nb  b", "Été 12 ¡¡ab"]
