@@ -65,7 +65,12 @@ def _message_and_status(error: Exception) -> tuple[str, int]:
     else:
         name = "" if isinstance(error, (QLoRAError, OSError)) else f"{type(error).__name__}: "
         message, status = f"{name}{error}", 2 if isinstance(error, (ConfigError, TargetError)) else 1
-    return " ".join(message.split()), status
+    return _printable(" ".join(message.split())), status
+
+
+def _printable(text: str) -> str:
+    """The text with escapes for characters that a terminal would obey: a message may quote names and keys of files."""
+    return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in text)
 
 
 def _with_resume_command(message: str, words: list[str]) -> str:

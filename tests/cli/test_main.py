@@ -106,3 +106,11 @@ def test_bad_input_is_one_sentence(
     assert message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_message_holds_nothing_that_a_terminal_obeys(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"\x1b[31mred\x07": "a"}), encoding="utf-8")
+    done = run("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "out")
+    assert done.returncode == 1 and "unknown shape with keys \\x1b[31mred\\x07; use one of" in done.stderr
+    assert "\x1b" not in done.stderr and "\x07" not in done.stderr
