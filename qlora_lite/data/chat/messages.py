@@ -14,8 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from qlora_lite.checkpoints.files import excerpt
-from qlora_lite.checks import require
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, ConfigError
 
 ASSISTANT = "assistant"
 SWITCHES = ("weight", "train", "trainable", "loss")
@@ -173,7 +172,8 @@ def learned_messages(messages: Sequence[Message], learn: str, name: str) -> list
     learn: one of LEARN. Raises ConfigError for another, and CheckpointError for a switch that is neither on nor off;
     `name` is that of the messages.
     """
-    require(learn in LEARN, f"learn must be one of {', '.join(LEARN)}", learn)
+    if learn not in LEARN:
+        raise ConfigError(f"learn must be one of {', '.join(LEARN)}; got {learn!r}")
     answers = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
     switched_on = [index for index in answers if is_learned(messages[index], f"{name}[{index}]")]
     if learn == "all":
