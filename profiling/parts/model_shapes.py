@@ -21,8 +21,9 @@ import torch
 
 from parts.example_models import cache_folder
 from qlora_lite.checkpoints.atomic_folder import new_folder
-from qlora_lite.checkpoints.hub import empty_model, save_config_and_tokenizer
+from qlora_lite.checkpoints.hub import empty_model
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor, write_sharded
+from qlora_lite.export.companion_files import write_companion_files
 
 # llama-1b is the shape of TinyLlama-1.1B, llama3-8b that of Llama-3-8B; llama-300m and llama-3b are made up.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -112,7 +113,7 @@ def make_shape(name: str, layers: int | None = None) -> Path:
     largest_shard = sum(tensor.nbytes for tensor in plan.values()) // SHARDS + (64 << 20)
     with new_folder(folder) as temporary:
         write_sharded(temporary, plan, largest_shard)
-        save_config_and_tokenizer(model, None, temporary, torch.bfloat16)
+        write_companion_files(model, None, temporary, torch.bfloat16)
     return folder
 
 

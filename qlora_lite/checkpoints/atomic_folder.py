@@ -17,15 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qlora_lite.checkpoints.files import UNFINISHED, rename, sync
+from qlora_lite.checkpoints.files import UNFINISHED, is_companion_name, rename, sync
 from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.locks import locked
 from qlora_lite.signals import deferred_signals, removed_at_end
 from qlora_lite.system import c_function
 
-# The files of checkpoints, adapters and runs. A folder that holds other files is never replaced.
-CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jsonl", ".jinja", ".model")
-CHECKPOINT_NAMES = ("merges.txt", "vocab.txt", "README.md")
+# The files of checkpoints, adapters and runs, besides companion files. A folder with other files is never replaced.
+CHECKPOINT_SUFFIXES = (".safetensors", ".jsonl")
+CHECKPOINT_NAMES = ("README.md",)
 # An unfinished folder that nobody holds a lock on is abandoned, unless it is too young to have been locked.
 ABANDONED_AFTER_SECONDS = 60
 SPARE_BYTES = 64 << 20
@@ -59,7 +59,7 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
 
 
 def _is_replaceable(path: Path) -> bool:
-    return path.suffix in CHECKPOINT_SUFFIXES or path.name in CHECKPOINT_NAMES
+    return path.suffix in CHECKPOINT_SUFFIXES or path.name in CHECKPOINT_NAMES or is_companion_name(path.name)
 
 
 def check_free_space(target: Path, needed: int) -> None:

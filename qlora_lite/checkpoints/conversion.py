@@ -229,7 +229,22 @@ def converted_tensors(model: nn.Module, shapes: Shapes, files: Mapping[str, Lazy
     return found
 
 
-def tensors_as_saved(model: Any) -> dict[str, Tensor]:
-    """Returns the tensors of a model on meta as its checkpoint has them, converted back by transformers."""
+def tensors_as_saved(model: Any, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Returns tensors on meta as the checkpoint of a model has them, converted back by transformers.
+
+    tensors: by the model's names; None for those of the model, which is on meta. A model that is not from transformers
+    has no conversion. Raises CheckpointError for a conversion that transformers cannot undo.
+    """
+    given = dict(model.state_dict() if tensors is None else tensors)
+    if not hasattr(model, "base_model_prefix"):
+        return given
     loading = importlib.import_module("transformers.core_model_loading")
-    return loading.revert_weight_conversion(model, dict(model.state_dict()))  # type: ignore[no-any-return]
+    try:
+        return loading.revert_weight_conversion(model, given)  # type: ignore[no-any-return]
+    except MemoryError:
+        raise
+    except Exception as error:  # its operations raise whatever torch raises
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"transformers cannot undo the conversion of a {type(model).__name__}'s checkpoint: {reason}"
+        ) from error

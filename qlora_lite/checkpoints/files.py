@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import stat
 import time
@@ -24,6 +25,14 @@ from qlora_lite.system import opens_folders
 LARGEST_JSON = 32 << 20
 SHOWN = 60
 
+# Companion files of a checkpoint: those of tokenizers and processors, chat templates, and licences.
+COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".vocab", ".bpe", ".spm", ".codes")
+COMPANION_NAMES = re.compile(
+    r".+\.model\.v\w+"  # Mistral's tokenizer.model.v3
+    r"|(?:[\w-]+[-_.])?(?:vocab|merges|dict)\.txt"
+    r"|(?i:(?:[\w-]+[-_.])?(?:licen[cs]e|notice|copying|copyright|use[-_]policy)(?:[-_][\w-]+)?(?:\.(?:txt|md|rst|pdf))?)"
+)
+
 # The suffix of files and folders that are not complete, and the form of their names, next to the final one.
 UNFINISHED = ".partial"
 UNFINISHED_NAME = f".{{}}.12345678{UNFINISHED}"
@@ -38,6 +47,13 @@ def excerpt(value: object) -> str:
     """Returns the repr of a value for an error, cut to 60 characters."""
     shown = repr(value)
     return shown if len(shown) <= SHOWN else shown[: SHOWN - 3] + "..."
+
+
+def is_companion_name(name: str) -> bool:
+    """Whether a file of this name may belong to a checkpoint without being weights, code or a model card."""
+    return not name.startswith(".") and (
+        name.endswith(COMPANION_SUFFIXES) or COMPANION_NAMES.fullmatch(name) is not None
+    )
 
 
 def is_regular(path: Path) -> bool:
@@ -168,10 +184,10 @@ def rename(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object, sort_keys: bool = True) -> None:
     """Writes indented JSON, the same bytes on every system, and flushes it to the disk."""
     with open(path, "w", encoding="utf-8", newline="\n") as file:
-        json.dump(value, file, indent=2, sort_keys=True)
+        json.dump(value, file, indent=2, sort_keys=sort_keys)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Configs, empty models and tokenizers from transformers, and the companion files of a checkpoint.
+"""Configs, empty models and tokenizers from transformers.
 
 Of this room, only this file and conversion.py import transformers, when it is first needed.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,11 @@ from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-TEMPLATE_FOLDER = "additional_chat_templates"
-CHECKPOINT_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
-)
+# What is fetched of a checkpoint of the hub: tensors, and the files of files.py's `is_companion_name`.
+CHECKPOINT_PATTERNS = [
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.tiktoken", "*.bpe", "*.spm"),
+    *("*.codes", "*.vocab", "*LICEN[CS]E*", "*[Ll]icen[cs]e*", "*NOTICE*", "*[Nn]otice*", "*USE_POLICY*", "COPY*"),
+]
 # Layers are built before anything is compared with the files. The deepest known models have a few hundred.
 MAX_LAYERS = 4096
 
@@ -126,11 +124,25 @@ def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
         return model.eval()
 
 
+def read_generation_config(folder: Path) -> Any:
+    """Returns the generation config of a checkpoint folder, None if it has none."""
+    if not (folder / GENERATION_FILE).is_file():
+        return None
+    with _errors_of_transformers(f"{folder / GENERATION_FILE} is not a generation config"):
+        return _transformers().GenerationConfig.from_pretrained(str(folder))
+
+
 def load_generation_config_(model: nn.Module, folder: Path) -> None:
     """Sets `model.generation_config` from the checkpoint folder, if it has one."""
-    if (folder / GENERATION_FILE).is_file():
-        with _errors_of_transformers(f"{folder / GENERATION_FILE} is not a generation config"):
-            model.generation_config = _transformers().GenerationConfig.from_pretrained(str(folder))
+    if (found := read_generation_config(folder)) is not None:
+        model.generation_config = found
+
+
+def save_generation_config(model: Any, folder: Path) -> None:
+    """Writes the generation config of a model, if it has one. Raises CheckpointError if transformers refuses it."""
+    if getattr(model, "generation_config", None) is not None:
+        with _errors_of_transformers("the generation config cannot be saved"):
+            model.generation_config.save_pretrained(str(folder))
 
 
 def load_tokenizer(path_or_id: str | Path) -> Any:
@@ -141,44 +153,6 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def save_config_and_tokenizer(
-    model: Any,
-    source: Path | None,
-    target: Path,
-    dtype: torch.dtype,
-    quantization: Mapping[str, object] | None = None,
-    *,
-    untie: bool = False,
-) -> None:
-    """Writes config (with a new dtype), generation config, tokenizer and chat templates to the folder `target`.
-
-    source: the folder that the tokenizer's files are copied from. quantization: the `quantization_config` of a packed
-    checkpoint. untie: sets `tie_word_embeddings` to False in the written config. The model is not changed.
-    """
-    config = type(model.config).from_dict(model.config.to_dict())
-    config.dtype = dtype
-    _delete_quantization_config(config)
-    if quantization is not None:
-        config.quantization_config = dict(quantization)
-    if untie:
-        for part in (config, config.get_text_config()):
-            part.tie_word_embeddings = False
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(str(target))
-    if getattr(model, "generation_config", None) is not None:
-        with _errors_of_transformers("the generation config cannot be saved"):
-            model.generation_config.save_pretrained(str(target))
-    if source is not None:
-        # The name of sentencepiece's model differs between families: spiece, sentencepiece.bpe, spm, ...
-        for name in sorted({*TOKENIZER_FILES, *(path.name for path in source.glob("*.model"))}):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
-        # Chat templates other than the default one lie in a folder of their own.
-        for template in sorted((source / TEMPLATE_FOLDER).glob("*.jinja")):
-            (target / TEMPLATE_FOLDER).mkdir(exist_ok=True)
-            shutil.copyfile(template, target / TEMPLATE_FOLDER / template.name)
 
 
 def model_folder(model: nn.Module) -> Path | None:

@@ -69,6 +69,21 @@ def _check_shapes(name: str, tensors: tuple[LazyTensor, ...], free_dim: int | No
 
 
 @dataclass(frozen=True)
+class ShapeOnlyTensor:
+    """A tensor that lies in no file. Its rows can be read, with uninitialized memory in them."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return torch.empty((stop - start, *self.shape[1:]) if self.shape else (), dtype=self.dtype)
+
+    def select(self, index: int) -> ShapeOnlyTensor:
+        return ShapeOnlyTensor(f"{self.name}[{index}]", self.dtype, self.shape[1:])
+
+
+@dataclass(frozen=True)
 class Selected:
     """The tensor at one index of the first dimension: torch's `tensor.select(0, index)`.
 

@@ -33,6 +33,13 @@ def merge(
         str,
         typer.Option(help="Weights to merge into: dequantized (those that the adapter was trained on) or original."),
     ] = "dequantized",
+    names: Annotated[
+        str,
+        typer.Option(
+            help="Tensor names to write: checkpoint (those of --model's files, which vLLM and llama.cpp read) or model "
+            "(those of transformers 5)."
+        ),
+    ] = "checkpoint",
     dtype: Annotated[str, typer.Option(help="dtype to write: fp16, bf16 or fp32.")] = "fp16",
     format: Format = DEFAULT_FORMAT,
     blocksize: Blocksize = 64,
@@ -52,8 +59,8 @@ def merge(
     from qlora_lite.checkpoints.hub import load_tokenizer
     from qlora_lite.checks import dtype_named, is_count, require
     from qlora_lite.data.tokenization import DataConfig, tokenize_sources
-    from qlora_lite.export.merged import REPORT_FILE, merge_checkpoint
-    from qlora_lite.export.report import render
+    from qlora_lite.export.merged import merge_checkpoint
+    from qlora_lite.export.report import REPORT_FILE, render
     from qlora_lite.export.verify import render as render_verification
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import deferred_signals
@@ -75,6 +82,7 @@ def merge(
             quant,
             target,
             base=base,
+            names=names,
             max_shard_bytes=shard,
             overwrite=overwrite,
             verify=None if prompts is None else prompts.examples,
@@ -85,6 +93,7 @@ def merge(
     figures: dict[str, object] = {
         "layers_merged": merged,
         "base": base,
+        "names": names,
         "dtype": dtype,
         "files": done.files,
         "output": str(output),

@@ -10,6 +10,7 @@ that is merged at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -123,20 +124,32 @@ class Replacement:
     """Trained values that replace a weight, or some of its rows.
 
     values: (start, stop) -> these rows of the trained values. indices: the rows of the weight that they replace; None:
-    all. owner: the object that holds the values. Two tied weights with the same owner are still tied.
+    all. owner: the object that holds the values. Two tied weights with the same owner are still tied. stack: the number
+    of matrices, if the weight is a stack that is read matrix by matrix.
     """
 
     values: Rows
     owner: object
     indices: tuple[int, ...] | None = None
+    stack: int | None = None
 
     low_rank = False
     additive = False
 
     @property
     def matrices(self) -> tuple[Replacement, ...]:
-        """The updates of the weight's matrices: this one alone."""
-        return (self,)
+        """The updates of the weight's matrices: this one alone, or one for each matrix of a stack."""
+        if self.stack is None:
+            return (self,)
+
+        @functools.lru_cache(maxsize=1)  # rows are read matrix by matrix, so one of them is held at a time
+        def whole(index: int) -> Tensor:
+            return self.values(index, index + 1)[0]
+
+        def rows_of(index: int) -> Rows:
+            return lambda start, stop: whole(index)[start:stop]
+
+        return tuple(Replacement(rows_of(index), self.owner) for index in range(self.stack))
 
     def add_to_(self, rows: Tensor, first: int) -> Tensor:
         """Writes the trained values into these rows of W0 (fp32), from row `first` on, and returns them."""

@@ -173,14 +173,18 @@ class LazyModel:
 
     def _other(self, module: nn.Module, weights: LazyWeights) -> Callable[..., object]:
         usual = module.forward
-        if adapted := [name for _, _, name in self._stored(module) if weights.low_rank(name) is not None]:
-            raise ConfigError(f"{adapted[0]} has an adapter on a {type(module).__name__}, which cannot be verified")
+        adapted = [name for _, _, name in self._stored(module) if weights.low_rank(name) is not None]
+        if stacks := [name for holder, key, name in self._stored(module) if name in adapted and holder[key].dim() != 2]:
+            raise ConfigError(f"{stacks[0]} has an adapter on a {type(module).__name__}, which cannot be verified")
 
         def forward(*args: object, **kwargs: object) -> object:
             stored = [(holder, key, holder[key], name) for holder, key, name in self._stored(module)]
             try:
                 for holder, key, empty, name in stored:
                     tensor = weights.whole(name).view(empty.shape)  # a stack is read as the rows of its matrices
+                    if (low := weights.low_rank(name)) is not None:  # the router of experts, a small matrix
+                        left, right, scaling = low
+                        tensor = torch.addmm(tensor, left, right, alpha=scaling)
                     holder[key] = nn.Parameter(tensor, False) if isinstance(empty, nn.Parameter) else tensor
                 return usual(*args, **kwargs)
             finally:

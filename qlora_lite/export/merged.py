@@ -26,7 +26,6 @@ from qlora_lite.checkpoints.base_identity import (
     repacked_weights,
 )
 from qlora_lite.checkpoints.checkpoint import Checkpoint
-from qlora_lite.checkpoints.conversion import converted_tensors
 from qlora_lite.checkpoints.files import read_json, write_json
 from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, read_slices
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
@@ -35,10 +34,11 @@ from qlora_lite.checks import FLOAT_DTYPES, is_count, require
 from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
+from qlora_lite.export.checkpoint_names import CHECKPOINT, MODEL, NAMES, CheckpointNames
+from qlora_lite.export.companion_files import write_companion_files
 from qlora_lite.export.model_weights import ModelInMemory, ModelOnDisk, lazy_updates_
-from qlora_lite.export.plain_weights import plain_weights
 from qlora_lite.export.plan import ExportPlan
-from qlora_lite.export.report import MergeReport
+from qlora_lite.export.report import REPORT_FILE, MergeReport
 from qlora_lite.export.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
 from qlora_lite.lora.multi_adapter import active_adapter, using_adapter
 from qlora_lite.lora.peft.keys import BASE_COPY, PREFIX, TOKEN_ADAPTER, adapter_tensors
@@ -46,8 +46,6 @@ from qlora_lite.lora.peft.options import CONFIG_FILE
 from qlora_lite.lora.peft.save_load import load_adapter_
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.quantize_model import WeightToPack
-
-REPORT_FILE = "merge_report.json"
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,9 @@ class Exported:
     verification: Verification | None = None
 
 
-def _check_options(base: str, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _check_options(base: str, names: str, dtype: torch.dtype, max_shard_bytes: int) -> None:
     require(base in BASES, f"base must be {' or '.join(BASES)}", base)
+    require(names in NAMES, f"names must be {' or '.join(NAMES)}", names)
     if dtype not in FLOAT_DTYPES.values():
         raise ConfigError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {dtype}")
     require(is_count(max_shard_bytes, 1), "max_shard_bytes must be an integer of at least 1", max_shard_bytes)
@@ -79,20 +78,28 @@ def _check_has_originals(source: Path, base: str) -> None:
         )
 
 
-def _originals(model: nn.Module, source: Path | None, base: str) -> Mapping[str, LazyTensor]:
-    """Returns the tensors that a model was packed from, by the model's names; empty if its folder has none."""
+def _plain_files(source: Path | None) -> Mapping[str, LazyTensor] | None:
+    """Returns the tensors of a folder by their names; None if it has none, or if they are packed."""
+    files = None if source is None or hub.quantization_config(source) is not None else TensorFiles.of(source)
+    return None if files is None else files.stored
+
+
+def _originals(
+    model: nn.Module, source: Path | None, base: str, stored: CheckpointNames | None
+) -> Mapping[str, LazyTensor]:
+    """Returns the tensors that a model was packed from, by the model's names; empty if its folder has none.
+
+    stored: the tensors of the folder, None if it has none in full precision.
+    """
     if source is not None:
         _check_has_originals(source, base)
-    packed = source is not None and hub.quantization_config(source) is not None
     # LoftQ packed the checkpoint's weight less its adapter's, so this adapter belongs to the packed weights alone.
     repacked = bool(repacked_weights(model))
     if repacked and base == ORIGINAL:
         raise CheckpointError("base='original' has no meaning for an adapter on a base that LoftQ packed anew")
-    stored = None if packed or repacked else TensorFiles.of(source)
     if base == ORIGINAL and stored is None:
         raise CheckpointError("base='original' needs the checkpoint that the model was loaded from; it has none")
-    shapes = {weight.name: weight.shape for weight in plain_weights(model)}
-    return {} if stored is None else converted_tensors(model, shapes, stored.stored).tensors
+    return {} if stored is None or repacked else stored.converted.tensors
 
 
 def _check_same_base(
@@ -159,7 +166,7 @@ def _write(
         check_free_space(folder, sum(tensor.nbytes for tensor in plan.tensors.values()))
         with plan.packing_ahead():
             files = write_sharded(temporary, plan.tensors, max_shard_bytes)
-        hub.save_config_and_tokenizer(model, source, temporary, plan.dtype, untie=plan.untied)
+        write_companion_files(model, source, temporary, plan.dtype, untie=plan.untied, is_whole=plan.is_whole)
         report = plan.report()
         verification = None if examples is None else _verified(temporary, plan, examples)
         verified = {} if verification is None else {"verify": verification.to_json()}
@@ -173,6 +180,7 @@ def export_merged(
     dtype: torch.dtype = torch.float16,
     *,
     base: str = DEQUANTIZED,
+    names: str = CHECKPOINT,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     verify: Sequence[TokenizedExample] | None = None,
@@ -182,25 +190,32 @@ def export_merged(
 
     base: `dequantized` adds the update to W0 as it was packed and trained on; `original` to the weights of the
     checkpoint that the model was loaded from, which are read from disk (a packed checkpoint has none).
+    names: `checkpoint` writes the tensors under the names and in the pieces of the checkpoint that the model was loaded
+    from, or, without one, those of transformers' `save_pretrained`; `model` those of the model in transformers 5.
     verify: held-out examples (`data.tokenize_all`). The export, read back from its files, and the merge into the other
     base are compared with the adapter model on them (verify.py) before the folder gets its name.
     name: the adapter to merge, of several (multi_adapter.py); None for the active one, which stays active.
 
-    The folder also gets config, generation config, tokenizer, chat template and `merge_report.json`, and loads with
-    `AutoModelForCausalLM.from_pretrained`. If an adapter is on one of two tied weights (output head, input embedding),
-    or on both, both are written, each with its own update, and `tie_word_embeddings` is False in the exported config.
-    A slice of a tensor is computed at a time. The model is not changed.
+    The folder also gets config, the checkpoint's companion files (companion_files.py) and `merge_report.json`, and
+    loads with `AutoModelForCausalLM.from_pretrained`. If an adapter is on one of two tied weights (output head, input
+    embedding), or on both, both are written, each with its own update, and `tie_word_embeddings` is False in the
+    exported config. A slice of a tensor is computed at a time. The model is not changed.
 
     Raises QuantizationError, naming the tensor, for values above the range of `dtype` (fp16: 65,504); CheckpointError
-    if the disk has too little space, if the original checkpoint is gone, or if the folder is not empty (unless
-    `overwrite`), which is then left as it was; ConfigError for examples that the model cannot be run on.
+    if the disk has too little space, if the original checkpoint is gone, for tensors that cannot be given the
+    checkpoint's names, or if the folder is not empty (unless `overwrite`), which is then left as it was; ConfigError
+    for examples that the model cannot be run on.
     """
-    _check_options(base, dtype, max_shard_bytes)
+    _check_options(base, names, dtype, max_shard_bytes)
     if getattr(model, "config", None) is None:
         raise ConfigError(f"export needs a transformers model with a config; got a {type(model).__name__}")
     source = hub.model_folder(model)
     with using_adapter(model, active_adapter(model) if name is None else name):
-        plan = ExportPlan.of(model, base, dtype, ModelInMemory(), _originals(model, source, base))
+        files = _plain_files(source)
+        stored = None if files is None else CheckpointNames(model, files)
+        originals = _originals(model, source, base, stored)
+        written = None if names == MODEL else stored or CheckpointNames(model, None)
+        plan = ExportPlan.of(model, base, dtype, ModelInMemory(), originals, written)
         return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)
 
 
@@ -212,6 +227,7 @@ def merge_checkpoint(
     dtype: torch.dtype = torch.float16,
     *,
     base: str = DEQUANTIZED,
+    names: str = CHECKPOINT,
     load_dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -227,7 +243,7 @@ def merge_checkpoint(
     Raises the errors of `load_quantized`, `load_adapter_` and `export_merged`. A base other than the one that the
     adapter was trained on is refused first, from its files.
     """
-    _check_options(base, dtype, max_shard_bytes)
+    _check_options(base, names, dtype, max_shard_bytes)
     set_host_limits()
     source = hub.checkpoint_folder(path_or_id)
     check_output_is_not_input(Path(folder), source, Path(adapter))
@@ -243,5 +259,6 @@ def merge_checkpoint(
     _check_same_base(Path(adapter), model, checkpoint, weights_to_pack, load_dtype)
     held = ModelOnDisk(weights_to_pack, checkpoint, load_dtype, lazy_updates_(model, adapter))
     hub.load_generation_config_(model, source)
-    plan = ExportPlan.of(model, base, dtype, held, checkpoint.originals)
+    written = None if names == MODEL else CheckpointNames(model, _plain_files(source))
+    plan = ExportPlan.of(model, base, dtype, held, checkpoint.originals, written)
     return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)

@@ -39,10 +39,10 @@ from qlora_lite.quantization.quantize_model import WeightToPack
 class ModelWeights(Protocol):
     """The weights of a trained model, by `PlainWeight`."""
 
-    def trained(self, weight: PlainWeight) -> list[WeightRows]:
+    def trained(self, weight: PlainWeight, by_matrix: bool = False) -> list[WeightRows]:
         """Returns the rows of W0 as it was in training, in the plain checkpoint's orientation.
 
-        One element, or one for each matrix of a stack that is packed or adapted.
+        One element, or one for each matrix of a stack that is packed or adapted. by_matrix: of any stack.
         """
 
     def delta(self, weight: PlainWeight) -> Update:
@@ -55,11 +55,11 @@ class ModelWeights(Protocol):
 class ModelInMemory:
     """The weights of a model in memory."""
 
-    def trained(self, weight: PlainWeight) -> list[WeightRows]:
+    def trained(self, weight: PlainWeight, by_matrix: bool = False) -> list[WeightRows]:
         held = weight.holder
         if isinstance(held, PackedStack):
             return [packed_rows(matrix, held.transposed) for matrix in held]
-        if isinstance(weight.delta, StackDelta):
+        if by_matrix or isinstance(weight.delta, StackDelta):
             assert isinstance(held, Tensor)
             return [DenseRows(matrix) for matrix in held]
         return [packed_rows(held, weight.transposed) if isinstance(held, PackedWeight) else DenseRows(held)]
@@ -95,11 +95,11 @@ class ModelOnDisk:
         assert name is not None  # the checkpoint fits the model
         return name
 
-    def trained(self, weight: PlainWeight) -> list[WeightRows]:
+    def trained(self, weight: PlainWeight, by_matrix: bool = False) -> list[WeightRows]:
         name, to_pack = self._name(weight), self._to_pack.get(id(weight.holder))
         if to_pack is None:
             stored = self._checkpoint.plain(name)
-            matrices = _matrices(stored, isinstance(weight.delta, StackDelta))
+            matrices = _matrices(stored, by_matrix or isinstance(weight.delta, StackDelta))
             return [StoredRows(matrix, weight.holder.dtype) for matrix in matrices]
         packed = self._checkpoint.packed_weights(name, to_pack, self._dtype)
         return [RepackedRows(matrix, to_pack.transposed) for matrix in packed]

@@ -29,7 +29,7 @@ class PlainWeight:
 
     holder: the object of the model that holds it, the same one for tied tensors. delta: the adapter's update of it, in
     the orientation of the checkpoint. transposed: the holder was transposed to be packed. tied_to: other names of the
-    holder by the config; the checkpoint that the model came from may have it under one of these.
+    holder by the config; the checkpoint that the model came from may have it under one of these alone.
     """
 
     name: str
@@ -147,9 +147,10 @@ def weights_to_write(model: nn.Module) -> tuple[list[PlainWeight], bool]:
     # Loading restores only the ties that the config declares. Other shared tensors are written twice.
     aliases = architecture.tied_names(model)
     tied = [group for group in sharing.values() if len(group) > 1 and aliases & {weight.name for weight in group}]
-    shared = {id(weight.holder) for group in tied for weight in group if weight.name not in aliases}
+    names = {weight.name: tuple(other.name for other in group) for group in tied for weight in group}
+    weights = [replace(weight, tied_to=names.get(weight.name, ())) for weight in weights]
     if any(_differ([weight.delta for weight in group]) for group in tied):
-        names = {weight.name: tuple(other.name for other in group) for group in tied for weight in group}
-        return [replace(weight, tied_to=names.get(weight.name, ())) for weight in weights], True
+        return weights, True
     # Some models declare the alias first: a head before the embedding that it is tied to.
+    shared = {id(weight.holder) for group in tied for weight in group if weight.name not in aliases}
     return [weight for weight in weights if weight.name not in aliases or id(weight.holder) not in shared], False

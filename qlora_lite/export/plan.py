@@ -1,15 +1,16 @@
 """Plans an export: every tensor of the plain checkpoint, how its rows are computed, and the figures of the report.
 
-The step of a weight on its way out between model_weights.py, which gives W0 and the update, and merged.py, which writes
-the plan. Nothing is read or computed before a tensor is written, and then some rows at a time.
+The step of a weight on its way out between merged_tensor.py, which computes a tensor of the model, checkpoint_names.py,
+which makes those of the checkpoint from it, and merged.py, which writes the plan. Nothing is read or computed before a
+tensor is written, and then some rows at a time.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from qlora_lite.checks import FLOAT_DTYPES
 from qlora_lite.compute.host_memory import HeapTrimmer
 from qlora_lite.compute.weight_update import Delta, Replacement, Update
 from qlora_lite.errors import CheckpointError
+from qlora_lite.export.checkpoint_names import CheckpointNames, is_read_by_matrix
 from qlora_lite.export.lazy_model import LazyWeights
+from qlora_lite.export.merged_tensor import SLICE_BYTES, ExportedTensor, IntegerTensor, MergedTensor, view_slices
 from qlora_lite.export.model_weights import ModelWeights, as_stored
 from qlora_lite.export.plain_weights import PlainWeight, weights_to_write
 from qlora_lite.export.report import MergeReport, TensorFigures
@@ -31,14 +34,8 @@ from qlora_lite.export.weight_rows import (
     RepackedRows,
     TransposedRows,
     WeightRows,
-    aligned_slices,
-    merged_rows,
     packing_ahead,
-    whole_slices,
 )
-
-# Computed at once, in fp32; small enough to stay in the caches while it is summed, cast and measured.
-SLICE_BYTES = 2 << 20
 
 
 class _LazyDeltas(Mapping[str, Delta]):
@@ -63,39 +60,61 @@ class _LazyDeltas(Mapping[str, Delta]):
 class ExportPlan:
     """The tensors to write, and the figures that are measured while they are written.
 
-    untied: whether tied weights are written apart, because an adapter is on one of them. merges: the inputs of every
-    floating tensor. holes: checked after each tensor, so that freed pages do not accumulate.
+    untied: whether tied weights are written apart, because an adapter is on one of them. tensors: by the names in the
+    files. is_whole: whether these include all of the checkpoint that the model came from. exported: by the model's
+    names. merges: the inputs of every floating tensor. holes: checked after each
+    tensor, so that freed pages do not accumulate.
     """
 
     base: str
     dtype: torch.dtype
     untied: bool
+    is_whole: bool = False
     tensors: dict[str, PlannedTensor] = field(default_factory=dict)
+    exported: dict[str, ExportedTensor] = field(default_factory=dict)
     figures: list[TensorFigures] = field(default_factory=list)
     merges: list[MergeInputs] = field(default_factory=list)
     holes: HeapTrimmer = field(default_factory=HeapTrimmer)
 
     @classmethod
     def of(
-        cls, model: nn.Module, base: str, dtype: torch.dtype, held: ModelWeights, originals: Mapping[str, LazyTensor]
+        cls,
+        model: nn.Module,
+        base: str,
+        dtype: torch.dtype,
+        held: ModelWeights,
+        originals: Mapping[str, LazyTensor],
+        names: CheckpointNames | None = None,
     ) -> ExportPlan:
         """Plans all tensors of a model.
 
         held: the model's weights as they were in training. originals: the checkpoint's tensors in full precision.
-        Raises CheckpointError if the base is `original` and one of these is missing.
+        names: how the checkpoint has the model's tensors; None to give these the model's own names.
+        Raises CheckpointError if the base is `original` and one of these is missing, and for tensors that cannot be
+        given the checkpoint's names.
         """
         weights, untied = weights_to_write(model)
-        plan = cls(base, dtype, untied)
+        plan = cls(base, dtype, untied, names is not None and names.is_of_source)
+        views = {} if names is None else names.views(weights)
         for weight in weights:
-            plan._add(weight, held, originals)
+            view = views.get(weight.name)
+            plan._add(weight, held, originals, view is not None and is_read_by_matrix(view))
+        if names is None:
+            plan.tensors = {name: _planned(tensor) for name, tensor in plan.exported.items()}
+        else:
+            plan.tensors = {name: _planned(view) for name, view in names.tensors(views, plan.exported).items()}
+            plan.tensors |= {name: _as_it_is(stored) for name, stored in names.rest().items()}
         return plan
 
-    def _add(self, weight: PlainWeight, held: ModelWeights, originals: Mapping[str, LazyTensor]) -> None:
+    def _add(
+        self, weight: PlainWeight, held: ModelWeights, originals: Mapping[str, LazyTensor], by_matrix: bool
+    ) -> None:
+        """Adds a tensor of the model. by_matrix: whether the files have matrices of this stack, or parts of them."""
         if isinstance(weight.holder, Tensor) and not weight.holder.is_floating_point():
             whole = functools.partial(held.integers, weight)
-            self.tensors[weight.name] = PlannedTensor(weight.shape, weight.holder.dtype, lambda: [whole()])
+            self.exported[weight.name] = IntegerTensor(weight.name, weight.shape, weight.holder.dtype, whole)
             return
-        trained = held.trained(weight)
+        trained = held.trained(weight, by_matrix)
         stored = originals.get(weight.name_in(originals) or weight.name)
         original = as_stored(stored, trained) if stored is not None and stored.shape == weight.shape else None
         if self.base == ORIGINAL and original is None:
@@ -104,12 +123,21 @@ class ExportPlan:
         chosen, other = trained, original if is_packed else None
         if self.base == ORIGINAL and original is not None:
             chosen, other = original, trained if is_packed else None
-        delta = None if weight.delta is None else functools.partial(held.delta, weight)
+        is_stack = len(trained[0].shape) < len(weight.shape)
+        delta = None if weight.delta is None else functools.partial(_update, held, weight, is_stack)
         # The update of a convolution's kernel cannot be applied to activations as a product of two matrices.
         low_rank = weight.delta is None or (weight.delta.low_rank and len(weight.shape) == 2)
         self.merges.append(MergeInputs(weight.name, trained, original, delta, low_rank))
-        merged = _MergedTensor(chosen, other, delta, weight.name, self)
-        self.tensors[weight.name] = PlannedTensor(weight.shape, self.dtype, merged.slices)
+        versions: list[tuple[WeightRows, ...]] = (
+            [(rows,) for rows in chosen] if other is None else list(zip(chosen, other, strict=True))
+        )
+        self.exported[weight.name] = MergedTensor(
+            weight.name, weight.shape, self.dtype, versions, delta, self._measured
+        )
+
+    def _measured(self, figures: TensorFigures) -> None:
+        self.figures.append(figures)
+        self.holes.check()
 
     def packing_ahead(self) -> AbstractContextManager[None]:
         """Within the block, packs the weights of a checkpoint on disk before their rows are read."""
@@ -118,7 +146,8 @@ class ExportPlan:
 
     def compared(self, written: Mapping[str, LazyTensor]) -> ModelsToCompare:
         """Returns the models to compare with the adapter model. written: the export, read back from its files."""
-        rest = {name: tensor.slices for name, tensor in self.tensors.items()}  # integers do not differ
+        # Integers do not differ; the others are replaced below.
+        rest: dict[str, Callable[[], Iterable[Tensor]]] = {n: tensor.slices for n, tensor in self.exported.items()}
         base = LazyWeights(rest | {merge.name: functools.partial(merge.base, SLICE_BYTES) for merge in self.merges})
         apart = {merge.name: merge.delta for merge in self.merges if merge.delta is not None and merge.low_rank}
         whole = {
@@ -145,7 +174,7 @@ class ExportPlan:
         """Returns the figures of all tensors, in the order of the plan."""
         name = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == self.dtype)
         # Tensors are written in another order, by shards.
-        place = {tensor: number for number, tensor in enumerate(self.tensors)}
+        place = {tensor: number for number, tensor in enumerate(self.exported)}
         return MergeReport(self.base, name, tuple(sorted(self.figures, key=lambda figures: place[figures.name])))
 
 
@@ -153,47 +182,16 @@ def _reader(stored: LazyTensor) -> Callable[[], Iterator[Tensor]]:
     return lambda: (rows for _, rows in read_slices(stored, SLICE_BYTES))
 
 
-@dataclass(frozen=True)
-class _MergedTensor:
-    """W0 + scaling * B A of one tensor, and its figures.
+def _update(held: ModelWeights, weight: PlainWeight, is_stack: bool) -> Update:
+    """Returns the update of a weight. is_stack: whether the weight is a stack that is read matrix by matrix."""
+    update = held.delta(weight)
+    return replace(update, stack=weight.shape[0]) if is_stack and isinstance(update, Replacement) else update
 
-    chosen: W0 that the update is added to. other: the other base, for measuring the error of packing. Both are one
-    matrix, or the matrices of a stack. delta: computes or reads the update.
-    """
 
-    chosen: list[WeightRows]
-    other: list[WeightRows] | None
-    delta: Callable[[], Update] | None
-    name: str
-    plan: ExportPlan
+def _planned(tensor: LazyTensor) -> PlannedTensor:
+    return PlannedTensor(tensor.shape, tensor.dtype, functools.partial(view_slices, tensor))
 
-    @torch.no_grad()
-    def slices(self) -> Iterator[Tensor]:
-        figures = TensorFigures(self.name, values=0)
-        update = None if self.delta is None else self.delta()
-        if update is not None:
-            update = update.prepared(lambda: whole_slices(self.chosen, update, SLICE_BYTES))
-            if not isinstance(update, Replacement) and update.additive:
-                figures.update = update.squared_norm()
-            else:
-                figures.update = 0.0  # summed up slice by slice
-        versions = zip(self.chosen) if self.other is None else zip(self.chosen, self.other, strict=True)
-        for start, (rows, *other), delta in aligned_slices(versions, update, SLICE_BYTES):
-            yield self._written(rows, other[0] if other else None, start, delta, figures)
-        self.plan.figures.append(figures)
-        self.plan.holes.check()
 
-    def _written(
-        self, rows: Tensor, other: Tensor | None, start: int, delta: Update | None, figures: TensorFigures
-    ) -> Tensor:
-        figures.values += rows.numel()
-        figures.add_weight(rows)
-        if other is not None:
-            figures.add_quantization(rows, other)
-        without_update = None if delta is None else rows.to(self.plan.dtype, copy=True)
-        before = None if delta is None or delta.additive else rows.clone()
-        written = merged_rows(rows, start, delta, self.plan.dtype, self.name)
-        if before is not None:
-            figures.add_update(before.sub_(rows))
-        figures.add_written(rows, written, without_update)
-        return written
+def _as_it_is(stored: LazyTensor) -> PlannedTensor:
+    """Plans a tensor of the checkpoint that the model does not have; it is written with its bytes."""
+    return PlannedTensor(stored.shape, stored.dtype, _reader(stored))

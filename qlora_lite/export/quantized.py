@@ -31,6 +31,7 @@ from qlora_lite.checkpoints.safetensors_write import (
 from qlora_lite.checks import check_finite, is_count, require
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, listing
+from qlora_lite.export.companion_files import write_companion_files
 from qlora_lite.export.plain_weights import Holder, weights_to_write
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.config import QuantConfig
@@ -220,6 +221,6 @@ def save_quantized(
             (temporary / ROWS_FILE).parent.mkdir()
             write_safetensors(temporary / ROWS_FILE, plan.absmax)
             files.append(ROWS_FILE)
-        hub.save_config_and_tokenizer(model, source, temporary, dtype, quantization)
+        write_companion_files(model, source, temporary, dtype, quantization, is_whole=False)
         write_packed_base_identity(temporary, model)
     return files

@@ -13,6 +13,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+REPORT_FILE = "merge_report.json"
 MOST_SHOWN = 5
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

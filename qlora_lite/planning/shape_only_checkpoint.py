@@ -18,27 +18,12 @@ from qlora_lite import architecture
 from qlora_lite.checkpoints import conversion
 from qlora_lite.checkpoints.checkpoint import Checkpoint
 from qlora_lite.checkpoints.conversion import converted_tensors
-from qlora_lite.checkpoints.lazy_tensors import LazyTensor
+from qlora_lite.checkpoints.lazy_tensors import LazyTensor, ShapeOnlyTensor
 from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import row_step
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantization.quantize_model import WeightToPack
-
-
-@dataclass(frozen=True)
-class ShapeOnlyTensor:
-    """A tensor of a checkpoint whose rows can be read, with uninitialized memory in them."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return torch.empty((stop - start, *self.shape[1:]) if self.shape else (), dtype=self.dtype)
-
-    def select(self, index: int) -> ShapeOnlyTensor:
-        return ShapeOnlyTensor(f"{self.name}[{index}]", self.dtype, self.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from qlora_lite.checkpoints.files import (
     check_creatable,
     check_writable,
     excerpt,
+    is_companion_name,
     is_regular,
     new_file,
     open_regular,
@@ -227,3 +228,17 @@ def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.html")
     with pytest.raises(CheckpointError, match="is a pipe, socket or device, which would be replaced"):
         check_writable(tmp_path / "a.html", ".html", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *((name, True) for name in ("tokenizer.json", "tekken.json", "chat_template.jinja", "qwen.tiktoken")),
+        *((name, True) for name in ("spiece.model", "tokenizer.model.v3", "tokenizer.model.v7m1", "vocab.txt")),
+        *((name, True) for name in ("LICENSE", "License.md", "gemma_LICENSE.txt", "NOTICE", "USE_POLICY.md")),
+        *((name, False) for name in (".hidden.json", "README.md", "notes.txt", "modeling.py", "LICENSE.py")),
+        *((name, False) for name in ("pytorch_model.bin", "model.safetensors", "state.pkl", "license_plate.png")),
+    ],
+)
+def test_companion_files_are_told_by_their_names(name: str, expected: bool) -> None:
+    assert is_companion_name(name) is expected

@@ -17,7 +17,8 @@ from qlora_lite.checkpoints.hub import (
     model_folder,
     quantization_config,
     read_config,
-    save_config_and_tokenizer,
+    read_generation_config,
+    save_generation_config,
 )
 from qlora_lite.errors import CheckpointError
 
@@ -88,31 +89,18 @@ def test_how_a_folder_is_packed_is_read_and_kept_out_of_the_model(tiny_folder: P
     assert "quantization_config" not in read_config(tmp_path).to_dict()
 
 
-def test_a_written_config_is_untied_on_request_and_the_models_own_is_left(tiny_folder: Path, tmp_path: Path) -> None:
-    from transformers import Gemma3Config
-
+def test_tied_names(tiny_folder: Path) -> None:
     model = empty_model(read_config(tiny_folder), torch.bfloat16)
-    assert tied_pairs(model) == [("lm_head.weight", "model.embed_tokens.weight")] and tied_names(model) == {
-        "lm_head.weight"
-    }
-    nested = SimpleNamespace(config=Gemma3Config())  # says it twice
-    for given in (model, nested):
-        before = given.config.to_dict()
-        for untie in (False, True):
-            save_config_and_tokenizer(given, None, tmp_path, torch.float16, untie=untie)
-            written = json.loads((tmp_path / "config.json").read_text())
-            for part in (written, written.get("text_config", written)):
-                assert part.get("tie_word_embeddings", True) is not untie
-        assert given.config.to_dict() == before and given.config.tie_word_embeddings
+    assert tied_pairs(model) == [("lm_head.weight", "model.embed_tokens.weight")]
+    assert tied_names(model) == {"lm_head.weight"}
 
 
-def test_models_of_sentencepiece_are_copied_whatever_their_names(tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "from").mkdir()
-    (tmp_path / "to").mkdir()
-    for name in ("spiece.model", "sentencepiece.bpe.model", "tokenizer.json"):
-        (tmp_path / "from" / name).write_text(name)
-    save_config_and_tokenizer(
-        empty_model(read_config(tiny_folder), torch.bfloat16), tmp_path / "from", tmp_path / "to", torch.half
-    )
-    for name in ("spiece.model", "sentencepiece.bpe.model", "tokenizer.json"):
-        assert (tmp_path / "to" / name).read_text() == name
+def test_a_generation_config_that_transformers_does_not_write_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    assert read_generation_config(tmp_path) is None
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    config = read_generation_config(tmp_path)
+    assert config.temperature == 0.5
+    config.early_stopping = "x"
+    with pytest.raises(CheckpointError, match=r"the generation config cannot be saved: .*early_stopping"):
+        save_generation_config(SimpleNamespace(generation_config=config), tmp_path)
+    save_generation_config(SimpleNamespace(), tmp_path)  # without one, nothing is written

@@ -39,12 +39,15 @@ def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     figures = json.loads(done.stdout.splitlines()[-1])
     # Eleven layers, a norm and the embedding.
     assert figures["layers_merged"] == 13 and figures["embedding_and_head_untied"] is False
+    assert figures["names"] == "checkpoint"
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"text": "number 9"}\n{"prompt": "number"}\n')
-    done = run(*words, "--verify", prompts, "--overwrite", "--json")
+    done = run(*words, "--names", "model", "--verify", prompts, "--overwrite", "--json")
     assert done.returncode == 0, done.stderr
-    said, found = done.stdout.splitlines(), json.loads(done.stdout.splitlines()[-1])["verify"]
+    said, figures = done.stdout.splitlines(), json.loads(done.stdout.splitlines()[-1])
+    found = figures["verify"]
+    assert figures["names"] == "model"
     assert found["sentence"] in said and "2 prompts" in done.stdout and found["adapter_loss"] < found["base_loss"]
     assert found == json.loads((tmp_path / "merged" / "merge_report.json").read_text())["verify"]
     ours = load_quantized(tiny_folder, QuantConfig())

@@ -77,3 +77,20 @@ def test_what_replaces_a_weight_stands_in_its_place_slice_by_slice() -> None:
     for update, wanted in ((all_of_it, whole), (some, expected)):
         made = torch.cat([update.add_to_(base[first : first + 4].clone(), first) for first in (0, 4, 8)])
         assert torch.equal(made, wanted) and update.prepared(list) is update and not update.low_rank
+
+
+def test_a_stack_is_replaced_matrix_by_matrix_and_each_is_read_once() -> None:
+    stack, reads = torch.randn(3, 70, 4), []
+
+    def values(start: int, stop: int) -> torch.Tensor:
+        reads.append((start, stop))
+        return stack[start:stop]
+
+    update = Replacement(values, stack, stack=3)
+    for index, matrix in enumerate(update.matrices):
+        rows = torch.zeros(70, 4)
+        for start in (0, 64):
+            matrix.add_to_(rows[start : start + 64], start)
+        assert torch.equal(rows, stack[index])
+    assert len(update.matrices) == 3 and reads == [(0, 1), (1, 2), (2, 3)]
+    assert Replacement(values, stack).matrices == (Replacement(values, stack),)

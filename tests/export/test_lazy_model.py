@@ -128,6 +128,22 @@ def test_a_stack_may_come_as_rows_of_its_matrices_and_takes_no_adapter() -> None
         model.head_inputs(adapted, BATCH)
 
 
+def test_the_router_of_experts_takes_an_adapter() -> None:
+    config = CONFIGS["stacked experts"]()
+    plain = in_memory(config)
+    name = "model.layers.1.mlp.gate.weight"
+    delta = Delta(torch.randn(3, 2), torch.randn(2, 16), 0.5)
+    weights = LazyWeights(weights_of(plain).tensors, {name: delta})
+    model = lazy_model(config, weights)
+    without = logits(model, LazyWeights(weights.tensors), BATCH)
+    found = logits(model, weights, BATCH)
+    with torch.no_grad():
+        plain.get_parameter(name).add_(0.5 * delta.left @ delta.right)
+    summed = logits(model, weights_of(plain), BATCH)
+    torch.testing.assert_close(found, summed, rtol=1e-4, atol=1e-4)
+    assert (without - summed).abs().max() > 0.01
+
+
 def test_a_module_whose_weight_another_reads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS["untied"]()
     weights = weights_of(in_memory(config))

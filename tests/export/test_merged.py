@@ -21,7 +21,7 @@ from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_a
 from qlora_lite.checkpoints import atomic_folder, safetensors_write
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, Stopped
-from qlora_lite.export import merged, plan
+from qlora_lite.export import merged, merged_tensor
 from qlora_lite.export.quantized import save_quantized
 from qlora_lite.lora.adapters import lora_layers
 
@@ -268,7 +268,7 @@ def test_neither_slices_nor_shards_change_a_bit(
     model = trained(tiny_folder)
     save_adapter(model, tmp_path / "adapter")
     one = merged.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "one")
-    monkeypatch.setattr(plan, "SLICE_BYTES", 1)
+    monkeypatch.setattr(merged_tensor, "SLICE_BYTES", 1)
     many = merged.merge_checkpoint(tiny_folder, tmp_path / "adapter", tmp_path / "many", max_shard_bytes=30_000)
     assert len(many.files) > 1 and same(tmp_path / "one", tmp_path / "many")
     for figures, others in zip(one.report.tensors, many.report.tensors, strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.export.plain_weights import plain_weights, weights_to_write
@@ -30,3 +32,14 @@ def test_tied_weights_are_written_once_or_apart_if_one_is_adapted(tiny_folder: P
     assert untied and embedding.holder is head.holder
     assert embedding.delta is not None and head.delta is None
     assert head.name_in({"model.embed_tokens.weight"}) == "model.embed_tokens.weight" and head.name_in(()) is None
+
+
+def test_of_tied_weights_the_one_that_is_no_alias_is_written(small_model: Callable[..., Any]) -> None:
+    from qlora_lite.architecture import tied_names
+
+    model = small_model("XLMRobertaConfig", is_decoder=True, tie_word_embeddings=True)
+    held = [weight.name for weight in plain_weights(model)]
+    kept, _ = weights_to_write(model)
+    assert set(held) - {weight.name for weight in kept} == tied_names(model)
+    embedding = next(weight for weight in kept if weight.name.endswith("word_embeddings.weight"))
+    assert embedding.name_in({"lm_head.decoder.weight"}) == "lm_head.decoder.weight"

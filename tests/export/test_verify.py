@@ -22,7 +22,7 @@ from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.data.tokenization import tokenize_all
 from qlora_lite.errors import ConfigError, QuantizationError
-from qlora_lite.export import merged, plan, verify
+from qlora_lite.export import merged, merged_tensor, plan, verify
 from qlora_lite.export.verify import BASES, Agreement, Verification, _paired_difference, _TokenStatistics, render
 from qlora_lite.lora.adapters import adapters_disabled, lora_layers
 
@@ -194,6 +194,7 @@ def test_neither_groups_nor_blocks_nor_slices_change_what_is_found(
     one = export_merged(model, tmp_path / "one", verify=examples).verification
     monkeypatch.setattr(verify, "GROUP_TOKENS", 40)
     monkeypatch.setattr(verify, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(merged_tensor, "SLICE_BYTES", 1)
     monkeypatch.setattr(plan, "SLICE_BYTES", 1)
     other = export_merged(model, tmp_path / "many", verify=examples).verification
     assert one is not None and other is not None and len(list(verify._groups(examples))) > 1

@@ -225,9 +225,10 @@ def test_exports_hold_the_merged_stacks(case: tuple[Path, str], tmp_path: Path) 
     config = LoraConfig(rank=3, alpha=7, target_modules=["q_proj", "gate_up_proj", "experts.down_proj"])
     model = adapted(folder, format, config)
     examples = [TokenizedExample(list(range(12)), list(range(12)))]
-    live = export_merged(model, tmp_path / "live", torch.float32, verify=examples)
+    # Under the model's own names, which have whole stacks.
+    live = export_merged(model, tmp_path / "live", torch.float32, names="model", verify=examples)
     save_adapter(model, tmp_path / "adapter")
-    options: dict[str, Any] = {"dtype": torch.float32, "load_dtype": torch.float32}
+    options: dict[str, Any] = {"dtype": torch.float32, "load_dtype": torch.float32, "names": "model"}
     quant = QuantConfig(format=format)
     disk = merge_checkpoint(folder, tmp_path / "adapter", tmp_path / "disk", quant, **options)
     figures = [{each.name: each for each in exported.report.tensors} for exported in (live, disk)]

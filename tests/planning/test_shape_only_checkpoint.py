@@ -11,9 +11,10 @@ import torch
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.checkpoint import Checkpoint
+from qlora_lite.checkpoints.lazy_tensors import ShapeOnlyTensor
 from qlora_lite.checkpoints.pack_on_load import PackedOnLoad
 from qlora_lite.planning.rehearsal import rehearsal
-from qlora_lite.planning.shape_only_checkpoint import ShapeOnlyCheckpoint, ShapeOnlyPackedWeight, ShapeOnlyTensor
+from qlora_lite.planning.shape_only_checkpoint import ShapeOnlyCheckpoint, ShapeOnlyPackedWeight
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.packed_weight import PackedWeight
 

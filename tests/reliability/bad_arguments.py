@@ -65,7 +65,7 @@ SIZES = ("lots", "-1", "nan", "5 apples", "1e3", "9" * 5000)
 # Wrong values of other options.
 VALUES = {
     **dict.fromkeys(("format", "embedding_format", "variant", "bias", "optimizer", "mode", "device"), ("quux", "NF4")),
-    **dict.fromkeys(("base", "dtype", "require"), ("quux", "fp 16")),
+    **dict.fromkeys(("base", "names", "dtype", "require"), ("quux", "fp 16")),
     **dict.fromkeys(("memory", "memory_budget", "max_shard_size", "overhead"), SIZES),
     "checkpointing": ("most", "0", "-1"),
     "init_lora_weights": ("quux", "loftq:0", "loftq:5", "loftq:x"),

@@ -78,7 +78,7 @@ MOMENTS = (
     Moment(MERGE, "checkpoints.hub:_transformers"),
     Moment(MERGE, "export.merged:load_adapter_"),
     Moment(MERGE, "export.weight_rows:RepackedRows._packed", 2),
-    Moment(MERGE, "checkpoints.hub:save_config_and_tokenizer"),
+    Moment(MERGE, "export.merged:write_companion_files"),
     Moment(MERGE, "checkpoints.atomic_folder:_rename_over"),
     Moment(QUANTIZE, "checkpoints.safetensors_write:_Writer.write", 5),
     Moment(PLAN, "planning.training_rehearsal:run_fake_training", 2),
