@@ -18,6 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+LONGEST_BYTES_SHOWN = 24
+
 # On two cores: two threads in one process, or one in each of two processes of pytest-xdist.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
 
@@ -52,6 +54,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Names long bytes by their argument: compressed ones hold the time, and all processes must know the same tests."""
+    return argname if isinstance(val, bytes) and len(val) > LONGEST_BYTES_SHOWN else None
 
 
 @pytest.fixture(autouse=True)
