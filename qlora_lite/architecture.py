@@ -83,7 +83,7 @@ def _initialize_parts_(model: nn.Module, path: str, pending: Mapping[str, Collec
     module, enclosing = model.get_submodule(path), model
     for depth in range(path.count(".") + bool(path) + 1):
         part = model.get_submodule(".".join(path.split(".")[:depth]))
-        enclosing = part if any(kind.__name__ == "PreTrainedModel" for kind in type(part).__mro__) else enclosing
+        enclosing = part if _is_transformers_model(part) else enclosing
     empty = {id(buffer.module._buffers[buffer.name]) for buffers in pending.values() for buffer in buffers}
     stores: list[dict[str, Any]] = [store for part in module.modules() for store in (part._parameters, part._buffers)]
     held = [(store, {name: tensor for name, tensor in store.items() if id(tensor) not in empty}) for store in stores]
@@ -114,6 +114,21 @@ def tensors_on_meta(model: nn.Module) -> list[str]:
     return found
 
 
+def keep_weights_(model: nn.Module) -> None:
+    """Stops a model from changing its weights when it is called.
+
+    In eval, RWKV halves weights in place every few layers, and its hidden states with them, against overflow in
+    float16. An export would have the halved ones.
+    """
+    for module in model.modules():
+        if hasattr(module, "_rescale_layers"):
+            module._rescale_layers = _nothing  # type: ignore[assignment]
+
+
+def _nothing() -> None:
+    pass
+
+
 def tie(model: Any) -> None:
     """Makes tied weights one parameter, as the model's config says."""
     model.tie_weights()
@@ -132,7 +147,9 @@ def tied_pairs(model: nn.Module) -> list[tuple[str, str]]:
 
 def ignorable_keys(model: nn.Module) -> list[str]:
     """Returns regular expressions of checkpoint entries that this architecture does not use."""
-    return [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
+    # Older releases of transformers saved positions, which are computed now.
+    positions = [r"(^|\.)position_ids$"] if any(n.endswith("position_ids") for n, _ in model.named_buffers()) else []
+    return [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$", *positions]
 
 
 def kept_unpacked(model: nn.Module) -> list[str]:
@@ -140,9 +157,23 @@ def kept_unpacked(model: nn.Module) -> list[str]:
     return list(getattr(model, "_keep_in_fp32_modules", None) or [])
 
 
+def kept_in_float32(model: nn.Module) -> list[str]:
+    """Returns patterns of names that transformers keeps in float32 when it loads in float16, or in 16 bits at all."""
+    return [*kept_unpacked(model), *(getattr(model, "_keep_in_fp32_modules_strict", None) or [])]
+
+
+def config_value(config: object, name: str) -> Any:
+    """Returns an entry of a transformers config; None if there is none, or one for each layer (Gemma 4, dots3)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' answer to a question about the whole model that only a layer can answer
+        return None
+
+
 def longest_sequence(config: object) -> int | None:
     """Returns the number of positions that a model was made for, None if its config does not give it."""
-    return getattr(config, "max_position_embeddings", None)
+    found: int | None = config_value(config, "max_position_embeddings")
+    return found
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
@@ -165,20 +196,30 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return getattr(input_embedding(model), "num_embeddings", None)
 
 
+def _is_transformers_model(module: nn.Module) -> bool:
+    return any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__)
+
+
+def base_model(model: Any) -> Any:
+    """Returns the model under the output head. Llama 4 names another attribute for it than it has."""
+    named = model.base_model
+    return next(filter(_is_transformers_model, model.children()), named) if named is model else named
+
+
 def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Returns the last hidden state `(batch, tokens, features)`, the input of the output head."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    return base_model(model)(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
 def logit_options(model: Any) -> dict[str, float]:
     """Returns what the model does with the logits of its head, as arguments of `linear_cross_entropy`."""
-    config = model.config
     options: dict[str, float] = {}
-    if getattr(config, "final_logit_softcapping", None):  # Gemma
-        options["softcap"] = config.final_logit_softcapping
-    if getattr(config, "logit_scale", None):  # Cohere multiplies
-        options["logit_scale"] = config.logit_scale
-    if getattr(config, "logits_scaling", None):  # Granite divides
-        options["logit_scale"] = 1 / config.logits_scaling
+    if softcap := config_value(model.config, "final_logit_softcapping"):  # Gemma
+        options["softcap"] = softcap
+    scale = config_value(model.config, "logit_scale")
+    if scale and isinstance(scale, (int, float)):  # Cohere multiplies; MPT has the name of a formula, which it ignores
+        options["logit_scale"] = scale
+    if scaling := config_value(model.config, "logits_scaling"):  # Granite divides
+        options["logit_scale"] = 1 / scaling
     return options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import nn
 
@@ -30,18 +30,34 @@ def matching_pattern(patterns: Collection[str], name: str) -> str | None:
     return next(matching, name if name in patterns else None)
 
 
+def matches_as_in_transformers(name: str, patterns: Iterable[str]) -> bool:
+    """Whether transformers takes a module for one that is not to be packed.
+
+    Its name begins with one of the patterns, up to a dot, or ends with it.
+    """
+    keys = [pattern.removesuffix(".weight") for pattern in patterns]
+    return any(re.match(rf"(?:{key})(?:\.|$)", name) or name.endswith(key) for key in keys)
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a linear layer, embedding or convolution has another forward than torch's class, as scaled embeddings do.
 
-    A packed or adapted layer in its place would not compute the same.
+    A packed or adapted layer in its place would not compute the same. Falcon's linear layer would: it only adds the
+    bias in an operation of its own.
     """
+    if _qualified_name(module) == "transformers.models.falcon.modeling_falcon.FalconLinear":
+        return False
     plain = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return any(isinstance(module, kind) and type(module).forward is not kind.forward for kind in plain)
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether this is the linear layer of GPT-2, transformers' Conv1D: y = x W + b with W `(in, out)`."""
-    return f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D"
+    return _qualified_name(module) == "transformers.pytorch_utils.Conv1D"
+
+
+def _qualified_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
 
 
 def is_router(module: nn.Module) -> bool:
@@ -57,6 +73,15 @@ def is_router(module: nn.Module) -> bool:
         return False
     takes = list(inspect.signature(type(module).forward).parameters)
     return weight.is_floating_point() and len(takes) == 2  # itself and the tokens
+
+
+def described_by_pattern(found: Mapping[str, str]) -> list[str]:
+    """Returns a line for each reason and each name without its numbers: `2 x layers.*.mixer.dt_proj: reason`."""
+    counts: dict[tuple[str, str], int] = {}
+    for name, reason in found.items():
+        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reason
+        counts[key] = counts.get(key, 0) + 1
+    return [f"{count} x {pattern}: {reason}" for (pattern, reason), count in counts.items()]
 
 
 def check_all_matched(setting: str, wanted: Iterable[str], names: Iterable[str]) -> None:

@@ -12,8 +12,10 @@ from torch import nn
 from qlora_lite.errors import TargetError
 from qlora_lite.surgery import (
     check_all_matched,
+    described_by_pattern,
     exchange_modules_,
     is_transposed_linear,
+    matches_as_in_transformers,
     matching_pattern,
     name_matches,
     replace_modules_,
@@ -25,6 +27,18 @@ def test_names_end_at_dots() -> None:
     assert not name_matches("a.xq_proj", "q_proj")
     with pytest.raises(TargetError, match=r"\['q_porj'\] matched no layer; this model has: k_proj, q_proj"):
         check_all_matched("target_modules", ["q_porj", "q_proj"], ["x.q_proj", "x.k_proj"])
+
+
+def test_patterns_match_as_in_transformers() -> None:
+    for name in ("a.weights_proj", "a.xweights_proj", "model.norm", "model.norm.gate", "x.classifier"):
+        assert matches_as_in_transformers(name, ["weights_proj", "model.norm", "classifier.weight"])
+    assert not matches_as_in_transformers("model.normal", ["model.norm", "model.norm.weight"])
+    assert not matches_as_in_transformers("a.weights_proj.b", ["weights_proj"])
+
+
+def test_names_are_described_without_their_numbers() -> None:
+    found = {"a.0.b": "one", "a.11.b": "one", "a.2.b": "two", "head": "one", "a.0.b1.2": "one"}
+    assert described_by_pattern(found) == ["2 x a.*.b: one", "1 x a.*.b: two", "1 x head: one", "1 x a.*.b1.2: one"]
 
 
 PARTS = st.sampled_from(["a", "q", "k+", "layers", "1", "11"])

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qlora_lite.architecture import config_value
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.files import excerpt, read_json, write_json
 from qlora_lite.checkpoints.safetensors_read import StoredTensor, TensorFiles
@@ -118,7 +119,7 @@ def weight_hashes(stored: Mapping[str, StoredTensor], packed: bool = False) -> W
 def _type_and_sizes(config: object) -> dict[str, int | str]:
     """Returns model type and sizes of the language model of a transformers config, those that it has."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = {key: getattr(text, key, None) for key in (MODEL_TYPE, *SIZES)}
+    found = {key: config_value(text, key) for key in (MODEL_TYPE, *SIZES)}
     return {key: value for key, value in found.items() if isinstance(value, (int, str))}
 
 

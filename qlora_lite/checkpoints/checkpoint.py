@@ -8,7 +8,7 @@ load.py fills a model from it, and export/ reads it row by row.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,13 +48,27 @@ def _listed(problem: str, names: set[str] | list[str]) -> str:
     return f"{len(names)} tensors {problem}: {listing(sorted(names), SHOWN)}"
 
 
+@dataclass(frozen=True)
+class ModelTensors:
+    """The tensors of a checkpoint by a model's names, and those of its tensors that the model has no place for."""
+
+    by_name: dict[str, LazyTensor | StoredPacked]
+    passed_over: list[str]
+
+
 def tensors_for_model(
-    model: nn.Module, folder: Path, files: Mapping[str, LazyTensor], packed: Mapping[str, StoredPacked] | None = None
-) -> dict[str, LazyTensor | StoredPacked]:
+    model: nn.Module,
+    folder: Path,
+    files: Mapping[str, LazyTensor],
+    packed: Mapping[str, StoredPacked] | None = None,
+    ignore_unexpected: bool = False,
+) -> ModelTensors:
     """Returns the checkpoint's tensors by the names of an (empty) model, converted as transformers converts them.
 
-    files: plain tensors, by name. packed: weights that are packed in the files. Raises one CheckpointError that lists
-    all tensors that are missing, unexpected, of the wrong shape, or converted by an operation that is not supported.
+    files: plain tensors, by name. packed: weights that are packed in the files. Tensors of the parts that the model of
+    the folder's config has besides this one, such as a vision tower, are passed over, and with `ignore_unexpected` all
+    that the model has no place for. Raises one CheckpointError that lists all tensors that are missing, unexpected, of
+    the wrong shape, or converted by an operation that is not supported.
     """
     wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
@@ -67,6 +81,10 @@ def tensors_for_model(
         if not any(pattern.search(name) or pattern.search(target) for pattern in ignorable)
     ]
     unexpected += [name for name in packed or {} if name not in shapes]
+    passed_over = (
+        unexpected if ignore_unexpected or not unexpected else _of_other_parts(model, folder, files, unexpected)
+    )
+    unexpected = [name for name in unexpected if name not in set(passed_over)]
     missing = shapes.keys() - tensors.keys() - architecture.tied_names(model) - found.failed
     wrong = [
         f"{name} is {tensor.shape}, the model has {shapes[name]}"
@@ -89,9 +107,21 @@ def tensors_for_model(
     problems += _untied_pairs(model, tensors)
     problems += [listing(found.problems, SHOWN, "; ")] if found.problems else []
     if problems:
-        raise CheckpointError(f"{folder} does not fit this {type(model).__name__}: {'; '.join(problems)}")
+        hint = "; ignore_unexpected (--ignore-unexpected) passes over them" if unexpected and len(problems) == 1 else ""
+        raise CheckpointError(f"{folder} does not fit this {type(model).__name__}: {'; '.join(problems)}{hint}")
     aliases = {alias for alias, name in architecture.tied_pairs(model) if name in tensors}
-    return {name: tensor for name, tensor in tensors.items() if name in shapes and name not in aliases}
+    fitting = {name: tensor for name, tensor in tensors.items() if name in shapes and name not in aliases}
+    return ModelTensors(fitting, sorted(passed_over))
+
+
+def _of_other_parts(model: nn.Module, folder: Path, files: Mapping[str, LazyTensor], names: list[str]) -> list[str]:
+    """Returns those of these tensors that belong to the whole model of which this one is the language model."""
+    whole = hub.whole_model(folder) if names else None
+    if whole is None or type(whole) is type(model):
+        return []
+    shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+    unknown = converted_tensors(whole, shapes, {name: files[name] for name in names if name in files}).unexpected
+    return [name for name in names if name in files and name not in unknown]
 
 
 def _untied_pairs(model: nn.Module, tensors: Mapping[str, LazyTensor | StoredPacked]) -> list[str]:
@@ -119,15 +149,23 @@ def _plain_shape(model: nn.Module, name: str, tensor: LazyTensor | StoredPacked)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a checkpoint folder by a model's names, and the settings by which the model is packed."""
+    """The tensors of a checkpoint folder by a model's names, and the settings by which the model is packed.
+
+    passed_over: tensors of the files that the model has no place for.
+    """
 
     folder: Path
     config: QuantConfig
     tensors: Mapping[str, LazyTensor | StoredPacked]
+    passed_over: Sequence[str] = ()
 
     @classmethod
-    def open(cls, folder: Path, model: nn.Module, config: QuantConfig | None) -> Checkpoint:
+    def open(
+        cls, folder: Path, model: nn.Module, config: QuantConfig | None, *, ignore_unexpected: bool = False
+    ) -> Checkpoint:
         """Reads the headers of a folder's files for a model on the meta device.
+
+        ignore_unexpected: pass over tensors that the model has no place for.
 
         Raises ConfigError if the folder is packed in another format than `config` asks for; CheckpointError if the
         tensors do not fit the model (`tensors_for_model`), if another library than bitsandbytes packed them, or if
@@ -135,7 +173,8 @@ class Checkpoint:
         """
         quantization, files = hub.quantization_config(folder), TensorFiles(folder)
         if quantization is None:
-            return cls(folder, config or QuantConfig(), tensors_for_model(model, folder, files.stored))
+            found = tensors_for_model(model, folder, files.stored, None, ignore_unexpected)
+            return cls(folder, config or QuantConfig(), found.by_name, found.passed_over)
         _check_is_bitsandbytes(quantization, folder)
         packed, statistics = stored_packed_weights(files.stored)
         absmax = stored_tensors(folder / ROWS_FILE) if (folder / ROWS_FILE).is_file() else {}
@@ -143,13 +182,20 @@ class Checkpoint:
         known: dict[str, StoredPacked] = {**packed, **rows}
         plain = {name: tensor for name, tensor in files.stored.items() if name not in statistics.union(known)}
         settings = _as_stored(folder, model, config, packed, bool(rows))
-        return cls(folder, settings, tensors_for_model(model, folder, plain, known))
+        found = tensors_for_model(model, folder, plain, known, ignore_unexpected)
+        return cls(folder, settings, found.by_name, found.passed_over)
 
     @property
     def originals(self) -> dict[str, LazyTensor]:
         """The full-precision tensors by name; empty if any tensor of the checkpoint is packed."""
         plain = {name: stored for name, stored in self.tensors.items() if not isinstance(stored, _STORED_PACKED)}
         return plain if len(plain) == len(self.tensors) else {}
+
+    @property
+    def packed_layers(self) -> list[str]:
+        """The names of the layers whose weights are packed in the files."""
+        packed = [name for name, stored in self.tensors.items() if isinstance(stored, _STORED_PACKED)]
+        return [name.removesuffix(".weight") for name in packed]
 
     def plain(self, name: str) -> LazyTensor:
         """Returns a tensor that the model does not pack."""
@@ -175,9 +221,9 @@ class Checkpoint:
 
     def weights_to_pack(self, model: nn.Module) -> list[WeightToPack]:
         """Returns the weights of a model to pack. Raises CheckpointError for packed weights without a layer."""
-        found = weights_to_pack(model, self.config)
-        names = {f"{name}.{to_pack.stack or 'weight'}" for to_pack in found for name in to_pack.modules}
-        unused = [n for n, tensor in self.tensors.items() if isinstance(tensor, _STORED_PACKED) and n not in names]
+        found = weights_to_pack(model, self.config, self.packed_layers)
+        names = {name for to_pack in found if to_pack.stack is None for name in to_pack.modules}
+        unused = [name for name in self.packed_layers if name not in names]
         if unused:
             raise CheckpointError(f"{self.folder}: {_listed('are packed and belong to no linear layer', unused)}")
         return found

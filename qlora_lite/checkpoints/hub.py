@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_lite.architecture import config_value, keep_weights_
 from qlora_lite.checkpoints.files import read_json
 from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError
 
@@ -82,7 +83,7 @@ def read_config(folder: Path) -> Any:
     with _errors_of_transformers(f"{folder} has no config that transformers knows"):
         config = _transformers().AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     _delete_quantization_config(config)
-    layers = getattr(config, "num_hidden_layers", None)
+    layers = config_value(config, "num_hidden_layers")
     if isinstance(layers, int) and layers > MAX_LAYERS:
         raise CheckpointError(f"{folder} has num_hidden_layers {layers}; at most {MAX_LAYERS} are built")
     return config
@@ -106,6 +107,20 @@ def quantization_config(folder: Path) -> dict[str, object] | None:
     return found
 
 
+def _causal_class(config: Any) -> Callable[..., Any]:
+    """Returns what makes the causal language model of a config.
+
+    That is AutoModelForCausalLM, and for a config that it does not know (the text part of Mllama or Emu 3, saved by
+    itself) the causal class that the config names.
+    """
+    automatic = _transformers().AutoModelForCausalLM
+    name = (config.architectures or [""])[0]
+    named = getattr(_transformers(), name, None) if name.endswith("ForCausalLM") else None
+    known = named is None or type(config) in automatic._model_mapping
+    made: Any = automatic.from_config if known else named._from_config  # type: ignore[union-attr]
+    return made  # type: ignore[no-any-return]
+
+
 def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
     """Returns the causal language model of a config on the meta device: shapes and dtypes without values.
 
@@ -114,13 +129,14 @@ def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
     """
     with _errors_of_transformers(f"no causal language model can be built for model type {config.model_type!r}"):
         with torch.device("meta"):
-            model: nn.Module = _transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: nn.Module = _causal_class(config)(config, dtype=dtype)
         kept: Mapping[str, torch.dtype] = model._get_dtype_plan(dtype)  # type: ignore[operator]
         patterns = [(re.compile(pattern.replace("*", ".*")), wanted) for pattern, wanted in kept.items()]
         for name, tensor in model.state_dict(keep_vars=True).items():
             wanted = next((dtype for pattern, dtype in patterns if pattern.search(name)), tensor.dtype)
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(wanted)
+        keep_weights_(model)
         return model.eval()
 
 
@@ -130,6 +146,21 @@ def read_generation_config(folder: Path) -> Any:
         return None
     with _errors_of_transformers(f"{folder / GENERATION_FILE} is not a generation config"):
         return _transformers().GenerationConfig.from_pretrained(str(folder))
+
+
+def whole_model(folder: Path) -> nn.Module | None:
+    """Returns the empty model of the class that a checkpoint's config names, None if transformers cannot build it."""
+    config = read_config(folder)
+    names: list[str] = config.architectures or []
+    kind = getattr(_transformers(), names[0], None) if names else None
+    if kind is None:
+        return None
+    try:
+        with torch.device("meta"):
+            model: nn.Module = kind(config)
+    except Exception:  # the code of any model; then nothing is known about its parts
+        return None
+    return model
 
 
 def load_generation_config_(model: nn.Module, folder: Path) -> None:

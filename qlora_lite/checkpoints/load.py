@@ -6,7 +6,8 @@ bitsandbytes packed it (saved by transformers or by `save_quantized`), and its p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,33 @@ from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits
 from qlora_lite.errors import CheckpointError, QuantizationError, listing
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.quantize_model import WeightToPack
+from qlora_lite.quantization.selection import left_unpacked
 from qlora_lite.signals import check_signals
+from qlora_lite.surgery import described_by_pattern
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a loaded model is without, in memory or of its checkpoint; `load_quantized` sets it as `load_report`.
+
+    left_unpacked: layers and stacks that stay unpacked although a format was asked for, with the reasons.
+    unpacked_bytes: of their weights. passed_over: tensors of the checkpoint that the model has no place for.
+    """
+
+    left_unpacked: Mapping[str, str] = field(default_factory=dict)
+    unpacked_bytes: int = 0
+    passed_over: Sequence[str] = ()
+
+    def in_words(self) -> list[str]:
+        """Returns lines for people to read; none if there is nothing to say."""
+        lines = []
+        if self.left_unpacked:
+            lines.append(f"{len(self.left_unpacked)} layers stay unpacked ({self.unpacked_bytes:,} bytes):")
+            lines += [f"  {line}" for line in described_by_pattern(self.left_unpacked)]
+        if self.passed_over:
+            lines.append(f"{len(self.passed_over)} tensors of the checkpoint are not part of the model:")
+            lines += [f"  {line}" for line in described_by_pattern(dict.fromkeys(self.passed_over, "passed over"))]
+        return lines
 
 
 class CheckpointLike(Protocol):
@@ -62,6 +89,7 @@ class _Loader:
             packed = [weight.load(self.device) for weight in self.checkpoint.packed_weights(name, to_pack, self.dtype)]
             for matrix in packed:
                 matrix.int8_activations = config.int8_activations and matrix.format == config.format
+                matrix.plain_dtype = self.dtype
             if to_pack.stack is None:
                 to_pack.fill_(self.model, packed[0], config)
             else:
@@ -85,6 +113,7 @@ def load_quantized(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    ignore_unexpected: bool = False,
 ) -> Any:
     """Loads a transformers causal language model from a safetensors checkpoint, packed and frozen.
 
@@ -96,6 +125,10 @@ def load_quantized(
     that bitsandbytes packed keeps its bytes: format, block size and choice of layers are those of the files, and
     `config` sets the rest.
 
+    Layers that cannot be packed stay as they are, and tensors of a vision tower or the like are passed over.
+    `ignore_unexpected` passes over all tensors that the model has no place for: extra heads, buffers of older releases.
+    `model.load_report` (LoadReport) lists both.
+
     Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, before anything is read;
     ConfigError if `config` asks for another format than a packed folder has; QuantizationError for values that are NaN,
     infinite, or too large for the format, listing every tensor that has some.
@@ -105,16 +138,25 @@ def load_quantized(
     model_config = hub.read_config(folder)
     model: Any = hub.empty_model(model_config, dtype)
     architecture.tie(model)
-    checkpoint = Checkpoint.open(folder, model, config)
+    checkpoint = Checkpoint.open(folder, model, config, ignore_unexpected=ignore_unexpected)
+    report = _report(model, checkpoint)
     identity = checkpoint_identity_or_error(folder, model_config)
     load_tensors_(model, checkpoint, dtype, torch.device(device))
     if isinstance(identity, CheckpointError):
         raise identity
     set_base_identity_(model, identity)
+    model.load_report = report
     hub.load_generation_config_(model, folder)
     model.config._name_or_path = str(folder.absolute())
     release_freed_pages()
     return model
+
+
+def _report(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
+    left, tensors = left_unpacked(model, checkpoint.config, checkpoint.packed_layers), model.state_dict(keep_vars=True)
+    weights = {id(weight): weight for name in left for weight in (tensors.get(f"{name}.weight", tensors.get(name)),)}
+    sizes = [weight.nbytes for weight in weights.values() if weight is not None]
+    return LoadReport(left, sum(sizes), checkpoint.passed_over)
 
 
 def load_tensors_(model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dtype, device: torch.device) -> None:

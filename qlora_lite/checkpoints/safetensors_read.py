@@ -151,6 +151,18 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return {name: stored.read() for name, stored in stored_tensors(path).items()}
 
 
+def _remedy(folder: Path) -> str:
+    """Returns what to do about a folder whose weights are pickles, empty for any other."""
+    pickles = sorted(path.name for end in ("*.bin", "*.pt", "*.pth") for path in folder.glob(end))
+    if not pickles:
+        return ""
+    return (
+        f"; {listing(pickles, 2)}: pickles can run code and are not read; if you trust them, convert them once with "
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained('converted') of transformers, or fetch "
+        f"the revision of the hub that has safetensors (often refs/pr/1)"
+    )
+
+
 class TensorFiles:
     """The tensors of a checkpoint folder by name, in the order of the files; `stored` holds them unread.
 
@@ -166,7 +178,7 @@ class TensorFiles:
         elif (folder / INDEX_FILE).is_file():
             self.stored = self._by_index()
         else:
-            raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+            raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{_remedy(folder)}")
 
     @classmethod
     def of(cls, folder: Path | None) -> TensorFiles | None:

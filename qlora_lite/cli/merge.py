@@ -13,6 +13,7 @@ from qlora_lite.cli.options import (
     DoubleQuant,
     EmbeddingFormat,
     Format,
+    IgnoreUnexpected,
     Json,
     MaxShardSize,
     Model,
@@ -22,6 +23,7 @@ from qlora_lite.cli.options import (
     finish,
     shard_bytes,
 )
+from qlora_lite.errors import listing
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 
@@ -52,6 +54,7 @@ def merge(
     ] = None,
     verify_max_length: Annotated[int, typer.Option(help="Tokens that records of --verify are truncated to.")] = 512,
     any_base: AnyBase = False,
+    ignore_unexpected: IgnoreUnexpected = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -87,7 +90,10 @@ def merge(
             overwrite=overwrite,
             verify=None if prompts is None else prompts.examples,
             any_base=any_base,
+            ignore_unexpected=ignore_unexpected,
         )
+    if done.passed_over:
+        print(f"{len(done.passed_over)} tensors of the checkpoint are not merged: {listing(done.passed_over)}")
     print(render(done.report))
     merged = sum(figures.update is not None for figures in done.report.tensors)
     figures: dict[str, object] = {

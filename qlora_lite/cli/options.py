@@ -21,6 +21,13 @@ Model = Annotated[str, typer.Option("--model", help="Folder of a transformers ch
 Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the contents of the output folder.")]
 AnyBase = Annotated[bool, typer.Option("--any-base", help="Accept a base that the adapter was not trained on.")]
+IgnoreUnexpected = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-unexpected",
+        help="Pass over tensors of the checkpoint that the model has no place for, and list them.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 _FORMATS = [f"{row.name} ({row.help})" for row in FORMATS.values()]
 _EMBEDDING_FORMATS = either(*embedding_formats())

@@ -6,6 +6,7 @@ from qlora_lite.cli.options import (
     Blocksize,
     DoubleQuant,
     EmbeddingFormat,
+    IgnoreUnexpected,
     Json,
     MaxShardSize,
     Model,
@@ -27,6 +28,7 @@ def quantize(
     double_quant: DoubleQuant = True,
     embedding_format: EmbeddingFormat = UNPACKED,
     max_shard_size: MaxShardSize = "5GB",
+    ignore_unexpected: IgnoreUnexpected = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -41,6 +43,9 @@ def quantize(
     shard = shard_bytes(max_shard_size)
     check_output(output, overwrite, model)
     with deferred_signals():
-        files = save_quantized(load_quantized(model, quant), output, max_shard_bytes=shard, overwrite=overwrite)
+        loaded = load_quantized(model, quant, ignore_unexpected=ignore_unexpected)
+        files = save_quantized(loaded, output, max_shard_bytes=shard, overwrite=overwrite)
+    for line in loaded.load_report.in_words():
+        print(line)
     size = sum((output / file).stat().st_size for file in files)
     finish({"format": format, "bytes": size, "files": files, "output": str(output)}, json)

@@ -31,6 +31,7 @@ from qlora_lite.cli.options import (
     DoubleQuant,
     EmbeddingFormat,
     Format,
+    IgnoreUnexpected,
     Int8Activations,
     Json,
     Model,
@@ -121,6 +122,19 @@ def _described_records(options: Mapping[str, Any], tokenizer: Tokenizer) -> tupl
         notes = (held_out and f"{held_out:,} examples are held out", records.warning())
         print("\n".join([*summary.in_words(options["packing"]), *(note for note in notes if note)]))
     return records, {"date": run_date.isoformat(), **summary.to_json(), "examples_held_out": held_out}
+
+
+def _print_left_out(model: Any, lora: LoraConfig) -> None:
+    """Prints the layers that stay unpacked or get no adapter, and the tensors that the model has no place for."""
+    from qlora_lite.lora.targets import left_out_of_all_linear
+    from qlora_lite.surgery import described_by_pattern
+    from qlora_lite.training.distributed import is_first_process
+
+    lines: list[str] = model.load_report.in_words()
+    left = left_out_of_all_linear(model) if lora.target_modules == "all-linear" else {}
+    lines += [f"{len(left)} layers get no adapter:"] * bool(left) + [f"  {line}" for line in described_by_pattern(left)]
+    if lines and is_first_process():
+        print("\n".join(lines))
 
 
 def _held_out_loss(model: nn.Module, records: TrainingData, options: Mapping[str, Any], pad: int) -> list[float]:
@@ -246,6 +260,7 @@ def train(
         bool, typer.Option("--resume", help="Continue from the newest intact checkpoint in the output folder, if any.")
     ] = False,
     any_base: AnyBase = False,
+    ignore_unexpected: IgnoreUnexpected = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -292,7 +307,8 @@ def train(
             budgeted = config_within(memory, model, quant, lora, config, rows=batch_size, tokens=tokens)
             print(budgeted.described())
         torch.manual_seed(seed)
-        loaded = load_quantized(model, quant)
+        loaded = load_quantized(model, quant, ignore_unexpected=ignore_unexpected)
+        _print_left_out(loaded, lora)
         add_lora_(loaded, lora)
         chosen = config if budgeted is None else budgeted.config
         losses = _held_out_loss(loaded, records, ctx.params, pad)

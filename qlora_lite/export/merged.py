@@ -9,7 +9,7 @@ model (verify.py).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,13 +53,15 @@ class Exported:
     """What an export wrote.
 
     files: names of the tensor files. report: figures of every weight. untied: whether tied weights were written apart,
-    because an adapter is on one of them. verification: the comparison of logits, if one was asked for.
+    because an adapter is on one of them. verification: the comparison of logits, if one was asked for. passed_over:
+    tensors of the checkpoint on disk that the model has no place for.
     """
 
     files: list[str]
     report: MergeReport
     untied: bool
     verification: Verification | None = None
+    passed_over: tuple[str, ...] = ()
 
 
 def _check_options(base: str, names: str, dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -233,12 +235,13 @@ def merge_checkpoint(
     overwrite: bool = False,
     verify: Sequence[TokenizedExample] | None = None,
     any_base: bool = False,
+    ignore_unexpected: bool = False,
 ) -> Exported:
     """Writes, without loading the model, what `export_merged` writes of a model loaded with `config` and the adapter.
 
     The files are the same bit for bit. Rows are read, packed and unpacked as in training, merged and written, so memory
     does not grow with the size of the model. load_dtype: the dtype that the model was loaded in for training; it has
-    no effect on `base='original'`. any_base: as in `load_adapter_`.
+    no effect on `base='original'`. any_base: as in `load_adapter_`. ignore_unexpected: as in `load_quantized`.
 
     Raises the errors of `load_quantized`, `load_adapter_` and `export_merged`. A base other than the one that the
     adapter was trained on is refused first, from its files.
@@ -252,7 +255,7 @@ def merge_checkpoint(
     model = hub.empty_model(hub.read_config(source), load_dtype)
     architecture.tie(model)
     _check_has_originals(source, base)
-    checkpoint = Checkpoint.open(source, model, config)
+    checkpoint = Checkpoint.open(source, model, config, ignore_unexpected=ignore_unexpected)
     weights_to_pack = checkpoint.weights_to_pack(model)
     adapted = load_adapter_(model, adapter, any_base=True)  # checked above
     _check_repacked_base(Path(adapter), adapted, checkpoint, weights_to_pack, load_dtype)
@@ -261,4 +264,5 @@ def merge_checkpoint(
     hub.load_generation_config_(model, source)
     written = None if names == MODEL else CheckpointNames(model, _plain_files(source))
     plan = ExportPlan.of(model, base, dtype, held, checkpoint.originals, written)
-    return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)
+    done = _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)
+    return replace(done, passed_over=tuple(checkpoint.passed_over))

@@ -5,7 +5,6 @@ Packed bytes are written unchanged, under the names of checkpoints/bitsandbytes_
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +39,7 @@ from qlora_lite.quantization.formats import UNPACKED, either, embedding_formats,
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.signals import check_signals
+from qlora_lite.surgery import matches_as_in_transformers
 
 SHOWN = 8
 
@@ -117,12 +117,7 @@ def _skipped(model: nn.Module, layers: _PackedLayers) -> list[str]:
     linears = [name for name, module in modules if isinstance(module, kinds) or type(module).__name__ == "Conv1D"]
     skipped = [name for name in linears if name not in layers.linears]
     patterns = [*skipped, *architecture.kept_unpacked(model)]
-    # transformers skips names that begin with a pattern, up to a dot, or end with it.
-    matched = [
-        name
-        for name in layers.linears
-        if any(re.match(rf"(?:{key})(?:\.|$)", name) or name.endswith(key) for key in patterns)
-    ]
+    matched = [name for name in layers.linears if matches_as_in_transformers(name, patterns)]
     if matched:
         raise CheckpointError(
             f"transformers would take these packed layers for unpacked ones by their names: {listing(matched, SHOWN)}; "

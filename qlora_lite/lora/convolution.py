@@ -12,11 +12,7 @@ groups instead. That is not an update of K, and cannot be merged.
 
 from __future__ import annotations
 
-import dis
-import inspect
 import math
-from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType
 from typing import ClassVar, cast
 
 import torch
@@ -28,15 +24,13 @@ from torch.nn.parameter import is_lazy
 from qlora_lite.compute.lora_linear import AdaptedLayer, Weight, product_dtype, weight_of, with_gain
 from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import InputError
-from qlora_lite.surgery import has_own_forward, is_router
+from qlora_lite.surgery import has_own_forward
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 # Attributes that models read from their convolutions (Whisper: the strides), forwarded from the base.
 FORWARDED_ATTRIBUTES = frozenset(
     {"in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"}
 )
-# Attributes of a kernel that a caller may read without computing with it.
-SHAPE_ATTRIBUTES = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta"})
 
 
 def refusal_reason(module: nn.Module) -> str | None:
@@ -55,50 +49,6 @@ def refusal_reason(module: nn.Module) -> str | None:
     if is_lazy(weight):
         return f"this {kind} cannot be adapted: it is lazy and has no kernel before its first call"
     return None
-
-
-def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
-    yield from dis.get_instructions(code)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _instructions(constant)
-
-
-def _method_reading_weight(parent: type[nn.Module], child: str) -> str | None:
-    """Returns the method of this class that computes with `self.<child>.weight`. Initializers do not count."""
-    for owner in parent.__mro__[: parent.__mro__.index(nn.Module)]:
-        for name, method in vars(owner).items():
-            if not isinstance(method, FunctionType) or "init" in name or "reset" in name:
-                continue
-            steps = [
-                step.argval if "ATTR" in step.opname or "METHOD" in step.opname else None
-                for step in _instructions(inspect.unwrap(method).__code__)
-            ]
-            for first, second, third in zip(steps, steps[1:], [*steps[2:], None], strict=False):
-                if (first, second) == (child, "weight") and third not in SHAPE_ATTRIBUTES:
-                    return name
-    return None
-
-
-def weights_read_by_parents(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Returns a sentence for each of these convolutions and routers whose parent reads its weight without calling it.
-
-    Mamba does that, and an adapter would have no effect there. The code of the parent's class tells: it contains
-    `self.<name>.weight`.
-    """
-    problems, modules = [], dict(model.named_modules(remove_duplicate=False))
-    for name in names:
-        above, _, child = name.rpartition(".")
-        module = modules.get(name)
-        if module is None or not (isinstance(module, _ConvNd) or is_router(module)):
-            continue
-        parent = type(model.get_submodule(above))
-        if (method := _method_reading_weight(parent, child)) is not None:
-            problems.append(
-                f"{name}: {parent.__name__}.{method} reads its weight instead of calling it, so an adapter "
-                f"would have no effect"
-            )
-    return problems
 
 
 def _check_input(base: _ConvNd, x: object) -> None:

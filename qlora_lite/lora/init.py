@@ -201,7 +201,7 @@ def checkpoint_weights(model: nn.Module, names: Iterable[str], init: str) -> Che
         )
     empty = hub.empty_model(hub.read_config(folder), torch.float32)
     architecture.tie(empty)
-    stored = tensors_for_model(empty, folder, TensorFiles(folder).stored)
+    stored = tensors_for_model(empty, folder, TensorFiles(folder).stored, ignore_unexpected=True).by_name
     missing = [name for name in names if f"{name}.weight" not in stored]
     if missing:
         raise CheckpointError(f"{folder} has no weight for: {listing(missing)}")
@@ -225,7 +225,7 @@ def repacked(old: PackedWeight, matrix: Tensor, name: str) -> PackedWeight:
     """Returns another matrix `(out, in)` packed like `old`. Raises QuantizationError if it cannot be packed."""
     config = QuantConfig(old.format, old.blocksize, old.double_quant, int8_activations=old.int8_activations)
     new = PackedWeight.of(matrix, config, name=name)
-    new.of_checkpoint = False
+    new.of_checkpoint, new.plain_dtype = False, old.plain_dtype
     return new
 
 

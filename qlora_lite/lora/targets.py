@@ -17,13 +17,14 @@ from qlora_lite import architecture
 from qlora_lite.errors import ConfigError, TargetError, listing
 from qlora_lite.lora.auxiliary import find_modules_to_save
 from qlora_lite.lora.config import ALL_LINEAR, LoraConfig, Targets
-from qlora_lite.lora.convolution import refusal_reason, weights_read_by_parents
+from qlora_lite.lora.convolution import refusal_reason
 from qlora_lite.lora.experts import adaptable_stacks, unpacked_stacks
 from qlora_lite.lora.kinds import Kind, LinearKind, RouterKind, StackKind, kind_of
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.variants import ordinary_alpha, ordinary_rank
 from qlora_lite.quantization.experts import stacks
 from qlora_lite.surgery import check_all_matched, has_own_forward, name_matches
+from qlora_lite.weight_readers import described_reads, weights_read
 
 BLOCK = re.compile(r"(?:^|.*?\.)[^.]+\.(?P<number>\d+)\.")
 # Five digits: no model has more blocks, and a range is expanded to a list.
@@ -130,16 +131,6 @@ def _check_first_names(model: nn.Module, targets: Iterable[str], layers: Mapping
         )
 
 
-def _check_no_custom_forward(chosen: Mapping[str, nn.Module]) -> None:
-    custom = {name: layer for name, layer in chosen.items() if has_own_forward(layer) and kind_of(layer) is None}
-    if custom:
-        shown = listing((f"{name} ({type(layer).__name__})" for name, layer in custom.items()), 4)
-        raise TargetError(
-            f"target_modules 'all-linear' includes {len(custom)} layers with a forward of their own, which cannot be "
-            f"adapted: {shown}; leave them out with exclude_modules, or list the other layers in target_modules"
-        )
-
-
 def _check_no_unknown_stack(model: nn.Module, targets: Targets, layers: Collection[str]) -> None:
     listed = [] if isinstance(targets, str) or callable(targets) else list(targets)
     unknown = [
@@ -165,7 +156,7 @@ def _check_convolutions(model: nn.Module, targets: Targets) -> None:
 
 def _check_called(model: nn.Module, names: list[str]) -> None:
     """Raises TargetError for layers whose parent reads their weight instead of calling them: it would skip A and B."""
-    if unseen := weights_read_by_parents(model, names):
+    if unseen := described_reads(model, names):
         raise TargetError(f"{listing(unseen, 4, '; ')}; leave them out of target_modules")
     fast = [n for n in names if isinstance(model.get_submodule(n.rpartition(".")[0]), nn.TransformerEncoderLayer)]
     if fast:
@@ -188,12 +179,19 @@ def _matching(setting: str, targets: Targets, layers: Mapping[str, nn.Module]) -
     return [name for name in layers if any(name_matches(name, target) for target in targets)]
 
 
+def left_out_of_all_linear(model: nn.Module) -> dict[str, str]:
+    """Returns the linear layers that `all-linear` leaves out, with the reasons: an adapter cannot act on them."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    read = weights_read(model)
+    own = {n: f"a {type(m).__name__} has a forward of its own" for n, m in linears.items() if has_own_forward(m)}
+    return own | {name: f"{read[name]} reads its weight" for name in linears if name in read}
+
+
 def _all_linear(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Returns every linear layer but the output head, those with a forward of their own included."""
-    head = architecture.output_head(model)
+    """Returns every linear layer but the output head and those that cannot be adapted."""
+    head, left = architecture.output_head(model), left_out_of_all_linear(model)
     linear = {name: layer for name, layer in layers.items() if isinstance(kind_of(layer), LinearKind)}
-    custom = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and has_own_forward(m)}
-    return {name: layer for name, layer in (linear | custom).items() if layer is not head}
+    return {name: layer for name, layer in linear.items() if layer is not head and name not in left}
 
 
 def _targeted(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
@@ -214,10 +212,12 @@ def _targeted(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     return targeted
 
 
-def _unused_settings(config: LoraConfig, targeted: Mapping[str, nn.Module], excluded: set[str]) -> list[str]:
+def _unused_settings(
+    config: LoraConfig, targeted: Mapping[str, nn.Module], excluded: set[str], left: Collection[str]
+) -> list[str]:
     """Returns a sentence for each of layers_to_transform and exclude_modules with an entry that has no effect."""
     sentences = []
-    within = list(targeted)
+    within = [*targeted, *left]
     if config.layers_to_transform is not None:
         has = {number for name in targeted if name not in excluded and (number := block_number(name)) is not None}
         if unused := sorted(set(config.layers_to_transform) - has):
@@ -255,9 +255,12 @@ def select_targets(model: nn.Module, config: LoraConfig) -> list[TargetedLayer]:
     """
     targeted = _targeted(model, config.target_modules)
     excluded: set[str] = set()
+    # What all-linear leaves out may be excluded by name too.
+    left = left_out_of_all_linear(model) if config.target_modules == ALL_LINEAR else {}
     if config.exclude_modules is not None:
-        excluded.update(_matching("exclude_modules", config.exclude_modules, targeted))
-    if sentences := _unused_settings(config, targeted, excluded):
+        excludable = {**targeted, **{name: model.get_submodule(name) for name in left}}
+        excluded.update(_matching("exclude_modules", config.exclude_modules, excludable))
+    if sentences := _unused_settings(config, targeted, excluded, left):
         raise TargetError("; ".join(sentences))
     chosen = {
         name: layer
@@ -267,7 +270,6 @@ def select_targets(model: nn.Module, config: LoraConfig) -> list[TargetedLayer]:
     }
     if not chosen:
         raise TargetError(f"exclude_modules leaves none of the {len(targeted)} targeted layers")
-    _check_no_custom_forward(chosen)
     _check_called(model, [*chosen, *_further_names(model, chosen)])
     names = _without_modules_to_save(chosen, model, config)
     modules = dict(model.named_modules()) | unpacked_stacks(model)

@@ -12,6 +12,7 @@ packed_weight       PackedWeight: packs a matrix, unpacks some of its rows
 layers              QuantizedLinear and QuantizedEmbedding
 experts             stacks of experts' matrices, packed or dense, and the module that calls them
 from_bitsandbytes   layers that bitsandbytes packed, taken over
+selection           which layers are packed, and which are left unpacked and why
 quantize_model      quantize_base_: packs every linear layer of a model
 """
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from qlora_lite.quantization.layers import QuantizedLinear as QuantizedLinear
     from qlora_lite.quantization.packed_weight import PackedWeight as PackedWeight
     from qlora_lite.quantization.quantize_model import quantize_base_ as quantize_base_
+    from qlora_lite.quantization.selection import left_unpacked as left_unpacked
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -42,6 +44,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "packed_weight": "PackedWeight",
         "layers": "QuantizedLinear QuantizedEmbedding",
         "experts": "PackedStack DenseStack RoutedExperts",
+        "selection": "left_unpacked",
         "formats": "FORMATS format_named storage_bytes",
     },
 )

@@ -59,7 +59,7 @@ class PackedStack(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the codes: uint8 or int8."""
+        """The dtype that the plain stack has in its model."""
         return self[0].dtype
 
     @property

@@ -59,6 +59,7 @@ def adopt_4bit(module: Any, name: str) -> PackedWeight:
     shape = (int(state.shape[0]), int(state.shape[1]))
     empty = PackedWeight(shape, state.quant_type, state.blocksize, nested, torch.device("meta"))
     buffers = {"packed": data.view(torch.uint8), "absmax": absmax}
+    empty.plain_dtype = state.dtype
     if nested:
         buffers |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.to(torch.float32)}
         buffers["nested_code"] = state.state2.code
@@ -77,6 +78,7 @@ def adopt_8bit(module: Any, name: str) -> PackedWeight:
         )
     shape, format = (codes.shape[0], codes.shape[1]), eight_bit_format().name
     empty = PackedWeight(shape, format, device=torch.device("meta"))
+    empty.plain_dtype = torch.float16 if module.bias is None else module.bias.dtype  # in which bitsandbytes multiplies
     return _assign(empty, packed=codes, absmax=absmax)
 
 

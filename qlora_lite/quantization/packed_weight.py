@@ -54,7 +54,8 @@ class PackedWeight(nn.Module):
     take exactly `storage_bytes()` bytes. They move between devices with the model, and no cast changes them: `.half()`
     or `.to(dtype)` on a model leaves every bit in place. A new instance holds zeros.
 
-    int8_activations: whether `integer_product` multiplies in integers.
+    int8_activations: whether `integer_product` multiplies in integers. plain_dtype: the dtype that the weight has
+    unpacked in its model, which follows casts of the model.
     """
 
     of_checkpoint = True  # False once an initialization such as LoftQ has replaced the checkpoint's values
@@ -75,6 +76,7 @@ class PackedWeight(nn.Module):
         super().__init__()
         row = format_named(format)
         self.shape, self.format, self.blocksize = torch.Size(shape), format, blocksize
+        self.plain_dtype = torch.float32
         self.double_quant = double_quant and row.nests
         self.int8_activations = False
         for name, buffer in row.buffers(shape, blocksize, double_quant).items():
@@ -89,7 +91,9 @@ class PackedWeight(nn.Module):
     def of(cls, weight: Tensor, config: QuantConfig, format: str | None = None, name: str = "weight") -> PackedWeight:
         """Packs a matrix. Raises QuantizationError, naming it, for NaN, infinity, or a wrong dtype or shape."""
         check_packable(weight, name, format or config.format)
-        return cls.from_slices(weight.shape, weight.device, [(0, weight.detach())], config, format)
+        new = cls.from_slices(weight.shape, weight.device, [(0, weight.detach())], config, format)
+        new.plain_dtype = weight.dtype
+        return new
 
     @classmethod
     def from_slices(
@@ -107,8 +111,8 @@ class PackedWeight(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the codes: uint8 or int8."""
-        return self.packed.dtype
+        """`plain_dtype`, for models that cast the input of a layer to the dtype of its weight."""
+        return self.plain_dtype
 
     @property
     def device(self) -> torch.device:
@@ -157,6 +161,7 @@ class PackedWeight(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self.plain_dtype = fn(torch.empty(0, dtype=self.plain_dtype)).dtype
         return super()._apply(move_only, recurse)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ asks `weights_to_pack` too, for a model on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,36 +15,18 @@ from torch import Tensor, nn
 from qlora_lite.architecture import input_embedding, output_head
 from qlora_lite.errors import ConfigError, TargetError, listing
 from qlora_lite.quantization.config import QuantConfig
-from qlora_lite.quantization.experts import PackedStack, RoutedExperts, packable_stacks, stacks
+from qlora_lite.quantization.experts import PackedStack, RoutedExperts, stacks
 from qlora_lite.quantization.formats import UNPACKED, either, embedding_formats
 from qlora_lite.quantization.from_bitsandbytes import converted, is_bitsandbytes, remove_bitsandbytes_marks_
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight, check_packable
+from qlora_lite.quantization.selection import is_plain_linear, left_unpacked, skip_rule, unpackable_stacks
 from qlora_lite.surgery import (
-    check_all_matched,
     exchange_modules_,
     has_own_forward,
     is_transposed_linear,
-    name_matches,
     replace_modules_,
 )
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    # nn.MultiheadAttention reads the weight of its out_proj itself and never calls it.
-    plain = isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
-    return plain or is_transposed_linear(module)
-
-
-def _skip_rule(model: nn.Module, config: QuantConfig) -> Callable[[str, nn.Module], bool]:
-    if config.skip_modules is not None:
-        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or _is_plain_linear(m)]
-        held = stacks(model)
-        owners = [name.rpartition(".")[0] for name in held]
-        check_all_matched("skip_modules", config.skip_modules, [*linears, *held, *owners])
-        return lambda name, module: any(name_matches(name, skip) for skip in config.skip_modules or ())
-    head = output_head(model)
-    return lambda name, module: module is head
 
 
 def _embedding_and_head(model: nn.Module, config: QuantConfig) -> tuple[nn.Embedding, nn.Linear | None]:
@@ -68,9 +50,6 @@ def _check_structure(model: nn.Module, targets: dict[str, nn.Module]) -> None:
         raise ConfigError(f"{len(merged)} layers are merged with the base that would be replaced; unmerge_lora_ first")
     embedding = getattr(input_embedding(model), "weight", None)
     for name, module in targets.items():
-        if has_own_forward(module) and not is_bitsandbytes(module):
-            kind = type(module).__name__
-            raise TargetError(f"{name} is a {kind} with a forward of its own; leave it unpacked (skip_modules)")
         if embedding is not None and module.weight is embedding:
             formats = either(*map(repr, embedding_formats()))
             raise TargetError(
@@ -79,13 +58,16 @@ def _check_structure(model: nn.Module, targets: dict[str, nn.Module]) -> None:
             )
 
 
-def _linear_targets(model: nn.Module, config: QuantConfig, ends: Sequence[nn.Module]) -> dict[str, nn.Module]:
+def _linear_targets(
+    model: nn.Module, config: QuantConfig, ends: Sequence[nn.Module], packed: Collection[str]
+) -> dict[str, nn.Module]:
     """Returns the linear layers to pack or convert, by name, without `ends`: embedding and head, if packed apart."""
-    skip = _skip_rule(model, config)
+    skip, left = skip_rule(model, config), left_unpacked(model, config, packed)
 
     def is_target(name: str, module: nn.Module) -> bool:
         wanted = config.format != UNPACKED or is_bitsandbytes(module)
-        return _is_plain_linear(module) and wanted and not any(module is end for end in ends) and not skip(name, module)
+        skipped = name in left or any(module is end for end in ends) or skip(name, module)
+        return is_plain_linear(module) and wanted and not skipped
 
     return {name: module for name, module in model.named_modules() if is_target(name, module)}
 
@@ -143,39 +125,50 @@ def _packed_module(module: nn.Module, packed: PackedWeight, config: QuantConfig)
 
 
 def _stacks_to_pack(model: nn.Module, config: QuantConfig) -> dict[Tensor, WeightToPack]:
-    """Returns the stacks of experts to pack. Raises TargetError with all stacks that cannot be packed."""
+    """Returns the stacks of experts to pack."""
     if config.format == UNPACKED:
         return {}
-    skip, unknown = _skip_rule(model, config), []
+    skip, left = skip_rule(model, config), unpackable_stacks(model, config)
     found: dict[Tensor, WeightToPack] = {}
     for path, weight in stacks(model).items():
         name, _, key = path.rpartition(".")
         module = model.get_submodule(name)
-        if isinstance(weight, PackedStack) or skip(path, module) or skip(name, module):
+        if isinstance(weight, PackedStack) or path in left or skip(path, module) or skip(name, module):
             continue
-        if key in packable_stacks(module):
-            found.setdefault(weight, WeightToPack(weight, config.format, {}, key)).modules[name] = module
-        else:
-            unknown.append(f"{path} {tuple(weight.shape)} of a {type(module).__name__}")
-    if unknown:
-        raise TargetError(
-            f"{len(unknown)} stacks of matrices cannot be packed: {listing(unknown, 4)}; name them, and the output "
-            f"head, in skip_modules to leave them unpacked"
-        )
+        found.setdefault(weight, WeightToPack(weight, config.format, {}, key)).modules[name] = module
     return found
 
 
-def weights_to_pack(model: nn.Module, config: QuantConfig) -> list[WeightToPack]:
+def _check_share(model: nn.Module, config: QuantConfig, found: Iterable[WeightToPack]) -> None:
+    """Raises TargetError if more values are in stacks that cannot be packed than in the weights that are packed."""
+    if config.format == UNPACKED:
+        return
+    held, left = stacks(model), unpackable_stacks(model, config)
+    unpacked, packed = sum(held[path].shape.numel() for path in left), sum(part.weight.numel() for part in found)
+    if unpacked > packed:
+        shown = listing((f"{path} {described}" for path, described in left.items()), 4)
+        raise TargetError(
+            f"{len(left)} stacks of matrices cannot be packed: {shown}; they hold {unpacked / (unpacked + packed):.0%} "
+            f"of the values to pack, so name them, and the output head, in skip_modules if they may stay unpacked"
+        )
+
+
+def weights_to_pack(model: nn.Module, config: QuantConfig, packed: Collection[str] = ()) -> list[WeightToPack]:
     """Returns the weights of a model to pack. The model may be on the meta device: values are not read.
 
-    Raises ConfigError and TargetError as `quantize_base_` does.
+    packed: names of layers that are packed already, in the files of a checkpoint. Raises ConfigError and TargetError as
+    `quantize_base_` does.
     """
     ends: list[nn.Module] = []
     if config.embedding_format != UNPACKED:
         ends = [module for module in _embedding_and_head(model, config) if module is not None]
-    targets = _linear_targets(model, config, ends)
+    targets = _linear_targets(model, config, ends, packed)
     if not targets and config.format != UNPACKED:
-        raise TargetError("no layer to pack: the model has no nn.Linear outside of skip_modules and the output head")
+        left = [f"{name} ({reason})" for name, reason in left_unpacked(model, config, packed).items()]
+        raise TargetError(
+            "no layer to pack: the model has no nn.Linear outside of skip_modules and the output head"
+            + f" but {listing(left, 4)}" * bool(left)
+        )
     _check_structure(model, targets)
     found: dict[Tensor, WeightToPack] = _stacks_to_pack(model, config)
     for name, module in model.named_modules():
@@ -186,6 +179,7 @@ def weights_to_pack(model: nn.Module, config: QuantConfig) -> list[WeightToPack]
                 weight, WeightToPack(weight, config.embedding_format if is_end else config.format, {})
             )
             to_pack.modules[name] = module
+    _check_share(model, config, found.values())
     return list(found.values())
 
 
@@ -205,13 +199,14 @@ def _check_values(found: list[WeightToPack], config: QuantConfig) -> None:
 def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
     """Replaces the linear layers of a model by packed ones, one at a time. Returns the names of the replaced modules.
 
-    Stacks of experts are packed matrix by matrix; `config.embedding_format` packs embedding and head. Each
-    full-precision weight is released before the next one is packed. Layers that bitsandbytes packed keep their format,
-    whatever `config.format` says, and share their bytes.
+    Stacks of experts are packed matrix by matrix; `config.embedding_format` packs embedding and head. Layers that
+    cannot be packed stay as they are; `selection.left_unpacked` lists them. Each full-precision weight is released
+    before the next one is packed. Layers that bitsandbytes packed keep their format, whatever `config.format` says, and
+    share their bytes.
 
     Raises QuantizationError for NaN or infinity, with the weight and the first bad index; TargetError if there is
-    nothing to pack, if a tied head would be packed without its embedding, or for stacks of matrices that cannot be
-    packed; ConfigError for merged layers and unsupported embeddings. The model is then unchanged.
+    nothing to pack, if a tied head would be packed without its embedding, or if most values are in stacks of matrices
+    that cannot be packed; ConfigError for merged layers and unsupported embeddings. The model is then unchanged.
     """
     found = weights_to_pack(model, config)
     replaced = list(dict.fromkeys(name for to_pack in found for name in to_pack.modules))

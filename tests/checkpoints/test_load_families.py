@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_lite import (
@@ -57,6 +58,7 @@ GEMMA3N = {
     "hidden_size_per_layer_input": 16,
     "activation_sparsity_pattern": [0.95, 0.0],
 }
+GEMMA4 = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 16}
 ZAMBA2 = {
     "num_hidden_layers": 4,
     "layers_block_type": ["linear_attention", "hybrid"] * 2,
@@ -239,3 +241,118 @@ def test_a_head_declared_before_its_embedding_is_written_as_in_the_source(
     again = load_quantized(tmp_path / "packed", dtype=torch.float32)
     assert torch.equal(again(TOKENS, use_cache=False).logits, packed(TOKENS, use_cache=False).logits)
     load_adapter_(packed, tmp_path / "adapter")
+
+
+LLAMA4_TEXT = {"num_local_experts": 2, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2, "head_dim": 16}
+LLAMA4_VISION = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+LLAMA4_VISION |= {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32, "image_size": 28}
+
+
+def test_tensors_of_a_vision_tower_are_passed_over_and_listed(tmp_path: Path) -> None:
+    """As Llama 4 is published: transformers takes the language model's part, with a warning."""
+    import transformers
+
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, **LLAMA4_TEXT}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = transformers.Llama4Config(text_config=text, vision_config={**LLAMA4_VISION, "patch_size": 14})
+    perturbed(transformers.Llama4ForConditionalGeneration(config)).save_pretrained(tmp_path)
+    ours = load_quantized(tmp_path, PLAIN, dtype=torch.float32)
+    assert_same(ours, loaded_by_transformers(tmp_path, torch.float32))
+    parts = {name.split(".")[0] for name in ours.load_report.passed_over}
+    assert type(ours).__name__ == "Llama4ForCausalLM" and parts == {"vision_model", "multi_modal_projector"}
+    assert any(line.endswith(": passed over") for line in ours.load_report.in_words())
+    hidden = architecture.hidden_states(ours, {"input_ids": TOKENS})
+    torch.testing.assert_close(ours.lm_head(hidden), ours(TOKENS, use_cache=False).logits)
+    tensors_on_disk = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors_on_disk, "vision_model.stranger": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors belong to no module: vision_model\.stranger; ignore_unexpected"
+    ):
+        load_quantized(tmp_path, PLAIN)
+
+
+def test_heads_and_buffers_that_a_model_has_no_place_for_are_passed_over_on_request(
+    small_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    perturbed(small_model("GPT2Config", n_inner=48)).save_pretrained(source)
+    before = load_quantized(source, dtype=torch.float32)
+    assert before.load_report.passed_over == []
+    old = {f"transformer.h.{block}.attn.bias": torch.ones(1, 1, 4, 4) for block in (0, 1)}  # transformers drops these
+    extra = {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.ones(1)}
+    save_file({**load_file(source / "model.safetensors"), **old, **extra}, source / "model.safetensors")
+    expected = (
+        r"2 tensors belong to no module: v_head\.summary\.bias, v_head\.summary\.weight; ignore_unexpected \(--ign"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        load_quantized(source)
+    model = load_quantized(source, dtype=torch.float32, ignore_unexpected=True)
+    assert model.load_report.passed_over == sorted(extra)
+    assert torch.equal(model(TOKENS).logits, before(TOKENS).logits)
+    add_lora_(model, LoraConfig(rank=2, init_lora_weights="pissa"))  # reads the checkpoint again
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="belong to no module"):
+        merge_checkpoint(source, tmp_path / "adapter", tmp_path / "merged")
+    done = merge_checkpoint(source, tmp_path / "adapter", tmp_path / "merged", ignore_unexpected=True)
+    assert done.passed_over == tuple(sorted(extra)) and "v_head" not in str(
+        load_file(tmp_path / "merged" / done.files[0]).keys()
+    )
+
+
+def test_what_stays_unpacked_is_listed_with_its_bytes(small_model: Callable[..., Any], tmp_path: Path) -> None:
+    perturbed(small_model("MambaConfig", state_size=8, time_step_rank=4)).save_pretrained(tmp_path)
+    model = load_quantized(tmp_path)
+    layer = model.backbone.layers[0].mixer
+    assert type(layer.dt_proj) is nn.Linear and type(layer.in_proj).__name__ == "QuantizedLinear"
+    assert model.load_report.in_words() == [
+        f"2 layers stay unpacked ({2 * layer.dt_proj.weight.nbytes:,} bytes):",
+        "  2 x backbone.layers.*.mixer.dt_proj: MambaMixer.forward reads its weight",
+    ]
+    assert model(TOKENS, use_cache=False).logits.isfinite().all()
+    save_quantized(model, tmp_path / "packed")
+    again = load_quantized(tmp_path / "packed")
+    assert torch.equal(model(TOKENS, use_cache=False).logits, again(TOKENS, use_cache=False).logits)
+    assert load_quantized(tmp_path, PLAIN).load_report.in_words() == []
+
+
+def test_a_config_that_says_something_for_each_layer_is_read(small_model: Callable[..., Any], tmp_path: Path) -> None:
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    sizes = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 16, **kinds}
+    perturbed(small_model("Gemma4TextConfig", **sizes, **GEMMA4)).save_pretrained(tmp_path)
+    ours = load_quantized(tmp_path, PLAIN, dtype=torch.float32)
+    assert architecture.config_value(ours.config, "num_key_value_heads") is None
+    assert architecture.config_value(ours.config, "hidden_size") == 32
+    assert_same(ours, loaded_by_transformers(tmp_path, torch.float32))
+    add_lora_(ours, LoraConfig(rank=2))
+    save_adapter(ours, tmp_path / "adapter")
+    load_adapter_(load_quantized(tmp_path, PLAIN), tmp_path / "adapter")
+
+
+def test_a_scale_of_logits_that_is_a_word_is_left_to_the_model(small_model: Callable[..., Any]) -> None:
+    assert architecture.logit_options(small_model("CohereConfig", logit_scale=0.5)) == {"logit_scale": 0.5}
+    words = {"logit_scale": "inv_sqrt_d_model", "d_model": 32, "n_heads": 2, "n_layers": 1}
+    assert architecture.logit_options(small_model("MptConfig", **words)) == {}
+
+
+def test_a_text_part_that_automodel_does_not_know_is_loaded_by_the_class_that_its_config_names(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "cross_attention_layers": []}
+    theirs = perturbed(transformers.MllamaForCausalLM(transformers.MllamaTextConfig(**sizes)).eval())
+    theirs.save_pretrained(tmp_path)
+    assert_same(load_quantized(tmp_path, PLAIN, dtype=torch.float32), theirs)
+
+
+@pytest.mark.parametrize("format", ["none", "int8"])
+def test_calls_in_eval_leave_the_weights_of_rwkv_as_they_are(
+    small_model: Callable[..., Any], tmp_path: Path, format: str
+) -> None:
+    perturbed(small_model("RwkvConfig", attention_hidden_size=32, rescale_every=1)).save_pretrained(tmp_path)
+    ours = load_quantized(tmp_path, QuantConfig(format), dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    expected = loaded_by_transformers(tmp_path, torch.float32)(TOKENS, use_cache=False).logits
+    tolerance = 1e-4 if format == "none" else 0.05
+    torch.testing.assert_close(ours(TOKENS, use_cache=False).logits, expected, rtol=tolerance, atol=tolerance)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
+    assert ours.load_report.left_unpacked == {} and ours.config.rescale_every == 1

@@ -117,7 +117,15 @@ def test_index_may_only_name_plain_files(tmp_path: Path, name: object) -> None:
 
 
 def test_damaged_and_missing_files_get_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds neither"):
+    with pytest.raises(CheckpointError, match=r"holds neither .* nor model\.safetensors\.index\.json$"):
+        TensorFiles(tmp_path)
+    for name in ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "training_args.bin"):
+        (tmp_path / name).write_bytes(b"\x80")
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds neither .*; pytorch_model-00001-of-00002\.bin, pytorch_model-00002-of-00002\.bin, and 1 more: "
+        rf"pickles can run code and are not read; .*from_pretrained\('{tmp_path}'\)\.save_pretrained\('converted'\)",
+    ):
         TensorFiles(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):

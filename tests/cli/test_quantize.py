@@ -6,8 +6,10 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -28,3 +30,21 @@ def test_quantize_writes_what_the_other_commands_read(run: Run, tiny_folder: Pat
     assert done.returncode == 2 and "is packed as fp4 already; format 'nf4' was asked for" in done.stderr
     again = run(*words)
     assert again.returncode == 1 and "not empty" in again.stderr
+
+
+def test_what_stays_unpacked_or_is_passed_over_is_printed(
+    run: Run, small_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    small_model("MambaConfig", state_size=8).save_pretrained(tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    save_file({**tensors, "v_head.weight": torch.ones(1, 32)}, tmp_path / "m" / "model.safetensors")
+    words = ("quantize", "--model", tmp_path / "m", "--output", tmp_path / "q", "--format", "int8")
+    done = run(*words)
+    assert (
+        done.returncode == 1 and "1 tensors belong to no module: v_head.weight; ignore_unexpected (--i" in done.stderr
+    )
+    done = run(*words, "--ignore-unexpected")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "  2 x backbone.layers.*.mixer.dt_proj: MambaMixer.forward reads its weight" in lines
+    assert lines[2:4] == ["1 tensors of the checkpoint are not part of the model:", "  1 x v_head.weight: passed over"]

@@ -32,8 +32,9 @@ from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import CheckpointError, InputError, TargetError
 from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.lora.adapters import adapters_disabled, lora_layers
-from qlora_lite.lora.convolution import refusal_reason, weights_read_by_parents
+from qlora_lite.lora.convolution import refusal_reason
 from qlora_lite.lora.targets import select_targets
+from qlora_lite.weight_readers import described_reads
 
 KINDS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -322,7 +323,7 @@ def test_mambas_convolution_is_refused() -> None:
     config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)
     model = MambaForCausalLM(config)
     (name,) = [name for name, module in model.named_modules() if isinstance(module, nn.Conv1d)]
-    assert len(weights_read_by_parents(model, [name])) == 1
+    assert len(described_reads(model, [name])) == 1
     with pytest.raises(TargetError, match=r"MambaMixer\..* reads its weight"):
         add_lora_(model, LoraConfig(target_modules=["conv1d"]))
 

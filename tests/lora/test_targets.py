@@ -13,7 +13,7 @@ from torch import nn
 from qlora_lite import LoraConfig, add_lora_, load_adapter_, save_adapter
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.adapters import lora_layers
-from qlora_lite.lora.targets import block_number, layer_numbers, select_targets
+from qlora_lite.lora.targets import block_number, layer_numbers, left_out_of_all_linear, select_targets
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -131,17 +131,36 @@ def test_what_decides_nothing_is_named(small_model: Callable[..., Any], settings
     assert not lora_layers(model)
 
 
-def test_a_layer_with_a_forward_of_its_own_can_be_excluded() -> None:
-    class Doubled(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(x)
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
 
-    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4))
-    with pytest.raises(
-        TargetError, match=r"'all-linear' includes 1 layers .*: 1 \(Doubled\); leave them out with exclude_modules"
-    ):
-        select_targets(model, LoraConfig())
-    assert [layer.name for layer in select_targets(model, LoraConfig(exclude_modules=["1"]))] == ["0"]
+
+class Read(nn.Module):
+    """Reads the weight of one layer, and calls the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(x @ self.read.weight)
+
+
+def test_all_linear_leaves_out_what_an_adapter_cannot_act_on() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4), Read())
+    assert left_out_of_all_linear(model) == {
+        "1": "a Doubled has a forward of its own",
+        "2.read": "Read.forward reads its weight",
+    }
+    assert [layer.name for layer in select_targets(model, LoraConfig())] == ["0", "2.called"]
+    for exclude in (["1"], ["read", "1"], "1", lambda name, layer: isinstance(layer, Doubled)):
+        chosen = select_targets(model, LoraConfig(exclude_modules=exclude))
+        assert [layer.name for layer in chosen] == ["0", "2.called"]
+    with pytest.raises(TargetError, match=r"2\.read: Read\.forward reads its weight instead of calling it, so an"):
+        select_targets(model, LoraConfig(target_modules=["read"]))
+    with pytest.raises(TargetError, match=r"target_modules \['1'\] matched no layer"):
+        select_targets(model, LoraConfig(target_modules=["1"]))
 
 
 def test_layers_with_several_names_are_targeted_by_their_first() -> None:

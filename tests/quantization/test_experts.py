@@ -19,6 +19,7 @@ from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.quantization.experts import PackedStack, RoutedExperts, packable_stacks, stacks
 from qlora_lite.quantization.packed_weight import PackedWeight
+from qlora_lite.quantization.selection import left_unpacked
 
 TOKENS = torch.arange(14).view(2, 7)
 FAMILIES = ["MixtralConfig", "Qwen3MoeConfig", "Qwen2MoeConfig", "OlmoeConfig", "GptOssConfig"]
@@ -169,15 +170,19 @@ def test_skipping_bad_values_and_strangers(folder: Path) -> None:
 
 
 class Stranger(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.weights = nn.Parameter(torch.zeros(3, 8, 8))
+        self.weights = nn.Parameter(torch.zeros(3, size, size))
 
 
-def test_a_stack_that_nobody_knows_is_an_error_until_it_is_skipped() -> None:
-    model = nn.Sequential(nn.Linear(64, 64), Stranger(), nn.Conv1d(2, 4, 3))
+def test_stacks_that_nobody_knows_stay_unpacked_unless_they_hold_most_values() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), Stranger(8), nn.Conv1d(2, 4, 3))
+    assert left_unpacked(model, QuantConfig()) == {"1.weights": "a stack of matrices (3, 8, 8) of a Stranger"}
+    assert quantize_base_(model, QuantConfig()) == ["0"]
+    model = nn.Sequential(nn.Linear(64, 64), Stranger(64), nn.Conv1d(2, 4, 3))
     with pytest.raises(
-        TargetError, match=r"1 stacks of matrices cannot be packed: 1\.weights \(3, 8, 8\) of a Stranger"
+        TargetError,
+        match=r"1 stacks of matrices cannot be packed: 1\.weights \(3, 64, 64\) of a Stranger; they hold 75% of",
     ):
         quantize_base_(model, QuantConfig())
     assert type(model[0]) is nn.Linear

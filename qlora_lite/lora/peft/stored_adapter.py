@@ -14,7 +14,6 @@ from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.auxiliary_layers import TrainableTokensLayer
 from qlora_lite.lora.config import LoraConfig
-from qlora_lite.lora.convolution import weights_read_by_parents
 from qlora_lite.lora.experts import unpacked_stacks
 from qlora_lite.lora.kinds import RouterKind, kind_of
 from qlora_lite.lora.layer import LoraLayer
@@ -33,6 +32,7 @@ from qlora_lite.lora.peft.options import CONFIG_FILE, lora_config, read_supporte
 from qlora_lite.lora.peft.targets import target_problems, targeted_parameters
 from qlora_lite.lora.targets import TargetedLayer
 from qlora_lite.lora.variants import VARIANTS, Variant, combination_problems, variant_contradictions
+from qlora_lite.weight_readers import described_reads
 
 LayerTensors = dict[str, dict[str, Tensor]]
 
@@ -184,7 +184,7 @@ class StoredAdapter:
             *(problem for name in names for problem in self._layer_problems(name, modules.get(name))),
             *_base_copy_problems(model, self.tensors),
             *self.config.unused_patterns([self.layers[n].peft_name if n in self.layers else n for n in names]),
-            *weights_read_by_parents(model, [name for name in names if name not in self.key_names]),
+            *described_reads(model, [name for name in names if name not in self.key_names]),
             *target_problems(model, names - self.parameter_layers.keys(), self.options),
             *(
                 f"{name} is targeted and has no tensors in the file"
