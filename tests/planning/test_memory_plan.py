@@ -143,14 +143,23 @@ def test_a_model_without_a_rehearsal_has_counted_bytes_only(tiny_config: Any, mo
     assert plan(tiny_config, WANTED, DeviceMemory(least - 1, 0, accelerator=False), [16]).fits is False
 
 
-def test_model_code_that_fails_on_a_packed_base_is_not_rehearsed() -> None:
+def test_model_code_that_fails_on_a_packed_base_is_not_rehearsed(
+    tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    monkeypatch.setattr(LlamaMLP, "forward", lambda layer, x: x @ layer.up_proj.weight.T @ layer.down_proj.weight.T)
+    made = plan(tiny_config, WANTED, DeviceMemory(10 * MIB, 0, accelerator=False), [16])
+    assert made.fits is None and made.counted is not None
+    assert made.not_rehearsed is not None and "a LlamaForCausalLM cannot be rehearsed" in made.not_rehearsed
+
+
+def test_layers_that_stay_unpacked_are_planned_so() -> None:
     from transformers import MambaConfig
 
-    # Its code multiplies by the weights of its layers itself.
     config = MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2)
     made = plan(config, WANTED, DeviceMemory(10 * MIB, 0, accelerator=False), [16])
-    assert made.fits is None and made.counted is not None
-    assert made.not_rehearsed is not None and "a MambaForCausalLM cannot be rehearsed" in made.not_rehearsed
+    assert made.fits is True and made.not_rehearsed is None
 
 
 def test_usual_lengths_end_where_the_model_does(tiny_config: Any) -> None:
