@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,11 @@ from qlora_lite.cli.options import (
 )
 from qlora_lite.errors import listing
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
+
+
+def passed_over_line(names: Sequence[str]) -> str:
+    """Returns a line about tensors of the checkpoint that are not merged; an empty text if there are none."""
+    return f"{len(names)} tensors of the checkpoint are not merged: {listing(names)}\n" if names else ""
 
 
 def merge(
@@ -92,18 +98,10 @@ def merge(
             any_base=any_base,
             ignore_unexpected=ignore_unexpected,
         )
-    if done.passed_over:
-        print(f"{len(done.passed_over)} tensors of the checkpoint are not merged: {listing(done.passed_over)}")
-    print(render(done.report))
+    print(passed_over_line(done.passed_over) + render(done.report))
     merged = sum(figures.update is not None for figures in done.report.tensors)
-    figures: dict[str, object] = {
-        "layers_merged": merged,
-        "base": base,
-        "names": names,
-        "dtype": dtype,
-        "files": done.files,
-        "output": str(output),
-    }
+    figures: dict[str, object] = {"layers_merged": merged, "base": base, "names": names, "dtype": dtype}
+    figures |= {"files": done.files, "output": str(output)}
     figures |= {"embedding_and_head_untied": done.untied, "report": str(output / REPORT_FILE)}
     if json:
         figures |= done.report.total_json()

@@ -124,8 +124,9 @@ def _described_records(options: Mapping[str, Any], tokenizer: Tokenizer) -> tupl
     return records, {"date": run_date.isoformat(), **summary.to_json(), "examples_held_out": held_out}
 
 
-def _print_left_out(model: Any, lora: LoraConfig) -> None:
-    """Prints the layers that stay unpacked or get no adapter, and the tensors that the model has no place for."""
+def _add_adapters_(model: Any, lora: LoraConfig) -> None:
+    """Adds adapters; prints what stays unpacked or gets no adapter, and tensors that the model has no place for."""
+    from qlora_lite.lora.adapters import add_lora_
     from qlora_lite.lora.targets import left_out_of_all_linear
     from qlora_lite.surgery import described_by_pattern
     from qlora_lite.training.distributed import is_first_process
@@ -135,6 +136,7 @@ def _print_left_out(model: Any, lora: LoraConfig) -> None:
     lines += [f"{len(left)} layers get no adapter:"] * bool(left) + [f"  {line}" for line in described_by_pattern(left)]
     if lines and is_first_process():
         print("\n".join(lines))
+    add_lora_(model, lora)
 
 
 def _held_out_loss(model: nn.Module, records: TrainingData, options: Mapping[str, Any], pad: int) -> list[float]:
@@ -271,7 +273,6 @@ def train(
     from qlora_lite.checkpoints.load import load_quantized
     from qlora_lite.checks import byte_count
     from qlora_lite.data.batching import batches
-    from qlora_lite.lora.adapters import add_lora_
     from qlora_lite.lora.config import LoraConfig
     from qlora_lite.lora.targets import layer_numbers
     from qlora_lite.planning.memory_budget import config_within, device_memory
@@ -308,8 +309,7 @@ def train(
             print(budgeted.described())
         torch.manual_seed(seed)
         loaded = load_quantized(model, quant, ignore_unexpected=ignore_unexpected)
-        _print_left_out(loaded, lora)
-        add_lora_(loaded, lora)
+        _add_adapters_(loaded, lora)
         chosen = config if budgeted is None else budgeted.config
         losses = _held_out_loss(loaded, records, ctx.params, pad)
         result = train_model(loaded, stream, chosen, output_dir=output, overwrite=overwrite, resume=resume, notes=notes)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from qlora_lite.cli.merge import passed_over_line
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -54,3 +56,8 @@ def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     load_adapter_(ours, adapter)
     tokens = torch.arange(8).unsqueeze(0)
     torch.testing.assert_close(merged(tokens).logits, ours.float().eval()(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_that_are_not_merged_are_named() -> None:
+    assert passed_over_line([]) == ""
+    assert passed_over_line(["v_head.weight"]) == "1 tensors of the checkpoint are not merged: v_head.weight\n"
