@@ -69,10 +69,11 @@ def run(way: str, model: Path, file: Path, scratch: Path, processes: int | None 
     given = {"way": way, "model": str(model), "file": str(file), "scratch": str(place / "trainer")}
     given |= {"processes": processes, "messages": MESSAGES}
     surroundings = {**os.environ, "HF_DATASETS_CACHE": str(place / "datasets"), "HF_HUB_OFFLINE": "1"}
+    surroundings["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     command = [sys.executable, str(WORKER), json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings)
     if done.returncode:
-        raise SystemExit(f"{way} ended:\n{done.stderr.strip()[-2000:]}")
+        raise SystemExit(f"{way} ended with status {done.returncode}:\n{done.stderr.strip()[-2000:]}")
     shutil.rmtree(place)
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
@@ -88,6 +89,7 @@ def measured(model: Path, file: Path, scratch: Path, processes: list[int]) -> di
             # datasets starts a process even for num_proc=1; its default is the process itself.
             key = f"{name}, {count} process{'es' * (count > 1)}"
             figures[key] = run(way, model, file, scratch, count if count > 1 else None)
+            print(f"{key}: {figures[key]['seconds']:.1f} s", file=sys.stderr, flush=True)
     return figures
 
 
