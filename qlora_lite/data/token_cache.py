@@ -123,6 +123,16 @@ def save_tokens(
 
     Raises the errors of `fill`, and CheckpointError if the folder cannot be written. Then nothing is left behind.
     """
+    is_first = not folder.parent.exists()
+    try:
+        return _saved(folder, fill)
+    finally:
+        if is_first:
+            with suppress(OSError):  # the new folder is in it
+                folder.parent.rmdir()
+
+
+def _saved(folder: Path, fill: Callable[[TokenWriter], dict[str, object]]) -> tuple[TokenArrays, dict[str, object]]:
     try:
         with new_folder(folder, overwrite=True) as temporary:
             counts, noted = _fill(temporary, fill)

@@ -32,6 +32,7 @@ from qlora_lite.signals import check_signals
 # After each call the thread waits some milliseconds for Python's lock, so that 128 records take a seventh more time.
 CHUNK_RECORDS = 512
 CHUNK_CHARACTERS = 1 << 19
+SHOWN_EVERY = 128  # records
 CHUNKS_AHEAD = 3
 
 Show = Callable[[int], None]
@@ -119,6 +120,10 @@ class NothingToLearn(CheckpointError):
     def __init__(self, sentence: str, parts: Sequence[SourceTokens]) -> None:
         super().__init__(sentence)
         self.parts = tuple(parts)
+
+
+class _NothingToKeep(Exception):
+    """A source has no good record, so no tokens are kept of it."""
 
 
 def tokenize(
@@ -213,14 +218,19 @@ def _source_tokens(
     def fill(writer: TokenWriter) -> dict[str, object]:
         found, bad = _append_all(raw_records(source), encoder, config, writer, show)
         made.append((found, bad))
+        if bad.count == found.records:
+            raise _NothingToKeep
         return {**vars(found), "bad": bad.count, "bad_kept": bad.kept}
 
-    if key is None:
-        writer = TokenWriter()
-        fill(writer)
-        arrays = writer.finish()[0]
-    else:
-        arrays, _ = save_tokens(cache_folder(source) / key, fill)
+    try:
+        if key is None:
+            writer = TokenWriter()
+            fill(writer)
+            arrays = writer.finish()[0]
+        else:
+            arrays, _ = save_tokens(cache_folder(source) / key, fill)
+    except _NothingToKeep:
+        arrays = TokenWriter().finish()[0]
     return SourceTokens(source.location, arrays, *made[0])
 
 
@@ -238,7 +248,7 @@ def _append_all(
             continue
         found.split += len(examples) > 1
         writer.append(number, examples)
-        if show is not None and number % CHUNK_RECORDS == 0:
+        if show is not None and number % SHOWN_EVERY == 0:
             show(number)
     bad.check(found.records)
     return found, bad

@@ -92,12 +92,20 @@ def test_bad_records_are_remembered_and_counted_again(data: Path, start: Any) ->
     data.write_text(data.read_text(encoding="utf-8") + '{"text": 3}\n', encoding="utf-8")
     with pytest.raises(CheckpointError, match="line 4: text must be a string"):
         start(data)
-    assert not any(cache_folder(Source(str(data))).glob("*")), "a refused set left tokens behind"
+    assert not cache_folder(Source(str(data))).exists(), "a refused set left something behind"
     assert start(data, DataConfig(skip_bad=1)).skipped == 1
     kept = start(data, DataConfig(skip_bad=5))
     assert kept.parts[0].was_cached and kept.skipped == 1
     with pytest.raises(CheckpointError, match="line 4: text must be a string"):
         start(data)
+
+
+@pytest.mark.parametrize("content", ["", '{"text": 3}\n'])
+def test_of_a_set_without_a_good_record_nothing_is_kept(data: Path, start: Any, content: str) -> None:
+    data.write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="there is nothing to train on"):
+        start(data, DataConfig(skip_bad=1))
+    assert [path.name for path in data.parent.iterdir()] == [data.name]
 
 
 def test_runs_that_race_do_not_disturb_each_other(data: Path, start: Any) -> None:
