@@ -17,6 +17,11 @@ def name_matches(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith("." + wanted)
 
 
+def is_part_of_path(name: str, part: str) -> bool:
+    """Whether a module's dotted name is `part` or has it between dots, as `a.tower.0.q` has `tower`, `tower.0`, `q`."""
+    return f".{part}." in f".{name}."
+
+
 # A file may have a pattern for each of several hundred layers, more than `re` caches.
 @functools.lru_cache(maxsize=1 << 14)
 def layer_pattern(pattern: str) -> re.Pattern[str]:

@@ -14,6 +14,7 @@ from qlora_lite.surgery import (
     check_all_matched,
     described_by_pattern,
     exchange_modules_,
+    is_part_of_path,
     is_transposed_linear,
     matches_as_in_transformers,
     matching_pattern,
@@ -25,6 +26,13 @@ from qlora_lite.surgery import (
 def test_names_end_at_dots() -> None:
     assert name_matches("a.q_proj", "q_proj") and name_matches("a.b", "a.b")
     assert not name_matches("a.xq_proj", "q_proj")
+
+
+def test_parts_of_paths_are_whole_names() -> None:
+    for part in ("a", "tower", "0", "tower.0", "a.tower.0.q", "q"):
+        assert is_part_of_path("a.tower.0.q", part)
+    for other in ("tow", "a.0", "tower.0.", "q.a", "b"):
+        assert not is_part_of_path("a.tower.0.q", other)
     with pytest.raises(TargetError, match=r"\['q_porj'\] matched no layer; this model has: k_proj, q_proj"):
         check_all_matched("target_modules", ["q_porj", "q_proj"], ["x.q_proj", "x.k_proj"])
 

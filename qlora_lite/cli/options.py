@@ -96,6 +96,21 @@ def listed(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")] if text.strip() else []
 
 
+def targets_named(option: str, text: str) -> str | list[str]:
+    """Returns names separated by commas as a list, and the regular expression after `re:` as text; `all-linear` as is.
+
+    Raises ConfigError for an empty expression.
+    """
+    if text == "all-linear":
+        return text
+    kind, colon, expression = text.partition(":")
+    if (kind, colon) != ("re", ":"):
+        return listed(text)
+    if not expression:
+        raise errors.ConfigError(f"{option} re: must be followed by a regular expression for the whole name of a layer")
+    return expression
+
+
 def listed_tokens(text: str) -> list[int]:
     """Returns the token ids in a text of ids separated by commas. Raises ConfigError for anything else."""
     try:

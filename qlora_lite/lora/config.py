@@ -83,7 +83,8 @@ class LoraConfig:
         convolutions too. A function `(name, module) -> bool` decides by itself. A stack of experts' matrices has its
         own name, `model.layers.0.mlp.experts.gate_up_proj` (peft: target_parameters), no dropout, and the variant
         `lora` only.
-    exclude_modules: the targets to leave out, given in the same ways except `"all-linear"`.
+    exclude_modules: the targets to leave out, given in the same ways except `"all-linear"`. A name in a list may be any
+        part of a path: `vision_tower` leaves out `model.vision_tower.layers.0.q_proj`.
     layers_to_transform: numbers of the repeated blocks that get adapters. The number of a block is the first number in
         a layer's name: 7 in `model.layers.7.mlp.up_proj`. Layers outside of the blocks get none. `add_lora_` raises
         TargetError for a number or an exclusion that changes nothing.

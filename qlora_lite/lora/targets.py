@@ -8,7 +8,7 @@ take TargetedLayers.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -23,7 +23,7 @@ from qlora_lite.lora.kinds import Kind, LinearKind, RouterKind, StackKind, kind_
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.variants import ordinary_alpha, ordinary_rank
 from qlora_lite.quantization.experts import stacks
-from qlora_lite.surgery import check_all_matched, has_own_forward, name_matches
+from qlora_lite.surgery import check_all_matched, has_own_forward, is_part_of_path, name_matches
 from qlora_lite.weight_readers import described_reads, weights_read
 
 BLOCK = re.compile(r"(?:^|.*?\.)[^.]+\.(?P<number>\d+)\.")
@@ -92,6 +92,38 @@ def layer_numbers(text: str) -> list[int]:
             raise ConfigError(f"layers_to_transform must be numbers and ranges such as 0-7,12; got {text!r}")
         numbers += span
     return numbers
+
+
+def _path_parts(name: str) -> Iterator[tuple[str, ...]]:
+    """Yields every part of a dotted name, one name or more, from its left to its right."""
+    steps = name.split(".")
+    yield from (tuple(steps[first:end]) for first in range(len(steps)) for end in range(first + 1, len(steps) + 1))
+
+
+def _named_share(part: tuple[str, ...]) -> int:
+    """Returns 2 for a part of a path without numbers, 1 for one with numbers and names, 0 for a number."""
+    numbers = sum(map(str.isdigit, part))
+    return 2 if numbers == 0 else int(numbers < len(part))
+
+
+def exclusions_for(names: Collection[str], kept: Iterable[str]) -> dict[str, list[str]]:
+    """Returns entries of exclude_modules that match all of these layers and none of `kept`, with the layers of each.
+
+    The entries are parts of paths: few, short, and without numbers where that is possible.
+    """
+    forbidden = {part for name in kept for part in _path_parts(name)}
+    matched: dict[tuple[str, ...], set[str]] = {}
+    for name in names:
+        for part in _path_parts(name):
+            if part not in forbidden:
+                matched.setdefault(part, set()).add(name)
+    left, found = set(names), dict[str, list[str]]()
+    while left:
+        counts = {part: count for part, matching in matched.items() if (count := len(matching & left))}
+        best = max(counts, key=lambda part: (_named_share(part), counts[part], -len(part)))
+        found[".".join(best)] = sorted(matched[best] & left)
+        left -= matched[best]
+    return found
 
 
 def adaptable_names(model: nn.Module) -> set[str]:
@@ -166,8 +198,16 @@ def _check_called(model: nn.Module, names: list[str]) -> None:
         )
 
 
-def _matching(setting: str, targets: Targets, layers: Mapping[str, nn.Module]) -> list[str]:
-    """Returns the names of the layers that a regular expression, a function or a list of names selects."""
+def _matching(
+    setting: str,
+    targets: Targets,
+    layers: Mapping[str, nn.Module],
+    matches: Callable[[str, str], bool] = name_matches,
+) -> list[str]:
+    """Returns the names of the layers that a regular expression, a function or a list of names selects.
+
+    matches: whether a layer's name matches a name in a list.
+    """
     if callable(targets):
         return [name for name, layer in layers.items() if targets(name, layer)]
     if isinstance(targets, str):
@@ -176,7 +216,7 @@ def _matching(setting: str, targets: Targets, layers: Mapping[str, nn.Module]) -
         except re.error as error:
             raise TargetError(f"{setting} {targets!r} is not a regular expression: {error}") from error
         return [name for name in layers if pattern.fullmatch(name)]
-    return [name for name in layers if any(name_matches(name, target) for target in targets)]
+    return [name for name in layers if any(matches(name, target) for target in targets)]
 
 
 def left_out_of_all_linear(model: nn.Module) -> dict[str, str]:
@@ -231,7 +271,7 @@ def _unused_settings(
         if isinstance(exclude, str) or callable(exclude):
             without_effect = [] if excluded.intersection(within) else [str(exclude)]
         else:
-            without_effect = [entry for entry in exclude if not any(name_matches(name, entry) for name in within)]
+            without_effect = [entry for entry in exclude if not any(is_part_of_path(name, entry) for name in within)]
         if without_effect:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in within})) or "none"
             sentences.append(f"exclude_modules {without_effect} excludes no targeted layer; targeted are: {ends}")
@@ -259,7 +299,7 @@ def select_targets(model: nn.Module, config: LoraConfig) -> list[TargetedLayer]:
     left = left_out_of_all_linear(model) if config.target_modules == ALL_LINEAR else {}
     if config.exclude_modules is not None:
         excludable = {**targeted, **{name: model.get_submodule(name) for name in left}}
-        excluded.update(_matching("exclude_modules", config.exclude_modules, excludable))
+        excluded.update(_matching("exclude_modules", config.exclude_modules, excludable, is_part_of_path))
     if sentences := _unused_settings(config, targeted, excluded, left):
         raise TargetError("; ".join(sentences))
     chosen = {

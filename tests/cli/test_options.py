@@ -20,6 +20,15 @@ def test_names_and_numbers_stand_between_commas() -> None:
         options.listed_tokens("7,x")
 
 
+def test_layers_are_named_in_a_list_or_by_an_expression() -> None:
+    named = options.targets_named
+    assert named("--target-modules", "all-linear") == "all-linear"
+    assert named("--target-modules", "q_proj, layers.1.up_proj") == ["q_proj", "layers.1.up_proj"]
+    assert named("--target-modules", r"re:.*layers\.[0-3]\.(q|k){1,2}_proj") == r".*layers\.[0-3]\.(q|k){1,2}_proj"
+    with pytest.raises(ConfigError, match="--exclude-modules re: must be followed by a regular expression"):
+        named("--exclude-modules", "re:")
+
+
 def test_figures_are_for_a_person_or_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
     figures = {"files_written": ["a", "b"], "halved": None, "steps": 0}
     options.finish(figures, as_json=False)

@@ -51,7 +51,7 @@ def test_all_that_is_trained_learns_and_the_base_is_there_again_bit_for_bit(smal
     assert {id(p) for p in parameters.values()} == {id(p) for p in model.parameters() if p.requires_grad}
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     result = train(model, [BATCH], TrainConfig(steps=3, learning_rate=0.01), progress=False)
-    assert result.model_loss_reason is None and result.losses[-1] < result.losses[0]
+    assert result.logits_reason is None and result.losses[-1] < result.losses[0]
     still = [name for name, parameter in parameters.items() if torch.equal(parameter, start[name])]
     assert still == []
     with adapters_disabled(model):
@@ -78,7 +78,7 @@ def test_a_tied_head_shares_the_rows_and_memory_is_that_of_the_rows(small_model:
     profiler = MemoryProfiler()
     with profiler:
         result = train(model, [BATCH], TrainConfig(steps=2, learning_rate=0.01), profiler=profiler, progress=False)
-    assert result.model_loss_reason is None
+    assert result.logits_reason is None
     count = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     assert count == 2 * 32 + 2 * 4 * 32
     update = profiler.report().phase("optimizer")

@@ -13,7 +13,7 @@ from torch import nn
 from qlora_lite import LoraConfig, add_lora_, load_adapter_, save_adapter
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.adapters import lora_layers
-from qlora_lite.lora.targets import block_number, layer_numbers, left_out_of_all_linear, select_targets
+from qlora_lite.lora.targets import block_number, exclusions_for, layer_numbers, left_out_of_all_linear, select_targets
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -111,8 +111,8 @@ def test_functions_and_numbers_compose_with_all_linear(small_model: Callable[...
             r"layers_to_transform \[0\] contain .* are in no numbered block",
         ),
         (
-            {"exclude_modules": ["lm_head", "self_attn", "q_proj"]},
-            r"exclude_modules \['lm_head', 'self_attn'\] excludes no targeted layer; targeted are: down_proj, ",
+            {"exclude_modules": ["lm_head", "self_att", "self_attn.k", "q_proj"]},
+            r"exclude_modules \['lm_head', 'self_att', 'self_attn.k'\] excludes no targeted layer; targeted",
         ),
         (
             {"exclude_modules": ["layers.1.mlp.up_proj"], "layers_to_transform": [0]},
@@ -129,6 +129,26 @@ def test_what_decides_nothing_is_named(small_model: Callable[..., Any], settings
     with pytest.raises(TargetError, match=message):
         add_lora_(model, LoraConfig(**settings))
     assert not lora_layers(model)
+
+
+@pytest.mark.parametrize("part", ["self_attn", "layers.1.self_attn", "1", "1.self_attn.q_proj", "model.layers.1"])
+def test_any_part_of_a_path_can_be_excluded(small_model: Callable[..., Any], part: str) -> None:
+    model = small_model("LlamaConfig")
+    every = [layer.name for layer in select_targets(model, LoraConfig())]
+    left = [layer.name for layer in select_targets(model, LoraConfig(exclude_modules=[part]))]
+    assert left == [name for name in every if f".{part}." not in f".{name}."]
+    assert 0 < len(left) < len(every)
+
+
+def test_exclusions_are_few_short_and_exact() -> None:
+    tower = [f"model.vision_tower.layers.{n}.{part}" for n in range(12) for part in ("attn.q_proj", "mlp.fc1")]
+    text = [f"model.language_model.layers.{n}.{part}" for n in range(12) for part in ("attn.q_proj", "mlp.fc1")]
+    cross = [f"model.language_model.layers.{n}.cross_attn.{part}" for n in range(12) for part in ("q_proj", "k_proj")]
+    assert exclusions_for(tower, text) == {"vision_tower": sorted(tower)}
+    assert exclusions_for([*cross, *tower], text) == {"vision_tower": sorted(tower), "cross_attn": sorted(cross)}
+    assert exclusions_for(tower[:2], tower[2:]) == {"layers.0": sorted(tower[:2])}
+    assert list(exclusions_for(["a.0", "b.1"], ["a.1", "b.0"])) == ["a.0", "b.1"]
+    assert exclusions_for([], text) == {}
 
 
 class Doubled(nn.Linear):
