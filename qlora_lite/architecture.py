@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.errors import CheckpointError, listing
+from qlora_lite.errors import CheckpointError, ConfigError, listing
 
 # transformers' mark of tensors, and modules, that it must not initialize.
 INITIALIZED = "_is_hf_initialized"
@@ -170,10 +170,10 @@ def config_value(config: object, name: str) -> Any:
         return None
 
 
-def longest_sequence(config: object) -> int | None:
-    """Returns the number of positions that a model was made for, None if its config does not give it."""
-    found: int | None = config_value(config, "max_position_embeddings")
-    return found
+def text_config(config: Any) -> Any:
+    """Returns the part of a config that describes the language model: of a model for text, the config itself."""
+    parts = getattr(config, "get_text_config", None)
+    return parts() if callable(parts) else config
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
@@ -191,6 +191,11 @@ def _named_module(model: nn.Module, getter: str) -> nn.Module | None:
     return get() if callable(get) else None
 
 
+def is_reversible(model: nn.Module) -> bool:
+    """Whether the model has reversible layers, which compute their inputs again from their outputs (Reformer)."""
+    return getattr(getattr(model, "config", None), "model_type", None) == "reformer"
+
+
 def vocabulary_size(model: nn.Module) -> int | None:
     """Returns the number of rows of the input embedding, or None for a model without one."""
     return getattr(input_embedding(model), "num_embeddings", None)
@@ -201,8 +206,11 @@ def _is_transformers_model(module: nn.Module) -> bool:
 
 
 def base_model(model: Any) -> Any:
-    """Returns the model under the output head. Llama 4 names another attribute for it than it has."""
-    named = model.base_model
+    """Returns the model under the output head; the model itself if it does not say which part that is.
+
+    Llama 4 names another attribute for it than it has.
+    """
+    named = getattr(model, "base_model", model)
     return next(filter(_is_transformers_model, model.children()), named) if named is model else named
 
 
@@ -212,14 +220,62 @@ def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return base_model(model)(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
+def declares_router_loss(model: Any) -> bool:
+    """Whether the config asks for a loss that spreads the tokens evenly over experts (`output_router_logits`)."""
+    config = getattr(model, "config", None)
+    return any(config_value(part, "output_router_logits") is True for part in (config, text_config(config)))
+
+
+def z_loss_coefficient(model: Any) -> float:
+    """Returns the factor of the loss on the logits' size that the config asks for; 0 if it does not (Bamba)."""
+    return float(config_value(getattr(model, "config", None), "z_loss_coefficient") or 0)
+
+
+def output_with_router_loss(model: Any, batch: dict[str, Tensor], no_labels: Tensor, **options: object) -> Any:
+    """Returns the model's output for labels of which none counts: its `loss` is that of the routers alone.
+
+    The factor and the arithmetic of that loss are the model's own.
+    no_labels: ignored labels, for each token whose logits the model computes. options: further arguments of the model.
+    Raises ConfigError for a model that does not compute such a loss.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    # With a number of items, the cross-entropy is a sum, which is 0 without labels; a mean would be NaN.
+    options |= {"num_items_in_batch": 1, "use_cache": False}
+    try:
+        output = model(**inputs, labels=no_labels, **options)
+        if not isinstance(getattr(output, "loss", None), Tensor):
+            raise ValueError("it returns no loss")
+    except (TypeError, ValueError, AttributeError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"the config of a {type(model).__name__} asks for a loss of its routers (output_router_logits), which the "
+            f"model does not compute ({type(error).__name__}: {first_line}); set output_router_logits to false"
+        ) from error
+    return output
+
+
+def hidden_states_and_router_loss(model: Any, batch: dict[str, Tensor], no_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the last hidden states, as `hidden_states`, and the loss of the routers that the model adds to its own.
+
+    no_labels: ignored labels (rows, 1), because the logits of one token of each row are computed on the way.
+    """
+    outputs: list[Any] = []
+    with base_model(model).register_forward_hook(lambda module, args, output: outputs.append(output)):
+        output = output_with_router_loss(model, batch, no_labels, logits_to_keep=1)
+    return outputs[-1].last_hidden_state, output.loss
+
+
 def logit_options(model: Any) -> dict[str, float]:
     """Returns what the model does with the logits of its head, as arguments of `linear_cross_entropy`."""
+    config = text_config(model.config)
     options: dict[str, float] = {}
-    if softcap := config_value(model.config, "final_logit_softcapping"):  # Gemma
-        options["softcap"] = softcap
-    scale = config_value(model.config, "logit_scale")
-    if scale and isinstance(scale, (int, float)):  # Cohere multiplies; MPT has the name of a formula, which it ignores
-        options["logit_scale"] = scale
-    if scaling := config_value(model.config, "logits_scaling"):  # Granite divides
-        options["logit_scale"] = 1 / scaling
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):  # Gemma's kinds, xLSTM
+        if softcap := config_value(config, name):
+            options["softcap"] = softcap
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere and Falcon-H1 multiply
+        scale = config_value(config, name)
+        if scale and isinstance(scale, (int, float)):  # MPT has the name of a formula, which it ignores
+            options["logit_scale"] = scale
+    if scaling := config_value(config, "logits_scaling"):  # Granite divides, HyperCLOVA X multiplies
+        options["logit_scale"] = scaling if str(config.model_type).startswith("hyperclovax") else 1 / scaling
     return options

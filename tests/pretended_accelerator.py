@@ -18,7 +18,7 @@ from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_qua
 from qlora_lite.lora.adapters import adapter_parameters, lora_layers
 from qlora_lite.training.activation_checkpointing import checkpointed
 from qlora_lite.training.fused_forward import fused
-from qlora_lite.training.objective import logit_free_loss, model_loss
+from qlora_lite.training.objective.losses import logit_free_loss, logits_loss
 from qlora_lite.training.optim import make_optimizer
 
 DEVICE = "fakegpu"
@@ -41,7 +41,7 @@ def step(model: nn.Module, checkpointing: str) -> set[str]:
     optimizer = make_optimizer(adapters, TrainConfig())
     ids = torch.zeros(2, 12, dtype=torch.int64, device=DEVICE)
     devices = set()
-    for loss_of in (logit_free_loss, model_loss):
+    for loss_of in (logit_free_loss, logits_loss):
         with fused(model) as exchanged, checkpointed(model, checkpointing):
             assert len(exchanged) == 7  # the norms and gated products of two blocks, and the last norm
             loss = loss_of(model, {"input_ids": ids, "labels": ids, "attention_mask": ids})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qlora_lite.training.fused_forward import fused
-from qlora_lite.training.objective import logit_free_loss
+from qlora_lite.training.objective.losses import logit_free_loss
 
 
 def perplexity(model: Any, windows: torch.Tensor) -> float:

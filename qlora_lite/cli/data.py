@@ -163,9 +163,9 @@ def _tokenized(console: Console, model: str, options: Mapping[str, Any]) -> tupl
 
     Prints the bad records before it raises NothingToLearn.
     """
-    from qlora_lite.architecture import longest_sequence
     from qlora_lite.checkpoints.hub import checkpoint_folder, load_tokenizer, read_config
     from qlora_lite.data.tokenization import NothingToLearn, tokenize_sources
+    from qlora_lite.positions import longest_sequence
 
     config = replace(data_config(options), skip_bad=ALL)
     folder = checkpoint_folder(model)

@@ -45,6 +45,7 @@ from qlora_lite.cli.options import (
     listed,
     listed_tokens,
     settings,
+    targets_named,
 )
 from qlora_lite.errors import ConfigError
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
@@ -110,8 +111,10 @@ def _run_date(output: Path) -> date:
 
 def _described_records(options: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[TrainingData, dict[str, object]]:
     """Reads the records, and prints what is learned; returns them, and the notes that a run keeps of them."""
+    from qlora_lite.checkpoints.hub import checkpoint_folder, read_config
     from qlora_lite.data.summary import summarize
     from qlora_lite.training.distributed import is_first_process
+    from qlora_lite.training.loop import check_length_by_config
 
     run_date = _run_date(options["output"]) if options["resume"] else date.today()
     config, cache = data_config(options, run_date), options["token_cache"]
@@ -121,6 +124,7 @@ def _described_records(options: Mapping[str, Any], tokenizer: Tokenizer) -> tupl
     if is_first_process():
         notes = (held_out and f"{held_out:,} examples are held out", records.warning())
         print("\n".join([*summary.in_words(options["packing"]), *(note for note in notes if note)]))
+    check_length_by_config(read_config(checkpoint_folder(options["model"])), records.tokenized.longest)
     return records, {"date": run_date.isoformat(), **summary.to_json(), "examples_held_out": held_out}
 
 
@@ -173,7 +177,7 @@ def _figures(
         "seconds": round(result.seconds, 1),
         "peak_bytes": result.steps[-1].peak_bytes,
         **predicted,
-        "own_loss_because": result.model_loss_reason,
+        "logits_reason": result.logits_reason,
         "batches_halved_from_step": result.halved_at,
         "adapter": str(output / "adapter"),
     }
@@ -198,10 +202,18 @@ def train(
     ] = "normal",
     dropout: Annotated[float, typer.Option(help="Dropout probability on the input of the adapters.")] = 0.0,
     target_modules: Annotated[
-        str, typer.Option(help="Layers that get adapters: all-linear, or names separated by commas.")
+        str,
+        typer.Option(
+            help="Layers that get adapters: all-linear, names or their last parts separated by commas, or re: and a "
+            "regular expression for the whole name, as re:.*layers.[0-3].*q_proj."
+        ),
     ] = "all-linear",
     exclude_modules: Annotated[
-        str | None, typer.Option(help="Layers of these that get no adapter: names separated by commas.")
+        str | None,
+        typer.Option(
+            help="Layers of these that get no adapter: any parts of their names separated by commas, as vision_tower, "
+            "or re: and a regular expression."
+        ),
     ] = None,
     layers_to_transform: Annotated[
         str | None,
@@ -286,8 +298,8 @@ def train(
     lora = settings(
         LoraConfig,
         ctx.params,
-        target_modules=target_modules if target_modules == "all-linear" else listed(target_modules),
-        exclude_modules=None if exclude_modules is None else listed(exclude_modules),
+        target_modules=targets_named("--target-modules", target_modules),
+        exclude_modules=None if exclude_modules is None else targets_named("--exclude-modules", exclude_modules),
         layers_to_transform=None if layers_to_transform is None else layer_numbers(layers_to_transform),
         modules_to_save=listed(modules_to_save),
         trainable_token_indices=listed_tokens(trainable_token_indices),

@@ -163,7 +163,7 @@ def _write(
 ) -> Exported:
     check_output_is_not_input(folder, source)
     if examples is not None:
-        check_examples(examples, model.config, architecture.vocabulary_size(model))
+        check_examples(examples, model, architecture.vocabulary_size(model))
     with new_folder(folder, overwrite) as temporary:
         check_free_space(folder, sum(tensor.nbytes for tensor in plan.tensors.values()))
         with plan.packing_ahead():

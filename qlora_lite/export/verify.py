@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qlora_lite import architecture
 from qlora_lite.checks import require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.compute.slicing import rows_that_fit
 from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import ConfigError, QuantizationError
 from qlora_lite.export.lazy_model import LazyModel, LazyWeights
+from qlora_lite.positions import most_positions
 from qlora_lite.signals import check_signals
 
 BASE, ADAPTER = "base", "adapter"
@@ -272,10 +272,10 @@ def _paired_difference(one: list[float], other: list[float], learned: list[int])
     return mean, math.sqrt(examples / (examples - 1) * squares) / total
 
 
-def check_examples(examples: Sequence[TokenizedExample], config: object, vocabulary: int | None) -> None:
-    """Raises ConfigError for examples that a model of this config and vocabulary size cannot be run on."""
+def check_examples(examples: Sequence[TokenizedExample], model: nn.Module, vocabulary: int | None) -> None:
+    """Raises ConfigError for examples that a model of this vocabulary size cannot be run on."""
     require(len(examples) > 0, "verify needs at least one example", len(examples))
-    longest, limit = max(len(example.input_ids) for example in examples), architecture.longest_sequence(config)
+    longest, limit = max(len(example.input_ids) for example in examples), most_positions(model)
     if limit is not None and longest > limit:
         raise ConfigError(f"verify has an example of {longest} tokens, the model takes {limit}; cut them to max_length")
     largest = max(max(example.input_ids) for example in examples)

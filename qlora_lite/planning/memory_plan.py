@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qlora_lite import architecture
 from qlora_lite.errors import ConfigError, QLoRAError, RehearsalError
 from qlora_lite.planning.forecast import Forecast, Forecaster, TrainingSetup, parameter_and_buffer_bytes
 from qlora_lite.planning.rehearsal import fake_profiler, fake_tensors
 from qlora_lite.planning.training_rehearsal import build_fake_model
+from qlora_lite.positions import longest_sequence
 from qlora_lite.quantization.formats import FORMATS, UNPACKED, embedding_formats
 from qlora_lite.training.loop import check_batch_shape
 
@@ -158,7 +158,7 @@ def plan(model_config: Any, setup: TrainingSetup, memory: DeviceMemory, lengths:
 
 def usual_lengths(model_config: Any, tokens: int) -> list[int]:
     """Returns `tokens`, and of 512, 2,048 and 8,192 those that the model can take, in ascending order."""
-    longest = architecture.longest_sequence(model_config) or USUAL_LENGTHS[-1]
+    longest = longest_sequence(model_config) or USUAL_LENGTHS[-1]
     return sorted({tokens, *(length for length in USUAL_LENGTHS if length <= longest)})
 
 

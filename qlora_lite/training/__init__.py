@@ -5,12 +5,13 @@ In reading order:
 config                     TrainConfig
 loop                       train: the training loop
 step                       one step: the gradients of its batches and the update
-objective                  the loss that a model is trained with
+objective/                 the loss that a model is trained with, and checks before the first step
 fused_forward              forward methods replaced by functions that save less for backward
 activation_checkpointing   blocks that are recomputed in backward
 optim                      the optimizers and the learning rate schedule
 distributed                data-parallel training in several processes
 progress                   the progress on stderr
+decisions                  what a run decided in its first steps
 run_state                  Run: everything that the next steps depend on, to and from files
 run_checkpoints            the checkpoints of a run: written, verified, found, removed
 run_folder                 the folder of a run: metrics, adapter, checkpoints, lock

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora_lite import architecture
 from qlora_lite.compute.recompute import OutputStash
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category
@@ -85,6 +86,9 @@ class BlockCheckpointing:
     def run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns the result of a block's forward; recomputes the block in backward if it is not kept."""
         recomputed = self.blocks - self.kept
+        # XLM fills a cache in any case, in which a recomputed block would find its own keys.
+        if kwargs.get("cache") is not None:
+            kwargs["cache"] = None
         if index < recomputed - self.attention_kept:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         if index < recomputed:
@@ -162,14 +166,28 @@ class BlockCheckpointing:
         self.attention_kept = min(left, int((room - self.kept * block) / attention)) if attention else 0
 
 
+def _with_gradient(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    return output if output.requires_grad else output.detach().requires_grad_()
+
+
 @contextmanager
 def checkpointed(model: nn.Module, checkpointing: str | int) -> Iterator[BlockCheckpointing]:
     """Within the block, the repeated blocks of the model are recomputed in backward (see `TrainConfig`).
 
     Checkpointing is non-reentrant, so that inputs need no gradient (behind a frozen embedding). Forward methods are
     restored at the end.
-    Raises ConfigError if the model has no ModuleList of blocks.
+    A model of reversible layers (Reformer) recomputes them itself, whatever `checkpointing` says. For that, the input
+    of its layers must require a gradient.
+    Raises ConfigError if the model has no ModuleList of blocks, or for a number of bytes and reversible layers.
     """
+    if architecture.is_reversible(model):
+        if not isinstance(checkpointing, str):
+            raise ConfigError(f"a {type(model).__name__} recomputes all of its layers; set checkpointing to 'full'")
+        embedding = architecture.input_embedding(model)
+        assert embedding is not None
+        with embedding.register_forward_hook(_with_gradient):
+            yield BlockCheckpointing(model, 0, checkpointing)
+        return
     blocks = [] if checkpointing == "none" else repeated_blocks(model)
     if checkpointing != "none" and not blocks:
         raise ConfigError(

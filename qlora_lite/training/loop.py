@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.checks import require
@@ -22,13 +22,18 @@ from qlora_lite.lora.adapters import add_lora_
 from qlora_lite.lora.config import LoraConfig
 from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
+from qlora_lite.positions import longest_sequence
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.signals import check_signals, deferred_signals
 from qlora_lite.training.activation_checkpointing import checkpointed
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.distributed import Processes
 from qlora_lite.training.fused_forward import fused
-from qlora_lite.training.objective import check_packing, choose_loss, is_packed
+from qlora_lite.training.objective.causality import check_causality
+from qlora_lite.training.objective.choice import choose_loss
+from qlora_lite.training.objective.losses import LOSSES
+from qlora_lite.training.objective.packing import check_packing, is_packed
+from qlora_lite.training.objective.positions import check_length, check_positions
 from qlora_lite.training.progress import say, training_progress
 from qlora_lite.training.run_checkpoints import StepMetrics
 from qlora_lite.training.run_folder import run_folder
@@ -44,14 +49,14 @@ class TrainResult:
     """A finished run.
 
     steps: the metrics of all its steps, those before it was resumed included. seconds: of this call of `train`.
-    model_loss_reason: why the model's own loss was used; None if the loss was computed without logits.
+    logits_reason: why the logits of all tokens were computed; None if the loss was computed without them.
     resumed_from: the checkpoint that this call continued from. skipped: newer checkpoints, and why they were not used.
     halved_at: the step in which memory ran out, from which on batches were computed in halves.
     """
 
     steps: list[StepMetrics]
     seconds: float
-    model_loss_reason: str | None
+    logits_reason: str | None
     resumed_from: Path | None = None
     skipped: tuple[str, ...] = ()
     halved_at: int | None = None
@@ -141,7 +146,7 @@ def train(
                 show(metrics)
                 writer.finish_step(metrics)
     seconds = time.perf_counter() - started
-    reason, halved_at = run.decisions.model_loss_reason, run.decisions.halved_at
+    reason, halved_at = run.decisions.logits_reason, run.decisions.halved_at
     return TrainResult(run.metrics, seconds, reason, writer.resumed_from, tuple(writer.skipped), halved_at)
 
 
@@ -150,7 +155,8 @@ def held_out_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     """Returns the mean loss over all labelled tokens of some batches, computed as in training, without an update.
 
     Modes and forward methods of the model are restored.
-    Raises ConfigError if no token has a label, or if packed examples would see each other.
+    Raises ConfigError if no token has a label, if tokens would see later ones or packed examples each other, or if a
+    row has more tokens than the model has positions.
     """
     set_host_limits()
     modes = {module: module.training for module in model.modules()}
@@ -165,10 +171,12 @@ def held_out_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
                 labelled = int(labelled_tokens(batch))
                 if labelled == 0:
                     continue
+                check_positions(model, batch)
                 if loss is None:
+                    check_causality(model, batch)
                     if is_packed(batch):
                         check_packing(model, batch, min(2, len(batch["input_ids"])))
-                    loss, _ = choose_loss(model, batch)
+                    loss = LOSSES[choose_loss(model, batch)[0]]
                 total, count = total + float(loss(model, batch)), count + labelled
     finally:
         for module, training in modes.items():
@@ -182,9 +190,15 @@ def check_batch_shape(config: object, rows: int, tokens: int) -> None:
     for name, value, least in (("rows", rows, 1), ("tokens", tokens, 2)):
         if not least <= value <= LARGEST_SIDE:
             raise ConfigError(f"{name} must be at least {least} and at most {LARGEST_SIDE:,}; got {value}")
-    longest = architecture.longest_sequence(config)
+    check_length_by_config(config, tokens)
+
+
+def check_length_by_config(config: object, tokens: int) -> None:
+    """Raises ConfigError if a model of this config has a table of positions, with fewer than `tokens`."""
+    longest = longest_sequence(config)
     if longest is not None and tokens > longest:
-        raise ConfigError(f"tokens must be at most {longest}, the model's longest sequence; got {tokens}")
+        # Whether there is a table is seen in the model. Building it writes into the config.
+        check_length(hub.empty_model(copy.deepcopy(config), torch.bfloat16), tokens)
 
 
 def profile_steps(

@@ -26,6 +26,7 @@ from qlora_lite.compute.random_state import RandomState
 from qlora_lite.data.stream import Position
 from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.signals import check_signals
+from qlora_lite.training.decisions import DECISIONS_SHAPE, DecisionsJson
 
 VERSION = 1
 CHECKPOINTS = "checkpoints"
@@ -56,7 +57,7 @@ STATE_SHAPE = {
     "checkpointing": (str, int),
     "batches": BATCHES_SHAPE,
     "random": {"now": RANDOM_SHAPE, "epoch": RANDOM_SHAPE},
-    "facts": {"own_loss_because": (str, NONE), "dial": ([int] * 5, NONE), "halved_at": (int, NONE)},
+    "facts": DECISIONS_SHAPE,
 }
 LINE_SHAPE = {"step": int, "loss": float}
 
@@ -85,38 +86,6 @@ class StepMetrics:
                 f"metrics.jsonl has a line with missing or unknown keys: {', '.join(sorted(unexpected))}"
             )
         return cls(**line)  # type: ignore[arg-type]
-
-
-class DecisionsJson(TypedDict):
-    """`Decisions` in state.json."""
-
-    own_loss_because: str | None
-    dial: list[int] | None
-    halved_at: int | None
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """What a run decided in earlier steps and keeps for the later ones.
-
-    model_loss_reason: why the model's own loss is used; None if the loss is computed without logits.
-    block_costs: the measured costs of blocks (`BlockCheckpointing.costs`).
-    halved_at: the step in which memory ran out, from which on batches are computed in halves.
-    """
-
-    model_loss_reason: str | None = None
-    block_costs: list[int] | None = None
-    halved_at: int | None = None
-
-    def to_json(self) -> DecisionsJson:
-        """Returns the decisions under their keys in state.json."""
-        reason, costs = self.model_loss_reason, self.block_costs
-        return {"own_loss_because": reason, "dial": costs, "halved_at": self.halved_at}
-
-    @classmethod
-    def from_json(cls, plain: DecisionsJson) -> Decisions:
-        """Returns the decisions that `to_json` was called on."""
-        return cls(plain["own_loss_because"], plain["dial"], plain["halved_at"])
 
 
 class StateFile(TypedDict):

@@ -34,6 +34,7 @@ from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.lora.variants import reference_tensors
 from qlora_lite.signals import check_signals
 from qlora_lite.training.config import TrainConfig
+from qlora_lite.training.decisions import Decisions
 from qlora_lite.training.optim import load_optimizer_state_, optimizer_state
 from qlora_lite.training.run_checkpoints import (
     ADAPTER_FOLDER,
@@ -45,7 +46,6 @@ from qlora_lite.training.run_checkpoints import (
     STATE_FILE,
     TRAINED_FILE,
     VERSION,
-    Decisions,
     StateFile,
     StepMetrics,
     StoredRun,

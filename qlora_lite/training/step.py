@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -25,7 +25,7 @@ from qlora_lite.compute.host_memory import HeapTrimmer, release_freed_pages
 from qlora_lite.compute.random_state import RandomSources, loader_generators
 from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.data.stream import BatchStream
-from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, TrainingError, listing
+from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, TrainingError
 from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, wrapped_layers
 from qlora_lite.memory.counters import peak_bytes
 from qlora_lite.memory.profiler import MemoryProfiler
@@ -33,7 +33,12 @@ from qlora_lite.signals import check_signals
 from qlora_lite.training.activation_checkpointing import BlockCheckpointing
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.distributed import Processes, split_in_two
-from qlora_lite.training.objective import Loss, check_packing, choose_loss, is_packed, logit_free_loss, model_loss
+from qlora_lite.training.objective.causality import check_causality
+from qlora_lite.training.objective.choice import choose_loss
+from qlora_lite.training.objective.gradients import check_gradients, check_reach
+from qlora_lite.training.objective.losses import LOSSES, Loss, refused_inputs
+from qlora_lite.training.objective.packing import check_packing, is_packed
+from qlora_lite.training.objective.positions import check_positions
 from qlora_lite.training.optim import learning_rate_factor, make_optimizer, set_learning_rates_
 from qlora_lite.training.progress import say
 from qlora_lite.training.run_checkpoints import StepMetrics
@@ -74,15 +79,6 @@ def _trainable_parameters(model: nn.Module, device: torch.device) -> dict[str, n
             f"pack the base with compute_dtype=torch.bfloat16"
         )
     return adapters
-
-
-def _check_gradients(adapters: Mapping[str, nn.Parameter]) -> None:
-    missing = [name for name, parameter in adapters.items() if parameter.grad is None]
-    if missing:
-        shown = listing(missing, 4)
-        raise TrainingError(
-            f"{len(missing)} of {len(adapters)} adapter matrices got no gradient in the first step: {shown}"
-        )
 
 
 def _check_not_sharded(kind: DistributedType) -> None:
@@ -159,8 +155,6 @@ class TrainingStep:
         self._blocks.costs = run.decisions.block_costs
         self._loss: Loss | None = None
         self._rows_checked = 0  # the rows of batches for which packing was checked
-        if run.steps > 0:
-            self._loss = logit_free_loss if run.decisions.model_loss_reason is None else model_loss
         if profiler is not None:
             profiler.track(run.model, run.optimizer)
 
@@ -191,10 +185,11 @@ class TrainingStep:
             raise TrainingError(
                 f"no token of step {self.number} has a label; check the data's completions and truncation"
             )
+        for batch in batches:
+            check_positions(self.run.model, batch)
         self._check_packing(batches)
         if self._loss is None:
-            self._loss, reason = self.processes.call_in_all(functools.partial(choose_loss, self.run.model, batches[0]))
-            self.run.decisions = replace(self.run.decisions, model_loss_reason=reason)
+            self._loss = self.processes.call_in_all(functools.partial(self._checked_loss, batches[0]))
         factor = learning_rate_factor(self.number - 1, config)
         set_learning_rates_(self.run.optimizer, factor)
         loss = self._summed_gradients(batches, sum(counts))
@@ -208,6 +203,17 @@ class TrainingStep:
 
     def _phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._profiler is None else self._profiler.phase(name)
+
+    def _checked_loss(self, batch: Batch) -> Loss:
+        """Checks the model before the first step of this call of `train`. Returns the loss of the run."""
+        model, decisions = self.run.model, self.run.decisions
+        check_causality(model, batch)
+        name = decisions.loss
+        if name is None:
+            name, reason = choose_loss(model, batch)
+            self.run.decisions = replace(decisions, loss=name, logits_reason=reason)
+        check_reach(model, self.run.trained, LOSSES[name], batch)
+        return LOSSES[name]
 
     def _check_packing(self, batches: list[Batch]) -> None:
         """Checks the model before the first packed batch of this call of `train`, and the first with several rows."""
@@ -272,19 +278,22 @@ class TrainingStep:
         total = torch.zeros((), device=self._accelerator.device)
         check_signals()
         halved = self.run.decisions.halved_at is not None
-        for batch in itertools.chain.from_iterable(map(split_in_two, batches)) if halved else batches:
+        parts = list(itertools.chain.from_iterable(map(split_in_two, batches))) if halved else batches
+        # The mean loss of rows without a label is NaN, and their part in the gradient is none.
+        labelled_parts = [part for part in parts if labelled_tokens(part) > 0]
+        for batch in labelled_parts:
             check_signals()
             with self._blocks.batch(batch["input_ids"].numel(), self._optimizer_bytes()) as phase:
                 self._trimmer.end_phase()
-                with self._phase("forward"), phase("forward"):
+                with self._phase("forward"), phase("forward"), refused_inputs(self.run.model, batch):
                     loss = self._loss(self.run.model, batch) / labelled
                 self._trimmer.end_phase()
                 check_signals()
                 with self._phase("backward"), phase("backward"):
                     self._accelerator.backward(loss)
             total += loss.detach()
-        if self.number == 1 and batches:
-            _check_gradients(self.run.trained)
+        if self.number == 1 and labelled_parts:
+            check_gradients(self.run.model, self.run.trained)
         return total
 
     def _update(self, loss: float, before_update: Callable[[], None]) -> float:

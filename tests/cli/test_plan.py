@@ -45,7 +45,7 @@ def test_a_model_that_nobody_knows_is_one_sentence(run: Run, tmp_path: Path) -> 
         (("--memory", "lots"), 2, "--memory must be a size such as 300MiB or 5GB; got 'lots'"),
         (("--memory", "1GiB", "--device", "abacus"), 2, "--device must be accelerator or cpu; got 'abacus'"),
         (("--memory", "1GiB", "--overhead", "much"), 2, "--overhead must be a size such as 300MiB or 5GB; got 'much'"),
-        (("--memory", "1GiB", "--tokens", "4096"), 2, "tokens must be at most 2048"),
+        (("--memory", "1GiB", "--tokens", "1"), 2, "tokens must be at least 2 and at most 16,777,216; got 1"),
         (("--memory", "1GiB", "--optimizer", "sgd"), 2, "got 'sgd'"),
         ((), 2, "--memory"),
     ],

@@ -40,6 +40,8 @@ def test_options_become_the_settings_of_their_names(monkeypatch: pytest.MonkeyPa
     lora = parsed("--target-modules", "q_proj, v_proj", "--exclude-modules", "layers.0.q_proj", "--rank", "3")
     assert lora.target_modules == ["q_proj", "v_proj"] and lora.exclude_modules == ["layers.0.q_proj"]
     assert lora.rank == 3 and lora.alpha == 32 and not lora.use_rslora
+    lora = parsed("--target-modules", r"re:.*\.[qv]_proj", "--exclude-modules", "vision_tower,layers.0")
+    assert lora.target_modules == r".*\.[qv]_proj" and lora.exclude_modules == ["vision_tower", "layers.0"]
     lora = parsed("--layers-to-transform", "0-2,5", "--use-rslora", "--bias", "all", "--trainable-token-indices", "7,9")
     assert list(lora.layers_to_transform or ()) == [0, 1, 2, 5] and list(lora.trainable_token_indices) == [7, 9]
     assert lora.use_rslora and lora.bias == "all" and lora.target_modules == "all-linear"

@@ -165,5 +165,18 @@ def test_layers_that_stay_unpacked_are_planned_so() -> None:
 def test_usual_lengths_end_where_the_model_does(tiny_config: Any) -> None:
     assert tiny_config.max_position_embeddings == 2048
     assert usual_lengths(tiny_config, 600) == [512, 600, 2048]
-    with pytest.raises(ConfigError, match="at most 2048"):
-        plan(tiny_config, WANTED, DeviceMemory(MIB, 0, accelerator=False), [4096])
+
+
+def test_a_model_with_a_table_of_positions_is_planned_within_it() -> None:
+    from transformers import GPT2Config, MptConfig
+
+    tables = {
+        "GPT2LMHeadModel": GPT2Config(vocab_size=50, n_positions=64, n_embd=32, n_layer=1, n_head=2),
+        "MptForCausalLM": MptConfig(vocab_size=50, max_seq_len=64, d_model=32, n_layers=1, n_heads=2),
+    }
+    for name, config in tables.items():
+        assert usual_lengths(config, 60) == [60]
+        with pytest.raises(
+            ConfigError, match=f"examples of 65 tokens do not fit into a {name}, which has 64 positions"
+        ):
+            plan(config, WANTED, DeviceMemory(MIB, 0, accelerator=False), [65])

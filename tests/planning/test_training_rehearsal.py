@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,14 @@ def test_a_config_is_enough(tiny_folder: Path, tmp_path: Path) -> None:
     assert alone == rehearse_steps(tiny_folder, NF4, LoraConfig(rank=4), TWO_STEPS, rows=1, tokens=8)
 
 
+def test_rows_longer_than_a_model_was_made_for_are_predicted_where_it_takes_them(tiny_folder: Path) -> None:
+    one, longer = (
+        rehearse_steps(tiny_folder, NF4, LoraConfig(rank=4), TWO_STEPS, rows=1, tokens=tokens).phase("backward")
+        for tokens in (2048, 2058)
+    )
+    assert one and longer and (one.live_peak or 0) < (longer.live_peak or 0)
+
+
 def test_on_an_accelerator_attention_keeps_its_output_and_libraries_their_workspaces(tiny_folder: Path) -> None:
     settings = (NF4, LoraConfig(rank=4), TrainConfig(steps=2, checkpointing="none"))
     phases = [
@@ -81,8 +90,10 @@ def test_settings_that_training_refuses_are_refused(tiny_folder: Path, tmp_path:
     shape = {"rows": 1, "tokens": 8}
     with pytest.raises(TargetError, match="q_porj"):
         rehearse_steps(tiny_folder, NF4, LoraConfig(target_modules=["q_porj"]), TWO_STEPS, **shape)
-    with pytest.raises(ConfigError, match="tokens must be at most 2048"):
-        rehearse_steps(tiny_folder, NF4, LoraConfig(), TWO_STEPS, rows=1, tokens=4096)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "gpt2", "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}))
+    with pytest.raises(ConfigError, match="examples of 65 tokens do not fit into a GPT2LMHeadModel, which has 64"):
+        rehearse_steps(config, NF4, LoraConfig(), TWO_STEPS, rows=1, tokens=65)
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"weights\.bin is not a config; name a config\.json"):
         read_config(tmp_path / "weights.bin")

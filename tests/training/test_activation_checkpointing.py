@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from qlora_lite import LoraConfig, MemoryProfiler, QuantConfig, TrainConfig, add_lora_, load_quantized, train
 from qlora_lite.compute import lora_linear
@@ -15,7 +17,7 @@ from qlora_lite.errors import ConfigError
 from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.surgery import repeated_blocks
 from qlora_lite.training.activation_checkpointing import checkpointed
-from qlora_lite.training.objective import logit_free_loss
+from qlora_lite.training.objective.losses import logit_free_loss
 
 
 def test_gradients_are_the_same_and_less_is_kept(tiny_folder: Path) -> None:
@@ -72,6 +74,84 @@ def test_a_budget_is_met_and_used(make_tiny_model: Callable[..., Path], tmp_path
         assert used >= min(0.99 * most, budget - 0.35 * (most - least))
     with pytest.raises(ConfigError, match="cannot be met: recomputing every block needs"):
         peak(least // 2)
+
+
+XLM = {"emb_dim": 32, "n_layers": 2, "n_heads": 2, "n_words": 64, "causal": True, "dropout": 0, "attention_dropout": 0}
+REFORMER = {
+    "is_decoder": True,
+    "axial_pos_embds": False,
+    "feed_forward_size": 48,
+    "attention_head_size": 16,
+    "attn_layers": ["local", "local"],
+    "local_attn_chunk_length": 4,
+    "hidden_dropout_prob": 0.0,
+    "local_attention_probs_dropout_prob": 0.0,
+    "max_position_embeddings": 32,
+}
+
+
+def first_gradients(model: Any, data: dict[str, torch.Tensor], kind: str | int) -> dict[str, torch.Tensor]:
+    """The gradients that training gives to its optimizer in the first step. The adapters stay as they are."""
+    found: dict[str, torch.Tensor] = {}
+    names = {parameter: name for name, parameter in adapter_parameters(model).items()}
+
+    def keep(optimizer: Any, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            found.update({names[parameter]: parameter.grad.clone() for parameter in group["params"]})
+
+    handle = register_optimizer_step_pre_hook(keep)
+    try:
+        config = TrainConfig(steps=1, checkpointing=kind, learning_rate=1e-30, max_grad_norm=None)
+        train(model, [data], config, progress=False)
+    finally:
+        handle.remove()
+    return found
+
+
+def adapted(small_model: Callable[..., Any], family: str, sizes: dict[str, Any]) -> Any:
+    model = small_model(family, **sizes).requires_grad_(False)
+    add_lora_(model, LoraConfig(rank=2))
+    for name, parameter in adapter_parameters(model).items():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_blocks_that_fill_a_cache_are_recomputed_without_it(small_model: Callable[..., Any]) -> None:
+    model = adapted(small_model, "XLMConfig", XLM)
+    ids = torch.randint(3, 60, (2, 12))
+    data = {"input_ids": ids, "labels": ids}
+    kept, recomputed = (first_gradients(model, data, kind) for kind in ("none", "full"))
+    for name, gradient in kept.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_reversible_layers_recompute_themselves(small_model: Callable[..., Any], kind: str) -> None:
+    model = adapted(small_model, "ReformerConfig", REFORMER)
+    ids = torch.randint(3, 60, (2, 12))
+    data = {"input_ids": ids, "labels": ids}
+    gradients = first_gradients(model, data, kind)
+    parameters = adapter_parameters(model)
+    assert gradients.keys() == parameters.keys()
+    # Their backward cannot be compared with another one, so the slope of the loss is: along each B, which is smooth.
+    for name, parameter in parameters.items():
+        if name.endswith("lora_B"):
+            direction, losses = torch.sign(gradients[name]), []
+            for size in (1e-3, -2e-3):
+                parameter.data.add_(direction, alpha=size)
+                losses.append(float(logit_free_loss(model, data).detach()) / 22)
+            parameter.data.add_(direction, alpha=1e-3)
+            slope = (losses[0] - losses[1]) / 2e-3
+            assert slope == pytest.approx(float(gradients[name].abs().sum()), rel=0.2, abs=2e-3), name
+
+
+def test_reversible_layers_take_no_budget(small_model: Callable[..., Any]) -> None:
+    with (
+        pytest.raises(ConfigError, match="a ReformerModelWithLMHead recomputes all of its layers; set"),
+        checkpointed(small_model("ReformerConfig", **REFORMER), 1 << 20),
+    ):
+        pass
 
 
 def test_a_model_without_blocks_is_refused() -> None:

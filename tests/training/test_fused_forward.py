@@ -18,7 +18,7 @@ from qlora_lite.surgery import repeated_blocks
 from qlora_lite.training import fused_forward
 from qlora_lite.training.activation_checkpointing import checkpointed
 from qlora_lite.training.fused_forward import fused
-from qlora_lite.training.objective import logit_free_loss
+from qlora_lite.training.objective.losses import logit_free_loss
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

@@ -83,7 +83,7 @@ def test_loss_falls_and_the_base_stays_bit_for_bit(tiny_folder: Path, tmp_path: 
     stored = {name: value.clone() for name, value in model.state_dict().items() if "lora_" not in name}
     config = TrainConfig(steps=12, learning_rate=1e-2, warmup_steps=2, optimizer=optimizer)
     result = train(model, [batch()], config, output_dir=tmp_path / "run", progress=False)
-    assert result.losses[-1] < result.losses[0] - 0.1 and result.model_loss_reason is None
+    assert result.losses[-1] < result.losses[0] - 0.1 and result.logits_reason is None
     now = model.state_dict()
     assert all(torch.equal(value, now[name]) for name, value in stored.items())
     assert not model.training and not any("forward" in vars(module) for module in model.modules())

@@ -16,6 +16,7 @@ from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_qua
 from qlora_lite.errors import ConfigError, TrainingError
 from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.training import step as module
+from qlora_lite.training.objective.losses import LOGIT_FREE, LOSSES
 
 IDS = torch.arange(5, 65).view(5, 12)
 
@@ -32,23 +33,18 @@ def test_pretended_lack_of_memory_halves_the_batches_once(tiny_folder: Path, mon
     """Memory does not really run out here: a limit of the process would leave to chance at which allocation it does."""
     config = TrainConfig(steps=2)
     _, whole = trained(tiny_folder, config)
-    choose, rows = module.choose_loss, []
+    loss, rows = LOSSES[LOGIT_FREE], []
 
-    def narrow(*words: Any) -> tuple[Any, Any]:
-        loss, because = choose(*words)
-
-        def limited(model: Any, batch: Any) -> Any:
-            rows.append(len(batch["input_ids"]))
-            if rows[-1] > limit:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            return loss(model, batch)
-
-        return limited, because
+    def limited(model: Any, batch: Any) -> Any:
+        rows.append(len(batch["input_ids"]))
+        if rows[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss(model, batch)
 
     limit = 3
-    monkeypatch.setattr(module, "choose_loss", narrow)
+    monkeypatch.setitem(LOSSES, LOGIT_FREE, limited)
     _, halved = trained(tiny_folder, config)
-    assert whole.halved_at is None and halved.halved_at == 1 and rows == [5, 2, 3, 2, 3]
+    assert whole.halved_at is None and halved.halved_at == 1 and rows == [1, 5, 2, 3, 2, 3]  # 1 of the check before
     assert halved.losses == pytest.approx(whole.losses, rel=1e-6)
     norms = [[step.gradient_norm for step in run.steps] for run in (halved, whole)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -56,8 +52,47 @@ def test_pretended_lack_of_memory_halves_the_batches_once(tiny_folder: Path, mon
     with pytest.raises(TrainingError, match="memory ran out in step 1 again, with halved batches; train on shorter"):
         trained(tiny_folder, config)
     limit = 0
+    monkeypatch.setattr(module, "check_reach", lambda *words: None)
     with pytest.raises(TrainingError, match="memory ran out in step 1 with one row; train on shorter rows"):
         trained(tiny_folder, config, rows=1)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_and_halves_without_a_label_have_no_part_in_the_gradient(
+    name: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean loss of a half without a label is NaN."""
+    labels = IDS.clone()
+    labels[:3] = -100
+    data = {"input_ids": IDS, "labels": labels}
+    monkeypatch.setattr(module, "choose_loss", lambda *words: (name, None))
+    runs = []
+    for batches in ([data], [{key: value[3:] for key, value in data.items()}]):
+        for halved in (False, True):
+            torch.manual_seed(0)
+            model = load_quantized(tiny_folder, QuantConfig(), dtype=torch.float32)
+            add_lora_(model, LoraConfig(rank=2))
+            with monkeypatch.context() as patched:
+                if halved:
+                    patched.setattr(module.TrainingStep, "_gradients", failing_once(module.TrainingStep._gradients))
+                result = train(model, batches, TrainConfig(steps=2), progress=False)
+            assert result.halved_at == (1 if halved else None)
+            runs.append([(step.loss, step.gradient_norm) for step in result.steps])
+    for run in runs[1:]:
+        for found, expected in zip(run, runs[0], strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
+
+
+def failing_once(gradients: Callable[..., Any]) -> Callable[..., Any]:
+    failed: list[bool] = []
+
+    def limited(*words: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return gradients(*words)
+
+    return limited
 
 
 def test_pretended_sharding_is_refused_with_the_reason(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,3 +200,57 @@ def test_packing_is_checked_once_for_one_row_and_once_for_several(
     batches = [single_examples(5, packed=False), *map(single_examples, (1, 1, 3, 2, 1))]
     train(model, batches, TrainConfig(steps=6), progress=False)
     assert checked == [1, 2]
+
+
+SEEING = "a BertLMHeadModel lets tokens see later ones"
+
+
+def test_a_model_that_sees_later_tokens_is_refused_before_its_first_step_and_when_it_goes_on(
+    small_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bert() -> Any:
+        model = small_model("BertConfig", vocab_size=128, add_pooling_layer=False)
+        add_lora_(model, LoraConfig(rank=2))
+        return model
+
+    run: dict[str, Any] = {"output_dir": tmp_path / "run", "progress": False}
+    config = TrainConfig(steps=3, save_steps=2)
+    batches = [single_examples(2, packed=False)]
+    with pytest.raises(ConfigError, match=SEEING):
+        train(bert(), batches, config, output_dir=tmp_path / "none", progress=False)
+    assert not (tmp_path / "none" / "metrics.jsonl").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "check_causality", lambda *words: None)
+        patched.setattr(module.TrainingStep, "_update", failing_after(2, module.TrainingStep._update))
+        with pytest.raises(TrainingError, match="interrupted"):
+            train(bert(), batches, config, **run)
+    with pytest.raises(ConfigError, match=SEEING):
+        train(bert(), batches, config, resume=True, **run)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_rows_that_are_too_long_are_refused_before_their_step(
+    small_model: Callable[..., Any], tmp_path: Path, before: int
+) -> None:
+    model = small_model("GPT2Config", n_positions=11, vocab_size=128)
+    add_lora_(model, LoraConfig(rank=2))
+    batches = [single_examples(2, packed=False, tokens=11)] * before + [single_examples(2, packed=False)]
+    with pytest.raises(ConfigError, match="examples of 12 tokens do not fit into a GPT2LMHeadModel, which"):
+        train(model, batches, TrainConfig(steps=3), output_dir=tmp_path / "run", progress=False)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert (len(metrics.read_text().splitlines()) if metrics.exists() else 0) == before
+
+
+def test_what_a_model_itself_refuses_is_one_sentence(small_model: Callable[..., Any]) -> None:
+    model = small_model("LlamaConfig", vocab_size=128)
+    add_lora_(model, LoraConfig(rank=2))
+
+    def picky(module: Any, args: Any, out: torch.Tensor) -> None:
+        if out.shape[0] == 5:
+            raise ValueError("rows must be even,\nand are not")
+
+    model.model.embed_tokens.register_forward_hook(picky)
+    says = r"a LlamaForCausalLM does not take input_ids of shape \(5, 12\): rows must be even, and are not$"
+    with pytest.raises(ConfigError, match=says):
+        train(model, [single_examples(5, packed=False)], TrainConfig(steps=1), progress=False)

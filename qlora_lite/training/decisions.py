@@ -1,0 +1,61 @@
+"""What a run decided in its first steps and keeps for the later ones: part of its state.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from qlora_lite.checkpoints.files import excerpt
+from qlora_lite.errors import CheckpointError
+from qlora_lite.training.objective.losses import LOGIT_FREE, LOSSES
+
+NONE, ABSENT = type(None), type(...)
+# The shape of `DecisionsJson`, as of a value in run_checkpoints.py. Runs of before `loss` was noted lack it.
+DECISIONS_SHAPE = {
+    "loss": (str, NONE, ABSENT),
+    "own_loss_because": (str, NONE),
+    "dial": ([int] * 5, NONE),
+    "halved_at": (int, NONE),
+}
+
+
+class DecisionsJson(TypedDict):
+    """`Decisions` in state.json."""
+
+    loss: str | None
+    own_loss_because: str | None
+    dial: list[int] | None
+    halved_at: int | None
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a run decided in earlier steps and keeps for the later ones.
+
+    loss: the key of the loss in LOSSES of training/objective/losses.py; None if it is not chosen yet.
+    logits_reason: why the logits of all tokens are computed; None if the loss is computed without them.
+    block_costs: the measured costs of blocks (`BlockCheckpointing.costs`).
+    halved_at: the step in which memory ran out, from which on batches are computed in halves.
+    """
+
+    loss: str | None = None
+    logits_reason: str | None = None
+    block_costs: list[int] | None = None
+    halved_at: int | None = None
+
+    def to_json(self) -> DecisionsJson:
+        """Returns the decisions under their keys in state.json."""
+        reason, costs = self.logits_reason, self.block_costs
+        return {"loss": self.loss, "own_loss_because": reason, "dial": costs, "halved_at": self.halved_at}
+
+    @classmethod
+    def from_json(cls, plain: DecisionsJson) -> Decisions:
+        """Returns the decisions that `to_json` was called on.
+
+        A run from before `loss` was noted chooses again if it took the loss of the model itself.
+        """
+        reason = plain["own_loss_because"]
+        loss = plain.get("loss") or (LOGIT_FREE if reason is None else None)
+        if loss is not None and loss not in LOSSES:
+            raise CheckpointError(f"state.json has an unknown loss, {excerpt(loss)}; known are: {', '.join(LOSSES)}")
+        return cls(loss, reason, plain["dial"], plain["halved_at"])
