@@ -237,7 +237,6 @@ def test_without_its_checkpoint_the_original_is_not_guessed_at(
     [
         (list, "verify needs at least one example; got 0"),
         (lambda: [TokenizedExample([105], [105])], "verify has token 105, the model has 105"),
-        (lambda: [TokenizedExample([1] * 2049, [1] * 2049)], "an example of 2049 tokens, the model takes 2048"),
     ],
 )
 def test_examples_of_another_model_are_refused_before_anything_is_written(
@@ -250,6 +249,13 @@ def test_examples_of_another_model_are_refused_before_anything_is_written(
     monkeypatch.setattr(merged, "write_sharded", lambda *given: pytest.fail("something was written"))
     with pytest.raises(ConfigError, match=says):
         export_merged(trained(tiny_folder), tmp_path / "out", verify=make())
+
+
+def test_examples_longer_than_the_table_of_positions_are_refused(small_model: Callable[..., Any]) -> None:
+    model = small_model("GPT2Config", n_positions=20)
+    with pytest.raises(ConfigError, match="an example of 21 tokens, the model takes 20; cut them to max_length"):
+        verify.check_examples([TokenizedExample([1] * 21, [1] * 21)], model, 64)
+    verify.check_examples([TokenizedExample([1] * 20, [1] * 20)], model, 64)
 
 
 @given(

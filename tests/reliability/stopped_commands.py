@@ -59,7 +59,7 @@ class Moment:
 
 
 MOMENTS = (
-    Moment(TRAIN, "training.objective:linear_cross_entropy", 4, steps=1),
+    Moment(TRAIN, "training.objective.losses:linear_cross_entropy", 6, steps=1),
     Moment(MERGE, "checkpoints.safetensors_write:_Writer.write", 5),
     Moment(PLAN, "memory.trace:StorageTrace._gone", 300),
     Moment(QUANTIZE, "checkpoints.load:_Loader.load_", 3),
@@ -67,8 +67,8 @@ MOMENTS = (
     Moment(TRAIN, "checkpoints.load:_Loader.load_", 3),
     Moment(TRAIN, "data.tokenization:tokenize_sources"),
     Moment(TRAIN, "lora.init:initialize_", 2),
-    Moment(TRAIN, "training.objective:linear_cross_entropy", 1, steps=0),
-    Moment(TRAIN, "training.objective:linear_cross_entropy", 7, steps=2),
+    Moment(TRAIN, "training.objective.losses:linear_cross_entropy", 1, steps=0),
+    Moment(TRAIN, "training.objective.losses:linear_cross_entropy", 9, steps=2),
     Moment(TRAIN, "training.step:TrainingStep._update", 1, steps=1),
     Moment(TRAIN, "training.run_folder:RunFolder.before_update", 2, steps=2),
     Moment(f"{TRAIN} --save-steps 1", "training.run_state:Run.write", 2, steps=2),
