@@ -31,6 +31,7 @@ from qlora_lite.checkpoints.safetensors_read import TensorFiles, stored_tensors
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import CheckpointError, ConfigError, listing
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.experts import stacks
 from qlora_lite.quantization.formats import eight_bit_format
 from qlora_lite.quantization.quantize_model import WeightToPack, weights_to_pack
 from qlora_lite.surgery import is_transposed_linear, name_matches
@@ -262,4 +263,5 @@ def _as_stored(
     shared = {linears[name].weight for name in layers if name in linears}
     embedding = eight_bit_format().name if rows else wanted.embedding_format
     unpacked = tuple(name for name, module in linears.items() if module.weight not in shared)
-    return replace(wanted, skip_modules=unpacked, embedding_format=embedding)
+    # bitsandbytes packs no stacks of experts.
+    return replace(wanted, skip_modules=(*unpacked, *stacks(model)), embedding_format=embedding)

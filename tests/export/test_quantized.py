@@ -18,6 +18,7 @@ from qlora_lite.checkpoints.bitsandbytes_layout import ROWS_FILE
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
 from qlora_lite.export.quantized import save_quantized
+from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.layers import QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 
@@ -265,3 +266,14 @@ def test_killed_half_way_it_leaves_nothing_under_the_name(
     monkeypatch.setattr(atomic_folder, "ABANDONED_AFTER_SECONDS", -1)
     save_quantized(load_quantized(tiny_folder), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_stacks_that_were_skipped_are_loaded_as_they_were_saved(
+    small_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    small_model("MixtralConfig").save_pretrained(tmp_path / "source")
+    model = load_quantized(tmp_path / "source", QuantConfig(skip_modules=("experts", "lm_head")), dtype=torch.float32)
+    save_quantized(model, tmp_path / "packed")
+    again = load_quantized(tmp_path / "packed", dtype=torch.float32)
+    assert same(again, model) and not any(isinstance(module, PackedStack) for module in again.modules())
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
