@@ -5,6 +5,7 @@ The only file that reads their attributes for this; a model of another origin an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -168,6 +169,15 @@ def config_value(config: object, name: str) -> Any:
         return getattr(config, name, None)
     except RuntimeError:  # transformers' answer to a question about the whole model that only a layer can answer
         return None
+
+
+def dtype_as_loaded(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype that transformers gives a float of this name when it loads the model in `dtype`.
+
+    It is another one for what `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict` match.
+    """
+    kept: Mapping[str, torch.dtype] = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    return next((kept[pattern] for pattern in kept if re.search(pattern.replace("*", ".*"), name)), dtype)
 
 
 def text_config(config: Any) -> Any:

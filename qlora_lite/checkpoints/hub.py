@@ -6,8 +6,7 @@ Of this room, only this file and conversion.py import transformers, when it is f
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_lite.architecture import config_value, keep_weights_
+from qlora_lite.architecture import config_value, dtype_as_loaded, keep_weights_
 from qlora_lite.checkpoints.files import read_json
 from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError
 
@@ -130,12 +129,9 @@ def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
     with _errors_of_transformers(f"no causal language model can be built for model type {config.model_type!r}"):
         with torch.device("meta"):
             model: nn.Module = _causal_class(config)(config, dtype=dtype)
-        kept: Mapping[str, torch.dtype] = model._get_dtype_plan(dtype)  # type: ignore[operator]
-        patterns = [(re.compile(pattern.replace("*", ".*")), wanted) for pattern, wanted in kept.items()]
         for name, tensor in model.state_dict(keep_vars=True).items():
-            wanted = next((dtype for pattern, dtype in patterns if pattern.search(name)), tensor.dtype)
             if tensor.is_floating_point():
-                tensor.data = tensor.data.to(wanted)
+                tensor.data = tensor.data.to(dtype_as_loaded(model, name, tensor.dtype))
         keep_weights_(model)
         return model.eval()
 

@@ -11,10 +11,12 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_lite import architecture
 from qlora_lite.checkpoints.lazy_tensors import LazyTensor, read_slices
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor
 from qlora_lite.checks import FLOAT_DTYPES
@@ -54,6 +56,15 @@ class _LazyDeltas(Mapping[str, Delta]):
 
     def __len__(self) -> int:
         return len(self._makers)
+
+
+def _written_dtype(model: Any, weight: PlainWeight, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which a float is written: float32 for what the model keeps in it beside 16-bit weights."""
+    held = weight.holder
+    is_kept = isinstance(held, Tensor) and held.dtype == torch.float32 and getattr(model, "dtype", None) != held.dtype
+    return (
+        torch.float32 if is_kept and weight.delta is None else architecture.dtype_as_loaded(model, weight.name, dtype)
+    )
 
 
 @dataclass
@@ -98,7 +109,8 @@ class ExportPlan:
         views = {} if names is None else names.views(weights)
         for weight in weights:
             view = views.get(weight.name)
-            plan._add(weight, held, originals, view is not None and is_read_by_matrix(view))
+            by_matrix = view is not None and is_read_by_matrix(view)
+            plan._add(weight, held, originals, by_matrix, _written_dtype(model, weight, dtype))
         if names is None:
             plan.tensors = {name: _planned(tensor) for name, tensor in plan.exported.items()}
         else:
@@ -107,7 +119,12 @@ class ExportPlan:
         return plan
 
     def _add(
-        self, weight: PlainWeight, held: ModelWeights, originals: Mapping[str, LazyTensor], by_matrix: bool
+        self,
+        weight: PlainWeight,
+        held: ModelWeights,
+        originals: Mapping[str, LazyTensor],
+        by_matrix: bool,
+        dtype: torch.dtype,
     ) -> None:
         """Adds a tensor of the model. by_matrix: whether the files have matrices of this stack, or parts of them."""
         if isinstance(weight.holder, Tensor) and not weight.holder.is_floating_point():
@@ -131,9 +148,7 @@ class ExportPlan:
         versions: list[tuple[WeightRows, ...]] = (
             [(rows,) for rows in chosen] if other is None else list(zip(chosen, other, strict=True))
         )
-        self.exported[weight.name] = MergedTensor(
-            weight.name, weight.shape, self.dtype, versions, delta, self._measured
-        )
+        self.exported[weight.name] = MergedTensor(weight.name, weight.shape, dtype, versions, delta, self._measured)
 
     def _measured(self, figures: TensorFigures) -> None:
         self.figures.append(figures)
@@ -164,7 +179,7 @@ class ExportPlan:
         else:
             from_original = other == ORIGINAL
             other_merge = {
-                merge.name: functools.partial(merge.merged, from_original, self.dtype, SLICE_BYTES)
+                merge.name: functools.partial(merge.merged, from_original, self.exported[merge.name].dtype, SLICE_BYTES)
                 for merge in self.merges
             }
             merged[other] = LazyWeights(rest | other_merge)

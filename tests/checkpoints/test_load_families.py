@@ -138,6 +138,13 @@ def test_merges_on_disk_keep_float32_as_merges_in_memory(small_model: Callable[.
     assert_same(one, two)
     kept, original = (m.model.layers[1].mlp.gate.e_score_correction_bias for m in (one, plain))
     assert torch.equal(kept, original) and not torch.equal(kept, kept.bfloat16().float())
+    export_merged(model, tmp_path / "half")
+    merge_checkpoint(source, tmp_path / "adapter", tmp_path / "half_on_disk")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    for folder in ("half", "half_on_disk"):
+        written = load_file(tmp_path / folder / "model.safetensors")
+        assert torch.equal(written.pop(name), original)
+        assert {tensor.dtype for tensor in written.values()} == {torch.float16}
 
 
 @pytest.mark.parametrize(
