@@ -144,6 +144,26 @@ def small_model() -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture
+def stand_in_hub(import_script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A stand-in for the hub (tests/stand_in_hub.py), which the client in this process asks, with an empty cache."""
+    from huggingface_hub import constants
+
+    hub = import_script("tests/stand_in_hub.py").StandInHub()
+    server = hub.start()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
 KILLED = """
 import sys
 from pathlib import Path

@@ -28,6 +28,7 @@ FLOORS: dict[str, int] = {
     "": 0,  # the ground: the files beside the rooms
     "compute": 1,
     "quantization": 2,
+    "checkpoints.repository": 2,
     "checkpoints": 3,
     "lora": 4,
     "lora.peft": 4,

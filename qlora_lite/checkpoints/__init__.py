@@ -15,6 +15,8 @@ bitsandbytes_layout   packed weights under the names that bitsandbytes gives the
 checkpoint            the tensors of a folder, checked against a model
 base_identity         the checkpoint that an adapter was trained on
 load                  load_quantized
+
+The room repository/ is about repositories of the hub.
 """
 
 from __future__ import annotations

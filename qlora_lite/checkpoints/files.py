@@ -25,6 +25,7 @@ from qlora_lite.system import opens_folders
 LARGEST_JSON = 32 << 20
 SHOWN = 60
 
+CONFIG_FILE = "config.json"
 # Companion files of a checkpoint: those of tokenizers and processors, chat templates, and licences.
 COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".vocab", ".bpe", ".spm", ".codes")
 COMPANION_NAMES = re.compile(

@@ -15,16 +15,12 @@ import torch
 from torch import nn
 
 from qlora_lite.architecture import config_value, dtype_as_loaded, keep_weights_
+from qlora_lite.checkpoints.files import CONFIG_FILE as CONFIG_FILE
 from qlora_lite.checkpoints.files import read_json
+from qlora_lite.checkpoints.repository.download import cached_checkpoint, download_checkpoint
 from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError
 
-CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-# What is fetched of a checkpoint of the hub: tensors, and the files of files.py's `is_companion_name`.
-CHECKPOINT_PATTERNS = [
-    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.tiktoken", "*.bpe", "*.spm"),
-    *("*.codes", "*.vocab", "*LICEN[CS]E*", "*[Ll]icen[cs]e*", "*NOTICE*", "*[Nn]otice*", "*USE_POLICY*", "COPY*"),
-]
 # Layers are built before anything is compared with the files. The deepest known models have a few hundred.
 MAX_LAYERS = 4096
 
@@ -52,10 +48,10 @@ def _errors_of_transformers(problem: str) -> Iterator[None]:
         raise CheckpointError(f"{problem}: {first_line}") from error
 
 
-def checkpoint_folder(path_or_id: str | Path) -> Path:
+def checkpoint_folder(path_or_id: str | Path, weights: bool = True) -> Path:
     """Returns the local folder of a checkpoint; an id that is not a folder is fetched from the hub.
 
-    Raises CheckpointError if there is no such checkpoint.
+    weights: False fetches config, tokenizer and the like alone. Raises CheckpointError if there is no such checkpoint.
     """
     folder = Path(path_or_id)
     if folder.is_dir():
@@ -67,13 +63,7 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
     name = str(path_or_id)
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or set(name) & set("\\:"):
         raise CheckpointError(f"{path_or_id} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=CHECKPOINT_PATTERNS))
-    except Exception as error:  # the hub client raises its own, httpx's and OS errors
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path_or_id} is not a local folder and cannot be fetched: {first_line}") from error
+    return download_checkpoint(name, weights)
 
 
 def read_config(folder: Path) -> Any:
@@ -174,7 +164,7 @@ def save_generation_config(model: Any, folder: Path) -> None:
 
 def load_tokenizer(path_or_id: str | Path) -> Any:
     """Returns the tokenizer of a checkpoint. Its end token serves for padding if it has no padding token."""
-    folder = checkpoint_folder(path_or_id)
+    folder = checkpoint_folder(path_or_id, weights=False)
     with _errors_of_transformers(f"{folder} has no tokenizer that transformers can load"):
         tokenizer = _transformers().AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     if tokenizer.pad_token_id is None:
@@ -191,14 +181,10 @@ def model_folder(model: nn.Module) -> Path | None:
     name = getattr(config, "_name_or_path", "") or ""
     if not name or Path(name).is_dir():
         return Path(name) if name else None
-    from huggingface_hub import snapshot_download
-
-    revision = getattr(config, "_commit_hash", None)
-    try:
-        found = snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=CHECKPOINT_PATTERNS)
-        return Path(found)
-    except Exception as error:  # the hub client raises its own and ValueError
+    found = cached_checkpoint(name, getattr(config, "_commit_hash", None))
+    if found is None:
         raise CheckpointError(
             f"the model came from {name}, which does not exist any more, so its tokenizer cannot be copied; "
             f"set model.config._name_or_path to its folder, or to '' to export without a tokenizer"
-        ) from error
+        )
+    return found

@@ -30,6 +30,7 @@ from qlora_lite.signals import check_signals
 DTYPE_OF = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 HEADER_LENGTH_BYTES = 8
 METADATA = "__metadata__"
+PICKLES = (".bin", ".pt", ".pth")
 
 
 class _HeaderEntry(TypedDict):
@@ -151,16 +152,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return {name: stored.read() for name, stored in stored_tensors(path).items()}
 
 
-def _remedy(folder: Path) -> str:
-    """Returns what to do about a folder whose weights are pickles, empty for any other."""
-    pickles = sorted(path.name for end in ("*.bin", "*.pt", "*.pth") for path in folder.glob(end))
-    if not pickles:
-        return ""
+def conversion_remedy(source: str) -> str:
+    """Returns what to do about a checkpoint whose weights are pickles. source: its folder, or its id on the hub."""
     return (
-        f"; {listing(pickles, 2)}: pickles can run code and are not read; if you trust them, convert them once with "
-        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained('converted') of transformers, or fetch "
+        f"pickles can run code and are not read; if you trust them, convert them once with "
+        f"AutoModelForCausalLM.from_pretrained({source!r}).save_pretrained('converted') of transformers, or fetch "
         f"the revision of the hub that has safetensors (often refs/pr/1)"
     )
+
+
+def _remedy(folder: Path) -> str:
+    """Returns what to do about a folder whose weights are pickles, empty for any other."""
+    pickles = sorted(path.name for end in PICKLES for path in folder.glob(f"*{end}"))
+    return f"; {listing(pickles, 2)}: {conversion_remedy(str(folder))}" if pickles else ""
 
 
 class TensorFiles:

@@ -168,7 +168,7 @@ def _tokenized(console: Console, model: str, options: Mapping[str, Any]) -> tupl
     from qlora_lite.positions import longest_sequence
 
     config = replace(data_config(options), skip_bad=ALL)
-    folder = checkpoint_folder(model)
+    folder = checkpoint_folder(model, weights=False)
     tokenizer, longest = load_tokenizer(folder), longest_sequence(read_config(folder))
     try:
         with tokenizing_progress() as show:

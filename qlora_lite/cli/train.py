@@ -124,7 +124,7 @@ def _described_records(options: Mapping[str, Any], tokenizer: Tokenizer) -> tupl
     if is_first_process():
         notes = (held_out and f"{held_out:,} examples are held out", records.warning())
         print("\n".join([*summary.in_words(options["packing"]), *(note for note in notes if note)]))
-    check_length_by_config(read_config(checkpoint_folder(options["model"])), records.tokenized.longest)
+    check_length_by_config(read_config(checkpoint_folder(options["model"], weights=False)), records.tokenized.longest)
     return records, {"date": run_date.isoformat(), **summary.to_json(), "examples_held_out": held_out}
 
 

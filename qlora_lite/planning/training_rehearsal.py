@@ -33,7 +33,7 @@ def read_config(path_or_id: str | Path) -> Any:
     path = Path(path_or_id)
     if path.is_file() and path.suffix != ".json":
         raise CheckpointError(f"{path} is not a config; name a config.json, or a folder that contains one")
-    return hub.read_config(path if path.is_file() else hub.checkpoint_folder(path_or_id))
+    return hub.read_config(path if path.is_file() else hub.checkpoint_folder(path_or_id, weights=False))
 
 
 def rehearse_steps(

@@ -1,0 +1,7 @@
+"""Repositories of the Hugging Face hub: fetching a checkpoint.
+
+In reading order:
+
+client_errors   errors of huggingface_hub, as one sentence each
+download        the files of a checkpoint that are needed, fetched once
+"""
