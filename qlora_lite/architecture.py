@@ -84,7 +84,7 @@ def _initialize_parts_(model: nn.Module, path: str, pending: Mapping[str, Collec
     module, enclosing = model.get_submodule(path), model
     for depth in range(path.count(".") + bool(path) + 1):
         part = model.get_submodule(".".join(path.split(".")[:depth]))
-        enclosing = part if _is_transformers_model(part) else enclosing
+        enclosing = part if is_transformers_model(part) else enclosing
     empty = {id(buffer.module._buffers[buffer.name]) for buffers in pending.values() for buffer in buffers}
     stores: list[dict[str, Any]] = [store for part in module.modules() for store in (part._parameters, part._buffers)]
     held = [(store, {name: tensor for name, tensor in store.items() if id(tensor) not in empty}) for store in stores]
@@ -103,6 +103,32 @@ def _initialize_parts_(model: nn.Module, path: str, pending: Mapping[str, Collec
             store.update(tensors)
         for part in parts:
             delattr(part, INITIALIZED)
+
+
+def initialize_(model: nn.Module, names: Collection[str], device: torch.device) -> None:
+    """Gives parameters that are on meta the values that transformers starts them with, the same in each call.
+
+    Raises CheckpointError that lists those which the model does not initialize.
+    """
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        owners.setdefault(owner, []).append(key)
+    lost = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for path, keys in owners.items():
+            module: Any = model.get_submodule(path)
+            for key in keys:
+                empty = torch.full_like(module._parameters[key], torch.nan, device="cpu")
+                module._parameters[key] = nn.Parameter(empty, requires_grad=False)
+            model._init_weights(module)  # type: ignore[operator]
+            for key in keys:
+                value = module._parameters[key].data
+                lost += [] if bool(value.isfinite().all()) else [f"{path}.{key}"]
+                module._parameters[key] = nn.Parameter(value.to(device), requires_grad=False)
+    if lost:
+        raise CheckpointError(f"transformers does not initialize {listing(lost)}, which the checkpoint lacks")
 
 
 def tensors_on_meta(model: nn.Module) -> list[str]:
@@ -211,7 +237,8 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return getattr(input_embedding(model), "num_embeddings", None)
 
 
-def _is_transformers_model(module: nn.Module) -> bool:
+def is_transformers_model(module: nn.Module) -> bool:
+    """Whether this is a model of transformers, or a part of one that is a model itself."""
     return any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__)
 
 
@@ -221,7 +248,7 @@ def base_model(model: Any) -> Any:
     Llama 4 names another attribute for it than it has.
     """
     named = getattr(model, "base_model", model)
-    return next(filter(_is_transformers_model, model.children()), named) if named is model else named
+    return next(filter(is_transformers_model, model.children()), named) if named is model else named
 
 
 def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:

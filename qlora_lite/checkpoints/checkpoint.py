@@ -35,6 +35,7 @@ from qlora_lite.quantization.experts import stacks
 from qlora_lite.quantization.formats import eight_bit_format
 from qlora_lite.quantization.quantize_model import WeightToPack, weights_to_pack
 from qlora_lite.surgery import is_transposed_linear, name_matches
+from qlora_lite.tasks import creatable, in_label_head
 
 SHOWN = 8
 BITSANDBYTES = "bitsandbytes"
@@ -51,10 +52,15 @@ def _listed(problem: str, names: set[str] | list[str]) -> str:
 
 @dataclass(frozen=True)
 class ModelTensors:
-    """The tensors of a checkpoint by a model's names, and those of its tensors that the model has no place for."""
+    """The tensors of a checkpoint by a model's names.
+
+    passed_over: its tensors that the model has no place for. created: parameters of the model that it lacks and that
+    start untrained (`tasks.creatable`).
+    """
 
     by_name: dict[str, LazyTensor | StoredPacked]
     passed_over: list[str]
+    created: list[str]
 
 
 def tensors_for_model(
@@ -68,8 +74,10 @@ def tensors_for_model(
 
     files: plain tensors, by name. packed: weights that are packed in the files. Tensors of the parts that the model of
     the folder's config has besides this one, such as a vision tower, are passed over, and with `ignore_unexpected` all
-    that the model has no place for. Raises one CheckpointError that lists all tensors that are missing, unexpected, of
-    the wrong shape, or converted by an operation that is not supported.
+    that the model has no place for. A head of labels may be missing, or be one for another number of labels.
+
+    Raises one CheckpointError that lists all tensors that are missing, unexpected, of the wrong shape, or converted by
+    an operation that is not supported.
     """
     wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
@@ -86,7 +94,12 @@ def tensors_for_model(
         unexpected if ignore_unexpected or not unexpected else _of_other_parts(model, folder, files, unexpected)
     )
     unexpected = [name for name in unexpected if name not in set(passed_over)]
+    for name in in_label_head(model, tensors.keys() & shapes.keys()):
+        if tensors[name].shape[1:] == shapes[name][1:] and tensors[name].shape != shapes[name]:
+            del tensors[name]  # of another number of labels
     missing = shapes.keys() - tensors.keys() - architecture.tied_names(model) - found.failed
+    created = creatable(model, missing)
+    missing -= created
     wrong = [
         f"{name} is {tensor.shape}, the model has {shapes[name]}"
         for name, tensor in tensors.items()
@@ -112,7 +125,7 @@ def tensors_for_model(
         raise CheckpointError(f"{folder} does not fit this {type(model).__name__}: {'; '.join(problems)}{hint}")
     aliases = {alias for alias, name in architecture.tied_pairs(model) if name in tensors}
     fitting = {name: tensor for name, tensor in tensors.items() if name in shapes and name not in aliases}
-    return ModelTensors(fitting, sorted(passed_over))
+    return ModelTensors(fitting, sorted(passed_over), sorted(created))
 
 
 def _of_other_parts(model: nn.Module, folder: Path, files: Mapping[str, LazyTensor], names: list[str]) -> list[str]:
@@ -152,13 +165,15 @@ def _plain_shape(model: nn.Module, name: str, tensor: LazyTensor | StoredPacked)
 class Checkpoint:
     """The tensors of a checkpoint folder by a model's names, and the settings by which the model is packed.
 
-    passed_over: tensors of the files that the model has no place for.
+    passed_over: tensors of the files that the model has no place for. created: parameters of the model that the files
+    lack and that start untrained (`tasks.creatable`).
     """
 
     folder: Path
     config: QuantConfig
     tensors: Mapping[str, LazyTensor | StoredPacked]
     passed_over: Sequence[str] = ()
+    created: Sequence[str] = ()
 
     @classmethod
     def open(
@@ -175,7 +190,7 @@ class Checkpoint:
         quantization, files = hub.quantization_config(folder), TensorFiles(folder)
         if quantization is None:
             found = tensors_for_model(model, folder, files.stored, None, ignore_unexpected)
-            return cls(folder, config or QuantConfig(), found.by_name, found.passed_over)
+            return cls(folder, config or QuantConfig(), found.by_name, found.passed_over, found.created)
         _check_is_bitsandbytes(quantization, folder)
         packed, statistics = stored_packed_weights(files.stored)
         absmax = stored_tensors(folder / ROWS_FILE) if (folder / ROWS_FILE).is_file() else {}
@@ -184,7 +199,7 @@ class Checkpoint:
         plain = {name: tensor for name, tensor in files.stored.items() if name not in statistics.union(known)}
         settings = _as_stored(folder, model, config, packed, bool(rows))
         found = tensors_for_model(model, folder, plain, known, ignore_unexpected)
-        return cls(folder, settings, found.by_name, found.passed_over)
+        return cls(folder, settings, found.by_name, found.passed_over, found.created)
 
     @property
     def originals(self) -> dict[str, LazyTensor]:

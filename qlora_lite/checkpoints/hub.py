@@ -6,7 +6,7 @@ Of this room, only this file and conversion.py import transformers, when it is f
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_lite.architecture import config_value, dtype_as_loaded, keep_weights_
+from qlora_lite.architecture import config_value, dtype_as_loaded, keep_weights_, text_config
 from qlora_lite.checkpoints.files import CONFIG_FILE as CONFIG_FILE
 from qlora_lite.checkpoints.files import read_json
 from qlora_lite.checkpoints.repository.download import cached_checkpoint, download_checkpoint
 from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError
+from qlora_lite.tasks import CAUSAL_LM, TASKS, Task, task_named
 
 GENERATION_FILE = "generation_config.json"
 # Layers are built before anything is compared with the files. The deepest known models have a few hundred.
@@ -96,29 +97,89 @@ def quantization_config(folder: Path) -> dict[str, object] | None:
     return found
 
 
-def _causal_class(config: Any) -> Callable[..., Any]:
-    """Returns what makes the causal language model of a config.
+def _classes(task: Task, config: Any) -> list[type]:
+    """Returns the classes of transformers that load a config for a task."""
+    mapping = getattr(_transformers(), task.auto_class)._model_mapping
+    found = mapping.get(type(config), ())
+    return list(found) if isinstance(found, (list, tuple)) else [found]
 
-    That is AutoModelForCausalLM, and for a config that it does not know (the text part of Mllama or Emu 3, saved by
-    itself) the causal class that the config names.
+
+def _declared_class(config: Any) -> str:
+    """Returns the name of the class that a checkpoint was saved from, an empty string if its config does not say."""
+    return next(iter(config.architectures or ()), "")
+
+
+def _declared_task(config: Any) -> Task:
+    """Returns the task of the class that a config names; that of causal language models if it names no known one."""
+    declared = _declared_class(config)
+    tasks = (task for task in TASKS.values() if any(made.__name__ == declared for made in _classes(task, config)))
+    return next(tasks, CAUSAL_LM)
+
+
+def _class_of(task: Task, config: Any) -> Any:
+    """Returns the class of transformers for a task and a config. Raises ConfigError if there is none.
+
+    Of several classes it is the one that the config names, else the first. A causal language model that the automatic
+    class does not know (the text part of Mllama or Emu 3, saved by itself) is of the class that its config names.
     """
-    automatic = _transformers().AutoModelForCausalLM
-    name = (config.architectures or [""])[0]
-    named = getattr(_transformers(), name, None) if name.endswith("ForCausalLM") else None
-    known = named is None or type(config) in automatic._model_mapping
-    made: Any = automatic.from_config if known else named._from_config  # type: ignore[union-attr]
-    return made  # type: ignore[no-any-return]
+    classes, declared = _classes(task, config), _declared_class(config)
+    named = [made for made in classes if made.__name__ == declared]
+    if not classes and task is CAUSAL_LM and declared.endswith("ForCausalLM"):
+        named = [made] if (made := getattr(_transformers(), declared, None)) is not None else []
+    if named or classes:
+        return (named or classes)[0]
+    others = [other.name for other in TASKS.values() if _classes(other, config)]
+    raise ConfigError(
+        f"transformers has no class for the task {task.name!r} of model type {config.model_type!r}; it has some for: "
+        f"{', '.join(others) or 'none that is known here'}"
+    )
 
 
-def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
-    """Returns the causal language model of a config on the meta device: shapes and dtypes without values.
+def model_class(config: Any, task: str | type | None = None) -> Any:
+    """Returns the class of transformers that a model of a config is made of.
+
+    task: a name in `tasks.TASKS`, a class of transformers or its name; None for what the config's `architectures` say.
+    Raises ConfigError for an unknown task, or one that transformers has no class for.
+    """
+    if task is None:
+        return _class_of(_declared_task(config), config)
+    if isinstance(task, str) and task not in TASKS and hasattr(_transformers(), task):
+        task = getattr(_transformers(), task)
+    if isinstance(task, str):
+        return _class_of(task_named(task), config)
+    takes = getattr(task, "config_class", None)
+    if takes is None or not hasattr(task, "_from_config"):
+        raise ConfigError(f"task must be one of {', '.join(TASKS)}, or a class of transformers; got {task!r}")
+    if not isinstance(config, takes) and not isinstance(text_config(config), takes):
+        raise ConfigError(f"{task.__name__} is made from a {takes.__name__}; got a {type(config).__name__}")
+    return task
+
+
+def _config_for(made: Any, config: Any) -> Any:
+    """Returns the part of a config that a class is made from: of a vision-language model's, perhaps the text part."""
+    text = text_config(config)
+    return text if made.config_class is type(text) else config
+
+
+def set_labels_(config: Any, labels: int | Sequence[str]) -> None:
+    """Writes the labels of a classifier to a config: their names, or their number; one is a value to regress on."""
+    names = [f"LABEL_{index}" for index in range(labels)] if isinstance(labels, int) else list(labels)
+    if not names or len(set(names)) != len(names) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"labels must be a number of at least 1 or different names; got {labels!r}")
+    config.id2label = dict(enumerate(names))  # which sets num_labels
+    config.label2id = {name: index for index, name in enumerate(names)}
+
+
+def empty_model(config: Any, dtype: torch.dtype, task: str | type | None = None) -> nn.Module:
+    """Returns the model of a config on the meta device: shapes and dtypes without values.
 
     dtype: of its floats, but for those that transformers keeps in float32 (`_keep_in_fp32_modules`), or that the model
-    makes in a dtype of their own.
+    makes in a dtype of their own. task: as of `model_class`.
     """
-    with _errors_of_transformers(f"no causal language model can be built for model type {config.model_type!r}"):
+    with _errors_of_transformers(f"no model can be built for model type {config.model_type!r}"):
+        made = model_class(config, task)
         with torch.device("meta"):
-            model: nn.Module = _causal_class(config)(config, dtype=dtype)
+            model: nn.Module = made._from_config(_config_for(made, config), dtype=dtype)
         for name, tensor in model.state_dict(keep_vars=True).items():
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype_as_loaded(model, name, tensor.dtype))

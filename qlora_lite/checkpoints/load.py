@@ -22,12 +22,13 @@ from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, read_sli
 from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits
-from qlora_lite.errors import CheckpointError, QuantizationError, listing
+from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, listing
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.quantize_model import WeightToPack
 from qlora_lite.quantization.selection import left_unpacked
 from qlora_lite.signals import check_signals
 from qlora_lite.surgery import described_by_pattern
+from qlora_lite.tasks import task_of
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class LoadReport:
     """What a loaded model is without, in memory or of its checkpoint; `load_quantized` sets it as `load_report`.
 
     left_unpacked: layers and stacks that stay unpacked although a format was asked for, with the reasons.
-    unpacked_bytes: of their weights. passed_over: tensors of the checkpoint that the model has no place for.
+    unpacked_bytes: of their weights. passed_over: tensors of the checkpoint that the model has no place for. created:
+    parameters of the model's head that the checkpoint lacks, and that start untrained.
     """
 
     left_unpacked: Mapping[str, str] = field(default_factory=dict)
     unpacked_bytes: int = 0
     passed_over: Sequence[str] = ()
+    created: Sequence[str] = ()
 
     def in_words(self) -> list[str]:
         """Returns lines for people to read; none if there is nothing to say."""
@@ -51,6 +54,9 @@ class LoadReport:
         if self.passed_over:
             lines.append(f"{len(self.passed_over)} tensors of the checkpoint are not part of the model:")
             lines += [f"  {line}" for line in described_by_pattern(dict.fromkeys(self.passed_over, "passed over"))]
+        if self.created:
+            lines.append(f"{len(self.created)} tensors are not in the checkpoint and start untrained:")
+            lines += [f"  {line}" for line in described_by_pattern(dict.fromkeys(self.created, "untrained"))]
         return lines
 
 
@@ -114,8 +120,10 @@ def load_quantized(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     ignore_unexpected: bool = False,
+    task: str | type | None = None,
+    labels: int | Sequence[str] | None = None,
 ) -> Any:
-    """Loads a transformers causal language model from a safetensors checkpoint, packed and frozen.
+    """Loads a transformers model from a safetensors checkpoint, packed and frozen.
 
     Packed are linear layers, GPT-2's Conv1D, and the matrices of stacks of experts. Other tensors (norms, embeddings,
     biases) are held in `dtype`, which is then the dtype of the activations. Tensors that have other names in the files,
@@ -129,18 +137,29 @@ def load_quantized(
     `ignore_unexpected` passes over all tensors that the model has no place for: extra heads, buffers of older releases.
     `model.load_report` (LoadReport) lists both.
 
+    task: a name in `tasks.TASKS` (`causal-lm`, `sequence-classification`, ...), or a class of transformers; None for
+    the class that the checkpoint's config names. labels: of a classifier, their names or their number; None for those
+    in the config. A head of labels that the checkpoint lacks, or that it has for another number of labels, starts
+    untrained, with the same values in each call; it stays unpacked, and `add_lora_` trains it whole.
+
     Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, before anything is read;
-    ConfigError if `config` asks for another format than a packed folder has; QuantizationError for values that are NaN,
+    ConfigError if `config` asks for another format than a packed folder has, for a task that transformers has no class
+    for, and for labels of another task; QuantizationError for values that are NaN,
     infinite, or too large for the format, listing every tensor that has some.
     """
     set_host_limits()
     folder = hub.checkpoint_folder(path_or_id)
     model_config = hub.read_config(folder)
-    model: Any = hub.empty_model(model_config, dtype)
+    if labels is not None:
+        hub.set_labels_(model_config, labels)
+    model: Any = hub.empty_model(model_config, dtype, task)
+    if labels is not None and not task_of(model).has_labels:
+        raise ConfigError(f"labels were given for a {type(model).__name__}, whose task {task_of(model).name} has none")
     architecture.tie(model)
     checkpoint = Checkpoint.open(folder, model, config, ignore_unexpected=ignore_unexpected)
     report = _report(model, checkpoint)
     identity = checkpoint_identity_or_error(folder, model_config)
+    architecture.initialize_(model, checkpoint.created, torch.device(device))
     load_tensors_(model, checkpoint, dtype, torch.device(device))
     if isinstance(identity, CheckpointError):
         raise identity
@@ -156,7 +175,7 @@ def _report(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
     left, tensors = left_unpacked(model, checkpoint.config, checkpoint.packed_layers), model.state_dict(keep_vars=True)
     weights = {id(weight): weight for name in left for weight in (tensors.get(f"{name}.weight", tensors.get(name)),)}
     sizes = [weight.nbytes for weight in weights.values() if weight is not None]
-    return LoadReport(left, sum(sizes), checkpoint.passed_over)
+    return LoadReport(left, sum(sizes), checkpoint.passed_over, checkpoint.created)
 
 
 def load_tensors_(model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dtype, device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from qlora_lite.lora.layer import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.lora.targets import TargetedLayer, select_targets
 from qlora_lite.lora.variants import VARIANTS, combination_problems
 from qlora_lite.surgery import replace_modules_
+from qlora_lite.tasks import trained_whole
 
 # The attribute of a model that holds its inactive adapters.
 ATTRIBUTE = "inactive_adapters"
@@ -64,11 +66,11 @@ def wrap_layer(layer: TargetedLayer, config: LoraConfig, dtype: torch.dtype) -> 
 def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER) -> list[str]:
     """Puts a LoraLayer around every targeted layer and freezes everything else; returns the names of those layers.
 
-    The parameters that modules_to_save, bias and trainable_token_indices select get trained copies; the originals stay
-    frozen. The model computes what it did before; with init_lora_weights `loftq`, the outputs move towards those of the
-    unpacked base. `loftq:N` also replaces the packed weights of the targeted layers, one layer at a time, before the
-    adapter is put around each. It is the only setting that changes a base; `save_quantized` after `remove_lora_` writes
-    that base.
+    The parameters that modules_to_save, bias and trainable_token_indices select get trained copies, and so does the
+    head of a classifier, which modules_to_save need not name; the originals stay frozen. The model computes what it did
+    before; with init_lora_weights `loftq`, the outputs move towards those of the unpacked base. `loftq:N` also replaces
+    the packed weights of the targeted layers, one layer at a time, before the adapter is put around each. It is the
+    only setting that changes a base; `save_quantized` after `remove_lora_` writes that base.
 
     name: the adapter's name; `multi_adapter.add_adapter_` adds a further adapter to a model that has one.
 
@@ -79,6 +81,7 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
     check_adapter_name(model, name)
     if present := lora_layers(model):
         raise TargetError(f"{len(present)} layers have adapters already; remove_lora_ removes them")
+    config = replace(config, modules_to_save=tuple(dict.fromkeys([*config.modules_to_save, *trained_whole(model)])))
     layers = select_targets(model, config)
     kinds = {layer.name: layer.kind for layer in layers}
     if problems := combination_problems(kinds, config.dropout, VARIANTS[config.variant]):

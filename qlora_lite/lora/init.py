@@ -199,7 +199,7 @@ def checkpoint_weights(model: nn.Module, names: Iterable[str], init: str) -> Che
         raise CheckpointError(
             f"init_lora_weights 'loftq' needs weights as they were before packing; {folder} holds packed ones"
         )
-    empty = hub.empty_model(hub.read_config(folder), torch.float32)
+    empty = hub.empty_model(hub.read_config(folder), torch.float32, type(model))
     architecture.tie(empty)
     stored = tensors_for_model(empty, folder, TensorFiles(folder).stored, ignore_unexpected=True).by_name
     missing = [name for name in names if f"{name}.weight" not in stored]

@@ -23,6 +23,7 @@ from qlora_lite.surgery import (
     matches_as_in_transformers,
     name_matches,
 )
+from qlora_lite.tasks import in_label_head
 from qlora_lite.weight_readers import weights_read
 
 # Whether a module of this name is not to be packed.
@@ -37,15 +38,20 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def skip_rule(model: nn.Module, config: QuantConfig) -> SkipRule:
-    """Returns the rule of `skip_modules`. Raises TargetError with the names that match nothing."""
+    """Returns the rule of `skip_modules`; a head of labels, which is trained whole, is skipped whatever they name.
+
+    Raises TargetError with the names that match nothing.
+    """
+    labels = in_label_head(model, (name for name, _ in model.named_modules()))
     if config.skip_modules is not None:
         linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_plain_linear(m)]
         held = stacks(model)
         owners = [name.rpartition(".")[0] for name in held]
         check_all_matched("skip_modules", config.skip_modules, [*linears, *held, *owners])
-        return lambda name, module: any(name_matches(name, skip) for skip in config.skip_modules or ())
+        skips = config.skip_modules
+        return lambda name, module: name in labels or any(name_matches(name, skip) for skip in skips)
     head = output_head(model)
-    return lambda name, module: module is head
+    return lambda name, module: name in labels or module is head
 
 
 def unpackable_stacks(model: nn.Module, config: QuantConfig) -> dict[str, str]:

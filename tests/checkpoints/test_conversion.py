@@ -59,8 +59,12 @@ def test_the_checkpoint_of_a_model_without_its_head(tmp_path: Path, saved: Calla
     theirs.transformer.save_pretrained(tmp_path / "body")
     names = load_file(tmp_path / "body" / "model.safetensors").keys()
     assert "h.0.attn.c_attn.weight" in names and not any(name.startswith("transformer.") for name in names)
-    ours = load_quantized(tmp_path / "body", QuantConfig(format="none"), dtype=torch.float32)
+    plain = QuantConfig(format="none")
+    ours = load_quantized(tmp_path / "body", plain, dtype=torch.float32, task="causal-lm")
     assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)
+    body = load_quantized(tmp_path / "body", plain, dtype=torch.float32)
+    assert type(body).__name__ == "GPT2Model"
+    assert torch.equal(body(TOKENS).last_hidden_state, theirs.transformer(TOKENS).last_hidden_state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

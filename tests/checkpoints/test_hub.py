@@ -69,8 +69,8 @@ def test_wrong_places_get_one_sentence(tmp_path: Path, tiny_folder: Path) -> Non
     [
         ({"vocab_size": "x"}, "no config that transformers knows: Validation error for field 'vocab_size': TypeError"),
         ({"num_attention_heads": 0}, "no config that transformers knows: .*zero"),
-        ({"hidden_size": -4}, "no causal language model can be built for model type 'llama': .*negative"),
-        ({"pad_token_id": 10**9}, "no causal language model can be built for model type 'llama': Padding_idx"),
+        ({"hidden_size": -4}, "no model can be built for model type 'llama': .*negative"),
+        ({"pad_token_id": 10**9}, "no model can be built for model type 'llama': Padding_idx"),
     ],
 )
 def test_a_config_that_no_model_has_gets_one_sentence(

@@ -201,8 +201,8 @@ def test_nothing_stays_on_meta(
     small_model("LlamaConfig").save_pretrained(tmp_path)
     usual = hub.empty_model
 
-    def with_a_constant(config: Any, dtype: torch.dtype) -> Any:
-        model: Any = usual(config, dtype)
+    def with_a_constant(*given: Any) -> Any:
+        model: Any = usual(*given)
         model.model.layers[0].offset = torch.ones(2, device="meta")
         return model
 
@@ -263,7 +263,7 @@ def test_tensors_of_a_vision_tower_are_passed_over_and_listed(tmp_path: Path) ->
     text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
     config = transformers.Llama4Config(text_config=text, vision_config={**LLAMA4_VISION, "patch_size": 14})
     perturbed(transformers.Llama4ForConditionalGeneration(config)).save_pretrained(tmp_path)
-    ours = load_quantized(tmp_path, PLAIN, dtype=torch.float32)
+    ours = load_quantized(tmp_path, PLAIN, dtype=torch.float32, task="causal-lm")
     assert_same(ours, loaded_by_transformers(tmp_path, torch.float32))
     parts = {name.split(".")[0] for name in ours.load_report.passed_over}
     assert type(ours).__name__ == "Llama4ForCausalLM" and parts == {"vision_model", "multi_modal_projector"}
@@ -275,7 +275,7 @@ def test_tensors_of_a_vision_tower_are_passed_over_and_listed(tmp_path: Path) ->
     with pytest.raises(
         CheckpointError, match=r"1 tensors belong to no module: vision_model\.stranger; ignore_unexpected"
     ):
-        load_quantized(tmp_path, PLAIN)
+        load_quantized(tmp_path, PLAIN, task="causal-lm")
 
 
 def test_heads_and_buffers_that_a_model_has_no_place_for_are_passed_over_on_request(

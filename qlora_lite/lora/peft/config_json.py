@@ -8,11 +8,13 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
+from qlora_lite import architecture
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.targets import TargetedLayer, adaptable_names
 from qlora_lite.lora.variants import VARIANTS, peft_options
 from qlora_lite.surgery import name_matches
+from qlora_lite.tasks import task_of
 
 
 def _common_endings(names: Iterable[str], model: nn.Module) -> list[str] | None:
@@ -78,7 +80,7 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
     base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        "task_type": task_of(model).peft_type if architecture.is_transformers_model(model) else None,
         "base_model_name_or_path": base_model or None,
         "r": rank,
         "lora_alpha": alpha,
