@@ -22,6 +22,16 @@ def is_part_of_path(name: str, part: str) -> bool:
     return f".{part}." in f".{name}."
 
 
+def distinct_ends(names: Iterable[str], others: Collection[str]) -> list[str]:
+    """Returns the shortest ends of these dotted names that, as `wanted` of `name_matches`, match none of `others`."""
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        ends = (".".join(parts[first:]) for first in range(len(parts) - 1, -1, -1))
+        found.add(next((end for end in ends if not any(name_matches(other, end) for other in others)), name))
+    return sorted(found)
+
+
 # A file may have a pattern for each of several hundred layers, more than `re` caches.
 @functools.lru_cache(maxsize=1 << 14)
 def layer_pattern(pattern: str) -> re.Pattern[str]:

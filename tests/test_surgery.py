@@ -13,6 +13,7 @@ from qlora_lite.errors import TargetError
 from qlora_lite.surgery import (
     check_all_matched,
     described_by_pattern,
+    distinct_ends,
     exchange_modules_,
     is_part_of_path,
     is_transposed_linear,
@@ -35,6 +36,13 @@ def test_parts_of_paths_are_whole_names() -> None:
         assert not is_part_of_path("a.tower.0.q", other)
     with pytest.raises(TargetError, match=r"\['q_porj'\] matched no layer; this model has: k_proj, q_proj"):
         check_all_matched("target_modules", ["q_porj", "q_proj"], ["x.q_proj", "x.k_proj"])
+
+
+def test_ends_of_names_are_short_and_match_nothing_else() -> None:
+    names = ["layers.0.mlp.experts", "layers.1.mlp.experts", "layers.0.attn.down"]
+    assert distinct_ends(names, ["layers.0.mlp.down", "head"]) == ["attn.down", "experts"]
+    assert distinct_ends(["a.b"], ["x.a.b"]) == ["a.b"]  # nothing is short enough
+    assert distinct_ends(["experts"], []) == ["experts"]
 
 
 def test_patterns_match_as_in_transformers() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_lite.cli.options import Json
+from qlora_lite.quantization.formats import either
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,7 +67,9 @@ def inspect(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter saved here or by peft.")],
     require: Annotated[
         list[str] | None,
-        typer.Option(help="Program that must accept the adapter, else exit status 1: vllm or llama.cpp; repeatable."),
+        typer.Option(
+            help="Program that must accept the adapter, else exit status 1: peft, vllm or llama.cpp; repeatable."
+        ),
     ] = None,
     max_lora_rank: Annotated[int, typer.Option(help="vLLM's setting of the same name: 8, 16, 32, 64, ...")] = 16,
     model: Annotated[
@@ -75,14 +78,14 @@ def inspect(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show the contents of an adapter, without a model, and whether vLLM and llama.cpp accept it."""
+    """Show the contents of an adapter, without a model, and whether peft, vLLM and llama.cpp accept it."""
     from rich.console import Console
 
-    from qlora_lite.lora.peft.compatibility import LLAMA_CPP, VLLM, check_compatibility
+    from qlora_lite.lora.peft.compatibility import PROGRAMS, check_compatibility
     from qlora_lite.lora.peft.describe import describe_adapter
 
-    if unknown := set(require or []) - {VLLM, LLAMA_CPP}:
-        raise typer.BadParameter(f"must be {VLLM} or {LLAMA_CPP}; got {sorted(unknown)[0]!r}", param_hint="--require")
+    if unknown := sorted(set(require or []) - set(PROGRAMS)):
+        raise typer.BadParameter(f"must be {either(*PROGRAMS)}; got {unknown[0]!r}", param_hint="--require")
     description = describe_adapter(adapter)
     compared = None if model is None else _compared(adapter, model)
     found = check_compatibility(description, max_lora_rank)

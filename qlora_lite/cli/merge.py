@@ -20,9 +20,11 @@ from qlora_lite.cli.options import (
     Model,
     Output,
     Overwrite,
+    SkipModules,
     check_output,
     finish,
     shard_bytes,
+    skipped,
 )
 from qlora_lite.errors import listing
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
@@ -53,6 +55,7 @@ def merge(
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
     embedding_format: EmbeddingFormat = UNPACKED,
+    skip_modules: SkipModules = None,
     max_shard_size: MaxShardSize = "5GB",
     verify: Annotated[
         Path | None,
@@ -75,7 +78,9 @@ def merge(
     from qlora_lite.signals import deferred_signals
 
     target = dtype_named(dtype)
-    quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
+    quant = QuantConfig(
+        format, blocksize, double_quant, embedding_format=embedding_format, skip_modules=skipped(skip_modules)
+    )
     shard = shard_bytes(max_shard_size)
     require(is_count(verify_max_length, 2), "--verify-max-length must be at least 2", verify_max_length)
     check_output(output, overwrite, model, adapter, *(() if verify is None else (verify,)))

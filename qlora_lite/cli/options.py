@@ -45,6 +45,14 @@ EmbeddingFormat = Annotated[
         help=f"Format of input embedding and output head: {_EMBEDDING_FORMATS}, or none to leave them unpacked."
     ),
 ]
+SkipModules = Annotated[
+    str | None,
+    typer.Option(
+        "--skip-modules",
+        help="Linear layers and experts modules to leave unpacked: last parts of their names, separated by commas. "
+        "Default: the output head.",
+    ),
+]
 Blocksize = Annotated[int, typer.Option(help="Values per block of the 4-bit formats.")]
 DoubleQuant = Annotated[bool, typer.Option(help="Quantize the block statistics of the 4-bit formats too.")]
 Int8Activations = Annotated[
@@ -109,6 +117,11 @@ def targets_named(option: str, text: str) -> str | list[str]:
     if not expression:
         raise errors.ConfigError(f"{option} re: must be followed by a regular expression for the whole name of a layer")
     return expression
+
+
+def skipped(text: str | None) -> tuple[str, ...] | None:
+    """Returns the names of `--skip-modules`; None if the option is not given."""
+    return None if text is None else tuple(listed(text))
 
 
 def listed_tokens(text: str) -> list[int]:

@@ -11,7 +11,17 @@ from typing import Annotated
 
 import typer
 
-from qlora_lite.cli.options import Checkpointing, DoubleQuant, EmbeddingFormat, Format, Json, Optimizer, Rank
+from qlora_lite.cli.options import (
+    Checkpointing,
+    DoubleQuant,
+    EmbeddingFormat,
+    Format,
+    Json,
+    Optimizer,
+    Rank,
+    SkipModules,
+    skipped,
+)
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 DOES_NOT_FIT = 3
@@ -32,6 +42,7 @@ def plan(
     format: Format = DEFAULT_FORMAT,
     double_quant: DoubleQuant = True,
     embedding_format: EmbeddingFormat = UNPACKED,
+    skip_modules: SkipModules = None,
     rank: Rank = 16,
     optimizer: Optimizer = "adamw",
     checkpointing: Checkpointing = "full",
@@ -56,7 +67,9 @@ def plan(
     from qlora_lite.signals import deferred_signals
     from qlora_lite.training.config import TrainConfig, checkpointing_named
 
-    quant = QuantConfig(format, double_quant=double_quant, embedding_format=embedding_format)
+    quant = QuantConfig(
+        format, double_quant=double_quant, embedding_format=embedding_format, skip_modules=skipped(skip_modules)
+    )
     config = TrainConfig(optimizer=optimizer, checkpointing=checkpointing_named(checkpointing))
     wanted = TrainingSetup(quant, LoraConfig(rank, 2 * rank), rows, tokens, optimizer, config.checkpointing)
     size = byte_count("--memory must be", memory)

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from qlora_lite.cli.options import Checkpointing, EmbeddingFormat, Format, Int8Activations, Json, Model, Rank
+from qlora_lite.cli.options import (
+    Checkpointing,
+    EmbeddingFormat,
+    Format,
+    Int8Activations,
+    Json,
+    Model,
+    Rank,
+    SkipModules,
+    skipped,
+)
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 
@@ -15,6 +25,7 @@ def profile(
     model: Model,
     format: Format = DEFAULT_FORMAT,
     embedding_format: EmbeddingFormat = UNPACKED,
+    skip_modules: SkipModules = None,
     int8_activations: Int8Activations = False,
     rank: Rank = 16,
     rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 2,
@@ -55,7 +66,9 @@ def profile(
         raise typer.BadParameter(f"must be full or phases; got {mode!r}", param_hint="--mode")
     if png is not None and mode == "phases":
         raise typer.BadParameter("needs --mode full, which follows the tensors that it draws", param_hint="--png")
-    quant = QuantConfig(format, embedding_format=embedding_format, int8_activations=int8_activations)
+    quant = QuantConfig(
+        format, embedding_format=embedding_format, int8_activations=int8_activations, skip_modules=skipped(skip_modules)
+    )
     lora = LoraConfig(rank, 2 * rank)
     config = TrainConfig(steps=2, checkpointing=checkpointing_named(checkpointing))
     if html is not None:

@@ -13,9 +13,11 @@ from qlora_lite.cli.options import (
     Output,
     Overwrite,
     PackedFormat,
+    SkipModules,
     check_output,
     finish,
     shard_bytes,
+    skipped,
 )
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
@@ -27,6 +29,7 @@ def quantize(
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
     embedding_format: EmbeddingFormat = UNPACKED,
+    skip_modules: SkipModules = None,
     max_shard_size: MaxShardSize = "5GB",
     ignore_unexpected: IgnoreUnexpected = False,
     overwrite: Overwrite = False,
@@ -38,7 +41,9 @@ def quantize(
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import deferred_signals
 
-    quant = QuantConfig(format, blocksize, double_quant, embedding_format=embedding_format)
+    quant = QuantConfig(
+        format, blocksize, double_quant, embedding_format=embedding_format, skip_modules=skipped(skip_modules)
+    )
     check_formats(quant)
     shard = shard_bytes(max_shard_size)
     check_output(output, overwrite, model)

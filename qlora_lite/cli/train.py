@@ -39,12 +39,14 @@ from qlora_lite.cli.options import (
     Output,
     Overwrite,
     Rank,
+    SkipModules,
     UseRslora,
     check_output,
     finish,
     listed,
     listed_tokens,
     settings,
+    skipped,
     targets_named,
 )
 from qlora_lite.errors import ConfigError
@@ -129,8 +131,9 @@ def _described_records(options: Mapping[str, Any], tokenizer: Tokenizer) -> tupl
 
 
 def _add_adapters_(model: Any, lora: LoraConfig) -> None:
-    """Adds adapters; prints what stays unpacked or gets no adapter, and tensors that the model has no place for."""
-    from qlora_lite.lora.adapters import add_lora_
+    """Adds adapters; prints what stays unpacked or gets no adapter, what peft will not load, and unexpected tensors."""
+    from qlora_lite.lora.adapters import add_lora_, lora_layers
+    from qlora_lite.lora.peft.save_load import layers_lost_in_peft
     from qlora_lite.lora.targets import left_out_of_all_linear
     from qlora_lite.surgery import described_by_pattern
     from qlora_lite.training.distributed import is_first_process
@@ -141,6 +144,8 @@ def _add_adapters_(model: Any, lora: LoraConfig) -> None:
     if lines and is_first_process():
         print("\n".join(lines))
     add_lora_(model, lora)
+    if (lost := layers_lost_in_peft(model, lora_layers(model))) and is_first_process():
+        print("\n".join(lost))
 
 
 def _held_out_loss(model: nn.Module, records: TrainingData, options: Mapping[str, Any], pad: int) -> list[float]:
@@ -192,6 +197,7 @@ def train(
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
     embedding_format: EmbeddingFormat = UNPACKED,
+    skip_modules: SkipModules = None,
     int8_activations: Int8Activations = False,
     rank: Rank = 16,
     alpha: Alpha = 32.0,
@@ -294,7 +300,7 @@ def train(
     from qlora_lite.training.distributed import is_first_process
     from qlora_lite.training.loop import train as train_model
 
-    quant = settings(QuantConfig, ctx.params)
+    quant = settings(QuantConfig, ctx.params, skip_modules=skipped(skip_modules))
     lora = settings(
         LoraConfig,
         ctx.params,

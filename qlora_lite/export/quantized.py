@@ -5,7 +5,7 @@ Packed bytes are written unchanged, under the names of checkpoints/bitsandbytes_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from qlora_lite.quantization.formats import UNPACKED, either, embedding_formats,
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.signals import check_signals
-from qlora_lite.surgery import matches_as_in_transformers
+from qlora_lite.surgery import distinct_ends, matches_as_in_transformers
 
 SHOWN = 8
 
@@ -59,6 +59,14 @@ def _is_8bit(format: str) -> bool:
     return format_named(format).bitsandbytes == "8bit"
 
 
+def _skips_for(model: nn.Module, packed_stacks: Sequence[str]) -> list[str]:
+    """Returns the `skip_modules` with which the modules of these stacks stay unpacked, and the output head."""
+    head = architecture.output_head(model)
+    heads = [name for name, module in model.named_modules() if module is head and isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    return [*distinct_ends((name.rpartition(".")[0] for name in packed_stacks), linears), *heads]
+
+
 @dataclass(frozen=True)
 class _PackedLayers:
     """The packed layers of a model.
@@ -74,9 +82,11 @@ class _PackedLayers:
         """Raises ConfigError unless all packed linear layers but the head have one format, and no stack is packed."""
         modules = dict(model.named_modules(remove_duplicate=False))
         if stacks := [name for name, module in modules.items() if isinstance(module, PackedStack)]:
+            skips = _skips_for(model, stacks)
             raise ConfigError(
                 f"{len(stacks)} stacks of experts are packed, for which bitsandbytes has no names ({stacks[0]}); "
-                f"export_merged writes them unpacked"
+                f"leave them unpacked with skip_modules={skips} (--skip-modules {','.join(skips)}), or write the whole "
+                f"model unpacked with export_merged"
             )
         packed = {name: module for name, module in modules.items() if isinstance(module, QuantizedLinear)}
         embeddings = {id(module.weight) for module in modules.values() if isinstance(module, QuantizedEmbedding)}

@@ -20,7 +20,7 @@ from qlora_lite.quantization.formats import UNPACKED, either, embedding_formats
 from qlora_lite.quantization.from_bitsandbytes import converted, is_bitsandbytes, remove_bitsandbytes_marks_
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight, check_packable
-from qlora_lite.quantization.selection import is_plain_linear, left_unpacked, skip_rule, unpackable_stacks
+from qlora_lite.quantization.selection import is_plain_linear, left_unpacked, skip_rule, skips_for, unpackable_stacks
 from qlora_lite.surgery import (
     exchange_modules_,
     has_own_forward,
@@ -147,9 +147,11 @@ def _check_share(model: nn.Module, config: QuantConfig, found: Iterable[WeightTo
     unpacked, packed = sum(held[path].shape.numel() for path in left), sum(part.weight.numel() for part in found)
     if unpacked > packed:
         shown = listing((f"{path} {described}" for path, described in left.items()), 4)
+        skips = skips_for(model, config)
         raise TargetError(
             f"{len(left)} stacks of matrices cannot be packed: {shown}; they hold {unpacked / (unpacked + packed):.0%} "
-            f"of the values to pack, so name them, and the output head, in skip_modules if they may stay unpacked"
+            f"of the values to pack; if they may stay unpacked, set skip_modules={skips} (--skip-modules "
+            f"{','.join(skips)})"
         )
 
 

@@ -18,6 +18,7 @@ from qlora_lite.quantization.formats import UNPACKED
 from qlora_lite.quantization.from_bitsandbytes import is_bitsandbytes
 from qlora_lite.surgery import (
     check_all_matched,
+    distinct_ends,
     has_own_forward,
     is_transposed_linear,
     matches_as_in_transformers,
@@ -64,6 +65,21 @@ def unpackable_stacks(model: nn.Module, config: QuantConfig) -> dict[str, str]:
         if not skipped and key not in packable_stacks(module):
             found[path] = f"{tuple(weight.shape)} of a {type(module).__name__}"
     return found
+
+
+def skips_for(model: nn.Module, config: QuantConfig) -> list[str]:
+    """Returns the `skip_modules` that add the stacks which cannot be packed to what `config` skips, the head included.
+
+    Each entry is the end of a module's name, as short as it can be without matching anything else that is packed.
+    """
+    head, skip = output_head(model), skip_rule(model, config)
+    known = [name for name, m in model.named_modules() if m is head and isinstance(m, nn.Linear)]
+    if config.skip_modules is not None:
+        known = list(config.skip_modules)
+    owners = {name.rpartition(".")[0] for name in unpackable_stacks(model, config)}
+    others = [name for name, module in model.named_modules() if is_plain_linear(module) and not skip(name, module)]
+    others += [owner for name in stacks(model) if (owner := name.rpartition(".")[0]) not in owners]
+    return [*distinct_ends(owners, others), *known]
 
 
 def _linears_left_unpacked(model: nn.Module, packed: Collection[str]) -> dict[str, str]:

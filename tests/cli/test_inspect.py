@@ -54,4 +54,17 @@ def test_bad_input_is_one_sentence(inspect: Inspect, tmp_path: Path) -> None:
     status, _, said = inspect(tmp_path)
     assert (status, said) == (1, f"error: {tmp_path / 'adapter_config.json'} does not exist; expected a JSON file\n")
     status, _, said = inspect(tmp_path, "--require", "ollama")
-    assert status == 2 and "must be vllm or llama.cpp; got 'ollama'" in said
+    assert status == 2 and "must be peft, vllm or llama.cpp; got 'ollama'" in said
+
+
+def test_layers_that_peft_loses_are_named_by_the_type_of_the_base(
+    inspect: Inspect, small_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = small_model("Qwen3MoeConfig", mlp_only_layers=[0])
+    model.save_pretrained(tmp_path / "base")
+    model.config._name_or_path = str(tmp_path / "base")
+    add_lora_(model, LoraConfig(2, 4, target_modules=["q_proj", "up_proj", "gate_proj"]))
+    save_adapter(model, tmp_path / "adapter")
+    status, out, _ = inspect(tmp_path / "adapter", "--require", "peft")
+    assert status == 1 and "peft: not accepted" in out
+    assert "  because of peft would not load the adapters of 2 layers (model.layers.0.mlp.gate_proj, " in out

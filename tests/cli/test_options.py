@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 import typing
+from pathlib import Path
 from typing import Annotated
 
 import pytest
 import typer
 
 from qlora_lite.cli import options
+from qlora_lite.cli.main import main
 from qlora_lite.errors import ConfigError
+from qlora_lite.quantization.config import QuantConfig
 
 
 def test_names_and_numbers_stand_between_commas() -> None:
@@ -27,6 +31,30 @@ def test_layers_are_named_in_a_list_or_by_an_expression() -> None:
     assert named("--target-modules", r"re:.*layers\.[0-3]\.(q|k){1,2}_proj") == r".*layers\.[0-3]\.(q|k){1,2}_proj"
     with pytest.raises(ConfigError, match="--exclude-modules re: must be followed by a regular expression"):
         named("--exclude-modules", "re:")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --data d --output o",
+        "merge --adapter a --output o",
+        "quantize --output o",
+        "plan --memory 1GiB",
+        "profile",
+    ],
+)
+def test_modules_to_skip_reach_the_settings_of_packing(
+    words: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(config: QuantConfig) -> None:
+        raise ConfigError(f"skips {config.skip_modules}")
+
+    monkeypatch.setattr(QuantConfig, "__post_init__", stop)
+    for given, got in (([], "None"), (["--skip-modules", "experts, lm_head"], "('experts', 'lm_head')")):
+        monkeypatch.setattr(sys, "argv", ["qlora-lite", *words.split(), "--model", str(tiny_folder), *given])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2 and capsys.readouterr().err == f"error: skips {got}\n"
 
 
 def test_figures_are_for_a_person_or_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -272,6 +272,11 @@ def test_stacks_that_were_skipped_are_loaded_as_they_were_saved(
     small_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     small_model("MixtralConfig").save_pretrained(tmp_path / "source")
+    says = (
+        r"4 stacks of experts are packed, .*leave them unpacked with skip_modules=\['experts', 'lm_head'\] \(--skip-mo"
+    )
+    with pytest.raises(ConfigError, match=says):
+        save_quantized(load_quantized(tmp_path / "source"), tmp_path / "packed")
     model = load_quantized(tmp_path / "source", QuantConfig(skip_modules=("experts", "lm_head")), dtype=torch.float32)
     save_quantized(model, tmp_path / "packed")
     again = load_quantized(tmp_path / "packed", dtype=torch.float32)

@@ -1,6 +1,7 @@
-"""Whether vLLM serves an adapter and llama.cpp converts it. Each rule names the source that it was read from.
+"""Whether peft loads an adapter, vLLM serves it and llama.cpp converts it, by rules that name the source they are from.
 
-The rules do not know whether a base model has the layers, nor whether its implementation there takes adapters.
+The rules do not know whether a base model has the layers, nor whether its implementation there takes adapters. Those
+for peft need the type of the base, which `save_adapter` notes beside the adapter (base_identity.py).
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qlora_lite.checkpoints.base_identity import MODEL_TYPE
 from qlora_lite.errors import ConfigError, listing
 from qlora_lite.lora.peft.describe import AdapterDescription
+from qlora_lite.lora.peft.lost_layers import RENAMED, lost_in_peft
 from qlora_lite.lora.peft.options import UNSET, base_changing_init
 from qlora_lite.lora.variants import PEFT_OPTIONS, VARIANTS
 
-VLLM, LLAMA_CPP = "vllm", "llama.cpp"
+PEFT, VLLM, LLAMA_CPP = PROGRAMS = ("peft", "vllm", "llama.cpp")
 # vllm/config/lora.py: MaxLoRARanks, and the default of max_lora_rank.
 VLLM_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_MAX_RANK = 16
@@ -80,6 +83,17 @@ def _largest_rank(adapter: AdapterDescription) -> int:
     rank, pattern = adapter.config.get("r", 0), adapter.config.get("rank_pattern")
     patterns = [number for number in pattern.values() if isinstance(number, int)] if isinstance(pattern, dict) else []
     return max([rank if isinstance(rank, int) else 0, *patterns, *(layer.rank for layer in adapter.layers)])
+
+
+def peft_compatibility(adapter: AdapterDescription) -> Compatibility:
+    """Applies the rules of peft 0.21 (lost_layers.py); what they are not known for is accepted."""
+    names = [layer.name for layer in adapter.layers if layer.kind not in ("experts", "router")]
+    if adapter.trained_on is not None and MODEL_TYPE in adapter.trained_on.model:
+        return Compatibility(PEFT, tuple(lost_in_peft(str(adapter.trained_on.model[MODEL_TYPE]), names)))
+    renamed = {last for lasts in RENAMED.values() for last in lasts}
+    found = sorted({layer.last for layer in adapter.layers if layer.kind == "linear"} & renamed)
+    note = f"the type of the base is unknown: with some kinds of experts peft would not load {', '.join(found)}"
+    return Compatibility(PEFT, (), (note,) if found else ())
 
 
 def vllm_compatibility(adapter: AdapterDescription, max_lora_rank: int = VLLM_DEFAULT_MAX_RANK) -> Compatibility:
@@ -160,4 +174,8 @@ def check_compatibility(
     adapter: AdapterDescription, max_lora_rank: int = VLLM_DEFAULT_MAX_RANK
 ) -> dict[str, Compatibility]:
     """Returns the compatibility of an adapter with each program, by the program's name."""
-    return {VLLM: vllm_compatibility(adapter, max_lora_rank), LLAMA_CPP: llama_cpp_compatibility(adapter)}
+    return {
+        PEFT: peft_compatibility(adapter),
+        VLLM: vllm_compatibility(adapter, max_lora_rank),
+        LLAMA_CPP: llama_cpp_compatibility(adapter),
+    }

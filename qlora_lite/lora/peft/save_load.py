@@ -13,9 +13,11 @@ from typing import Any
 
 from torch import nn
 
+from qlora_lite.architecture import config_value, text_config
 from qlora_lite.checkpoints.atomic_folder import new_folder
 from qlora_lite.checkpoints.base_identity import (
     LOAD_REPACKED_HINT,
+    MODEL_TYPE,
     PACKED_HASH_KEY,
     check_trained_on_model,
     packed_weights_hash,
@@ -28,24 +30,28 @@ from qlora_lite.checkpoints.safetensors_write import PlannedTensor, planned, wri
 from qlora_lite.errors import CheckpointError, TargetError
 from qlora_lite.lora.adapters import check_adapter_name, freeze_base_, lora_layers, wrap_layer
 from qlora_lite.lora.experts import wrap_stacks_
-from qlora_lite.lora.kinds import StackKind
+from qlora_lite.lora.kinds import RouterKind, StackKind
 from qlora_lite.lora.layer import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.lora.multi_adapter import active_adapter, adapter_layers, adding_adapter
 from qlora_lite.lora.peft.auxiliary import auxiliary_config, auxiliary_tensors
 from qlora_lite.lora.peft.config_json import peft_config
 from qlora_lite.lora.peft.experts import flatten_A, flatten_B, stack_key_names
 from qlora_lite.lora.peft.keys import TENSOR_FILE, peft_key
+from qlora_lite.lora.peft.lost_layers import lost_in_peft
 from qlora_lite.lora.peft.options import CONFIG_FILE
 from qlora_lite.lora.peft.stored_adapter import StoredAdapter
 from qlora_lite.lora.variants import clear_reference_, ordinary_rank
 from qlora_lite.surgery import replace_modules_
 
 
-def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False, *, name: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module, folder: str | Path, overwrite: bool = False, *, name: str | None = None
+) -> list[str]:
     """Writes the parameters of all layers, auxiliary parameters, their configuration, and the identity of the base.
 
     `peft.PeftModel.from_pretrained(base, folder)` reads the adapter. A third file identifies the base that it was
-    trained on (base_identity.py).
+    trained on (base_identity.py). Returns sentences about layers whose adapters peft would not load, which depends on
+    the type of the model (lost_layers.py); an empty list for most models.
 
     Ranks and alphas may differ between layers. A layer that counts its update from initial values (PiSSA) is written as
     an ordinary one of twice the rank, for the plain base. An adapter on a base that LoftQ packed again names no base
@@ -58,6 +64,14 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False, 
     """
     with adapter_layers(model, name) as layers:
         _save(model, layers, Path(folder), overwrite, in_use=name in (None, active_adapter(model)))
+        return layers_lost_in_peft(model, layers)
+
+
+def layers_lost_in_peft(model: nn.Module, layers: Mapping[str, LoraLayer]) -> list[str]:
+    """Returns sentences about those of these layers whose adapters peft would not load."""
+    config = text_config(getattr(model, "config", None))
+    names = [name for name, layer in layers.items() if not isinstance(layer.kind, (StackKind, RouterKind))]
+    return lost_in_peft(str(config_value(config, MODEL_TYPE)), names)
 
 
 def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrite: bool, in_use: bool) -> None:

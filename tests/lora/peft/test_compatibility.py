@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qlora_lite import LoraConfig, add_lora_, save_adapter
+from qlora_lite.checkpoints.base_identity import BaseIdentity
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.peft.compatibility import (
     LLAMA_CPP,
+    PEFT,
     VLLM,
     check_compatibility,
     llama_cpp_compatibility,
+    peft_compatibility,
     vllm_compatibility,
 )
 from qlora_lite.lora.peft.describe import AdapterDescription, describe_adapter
@@ -47,14 +51,14 @@ def theirs(small_model: Callable[..., Any], tmp_path: Path) -> Callable[..., Ada
     return make
 
 
-def test_a_plain_adapter_is_accepted_by_both(ours: Callable[..., Any], theirs: Callable[..., Any]) -> None:
+def test_a_plain_adapter_is_accepted_by_all(ours: Callable[..., Any], theirs: Callable[..., Any]) -> None:
     for facts in (
         ours(),
         ours(16, layers_to_transform=[1], exclude_modules=["q_proj"]),
         theirs(target_modules="all-linear"),
     ):
         found = check_compatibility(facts)
-        assert list(found) == [VLLM, LLAMA_CPP]
+        assert list(found) == [PEFT, VLLM, LLAMA_CPP] and found[PEFT].accepted
         assert found[VLLM].to_json() == {"accepted": True, "reasons": [], "notes": []}
         assert found[LLAMA_CPP].accepted
     assert "base_model_name_or_path is not set" in llama_cpp_compatibility(ours()).notes[0]
@@ -107,8 +111,8 @@ def test_what_peft_saves_beside_is_refused_by_name(theirs: Callable[..., Any]) -
         theirs(target_modules=["q_proj"], change={"init_lora_weights": "pissa", "layer_replication": [1]})
     )
     assert found[LLAMA_CPP].reasons[1] == "layer_replication: not read"
-    for verdict in found.values():
-        assert any(reason.startswith("init_lora_weights='pissa'") for reason in verdict.reasons)
+    for program in (VLLM, LLAMA_CPP):
+        assert any(reason.startswith("init_lora_weights='pissa'") for reason in found[program].reasons)
 
 
 def test_embeddings_go_where_they_are_named_as_llamas(theirs: Callable[..., Any], tmp_path: Path) -> None:
@@ -128,5 +132,17 @@ def test_keys_that_name_the_adapter_are_read_here_and_by_neither(ours: Callable[
     save_file({key.replace(".weight", ".default.weight"): t for key, t in load_file(path).items()}, path)
     facts = describe_adapter(tmp_path / "ours")
     assert len(facts.layers) == 2
-    for verdict in check_compatibility(facts).values():
-        assert "q_proj.lora_A.default.weight" in verdict.reasons[0]
+    for program in (VLLM, LLAMA_CPP):
+        assert "q_proj.lora_A.default.weight" in check_compatibility(facts)[program].reasons[0]
+
+
+def test_peft_is_held_against_the_type_of_the_base(ours: Callable[..., Any]) -> None:
+    facts = dataclasses.replace(ours(exclude_modules=["q_proj"]), trained_on=None)
+    assert peft_compatibility(facts).notes == (
+        "the type of the base is unknown: with some kinds of experts peft would not load down_proj, gate_proj, up_proj",
+    )
+    assert peft_compatibility(dataclasses.replace(ours(target_modules=["q_proj"]), trained_on=None)).notes == ()
+    for model_type, accepted in (("llama", True), ("qwen3_moe", False), ("mamba", True)):
+        of_type = dataclasses.replace(facts, trained_on=BaseIdentity({"model_type": model_type}, None))
+        found = peft_compatibility(of_type)
+        assert found.accepted is accepted and not found.notes
