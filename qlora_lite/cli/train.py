@@ -160,6 +160,17 @@ def _held_out_loss(model: nn.Module, records: TrainingData, options: Mapping[str
     return [held_out_loss(model, stream)]
 
 
+def _note_held_out(model: nn.Module, result: TrainResult, losses: list[float], output: Path) -> None:
+    """Writes the loss of the held-out examples, before and after the run, to the model card of the adapter."""
+    from qlora_lite.lora.peft.card import update_adapter_card
+    from qlora_lite.training.run_checkpoints import ADAPTER_FOLDER
+    from qlora_lite.training.run_state import training_record
+
+    if losses:
+        before, after = losses
+        update_adapter_card(model, output / ADAPTER_FOLDER, training_record(result.steps, (before, after)))
+
+
 def _figures(
     result: TrainResult, data: TrainingData, losses: list[float], budgeted: BudgetedConfig | None, output: Path
 ) -> dict[str, object]:
@@ -333,4 +344,5 @@ def train(
         result = train_model(loaded, stream, chosen, output_dir=output, overwrite=overwrite, resume=resume, notes=notes)
         losses += _held_out_loss(loaded, records, ctx.params, pad)
     if is_first_process():
+        _note_held_out(loaded, result, losses, output)
         finish(_figures(result, records, losses, budgeted, output), json)

@@ -2,14 +2,15 @@
 
 `config.json` is the base's own file with what an export changes, so that keys that this release of transformers does
 not know, and spellings of older ones (`rope_theta`, `torch_dtype`), are still there for other readers. Other files are
-copied, all but weights and what belongs to them, code, pickles, and the base's model card, which describes the base.
+copied, all but weights and what belongs to them, code, pickles, and the base's model card, which describes the base:
+an export gets a card of its own, with the licence and language of that one.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.base_identity import BASE_FILE
 from qlora_lite.checkpoints.files import is_companion_name, is_regular, open_regular, read_json, write_json
+from qlora_lite.checkpoints.repository.model_card import ModelCard, display_name, inherited, rows, write_card
 from qlora_lite.errors import CheckpointError
 from qlora_lite.export.report import REPORT_FILE
 
@@ -38,6 +40,17 @@ CODE_KEY = "auto_map"
 QUANTIZATION = "quantization_config"
 TIED = "tie_word_embeddings"
 ROPE = "rope_parameters"
+USE = """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+The id of this repository may stand for the folder.
+"""
 # How older releases of transformers spell the rope parameters.
 OLD_ROPE = ("rope_theta", "rope_scaling")
 # Keys of `to_dict` that do not tell whether a config was changed.
@@ -72,6 +85,29 @@ def write_companion_files(
     _write_generation_config(model, source, target)
     if source is not None:
         _copy_companions(source, target)
+
+
+def write_export_card(
+    source: Path | None,
+    target: Path,
+    replaced: Path,
+    relation: str | None,
+    tags: Sequence[str],
+    made: Mapping[str, object],
+    more: str = "",
+) -> None:
+    """Writes the model card of an export to `target`, or keeps the one of the user in the folder that it replaces.
+
+    source: the folder of the base. relation: to the base, as the hub names it. made: rows of a table that says how it
+    was made. more: text below the table.
+    """
+    base = None if source is None else display_name(str(source.absolute()))
+    verb = {"quantized": "packed", "finetune": "fine-tuned"}.get(relation or "", "exported")
+    of = f"{base or 'a base model'}, {verb} with qlora_lite"
+    body = f"{of[0].upper()}{of[1:]}.\n\n## How it was made\n\n{rows(made)}\n\n{more}\n\n{USE}"
+    title = f"{base or 'A base model'}, {verb}"
+    card = ModelCard(title, base, relation, "transformers", tags, body, inherited(source))
+    write_card(target, card, replaced=replaced)
 
 
 def _own_config(model: Any, dtype: torch.dtype, quantization: Mapping[str, object] | None, untie: bool) -> Any:

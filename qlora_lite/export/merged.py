@@ -35,7 +35,7 @@ from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.checkpoint_names import CHECKPOINT, MODEL, NAMES, CheckpointNames
-from qlora_lite.export.companion_files import write_companion_files
+from qlora_lite.export.companion_files import write_companion_files, write_export_card
 from qlora_lite.export.model_weights import ModelInMemory, ModelOnDisk, lazy_updates_
 from qlora_lite.export.plan import ExportPlan
 from qlora_lite.export.report import REPORT_FILE, MergeReport
@@ -173,7 +173,26 @@ def _write(
         verification = None if examples is None else _verified(temporary, plan, examples)
         verified = {} if verification is None else {"verify": verification.to_json()}
         write_json(temporary / REPORT_FILE, report.to_json() | verified)
+        _write_card(source, temporary, folder, report, verification)
     return Exported(files, report, plan.untied, verification)
+
+
+def _write_card(
+    source: Path | None, target: Path, replaced: Path, report: MergeReport, verification: Verification | None
+) -> None:
+    """Writes the model card of an export, or keeps the user's."""
+    merged = sum(figures.update is not None for figures in report.tensors)
+    base = {DEQUANTIZED: "as they were packed in training", ORIGINAL: "the checkpoint's own"}[report.base]
+    agreement = None if verification is None else verification.merged[report.base]
+    made: dict[str, object] = {
+        "weights that the adapter was added to": base if merged else None,
+        "tensors with an update": merged or None,
+        "dtype": report.dtype,
+        "held-out loss": None if agreement is None else agreement.loss,
+    }
+    more = f"`{REPORT_FILE}` has the figures of every tensor."
+    tags = ["lora", "merged"] if merged else []
+    write_export_card(source, target, replaced, "finetune" if merged else None, tags, made, more)
 
 
 def export_merged(

@@ -82,7 +82,8 @@ class RunFolder:
         """Writes the adapter with its current values."""
         if self._folder is not None:
             with self._writing():
-                save_adapter(self._run.model, self._folder / ADAPTER_FOLDER, overwrite=True)
+                folder, training = self._folder / ADAPTER_FOLDER, self._run.record()
+                save_adapter(self._run.model, folder, overwrite=True, training=training)
             self.saved = True
 
     def before_update(self) -> None:

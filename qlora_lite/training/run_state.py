@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
@@ -30,6 +30,7 @@ from qlora_lite.data.stream import BatchStream, Position
 from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.layer import LoraLayer
+from qlora_lite.lora.peft.card import TrainingRecord
 from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.lora.variants import reference_tensors
 from qlora_lite.signals import check_signals
@@ -62,6 +63,12 @@ SLICE_BYTES = 8 << 20
 PACKING_ATTRIBUTES = ("format", "blocksize", "double_quant", "int8_activations", "compute_dtype", "transposed")
 # Entries of a model's configuration that say where it came from, and do not change what the model computes.
 ORIGINS = ("_name_or_path", "transformers_version")
+
+
+def training_record(metrics: Sequence[StepMetrics], held_out: tuple[float, float] | None = None) -> TrainingRecord:
+    """Returns what a model card says of these steps. held_out: the loss of held-out examples before and after them."""
+    tokens, rate = sum(step.tokens for step in metrics), max(step.learning_rate for step in metrics)
+    return TrainingRecord(len(metrics), tokens, rate, metrics[0].loss, metrics[-1].loss, held_out)
 
 
 class _Identity(TypedDict):
@@ -115,6 +122,10 @@ class Run:
         self.metrics.append(metrics)
         if self.sources is not None:
             self._last = _BetweenSteps(self.sources.capture(), self.stream.position(), self.decisions)
+
+    def record(self) -> TrainingRecord | None:
+        """Returns what a model card says of the finished steps; None before the first."""
+        return training_record(self.metrics) if self.metrics else None
 
     def drop_gradients(self) -> None:
         """Sets all gradients to None."""

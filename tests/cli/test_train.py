@@ -91,6 +91,9 @@ def test_a_mixture_is_trained_on_and_a_share_is_held_out(run: Run, tiny_folder: 
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["examples"] == 14 and figures["examples_held_out"] == 4, "2 of 9 records of each source"
     assert figures["held_out_loss_before"] > 0 and figures["perplexity_after"] > 1
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"| held-out loss after | {figures['held_out_loss_after']:.6g} |" in card
+    assert f"| loss of the last step | {figures['last_loss']:.6g} |" in card
     assert done.stdout.splitlines()[0] == "18 records (18 prompt and completion), 18 examples"
     notes = json.loads((output / "data.json").read_text(encoding="utf-8"))
     assert notes["duplicates"] == 9 and notes["examples_held_out"] == 4 and notes["sources"][0]["records"] == 9

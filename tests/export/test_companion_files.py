@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_lite import QuantConfig, export_merged, load_quantized
+from qlora_lite import LoraConfig, QuantConfig, add_lora_, export_merged, load_quantized, save_adapter
 from qlora_lite.checkpoints.atomic_folder import check_replaceable
 from qlora_lite.checkpoints.hub import empty_model, read_config
 from qlora_lite.errors import CheckpointError
 from qlora_lite.export import companion_files
 from qlora_lite.export.companion_files import write_companion_files
+from qlora_lite.export.merged import merge_checkpoint
 from qlora_lite.export.quantized import save_quantized
 
 # As a release 4 of transformers wrote it, with keys that no release knows.
@@ -195,3 +196,35 @@ def test_a_packed_checkpoint_keeps_the_bases_spellings_too(old_folder: Path, tmp
     assert theirs.config.rope_parameters["rope_theta"] == 500000.0
     export_merged(load_quantized(tmp_path / "packed"), tmp_path / "plain")
     assert "quantization_config" not in config_of(tmp_path / "plain")
+
+
+def test_an_export_gets_a_card_of_its_own(tiny_folder: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    source = tmp_path / "Base-1B"
+    shutil.copytree(tiny_folder, source)
+    (source / "README.md").write_text("---\nlicense: mit\nlanguage: de\nbase_model: other/base\n---\nThe base's text.")
+    model = load_quantized(source)
+    save_quantized(model, tmp_path / "packed")
+    add_lora_(model, LoraConfig(rank=2))
+    save_adapter(model, tmp_path / "adapter")
+    export_merged(model, tmp_path / "live", base="original")
+    merge_checkpoint(source, tmp_path / "adapter", tmp_path / "disk", base="original")
+    packed, live = ModelCard.load(tmp_path / "packed/README.md"), ModelCard.load(tmp_path / "live/README.md")
+    common = {"base_model": "Base-1B", "library_name": "transformers", "license": "mit", "language": "de"}
+    assert live.data.to_dict() == {
+        **common,
+        "base_model_relation": "finetune",
+        "tags": ["lora", "merged", "qlora-lite"],
+    }
+    assert packed.data.to_dict() == {
+        **common,
+        "base_model_relation": "quantized",
+        "tags": ["bitsandbytes", "nf4", "qlora-lite"],
+    }
+    assert "| weights that the adapter was added to | the checkpoint's own |" in live.text
+    assert "| packed as | nf4 |" in packed.text and "The base's text." not in live.text + packed.text
+    assert (tmp_path / "disk/README.md").read_bytes() == (tmp_path / "live/README.md").read_bytes()
+    (tmp_path / "live/README.md").write_text("mine")
+    export_merged(model, tmp_path / "live", overwrite=True)
+    assert (tmp_path / "live/README.md").read_text() == "mine"

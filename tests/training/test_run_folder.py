@@ -27,6 +27,8 @@ from qlora_lite.training.run_state import Run
 @dataclass
 class Step:
     loss: float
+    tokens: int = 8
+    learning_rate: float = 0.5
 
 
 class Failed(Exception):
@@ -72,7 +74,10 @@ def test_a_run_that_ends_well_leaves_its_metrics_and_its_last_values(tmp_path: P
             writer.finish_step(Step(loss))
     assert json.loads((tmp_path / "run" / "data.json").read_text()) == {"date": "today"}
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"loss": 2.0}, {"loss": 1.0}]
+    assert [json.loads(line)["loss"] for line in lines] == [2.0, 1.0]
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "| optimizer steps | 2 |\n| tokens, padding included | 16 |\n| peak learning rate | 0.5 |" in card
+    assert "| loss of the last step | 1 |" in card
     assert saved_b(tmp_path / "run") == 1.0
 
 

@@ -43,7 +43,7 @@ def reason(error: Exception) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so nothing is fetched"
+        return "HF_HUB_OFFLINE is set, and keeps the client off the network"
     if isinstance(error, errors.HFValidationError):
         return "this is not the name of a repository, which is owner/name"
     if isinstance(error, errors.LocalTokenNotFoundError):
@@ -56,7 +56,8 @@ def reason(error: Exception) -> str:
         return "the repository has no such revision"
     if isinstance(error, errors.HfHubHTTPError):
         return _answer(error)
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+    # What the client says of files that it neither fetched nor uploaded; the cause says why.
+    if isinstance(error, (errors.LocalEntryNotFoundError, RuntimeError)) and isinstance(error.__cause__, Exception):
         return reason(error.__cause__)
     if is_transport_error(error):
         why = _first_line(error)

@@ -9,6 +9,7 @@ that are complete when a download ends early.
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from qlora_lite.checkpoints.safetensors_read import PICKLES, conversion_remedy
 from qlora_lite.checkpoints.safetensors_write import INDEX_FILE, SINGLE_FILE
 from qlora_lite.errors import CheckpointError, listing
 
+CARD_FILE = "README.md"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 INDEX_SUFFIX = ".index.json"
 # Files of a folder below the checkpoint's: chat templates, and statistics of rows that save_quantized writes.
 FILES_BELOW = ("additional_chat_templates/*.jinja", "int8_rows/absmax.safetensors")
+# A folder in the cache of huggingface_hub.
+CACHED = re.compile(r"/models--([^/]+)/snapshots/[^/]+/?\Z")
 # Weights in forms that are not read.
 OTHER_WEIGHTS = (*PICKLES, ".gguf", ".onnx", ".h5", ".msgpack")
 
@@ -32,7 +36,8 @@ def _small_files(names: Iterable[str]) -> list[str]:
     return [
         name
         for name in names
-        if (is_companion_name(name) and "/" not in name and (name == INDEX_FILE or not name.endswith(INDEX_SUFFIX)))
+        if name == CARD_FILE  # says the licence
+        or (is_companion_name(name) and "/" not in name and (name == INDEX_FILE or not name.endswith(INDEX_SUFFIX)))
         or any(Path(name).match(str(pattern)) and name.count("/") == 1 for pattern in below)
     ]
 
@@ -44,7 +49,10 @@ def _weight_files(folder: Path) -> list[str]:
     named = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map")
-    return sorted(set(map(str, named.values())))
+    files = sorted(set(map(str, named.values())))
+    if foreign := [name for name in files if not name.endswith(".safetensors")]:
+        raise CheckpointError(f"{folder / INDEX_FILE} names {listing(foreign, 4)}, which are not safetensors files")
+    return files
 
 
 def _missing_weights(folder: Path) -> list[str]:
@@ -128,3 +136,9 @@ def cached_checkpoint(repo_id: str, revision: str | None = None) -> Path | None:
     except HFValidationError:  # the path of a folder that is gone
         return None
     return Path(config).parent if isinstance(config, str) else None
+
+
+def hub_id(folder: Path) -> str | None:
+    """Returns the id of the repository that a folder of the local cache was fetched from, None for another folder."""
+    found = CACHED.search(folder.absolute().as_posix())
+    return None if found is None else found[1].replace("--", "/")

@@ -10,6 +10,7 @@ experts         the keys and the layout of stacks of experts
 auxiliary       modules_to_save, biases and token rows
 stored_adapter  an adapter read from the files and matched to a model
 lost_layers     layers whose adapters peft does not load, by the type of the base
+card            the model card of an adapter
 save_load       save_adapter and load_adapter_
 describe        describes an adapter on disk, without a model
 compatibility   whether peft, vLLM and llama.cpp accept an adapter

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 from torch import nn
 
 from qlora_lite import architecture
+from qlora_lite.checkpoints.repository.download import hub_id
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.targets import TargetedLayer, adaptable_names
@@ -77,11 +79,11 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
     routers = [layer.name for layer in targets if layer.is_router]
     linear = [layer.name for layer in targets if not layer.is_stack and not layer.is_router]
     parameters = [*(_common_endings(stacks, model) or sorted(stacks)), *_router_weights(routers, model)]
-    base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
+    base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     return {
         "peft_type": "LORA",
         "task_type": task_of(model).peft_type if architecture.is_transformers_model(model) else None,
-        "base_model_name_or_path": base_model or None,
+        "base_model_name_or_path": base_model and (hub_id(Path(base_model)) or base_model),
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,

@@ -26,6 +26,7 @@ from qlora_lite.checkpoints.base_identity import (
     write_base_identity,
 )
 from qlora_lite.checkpoints.files import write_json
+from qlora_lite.checkpoints.repository.model_card import write_card
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor, planned, write_safetensors
 from qlora_lite.errors import CheckpointError, TargetError
 from qlora_lite.lora.adapters import check_adapter_name, freeze_base_, lora_layers, wrap_layer
@@ -34,6 +35,7 @@ from qlora_lite.lora.kinds import RouterKind, StackKind
 from qlora_lite.lora.layer import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.lora.multi_adapter import active_adapter, adapter_layers, adding_adapter
 from qlora_lite.lora.peft.auxiliary import auxiliary_config, auxiliary_tensors
+from qlora_lite.lora.peft.card import TrainingRecord, adapter_card
 from qlora_lite.lora.peft.config_json import peft_config
 from qlora_lite.lora.peft.experts import flatten_A, flatten_B, stack_key_names
 from qlora_lite.lora.peft.keys import TENSOR_FILE, peft_key
@@ -45,25 +47,32 @@ from qlora_lite.surgery import replace_modules_
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, overwrite: bool = False, *, name: str | None = None
+    model: nn.Module,
+    folder: str | Path,
+    overwrite: bool = False,
+    *,
+    name: str | None = None,
+    training: TrainingRecord | None = None,
 ) -> list[str]:
     """Writes the parameters of all layers, auxiliary parameters, their configuration, and the identity of the base.
 
     `peft.PeftModel.from_pretrained(base, folder)` reads the adapter. A third file identifies the base that it was
-    trained on (base_identity.py). Returns sentences about layers whose adapters peft would not load, which depends on
-    the type of the model (lost_layers.py); an empty list for most models.
+    trained on (base_identity.py), and README.md is a model card (card.py); one that was edited is kept. Returns
+    sentences about layers whose adapters peft would not load, which depends on the type of the model (lost_layers.py);
+    an empty list for most models.
 
     Ranks and alphas may differ between layers. A layer that counts its update from initial values (PiSSA) is written as
     an ordinary one of twice the rank, for the plain base. An adapter on a base that LoftQ packed again names no base
     model and holds the base's SHA-256 instead, which `load_adapter_` and merges check and peft ignores.
 
     name: the adapter to save, in use or not (multi_adapter.py); None: the one in use.
+    training: what the model card says of the run.
 
     Raises CheckpointError for a folder that is not empty unless `overwrite`, TargetError for a model without adapters,
     ConfigError for layers that differ in dropout, use_rslora or variant.
     """
     with adapter_layers(model, name) as layers:
-        _save(model, layers, Path(folder), overwrite, in_use=name in (None, active_adapter(model)))
+        _save(model, layers, Path(folder), overwrite, name in (None, active_adapter(model)), training)
         return layers_lost_in_peft(model, layers)
 
 
@@ -74,7 +83,14 @@ def layers_lost_in_peft(model: nn.Module, layers: Mapping[str, LoraLayer]) -> li
     return lost_in_peft(str(config_value(config, MODEL_TYPE)), names)
 
 
-def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrite: bool, in_use: bool) -> None:
+def _save(
+    model: nn.Module,
+    layers: dict[str, LoraLayer],
+    folder: Path,
+    overwrite: bool,
+    in_use: bool,
+    training: TrainingRecord | None,
+) -> None:
     if not layers:
         raise TargetError("the model has no adapters to save, or none in use; add_lora_ puts them in")
     if "" in layers:
@@ -94,6 +110,7 @@ def _save(model: nn.Module, layers: dict[str, LoraLayer], folder: Path, overwrit
         write_safetensors(temporary / TENSOR_FILE, tensors)
         write_json(temporary / CONFIG_FILE, config)
         write_base_identity(temporary, model)
+        write_card(temporary, adapter_card(model, config, training), replaced=folder)
 
 
 def _layer_tensors(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, PlannedTensor]:

@@ -25,10 +25,23 @@ TWINS = (
         "model-00009-of-00009.safetensors",
         "model.fp16.safetensors",
     ),
-    *("model.Q4_K_M.gguf", "onnx/model.onnx", "tf_model.h5", "flax_model.msgpack", "README.md", "modeling_x.py"),
+    *(
+        "model.Q4_K_M.gguf",
+        "onnx/model.onnx",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "original/README.md",
+        "modeling_x.py",
+    ),
     *("figures/one.png", ".gitattributes", "metal/model.bin", "consolidated.safetensors.index.json"),
 )
-SMALL = ("LICENSE", "additional_chat_templates/tools.jinja", "preprocessor_config.json", "chat_template.jinja")
+SMALL = (
+    "LICENSE",
+    "README.md",
+    "additional_chat_templates/tools.jinja",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+)
 
 
 def repository(import_script: Any, files: dict[str, bytes], **settings: Any) -> Any:
@@ -119,7 +132,9 @@ def test_what_was_fetched_is_found_without_a_network(published: Any, monkeypatch
     assert not published.requests
     shard = folder / "model-00002-of-00002.safetensors"
     shard.unlink()
-    with pytest.raises(CheckpointError, match=r"cannot be fetched: HF_HUB_OFFLINE is set, so nothing is fetched$"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be fetched: HF_HUB_OFFLINE is set, and keeps the client off the net"
+    ):
         checkpoint_folder("org/sharded")
     assert checkpoint_folder("org/sharded", weights=False) == folder
 
