@@ -17,7 +17,9 @@ from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_stand_in"
 OWNER = "me"
-API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree|preupload|commit)/(?P<revision>[^/]+))?")
+API = re.compile(
+    r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree|preupload|commit|branch)/(?P<revision>[^/]+))?"
+)
 RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 LFS_BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
 LFS_OBJECT = re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})")
@@ -25,11 +27,19 @@ LFS_OBJECT = re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})")
 
 @dataclass
 class Repository:
-    """The files of a repository. commit: changes with each commit. private: hidden from those without the token."""
+    """The files of a repository. commit: changes with each commit. private: hidden from those without the token.
+
+    branches: the files of other branches than main.
+    """
 
     files: dict[str, bytes]
     private: bool = False
     commit: str = "1" * 40
+    branches: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def at(self, revision: str | None) -> dict[str, bytes]:
+        """The files of a branch, or of a commit of main."""
+        return self.branches.get(revision or "main", self.files)
 
 
 @dataclass
@@ -133,15 +143,20 @@ class _Answers(BaseHTTPRequestHandler):
 
     def _api(self, match: re.Match[str], repository: Repository, body: bytes, given: str) -> None:
         if match["what"] in (None, "revision"):
-            siblings = [{"rfilename": name} for name in repository.files]
-            return self._send(200, {"id": match["repo"], "sha": repository.commit, "siblings": siblings})
+            siblings = [{"rfilename": name} for name in repository.at(match["revision"])]
+            found = {"id": match["repo"], "sha": repository.commit, "private": repository.private}
+            return self._send(200, {**found, "siblings": siblings})
         if match["what"] == "tree":
-            files = repository.files.items()
+            files = repository.at(match["revision"]).items()
             return self._send(
                 200, [{"type": "file", "path": p, "size": len(data), "oid": _oid(data)} for p, data in files]
             )
         if not given or not match["repo"].startswith(f"{OWNER}/"):
             return self._error(403, "", "you are not allowed to write here")
+        if match["what"] == "branch":
+            repository.branches[match["revision"]] = dict(repository.files)
+            return self._send(200)
+        files = repository.at(match["revision"])
         if match["what"] == "preupload":
             asked = json.loads(body)["files"]
             modes = [
@@ -149,20 +164,22 @@ class _Answers(BaseHTTPRequestHandler):
                     "path": file["path"],
                     "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
                     "shouldIgnore": False,
-                    "oid": _oid(repository.files[file["path"]]) if file["path"] in repository.files else None,
+                    "oid": _oid(files[file["path"]]) if file["path"] in files else None,
                 }
                 for file in asked
             ]
             return self._send(200, {"files": modes})
-        return self._commit(match, repository, body)
+        return self._commit(match, repository, files, body)
 
-    def _commit(self, match: re.Match[str], repository: Repository, body: bytes) -> None:
+    def _commit(self, match: re.Match[str], repository: Repository, files: dict[str, bytes], body: bytes) -> None:
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
-                repository.files[value["path"]] = base64.b64decode(value["content"])
+                files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                repository.files[value["path"]] = self.hub.objects[value["oid"]]
+                files[value["path"]] = self.hub.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         repository.commit = hashlib.sha1(body).hexdigest()
         url = f"{self.hub.address}/{match['repo']}/commit/{repository.commit}"
         self._send(200, {"success": True, "commitOid": repository.commit, "commitUrl": url})
@@ -175,7 +192,7 @@ class _Answers(BaseHTTPRequestHandler):
         self._send(200, {"transfer": "basic", "objects": objects})
 
     def _file(self, match: re.Match[str], repository: Repository, body: bytes, given: str) -> None:
-        data = repository.files.get(match["file"])
+        data = repository.at(match["revision"]).get(match["file"])
         if data is None:
             return self._error(404, "EntryNotFound")
         headers = {"ETag": f'"{_oid(data)}"', "X_Repo_Commit": repository.commit, "Accept_Ranges": "bytes"}

@@ -38,6 +38,7 @@ FLOORS: dict[str, int] = {
     "memory": 5,
     "memory.drawing": 5,
     "export": 6,
+    "export.publishing": 6,
     "training.objective": 6,
     "training": 7,
     "planning": 8,

@@ -11,6 +11,7 @@ train          trains adapters on records
 profile        measures the memory of two training steps
 merge          merges an adapter into its base
 quantize       writes a packed checkpoint
+push           uploads an adapter or a checkpoint to the hub
 inspect        shows an adapter on disk
 env            shows versions and the machine
 """

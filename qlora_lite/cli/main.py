@@ -27,6 +27,7 @@ from qlora_lite.cli.merge import merge
 from qlora_lite.cli.options import StrictCommand
 from qlora_lite.cli.plan import plan
 from qlora_lite.cli.profile import profile
+from qlora_lite.cli.push import push
 from qlora_lite.cli.quantize import quantize
 from qlora_lite.cli.train import train
 from qlora_lite.errors import Stopped
@@ -44,7 +45,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     """Fine-tune a quantized language model in little memory."""
 
 
-for command in (data, plan, train, profile, merge, quantize, inspect, env):
+for command in (data, plan, train, profile, merge, quantize, push, inspect, env):
     app.command(cls=StrictCommand)(command)
 
 

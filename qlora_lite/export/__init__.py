@@ -15,6 +15,8 @@ plan              every tensor of an export, and how its rows are computed
 companion_files   config, tokenizer, processors, chat templates and licence
 merged            export_merged and merge_checkpoint
 quantized         save_quantized
+
+The room publishing/ uploads an adapter or an export to the hub.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from qlora_lite.lazy import lazy_names
 if TYPE_CHECKING:
     from qlora_lite.export.merged import export_merged as export_merged
     from qlora_lite.export.merged import merge_checkpoint as merge_checkpoint
+    from qlora_lite.export.publishing.push import push_to_hub as push_to_hub
     from qlora_lite.export.quantized import save_quantized as save_quantized
     from qlora_lite.export.report import MergeReport as MergeReport
 
@@ -35,5 +38,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "merged": "export_merged merge_checkpoint",
         "quantized": "save_quantized",
         "report": "MergeReport",
+        "publishing.push": "push_to_hub",
     },
 )

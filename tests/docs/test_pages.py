@@ -24,8 +24,8 @@ MODEL = "path/to/model"
 # Options of other programs that pages name.
 FOREIGN_OPTIONS = {"--multi_gpu", "--cpu"}
 FEW_STEPS = "3"
-# Commands that take long even on a tiny model; they are parsed only.
-SLOW = {"plan", "profile"}
+# Commands that take long even on a tiny model, or need a network; they are parsed only.
+SLOW = {"plan", "profile", "push"}
 
 GROUP: Any = typer.main.get_command(app)
 COMMANDS: dict[str, Any] = GROUP.commands
