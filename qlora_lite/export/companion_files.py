@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.base_identity import BASE_FILE
@@ -22,6 +23,7 @@ from qlora_lite.checkpoints.files import is_companion_name, is_regular, open_reg
 from qlora_lite.checkpoints.repository.model_card import ModelCard, display_name, inherited, rows, write_card
 from qlora_lite.errors import CheckpointError
 from qlora_lite.export.report import REPORT_FILE
+from qlora_lite.tasks import task_of
 
 TEMPLATE_FOLDER = "additional_chat_templates"
 # The largest tokenizers have 33 MB.
@@ -43,9 +45,9 @@ ROPE = "rope_parameters"
 USE = """## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {auto_class}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
@@ -88,6 +90,7 @@ def write_companion_files(
 
 
 def write_export_card(
+    model: nn.Module,
     source: Path | None,
     target: Path,
     replaced: Path,
@@ -104,7 +107,8 @@ def write_export_card(
     base = None if source is None else display_name(str(source.absolute()))
     verb = {"quantized": "packed", "finetune": "fine-tuned"}.get(relation or "", "exported")
     of = f"{base or 'a base model'}, {verb} with qlora_lite"
-    body = f"{of[0].upper()}{of[1:]}.\n\n## How it was made\n\n{rows(made)}\n\n{more}\n\n{USE}"
+    use = USE.format(auto_class=task_of(model).auto_class)
+    body = f"{of[0].upper()}{of[1:]}.\n\n## How it was made\n\n{rows(made)}\n\n{more}\n\n{use}"
     title = f"{base or 'A base model'}, {verb}"
     card = ModelCard(title, base, relation, "transformers", tags, body, inherited(source))
     write_card(target, card, replaced=replaced)

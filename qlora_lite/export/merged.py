@@ -173,12 +173,17 @@ def _write(
         verification = None if examples is None else _verified(temporary, plan, examples)
         verified = {} if verification is None else {"verify": verification.to_json()}
         write_json(temporary / REPORT_FILE, report.to_json() | verified)
-        _write_card(source, temporary, folder, report, verification)
+        _write_card(model, source, temporary, folder, report, verification)
     return Exported(files, report, plan.untied, verification)
 
 
 def _write_card(
-    source: Path | None, target: Path, replaced: Path, report: MergeReport, verification: Verification | None
+    model: nn.Module,
+    source: Path | None,
+    target: Path,
+    replaced: Path,
+    report: MergeReport,
+    verification: Verification | None,
 ) -> None:
     """Writes the model card of an export, or keeps the user's."""
     merged = sum(figures.update is not None for figures in report.tensors)
@@ -192,7 +197,7 @@ def _write_card(
     }
     more = f"`{REPORT_FILE}` has the figures of every tensor."
     tags = ["lora", "merged"] if merged else []
-    write_export_card(source, target, replaced, "finetune" if merged else None, tags, made, more)
+    write_export_card(model, source, target, replaced, "finetune" if merged else None, tags, made, more)
 
 
 def export_merged(

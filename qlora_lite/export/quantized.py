@@ -233,5 +233,5 @@ def save_quantized(
             "packed layers": len(layers.linears),
             "other tensors": str(dtype).removeprefix("torch."),
         }
-        write_export_card(source, temporary, Path(folder), "quantized", [BITSANDBYTES, layers.format], made)
+        write_export_card(model, source, temporary, Path(folder), "quantized", [BITSANDBYTES, layers.format], made)
     return files

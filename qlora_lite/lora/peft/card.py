@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from qlora_lite import architecture
 from qlora_lite.checkpoints.base_identity import PACKED_HASH_KEY
 from qlora_lite.checkpoints.files import read_json
 from qlora_lite.checkpoints.repository.model_card import ModelCard, display_name, rows, write_card
@@ -17,8 +18,18 @@ from qlora_lite.lora.peft.options import CONFIG_FILE
 from qlora_lite.lora.variants import variant_of
 from qlora_lite.quantization.formats import UNPACKED
 from qlora_lite.quantization.packed_weight import PackedWeight
+from qlora_lite.tasks import CAUSAL_LM, task_of
 
 MOST_NAMES = 12
+# What the hub calls a task.
+PIPELINES = {
+    "causal-lm": "text-generation",
+    "sequence-classification": "text-classification",
+    "token-classification": "token-classification",
+    "masked-lm": "fill-mask",
+    "embedding": "feature-extraction",
+    "image-text-to-text": "image-text-to-text",
+}
 USE = """## Use
 
 With qlora_lite; the folder is that of these files:
@@ -26,7 +37,7 @@ With qlora_lite; the folder is that of these files:
 ```python
 from qlora_lite import QuantConfig, load_adapter_, load_quantized
 
-model = load_quantized("{base}", QuantConfig(format="{format}"))
+model = load_quantized("{base}", QuantConfig(format="{format}"){task})
 load_adapter_(model, "path/to/this/folder")
 ```
 
@@ -34,9 +45,9 @@ With peft, where the id of this repository may stand for the folder:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = {auto_class}.from_pretrained("{base}"{labels})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
@@ -117,6 +128,15 @@ def _settings(config: Mapping[str, object], format: str) -> str:
     )
 
 
+def _use(model: nn.Module, base: str, format: str) -> str:
+    task = task_of(model)
+    count = architecture.config_value(getattr(model, "config", None), "num_labels")
+    count = count if task.has_labels else None
+    named = "" if task is CAUSAL_LM else f', task="{task.name}"' + (f", labels={count}" if count else "")
+    labels = f", num_labels={count}" if count else ""
+    return USE.format(base=base, format=format, task=named, auto_class=task.auto_class, labels=labels)
+
+
 def adapter_card(model: nn.Module, config: Mapping[str, object], training: TrainingRecord | None) -> ModelCard:
     """Returns the card of an adapter. config: the contents of its adapter_config.json."""
     named = config.get("base_model_name_or_path")
@@ -126,9 +146,9 @@ def adapter_card(model: nn.Module, config: Mapping[str, object], training: Train
         f"of it.",
         f"## Settings\n\n{_settings(config, format)}",
         *([] if training is None else [f"## Training\n\n{training.in_rows()}"]),
-        USE_REPACKED if PACKED_HASH_KEY in config else USE.format(base=base or "path/to/the/base", format=format),
+        USE_REPACKED if PACKED_HASH_KEY in config else _use(model, base or "path/to/the/base", format),
     ]
-    causal = config.get("task_type") == "CAUSAL_LM"
+    pipeline = PIPELINES.get(task_of(model).name) if architecture.is_transformers_model(model) else None
     return ModelCard(
         title=f"LoRA adapter for {base}" if base else "LoRA adapter",
         base_model=base,
@@ -136,7 +156,7 @@ def adapter_card(model: nn.Module, config: Mapping[str, object], training: Train
         library="peft",
         tags=["lora"],
         body="\n\n".join(parts),
-        more={"pipeline_tag": "text-generation"} if causal else {},
+        more={"pipeline_tag": pipeline},
     )
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.lora.adapters import add_lora_, lora_layers
 from qlora_lite.lora.config import LoraConfig
-from qlora_lite.lora.peft.card import TrainingRecord, update_adapter_card
+from qlora_lite.lora.peft.card import TrainingRecord, adapter_card, update_adapter_card
 from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.quantization.config import QuantConfig
 
@@ -99,3 +99,15 @@ def test_a_base_that_loftq_packed_is_not_promised_to_peft(tiny_folder: Path, tmp
     save_adapter(model, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "LoftQ packed the base" in text and "from peft" not in text and "base_model:" not in text
+
+
+def test_a_classifier_is_loaded_as_one(tiny_folder: Path) -> None:
+    from transformers import AutoConfig, LlamaForSequenceClassification
+
+    with torch.device("meta"):
+        model = LlamaForSequenceClassification(AutoConfig.from_pretrained(tiny_folder, num_labels=5))
+    config = {"base_model_name_or_path": "org/base", "r": 2, "lora_alpha": 4}
+    card = adapter_card(model, config, None)
+    assert card.more == {"pipeline_tag": "text-classification"}
+    assert 'QuantConfig(format="none"), task="sequence-classification", labels=5)' in card.body
+    assert 'AutoModelForSequenceClassification.from_pretrained("org/base", num_labels=5)' in card.body
