@@ -1,7 +1,7 @@
 """qlora_lite: fine-tune a quantized model in the least memory it can be done in, and prove what you export.
 
 The public names. Each is imported when it is first used, so that `import qlora_lite` costs nothing. Rooms, from the
-ground up: compute, quantization, checkpoints, lora, data, memory, export, training, planning, cli.
+ground up: compute, quantization, checkpoints, lora, data, memory, export, training, planning, integrations, cli.
 """
 
 from __future__ import annotations

@@ -4,12 +4,16 @@ Each patch is a context manager. At the end of the block it restores the state t
 by somebody else, or an attribute inherited from a class. Patches of classes and modules of torch and transformers
 concern the whole process, so two threads must not hold them at the same time.
 
+patched_attribute        an attribute of one object: what a trainer calls of a model
 patched_forward          the forward of one module: recomputation, memory checks, fused nodes, weights read on demand
 patched_attention        transformers' `sdpa` attention function: a faster one for causal attention on a CPU
 patched_mask_creation    transformers' test for tracing: masks on fake tensors as on real ones
 patched_module_apply     torch's `Module._apply`: `Module.to` on fake tensors
 patched_storage_resize   torch's `UntypedStorage.resize_`: memory that no dispatch mode sees
 patched_template_date    transformers' clock for chat templates: texts that do not depend on the day of the run
+
+`exchange_attention_` is not temporary: it registers a function under a name of its own with transformers, as
+transformers offers, and tells one model to use it.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from qlora_lite.architecture import is_transformers_model
 
 SDPA = "sdpa"
 _INHERITED = object()
@@ -31,7 +37,7 @@ AnyFunction = Callable[..., object]
 
 
 @contextmanager
-def _patched(owner: object, name: str, value: object) -> Iterator[None]:
+def patched_attribute(owner: object, name: str, value: object) -> Iterator[None]:
     """Sets an attribute within the block; afterwards it is as before, in the owner itself or inherited."""
     before = vars(owner).get(name, _INHERITED)
     setattr(owner, name, value)
@@ -50,7 +56,7 @@ def patched_forward(module: nn.Module, forward: AnyFunction) -> Iterator[None]:
 
     The module stays in its place, so that names, hooks, and the code of its parents are unchanged.
     """
-    with _patched(module, "forward", forward):
+    with patched_attribute(module, "forward", forward):
         yield
 
 
@@ -87,6 +93,34 @@ def patched_attention(model: nn.Module, make: Callable[[AnyFunction], AnyFunctio
             del functions[SDPA]
 
 
+def exchange_attention_(
+    model: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+) -> str | None:
+    """Makes a model use another of transformers' attention functions; returns the name of the one before.
+
+    make: makes the function of this name, if transformers does not know it yet, from its `sdpa` one. It is registered
+    with the masks of that one; only models that are told so use it. Returns None, and changes nothing, if the model, or
+    a model in it, uses another one than `sdpa`, or does not look it up by name.
+    """
+    if not is_transformers_model(model):
+        return None
+    before: set[str] = {part.config._attn_implementation for part in model.modules() if is_transformers_model(part)}
+    if len(before) != 1 or (make is not None and before != {SDPA}) or not model._can_set_attn_implementation():
+        return None
+    modeling = importlib.import_module("transformers.modeling_utils")
+    masking = importlib.import_module("transformers.masking_utils")
+    if make is not None and name not in modeling.ALL_ATTENTION_FUNCTIONS:
+        modeling.AttentionInterface.register(name, make(modeling.ALL_ATTENTION_FUNCTIONS[SDPA]))
+        masking.AttentionMaskInterface.register(name, masking.ALL_MASK_ATTENTION_FUNCTIONS[SDPA])
+    model.set_attn_implementation(name)
+    return before.pop()
+
+
+def loss_output(loss: Tensor) -> Any:
+    """Returns transformers' output of a language model that computed a loss and nothing else."""
+    return importlib.import_module("transformers.modeling_outputs").CausalLMOutputWithPast(loss=loss)
+
+
 @contextmanager
 def patched_mask_creation() -> Iterator[None]:
     """Makes transformers create the same attention masks for fake tensors as for real ones, within the block.
@@ -97,7 +131,7 @@ def patched_mask_creation() -> Iterator[None]:
     """
     masks = importlib.import_module("transformers.masking_utils")
     is_tracing: Callable[[], bool] = masks.is_tracing
-    with _patched(masks, "is_tracing", lambda tensor=None: is_tracing()):
+    with patched_attribute(masks, "is_tracing", lambda tensor=None: is_tracing()):
         yield
 
 
@@ -122,7 +156,7 @@ def patched_module_apply() -> Iterator[None]:
     torch swaps fake parameters as whole objects, because the device of one cannot be changed by `.data`, and fails
     where the conversion returns the parameter itself.
     """
-    with _patched(nn.Module, "_apply", _apply_to_data):
+    with patched_attribute(nn.Module, "_apply", _apply_to_data):
         yield
 
 
@@ -136,7 +170,7 @@ def patched_storage_resize(resized: Callable[[torch.UntypedStorage], None]) -> I
         resized(storage)
         return result
 
-    with _patched(torch.UntypedStorage, "resize_", resize_):
+    with patched_attribute(torch.UntypedStorage, "resize_", resize_):
         yield
 
 
@@ -160,5 +194,5 @@ def patched_template_date(date: datetime.date) -> Iterator[None]:
     among its variables become text.
     """
     module = importlib.import_module("transformers.utils.chat_template_utils")
-    with _patched(module, "datetime", _clock_stopped_at(date)):
+    with patched_attribute(module, "datetime", _clock_stopped_at(date)):
         yield

@@ -16,8 +16,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized
 from qlora_lite.lora.adapters import adapter_parameters, lora_layers
-from qlora_lite.training.activation_checkpointing import checkpointed
-from qlora_lite.training.fused_forward import fused
+from qlora_lite.training.forward.activation_checkpointing import checkpointed
+from qlora_lite.training.forward.fused_forward import fused
 from qlora_lite.training.objective.losses import logit_free_loss, logits_loss
 from qlora_lite.training.optim import make_optimizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_lite.patches import (
     SDPA,
+    exchange_attention_,
+    loss_output,
     patched_attention,
     patched_forward,
     patched_mask_creation,
@@ -19,6 +22,8 @@ from qlora_lite.patches import (
     patched_storage_resize,
     patched_template_date,
 )
+
+TOKENS = torch.arange(16, 28).view(2, 6)
 
 
 def test_a_forward_is_restored_whether_inherited_or_own() -> None:
@@ -102,3 +107,30 @@ def test_templates_write_the_date_that_is_set() -> None:
         raise ValueError("inside")
     assert templates.datetime is before is datetime.datetime
     assert written().startswith(datetime.date.today().strftime("%d %b %Y"))
+
+
+def test_only_the_model_that_is_told_so_uses_another_attention(small_model: Callable[..., Any]) -> None:
+    calls: list[str] = []
+
+    def make(own: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, **options: (calls.append("here"), own(*given, **options))[1]
+
+    one, other = small_model("LlamaConfig"), small_model("LlamaConfig")
+    expected = one(TOKENS).logits
+    assert exchange_attention_(one, "a_test_sdpa", make) == SDPA
+    assert torch.equal(one(TOKENS).logits, expected) and len(calls) == 2
+    assert torch.equal(other(TOKENS).logits, expected) and len(calls) == 2
+    assert exchange_attention_(one, SDPA) == "a_test_sdpa"
+    assert torch.equal(one(TOKENS).logits, expected) and len(calls) == 2
+
+
+def test_models_with_another_attention_keep_it(small_model: Callable[..., Any]) -> None:
+    model = small_model("LlamaConfig")
+    model.set_attn_implementation("eager")
+    assert exchange_attention_(model, "a_test_sdpa", lambda own: own) is None
+    assert model.config._attn_implementation == "eager"
+    assert exchange_attention_(torch.nn.Linear(2, 2), "a_test_sdpa", lambda own: own) is None
+
+
+def test_an_output_with_a_loss_has_nothing_else() -> None:
+    assert list(loss_output(torch.zeros(()))) == ["loss"]

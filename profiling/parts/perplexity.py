@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qlora_lite.training.fused_forward import fused
+from qlora_lite.training.forward.fused_forward import fused
 from qlora_lite.training.objective.losses import logit_free_loss
 
 

@@ -6,8 +6,7 @@ config                     TrainConfig
 loop                       train: the training loop
 step                       one step: the gradients of its batches and the update
 objective/                 the loss that a model is trained with, and checks before the first step
-fused_forward              forward methods replaced by functions that save less for backward
-activation_checkpointing   blocks that are recomputed in backward
+forward/                   what the forward saves for backward and recomputes; `fuse_` for other loops
 optim                      the optimizers and the learning rate schedule
 distributed                data-parallel training in several processes
 progress                   the progress on stderr

@@ -9,7 +9,8 @@ import torch
 from qlora_lite.checks import byte_count, is_count, is_finite, require
 
 OPTIMIZERS = ("adamw", "adamw8bit")
-CHECKPOINTING = ("none", "full")
+NONE, FULL = "none", "full"
+CHECKPOINTING = (NONE, FULL)
 SEED_LIMIT = 2**63  # of torch's generators
 
 

@@ -25,10 +25,11 @@ from qlora_lite.memory.report import MemoryReport
 from qlora_lite.positions import longest_sequence
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.signals import check_signals, deferred_signals
-from qlora_lite.training.activation_checkpointing import checkpointed
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.distributed import Processes
-from qlora_lite.training.fused_forward import fused
+from qlora_lite.training.forward.activation_checkpointing import checkpointed
+from qlora_lite.training.forward.fuse import unfused
+from qlora_lite.training.forward.fused_forward import fused
 from qlora_lite.training.objective.causality import check_causality
 from qlora_lite.training.objective.choice import choose_loss
 from qlora_lite.training.objective.losses import LOSSES
@@ -128,6 +129,7 @@ def train(
     shown = progress and processes.is_first
     started = time.perf_counter()
     with (
+        unfused(run.model),
         run_folder(run, folder if processes.is_first else None, overwrite, resume, notes) as writer,
         _training_mode(run),
         fused(run.model),
@@ -164,7 +166,7 @@ def held_out_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     total, count, loss = 0.0, 0, None
     model.eval()
     try:
-        with deferred_signals(), fused(model):
+        with deferred_signals(), unfused(model), fused(model):
             for batch in batches:
                 check_signals()
                 batch = {name: value.to(device) for name, value in batch.items()}

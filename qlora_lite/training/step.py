@@ -30,9 +30,9 @@ from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, wrapped_l
 from qlora_lite.memory.counters import peak_bytes
 from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.signals import check_signals
-from qlora_lite.training.activation_checkpointing import BlockCheckpointing
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.distributed import Processes, split_in_two
+from qlora_lite.training.forward.activation_checkpointing import BlockCheckpointing
 from qlora_lite.training.objective.causality import check_causality
 from qlora_lite.training.objective.choice import choose_loss
 from qlora_lite.training.objective.gradients import check_gradients, check_reach

@@ -24,7 +24,7 @@ from qlora_lite.compute.host_memory import (
     set_host_limits,
 )
 from qlora_lite.surgery import repeated_blocks
-from qlora_lite.training.activation_checkpointing import checkpointed
+from qlora_lite.training.forward.activation_checkpointing import checkpointed
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 

@@ -28,7 +28,7 @@ from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantization.quantize_model import quantize_base_
-from qlora_lite.training.fused_forward import fused
+from qlora_lite.training.forward.fused_forward import fused
 
 
 def whole(module: nn.Module, dtype: torch.dtype = torch.float32) -> TrainedCopy:

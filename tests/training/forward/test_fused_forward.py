@@ -15,9 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.surgery import repeated_blocks
-from qlora_lite.training import fused_forward
-from qlora_lite.training.activation_checkpointing import checkpointed
-from qlora_lite.training.fused_forward import fused
+from qlora_lite.training.forward import fused_forward
+from qlora_lite.training.forward.activation_checkpointing import checkpointed
+from qlora_lite.training.forward.fused_forward import fused
 from qlora_lite.training.objective.losses import logit_free_loss
 
 SIZES: dict[str, Any] = {
@@ -174,9 +174,9 @@ def test_attention_beyond_ours_goes_to_transformers(monkeypatch: pytest.MonkeyPa
         return "theirs"
 
     def attend(query: Tensor, mask: Tensor | None = None, **options: Any) -> Any:
-        return fused_forward._attention(own, masks, nn.Identity(), query, q, q, mask, **options)
+        return fused_forward.fused_attention(own, masks, nn.Identity(), query, q, q, mask, **options)
 
-    masks = fused_forward._CausalMasks()
+    masks = fused_forward.CausalMasks()
     causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
     assert attend(q) != "theirs" and attend(q, causal) != "theirs" and calls == ["ours", "ours"]
     assert attend(q, dropout=0.1) == attend(q, is_causal=False) == attend(q, softcap=3.0) == "theirs"

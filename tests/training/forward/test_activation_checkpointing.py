@@ -16,7 +16,7 @@ from qlora_lite.compute import lora_linear
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.surgery import repeated_blocks
-from qlora_lite.training.activation_checkpointing import checkpointed
+from qlora_lite.training.forward.activation_checkpointing import checkpointed
 from qlora_lite.training.objective.losses import logit_free_loss
 
 

@@ -95,7 +95,7 @@ def _fused_forward(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tenso
     return None if activation is None else functools.partial(_fused_mlp, module, activation)
 
 
-class _CausalMasks:
+class CausalMasks:
     """Tells which masks are causal: every token attends to itself and to no later token. Each mask is checked once."""
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class _CausalMasks:
         return bool(self._causal[mask])
 
 
-def _attention(own: Callable[..., Any], masks: _CausalMasks, module: nn.Module, *args: Any, **options: Any) -> Any:
+def fused_attention(own: Callable[..., Any], masks: CausalMasks, module: nn.Module, *args: Any, **options: Any) -> Any:
     """Computes causal attention on a CPU by the fused function, and everything else by transformers' `own` one."""
     query, key, value, mask = args[:4] if len(args) >= 4 else (*args, options.get("attention_mask"))
     tokens = query.shape[2]
@@ -135,17 +135,24 @@ def _attention(own: Callable[..., Any], masks: _CausalMasks, module: nn.Module, 
     return out.transpose(1, 2), None
 
 
+def fused_forwards(model: nn.Module) -> dict[str, Callable[..., Tensor]]:
+    """Returns the fused forward of every recognized module of a model, by name."""
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+    forwards = {name: _fused_forward(module, dtype) for name, module in model.named_modules()}
+    return {name: forward for name, forward in forwards.items() if forward is not None}
+
+
 @contextmanager
 def fused(model: nn.Module) -> Iterator[list[str]]:
     """Within the block the model uses fused functions where it can. Yields the names of the modules with a new forward.
 
     Forward methods and transformers' attention function are restored at the end.
     """
-    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
-    forwards = {name: _fused_forward(module, dtype) for name, module in model.named_modules()}
-    found = {name: forward for name, forward in forwards.items() if forward is not None}
+    found = fused_forwards(model)
     with ExitStack() as stack:
         for name, forward in found.items():
             stack.enter_context(patched_forward(model.get_submodule(name), forward))
-        stack.enter_context(patched_attention(model, lambda own: functools.partial(_attention, own, _CausalMasks())))
+        stack.enter_context(
+            patched_attention(model, lambda own: functools.partial(fused_attention, own, CausalMasks()))
+        )
         yield list(found)

@@ -28,10 +28,14 @@ from qlora_lite.memory.storages import storages_of
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.patches import patched_forward
 from qlora_lite.surgery import repeated_blocks
+from qlora_lite.training.config import NONE
 
 # Batches of the same number of tokens differ in their allocations (other lengths, other numbers of labels).
 MARGIN = 0.03
 PHASES = ("forward", "backward")
+
+# The names under which blocks get a cache of keys and values.
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -63,13 +67,17 @@ class BlockCheckpointing:
     """
 
     def __init__(self, model: nn.Module, blocks: int, checkpointing: str | int) -> None:
-        self._model, self._checkpointing = model, checkpointing
-        self.blocks = blocks
-        self.kept = blocks if checkpointing == "none" else 0
-        self.attention_kept = 0
+        self._model, self.blocks = model, blocks
+        self.set(checkpointing)
         self._costs: _Costs | None = None
         self._saved_bytes: dict[int, int] | None = None  # by storage, of the kept block while it is measured
         self._attention_bytes = 0
+
+    def set(self, checkpointing: str | int) -> None:
+        """Decides anew: `none` keeps all blocks, `full` none; a number of bytes is fitted to each batch."""
+        self.checkpointing = checkpointing
+        self.kept = self.blocks if checkpointing == NONE else 0
+        self.attention_kept = 0
 
     @property
     def costs(self) -> list[int] | None:
@@ -86,9 +94,12 @@ class BlockCheckpointing:
     def run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns the result of a block's forward; recomputes the block in backward if it is not kept."""
         recomputed = self.blocks - self.kept
-        # XLM fills a cache in any case, in which a recomputed block would find its own keys.
-        if kwargs.get("cache") is not None:
-            kwargs["cache"] = None
+        if not torch.is_grad_enabled() or index >= self.blocks:
+            return forward(*args, **kwargs)
+        # In a cache, a recomputed block would find its own keys. XLM fills one in any case.
+        for name in CACHES if index < recomputed else ():
+            if kwargs.get(name) is not None:
+                kwargs[name] = None
         if index < recomputed - self.attention_kept:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         if index < recomputed:
@@ -121,15 +132,15 @@ class BlockCheckpointing:
         state_bytes: bytes that the optimizer's states take, or will take.
         Raises ConfigError if the budget is too small even if every block is recomputed.
         """
-        if isinstance(self._checkpointing, str):
+        if isinstance(self.checkpointing, str):
             yield lambda name: nullcontext()
         elif self._costs is not None:
-            self._fit(self._checkpointing, tokens, state_bytes)
+            self._fit(self.checkpointing, tokens, state_bytes)
             yield lambda name: nullcontext()
         else:
             with self._measuring(tokens) as phase:
                 yield phase
-            self._fit(self._checkpointing, tokens, state_bytes)
+            self._fit(self.checkpointing, tokens, state_bytes)
 
     @contextmanager
     def _measuring(self, tokens: int) -> Iterator[Phase]:
@@ -166,6 +177,16 @@ class BlockCheckpointing:
         self.attention_kept = min(left, int((room - self.kept * block) / attention)) if attention else 0
 
 
+def checkpointable_blocks(model: nn.Module, checkpointing: str | int) -> list[nn.Module]:
+    """Returns the repeated blocks of a model. Raises ConfigError if some are to be recomputed and there are none."""
+    blocks = repeated_blocks(model)
+    if checkpointing != NONE and not blocks:
+        raise ConfigError(
+            f"checkpointing={checkpointing!r} needs blocks in an nn.ModuleList; this model has none: use 'none'"
+        )
+    return blocks
+
+
 def _with_gradient(module: nn.Module, args: object, output: Tensor) -> Tensor:
     return output if output.requires_grad else output.detach().requires_grad_()
 
@@ -188,11 +209,7 @@ def checkpointed(model: nn.Module, checkpointing: str | int) -> Iterator[BlockCh
         with embedding.register_forward_hook(_with_gradient):
             yield BlockCheckpointing(model, 0, checkpointing)
         return
-    blocks = [] if checkpointing == "none" else repeated_blocks(model)
-    if checkpointing != "none" and not blocks:
-        raise ConfigError(
-            f"checkpointing={checkpointing!r} needs blocks in an nn.ModuleList; this model has none: use 'none'"
-        )
+    blocks = [] if checkpointing == NONE else checkpointable_blocks(model, checkpointing)
     decider = BlockCheckpointing(model, len(blocks), checkpointing)
     with ExitStack() as stack:
         for index, block in enumerate(blocks):

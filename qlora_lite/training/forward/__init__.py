@@ -1,0 +1,20 @@
+"""The forward of a model in training: what it saves for backward, and what it recomputes.
+
+In reading order:
+
+fused_forward              forward methods replaced by functions that save less for backward
+activation_checkpointing   blocks that are recomputed in backward
+fuse                       both, and the loss without logits, for other training loops
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_lite.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from qlora_lite.training.forward.fuse import fuse_ as fuse_
+    from qlora_lite.training.forward.fuse import unfuse_ as unfuse_
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, {"fuse": "fuse_ unfuse_"})

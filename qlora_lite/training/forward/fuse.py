@@ -1,0 +1,205 @@
+"""`fuse_`: gives a model the forward that `train` runs, for other training loops: transformers' Trainer, trl, your own.
+
+Three things stay with the model until `unfuse_`: the fused functions of its norms, gates and attention
+(fused_forward.py), what is recomputed in backward (activation_checkpointing.py), and a loss without the logits of all
+tokens where the model is called with labels.
+
+Everything is held by the instance, as methods bound to it and partials of its modules. So a deep copy has its own, and
+other models of the same class have none.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite import architecture
+from qlora_lite.checks import require
+from qlora_lite.compute.devices import on_cpu
+from qlora_lite.compute.host_memory import set_host_limits
+from qlora_lite.data.batching import Batch, labelled_tokens
+from qlora_lite.errors import ConfigError
+from qlora_lite.patches import exchange_attention_, loss_output, patched_forward
+from qlora_lite.training.config import CHECKPOINTING, FULL, NONE
+from qlora_lite.training.forward.activation_checkpointing import BlockCheckpointing, checkpointable_blocks
+from qlora_lite.training.forward.fused_forward import CausalMasks, fused_attention, fused_forwards
+from qlora_lite.training.objective.causality import check_causality
+from qlora_lite.training.objective.choice import choose_loss
+from qlora_lite.training.objective.losses import LOSSES, OF_MODEL
+from qlora_lite.training.objective.packing import check_packing, is_packed
+from qlora_lite.training.objective.positions import check_positions
+
+ATTRIBUTE = "fusion"
+# The name under which transformers knows the fused attention.
+ATTENTION = "qlora_lite_sdpa"
+# Arguments of a forward that ask for outputs which the loss without logits does not have. None, False and 0 ask for
+# nothing.
+OWN_FORWARD = (
+    *("shift_labels", "logits_to_keep", "output_hidden_states", "output_attentions", "past_key_values"),
+    "inputs_embeds",
+)
+METHODS = ("forward", "_set_gradient_checkpointing")
+
+
+@dataclass
+class Fusion:
+    """What `fuse_` gave to a model, as `model.fusion`.
+
+    modules: names of the modules with a fused forward. blocks: of the blocks that may be recomputed. dial: decides
+    which of them are. keep_logits: whether a call with labels is left as it is. loss: the key in LOSSES of the loss for
+    labels, None before the first call with labels. logits_reason: why that loss takes the logits of all tokens, None if
+    it does not. attention: the name of the attention function before, None if it was not exchanged.
+    """
+
+    modules: list[str]
+    blocks: list[str]
+    dial: BlockCheckpointing
+    keep_logits: bool
+    attention: str | None = None
+    loss: str | None = None
+    logits_reason: str | None = None
+
+
+def fusion_of(model: nn.Module) -> Fusion | None:
+    """Returns what `fuse_` gave to a model, None if it is not fused."""
+    found = vars(model).get(ATTRIBUTE)
+    return found if isinstance(found, Fusion) else None
+
+
+def _switch_checkpointing(model: nn.Module, enable: bool = True, **options: object) -> None:
+    """In place of transformers' method of this name: sets the dial, and leaves transformers' own recomputation off."""
+    fusion = fusion_of(model)
+    assert fusion is not None
+    fusion.dial.set(FULL if enable else NONE)
+
+
+def _chosen_loss(model: nn.Module, fusion: Fusion, batch: Batch) -> str:
+    """Returns the key in LOSSES of the loss for a batch. The first time, the model is tried as in `train`."""
+    check_positions(model, batch)
+    if fusion.loss is None:
+        check_causality(model, batch)
+        if is_packed(batch):
+            check_packing(model, batch, min(2, len(batch["input_ids"])))
+        fusion.loss, fusion.logits_reason = choose_loss(model, batch)
+    return fusion.loss
+
+
+def _forward(model: Any, args: tuple[object, ...], given: dict[str, Any]) -> Any:
+    """Runs a fused model: the loss without logits if it is called with labels, by name; else its own forward."""
+    own, fusion = type(model).forward, fusion_of(model)
+    assert fusion is not None
+    wants_own = any(given.get(name) is not None and given.get(name) is not False for name in OWN_FORWARD)
+    labels_only = given.get("labels") is not None and given.get("input_ids") is not None and not args
+    if not labels_only or wants_own or fusion.keep_logits:
+        return own(model, *args, **given)
+    items = given.get("num_items_in_batch")
+    batch = {name: value for name, value in given.items() if isinstance(value, Tensor) and value is not items}
+    # Losses and checks call the model. What accelerate puts around its forward is entered already, and must not be
+    # entered twice: torch.autocast, entered again as the same object, stays on for ever.
+    with patched_forward(model, types.MethodType(own, model)):
+        if _chosen_loss(model, fusion, batch) == OF_MODEL:
+            return own(model, **given)
+        total = LOSSES[fusion.loss](model, batch)  # type: ignore[index]
+    loss = total / (labelled_tokens(batch) if items is None else items)
+    return loss_output(loss) if given.get("return_dict") is not False else (loss,)
+
+
+@functools.cache
+def _forward_of(kind: Any) -> Callable[..., Any]:
+    """Returns the forward of a fused model of a class, with the signature of the class's own.
+
+    Trainers read the signature. It is copied because functools.wraps leaves a trail to the class's own forward, which
+    accelerate follows when it unwraps a model.
+    """
+
+    def forward(self: nn.Module, *args: object, **given: object) -> Any:
+        return _forward(self, args, given)
+
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = kind.forward.__doc__
+    return forward
+
+
+def _fuse_attention_(model: nn.Module) -> str | None:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if not on_cpu(device):
+        return None
+    return exchange_attention_(model, ATTENTION, lambda own: functools.partial(fused_attention, own, CausalMasks()))
+
+
+def fuse_(model: nn.Module, checkpointing: str | int = "full", *, keep_logits: bool = False) -> Fusion:
+    """Gives a model the forward that `train` runs, until `unfuse_`. Returns what was done, which is `model.fusion` too.
+
+    checkpointing: `full` recomputes every block in backward, `none` keeps them all. Switching transformers' gradient
+        checkpointing on or off, as its Trainer does, sets this.
+    keep_logits: leave calls with `labels` as they are. Otherwise these return the loss and no logits.
+
+    In such a call the loss is the mean cross-entropy of the next token over all labelled tokens, or their sum divided
+    by `num_items_in_batch`, which Trainer passes. The first one makes the checks of `train`: causality, positions,
+    packing. Other calls, `generate` among them, give what they gave before, except for rounding.
+
+    The model may be adapted before or after, by `add_lora_` or peft, and copied. `train` sets this aside while it runs.
+    Raises ConfigError for a model that is fused already, that has a forward of its own as an instance, or that
+    recomputes its layers itself; and for `full` if the model has no ModuleList of blocks.
+    """
+    require(checkpointing in CHECKPOINTING, f"checkpointing must be {' or '.join(CHECKPOINTING)}", checkpointing)
+    if fusion_of(model) is not None:
+        raise ConfigError("the model is fused already; unfuse_ it first")
+    if taken := [name for name in METHODS if name in vars(model)]:
+        raise ConfigError(
+            f"this {type(model).__name__} has a {taken[0]} of its own, set by another library; fuse_ it before "
+            f"trainers and accelerate change it"
+        )
+    if architecture.is_reversible(model):
+        raise ConfigError(f"a {type(model).__name__} recomputes all of its layers itself; train it with train")
+    set_host_limits()
+    named = {id(module): name for name, module in model.named_modules()}
+    blocks = checkpointable_blocks(model, checkpointing)
+    dial = BlockCheckpointing(model, len(blocks), checkpointing)
+    forwards = fused_forwards(model)
+    for name, forward in forwards.items():
+        model.get_submodule(name).forward = forward
+    for index, block in enumerate(blocks):
+        block.forward = functools.partial(dial.run, index, block.forward)
+    fusion = Fusion(list(forwards), [named[id(block)] for block in blocks], dial, keep_logits, _fuse_attention_(model))
+    setattr(model, ATTRIBUTE, fusion)
+    kind: Any = type(model)
+    model.forward = types.MethodType(_forward_of(kind), model)
+    model._set_gradient_checkpointing = types.MethodType(_switch_checkpointing, model)  # type: ignore[assignment]
+    return fusion
+
+
+def unfuse_(model: nn.Module) -> None:
+    """Takes back what `fuse_` did. Raises ConfigError for a model that is not fused."""
+    fusion = fusion_of(model)
+    if fusion is None:
+        raise ConfigError("the model is not fused")
+    for name in dict.fromkeys([*fusion.blocks, *fusion.modules]):
+        del model.get_submodule(name).forward
+    for name in METHODS:
+        vars(model).pop(name)
+    delattr(model, ATTRIBUTE)
+    if fusion.attention is not None:
+        exchange_attention_(model, fusion.attention)
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Within the block a fused model is as it was before `fuse_`; then it is fused again. Others are left alone."""
+    fusion = fusion_of(model)
+    if fusion is None:
+        yield
+        return
+    unfuse_(model)
+    try:
+        yield
+    finally:
+        fuse_(model, fusion.dial.checkpointing, keep_logits=fusion.keep_logits)
