@@ -38,6 +38,7 @@ FLOORS: dict[str, int] = {
     "memory": 5,
     "memory.drawing": 5,
     "export": 6,
+    "export.gguf": 6,
     "export.publishing": 6,
     "training.objective": 6,
     "training.forward": 7,
@@ -61,6 +62,7 @@ KEEPERS = {
     "pyarrow": {"data.sources.arrow_tables"},
     "datasets": {"data.sources.hub_dataset"},
     "filelock": {"locks"},
+    "gguf": {"export.gguf.library"},
 }
 PICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 

@@ -24,8 +24,8 @@ from qlora_lite.signals import deferred_signals, removed_at_end
 from qlora_lite.system import c_function
 
 # The files of checkpoints, adapters and runs, besides companion files. A folder with other files is never replaced.
-CHECKPOINT_SUFFIXES = (".safetensors", ".jsonl")
-CHECKPOINT_NAMES = ("README.md",)
+CHECKPOINT_SUFFIXES = (".safetensors", ".gguf", ".jsonl")
+CHECKPOINT_NAMES = ("README.md", "Modelfile")
 # An unfinished folder that nobody holds a lock on is abandoned, unless it is too young to have been locked.
 ABANDONED_AFTER_SECONDS = 60
 SPARE_BYTES = 64 << 20

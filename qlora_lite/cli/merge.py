@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,7 @@ from qlora_lite.cli.options import (
     Output,
     Overwrite,
     SkipModules,
+    check_not_given,
     check_output,
     finish,
     shard_bytes,
@@ -29,13 +30,60 @@ from qlora_lite.cli.options import (
 from qlora_lite.errors import listing
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
+if TYPE_CHECKING:
+    from qlora_lite.quantization.config import QuantConfig
+
+# Options of a folder of safetensors files, which a GGUF file has no use for.
+FOLDERS_ALONE = ("names", "dtype", "max_shard_size", "verify", "verify_max_length")
+MODELFILE = "Modelfile"
+
 
 def passed_over_line(names: Sequence[str]) -> str:
     """Returns a line about tensors of the checkpoint that are not merged; an empty text if there are none."""
     return f"{len(names)} tensors of the checkpoint are not merged: {listing(names)}\n" if names else ""
 
 
+def _merge_to_gguf(
+    model: str,
+    adapter: Path,
+    output: Path,
+    quant: QuantConfig,
+    type: str,
+    base: str,
+    overwrite: bool,
+    any_base: bool,
+    ignore_unexpected: bool,
+    json: bool,
+) -> None:
+    from qlora_lite.export.gguf.merge import merge_checkpoint_to_gguf
+    from qlora_lite.export.report import REPORT_FILE, render
+    from qlora_lite.signals import deferred_signals
+
+    with deferred_signals():
+        done = merge_checkpoint_to_gguf(
+            model,
+            adapter,
+            output,
+            quant,
+            type,
+            base=base,
+            overwrite=overwrite,
+            any_base=any_base,
+            ignore_unexpected=ignore_unexpected,
+        )
+    print(passed_over_line(done.passed_over) + render(done.report))
+    merged = sum(figures.update is not None for figures in done.report.tensors)
+    figures: dict[str, object] = {"layers_merged": merged, "base": base, "gguf": type}
+    figures |= {"architecture": done.architecture, "tensors": sum(done.types.values())}
+    figures |= {f"tensors_in_{name}": count for name, count in done.types.items()}
+    figures |= {"error_of_packing": done.relative_error, "read_back": "equal", "bytes": done.bytes}
+    figures |= {"file": str(output / done.file), "modelfile": str(output / MODELFILE)}
+    figures |= {"embedding_and_head_untied": done.untied, "report": str(output / REPORT_FILE)}
+    finish(figures | (done.report.total_json() if json else {}), json)
+
+
 def merge(
+    ctx: typer.Context,
     model: Model,
     adapter: Annotated[Path, typer.Option("--adapter", help="Folder of an adapter saved by train or by peft.")],
     output: Output,
@@ -61,6 +109,13 @@ def merge(
         Path | None,
         typer.Option("--verify", help="Records as for train, or prompts alone: compare the logits before and after."),
     ] = None,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            "--gguf",
+            help="Write one GGUF file, for llama.cpp and ollama: f32, f16, bf16, q8_0 (8 bits) or q4_0 (4 bits).",
+        ),
+    ] = None,
     verify_max_length: Annotated[int, typer.Option(help="Tokens that records of --verify are truncated to.")] = 512,
     any_base: AnyBase = False,
     ignore_unexpected: IgnoreUnexpected = False,
@@ -84,6 +139,10 @@ def merge(
     shard = shard_bytes(max_shard_size)
     require(is_count(verify_max_length, 2), "--verify-max-length must be at least 2", verify_max_length)
     check_output(output, overwrite, model, adapter, *(() if verify is None else (verify,)))
+    if gguf is not None:
+        check_not_given(ctx, "--gguf", FOLDERS_ALONE)
+        _merge_to_gguf(model, adapter, output, quant, gguf, base, overwrite, any_base, ignore_unexpected, json)
+        return
     prompts = None
     if verify is not None:
         config = DataConfig(max_length=verify_max_length, prompts_too=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -156,6 +156,14 @@ def check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
         if Path(path).is_dir() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path)):
             raise errors.CheckpointError(f"the output {folder} lies inside the input {path}; name another folder")
     check_replaceable(folder, overwrite)
+
+
+def check_not_given(ctx: typer.Context, option: str, names: Iterable[str]) -> None:
+    """Raises ConfigError, listing them, if parameters that have no effect together with `option` were given."""
+    given = [name for name in names if getattr(ctx.get_parameter_source(name), "name", None) == "COMMANDLINE"]
+    if given:
+        shown = errors.listing(f"--{name.replace('_', '-')}" for name in given)
+        raise errors.ConfigError(f"{shown} and {option} cannot be given together; leave one out")
 
 
 def shard_bytes(size: str) -> int:

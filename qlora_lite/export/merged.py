@@ -8,7 +8,8 @@ model (verify.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.checkpoint_names import CHECKPOINT, MODEL, NAMES, CheckpointNames
 from qlora_lite.export.companion_files import write_companion_files, write_export_card
 from qlora_lite.export.model_weights import ModelInMemory, ModelOnDisk, lazy_updates_
+from qlora_lite.export.plain_weights import PlainWeight
 from qlora_lite.export.plan import ExportPlan
 from qlora_lite.export.report import REPORT_FILE, MergeReport
 from qlora_lite.export.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
@@ -46,6 +48,9 @@ from qlora_lite.lora.peft.options import CONFIG_FILE
 from qlora_lite.lora.peft.save_load import load_adapter_
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.quantize_model import WeightToPack
+
+# The names of transformers' `save_pretrained`, whatever names the checkpoint has: those that converters know.
+AS_SAVED = "as saved"
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,18 @@ class Exported:
     passed_over: tuple[str, ...] = ()
 
 
-def _check_options(base: str, names: str, dtype: torch.dtype, max_shard_bytes: int) -> None:
+@dataclass(frozen=True)
+class PlannedExport:
+    """A model, the folder that it came from, and the plan of its export. passed_over: as in `Exported`."""
+
+    model: nn.Module
+    source: Path | None
+    plan: ExportPlan
+    passed_over: tuple[str, ...] = ()
+
+
+def check_options(base: str, names: str, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """Raises ConfigError for a setting of an export that does not exist."""
     require(base in BASES, f"base must be {' or '.join(BASES)}", base)
     require(names in NAMES, f"names must be {' or '.join(NAMES)}", names)
     if dtype not in FLOAT_DTYPES.values():
@@ -141,6 +157,74 @@ def _check_repacked_base(
             f"{adapter} belongs to a base that LoftQ packed anew, which {checkpoint.folder} is not; "
             f"{LOAD_REPACKED_HINT}"
         )
+
+
+def _written_names(
+    model: nn.Module, names: str, stored: Callable[[], CheckpointNames | None]
+) -> CheckpointNames | None:
+    """Returns how the export has the model's tensors; None for the model's own names. stored: of the checkpoint."""
+    if names == MODEL:
+        return None
+    return (stored() if names == CHECKPOINT else None) or CheckpointNames(model, None)
+
+
+@contextmanager
+def planned_model(
+    model: nn.Module,
+    base: str,
+    dtype: torch.dtype,
+    names: str,
+    name: str | None = None,
+    in_fp32: Callable[[PlainWeight], bool] = lambda weight: False,
+) -> Iterator[PlannedExport]:
+    """Within the block, plans the export of a model in memory with one of its adapters active (`export_merged`).
+
+    names: also `AS_SAVED`. in_fp32: as in `ExportPlan.of`. Nothing is computed before the plan's tensors are read.
+    """
+    source = hub.model_folder(model)
+    with using_adapter(model, active_adapter(model) if name is None else name):
+        files = _plain_files(source)
+        stored = None if files is None else CheckpointNames(model, files)
+        originals = _originals(model, source, base, stored)
+        written = _written_names(model, names, lambda: stored)
+        yield PlannedExport(
+            model, source, ExportPlan.of(model, base, dtype, ModelInMemory(), originals, written, in_fp32)
+        )
+
+
+def planned_checkpoint(
+    path_or_id: str | Path,
+    adapter: str | Path,
+    config: QuantConfig | None,
+    dtype: torch.dtype,
+    base: str,
+    names: str,
+    load_dtype: torch.dtype = torch.bfloat16,
+    any_base: bool = False,
+    ignore_unexpected: bool = False,
+    in_fp32: Callable[[PlainWeight], bool] = lambda weight: False,
+) -> PlannedExport:
+    """Plans the export of a checkpoint and an adapter on disk (`merge_checkpoint`); no tensor is read for it.
+
+    names: also `AS_SAVED`. in_fp32: as in `ExportPlan.of`.
+    """
+    set_host_limits()
+    source = hub.checkpoint_folder(path_or_id)
+    if not any_base:
+        check_trained_on_checkpoint(Path(adapter), source)
+    model = hub.empty_model(hub.read_config(source), load_dtype)
+    architecture.tie(model)
+    _check_has_originals(source, base)
+    checkpoint = Checkpoint.open(source, model, config, ignore_unexpected=ignore_unexpected)
+    weights_to_pack = checkpoint.weights_to_pack(model)
+    adapted = load_adapter_(model, adapter, any_base=True)  # checked above
+    _check_repacked_base(Path(adapter), adapted, checkpoint, weights_to_pack, load_dtype)
+    _check_same_base(Path(adapter), model, checkpoint, weights_to_pack, load_dtype)
+    held = ModelOnDisk(weights_to_pack, checkpoint, load_dtype, lazy_updates_(model, adapter))
+    hub.load_generation_config_(model, source)
+    written = _written_names(model, names, lambda: CheckpointNames(model, _plain_files(source)))
+    plan = ExportPlan.of(model, base, dtype, held, checkpoint.originals, written, in_fp32)
+    return PlannedExport(model, source, plan, tuple(checkpoint.passed_over))
 
 
 def _verified(folder: Path, plan: ExportPlan, examples: Sequence[TokenizedExample]) -> Verification:
@@ -232,17 +316,11 @@ def export_merged(
     checkpoint's names, or if the folder is not empty (unless `overwrite`), which is then left as it was; ConfigError
     for examples that the model cannot be run on.
     """
-    _check_options(base, names, dtype, max_shard_bytes)
+    check_options(base, names, dtype, max_shard_bytes)
     if getattr(model, "config", None) is None:
         raise ConfigError(f"export needs a transformers model with a config; got a {type(model).__name__}")
-    source = hub.model_folder(model)
-    with using_adapter(model, active_adapter(model) if name is None else name):
-        files = _plain_files(source)
-        stored = None if files is None else CheckpointNames(model, files)
-        originals = _originals(model, source, base, stored)
-        written = None if names == MODEL else stored or CheckpointNames(model, None)
-        plan = ExportPlan.of(model, base, dtype, ModelInMemory(), originals, written)
-        return _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)
+    with planned_model(model, base, dtype, names, name) as planned:
+        return _write(model, planned.source, Path(folder), planned.plan, max_shard_bytes, overwrite, verify)
 
 
 def merge_checkpoint(
@@ -270,23 +348,11 @@ def merge_checkpoint(
     Raises the errors of `load_quantized`, `load_adapter_` and `export_merged`. A base other than the one that the
     adapter was trained on is refused first, from its files.
     """
-    _check_options(base, names, dtype, max_shard_bytes)
-    set_host_limits()
-    source = hub.checkpoint_folder(path_or_id)
-    check_output_is_not_input(Path(folder), source, Path(adapter))
-    if not any_base:
-        check_trained_on_checkpoint(Path(adapter), source)
-    model = hub.empty_model(hub.read_config(source), load_dtype)
-    architecture.tie(model)
-    _check_has_originals(source, base)
-    checkpoint = Checkpoint.open(source, model, config, ignore_unexpected=ignore_unexpected)
-    weights_to_pack = checkpoint.weights_to_pack(model)
-    adapted = load_adapter_(model, adapter, any_base=True)  # checked above
-    _check_repacked_base(Path(adapter), adapted, checkpoint, weights_to_pack, load_dtype)
-    _check_same_base(Path(adapter), model, checkpoint, weights_to_pack, load_dtype)
-    held = ModelOnDisk(weights_to_pack, checkpoint, load_dtype, lazy_updates_(model, adapter))
-    hub.load_generation_config_(model, source)
-    written = None if names == MODEL else CheckpointNames(model, _plain_files(source))
-    plan = ExportPlan.of(model, base, dtype, held, checkpoint.originals, written)
-    done = _write(model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)
-    return replace(done, passed_over=tuple(checkpoint.passed_over))
+    check_options(base, names, dtype, max_shard_bytes)
+    check_output_is_not_input(Path(folder), hub.checkpoint_folder(path_or_id), Path(adapter))
+    planned = planned_checkpoint(
+        path_or_id, adapter, config, dtype, base, names, load_dtype, any_base, ignore_unexpected
+    )
+    plan, source = planned.plan, planned.source
+    done = _write(planned.model, source, Path(folder), plan, max_shard_bytes, overwrite, verify)
+    return replace(done, passed_over=planned.passed_over)

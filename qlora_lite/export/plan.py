@@ -96,11 +96,13 @@ class ExportPlan:
         held: ModelWeights,
         originals: Mapping[str, LazyTensor],
         names: CheckpointNames | None = None,
+        in_fp32: Callable[[PlainWeight], bool] = lambda weight: False,
     ) -> ExportPlan:
         """Plans all tensors of a model.
 
         held: the model's weights as they were in training. originals: the checkpoint's tensors in full precision.
-        names: how the checkpoint has the model's tensors; None to give these the model's own names.
+        names: how the checkpoint has the model's tensors; None to give these the model's own names. in_fp32: whether a
+        weight is written in fp32 whatever the dtype.
         Raises CheckpointError if the base is `original` and one of these is missing, and for tensors that cannot be
         given the checkpoint's names.
         """
@@ -110,7 +112,8 @@ class ExportPlan:
         for weight in weights:
             view = views.get(weight.name)
             by_matrix = view is not None and is_read_by_matrix(view)
-            plan._add(weight, held, originals, by_matrix, _written_dtype(model, weight, dtype))
+            written = torch.float32 if in_fp32(weight) else _written_dtype(model, weight, dtype)
+            plan._add(weight, held, originals, by_matrix, written)
         if names is None:
             plan.tensors = {name: _planned(tensor) for name, tensor in plan.exported.items()}
         else:

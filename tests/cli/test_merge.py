@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from qlora_lite.cli.main import main
 from qlora_lite.cli.merge import passed_over_line
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -56,6 +60,59 @@ def test_train_and_merge(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     load_adapter_(ours, adapter)
     tokens = torch.arange(8).unsqueeze(0)
     torch.testing.assert_close(merged(tokens).logits, ours.float().eval()(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def merge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `merge` in this process: (words) -> (exit status, what was printed, what was said on stderr)."""
+
+    def run_here(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qlora-lite", "merge", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (int(ended.value.code or 0), *capsys.readouterr())
+
+    return run_here
+
+
+def test_gguf_tells_what_it_wrote(
+    merge: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_lite.export.gguf import merge as gguf_merge
+    from qlora_lite.export.report import MergeReport, TensorFigures
+
+    given: list[Any] = []
+    report = MergeReport("original", "float32, then packed as q8_0", (TensorFigures("a", 4, 2.0, None, 1.0, 0.0, 4),))
+    done = gguf_merge.GgufExport("model-q8_0.gguf", "llama", {"f32": 1, "q8_0": 2}, 1000, 0.005, report, False)
+    monkeypatch.setattr(
+        gguf_merge, "merge_checkpoint_to_gguf", lambda *words, **more: given.append((words, more)) or done
+    )
+    words = ("--model", "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "out", "--gguf", "q8_0")
+    status, out, said = merge(*words, "--base", "original", "--format", "int8", "--any-base", "--json")
+    assert (status, said) == (0, "")
+    ((model, adapter, output, quant, type), more) = given[0]
+    assert (model, adapter, output, quant.format, type) == (
+        "base",
+        tmp_path / "adapter",
+        tmp_path / "out",
+        "int8",
+        "q8_0",
+    )
+    assert more == {"base": "original", "overwrite": False, "any_base": True, "ignore_unexpected": False}
+    figures = json.loads(out.splitlines()[-1])
+    assert figures["file"] == str(tmp_path / "out" / "model-q8_0.gguf") and figures["layers_merged"] == 1
+    assert (figures["tensors"], figures["tensors_in_q8_0"], figures["error_of_packing"]) == (3, 2, 0.005)
+
+
+def test_gguf_refuses_options_of_folders_and_what_it_cannot_write(
+    merge: Callable[..., tuple[int, str, str]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    words = ("--model", tiny_folder, "--adapter", tmp_path / "adapter", "--output", tmp_path / "out", "--gguf")
+    status, _, said = merge(*words, "q8_0", "--dtype", "fp16", "--names", "checkpoint")
+    assert (status, said) == (2, "error: --names, --dtype and --gguf cannot be given together; leave one out\n")
+    status, _, said = merge(*words, "q3")
+    assert (status, said) == (2, "error: the type of a GGUF file must be f32, f16, bf16, q8_0 or q4_0; got 'q3'\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tensors_that_are_not_merged_are_named() -> None:
