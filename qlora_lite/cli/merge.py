@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # Options of a folder of safetensors files, which a GGUF file has no use for.
 FOLDERS_ALONE = ("names", "dtype", "max_shard_size", "verify", "verify_max_length")
+# Options of a merge, which an adapter alone has no use for.
+MERGES_ALONE = ("base", "format", "blocksize", "double_quant", "embedding_format", "ignore_unexpected")
 MODELFILE = "Modelfile"
 
 
@@ -82,6 +84,19 @@ def _merge_to_gguf(
     finish(figures | (done.report.total_json() if json else {}), json)
 
 
+def _adapter_to_gguf(
+    model: str, adapter: Path, output: Path, type: str, overwrite: bool, any_base: bool, json: bool
+) -> None:
+    from qlora_lite.export.gguf.adapter import adapter_to_gguf
+    from qlora_lite.signals import deferred_signals
+
+    with deferred_signals():
+        done = adapter_to_gguf(adapter, model, output, type, any_base=any_base, overwrite=overwrite)
+    figures: dict[str, object] = {"layers": done.layers, "alpha": done.alpha, "gguf": type}
+    figures |= {"architecture": done.architecture, "read_back": "equal", "bytes": done.bytes}
+    finish(figures | {"file": str(output / done.file), "modelfile": str(output / MODELFILE)}, json)
+
+
 def merge(
     ctx: typer.Context,
     model: Model,
@@ -116,6 +131,13 @@ def merge(
             help="Write one GGUF file, for llama.cpp and ollama: f32, f16, bf16, q8_0 (8 bits) or q4_0 (4 bits).",
         ),
     ] = None,
+    adapter_only: Annotated[
+        bool,
+        typer.Option(
+            "--adapter-only",
+            help="With --gguf f32, f16 or bf16: write the adapter as a GGUF file of its own, and merge nothing.",
+        ),
+    ] = False,
     verify_max_length: Annotated[int, typer.Option(help="Tokens that records of --verify are truncated to.")] = 512,
     any_base: AnyBase = False,
     ignore_unexpected: IgnoreUnexpected = False,
@@ -139,8 +161,14 @@ def merge(
     shard = shard_bytes(max_shard_size)
     require(is_count(verify_max_length, 2), "--verify-max-length must be at least 2", verify_max_length)
     check_output(output, overwrite, model, adapter, *(() if verify is None else (verify,)))
+    require(gguf is not None or not adapter_only, "--adapter-only needs --gguf f32, f16 or bf16", gguf)
     if gguf is not None:
         check_not_given(ctx, "--gguf", FOLDERS_ALONE)
+    if gguf is not None and adapter_only:
+        check_not_given(ctx, "--adapter-only", MERGES_ALONE)
+        _adapter_to_gguf(model, adapter, output, gguf, overwrite, any_base, json)
+        return
+    if gguf is not None:
         _merge_to_gguf(model, adapter, output, quant, gguf, base, overwrite, any_base, ignore_unexpected, json)
         return
     prompts = None

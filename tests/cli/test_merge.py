@@ -104,12 +104,36 @@ def test_gguf_tells_what_it_wrote(
     assert (figures["tensors"], figures["tensors_in_q8_0"], figures["error_of_packing"]) == (3, 2, 0.005)
 
 
+def test_an_adapter_alone_becomes_a_gguf_file(
+    merge: Callable[..., tuple[int, str, str]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, save_adapter
+
+    model = load_quantized(tiny_folder, QuantConfig(format="none"))
+    add_lora_(model, LoraConfig(rank=2, alpha=4, target_modules=["q_proj", "v_proj"]))
+    save_adapter(model, tmp_path / "adapter")
+    words = ("--model", tiny_folder, "--adapter", tmp_path / "adapter", "--output", tmp_path / "out")
+    status, out, said = merge(*words, "--gguf", "f16", "--adapter-only", "--json")
+    assert (status, said) == (0, "")
+    figures = json.loads(out.splitlines()[-1])
+    assert (figures["layers"], figures["alpha"], figures["architecture"]) == (4, 4.0, "llama")
+    assert Path(figures["file"]).is_file() and "ADAPTER ./adapter-f16.gguf" in Path(figures["modelfile"]).read_text()
+    again = merge(*words, "--gguf", "f16", "--adapter-only")
+    assert again[0] == 1 and "is not empty" in again[2]
+
+
 def test_gguf_refuses_options_of_folders_and_what_it_cannot_write(
     merge: Callable[..., tuple[int, str, str]], tiny_folder: Path, tmp_path: Path
 ) -> None:
     words = ("--model", tiny_folder, "--adapter", tmp_path / "adapter", "--output", tmp_path / "out", "--gguf")
     status, _, said = merge(*words, "q8_0", "--dtype", "fp16", "--names", "checkpoint")
     assert (status, said) == (2, "error: --names, --dtype and --gguf cannot be given together; leave one out\n")
+    status, _, said = merge(*words, "f16", "--adapter-only", "--base", "original")
+    assert (status, said) == (2, "error: --base and --adapter-only cannot be given together; leave one out\n")
+    status, _, said = merge(*words[:-1], "--adapter-only")
+    assert (status, said) == (2, "error: --adapter-only needs --gguf f32, f16 or bf16; got None\n")
+    status, _, said = merge(*words, "q4_0", "--adapter-only")
+    assert (status, said) == (2, "error: the type of a GGUF file must be f32, f16 or bf16; got 'q4_0'\n")
     status, _, said = merge(*words, "q3")
     assert (status, said) == (2, "error: the type of a GGUF file must be f32, f16, bf16, q8_0 or q4_0; got 'q3'\n")
     assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ sentencepiece  SentencePiece's BPE as llama.cpp has it
 tokenizer      the tokenizer as settings
 modelfile      the Modelfile of ollama
 merge          export_gguf and merge_checkpoint_to_gguf
+adapter        adapter_to_gguf
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from typing import TYPE_CHECKING
 from qlora_lite.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qlora_lite.export.gguf.adapter import GgufAdapter as GgufAdapter
+    from qlora_lite.export.gguf.adapter import adapter_to_gguf as adapter_to_gguf
     from qlora_lite.export.gguf.merge import GgufExport as GgufExport
     from qlora_lite.export.gguf.merge import export_gguf as export_gguf
     from qlora_lite.export.gguf.merge import merge_checkpoint_to_gguf as merge_checkpoint_to_gguf
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
-    {"merge": "export_gguf merge_checkpoint_to_gguf GgufExport"},
+    {
+        "merge": "export_gguf merge_checkpoint_to_gguf GgufExport",
+        "adapter": "adapter_to_gguf GgufAdapter",
+    },
 )

@@ -137,10 +137,11 @@ def vllm_compatibility(adapter: AdapterDescription, max_lora_rank: int = VLLM_DE
     return Compatibility(VLLM, tuple(reasons), tuple(notes))
 
 
-def llama_cpp_compatibility(adapter: AdapterDescription) -> Compatibility:
+def llama_cpp_compatibility(adapter: AdapterDescription, rescaled: bool = False) -> Compatibility:
     """Applies the rules of llama.cpp (convert_lora_to_gguf.py, and src/llama-adapter.h for the scale).
 
     A gguf adapter has one alpha, and each layer is scaled by alpha / rank, with the rank read from its matrix.
+    rescaled: whether B is multiplied by what is lacking, as our own writer does (export/gguf/adapter.py).
     """
     config = adapter.config
     reasons = [] if "lora_alpha" in config else ["lora_alpha: missing in adapter_config.json"]
@@ -153,9 +154,9 @@ def llama_cpp_compatibility(adapter: AdapterDescription) -> Compatibility:
     foreign = [key for key in adapter.keys if not any(part in key for part in passed)]
     if foreign:
         reasons.append(f"not a lora_A or lora_B tensor, the converter stops: {listing(foreign, 3)}")
-    if adapter.use_rslora and any(layer.rank != 1 for layer in adapter.layers):
+    if not rescaled and adapter.use_rslora and any(layer.rank != 1 for layer in adapter.layers):
         reasons.append("use_rslora: not read, each layer would be scaled by alpha / rank")
-    if len({layer.alpha for layer in adapter.layers} | {config.get("lora_alpha")}) > 1:
+    if not rescaled and len({layer.alpha for layer in adapter.layers} | {config.get("lora_alpha")}) > 1:
         reasons.append("alpha_pattern: not read, every layer would get lora_alpha")
     if config.get("lora_alpha") == 0:
         reasons.append("lora_alpha 0: llama.cpp takes it for a scale of 1")
