@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 # Options of a folder of safetensors files, which a GGUF file has no use for.
 FOLDERS_ALONE = ("names", "dtype", "max_shard_size", "verify", "verify_max_length")
 # Options of a merge, which an adapter alone has no use for.
-MERGES_ALONE = ("base", "format", "blocksize", "double_quant", "embedding_format", "ignore_unexpected")
+MERGES_ALONE = (
+    *("base", "format", "blocksize", "double_quant", "embedding_format", "skip_modules", "ignore_unexpected"),
+)
 MODELFILE = "Modelfile"
 
 
