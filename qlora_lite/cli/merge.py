@@ -31,6 +31,8 @@ from qlora_lite.errors import listing
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 if TYPE_CHECKING:
+    from qlora_lite.data.tokenization import TokenizedSet
+    from qlora_lite.export.merged import Exported
     from qlora_lite.quantization.config import QuantConfig
 
 # Options of a folder of safetensors files, which a GGUF file has no use for.
@@ -99,6 +101,25 @@ def _adapter_to_gguf(
     finish(figures | {"file": str(output / done.file), "modelfile": str(output / MODELFILE)}, json)
 
 
+def _show(done: Exported, prompts: TokenizedSet | None, settings: dict[str, object], output: Path, json: bool) -> None:
+    """Prints the report of a merged folder, and its figures."""
+    from qlora_lite.export.report import REPORT_FILE, render
+    from qlora_lite.export.verify import render as render_verification
+
+    print(passed_over_line(done.passed_over) + render(done.report))
+    merged = sum(figures.update is not None for figures in done.report.tensors)
+    figures: dict[str, object] = {"layers_merged": merged, **settings}
+    figures |= {"files": done.files, "output": str(output)}
+    figures |= {"embedding_and_head_untied": done.untied, "report": str(output / REPORT_FILE)}
+    if json:
+        figures |= done.report.total_json()
+    if done.verification is not None and prompts is not None:
+        print(render_verification(done.verification))
+        figures |= {"verify_shortened": prompts.truncated}
+        figures |= {"verify": done.verification.to_json()} if json else {}
+    finish(figures, json)
+
+
 def merge(
     ctx: typer.Context,
     model: Model,
@@ -151,8 +172,6 @@ def merge(
     from qlora_lite.checks import dtype_named, is_count, require
     from qlora_lite.data.tokenization import DataConfig, tokenize_sources
     from qlora_lite.export.merged import merge_checkpoint
-    from qlora_lite.export.report import REPORT_FILE, render
-    from qlora_lite.export.verify import render as render_verification
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import deferred_signals
 
@@ -192,15 +211,4 @@ def merge(
             any_base=any_base,
             ignore_unexpected=ignore_unexpected,
         )
-    print(passed_over_line(done.passed_over) + render(done.report))
-    merged = sum(figures.update is not None for figures in done.report.tensors)
-    figures: dict[str, object] = {"layers_merged": merged, "base": base, "names": names, "dtype": dtype}
-    figures |= {"files": done.files, "output": str(output)}
-    figures |= {"embedding_and_head_untied": done.untied, "report": str(output / REPORT_FILE)}
-    if json:
-        figures |= done.report.total_json()
-    if done.verification is not None and prompts is not None:
-        print(render_verification(done.verification))
-        figures |= {"verify_shortened": prompts.truncated}
-        figures |= {"verify": done.verification.to_json()} if json else {}
-    finish(figures, json)
+    _show(done, prompts, {"base": base, "names": names, "dtype": dtype}, output, json)

@@ -20,15 +20,12 @@ from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.atomic_folder import check_free_space, check_output_is_not_input, new_folder
 from qlora_lite.checkpoints.base_identity import (
-    LOAD_REPACKED_HINT,
-    PACKED_HASH_KEY,
     check_trained_on_checkpoint,
-    packed_weights_hash,
     repacked_weights,
 )
 from qlora_lite.checkpoints.checkpoint import Checkpoint
-from qlora_lite.checkpoints.files import read_json, write_json
-from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, read_slices
+from qlora_lite.checkpoints.files import write_json
+from qlora_lite.checkpoints.lazy_tensors import LazyTensor
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checkpoints.safetensors_write import DEFAULT_SHARD_BYTES, write_sharded
 from qlora_lite.checks import FLOAT_DTYPES, is_count, require
@@ -37,17 +34,20 @@ from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.checkpoint_names import CHECKPOINT, MODEL, NAMES, CheckpointNames
 from qlora_lite.export.companion_files import write_companion_files, write_export_card
-from qlora_lite.export.model_weights import ModelInMemory, ModelOnDisk, lazy_updates_
+from qlora_lite.export.model_weights import (
+    ModelInMemory,
+    ModelOnDisk,
+    check_repacked_base,
+    check_same_base,
+    lazy_updates_,
+)
 from qlora_lite.export.plain_weights import PlainWeight
 from qlora_lite.export.plan import ExportPlan
 from qlora_lite.export.report import REPORT_FILE, MergeReport
 from qlora_lite.export.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
 from qlora_lite.lora.multi_adapter import active_adapter, using_adapter
-from qlora_lite.lora.peft.keys import BASE_COPY, PREFIX, TOKEN_ADAPTER, adapter_tensors
-from qlora_lite.lora.peft.options import CONFIG_FILE
 from qlora_lite.lora.peft.save_load import load_adapter_
 from qlora_lite.quantization.config import QuantConfig
-from qlora_lite.quantization.quantize_model import WeightToPack
 
 # The names of transformers' `save_pretrained`, whatever names the checkpoint has: those that converters know.
 AS_SAVED = "as saved"
@@ -120,45 +120,6 @@ def _originals(
     return {} if stored is None or repacked else stored.converted.tensors
 
 
-def _check_same_base(
-    adapter: Path, model: nn.Module, checkpoint: Checkpoint, weights_to_pack: list[WeightToPack], dtype: torch.dtype
-) -> None:
-    """Raises CheckpointError if a base weight in the adapter's files differs from the checkpoint's.
-
-    Only for weights that are not packed. `load_adapter_` compares them too, but cannot for a model on meta.
-    """
-    packed, tied = (
-        {name for to_pack in weights_to_pack for name in to_pack.modules},
-        dict(architecture.tied_pairs(model)),
-    )
-    for key, copy in adapter_tensors(adapter).items():
-        name = key.removeprefix(PREFIX).removesuffix(BASE_COPY).removesuffix(TOKEN_ADAPTER)
-        if not key.endswith(BASE_COPY) or name in packed:
-            continue
-        stored = checkpoint.plain(tied.get(f"{name}.weight", f"{name}.weight"))
-        for first, rows in read_slices(stored, READ_BYTES):
-            if not torch.equal(rows.to(dtype), copy.rows(first, first + rows.shape[0]).to(dtype)):
-                raise CheckpointError(f"{adapter}: {name} comes with a base weight that differs from the checkpoint's")
-
-
-def _check_repacked_base(
-    adapter: Path, names: list[str], checkpoint: Checkpoint, weights_to_pack: list[WeightToPack], dtype: torch.dtype
-) -> None:
-    """Raises CheckpointError for an adapter on weights that LoftQ packed, unless the checkpoint holds these."""
-    digest = read_json(adapter / CONFIG_FILE).get(PACKED_HASH_KEY)
-    if digest is None:
-        return
-    weight_of = {name: to_pack for to_pack in weights_to_pack for name in to_pack.modules}
-    is_packed = not checkpoint.originals and weight_of.keys() >= set(names)
-    stored = ((name, checkpoint.packed_weights(f"{name}.weight", weight_of[name], dtype)[0]) for name in sorted(names))
-    packed = ((name, weight.load(torch.device("cpu"))) for name, weight in stored)
-    if not is_packed or packed_weights_hash(packed) != digest:
-        raise CheckpointError(
-            f"{adapter} belongs to a base that LoftQ packed anew, which {checkpoint.folder} is not; "
-            f"{LOAD_REPACKED_HINT}"
-        )
-
-
 def _written_names(
     model: nn.Module, names: str, stored: Callable[[], CheckpointNames | None]
 ) -> CheckpointNames | None:
@@ -218,8 +179,8 @@ def planned_checkpoint(
     checkpoint = Checkpoint.open(source, model, config, ignore_unexpected=ignore_unexpected)
     weights_to_pack = checkpoint.weights_to_pack(model)
     adapted = load_adapter_(model, adapter, any_base=True)  # checked above
-    _check_repacked_base(Path(adapter), adapted, checkpoint, weights_to_pack, load_dtype)
-    _check_same_base(Path(adapter), model, checkpoint, weights_to_pack, load_dtype)
+    check_repacked_base(Path(adapter), adapted, checkpoint, weights_to_pack, load_dtype)
+    check_same_base(Path(adapter), model, checkpoint, weights_to_pack, load_dtype)
     held = ModelOnDisk(weights_to_pack, checkpoint, load_dtype, lazy_updates_(model, adapter))
     hub.load_generation_config_(model, source)
     written = _written_names(model, names, lambda: CheckpointNames(model, _plain_files(source)))

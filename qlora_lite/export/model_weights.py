@@ -13,10 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from qlora_lite import architecture
+from qlora_lite.checkpoints.base_identity import LOAD_REPACKED_HINT, PACKED_HASH_KEY, packed_weights_hash
 from qlora_lite.checkpoints.checkpoint import Checkpoint
-from qlora_lite.checkpoints.lazy_tensors import LazyTensor
+from qlora_lite.checkpoints.files import read_json
+from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, read_slices
 from qlora_lite.compute.host_memory import release_freed_pages
 from qlora_lite.compute.weight_update import StackDelta, Update
+from qlora_lite.errors import CheckpointError
 from qlora_lite.export.plain_weights import PlainWeight
 from qlora_lite.export.weight_rows import (
     DenseRows,
@@ -30,7 +34,8 @@ from qlora_lite.lora.kinds import StackKind
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.peft.auxiliary import stored_replacements_
 from qlora_lite.lora.peft.experts import stack_key_names, unflatten_A, unflatten_B
-from qlora_lite.lora.peft.keys import adapter_tensors, peft_key
+from qlora_lite.lora.peft.keys import BASE_COPY, PREFIX, TOKEN_ADAPTER, adapter_tensors, peft_key
+from qlora_lite.lora.peft.options import CONFIG_FILE
 from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantization.quantize_model import WeightToPack
@@ -148,6 +153,45 @@ def lazy_updates_(model: nn.Module, folder: str | Path) -> dict[str, Callable[[]
         layer.to("meta")
     release_freed_pages()
     return found
+
+
+def check_same_base(
+    adapter: Path, model: nn.Module, checkpoint: Checkpoint, weights_to_pack: list[WeightToPack], dtype: torch.dtype
+) -> None:
+    """Raises CheckpointError if a base weight in the adapter's files differs from the checkpoint's.
+
+    Only for weights that are not packed. `load_adapter_` compares them too, but cannot for a model on meta.
+    """
+    packed, tied = (
+        {name for to_pack in weights_to_pack for name in to_pack.modules},
+        dict(architecture.tied_pairs(model)),
+    )
+    for key, copy in adapter_tensors(adapter).items():
+        name = key.removeprefix(PREFIX).removesuffix(BASE_COPY).removesuffix(TOKEN_ADAPTER)
+        if not key.endswith(BASE_COPY) or name in packed:
+            continue
+        stored = checkpoint.plain(tied.get(f"{name}.weight", f"{name}.weight"))
+        for first, rows in read_slices(stored, READ_BYTES):
+            if not torch.equal(rows.to(dtype), copy.rows(first, first + rows.shape[0]).to(dtype)):
+                raise CheckpointError(f"{adapter}: {name} comes with a base weight that differs from the checkpoint's")
+
+
+def check_repacked_base(
+    adapter: Path, names: list[str], checkpoint: Checkpoint, weights_to_pack: list[WeightToPack], dtype: torch.dtype
+) -> None:
+    """Raises CheckpointError for an adapter on weights that LoftQ packed, unless the checkpoint holds these."""
+    digest = read_json(adapter / CONFIG_FILE).get(PACKED_HASH_KEY)
+    if digest is None:
+        return
+    weight_of = {name: to_pack for to_pack in weights_to_pack for name in to_pack.modules}
+    is_packed = not checkpoint.originals and weight_of.keys() >= set(names)
+    stored = ((name, checkpoint.packed_weights(f"{name}.weight", weight_of[name], dtype)[0]) for name in sorted(names))
+    packed = ((name, weight.load(torch.device("cpu"))) for name, weight in stored)
+    if not is_packed or packed_weights_hash(packed) != digest:
+        raise CheckpointError(
+            f"{adapter} belongs to a base that LoftQ packed anew, which {checkpoint.folder} is not; "
+            f"{LOAD_REPACKED_HINT}"
+        )
 
 
 def as_stored(stored: LazyTensor, trained: list[WeightRows]) -> list[WeightRows]:

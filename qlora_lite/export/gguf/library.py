@@ -132,7 +132,7 @@ def _write_tensor(file: Any, tensor: GgufTensor) -> WrittenTensor:
         if tensor.type in FLOATS:
             block = raw_bytes(cast_finite(piece, FLOATS[tensor.type], tensor.name))
         else:
-            values = piece.to(torch.float32).reshape(-1, tensor.shape[-1])
+            values = cast_finite(piece, torch.float32, tensor.name).reshape(-1, tensor.shape[-1])
             packed, unpacked = _packed(values, tensor)
             block = packed.reshape(-1).data
             squares += float(values.double().square().sum())
