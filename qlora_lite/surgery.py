@@ -1,4 +1,8 @@
-"""Names, recognizes and replaces modules inside a model, for packing a base and adding adapters."""
+"""Names, recognizes and replaces modules inside a model, for packing a base and adding adapters.
+
+A tower is a part of a multimodal model beside its language model: a vision tower, its projector, an audio encoder. Text
+reaches none of them, and they can be left out of a model before it is filled from a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import nn
 
-from qlora_lite.errors import TargetError
+from qlora_lite import architecture
+from qlora_lite.errors import ConfigError, TargetError, listing
+
+NOT_LANGUAGE_MODEL = "not part of the language model"
 
 
 def name_matches(name: str, wanted: str) -> bool:
@@ -90,11 +97,15 @@ def is_router(module: nn.Module) -> bool:
     return weight.is_floating_point() and len(takes) == 2  # itself and the tokens
 
 
-def described_by_pattern(found: Mapping[str, str]) -> list[str]:
-    """Returns a line for each reason and each name without its numbers: `2 x layers.*.mixer.dt_proj: reason`."""
+def described_by_pattern(found: Mapping[str, str], parts: Iterable[str] = ()) -> list[str]:
+    """Returns a line for each reason and each name without its numbers: `2 x layers.*.mixer.dt_proj: reason`.
+
+    parts: names of modules of which all layers are described in one line, `14 x vision_tower: reason`.
+    """
     counts: dict[tuple[str, str], int] = {}
     for name, reason in found.items():
-        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reason
+        part = next((part for part in parts if name == part or name.startswith(f"{part}.")), None)
+        key = part or re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reason
         counts[key] = counts.get(key, 0) + 1
     return [f"{count} x {pattern}: {reason}" for (pattern, reason), count in counts.items()]
 
@@ -167,3 +178,76 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
     visit(model)
     return blocks
+
+
+class NotLoaded(nn.Module):
+    """Stands where a tower was left out. Raises ConfigError when it is called.
+
+    name: of the tower in the model. parts: the names of the modules in the tower, within it.
+    """
+
+    def __init__(self, name: str, tower: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.parts = [part for part, _ in tower.named_modules() if part]
+
+    def forward(self, *args: object, **options: object) -> None:
+        """Raises ConfigError."""
+        raise ConfigError(f"{self.name} was not loaded (text_only), so the model takes text alone; load it whole")
+
+
+def tower_names(model: nn.Module) -> list[str]:
+    """Returns the names of the modules beside the language model, the outermost ones; none for a model of text alone.
+
+    The language model is what transformers calls the decoder of a model whose config has a part for text.
+    """
+    config: object = getattr(model, "config", None)
+    text, decoder = architecture.text_config(config), getattr(model, "get_decoder", None)
+    if text is config or not callable(decoder) or any(getattr(c, "is_encoder_decoder", False) for c in (config, text)):
+        return []
+    names = {module: name for name, module in model.named_modules()}
+    top, path = names.get(architecture.base_model(model)), names.get(decoder())
+    if top is None or path is None or path == top or not f"{path}.".startswith(f"{top}." if top else ""):
+        return []
+    ends = (architecture.input_embedding(model), architecture.output_head(model))
+    steps, found = path.split("."), list[str]()
+    for depth in range(top.count(".") + 1 if top else 0, len(steps)):
+        parent = ".".join(steps[:depth])
+        beside = [(key, child) for key, child in model.get_submodule(parent).named_children() if key != steps[depth]]
+        found += [f"{parent}.{key}".lstrip(".") for key, child in beside if not any(child is end for end in ends)]
+    return found
+
+
+def is_below(name: str, towers: Iterable[str]) -> bool:
+    """Whether a module's or tensor's name is that of a tower, or of a part of one."""
+    return any(f"{name}.".startswith(f"{tower}.") for tower in towers)
+
+
+def left_out_towers(model: nn.Module) -> list[str]:
+    """Returns the names of the towers that were left out of a model."""
+    return [name for name, module in model.named_modules() if isinstance(module, NotLoaded)]
+
+
+def names_not_loaded(model: nn.Module) -> set[str]:
+    """Returns the names of all modules in towers that were left out, as the whole model has them."""
+    left = {name: module for name, module in model.named_modules() if isinstance(module, NotLoaded)}
+    return {f"{name}.{part}" for name, module in left.items() for part in module.parts}
+
+
+def leave_out_towers_(model: nn.Module) -> list[str]:
+    """Replaces the towers of a model by `NotLoaded`; returns their names. Raises ConfigError if it has none."""
+    towers = tower_names(model)
+    if not towers:
+        raise ConfigError(
+            f"text_only leaves out a vision tower or the like, and a {type(model).__name__} has none; leave it away"
+        )
+    for name in towers:
+        parent, _, key = name.rpartition(".")
+        setattr(model.get_submodule(parent), key, NotLoaded(name, model.get_submodule(name)))
+    return towers
+
+
+def check_towers_loaded(model: nn.Module, what: str) -> None:
+    """Raises ConfigError if towers were left out of a model. what: cannot be done without them."""
+    if towers := left_out_towers(model):
+        raise ConfigError(f"{what} needs {listing(towers, 4)}, which was not loaded (text_only); load the model whole")

@@ -111,6 +111,18 @@ def tiny_folder(make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.T
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def make_tiny_vision_model(import_script: Callable[[str], Any]) -> Callable[..., Path]:
+    """The function of examples/tiny_vision_model.py."""
+    return import_script("examples/tiny_vision_model.py").make_tiny_vision_model
+
+
+@pytest.fixture(scope="session")
+def tiny_vision_folder(make_tiny_vision_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SmolVLM of examples/tiny_vision_model.py."""
+    return make_tiny_vision_model(tmp_path_factory.mktemp("vision") / "smolvlm")
+
+
 # For every family: a config uses the sizes that it knows and keeps the others as they are.
 SMALL_SIZES = {
     "vocab_size": 64,

@@ -142,6 +142,7 @@ NOT_RUN_HERE = {
     "examples/real_model.py",
     "examples/message_records.py",
     "examples/tiny_model.py",
+    "examples/tiny_vision_model.py",
     "profiling/sharded_base.py",
 }
 

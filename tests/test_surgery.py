@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from qlora_lite.errors import TargetError
+from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.surgery import (
     check_all_matched,
+    check_towers_loaded,
     described_by_pattern,
     distinct_ends,
     exchange_modules_,
+    is_below,
     is_part_of_path,
     is_transposed_linear,
+    leave_out_towers_,
+    left_out_towers,
     matches_as_in_transformers,
     matching_pattern,
     name_matches,
     replace_modules_,
+    tower_names,
 )
 
 
@@ -55,6 +61,36 @@ def test_patterns_match_as_in_transformers() -> None:
 def test_names_are_described_without_their_numbers() -> None:
     found = {"a.0.b": "one", "a.11.b": "one", "a.2.b": "two", "head": "one", "a.0.b1.2": "one"}
     assert described_by_pattern(found) == ["2 x a.*.b: one", "1 x a.*.b: two", "1 x head: one", "1 x a.*.b1.2: one"]
+    assert described_by_pattern(found, ["a"]) == ["3 x a: one", "1 x a: two", "1 x head: one"]
+
+
+def test_towers_are_the_modules_beside_the_decoder() -> None:
+    def model_of(text: object) -> nn.Module:
+        model = nn.ModuleDict({"model": nn.ModuleDict({"tower": nn.Linear(2, 2), "text": nn.Linear(2, 2)})})
+        model["model"]["wrap"] = nn.ModuleDict({"bridge": nn.Linear(2, 2), "language": nn.Linear(2, 2)})
+        model["head"] = nn.Linear(2, 2)
+        model.base_model = model["model"]
+        model.config = SimpleNamespace(get_text_config=lambda: text)
+        model.get_decoder = lambda: model["model"]["wrap"]["language"]
+        return model
+
+    model = model_of(SimpleNamespace())
+    assert tower_names(model) == ["model.tower", "model.text", "model.wrap.bridge"]
+    assert leave_out_towers_(model) == left_out_towers(model) == tower_names(model)
+    assert next(name for name, _ in model.named_parameters()).startswith("model.wrap.language")
+    with pytest.raises(ConfigError, match=r"an export needs model\.tower, model\.text, model\.wrap\.bridge, which was"):
+        check_towers_loaded(model, "an export")
+    for text in (SimpleNamespace(is_encoder_decoder=True), None):  # its encoder reads the text, and no text part
+        model = model_of(text)
+        model.config.get_text_config = (lambda config=model.config: config) if text is None else (lambda t=text: t)
+        assert tower_names(model) == []
+        with pytest.raises(ConfigError, match="a ModuleDict has none"):
+            leave_out_towers_(model)
+
+
+def test_what_is_below_a_tower_begins_with_its_name() -> None:
+    assert is_below("a.tower.0.q", ["a.tower"]) and is_below("a.tower", ["b", "a.tower"])
+    assert not is_below("a.towers.q", ["a.tower"]) and not is_below("b.a.tower", ["a.tower"])
 
 
 PARTS = st.sampled_from(["a", "q", "k+", "layers", "1", "11"])

@@ -34,7 +34,7 @@ from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.experts import stacks
 from qlora_lite.quantization.formats import eight_bit_format
 from qlora_lite.quantization.quantize_model import WeightToPack, weights_to_pack
-from qlora_lite.surgery import is_transposed_linear, name_matches
+from qlora_lite.surgery import is_below, is_transposed_linear, left_out_towers, name_matches
 from qlora_lite.tasks import creatable, in_label_head
 
 SHOWN = 8
@@ -55,12 +55,13 @@ class ModelTensors:
     """The tensors of a checkpoint by a model's names.
 
     passed_over: its tensors that the model has no place for. created: parameters of the model that it lacks and that
-    start untrained (`tasks.creatable`).
+    start untrained (`tasks.creatable`). not_loaded: its tensors of towers that were left out of the model.
     """
 
     by_name: dict[str, LazyTensor | StoredPacked]
     passed_over: list[str]
     created: list[str]
+    not_loaded: list[str]
 
 
 def tensors_for_model(
@@ -90,6 +91,9 @@ def tensors_for_model(
         if not any(pattern.search(name) or pattern.search(target) for pattern in ignorable)
     ]
     unexpected += [name for name in packed or {} if name not in shapes]
+    towers = left_out_towers(model)
+    not_loaded = [name for name in unexpected if is_below(found.unexpected.get(name, name), towers)]
+    unexpected = [name for name in unexpected if name not in set(not_loaded)]
     passed_over = (
         unexpected if ignore_unexpected or not unexpected else _of_other_parts(model, folder, files, unexpected)
     )
@@ -125,7 +129,7 @@ def tensors_for_model(
         raise CheckpointError(f"{folder} does not fit this {type(model).__name__}: {'; '.join(problems)}{hint}")
     aliases = {alias for alias, name in architecture.tied_pairs(model) if name in tensors}
     fitting = {name: tensor for name, tensor in tensors.items() if name in shapes and name not in aliases}
-    return ModelTensors(fitting, sorted(passed_over), sorted(created))
+    return ModelTensors(fitting, sorted(passed_over), sorted(created), sorted(not_loaded))
 
 
 def _of_other_parts(model: nn.Module, folder: Path, files: Mapping[str, LazyTensor], names: list[str]) -> list[str]:
@@ -166,7 +170,7 @@ class Checkpoint:
     """The tensors of a checkpoint folder by a model's names, and the settings by which the model is packed.
 
     passed_over: tensors of the files that the model has no place for. created: parameters of the model that the files
-    lack and that start untrained (`tasks.creatable`).
+    lack and that start untrained (`tasks.creatable`). not_loaded: tensors of towers that were left out of the model.
     """
 
     folder: Path
@@ -174,6 +178,7 @@ class Checkpoint:
     tensors: Mapping[str, LazyTensor | StoredPacked]
     passed_over: Sequence[str] = ()
     created: Sequence[str] = ()
+    not_loaded: Sequence[str] = ()
 
     @classmethod
     def open(
@@ -190,7 +195,8 @@ class Checkpoint:
         quantization, files = hub.quantization_config(folder), TensorFiles(folder)
         if quantization is None:
             found = tensors_for_model(model, folder, files.stored, None, ignore_unexpected)
-            return cls(folder, config or QuantConfig(), found.by_name, found.passed_over, found.created)
+            left = found.passed_over, found.created, found.not_loaded
+            return cls(folder, config or QuantConfig(), found.by_name, *left)
         _check_is_bitsandbytes(quantization, folder)
         packed, statistics = stored_packed_weights(files.stored)
         absmax = stored_tensors(folder / ROWS_FILE) if (folder / ROWS_FILE).is_file() else {}
@@ -199,7 +205,7 @@ class Checkpoint:
         plain = {name: tensor for name, tensor in files.stored.items() if name not in statistics.union(known)}
         settings = _as_stored(folder, model, config, packed, bool(rows))
         found = tensors_for_model(model, folder, plain, known, ignore_unexpected)
-        return cls(folder, settings, found.by_name, found.passed_over, found.created)
+        return cls(folder, settings, found.by_name, found.passed_over, found.created, found.not_loaded)
 
     @property
     def originals(self) -> dict[str, LazyTensor]:

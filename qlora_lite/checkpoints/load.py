@@ -27,7 +27,7 @@ from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.quantize_model import WeightToPack
 from qlora_lite.quantization.selection import left_unpacked
 from qlora_lite.signals import check_signals
-from qlora_lite.surgery import described_by_pattern
+from qlora_lite.surgery import described_by_pattern, leave_out_towers_, tower_names
 from qlora_lite.tasks import task_of
 
 
@@ -37,26 +37,31 @@ class LoadReport:
 
     left_unpacked: layers and stacks that stay unpacked although a format was asked for, with the reasons.
     unpacked_bytes: of their weights. passed_over: tensors of the checkpoint that the model has no place for. created:
-    parameters of the model's head that the checkpoint lacks, and that start untrained.
+    parameters of the model's head that the checkpoint lacks, and that start untrained. towers: the parts beside the
+    language model. not_loaded: tensors of these, if they were left out.
     """
 
     left_unpacked: Mapping[str, str] = field(default_factory=dict)
     unpacked_bytes: int = 0
     passed_over: Sequence[str] = ()
     created: Sequence[str] = ()
+    towers: Sequence[str] = ()
+    not_loaded: Sequence[str] = ()
 
     def in_words(self) -> list[str]:
         """Returns lines for people to read; none if there is nothing to say."""
         lines = []
         if self.left_unpacked:
             lines.append(f"{len(self.left_unpacked)} layers stay unpacked ({self.unpacked_bytes:,} bytes):")
-            lines += [f"  {line}" for line in described_by_pattern(self.left_unpacked)]
+            lines += [f"  {line}" for line in described_by_pattern(self.left_unpacked, self.towers)]
         if self.passed_over:
             lines.append(f"{len(self.passed_over)} tensors of the checkpoint are not part of the model:")
             lines += [f"  {line}" for line in described_by_pattern(dict.fromkeys(self.passed_over, "passed over"))]
         if self.created:
             lines.append(f"{len(self.created)} tensors are not in the checkpoint and start untrained:")
             lines += [f"  {line}" for line in described_by_pattern(dict.fromkeys(self.created, "untrained"))]
+        if self.not_loaded:
+            lines.append(f"not loaded ({len(self.not_loaded)} tensors): {', '.join(self.towers)}")
         return lines
 
 
@@ -122,6 +127,7 @@ def load_quantized(
     ignore_unexpected: bool = False,
     task: str | type | None = None,
     labels: int | Sequence[str] | None = None,
+    text_only: bool = False,
 ) -> Any:
     """Loads a transformers model from a safetensors checkpoint, packed and frozen.
 
@@ -136,6 +142,8 @@ def load_quantized(
     Layers that cannot be packed stay as they are, and tensors of a vision tower or the like are passed over.
     `ignore_unexpected` passes over all tensors that the model has no place for: extra heads, buffers of older releases.
     `model.load_report` (LoadReport) lists both.
+    `text_only` leaves out the vision tower and the projector of a vision-language model: it takes text alone, and its
+    exports take their tensors from the checkpoint.
 
     task: a name in `tasks.TASKS` (`causal-lm`, `sequence-classification`, ...), or a class of transformers; None for
     the class that the checkpoint's config names. labels: of a classifier, their names or their number; None for those
@@ -144,8 +152,8 @@ def load_quantized(
 
     Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, before anything is read;
     ConfigError if `config` asks for another format than a packed folder has, for a task that transformers has no class
-    for, and for labels of another task; QuantizationError for values that are NaN,
-    infinite, or too large for the format, listing every tensor that has some.
+    for, for labels of another task, and if `text_only` has nothing to leave out; QuantizationError for values that are
+    NaN, infinite, or too large for the format, listing every tensor that has some.
     """
     set_host_limits()
     folder = hub.checkpoint_folder(path_or_id)
@@ -156,8 +164,9 @@ def load_quantized(
     if labels is not None and not task_of(model).has_labels:
         raise ConfigError(f"labels were given for a {type(model).__name__}, whose task {task_of(model).name} has none")
     architecture.tie(model)
+    towers = leave_out_towers_(model) if text_only else tower_names(model)
     checkpoint = Checkpoint.open(folder, model, config, ignore_unexpected=ignore_unexpected)
-    report = _report(model, checkpoint)
+    report = _report(model, checkpoint, towers)
     identity = checkpoint_identity_or_error(folder, model_config)
     architecture.initialize_(model, checkpoint.created, torch.device(device))
     load_tensors_(model, checkpoint, dtype, torch.device(device))
@@ -171,11 +180,11 @@ def load_quantized(
     return model
 
 
-def _report(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
+def _report(model: nn.Module, checkpoint: Checkpoint, towers: Sequence[str]) -> LoadReport:
     left, tensors = left_unpacked(model, checkpoint.config, checkpoint.packed_layers), model.state_dict(keep_vars=True)
     weights = {id(weight): weight for name in left for weight in (tensors.get(f"{name}.weight", tensors.get(name)),)}
     sizes = [weight.nbytes for weight in weights.values() if weight is not None]
-    return LoadReport(left, sum(sizes), checkpoint.passed_over, checkpoint.created)
+    return LoadReport(left, sum(sizes), checkpoint.passed_over, checkpoint.created, towers, checkpoint.not_loaded)
 
 
 def load_tensors_(model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dtype, device: torch.device) -> None:

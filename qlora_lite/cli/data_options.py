@@ -130,3 +130,37 @@ def training_data(
     if eval_share is not None:
         return TrainingData(tokenized, *tokenized.examples.held_out(eval_share))
     return TrainingData(tokenized, tokenized.examples, held_out)
+
+
+def run_date_of(output: Path) -> date:
+    """The date that the chat template writes in a resumed run: that of the run's start."""
+    from qlora_lite.checkpoints.files import read_json
+    from qlora_lite.errors import CheckpointError
+    from qlora_lite.training.run_checkpoints import DATA_FILE
+
+    path = output / DATA_FILE
+    if not path.exists():  # no step was done, or the run is older than this file
+        return date.today()
+    try:
+        return date.fromisoformat(str(read_json(path)["date"]))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} has no date of the run; delete it to go on with today's") from error
+
+
+def described_records(options: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[TrainingData, dict[str, object]]:
+    """Reads the records, and prints what is learned; returns them, and the notes that a run keeps of them."""
+    from qlora_lite.checkpoints.hub import checkpoint_folder, read_config
+    from qlora_lite.data.summary import summarize
+    from qlora_lite.training.distributed import is_first_process
+    from qlora_lite.training.loop import check_length_by_config
+
+    run_date = run_date_of(options["output"]) if options["resume"] else date.today()
+    config, cache = data_config(options, run_date), options["token_cache"]
+    records = training_data(options["data"], options["eval_data"], options["eval_share"], tokenizer, config, cache)
+    summary = summarize(records.tokenized)
+    held_out = None if records.held_out is None else len(records.held_out)
+    if is_first_process():
+        notes = (held_out and f"{held_out:,} examples are held out", records.warning())
+        print("\n".join([*summary.in_words(options["packing"]), *(note for note in notes if note)]))
+    check_length_by_config(read_config(checkpoint_folder(options["model"], weights=False)), records.tokenized.longest)
+    return records, {"date": run_date.isoformat(), **summary.to_json(), "examples_held_out": held_out}

@@ -28,6 +28,10 @@ IgnoreUnexpected = Annotated[
         help="Pass over tensors of the checkpoint that the model has no place for, and list them.",
     ),
 ]
+TextOnly = Annotated[
+    bool,
+    typer.Option("--text-only", help="Do not load the vision tower of a vision-language model: train on text alone."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 _FORMATS = [f"{row.name} ({row.help})" for row in FORMATS.values()]
 _EMBEDDING_FORMATS = either(*embedding_formats())
@@ -105,11 +109,11 @@ def listed(text: str) -> list[str]:
 
 
 def targets_named(option: str, text: str) -> str | list[str]:
-    """Returns names separated by commas as a list, and the regular expression after `re:` as text; `all-linear` as is.
+    """Returns names separated by commas as a list, and the regular expression after `re:` as text.
 
-    Raises ConfigError for an empty expression.
+    `all-linear` and `all-linear-with-towers` stay as they are. Raises ConfigError for an empty expression.
     """
-    if text == "all-linear":
+    if text in ("all-linear", "all-linear-with-towers"):
         return text
     kind, colon, expression = text.partition(":")
     if (kind, colon) != ("re", ":"):

@@ -20,6 +20,7 @@ from qlora_lite.cli.options import (
     Optimizer,
     Rank,
     SkipModules,
+    TextOnly,
     skipped,
 )
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
@@ -52,6 +53,7 @@ def plan(
         list[int] | None,
         typer.Option(help="Also find the largest batch whose rows have this many tokens; repeatable."),
     ] = None,
+    text_only: TextOnly = False,
     json: Json = False,
 ) -> None:
     """Predict from a config whether training fits into a memory, and the largest batches; exit status 3 if not."""
@@ -71,7 +73,8 @@ def plan(
         format, double_quant=double_quant, embedding_format=embedding_format, skip_modules=skipped(skip_modules)
     )
     config = TrainConfig(optimizer=optimizer, checkpointing=checkpointing_named(checkpointing))
-    wanted = TrainingSetup(quant, LoraConfig(rank, 2 * rank), rows, tokens, optimizer, config.checkpointing)
+    lora = LoraConfig(rank, 2 * rank)
+    wanted = TrainingSetup(quant, lora, rows, tokens, optimizer, config.checkpointing, text_only=text_only)
     size = byte_count("--memory must be", memory)
     if device not in ("accelerator", "cpu"):
         raise ConfigError(f"--device must be accelerator or cpu; got {device!r}")

@@ -16,6 +16,7 @@ from qlora_lite.cli.options import (
     Model,
     Rank,
     SkipModules,
+    TextOnly,
     skipped,
 )
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
@@ -31,6 +32,7 @@ def profile(
     rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 2,
     tokens: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
     checkpointing: Checkpointing = "full",
+    text_only: TextOnly = False,
     mode: Annotated[str, typer.Option(help="full follows every tensor; phases only reads memory counters.")] = "full",
     predict: Annotated[bool, typer.Option(help="With --mode full, also predict the memory and compare.")] = True,
     html: Annotated[Path | None, typer.Option("--html", help="HTML file to write, with charts: report.html.")] = None,
@@ -78,12 +80,16 @@ def profile(
         require_matplotlib()
     with deferred_signals(), nullcontext() if snapshot is None else memory_snapshot(snapshot):
         profiler = MemoryProfiler(trace=mode == "full")
-        report = profile_steps(model, quant, lora, config, rows=rows, tokens=tokens, profiler=profiler)
+        report = profile_steps(
+            model, quant, lora, config, rows=rows, tokens=tokens, profiler=profiler, text_only=text_only
+        )
     print(render(report))
     predicted = None
     if predict and mode == "full":
         with deferred_signals():
-            predicted, why_not = try_rehearse_steps(model, quant, lora, config, rows=rows, tokens=tokens)
+            predicted, why_not = try_rehearse_steps(
+                model, quant, lora, config, rows=rows, tokens=tokens, text_only=text_only
+            )
         print(why_not if predicted is None else render_comparison(predicted, report))
     if html is not None:
         write_page(html, report, predicted, title=f"Two training steps of {model}", overwrite=overwrite)

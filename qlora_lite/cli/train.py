@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +19,8 @@ from qlora_lite.cli.data_options import (
     SkipBad,
     TokenCache,
     TrainingData,
-    data_config,
+    described_records,
     input_paths,
-    training_data,
 )
 from qlora_lite.cli.options import (
     Alpha,
@@ -40,6 +38,7 @@ from qlora_lite.cli.options import (
     Overwrite,
     Rank,
     SkipModules,
+    TextOnly,
     UseRslora,
     check_output,
     finish,
@@ -55,13 +54,28 @@ from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 if TYPE_CHECKING:
     from torch import nn
 
-    from qlora_lite.data.encoding import Tokenizer
     from qlora_lite.lora.config import LoraConfig
     from qlora_lite.planning.memory_budget import BudgetedConfig
     from qlora_lite.training.loop import TrainResult
 
 
 LARGEST_EXPONENT = 700.0  # of a perplexity that is a finite float
+
+
+def _lora_config(options: Mapping[str, Any]) -> LoraConfig:
+    from qlora_lite.lora.config import LoraConfig
+    from qlora_lite.lora.targets import layer_numbers
+
+    exclude, blocks = options["exclude_modules"], options["layers_to_transform"]
+    return settings(
+        LoraConfig,
+        options,
+        target_modules=targets_named("--target-modules", options["target_modules"]),
+        exclude_modules=None if exclude is None else targets_named("--exclude-modules", exclude),
+        layers_to_transform=None if blocks is None else layer_numbers(blocks),
+        modules_to_save=listed(options["modules_to_save"]),
+        trainable_token_indices=listed_tokens(options["trainable_token_indices"]),
+    )
 
 
 def _check_options(lora: LoraConfig, memory_budget: str | None, checkpointing: str | None) -> None:
@@ -96,51 +110,18 @@ def _check_run(output: Path, replaced: bool, model: str, data: Sequence[Path], s
     check_output(output / ADAPTER_FOLDER if replaced else output, replaced, model, *map(str, data))
 
 
-def _run_date(output: Path) -> date:
-    """The date that the chat template writes in a resumed run: that of the run's start."""
-    from qlora_lite.checkpoints.files import read_json
-    from qlora_lite.errors import CheckpointError
-    from qlora_lite.training.run_checkpoints import DATA_FILE
-
-    path = output / DATA_FILE
-    if not path.exists():  # no step was done, or the run is older than this file
-        return date.today()
-    try:
-        return date.fromisoformat(str(read_json(path)["date"]))
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} has no date of the run; delete it to go on with today's") from error
-
-
-def _described_records(options: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[TrainingData, dict[str, object]]:
-    """Reads the records, and prints what is learned; returns them, and the notes that a run keeps of them."""
-    from qlora_lite.checkpoints.hub import checkpoint_folder, read_config
-    from qlora_lite.data.summary import summarize
-    from qlora_lite.training.distributed import is_first_process
-    from qlora_lite.training.loop import check_length_by_config
-
-    run_date = _run_date(options["output"]) if options["resume"] else date.today()
-    config, cache = data_config(options, run_date), options["token_cache"]
-    records = training_data(options["data"], options["eval_data"], options["eval_share"], tokenizer, config, cache)
-    summary = summarize(records.tokenized)
-    held_out = None if records.held_out is None else len(records.held_out)
-    if is_first_process():
-        notes = (held_out and f"{held_out:,} examples are held out", records.warning())
-        print("\n".join([*summary.in_words(options["packing"]), *(note for note in notes if note)]))
-    check_length_by_config(read_config(checkpoint_folder(options["model"], weights=False)), records.tokenized.longest)
-    return records, {"date": run_date.isoformat(), **summary.to_json(), "examples_held_out": held_out}
-
-
 def _add_adapters_(model: Any, lora: LoraConfig) -> None:
     """Adds adapters; prints what stays unpacked or gets no adapter, what peft will not load, and unexpected tensors."""
     from qlora_lite.lora.adapters import add_lora_, lora_layers
     from qlora_lite.lora.peft.save_load import layers_lost_in_peft
     from qlora_lite.lora.targets import left_out_of_all_linear
-    from qlora_lite.surgery import described_by_pattern
+    from qlora_lite.surgery import described_by_pattern, tower_names
     from qlora_lite.training.distributed import is_first_process
 
     lines: list[str] = model.load_report.in_words()
-    left = left_out_of_all_linear(model) if lora.target_modules == "all-linear" else {}
-    lines += [f"{len(left)} layers get no adapter:"] * bool(left) + [f"  {line}" for line in described_by_pattern(left)]
+    left = left_out_of_all_linear(model, lora.target_modules)
+    lines += [f"{len(left)} layers get no adapter:"] * bool(left)
+    lines += [f"  {line}" for line in described_by_pattern(left, tower_names(model))]
     if lines and is_first_process():
         print("\n".join(lines))
     add_lora_(model, lora)
@@ -221,8 +202,9 @@ def train(
     target_modules: Annotated[
         str,
         typer.Option(
-            help="Layers that get adapters: all-linear, names or their last parts separated by commas, or re: and a "
-            "regular expression for the whole name, as re:.*layers.[0-3].*q_proj."
+            help="Layers that get adapters: all-linear (of the language model), all-linear-with-towers (also of a "
+            "vision tower), names or their last parts separated by commas, or re: and a regular expression for the "
+            "whole name, as re:.*layers.[0-3].*q_proj."
         ),
     ] = "all-linear",
     exclude_modules: Annotated[
@@ -292,6 +274,7 @@ def train(
     ] = False,
     any_base: AnyBase = False,
     ignore_unexpected: IgnoreUnexpected = False,
+    text_only: TextOnly = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -302,8 +285,6 @@ def train(
     from qlora_lite.checkpoints.load import load_quantized
     from qlora_lite.checks import byte_count
     from qlora_lite.data.batching import batches
-    from qlora_lite.lora.config import LoraConfig
-    from qlora_lite.lora.targets import layer_numbers
     from qlora_lite.planning.memory_budget import config_within, device_memory
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import deferred_signals
@@ -312,21 +293,13 @@ def train(
     from qlora_lite.training.loop import train as train_model
 
     quant = settings(QuantConfig, ctx.params, skip_modules=skipped(skip_modules))
-    lora = settings(
-        LoraConfig,
-        ctx.params,
-        target_modules=targets_named("--target-modules", target_modules),
-        exclude_modules=None if exclude_modules is None else targets_named("--exclude-modules", exclude_modules),
-        layers_to_transform=None if layers_to_transform is None else layer_numbers(layers_to_transform),
-        modules_to_save=listed(modules_to_save),
-        trainable_token_indices=listed_tokens(trainable_token_indices),
-    )
+    lora = _lora_config(ctx.params)
     config = settings(TrainConfig, ctx.params, checkpointing=checkpointing_named(checkpointing or "full"))
     _check_options(lora, memory_budget, checkpointing)
     inputs = input_paths([*data, *(eval_data or ())])
     _check_run(output, overwrite or resume, model, inputs, same_base=resume and not any_base)
     tokenizer = load_tokenizer(model)
-    records, notes = _described_records(ctx.params, tokenizer)
+    records, notes = described_records(ctx.params, tokenizer)
     pad = tokenizer.pad_token_id
     stream = batches(records.examples, batch_size, seed, pad_token_id=pad, packing=packing, max_length=max_length)
     budgeted = None
@@ -334,10 +307,11 @@ def train(
         if memory_budget is not None:
             memory = device_memory(byte_count("--memory-budget must be", memory_budget))
             tokens = max_length if packing else records.tokenized.longest
-            budgeted = config_within(memory, model, quant, lora, config, rows=batch_size, tokens=tokens)
+            shape: dict[str, int] = {"rows": batch_size, "tokens": tokens}
+            budgeted = config_within(memory, model, quant, lora, config, text_only=text_only, **shape)
             print(budgeted.described())
         torch.manual_seed(seed)
-        loaded = load_quantized(model, quant, ignore_unexpected=ignore_unexpected)
+        loaded = load_quantized(model, quant, ignore_unexpected=ignore_unexpected, text_only=text_only)
         _add_adapters_(loaded, lora)
         chosen = config if budgeted is None else budgeted.config
         losses = _held_out_loss(loaded, records, ctx.params, pad)

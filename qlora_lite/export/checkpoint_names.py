@@ -35,6 +35,7 @@ from qlora_lite.checkpoints.lazy_tensors import (
 from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.export.merged_tensor import ExportedTensor, TransposedOnce
 from qlora_lite.export.plain_weights import PlainWeight, plain_weights
+from qlora_lite.surgery import is_below, left_out_towers
 
 # Where the names of an export come from: the checkpoint, or the model.
 CHECKPOINT, MODEL = NAMES = ("checkpoint", "model")
@@ -144,15 +145,17 @@ class CheckpointNames:
         """Returns the tensors of the source that the model has no place for, by their names there.
 
         transformers passes over them, but another reader may need them: the vision tower of a checkpoint of which the
-        language model was loaded, or layers that predict further tokens.
+        language model was loaded, or layers that predict further tokens. So are the tensors of towers that were left
+        out of the model (surgery.py).
         """
         if self._source is None:
             return {}
         patterns = [re.compile(pattern) for pattern in architecture.ignorable_keys(self._model)]
+        towers = left_out_towers(self._model)
         passed_over = [
             name
             for name, target in self.converted.unexpected.items()
-            if any(pattern.search(name) or pattern.search(target) for pattern in patterns)
+            if is_below(target, towers) or any(pattern.search(name) or pattern.search(target) for pattern in patterns)
         ]
         return {name: self._source[name] for name in passed_over}
 

@@ -48,6 +48,7 @@ from qlora_lite.export.verify import BASES, DEQUANTIZED, ORIGINAL, Verification,
 from qlora_lite.lora.multi_adapter import active_adapter, using_adapter
 from qlora_lite.lora.peft.save_load import load_adapter_
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.surgery import check_towers_loaded
 
 # The names of transformers' `save_pretrained`, whatever names the checkpoint has: those that converters know.
 AS_SAVED = "as saved"
@@ -207,6 +208,8 @@ def _write(
     examples: Sequence[TokenizedExample] | None,
 ) -> Exported:
     check_output_is_not_input(folder, source)
+    if not plan.is_whole:
+        check_towers_loaded(model, "an export without the names and files of the full-precision checkpoint")
     if examples is not None:
         check_examples(examples, model, architecture.vocabulary_size(model))
     with new_folder(folder, overwrite) as temporary:

@@ -39,7 +39,7 @@ from qlora_lite.quantization.formats import UNPACKED, either, embedding_formats,
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.signals import check_signals
-from qlora_lite.surgery import distinct_ends, matches_as_in_transformers
+from qlora_lite.surgery import check_towers_loaded, distinct_ends, matches_as_in_transformers
 
 SHOWN = 8
 
@@ -208,6 +208,7 @@ def save_quantized(
             f"{adapted} layers have adapters, which a packed checkpoint cannot hold; save_adapter writes them, "
             f"export_merged merges them, and after remove_lora_ save_quantized writes the base under them"
         )
+    check_towers_loaded(model, "a packed checkpoint")
     source = hub.model_folder(model)
     check_output_is_not_input(Path(folder), source)
     layers = _PackedLayers.of(model)

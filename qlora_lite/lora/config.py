@@ -15,6 +15,7 @@ from qlora_lite.lora.variants import VARIANTS, check_bias, check_variant
 from qlora_lite.surgery import layer_pattern, matching_pattern
 
 ALL_LINEAR = "all-linear"
+ALL_LINEAR_WITH_TOWERS = "all-linear-with-towers"
 BIASES = ("none", "all", "lora_only")
 INITS = ("normal", "kaiming", "gaussian", "orthogonal", "pissa", "loftq")
 LOFTQ_ITERATIONS = re.compile(r"loftq:([1-9][0-9]{0,3})")
@@ -78,7 +79,9 @@ class LoraConfig:
     """The layers that get an adapter, its size and scale (see LoraLayer), and what else is trained.
 
     target_modules: `"all-linear"` means every linear layer except the output head, and no stack of experts (for some
-        families, peft adapts the stacks and the router too, with another rank). Another string is a regular expression
+        families, peft adapts the stacks and the router too, with another rank). Of a vision-language model it means
+        the language model; `"all-linear-with-towers"` adds the vision tower and the projector, which only images
+        reach, or an audio encoder. Another string is a regular expression
         for the whole name of a layer. A list names layers by their whole name or its last parts. Both may select
         convolutions too. A function `(name, module) -> bool` decides by itself. A stack of experts' matrices has its
         own name, `model.layers.0.mlp.experts.gate_up_proj` (peft: target_parameters), no dropout, and the variant
@@ -129,7 +132,8 @@ class LoraConfig:
         _check_targets("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             _check_targets("exclude_modules", self.exclude_modules)
-            require(self.exclude_modules != ALL_LINEAR, "exclude_modules must leave a layer", ALL_LINEAR)
+            everything = (ALL_LINEAR, ALL_LINEAR_WITH_TOWERS)
+            require(self.exclude_modules not in everything, "exclude_modules must leave a layer", self.exclude_modules)
         if (numbers := self.layers_to_transform) is not None:
             listed = isinstance(numbers, Sequence) and len(numbers) > 0 and all(is_count(n, 0) for n in numbers)
             require(listed, "layers_to_transform must be None or a list of numbers of at least 0", numbers)

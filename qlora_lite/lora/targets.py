@@ -16,14 +16,22 @@ from torch import nn
 from qlora_lite import architecture
 from qlora_lite.errors import ConfigError, TargetError, listing
 from qlora_lite.lora.auxiliary import find_modules_to_save
-from qlora_lite.lora.config import ALL_LINEAR, LoraConfig, Targets
+from qlora_lite.lora.config import ALL_LINEAR, ALL_LINEAR_WITH_TOWERS, LoraConfig, Targets
 from qlora_lite.lora.convolution import refusal_reason
 from qlora_lite.lora.experts import adaptable_stacks, unpacked_stacks
 from qlora_lite.lora.kinds import Kind, LinearKind, RouterKind, StackKind, kind_of
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.variants import ordinary_alpha, ordinary_rank
 from qlora_lite.quantization.experts import stacks
-from qlora_lite.surgery import check_all_matched, has_own_forward, is_part_of_path, name_matches
+from qlora_lite.surgery import (
+    NOT_LANGUAGE_MODEL,
+    check_all_matched,
+    has_own_forward,
+    is_below,
+    is_part_of_path,
+    name_matches,
+    tower_names,
+)
 from qlora_lite.weight_readers import described_reads, weights_read
 
 BLOCK = re.compile(r"(?:^|.*?\.)[^.]+\.(?P<number>\d+)\.")
@@ -219,17 +227,26 @@ def _matching(
     return [name for name in layers if any(matches(name, target) for target in targets)]
 
 
-def left_out_of_all_linear(model: nn.Module) -> dict[str, str]:
-    """Returns the linear layers that `all-linear` leaves out, with the reasons: an adapter cannot act on them."""
+def left_out_of_all_linear(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, str]:
+    """Returns the linear layers that `all-linear`, or `all-linear-with-towers`, leaves out, with the reasons.
+
+    An adapter cannot act on them, or, with `all-linear`, they are not part of the language model. There are none for
+    other targets.
+    """
+    if targets not in (ALL_LINEAR, ALL_LINEAR_WITH_TOWERS):
+        return {}
+    towers = tower_names(model) if targets == ALL_LINEAR else []
+    in_towers = [(name, module) for name, module in model.named_modules() if is_below(name, towers)]
+    beside = {name: NOT_LANGUAGE_MODEL for name, module in in_towers if isinstance(kind_of(module), LinearKind)}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     read = weights_read(model)
     own = {n: f"a {type(m).__name__} has a forward of its own" for n, m in linears.items() if has_own_forward(m)}
-    return own | {name: f"{read[name]} reads its weight" for name in linears if name in read}
+    return own | {name: f"{read[name]} reads its weight" for name in linears if name in read} | beside
 
 
-def _all_linear(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Returns every linear layer but the output head and those that cannot be adapted."""
-    head, left = architecture.output_head(model), left_out_of_all_linear(model)
+def _all_linear(model: nn.Module, targets: Targets, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Returns every linear layer but the output head and those that `left_out_of_all_linear` lists."""
+    head, left = architecture.output_head(model), left_out_of_all_linear(model, targets)
     linear = {name: layer for name, layer in layers.items() if isinstance(kind_of(layer), LinearKind)}
     return {name: layer for name, layer in linear.items() if layer is not head and name not in left}
 
@@ -238,8 +255,10 @@ def _targeted(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     """Returns the layers that target_modules selects, before any exclusion."""
     layers = _adaptable_layers(model)
     _check_no_unknown_stack(model, targets, layers)
-    if targets == ALL_LINEAR:
-        targeted = _all_linear(model, layers)
+    if targets in (ALL_LINEAR, ALL_LINEAR_WITH_TOWERS):
+        if targets == ALL_LINEAR_WITH_TOWERS and not tower_names(model):
+            raise TargetError(f"a {type(model).__name__} has no tower beside its language model; use {ALL_LINEAR!r}")
+        targeted = _all_linear(model, targets, layers)
     else:
         _check_convolutions(model, targets)
         if not isinstance(targets, str) and not callable(targets):
@@ -280,7 +299,7 @@ def _unused_settings(
 
 def _without_modules_to_save(chosen: Collection[str], model: nn.Module, config: LoraConfig) -> set[str]:
     """Returns the chosen names; `all-linear` leaves out the modules that modules_to_save names."""
-    if config.target_modules != ALL_LINEAR or not config.modules_to_save:
+    if config.target_modules not in (ALL_LINEAR, ALL_LINEAR_WITH_TOWERS) or not config.modules_to_save:
         return set(chosen)
     return set(chosen) - find_modules_to_save(model, config.modules_to_save).keys()
 
@@ -296,7 +315,7 @@ def select_targets(model: nn.Module, config: LoraConfig) -> list[TargetedLayer]:
     targeted = _targeted(model, config.target_modules)
     excluded: set[str] = set()
     # What all-linear leaves out may be excluded by name too.
-    left = left_out_of_all_linear(model) if config.target_modules == ALL_LINEAR else {}
+    left = left_out_of_all_linear(model, config.target_modules)
     if config.exclude_modules is not None:
         excludable = {**targeted, **{name: model.get_submodule(name) for name in left}}
         excluded.update(_matching("exclude_modules", config.exclude_modules, excludable, is_part_of_path))

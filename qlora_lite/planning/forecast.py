@@ -50,7 +50,8 @@ class TrainingSetup:
     """All settings that decide about the memory of training, apart from the model and the device.
 
     rows, tokens: the shape of a batch. checkpointing: as in `TrainConfig`; an int is a number of bytes. accumulated:
-    whether a step has several batches, so that gradients are alive while the next batch runs.
+    whether a step has several batches, so that gradients are alive while the next batch runs. text_only: as in
+    `load_quantized`.
     """
 
     quant: QuantConfig
@@ -60,6 +61,7 @@ class TrainingSetup:
     optimizer: str = "adamw"
     checkpointing: str | int = "full"
     accumulated: bool = False
+    text_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class Forecaster:
         )
 
     def _rehearse(self, setup: TrainingSetup, layers: int | None) -> _Rehearsed:
-        fake = self._fake_model(setup.quant, setup.lora, layers)
+        fake = self._fake_model(setup, layers)
         one_step = isinstance(setup.checkpointing, str)
         config = TrainConfig(
             steps=1 if one_step else 2,
@@ -237,15 +239,15 @@ class Forecaster:
         levels = _with_more(levels, OTHER, fake.table_bytes, tuple({site.phase for site in levels}))
         return _Rehearsed({**fake.levels, **levels}, reserved, fake.model_bytes)
 
-    def _fake_model(self, quant: QuantConfig, lora: LoraConfig, layers: int | None) -> _FakeModel:
-        key = (repr((quant, lora)), layers)
+    def _fake_model(self, setup: TrainingSetup, layers: int | None) -> _FakeModel:
+        key = (repr((setup.quant, setup.lora, setup.text_only)), layers)
         if key not in self._models:
             config = self._model_config
             if layers not in (None, self._layers):
                 config = _with_layers(config, layers or 0)
             profiler = fake_profiler(self._accelerator)
             with profiler:
-                model = build_fake_model(config, quant, lora, profiler)
+                model = build_fake_model(config, setup.quant, setup.lora, profiler, text_only=setup.text_only)
                 profiler.track(model)
             assert profiler.trace is not None
             found = highest_by_site(profiler.trace.timeline(), layers or 0)

@@ -76,6 +76,7 @@ def config_within(
     *,
     rows: int,
     tokens: int,
+    text_only: bool = False,
 ) -> BudgetedConfig:
     """Returns `config` with the least recomputation for which batches `(rows, tokens)` fit into `memory`.
 
@@ -84,7 +85,8 @@ def config_within(
     Raises ConfigError, which names the nearest batch that fits, if recomputing every block is not enough, and
     RehearsalError if the model cannot be run on fake tensors.
     """
-    setup = TrainingSetup(quant, lora, rows, tokens, config.optimizer, accumulated=config.gradient_accumulation > 1)
+    accumulated = config.gradient_accumulation > 1
+    setup = TrainingSetup(quant, lora, rows, tokens, config.optimizer, accumulated=accumulated, text_only=text_only)
     least = checkpointing_within(read_config(path_or_id), setup, memory)
     assert least.checkpointing is not None and least.needed is not None
     chosen = replace(config, checkpointing=least.checkpointing)

@@ -119,6 +119,7 @@ class Plan:
                 "double_quant": setup.quant.double_quant,
                 "optimizer": setup.optimizer,
                 "checkpointing": setup.checkpointing,
+                "text_only": setup.text_only,
             },
             "needed": self.needed,
             "forecast": None if self.forecast is None else self.forecast.to_json(),
@@ -168,7 +169,7 @@ def minimum_bytes(model_config: Any, setup: TrainingSetup) -> dict[str, int]:
     Serves models that can be loaded on fake tensors but not trained on them. Raises RehearsalError for others.
     """
     with fake_tensors(), fake_profiler() as profiler:
-        model = build_fake_model(model_config, setup.quant, setup.lora, profiler)
+        model = build_fake_model(model_config, setup.quant, setup.lora, profiler, text_only=setup.text_only)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         values = sum(parameter.numel() for parameter in trained)
         state = ADAMW_BYTES if setup.optimizer == "adamw" else ADAMW8BIT_BYTES

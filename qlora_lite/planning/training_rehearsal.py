@@ -21,6 +21,7 @@ from qlora_lite.memory.report import MemoryReport
 from qlora_lite.planning.rehearsal import rehearsal, rehearsed_report
 from qlora_lite.planning.shape_only_checkpoint import ShapeOnlyCheckpoint
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.surgery import leave_out_towers_
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.loop import check_batch_shape, train
 
@@ -46,6 +47,7 @@ def rehearse_steps(
     tokens: int,
     accelerator: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    text_only: bool = False,
 ) -> MemoryReport:
     """Predicts the live tensor bytes that `profile_steps` measures: phases load, forward, backward, optimizer.
 
@@ -55,6 +57,7 @@ def rehearse_steps(
     Args:
         accelerator: predict for a CUDA device, as `rehearse` does.
         dtype: of weights that are not packed.
+        text_only: as in `load_quantized`.
 
     Raises RehearsalError for a model whose code cannot run on fake tensors, and ConfigError, TargetError and
     CheckpointError where the real run would.
@@ -62,7 +65,7 @@ def rehearse_steps(
     model_config = read_config(path_or_id)
     check_batch_shape(model_config, rows, tokens)
     with rehearsal(accelerator) as profiler:
-        model = build_fake_model(model_config, quant, lora, profiler, dtype)
+        model = build_fake_model(model_config, quant, lora, profiler, dtype, text_only)
         run_fake_training(model, profiler, config, rows, tokens)
     return rehearsed_report(profiler, accelerator)
 
@@ -73,6 +76,7 @@ def build_fake_model(
     lora: LoraConfig,
     profiler: MemoryProfiler,
     dtype: torch.dtype = torch.bfloat16,
+    text_only: bool = False,
 ) -> nn.Module:
     """Returns a packed model with adapters on fake tensors, built in the profiler's phase `load`.
 
@@ -83,6 +87,8 @@ def build_fake_model(
     with no_dispatch():
         model: nn.Module = hub.empty_model(model_config, dtype)
         architecture.tie(model)
+        if text_only:
+            leave_out_towers_(model)
     checkpoint = ShapeOnlyCheckpoint(model, quant, stored)
     # LoftQ reads weights to initialize A and B, whose sizes do not depend on the initialization.
     if parse_init(lora.init_lora_weights)[0] == "loftq":
@@ -112,14 +118,24 @@ def run_fake_training(model: nn.Module, profiler: MemoryProfiler, config: TrainC
 
 
 def try_rehearse_steps(
-    path_or_id: str | Path, quant: QuantConfig, lora: LoraConfig, config: TrainConfig, *, rows: int, tokens: int
+    path_or_id: str | Path,
+    quant: QuantConfig,
+    lora: LoraConfig,
+    config: TrainConfig,
+    *,
+    rows: int,
+    tokens: int,
+    text_only: bool = False,
 ) -> tuple[MemoryReport | None, str]:
     """Returns the report of `rehearse_steps` for the device that training uses on this machine, and an empty string.
 
     If the model cannot be rehearsed, returns None and a sentence with the reason.
     """
-    accelerator = torch.accelerator.is_available()
+    device = torch.accelerator.is_available()
     try:
-        return rehearse_steps(path_or_id, quant, lora, config, rows=rows, tokens=tokens, accelerator=accelerator), ""
+        report = rehearse_steps(
+            path_or_id, quant, lora, config, rows=rows, tokens=tokens, accelerator=device, text_only=text_only
+        )
+        return report, ""
     except RehearsalError as error:
         return None, f"not predicted: {error}"

@@ -26,7 +26,7 @@ class QuantConfig:
     embedding_format: a format whose row has `holds_embeddings` (`int8`) packs input embedding and output head, tied or
         not; `none` leaves them unpacked.
     skip_modules: names of linear layers and experts modules to leave unpacked, whole or their last parts; None skips
-        the output head.
+        the output head, and of a vision-language model all but the language model.
     """
 
     format: str = DEFAULT_FORMAT

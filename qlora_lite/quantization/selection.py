@@ -2,7 +2,8 @@
 
 Some layers cannot be packed: their weight is read instead of the layer being called, their forward is not that of a
 linear layer, or they are stacks of matrices in a module of an unknown type. transformers keeps others in float32 on
-purpose. All of these stay as they are, whether `skip_modules` names them or not.
+purpose. All of these stay as they are, whether `skip_modules` names them or not. So do the vision tower of a
+vision-language model and its projector, unless `skip_modules` is given and does not name their layers.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from qlora_lite.quantization.experts import PackedStack, packable_stacks, stacks
 from qlora_lite.quantization.formats import UNPACKED
 from qlora_lite.quantization.from_bitsandbytes import is_bitsandbytes
 from qlora_lite.surgery import (
+    NOT_LANGUAGE_MODEL,
     check_all_matched,
     distinct_ends,
     has_own_forward,
+    is_below,
     is_transposed_linear,
     matches_as_in_transformers,
     name_matches,
+    tower_names,
 )
 from qlora_lite.tasks import in_label_head
 from qlora_lite.weight_readers import weights_read
@@ -82,8 +86,10 @@ def skips_for(model: nn.Module, config: QuantConfig) -> list[str]:
     return [*distinct_ends(owners, others), *known]
 
 
-def _linears_left_unpacked(model: nn.Module, packed: Collection[str]) -> dict[str, str]:
+def _linears_left_unpacked(model: nn.Module, config: QuantConfig, packed: Collection[str]) -> dict[str, str]:
     read, kept, found = weights_read(model), kept_in_float32(model), dict[str, str]()
+    # Their errors reach every token of an image, no adapter of the language model sees them, and they are small.
+    towers = tower_names(model) if config.skip_modules is None else []
     packed_weights = {model.get_submodule(name).weight for name in packed}
     for name, module in model.named_modules():
         if not is_plain_linear(module) or is_bitsandbytes(module):
@@ -94,6 +100,8 @@ def _linears_left_unpacked(model: nn.Module, packed: Collection[str]) -> dict[st
             found[name] = f"{read[name]} reads its weight"
         elif matches_as_in_transformers(name, kept) and module.weight not in packed_weights:
             found[name] = "transformers keeps it in float32"
+        elif is_below(name, towers) and module.weight not in packed_weights:
+            found[name] = NOT_LANGUAGE_MODEL
     return found
 
 
@@ -108,7 +116,7 @@ def left_unpacked(model: nn.Module, config: QuantConfig, packed: Collection[str]
     skip = skip_rule(model, config)
     found = {
         name: reason
-        for name, reason in _linears_left_unpacked(model, packed).items()
+        for name, reason in _linears_left_unpacked(model, config, packed).items()
         if not skip(name, model.get_submodule(name))
     }
     stacked = unpackable_stacks(model, config)

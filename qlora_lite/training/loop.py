@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.checks import require
@@ -212,20 +213,22 @@ def profile_steps(
     rows: int,
     tokens: int,
     profiler: MemoryProfiler | None = None,
+    text_only: bool = False,
 ) -> MemoryReport:
     """Returns the memory of training steps on random tokens `(rows, tokens)`.
 
     The phases are load, forward, backward and optimizer. With at least two steps, the optimizer's states and the
     activations of a step are in memory together.
-    profiler: not open yet; without one, every storage is traced.
+    profiler: not open yet; without one, every storage is traced. text_only: as in `load_quantized`.
     """
     check_batch_shape(hub.read_config(hub.checkpoint_folder(model_folder)), rows, tokens)
     profiler = MemoryProfiler() if profiler is None else profiler
     with profiler:
         with profiler.phase("load"):
-            model = load_quantized(model_folder, quant)
+            model = load_quantized(model_folder, quant, text_only=text_only)
             add_lora_(model, lora)
-        ids = torch.randint(model.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
+        vocabulary = architecture.vocabulary_size(model) or model.config.vocab_size
+        ids = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
         batch = {"input_ids": ids, "labels": ids}
         train(model, [batch], config, profiler=profiler, progress=False)
     return profiler.report()

@@ -14,9 +14,16 @@ from typing import Any
 import pytest
 
 from qlora_lite.cli import data_options
-from qlora_lite.cli.data_options import data_config, fields_named, input_paths, tokenizing_progress, training_data
+from qlora_lite.cli.data_options import (
+    data_config,
+    fields_named,
+    input_paths,
+    run_date_of,
+    tokenizing_progress,
+    training_data,
+)
 from qlora_lite.data.tokenization import DataConfig
-from qlora_lite.errors import ConfigError
+from qlora_lite.errors import CheckpointError, ConfigError
 
 OPTIONS = {
     "max_length": 64,
@@ -103,3 +110,13 @@ def test_progress_is_on_a_terminal_alone_and_vanishes(
     monkeypatch.setenv("RANK", "1")
     with tokenizing_progress() as show:
         assert show is None
+
+
+def test_a_resumed_run_writes_the_date_of_its_start(tmp_path: Path) -> None:
+    assert run_date_of(tmp_path) == date.today()
+    (tmp_path / "data.json").write_text('{"date": "2025-02-03"}', encoding="utf-8")
+    assert run_date_of(tmp_path) == date(2025, 2, 3)
+    for wrong in ("{}", '{"date": 3}', '{"date": "soon"}'):
+        (tmp_path / "data.json").write_text(wrong, encoding="utf-8")
+        with pytest.raises(CheckpointError, match=r"data.json has no date of the run; delete it to go on with today's"):
+            run_date_of(tmp_path)

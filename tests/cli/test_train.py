@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from qlora_lite import LoraConfig
 from qlora_lite.cli import train as module
 from qlora_lite.cli.main import app
-from qlora_lite.errors import CheckpointError, ConfigError
+from qlora_lite.errors import ConfigError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -109,13 +108,3 @@ def test_held_out_records_of_another_file_that_are_trained_on_too_are_told(
     assert "3 examples are held out" in done.stdout and "3 of the held-out examples are trained on too" in done.stdout
     both = run(*words, "--eval-share", 0.5, "--overwrite")
     assert both.returncode == 2 and "--eval-data and --eval-share both choose" in both.stderr
-
-
-def test_a_resumed_run_writes_the_date_of_its_start(tmp_path: Path) -> None:
-    assert module._run_date(tmp_path) == date.today()
-    (tmp_path / "data.json").write_text('{"date": "2025-02-03"}', encoding="utf-8")
-    assert module._run_date(tmp_path) == date(2025, 2, 3)
-    for wrong in ("{}", '{"date": 3}', '{"date": "soon"}'):
-        (tmp_path / "data.json").write_text(wrong, encoding="utf-8")
-        with pytest.raises(CheckpointError, match=r"data.json has no date of the run; delete it to go on with today's"):
-            module._run_date(tmp_path)

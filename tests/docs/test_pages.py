@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```([\w{}-]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`([^`\n]+)`")
-MODEL = "path/to/model"
+MODEL, VISION_MODEL = "path/to/model", "path/to/vision-model"
 # Options of other programs that pages name.
 FOREIGN_OPTIONS = {"--multi_gpu", "--cpu"}
 FEW_STEPS = "3"
@@ -108,8 +108,10 @@ def run_command(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_blocks_of_a_page_run_in_order(page: Path, workplace: Path) -> None:
+def test_blocks_of_a_page_run_in_order(page: Path, workplace: Path, tiny_vision_folder: Path) -> None:
     """Python blocks share one namespace. Commands run if they are quick and about what the folder has."""
+    if VISION_MODEL in page.read_text(encoding="utf-8"):
+        shutil.copytree(tiny_vision_folder, workplace / VISION_MODEL)
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.language == "python":
@@ -117,7 +119,8 @@ def test_blocks_of_a_page_run_in_order(page: Path, workplace: Path) -> None:
             exec(compile(source, name_of(page), "exec"), names)
         elif block.language == "console":
             for words in commands(block):
-                if words[0] == "qlora-lite" and words[1] not in SLOW and (MODEL in words or words[1] != "train"):
+                is_ready = words[1] != "train" or {MODEL, VISION_MODEL} & {*words}
+                if words[0] == "qlora-lite" and words[1] not in SLOW and is_ready:
                     run_command(words)
         elif block.language == "json":
             for line in block.text.splitlines():

@@ -15,7 +15,7 @@ from qlora_lite.errors import ConfigError
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.targets import TargetedLayer, adaptable_names
 from qlora_lite.lora.variants import VARIANTS, peft_options
-from qlora_lite.surgery import name_matches
+from qlora_lite.surgery import name_matches, names_not_loaded
 from qlora_lite.tasks import task_of
 
 
@@ -23,17 +23,19 @@ def _common_endings(names: Iterable[str], model: nn.Module) -> list[str] | None:
     """Returns the last parts of these names if they select exactly these layers, else None."""
     names = set(names)
     endings = sorted({name.rpartition(".")[2] for name in names})
-    selected = {name for name in adaptable_names(model) if any(name_matches(name, ending) for ending in endings)}
+    known = adaptable_names(model) | names_not_loaded(model)
+    selected = {name for name in known if any(name_matches(name, ending) for ending in endings)}
     return endings if selected == names else None
 
 
 def _target_modules(names: Iterable[str], model: nn.Module) -> list[str] | str:
     """Returns target_modules for exactly these layers: last parts of names, whole names, or a regular expression.
 
-    peft applies a name to every module that ends with it, including modules that cannot be adapted.
+    peft applies a name to every module that ends with it, including modules that cannot be adapted, or are not loaded.
     """
     wanted = set(names)
     modules = {name for name, _ in model.named_modules() if "base_layer" not in name.split(".")}
+    modules |= names_not_loaded(model)
     for listed in (sorted({name.rpartition(".")[2] for name in wanted}), sorted(wanted)):
         if {name for name in modules if any(name_matches(name, target) for target in listed)} == wanted:
             return listed

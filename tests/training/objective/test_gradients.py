@@ -54,13 +54,15 @@ def test_a_vision_tower_is_named_by_one_word(small_model: Callable[..., Any]) ->
         "vision_config": {**sizes, **heads, "patch_size": 8},
         "mm_tokens_per_image": 4,
     }
-    model = adapted(small_model, "Gemma3Config", **parts, image_token_index=60)
+    everything = {"target_modules": "all-linear-with-towers"}
+    model = adapted(small_model, "Gemma3Config", everything, **parts, image_token_index=60)
     with pytest.raises(
         TrainingError, match=r"get no gradient from text: vision_tower \(14 layers\);.*=\['vision_tower'\]"
     ):
         reach(model)
     # With pictures, the tower may run, which the first step shows.
     reach(model, {**BATCH, "pixel_values": torch.zeros(2, 3, 32, 32)})
+    reach(adapted(small_model, "Gemma3Config", **parts, image_token_index=60))  # all-linear leaves it out
 
 
 def test_layers_that_only_longer_rows_reach_are_kept(small_model: Callable[..., Any]) -> None:
