@@ -58,6 +58,7 @@ KEEPERS = {
     },
     "bitsandbytes": {"quantization.kernels", "training.optim"},
     "accelerate": {"training.step"},
+    "peft": {"integrations.peft"},
     "matplotlib": {"memory.drawing.png"},
     "pyarrow": {"data.sources.arrow_tables"},
     "datasets": {"data.sources.hub_dataset"},

@@ -1,6 +1,7 @@
-"""Other people's training loops: transformers' Trainer and its relatives, with models that this package adapted.
+"""Other people's training loops and adapters, on packed bases.
 
 transformers   Trainer for models of `add_lora_`: checkpoints of adapters only
+peft           peft's own API, and with it trl, on packed layers
 
 `training.forward.fuse_` gives a model the forward of `train` in any of them.
 """
@@ -12,7 +13,12 @@ from typing import TYPE_CHECKING
 from qlora_lite.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qlora_lite.integrations.peft import load_peft_model as load_peft_model
+    from qlora_lite.integrations.peft import lora_config as lora_config
+    from qlora_lite.integrations.peft import prepare_ as prepare_
     from qlora_lite.integrations.transformers import AdapterCheckpoints as AdapterCheckpoints
     from qlora_lite.integrations.transformers import AdapterTrainer as AdapterTrainer
 
-__getattr__, __dir__, __all__ = lazy_names(__name__, {"transformers": "AdapterCheckpoints AdapterTrainer"})
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__, {"transformers": "AdapterCheckpoints AdapterTrainer", "peft": "lora_config load_peft_model prepare_"}
+)

@@ -28,7 +28,7 @@ def _common_endings(names: Iterable[str], model: nn.Module) -> list[str] | None:
     return endings if selected == names else None
 
 
-def _target_modules(names: Iterable[str], model: nn.Module) -> list[str] | str:
+def peft_target_modules(names: Iterable[str], model: nn.Module) -> list[str] | str:
     """Returns target_modules for exactly these layers: last parts of names, whole names, or a regular expression.
 
     peft applies a name to every module that ends with it, including modules that cannot be adapted, or are not loaded.
@@ -93,7 +93,7 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
         **peft_options(VARIANTS[variant]),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": _target_modules(linear, model),
+        "target_modules": peft_target_modules(linear, model),
         "target_parameters": parameters or None,
         # True if any weight is stored as (in, out); on loading, each layer determines this itself.
         "fan_in_fan_out": any(layers[name].stored_transposed for name in linear),
