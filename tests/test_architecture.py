@@ -41,6 +41,7 @@ FLOORS: dict[str, int] = {
     "export.gguf": 6,
     "export.publishing": 6,
     "training.objective": 6,
+    "export.readers": 7,
     "training.forward": 7,
     "training": 8,
     "planning": 9,

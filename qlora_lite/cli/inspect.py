@@ -1,4 +1,4 @@
-"""`qlora-lite inspect`: the contents of an adapter, and the programs that accept it.
+"""`qlora-lite inspect`: the contents of an adapter or a merged checkpoint, and the programs that accept it.
 
 Exit status: 0 read, 1 not readable or not accepted by a program of `--require`, 2 wrong usage.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_lite.cli.options import Json
+from qlora_lite.cli.options import Json, check_not_given
 from qlora_lite.quantization.formats import either
 
 if TYPE_CHECKING:
@@ -64,11 +64,13 @@ def _compared(adapter: Path, model: str) -> list[str]:
 
 
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter saved here or by peft.")],
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="Folder of an adapter saved here or by peft, or of a checkpoint.")],
     require: Annotated[
         list[str] | None,
         typer.Option(
-            help="Program that must accept the adapter, else exit status 1: peft, vllm or llama.cpp; repeatable."
+            help="Program that must accept it, else exit status 1: vllm, llama.cpp, peft (adapters) or transformers-4 "
+            "(checkpoints); repeatable."
         ),
     ] = None,
     max_lora_rank: Annotated[int, typer.Option(help="vLLM's setting of the same name: 8, 16, 32, 64, ...")] = 16,
@@ -78,14 +80,61 @@ def inspect(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show the contents of an adapter, without a model, and whether peft, vLLM and llama.cpp accept it."""
+    """Show the contents of an adapter, without a model, or of a checkpoint, and which programs accept it."""
+    from qlora_lite.checkpoints.files import CONFIG_FILE
+    from qlora_lite.lora.peft.options import CONFIG_FILE as ADAPTER_CONFIG
+
+    required = require or []
+    if (folder / CONFIG_FILE).is_file() and not (folder / ADAPTER_CONFIG).exists():
+        check_not_given(ctx, "a checkpoint", ("max_lora_rank", "model"))
+        found = _checkpoint(folder, required, json)
+    else:
+        found = _adapter(folder, required, max_lora_rank, model, json)
+    if not all(found[name].accepted for name in required):
+        raise typer.Exit(NOT_ACCEPTED)
+
+
+def _check_programs(required: Sequence[str], programs: Sequence[str], what: str) -> None:
+    """Raises BadParameter for a program that there are no rules for."""
+    if unknown := sorted(set(required) - set(programs)):
+        raise typer.BadParameter(f"must be {either(*programs)} for {what}; got {unknown[0]!r}", param_hint="--require")
+
+
+def _checkpoint(folder: Path, required: Sequence[str], json: bool) -> dict[str, Compatibility]:
+    """Prints what a checkpoint holds and which programs read it as the model that it is."""
+    from qlora_lite.export.gguf.library import is_installed
+    from qlora_lite.export.readers.checkpoint_folder import describe_checkpoint
+    from qlora_lite.export.readers.rules import READERS, check_readers
+    from qlora_lite.lora.peft.compatibility import LLAMA_CPP
+    from qlora_lite.memory.report import readable_bytes
+
+    _check_programs(required, READERS, "a checkpoint")
+    described = describe_checkpoint(folder)
+    programs = [name for name in READERS if name != LLAMA_CPP or name in required or is_installed()]
+    found = check_readers(described, programs)
+    packed = "" if described.packed_by is None else f", packed by {described.packed_by}"
+    size = f"{len(described.tensors)} tensors, {readable_bytes(described.bytes)}"
+    print(f"{folder}: {described.file.get('model_type')}, {size} in {', '.join(described.dtypes)}{packed}")
+    for result in found.values():
+        print("\n".join(_compatibility_lines(result)))
+    if LLAMA_CPP not in programs:
+        print(f"{LLAMA_CPP}: not checked, which needs the gguf package; run: pip install 'qlora-lite[gguf]'")
+    if json:
+        named = {name: result.to_json() for name, result in found.items()}
+        print(json_lines.dumps({**described.to_json(), "verdicts": named}))
+    return found
+
+
+def _adapter(
+    adapter: Path, required: Sequence[str], max_lora_rank: int, model: str | None, json: bool
+) -> dict[str, Compatibility]:
+    """Prints what an adapter holds and which programs accept it."""
     from rich.console import Console
 
     from qlora_lite.lora.peft.compatibility import PROGRAMS, check_compatibility
     from qlora_lite.lora.peft.describe import describe_adapter
 
-    if unknown := sorted(set(require or []) - set(PROGRAMS)):
-        raise typer.BadParameter(f"must be {either(*PROGRAMS)}; got {unknown[0]!r}", param_hint="--require")
+    _check_programs(required, PROGRAMS, "an adapter")
     description = describe_adapter(adapter)
     compared = None if model is None else _compared(adapter, model)
     found = check_compatibility(description, max_lora_rank)
@@ -101,5 +150,4 @@ def inspect(
     if json:
         named = {name: result.to_json() for name, result in found.items()}
         print(json_lines.dumps({**description.to_json(), "same_as_model": compared, "verdicts": named}))
-    if not all(found[name].accepted for name in require or []):
-        raise typer.Exit(NOT_ACCEPTED)
+    return found

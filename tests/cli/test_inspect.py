@@ -54,7 +54,7 @@ def test_bad_input_is_one_sentence(inspect: Inspect, tmp_path: Path) -> None:
     status, _, said = inspect(tmp_path)
     assert (status, said) == (1, f"error: {tmp_path / 'adapter_config.json'} does not exist; expected a JSON file\n")
     status, _, said = inspect(tmp_path, "--require", "ollama")
-    assert status == 2 and "must be peft, vllm or llama.cpp; got 'ollama'" in said
+    assert status == 2 and "must be peft, vllm or llama.cpp for an adapter; got 'ollama'" in said
 
 
 def test_layers_that_peft_loses_are_named_by_the_type_of_the_base(
@@ -68,3 +68,22 @@ def test_layers_that_peft_loses_are_named_by_the_type_of_the_base(
     status, out, _ = inspect(tmp_path / "adapter", "--require", "peft")
     assert status == 1 and "peft: not accepted" in out
     assert "  because of peft would not load the adapters of 2 layers (model.layers.0.mlp.gate_proj, " in out
+
+
+def test_a_checkpoint_is_checked_for_its_readers(
+    inspect: Inspect, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out, _ = inspect(tiny_folder, "--json", "--require", "llama.cpp")
+    lines = out.splitlines()
+    assert status == 1 and lines[0].startswith(f"{tiny_folder}: llama, 20 tensors, ") and "vllm: not accepted" in lines
+    assert any("its model is WordLevel, and llama.cpp reads BPE" in line for line in lines)
+    said = json.loads(lines[-1])
+    assert set(said["verdicts"]) == {"vllm", "llama.cpp", "transformers-4"} and said["model_type"] == "llama"
+    assert inspect(tiny_folder)[0] == 0
+    status, _, said = inspect(tiny_folder, "--require", "peft")
+    assert status == 2 and "must be vllm, llama.cpp or transformers-4 for a checkpoint; got 'peft'" in said
+    status, _, said = inspect(tiny_folder, "--model", tiny_folder)
+    assert status == 2 and "--model and a checkpoint cannot be given together" in said
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    status, out, _ = inspect(tiny_folder, "--require", "transformers-4")
+    assert status == 1 and "llama.cpp: not checked, which needs the gguf package" in out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ def gguf() -> Any:
         return importlib.import_module("gguf")
     except ImportError as error:
         raise ConfigError("a GGUF file needs the gguf package; run: pip install 'qlora-lite[gguf]'") from error
+
+
+def is_installed() -> bool:
+    """Whether the package can be imported."""
+    return importlib.util.find_spec("gguf") is not None
 
 
 def tensor_names(architecture: str, layers: int) -> Callable[[str], str | None]:
