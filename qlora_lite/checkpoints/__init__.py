@@ -1,6 +1,6 @@
 """Checkpoint folders: reading, converting, packing and loading their tensors, writing them, and identifying a base.
 
-A weight on its way in goes through safetensors_read, lazy_tensors, conversion, pack_on_load or bitsandbytes_layout,
+A weight on its way in goes through safetensors_read, lazy_tensors, conversion, pack_on_load or layouts/,
 checkpoint and load; on its way out through safetensors_write and atomic_folder. In reading order:
 
 files                 regular files and JSON, read with limits and written as a whole
@@ -11,12 +11,11 @@ lazy_tensors          stacked, concatenated, narrowed or transposed views of ten
 hub                   config, empty model and tokenizer from transformers
 conversion            a model's tensors, built from a checkpoint's as transformers converts them
 pack_on_load          a plain weight, packed while it is read
-bitsandbytes_layout   packed weights under the names that bitsandbytes gives them
 checkpoint            the tensors of a folder, checked against a model
 base_identity         the checkpoint that an adapter was trained on
 load                  load_quantized
 
-The room repository/ is about repositories of the hub.
+The room layouts/ reads weights that are packed in the files; repository/ is about repositories of the hub.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The tensors of a checkpoint folder, checked against a model before anything is read.
 
 The step of a weight on its way in that brings together its forms on disk: plain tensors (conversion.py), which are
-packed on load (pack_on_load.py), and weights that bitsandbytes packed (bitsandbytes_layout.py), whose bytes are kept.
+packed on load (pack_on_load.py), weights that bitsandbytes packed (layouts/bitsandbytes_layout.py), whose bytes are
+kept, and stacks in MXFP4 (layouts/mxfp4_layout.py), which are read as plain tensors.
 load.py fills a model from it, and export/ reads it row by row.
 """
 
@@ -17,15 +18,17 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
-from qlora_lite.checkpoints.bitsandbytes_layout import (
+from qlora_lite.checkpoints.conversion import converted_tensors
+from qlora_lite.checkpoints.layouts.bitsandbytes_layout import (
     ROWS_FILE,
     StoredInt8Rows,
     StoredPackedWeight,
     stored_int8_rows,
     stored_packed_weights,
 )
-from qlora_lite.checkpoints.conversion import converted_tensors
-from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, Transposed
+from qlora_lite.checkpoints.layouts.mxfp4_layout import METHOD as MXFP4
+from qlora_lite.checkpoints.layouts.mxfp4_layout import unpacked_tensors
+from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, transposed
 from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight, PackedOnLoad
 from qlora_lite.checkpoints.safetensors_read import TensorFiles, stored_tensors
 from qlora_lite.compute.slicing import slices_within
@@ -193,8 +196,9 @@ class Checkpoint:
         packed weights are damaged.
         """
         quantization, files = hub.quantization_config(folder), TensorFiles(folder)
-        if quantization is None:
-            found = tensors_for_model(model, folder, files.stored, None, ignore_unexpected)
+        plain_files = _in_full_precision(files, quantization)
+        if plain_files is not None or quantization is None:
+            found = tensors_for_model(model, folder, plain_files or {}, None, ignore_unexpected)
             left = found.passed_over, found.created, found.not_loaded
             return cls(folder, config or QuantConfig(), found.by_name, *left)
         _check_is_bitsandbytes(quantization, folder)
@@ -238,7 +242,7 @@ class Checkpoint:
         if to_pack.stack is not None:
             matrices = [stored.select(index) for index in range(stored.shape[0])]
         if to_pack.transposed:
-            matrices = [Transposed(matrix) for matrix in matrices]
+            matrices = [transposed(matrix) for matrix in matrices]
         return [PackedOnLoad(matrix, self.config, to_pack.format, dtype) for matrix in matrices]
 
     def weights_to_pack(self, model: nn.Module) -> list[WeightToPack]:
@@ -251,6 +255,27 @@ class Checkpoint:
         return found
 
 
+def _in_full_precision(
+    files: TensorFiles, quantization: Mapping[str, object] | None
+) -> Mapping[str, LazyTensor] | None:
+    """Returns the tensors of a checkpoint by their names in the files; None if they are packed, but for MXFP4.
+
+    MXFP4 has no other form that it was packed from: what it stands for are the values that were released.
+    """
+    if quantization is None:
+        return files.stored
+    return unpacked_tensors(files.stored) if quantization.get("quant_method") == MXFP4 else None
+
+
+def full_precision_tensors(folder: Path) -> Mapping[str, LazyTensor] | None:
+    """Returns the tensors of a folder by their names in its files, those in MXFP4 unpacked when they are read.
+
+    None if the folder has no safetensors files, or if its weights are packed in another layout.
+    """
+    files = TensorFiles.of(folder)
+    return None if files is None else _in_full_precision(files, hub.quantization_config(folder))
+
+
 def _check_is_bitsandbytes(quantization: Mapping[str, object], folder: Path) -> None:
     # Older configs have no quant_method and name only the bits.
     bits = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
@@ -258,7 +283,7 @@ def _check_is_bitsandbytes(quantization: Mapping[str, object], folder: Path) -> 
     if method != BITSANDBYTES:
         raise CheckpointError(
             f"{folder} is packed by {method or 'a method that its config does not name'}, which cannot be read; "
-            f"name a checkpoint that is not packed, or one packed by {BITSANDBYTES}"
+            f"name a checkpoint that is not packed, or one packed by {BITSANDBYTES} or in {MXFP4}"
         )
 
 

@@ -248,3 +248,8 @@ class Transposed:
         if self.dim0 > 0:
             return Transposed(self.tensor.select(index), self.dim0 - 1, self.dim1 - 1)
         return Selected(self, index)
+
+
+def transposed(tensor: LazyTensor) -> LazyTensor:
+    """Returns a matrix with its dimensions exchanged; of one that is a transposed matrix itself, that matrix."""
+    return tensor.tensor if isinstance(tensor, Transposed) and len(tensor.shape) == 2 else Transposed(tensor)

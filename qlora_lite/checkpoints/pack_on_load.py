@@ -1,7 +1,7 @@
 """Packs a weight while it is read, a slice at a time.
 
 The step of a weight on its way in between conversion.py, which gives its `LazyTensor`, and load.py. A weight that lies
-packed in the file is read by bitsandbytes_layout.py instead.
+packed in the file is read by layouts/bitsandbytes_layout.py instead.
 """
 
 from __future__ import annotations

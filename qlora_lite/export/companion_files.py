@@ -106,9 +106,8 @@ def write_export_card(
     """
     base = None if source is None else display_name(str(source.absolute()))
     verb = {"quantized": "packed", "finetune": "fine-tuned"}.get(relation or "", "exported")
-    of = f"{base or 'a base model'}, {verb} with qlora_lite"
     use = USE.format(auto_class=task_of(model).auto_class)
-    body = f"{of[0].upper()}{of[1:]}.\n\n## How it was made\n\n{rows(made)}\n\n{more}\n\n{use}"
+    body = f"{base or 'A base model'}, {verb} with qlora_lite.\n\n## How it was made\n\n{rows(made)}\n\n{more}\n\n{use}"
     title = f"{base or 'A base model'}, {verb}"
     card = ModelCard(title, base, relation, "transformers", tags, body, inherited(source))
     write_card(target, card, replaced=replaced)

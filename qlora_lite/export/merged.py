@@ -23,10 +23,9 @@ from qlora_lite.checkpoints.base_identity import (
     check_trained_on_checkpoint,
     repacked_weights,
 )
-from qlora_lite.checkpoints.checkpoint import Checkpoint
+from qlora_lite.checkpoints.checkpoint import Checkpoint, full_precision_tensors
 from qlora_lite.checkpoints.files import write_json
 from qlora_lite.checkpoints.lazy_tensors import LazyTensor
-from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checkpoints.safetensors_write import DEFAULT_SHARD_BYTES, write_sharded
 from qlora_lite.checks import FLOAT_DTYPES, is_count, require
 from qlora_lite.compute.host_memory import set_host_limits
@@ -90,7 +89,7 @@ def check_options(base: str, names: str, dtype: torch.dtype, max_shard_bytes: in
 
 
 def _check_has_originals(source: Path, base: str) -> None:
-    if base == ORIGINAL and hub.quantization_config(source) is not None:
+    if base == ORIGINAL and hub.quantization_config(source) is not None and full_precision_tensors(source) is None:
         raise CheckpointError(
             f"base='original' merges into full-precision weights and {source} holds packed ones; merge into "
             f"base='dequantized', or into the checkpoint that it was packed from"
@@ -99,8 +98,7 @@ def _check_has_originals(source: Path, base: str) -> None:
 
 def _plain_files(source: Path | None) -> Mapping[str, LazyTensor] | None:
     """Returns the tensors of a folder by their names; None if it has none, or if they are packed."""
-    files = None if source is None or hub.quantization_config(source) is not None else TensorFiles.of(source)
-    return None if files is None else files.stored
+    return None if source is None else full_precision_tensors(source)
 
 
 def _originals(

@@ -1,6 +1,6 @@
 """`save_quantized`: writes a packed model as a checkpoint that transformers and `load_quantized` load as pre-quantized.
 
-Packed bytes are written unchanged, under the names of checkpoints/bitsandbytes_layout.py.
+Packed bytes are written unchanged, under the names of checkpoints/layouts/bitsandbytes_layout.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.atomic_folder import check_free_space, check_output_is_not_input, new_folder
 from qlora_lite.checkpoints.base_identity import write_packed_base_identity
-from qlora_lite.checkpoints.bitsandbytes_layout import ROWS_FILE, bitsandbytes_tensors, int8_rows_recoverable
 from qlora_lite.checkpoints.checkpoint import BITSANDBYTES
+from qlora_lite.checkpoints.layouts.bitsandbytes_layout import ROWS_FILE, bitsandbytes_tensors, int8_rows_recoverable
 from qlora_lite.checkpoints.lazy_tensors import READ_BYTES
 from qlora_lite.checkpoints.safetensors_write import (
     DEFAULT_SHARD_BYTES,

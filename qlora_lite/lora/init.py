@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
-from qlora_lite.checkpoints.checkpoint import tensors_for_model
+from qlora_lite.checkpoints.checkpoint import full_precision_tensors, tensors_for_model
 from qlora_lite.checkpoints.lazy_tensors import LazyTensor
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checks import check_finite
@@ -195,13 +195,14 @@ def checkpoint_weights(model: nn.Module, names: Iterable[str], init: str) -> Che
         raise CheckpointError(
             "init_lora_weights 'loftq' needs the checkpoint that the model was packed from; it has none"
         )
-    if hub.quantization_config(folder) is not None:
+    files = full_precision_tensors(folder)
+    if files is None and hub.quantization_config(folder) is not None:
         raise CheckpointError(
             f"init_lora_weights 'loftq' needs weights as they were before packing; {folder} holds packed ones"
         )
     empty = hub.empty_model(hub.read_config(folder), torch.float32, type(model))
     architecture.tie(empty)
-    stored = tensors_for_model(empty, folder, TensorFiles(folder).stored, ignore_unexpected=True).by_name
+    stored = tensors_for_model(empty, folder, files or TensorFiles(folder).stored, ignore_unexpected=True).by_name
     missing = [name for name in names if f"{name}.weight" not in stored]
     if missing:
         raise CheckpointError(f"{folder} has no weight for: {listing(missing)}")

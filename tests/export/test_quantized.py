@@ -14,7 +14,7 @@ from torch import nn
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, quantize_base_
 from qlora_lite.checkpoints import atomic_folder
-from qlora_lite.checkpoints.bitsandbytes_layout import ROWS_FILE
+from qlora_lite.checkpoints.layouts.bitsandbytes_layout import ROWS_FILE
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
 from qlora_lite.export.quantized import save_quantized

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.base_identity import BASE_FILE
-from qlora_lite.checkpoints.bitsandbytes_layout import ROWS_FILE
 from qlora_lite.checkpoints.files import UNFINISHED, is_companion_name, is_regular, read_json
+from qlora_lite.checkpoints.layouts.bitsandbytes_layout import ROWS_FILE
 from qlora_lite.checkpoints.repository.download import CARD_FILE
 from qlora_lite.checkpoints.repository.model_card import display_name
 from qlora_lite.checkpoints.safetensors_read import TensorFiles, stored_tensors

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lite.checkpoints import hub
-from qlora_lite.checkpoints.bitsandbytes_layout import ROWS_FILE
+from qlora_lite.checkpoints.layouts.bitsandbytes_layout import ROWS_FILE
 from qlora_lite.checkpoints.repository.client_errors import LOG_IN, hub_errors
 from qlora_lite.checkpoints.repository.download import CARD_FILE
 from qlora_lite.checkpoints.repository.model_card import is_own

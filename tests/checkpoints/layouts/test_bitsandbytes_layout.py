@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_lite.checkpoints import bitsandbytes_layout
-from qlora_lite.checkpoints.bitsandbytes_layout import (
+from qlora_lite.checkpoints.layouts import bitsandbytes_layout
+from qlora_lite.checkpoints.layouts.bitsandbytes_layout import (
     SMALLEST_FP16_ABSMAX,
     STATE,
     bitsandbytes_tensors,

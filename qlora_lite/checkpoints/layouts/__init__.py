@@ -1,0 +1,7 @@
+"""Layouts of weights that are packed in the files of a checkpoint.
+
+In reading order:
+
+bitsandbytes_layout   packed weights under the names that bitsandbytes gives them; their bytes are kept
+mxfp4_layout          stacks of experts in MXFP4, unpacked while they are read
+"""
