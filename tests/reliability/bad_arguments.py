@@ -45,12 +45,14 @@ NEEDED = {
     "inspect": ["{adapter}"],
     "merge": ["--model", "{model}", "--adapter", "{adapter}", "--output", "{new}"],
     "quantize": ["--model", "{model}", "--output", "{new}"],
+    "push": ["{adapter}", "owner/name"],
     "env": [],
 }
 IN_FOLDER, IN_DATA, OUT_FOLDER, OUT_FILE, NOT_HERE = "in folder", "in data", "out folder", "out file", "not here"
 PATHS = {
     "model": IN_FOLDER,
     "adapter": IN_FOLDER,
+    "folder": IN_FOLDER,
     "data": IN_DATA,
     "eval_data": IN_DATA,
     "sources": IN_DATA,
@@ -68,6 +70,9 @@ VALUES = {
     **dict.fromkeys(("base", "names", "dtype", "require"), ("quux", "fp 16")),
     **dict.fromkeys(("memory", "memory_budget", "max_shard_size", "overhead"), SIZES),
     "checkpointing": ("most", "0", "-1"),
+    "gguf": ("quux", "Q8_0", "fp16"),
+    "skip_modules": (),  # of names that no module has, none is refused
+    **dict.fromkeys(("repository", "revision"), ()),  # the hub decides, and is not asked here
     "init_lora_weights": ("quux", "loftq:0", "loftq:5", "loftq:x"),
     **dict.fromkeys(
         ("target_modules", "exclude_modules", "modules_to_save"), ("quux", ",", "q_proj;k_proj", "q_proj\nk_proj")
@@ -243,14 +248,15 @@ def _of_one(paths: CasePaths, command: str, param: Any, kind: Any) -> Iterator[t
         yield "twice", (*option, "7", *option, "7"), USAGE
 
 
-def _without(needed: list[str], param: Any) -> list[str]:
-    """Returns the needed words without those of this option. An argument is the first word."""
+def _around(needed: list[str], param: Any, options: list[tuple[Any, Any]]) -> tuple[list[str], list[str]]:
+    """Returns the needed words before and after those of this option. Arguments are the first words, in their order."""
     if param.param_type_name == "argument":
-        return needed[1:]
+        at = [other.name for other, _ in options if other.param_type_name == "argument"].index(param.name)
+        return needed[:at], needed[at + 1 :]
     if param.opts[0] not in needed:
-        return needed
+        return needed, []
     at = needed.index(param.opts[0])
-    return needed[:at] + needed[at + (1 if param.is_flag else 2) :]
+    return needed[:at] + needed[at + (1 if param.is_flag else 2) :], []
 
 
 def cases(paths: CasePaths) -> list[Case]:
@@ -259,14 +265,14 @@ def cases(paths: CasePaths) -> list[Case]:
     for command, options in parameters().items():
         needed = [word.format(**paths.paths) for word in NEEDED[command]]
         for param, kind in options:
-            rest = _without(needed, param)
+            rest, after = _around(needed, param, options)
             if param.required:
-                found.append(Case(command, tuple(rest), USAGE, f"{param.name}: missing"))
+                found.append(Case(command, (*rest, *after), USAGE, f"{param.name}: missing"))
             for what, words, status in _of_one(paths, command, param, kind):
                 extra = ("--verify", str(paths.paths["data"])) if param.name == "verify_max_length" else ()
                 if param.name == "require":
                     status = USAGE
-                found.append(Case(command, (*rest, *extra, *words), status, f"{param.name}: {what}"))
+                found.append(Case(command, (*rest, *extra, *words, *after), status, f"{param.name}: {what}"))
         takes_words = any(param.nargs == -1 for param, _ in options)
         for word in NEWS:
             status = FAILURE if takes_words and not word.startswith("-") else USAGE

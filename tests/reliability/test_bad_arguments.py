@@ -56,7 +56,11 @@ def test_an_option_or_a_command_that_the_tables_lack_is_an_error(
 
 def test_debug_shows_the_traceback_before_the_line(corpus: Any, paths: Any) -> None:
     model = str(paths.paths["model"])
-    for words, status in ((["profile", "--model", model, "--format", "nf5"], 2), (["inspect", model], 1), (["x"], 2)):
+    for words, status in (
+        (["profile", "--model", model, "--format", "nf5"], 2),
+        (["inspect", model + "x"], 1),
+        (["x"], 2),
+    ):
         quiet, loud = corpus.run_main(words), corpus.run_main(["--debug", *words])
         assert quiet[0] == loud[0] == status and "Traceback" in loud[1]
         assert quiet[1].count("\n") == 1 and loud[1].endswith(quiet[1])
