@@ -24,9 +24,10 @@ def push(
 
     from qlora_lite.errors import listing
     from qlora_lite.export.publishing.published_files import published_files
-    from qlora_lite.export.publishing.push import push_to_hub
+    from qlora_lite.export.publishing.push import check_names, push_to_hub
     from qlora_lite.memory.report import readable_bytes
 
+    check_names(repository, revision)
     upload = published_files(folder)
     width = max(map(len, upload.files))
     print(f"{folder}: {upload.kind}, {len(upload.files)} files")

@@ -72,7 +72,8 @@ VALUES = {
     "checkpointing": ("most", "0", "-1"),
     "gguf": ("quux", "Q8_0", "fp16"),
     "skip_modules": (),  # of names that no module has, none is refused
-    **dict.fromkeys(("repository", "revision"), ()),  # the hub decides, and is not asked here
+    "repository": ("a/b/c", "a b", "me/", "..", "me/a--b", "me/\n", "x" * 200),
+    "revision": ("a b", "..", "-x", "a..b", "a/", "a.lock", "x" * 300),
     "init_lora_weights": ("quux", "loftq:0", "loftq:5", "loftq:x"),
     **dict.fromkeys(
         ("target_modules", "exclude_modules", "modules_to_save"), ("quux", ",", "q_proj;k_proj", "q_proj\nk_proj")

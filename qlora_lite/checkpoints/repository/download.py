@@ -26,6 +26,10 @@ INDEX_SUFFIX = ".index.json"
 FILES_BELOW = ("additional_chat_templates/*.jinja", "int8_rows/absmax.safetensors")
 # A folder in the cache of huggingface_hub.
 CACHED = re.compile(r"/models--([^/]+)/snapshots/[^/]+/?\Z")
+# Names of repositories, with and without an owner, as the client of the hub takes them.
+REPOSITORY_NAME = re.compile(
+    r"(?!.*(?:--|\.\.))(?!.*\.git\Z)(?=.{1,96}\Z)(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII
+)
 # Weights in forms that are not read.
 OTHER_WEIGHTS = (*PICKLES, ".gguf", ".onnx", ".h5", ".msgpack")
 
@@ -142,3 +146,8 @@ def hub_id(folder: Path) -> str | None:
     """Returns the id of the repository that a folder of the local cache was fetched from, None for another folder."""
     found = CACHED.search(folder.absolute().as_posix())
     return None if found is None else found[1].replace("--", "/")
+
+
+def is_repository_name(name: str) -> bool:
+    """Whether a repository of the hub may have this name: `owner/name`, or `name` alone."""
+    return REPOSITORY_NAME.fullmatch(name) is not None

@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlora_lite.checkpoints.files import is_regular, new_file, open_regular
-from qlora_lite.checkpoints.repository.download import CARD_FILE, hub_id
+from qlora_lite.checkpoints.repository.download import CARD_FILE, hub_id, is_repository_name
 
 OWN_TAG = "qlora-lite"
 MARK = re.compile(r"\n<!-- written by qlora_lite; sha256 of the text above: ([0-9a-f]{64}) -->\n\Z")
 LARGEST_CARD = 4 << 20
-# Names of repositories, with and without an owner.
-REPOSITORY_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]{0,95}")
 # Entries of a base's card that hold for weights made from its own.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -34,7 +32,7 @@ def display_name(name_or_path: str | None) -> str | None:
         return None
     path = Path(name_or_path)
     name = hub_id(path) or (path.resolve().name if path.is_absolute() or path.is_dir() else name_or_path)
-    return name if REPOSITORY_NAME.fullmatch(name) and ".." not in name and "--" not in name else None
+    return name if is_repository_name(name) else None
 
 
 def rows(named: Mapping[str, object]) -> str:

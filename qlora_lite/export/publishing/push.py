@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lite.checkpoints import hub
+from qlora_lite.checkpoints.files import excerpt
 from qlora_lite.checkpoints.layouts.bitsandbytes_layout import ROWS_FILE
 from qlora_lite.checkpoints.repository.client_errors import LOG_IN, hub_errors
-from qlora_lite.checkpoints.repository.download import CARD_FILE
+from qlora_lite.checkpoints.repository.download import CARD_FILE, is_repository_name
 from qlora_lite.checkpoints.repository.model_card import is_own
 from qlora_lite.checkpoints.safetensors_write import INDEX_FILE
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.publishing.published_files import (
     ADAPTER,
     CHECKPOINT,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 MAIN = "main"
+# Names that git takes for a branch: of no more than 200 characters, without two dots, and not ending in .lock.
+BRANCH = re.compile(r"(?!.*\.\.)(?!.*\.lock\Z)(?=.{1,200}\Z)[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 # The tensor files that readers of a checkpoint look for.
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
@@ -64,12 +67,23 @@ def push_to_hub(
     exists and is public is refused. revision: the branch, which is made if it does not exist; None for `main`. token:
     None takes HF_TOKEN, or the one of `hf auth login`.
 
-    Raises CheckpointError, in one sentence, for a folder that cannot be uploaded, if the hub refuses it, or if it
-    cannot be reached.
+    Raises ConfigError for names that no repository or branch can have; CheckpointError, in one sentence, for a folder
+    that cannot be uploaded, if the hub refuses it, or if it cannot be reached.
     """
+    check_names(repo_id, revision)
     upload = published_files(Path(folder))
     with hub_errors(f"{folder} cannot be pushed to {repo_id}"):
         return _push(upload, repo_id, private, revision or MAIN, token)
+
+
+def check_names(repo_id: str, revision: str | None) -> None:
+    """Raises ConfigError for names that no repository of the hub, or no branch, can have."""
+    if not is_repository_name(repo_id):
+        raise ConfigError(
+            f"the repository must be owner/name, of letters, digits, '-', '_' and '.'; got {excerpt(repo_id)}"
+        )
+    if revision is not None and not BRANCH.fullmatch(revision):
+        raise ConfigError(f"the revision must be the name of a branch; got {excerpt(revision)}")
 
 
 def _push(upload: PublishedFiles, repo_id: str, private: bool, revision: str, token: str | None) -> Pushed:

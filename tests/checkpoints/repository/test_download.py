@@ -11,7 +11,7 @@ import torch
 
 from qlora_lite.checkpoints.hub import checkpoint_folder, load_tokenizer, model_folder
 from qlora_lite.checkpoints.load import load_quantized
-from qlora_lite.checkpoints.repository.download import cached_checkpoint, download_checkpoint
+from qlora_lite.checkpoints.repository.download import cached_checkpoint, download_checkpoint, is_repository_name
 from qlora_lite.errors import CheckpointError
 from qlora_lite.quantization.config import QuantConfig
 
@@ -203,3 +203,22 @@ def test_a_hub_that_does_not_answer_is_one_sentence(stand_in_hub: Any, monkeypat
     )
     with pytest.raises(CheckpointError, match=sentence):
         checkpoint_folder("org/x")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("org/model", "gpt2", "org/my-model_1.5", "a/b", "a", "org/model.v2", "x" * 96),
+        *("org/a--b", "org/..", "org/x.git", "a/b/c", "org/", "/x", "", "org/a b", "-x", "org/x-", "org/x.", "x" * 97),
+    ],
+)
+def test_names_of_repositories_are_those_that_the_client_takes(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        assert not is_repository_name(name)
+    else:
+        assert is_repository_name(name)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_adapter_, load_quantized, save_adapter
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export import push_to_hub
 from qlora_lite.export.quantized import save_quantized
 
@@ -99,7 +99,6 @@ def test_what_the_hub_refuses_is_one_sentence(hub: Any, adapter: Path, monkeypat
     hub.repositories["other/theirs"] = type(hub.repositories["me/public"])({})
     refused("other/theirs", start + r".* answered 403, you are not allowed to write here; the token does not allow")
     refused("other/new", start + r".* answered 403, You don't have the rights .*the token does not allow this: use")
-    refused("a--b/c", start + "this is not the name of a repository, which is owner/name")
     refused("me/public", start + r".* answered 401, .*: log in", token="hf_wrong")
     refused("me/public", r"me/public exists and is public, and private \(--private\) was asked for", private=True)
     hub.repositories["me/public"].files = {"config.json": b"{}"}
@@ -112,3 +111,13 @@ def test_what_the_hub_refuses_is_one_sentence(hub: Any, adapter: Path, monkeypat
     monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     refused("me/public", start + r"http://127\.0\.0\.1:9 cannot be reached")
+
+
+def test_names_that_cannot_be_are_refused_first(hub: Any, tmp_path: Path) -> None:
+    for name in ("a--b/c", "a/b/c", "me/", "", "me/x y", "me/\n"):
+        with pytest.raises(ConfigError, match=r"^the repository must be owner/name, of letters, .*; got '[^\n]*'$"):
+            push_to_hub(tmp_path, name)
+    for name in ("a b", "a..b", "-x", "a/", "x.lock", "", "a\n", "x" * 300):
+        with pytest.raises(ConfigError, match=r"^the revision must be the name of a branch; got '"):
+            push_to_hub(tmp_path, NAME, revision=name)
+    assert not hub.requests
