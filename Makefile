@@ -40,6 +40,7 @@ endure: $(INSTALLED)
 # Adapters of every kind between peft and qlora_lite, both ways: some minutes on two cores.
 interop: $(INSTALLED)
 	$(RUN) tests/interop/matrix.py
+	$(RUN) tests/interop/families.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -243,12 +243,17 @@ def is_transformers_model(module: nn.Module) -> bool:
 
 
 def base_model(model: Any) -> Any:
-    """Returns the model under the output head; the model itself if it does not say which part that is.
+    """Returns the model under the output head; the model itself if there is none.
 
-    Llama 4 names another attribute for it than it has.
+    Llama 4 names another attribute for it than it has; there it is the innermost model that holds the input embedding.
     """
     named = getattr(model, "base_model", model)
-    return next(filter(is_transformers_model, model.children()), named) if named is model else named
+    if named is not model:
+        return named
+    embedding = input_embedding(model)
+    parts = [part for part in model.children() if is_transformers_model(part)]
+    inner = next((part for part in parts if any(module is embedding for module in part.modules())), None)
+    return model if inner is None else base_model(inner)
 
 
 def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:

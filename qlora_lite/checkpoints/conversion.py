@@ -1,4 +1,4 @@
-"""Builds a model's tensors from those of its checkpoint: renamed, stacked, concatenated, cut or transposed.
+"""Builds a model's tensors from those of its checkpoint: renamed, stacked, joined, cut, transposed or interleaved.
 
 The step of a weight on its way in between lazy_tensors.py and pack_on_load.py. `conversions` asks transformers which
 tensors of the checkpoint make which tensor of the model, by which operations; `converted_tensors` applies these to lazy
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from qlora_lite.checkpoints.lazy_tensors import Concatenated, LazyTensor, Narrowed, Stacked, Transposed
+from qlora_lite.checkpoints.lazy_tensors import Concatenated, Interleaved, LazyTensor, Narrowed, Stacked, Transposed
 from qlora_lite.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -29,6 +29,7 @@ class Operation(Protocol):
     dim0: int
     dim1: int
     check_dims: bool
+    inverse: bool
     num_shards_attribute: str | None
 
 
@@ -176,12 +177,21 @@ def _transposed(operation: Operation, views: ViewsByPattern, rule: _Rule) -> Vie
     return {key: [Transposed(source, first, second)]}
 
 
+def _interleaved(operation: Operation, views: ViewsByPattern, rule: _Rule) -> ViewsByPattern:
+    """Interleave: puts the even places of a dimension before the odd ones, or the other way round."""
+    source = rule.only(views, operation)
+    if source.shape[operation.dim] % 2:
+        raise CheckpointError(f"{rule.target}: {operation!r} of {source.name} {source.shape} is not supported")
+    return {rule.targets[0]: [Interleaved(source, operation.dim, operation.inverse)]}
+
+
 OPERATIONS: dict[str, Callable[[Operation, ViewsByPattern, _Rule], ViewsByPattern]] = {
     "MergeModulelist": _stacked,
     "Concatenate": _joined,
     "Chunk": _in_chunks,
     "Split": _in_pieces,
     "Transpose": _transposed,
+    "Interleave": _interleaved,
 }
 
 

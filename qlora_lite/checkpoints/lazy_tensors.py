@@ -1,4 +1,4 @@
-"""Lazy tensors: stacked, concatenated, narrowed and transposed views of tensors in files, read a few rows at a time.
+"""Lazy tensors: stacked, joined, narrowed, transposed and interleaved views of tensors in files, read in slices.
 
 The second step of a weight on its way in: it takes `StoredTensor`s (safetensors_read.py), and conversion.py builds a
 model's tensors from it.
@@ -253,3 +253,52 @@ class Transposed:
 def transposed(tensor: LazyTensor) -> LazyTensor:
     """Returns a matrix with its dimensions exchanged; of one that is a transposed matrix itself, that matrix."""
     return tensor.tensor if isinstance(tensor, Transposed) and len(tensor.shape) == 2 else Transposed(tensor)
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """One dimension in another order: its even places, and after them the odd ones.
+
+    That is `tensor.unflatten(dim, (n // 2, 2)).transpose(dim, dim + 1).flatten(dim, dim + 1)` for an even size n.
+    inverse: from two halves, places by turns from each.
+    """
+
+    tensor: LazyTensor
+    dim: int
+    inverse: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self.dim > 0:
+            halves = (2, -1) if self.inverse else (-1, 2)
+            split: Tensor = self.tensor.rows(start, stop).unflatten(self.dim, halves)
+            return split.transpose(self.dim, self.dim + 1).flatten(self.dim, self.dim + 1)
+        half = self.shape[0] // 2
+        if self.inverse:
+            first, last = start // 2, (stop + 1) // 2
+            by_turns = [self.tensor.rows(place + first, place + last) for place in (0, half)]
+            return torch.stack(by_turns, 1).flatten(0, 1)[start - 2 * first : stop - 2 * first]
+        pieces = []
+        for place in (0, 1):
+            first, last = max(start - place * half, 0), min(stop - place * half, half)
+            if first < last:
+                pieces.append(self.tensor.rows(2 * first, 2 * last)[place::2])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def select(self, index: int) -> LazyTensor:
+        if self.dim > 0:
+            return Interleaved(self.tensor.select(index), self.dim - 1, self.inverse)
+        half = self.shape[0] // 2
+        place, other = (index % 2, index // 2) if self.inverse else (index % half, index // half)
+        return self.tensor.select(place * half + other if self.inverse else 2 * place + other)

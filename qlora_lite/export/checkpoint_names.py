@@ -6,6 +6,7 @@ view has an inverse, so the tensors of the checkpoint are views of the model's:
     M = stack(S1, S2)              S1 = M[0], S2 = M[1]
     M = cat(S1, S2) along dim      S1 = the first part of M along dim, S2 = the rest
     M = transpose(S)               S = transpose(M)
+    M = interleave(S)              S = interleave(M), the other way round
     M1, M2 = parts of S            S = cat(M1, M2)
 
 The views are those of the checkpoint that the model came from. Without one, they are those by which the tensors that
@@ -26,6 +27,7 @@ from qlora_lite import architecture
 from qlora_lite.checkpoints.conversion import Converted, converted_tensors, tensors_as_saved
 from qlora_lite.checkpoints.lazy_tensors import (
     Concatenated,
+    Interleaved,
     LazyTensor,
     Narrowed,
     ShapeOnlyTensor,
@@ -110,7 +112,8 @@ class CheckpointNames:
         problems += [
             f"{name} is {shapes[name]} and was made of tensors that give {view.shape}"
             for name, view in found.items()
-            if view.shape != shapes[name] and isinstance(view, (Stacked, Concatenated, Narrowed, Transposed))
+            if view.shape != shapes[name]
+            and isinstance(view, (Stacked, Concatenated, Narrowed, Transposed, Interleaved))
         ]
         if problems:
             raise cannot_be_written(self._model, problems)
@@ -168,7 +171,7 @@ def is_read_by_matrix(view: LazyTensor) -> bool:
 def _divides_matrices(view: LazyTensor) -> bool:
     if isinstance(view, Concatenated):
         return view.dim > 0 or any(map(_divides_matrices, view.tensors))
-    if isinstance(view, Narrowed):
+    if isinstance(view, (Narrowed, Interleaved)):
         return view.dim > 0 or _divides_matrices(view.tensor)
     return isinstance(view, (Stacked, Transposed))
 
@@ -194,6 +197,8 @@ class _Inverse:
                 row += size
         elif isinstance(view, Transposed):
             self.add(view.tensor, TransposedOnce(value, view.dim0, view.dim1), place)
+        elif isinstance(view, Interleaved):
+            self.add(view.tensor, Interleaved(value, view.dim, not view.inverse), place)
         elif isinstance(view, Narrowed):
             self.parts.setdefault(id(view.tensor), []).append((view, place, value))
         elif view.name in self.made:

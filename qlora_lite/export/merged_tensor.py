@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_lite.checkpoints.lazy_tensors import Concatenated, LazyTensor, Narrowed, Selected, Transposed
+from qlora_lite.checkpoints.lazy_tensors import Concatenated, Interleaved, LazyTensor, Narrowed, Selected, Transposed
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.compute.weight_update import Delta, Replacement, Update
 from qlora_lite.export.report import TensorFigures
@@ -213,12 +213,15 @@ def _parts(view: LazyTensor) -> tuple[LazyTensor, ...]:
     """Returns the tensors that a view is made of; nothing for another tensor than a view."""
     if isinstance(view, Concatenated):
         return view.tensors
-    return (view.tensor,) if isinstance(view, (Narrowed, Selected, TransposedOnce)) else ()
+    return (view.tensor,) if isinstance(view, (Narrowed, Selected, TransposedOnce, Interleaved)) else ()
 
 
 def _step(view: LazyTensor) -> int:
     """Returns the step of the matrices of a view: slices that begin at its multiples are computed only once."""
-    return view.step if isinstance(view, MergedMatrix) else math.lcm(1, *map(_step, _parts(view)))
+    if isinstance(view, MergedMatrix):
+        return view.step
+    # Each row of two halves is read once in pairs.
+    return math.lcm(1, *map(_step, _parts(view))) * (2 if isinstance(view, Interleaved) and view.dim == 0 else 1)
 
 
 def _has_stacks(view: LazyTensor) -> bool:

@@ -27,6 +27,7 @@ created before the rehearsal are real; they count as OTHER from the first operat
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -76,6 +77,17 @@ class _AnswerValues(TorchDispatchMode):
 
 
 @contextmanager
+def _errors_unlogged() -> Iterator[None]:
+    """Keeps torch from logging the traceback of an operator that fails on fake tensors: its error is raised too."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
 def fake_tensors(accelerator: bool = False) -> Iterator[None]:
     """Makes every new tensor within the block a fake one.
 
@@ -83,7 +95,7 @@ def fake_tensors(accelerator: bool = False) -> Iterator[None]:
     """
     # bitsandbytes creates this table at its first use and keeps it. Created on fake tensors, it would stay fake.
     bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
-    with accelerator_pretended() if accelerator else nullcontext(), patched_mask_creation():
+    with accelerator_pretended() if accelerator else nullcontext(), patched_mask_creation(), _errors_unlogged():
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), _AnswerValues(), patched_module_apply():
                 yield

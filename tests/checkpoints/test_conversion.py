@@ -140,15 +140,15 @@ def test_an_operation_that_is_not_known_is_named(
     mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import conversion_mapping
-    from transformers.core_model_loading import Interleave, WeightConverter
+    from transformers.core_model_loading import PermuteForRope, WeightConverter
 
-    rule = WeightConverter("self_attn.q_proj", "self_attn.q_proj", operations=[Interleave(dim=0)])
+    rule = WeightConverter("self_attn.q_proj", "self_attn.q_proj", operations=[PermuteForRope()])
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [rule])
     files = {name: stored for name, stored in stored_tensors(mixtral / "model.safetensors").items() if "q_proj" in name}
     model = load_quantized_empty(mixtral)
     found = converted_tensors(model, dict.fromkeys(files, (32, 32)), files)
     assert found.failed == set(files) and not found.tensors
-    assert "transformers makes it by Interleave(dim=0), which is not supported" in found.problems[0]
+    assert "transformers makes it by PermuteForRope, which is not supported" in found.problems[0]
 
 
 def load_quantized_empty(folder: Path) -> Any:
@@ -187,6 +187,9 @@ def test_each_operation_makes_what_transformers_makes(
         (theirs.WeightConverter(["a", "b"], "ab", [theirs.Concatenate(dim=0)]), {"a": whole, "b": whole}),
         (theirs.WeightConverter("ab", ["a", "b"], [theirs.Chunk(dim=0)]), {"ab": whole}),
         (theirs.WeightConverter("a", "b", [theirs.Transpose(0, 1)]), {"a": whole}),
+        (theirs.WeightConverter("a", "b", [theirs.Interleave(dim=0)]), {"a": whole}),
+        (theirs.WeightConverter("a", "b", [theirs.Interleave(dim=0, inverse=True)]), {"a": whole}),
+        (theirs.WeightConverter("ab", ["a", "b"], [theirs.Interleave(dim=0), theirs.Chunk(dim=0)]), {"ab": whole}),
         (theirs.WeightConverter("ab", ["a", "b"], [theirs.Split(dim=0)]), {"ab": [torch.randn(3 * rows, columns)]}),
     ]
     used = set()

@@ -12,7 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_lite.checkpoints import lazy_tensors
-from qlora_lite.checkpoints.lazy_tensors import Concatenated, LazyTensor, Narrowed, Stacked, Transposed, read_slices
+from qlora_lite.checkpoints.lazy_tensors import (
+    Concatenated,
+    Interleaved,
+    LazyTensor,
+    Narrowed,
+    Stacked,
+    Transposed,
+    read_slices,
+)
 from qlora_lite.checkpoints.safetensors_read import stored_tensors
 from qlora_lite.errors import CheckpointError
 
@@ -32,6 +40,12 @@ def views(folder: Path, a: Tensor, b: Tensor) -> list[tuple[LazyTensor, Tensor]]
         cases.append((Concatenated("j", both, dim), torch.cat((a, b), dim)))
         length = a.shape[dim] - 1
         cases.append((Narrowed("n", one, dim, 1, length), a.narrow(dim, 1, length)))
+        if a.shape[dim] % 2 == 0:
+            evens_first = torch.cat(
+                [a.index_select(dim, torch.arange(place, a.shape[dim], 2)) for place in (0, 1)], dim
+            )
+            cases.append((Interleaved(one, dim), evens_first))
+            cases.append((Interleaved(Interleaved(one, dim), dim, inverse=True), a))
     cases += [(Transposed(one, *dims), a.transpose(*dims)) for dims in ((0, 1), (0, 2), (1, 2))]
     joined = Concatenated("j", tuple(Stacked("s", (part.select(0), part.select(1))) for part in both), 1)
     cases.append((joined, torch.cat((a[:2], b[:2]), 1)))

@@ -268,8 +268,10 @@ def test_tensors_of_a_vision_tower_are_passed_over_and_listed(tmp_path: Path) ->
     parts = {name.split(".")[0] for name in ours.load_report.passed_over}
     assert type(ours).__name__ == "Llama4ForCausalLM" and parts == {"vision_model", "multi_modal_projector"}
     assert any(line.endswith(": passed over") for line in ours.load_report.in_words())
-    hidden = architecture.hidden_states(ours, {"input_ids": TOKENS})
-    torch.testing.assert_close(ours.lm_head(hidden), ours(TOKENS, use_cache=False).logits)
+    for model in (ours, load_quantized(tmp_path, PLAIN, dtype=torch.float32)):  # the whole has the head in a part of it
+        hidden, head = architecture.hidden_states(model, {"input_ids": TOKENS}), architecture.output_head(model)
+        torch.testing.assert_close(head(hidden), model(TOKENS, use_cache=False).logits)
+    assert type(model).__name__ == "Llama4ForConditionalGeneration"
     tensors_on_disk = load_file(tmp_path / "model.safetensors")
     save_file({**tensors_on_disk, "vision_model.stranger": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(

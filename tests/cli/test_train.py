@@ -6,10 +6,12 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qlora_lite import LoraConfig
+from qlora_lite.checkpoints.load import LoadReport
 from qlora_lite.cli import train as module
 from qlora_lite.cli.main import app
 from qlora_lite.errors import ConfigError
@@ -108,3 +110,12 @@ def test_held_out_records_of_another_file_that_are_trained_on_too_are_told(
     assert "3 examples are held out" in done.stdout and "3 of the held-out examples are trained on too" in done.stdout
     both = run(*words, "--eval-share", 0.5, "--overwrite")
     assert both.returncode == 2 and "--eval-data and --eval-share both choose" in both.stderr
+
+
+def test_layers_that_peft_loses_are_printed_before_the_first_step(
+    small_model: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small_model("Qwen3MoeConfig", mlp_only_layers=[0])
+    model.load_report = LoadReport()
+    module._add_adapters_(model, LoraConfig(2, 4))
+    assert capsys.readouterr().out.startswith("peft would not load the adapters of 3 layers (model.layers.0.mlp.gate_")

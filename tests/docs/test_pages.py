@@ -143,7 +143,8 @@ def test_commands_of_a_page_parse(page: Path) -> None:
 def test_options_of_a_page_exist(page: Path) -> None:
     options = [option for command in (GROUP, *COMMANDS.values()) for option in command.params]
     known = {name for option in options for name in (*option.opts, *option.secondary_opts)}
-    scripts = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "profiling").glob("*.py"))
+    files = [path for folder in ("profiling", "tests/interop") for path in (ROOT / folder).glob("*.py")]
+    scripts = "\n".join(path.read_text(encoding="utf-8") for path in files)
     named = {word for code in INLINE.findall(prose(page)) for word in code.split() if re.fullmatch(r"--[\w-]+", word)}
     unknown = {option for option in named - known - FOREIGN_OPTIONS - {"--help"} if f'"{option}"' not in scripts}
     assert not unknown

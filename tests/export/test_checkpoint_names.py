@@ -363,18 +363,18 @@ def test_what_cannot_be_converted_back_is_refused_with_the_way_that_works(
     model = adapted(saved("MixtralConfig"), ["q_proj"])
     model.config._name_or_path = ""
     rule = core_model_loading.WeightConverter(
-        "attn.q.weight", "self_attn.q_proj.weight", operations=[core_model_loading.Interleave(dim=0)]
+        "attn.q.weight", "self_attn.q_proj.weight", operations=[core_model_loading.PermuteForRope()]
     )
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model, **options: [rule])
     with pytest.raises(CheckpointError) as raised:
         export_merged(model, tmp_path / "out")
     for part in (
         "this MixtralForCausalLM cannot be written with its checkpoint's names: model.layers.0.self_attn.q_proj.weight",
-        "transformers makes it by Interleave(dim=0), which is not supported",
+        "transformers makes it by PermuteForRope, which is not supported",
         "ask for names='model' (--names model)",
     ):
         assert part in str(raised.value)
-    monkeypatch.setattr(core_model_loading.Interleave, "reverse_op", None)
+    monkeypatch.setattr(core_model_loading.PermuteForRope, "reverse_op", None)
     with pytest.raises(CheckpointError, match="transformers cannot undo the conversion of a MixtralForCausalLM's"):
         export_merged(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -417,6 +417,10 @@ def test_the_inverse_of_each_operation_gives_the_checkpoint_back(
         (theirs.WeightConverter("ab", ["a", "b"], [theirs.Chunk(dim=1)]), {"ab": [(rows, 2 * columns)]}),
         (theirs.WeightConverter("ab", ["a", "b"], [theirs.Chunk(dim=0)]), {"ab": [(2 * rows,)]}),
         (theirs.WeightConverter("a", "b", [theirs.Transpose(0, 1)]), {"a": whole}),
+        (theirs.WeightConverter("a", "b", [theirs.Interleave(dim=0)]), {"a": whole}),
+        (theirs.WeightConverter("a", "b", [theirs.Interleave(dim=0, inverse=True)]), {"a": whole}),
+        (theirs.WeightConverter("e.a", "e.b", [theirs.Interleave(dim=1)]), {"e.a": [(count, 2 * rows, columns)]}),
+        (theirs.WeightConverter("ab", ["a", "b"], [theirs.Interleave(dim=0), theirs.Chunk(dim=0)]), {"ab": whole}),
         (theirs.WeightConverter("ab", ["a", "b"], [theirs.Split(dim=0)]), {"ab": [(3 * rows, columns)]}),
     ]
     used = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -184,3 +185,17 @@ def test_the_block_has_a_profiler_and_fake_tensors() -> None:
         assert isinstance(kept, FakeTensor)
     assert profiler.trace is not None
     assert next(iter(profiler.trace.timeline())).delta == 10 * 4
+
+
+def test_torch_logs_no_traceback_of_an_operator_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    def split_by_values() -> None:
+        torch.ones(92).split([int(size) for size in torch.ones(4).tolist()])
+
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    monitored, logger.propagate = logger.propagate, True
+    try:
+        with pytest.raises(RuntimeError, match="split_with_sizes expects split_sizes to sum exactly to 92"):
+            rehearse(split_by_values)
+    finally:
+        logger.propagate = monitored
+    assert caplog.records == [] and not logger.disabled

@@ -32,6 +32,9 @@ MAMBA_REFUSED = ("out_proj", "conv1d")
 # transformers/models/rwkv/modeling_rwkv.py, _rescale_layers, and the default of rescale_every.
 RWKV_RESCALED = (".attention.output", ".feed_forward.value")
 RWKV_RESCALE_EVERY = 6
+# transformers/conversion_mapping.py: the rules "mlp.shared_expert." -> "mlp.shared_experts." and "sconv.weight_proj" ->
+# "sconv.weight_proj.weight", which peft applies to the keys of adapters, match their own results.
+MANGLED = {"laguna": r"\.mlp\.shared_experts\.", "inkling2_text": r"(convolution|sconv)\.weight_proj$"}
 BLOCK = re.compile(r"\.(\d+)\.")
 SHOWN = 3
 
@@ -41,8 +44,7 @@ def _renamed(model_type: str, name: str) -> bool:
 
 
 def _mangled(model_type: str, name: str) -> bool:
-    # transformers' rule "mlp.shared_expert." -> "mlp.shared_experts.", applied to keys of adapters, matches its result.
-    return model_type == "laguna" and ".mlp.shared_experts." in name
+    return model_type in MANGLED and re.search(MANGLED[model_type], name) is not None
 
 
 def _refused(model_type: str, name: str) -> bool:
