@@ -6,7 +6,9 @@ Without that file they come from the merges of `tokenizer.json`, if both ways of
 
 from __future__ import annotations
 
+import itertools
 import struct
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,32 +68,42 @@ def sentencepiece_scores(
             scores[number] = score
         return scores
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    problem = merge_problem([token for token in vocabulary if token not in added], merges)
-    if problem:
-        return problem
-    for rank, (left, right) in reversed(list(enumerate(merges))):
-        scores[vocabulary[left + right]] = float(-rank)
+    ranks = ranks_of_tokens(merges)
+    problem = ranks if isinstance(ranks, str) else missing_merge([t for t in vocabulary if t not in added], merges)
+    if isinstance(ranks, str) or problem:
+        return f"without a {MODEL_FILE} {problem}"
+    for token, rank in ranks.items():
+        scores[vocabulary[token]] = float(-rank)
     return scores
 
 
-def merge_problem(tokens: Sequence[str], merges: Sequence[tuple[str, ...]]) -> str:
-    """Returns why joining by merges and by scores of tokens would differ; empty if they do not.
+def ranks_of_tokens(merges: Sequence[tuple[str, ...]]) -> dict[str, int] | str:
+    """Returns the rank of each token by its merges, or why tokens have none.
 
-    Merges to the same token have to follow one another, and all pairs of tokens that make a token have to be merges.
+    Merges to the same token have to follow one another. Runs of spaces may be mixed, as they are where SentencePiece
+    gives them one score: then they have one rank, and in both programs the first run of a text grows from its left.
     """
-    ended, last = set(), ""
-    for left, right in merges:
-        if left + right != last:
-            ended.add(last)
-            last = left + right
-            if last in ended:
-                return f"without a {MODEL_FILE} its merges to {last!r} are at several places, which scores cannot say"
+    ranks: dict[str, int] = {}
+    for is_space, block in itertools.groupby(enumerate(merges), lambda merge: not set("".join(merge[1])) - {SPACE}):
+        joined = [(rank, left + right) for rank, (left, right) in block]
+        changes = [token for token, _ in itertools.groupby(token for _, token in joined)]
+        tied = is_space and len(set(changes)) < len(changes)
+        counts, first = Counter(changes), {token: rank for rank, token in reversed(joined)}
+        again = [token for token in changes if token in ranks or (not tied and counts[token] > 1)]
+        if again:
+            return f"its merges to {again[0]!r} are at several places, which scores cannot say"
+        ranks |= {token: joined[0][0] if tied else rank for token, rank in first.items()}
+    return ranks
+
+
+def missing_merge(tokens: Sequence[str], merges: Sequence[tuple[str, ...]]) -> str:
+    """Returns which pair llama.cpp would join and the merges do not; empty if there is none."""
     listed, known = set(merges), set(tokens)
     for token in tokens:
         for end in range(1, len(token)):
             pair = token[:end], token[end:]
             if pair not in listed and pair[0] in known and pair[1] in known:
-                return f"without a {MODEL_FILE} it does not merge {pair[0]!r} with {pair[1]!r}, where llama.cpp would"
+                return f"it does not merge {pair[0]!r} with {pair[1]!r}, where llama.cpp would"
     return ""
 
 

@@ -55,7 +55,6 @@ ALL_LINEAR = [*(f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "d
         ("LlamaConfig", {"target_modules": [*ALL_LINEAR, "embed_tokens", "lm_head"], "use_rslora": True}),
         ("LlamaConfig", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 20}}),
         ("GPT2Config", {"target_modules": ["c_attn", "c_fc"]}),
-        ("Phi3Config", {}),
     ],
 )
 def test_base_and_adapter_make_the_merged_file(

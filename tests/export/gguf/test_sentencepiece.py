@@ -14,7 +14,8 @@ from qlora_lite.errors import CheckpointError
 from qlora_lite.export.gguf.sentencepiece import (
     MODEL_FILE,
     UNJOINED,
-    merge_problem,
+    missing_merge,
+    ranks_of_tokens,
     read_pieces,
     sentencepiece_scores,
     space_prefix,
@@ -72,14 +73,24 @@ def test_scores_join_texts_as_merges_do(tmp_path: Path) -> None:
 def test_merges_that_scores_cannot_say_are_refused(tmp_path: Path) -> None:
     torn = [["a", "b"], ["ab", "c"], ["b", "c"], ["a", "bc"]]
     tokens = ["a", "b", "c", "ab", "bc", "abc"]
-    assert "its merges to 'abc' are at several places" in merge_problem(tokens, [tuple(merge) for merge in torn])
+    assert "its merges to 'abc' are at several places" in str(ranks_of_tokens([tuple(merge) for merge in torn]))
     lacking = [("a", "b"), ("b", "c"), ("ab", "c")]
-    assert "does not merge 'a' with 'bc', where llama.cpp would" in merge_problem(tokens, lacking)
+    assert "does not merge 'a' with 'bc', where llama.cpp would" in missing_merge(tokens, lacking)
     found = sentencepiece_scores(tmp_path, {**MODEL, "merges": torn}, set(), len(TOKENS))
     assert isinstance(found, str) and MODEL_FILE in found
     assert sentencepiece_scores(tmp_path, {**MODEL, "byte_fallback": False}, set(), 9) == (
         "it has no tokens for single bytes, which llama.cpp falls back to"
     )
+
+
+def test_mixed_merges_of_spaces_have_one_rank() -> None:
+    """As in Mistral's vocabulary, whose runs of spaces have one score, so that their merges are sorted by length."""
+    spaces = [("▁" * left, "▁" * right) for left in (3, 2, 1) for right in (3, 2, 1) if left + right <= 4]
+    found = ranks_of_tokens([("a", "b"), *spaces, ("b", "a")])
+    assert found == {"ab": 0, "▁▁▁▁": 1, "▁▁▁": 1, "▁▁": 1, "ba": 1 + len(spaces)}
+    assert "at several places" in str(ranks_of_tokens([*spaces, ("a", "b"), *spaces]))
+    in_order = [("▁", "▁"), ("▁▁", "▁▁")]
+    assert ranks_of_tokens(in_order) == {"▁▁": 0, "▁▁▁▁": 1}
 
 
 def field(number: int, content: bytes | int | float) -> bytes:
