@@ -336,7 +336,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_language_model_of_a_larger_checkpoint_is_exported_with_the_rest(pictures: Path, tmp_path: Path) -> None:
     import transformers
 
-    model = adapted(pictures, ["q_proj", "down_proj"])
+    language = load_quantized(pictures, dtype=torch.float32, task="causal-lm")
+    model = with_adapters(language, ["q_proj", "down_proj"])
     model.config.bos_token_id = 7
     export_merged(model, tmp_path / "out", torch.float16)
     assert type(model).__name__ == "Qwen3_5ForCausalLM" and header(tmp_path / "out") == header(pictures)
@@ -351,7 +352,7 @@ def test_the_language_model_of_a_larger_checkpoint_is_exported_with_the_rest(pic
     export_merged(model, tmp_path / "own", torch.float32, names="model")
     assert json.loads((tmp_path / "own" / "config.json").read_text())["model_type"] == "qwen3_5_text"
     check_is_the_model(tmp_path / "own", model)
-    save_quantized(load_quantized(pictures), tmp_path / "packed")
+    save_quantized(load_quantized(pictures, task="causal-lm"), tmp_path / "packed")
     assert json.loads((tmp_path / "packed" / "config.json").read_text())["model_type"] == "qwen3_5_text"
 
 
