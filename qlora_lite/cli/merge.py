@@ -32,14 +32,16 @@ from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 if TYPE_CHECKING:
     from qlora_lite.data.tokenization import TokenizedSet
+    from qlora_lite.export.gguf.merge import GgufExport
     from qlora_lite.export.merged import Exported
     from qlora_lite.quantization.config import QuantConfig
 
 # Options of a folder of safetensors files, which a GGUF file has no use for.
-FOLDERS_ALONE = ("names", "dtype", "max_shard_size", "verify", "verify_max_length")
+FOLDERS_ALONE = ("names", "dtype", "max_shard_size")
 # Options of a merge, which an adapter alone has no use for.
 MERGES_ALONE = (
     *("base", "format", "blocksize", "double_quant", "embedding_format", "skip_modules", "ignore_unexpected"),
+    *("verify", "verify_max_length"),
 )
 MODELFILE = "Modelfile"
 
@@ -57,12 +59,12 @@ def _merge_to_gguf(
     type: str,
     base: str,
     overwrite: bool,
+    prompts: TokenizedSet | None,
     any_base: bool,
     ignore_unexpected: bool,
     json: bool,
 ) -> None:
     from qlora_lite.export.gguf.merge import merge_checkpoint_to_gguf
-    from qlora_lite.export.report import REPORT_FILE, render
     from qlora_lite.signals import deferred_signals
 
     with deferred_signals():
@@ -74,18 +76,16 @@ def _merge_to_gguf(
             type,
             base=base,
             overwrite=overwrite,
+            verify=None if prompts is None else prompts.examples,
             any_base=any_base,
             ignore_unexpected=ignore_unexpected,
         )
-    print(passed_over_line(done.passed_over) + render(done.report))
-    merged = sum(figures.update is not None for figures in done.report.tensors)
-    figures: dict[str, object] = {"layers_merged": merged, "base": base, "gguf": type}
-    figures |= {"architecture": done.architecture, "tensors": sum(done.types.values())}
-    figures |= {f"tensors_in_{name}": count for name, count in done.types.items()}
-    figures |= {"error_of_packing": done.relative_error, "read_back": "equal", "bytes": done.bytes}
-    figures |= {"file": str(output / done.file), "modelfile": str(output / MODELFILE)}
-    figures |= {"embedding_and_head_untied": done.untied, "report": str(output / REPORT_FILE)}
-    finish(figures | (done.report.total_json() if json else {}), json)
+    settings: dict[str, object] = {"base": base, "gguf": type, "architecture": done.architecture}
+    written: dict[str, object] = {"tensors": sum(done.types.values())}
+    written |= {f"tensors_in_{name}": count for name, count in done.types.items()}
+    written |= {"error_of_packing": done.relative_error, "read_back": "equal", "bytes": done.bytes}
+    written |= {"file": str(output / done.file), "modelfile": str(output / MODELFILE)}
+    _show(done, prompts, settings, written, output, json)
 
 
 def _adapter_to_gguf(
@@ -101,15 +101,21 @@ def _adapter_to_gguf(
     finish(figures | {"file": str(output / done.file), "modelfile": str(output / MODELFILE)}, json)
 
 
-def _show(done: Exported, prompts: TokenizedSet | None, settings: dict[str, object], output: Path, json: bool) -> None:
-    """Prints the report of a merged folder, and its figures."""
+def _show(
+    done: Exported | GgufExport,
+    prompts: TokenizedSet | None,
+    settings: dict[str, object],
+    written: dict[str, object],
+    output: Path,
+    json: bool,
+) -> None:
+    """Prints the report of an export, and its figures."""
     from qlora_lite.export.report import REPORT_FILE, render
     from qlora_lite.export.verify import render as render_verification
 
     print(passed_over_line(done.passed_over) + render(done.report))
     merged = sum(figures.update is not None for figures in done.report.tensors)
-    figures: dict[str, object] = {"layers_merged": merged, **settings}
-    figures |= {"files": done.files, "output": str(output)}
+    figures: dict[str, object] = {"layers_merged": merged, **settings, **written}
     figures |= {"embedding_and_head_untied": done.untied, "report": str(output / REPORT_FILE)}
     if json:
         figures |= done.report.total_json()
@@ -189,13 +195,13 @@ def merge(
         check_not_given(ctx, "--adapter-only", MERGES_ALONE)
         _adapter_to_gguf(model, adapter, output, gguf, overwrite, any_base, json)
         return
-    if gguf is not None:
-        _merge_to_gguf(model, adapter, output, quant, gguf, base, overwrite, any_base, ignore_unexpected, json)
-        return
     prompts = None
     if verify is not None:
         config = DataConfig(max_length=verify_max_length, prompts_too=True)
         prompts = tokenize_sources([str(verify)], load_tokenizer(model), config)
+    if gguf is not None:
+        _merge_to_gguf(model, adapter, output, quant, gguf, base, overwrite, prompts, any_base, ignore_unexpected, json)
+        return
     with deferred_signals():
         done = merge_checkpoint(
             model,
@@ -211,4 +217,5 @@ def merge(
             any_base=any_base,
             ignore_unexpected=ignore_unexpected,
         )
-    _show(done, prompts, {"base": base, "names": names, "dtype": dtype}, output, json)
+    settings: dict[str, object] = {"base": base, "names": names, "dtype": dtype}
+    _show(done, prompts, settings, {"files": done.files, "output": str(output)}, output, json)

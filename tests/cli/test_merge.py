@@ -98,7 +98,13 @@ def test_gguf_tells_what_it_wrote(
         "int8",
         "q8_0",
     )
-    assert more == {"base": "original", "overwrite": False, "any_base": True, "ignore_unexpected": False}
+    assert more == {
+        "base": "original",
+        "overwrite": False,
+        "verify": None,
+        "any_base": True,
+        "ignore_unexpected": False,
+    }
     figures = json.loads(out.splitlines()[-1])
     assert figures["file"] == str(tmp_path / "out" / "model-q8_0.gguf") and figures["layers_merged"] == 1
     assert (figures["tensors"], figures["tensors_in_q8_0"], figures["error_of_packing"]) == (3, 2, 0.005)

@@ -9,6 +9,7 @@ tensors        the tensors of a file from those of a plain checkpoint
 sentencepiece  SentencePiece's BPE as llama.cpp has it
 tokenizer      the tokenizer as settings
 modelfile      the Modelfile of ollama
+read_back      a file's tensors as a model of transformers has them
 merge          export_gguf and merge_checkpoint_to_gguf
 adapter        adapter_to_gguf
 """

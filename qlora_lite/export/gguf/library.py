@@ -180,3 +180,31 @@ def check_file(path: Path, written: Sequence[WrittenTensor]) -> None:
             digest.update(values[start : start + READ_BYTES].tobytes())
         if not same or digest.digest() != wanted.digest:
             raise CheckpointError(f"{path} was read back with another {found.name} than was written; check the disk")
+
+
+@dataclass(frozen=True)
+class StoredGguf:
+    """A tensor of a GGUF file, or a matrix of it, in torch's order of dimensions. data: as the package's reader has it,
+    mapped from the file."""
+
+    shape: tuple[int, ...]
+    kind: Any
+    data: Any
+
+    def matrix(self, index: int) -> StoredGguf:
+        """Returns the matrix at an index of a stack."""
+        return StoredGguf(self.shape[1:], self.kind, self.data[index])
+
+    def rows(self, which: slice | Tensor) -> Tensor:
+        """Returns rows of the tensor in fp32, unpacked."""
+        taken = self.data[which.numpy() if isinstance(which, Tensor) else which]
+        return torch.from_numpy(gguf().quants.dequantize(taken, self.kind).astype("float32"))
+
+
+def open_gguf(path: Path) -> dict[str, StoredGguf]:
+    """Returns the tensors of a file by their names. The file stays mapped as long as one of them exists."""
+    tensors = gguf().GGUFReader(path).tensors
+    return {
+        tensor.name: StoredGguf(tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type, tensor.data)
+        for tensor in tensors
+    }

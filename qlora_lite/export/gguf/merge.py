@@ -7,6 +7,7 @@ file is read back with the `gguf` package before its folder gets its name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.atomic_folder import check_free_space, check_output_is_not_input, new_folder
 from qlora_lite.checkpoints.files import write_json
 from qlora_lite.checkpoints.safetensors_write import DEFAULT_SHARD_BYTES
 from qlora_lite.checks import require
+from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.checkpoint_names import CHECKPOINT
 from qlora_lite.export.gguf.families import Family, family_of, model_settings
@@ -33,6 +36,7 @@ from qlora_lite.export.gguf.library import (
     write_gguf,
 )
 from qlora_lite.export.gguf.modelfile import model_modelfile, sampling, stop_texts, write_modelfile
+from qlora_lite.export.gguf.read_back import by_model_names, empty_model, read_back
 from qlora_lite.export.gguf.rope import rope_tensors
 from qlora_lite.export.gguf.tensors import EMBEDDING, gguf_tensors, stays_fp32
 from qlora_lite.export.gguf.tokenizer import tokenizer_settings
@@ -44,7 +48,7 @@ from qlora_lite.export.merged import (
     planned_model,
 )
 from qlora_lite.export.report import REPORT_FILE, MergeReport
-from qlora_lite.export.verify import DEQUANTIZED
+from qlora_lite.export.verify import DEQUANTIZED, Verification, check_examples, compare
 from qlora_lite.quantization.config import QuantConfig
 
 
@@ -54,7 +58,7 @@ class GgufExport:
     type.
 
     relative_error: norm of what packing changed over the norm of what was packed, None for types of floats. report,
-    untied, passed_over: as in `Exported`.
+    untied, verification, passed_over: as in `Exported`.
     """
 
     file: str
@@ -64,6 +68,7 @@ class GgufExport:
     relative_error: float | None
     report: MergeReport
     untied: bool
+    verification: Verification | None = None
     passed_over: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
@@ -91,14 +96,15 @@ def export_gguf(
     *,
     base: str = DEQUANTIZED,
     overwrite: bool = False,
+    verify: Sequence[TokenizedExample] | None = None,
     name: str | None = None,
 ) -> GgufExport:
     """Writes W0 + scaling * B A of every layer, with settings and tokenizer, as one GGUF file in a new folder.
 
     type: `f32`, `f16`, `bf16`, `q8_0` or `q4_0` (four bits; embedding and head get eight). Vectors, norms and routers
-    are f32, and a weight whose rows are no multiple of 32 values is f16. base, name: as in `export_merged`. The folder
-    also gets `merge_report.json` and a Modelfile for ollama. The file is read back and compared. The model is not
-    changed.
+    are f32, and a weight whose rows are no multiple of 32 values is f16. base, name: as in `export_merged`. verify:
+    too; the model that is compared has the values of the file. The folder also gets `merge_report.json` and a Modelfile
+    for ollama. The file is read back and compared. The model is not changed.
 
     Raises CheckpointError, before anything is written, for a family that is not known and for a config, a tokenizer or
     a tensor that llama.cpp would read as something else; the other errors of `export_merged`.
@@ -111,7 +117,7 @@ def export_gguf(
     family = family_of(config)
     dtype = FLOATS.get(type, torch.float32)
     with planned_model(model, base, dtype, AS_SAVED, name, stays_fp32) as planned:
-        return _write(planned, Path(folder), family, type, overwrite)
+        return _write(planned, Path(folder), family, type, overwrite, verify)
 
 
 def merge_checkpoint_to_gguf(
@@ -124,6 +130,7 @@ def merge_checkpoint_to_gguf(
     base: str = DEQUANTIZED,
     load_dtype: torch.dtype = torch.bfloat16,
     overwrite: bool = False,
+    verify: Sequence[TokenizedExample] | None = None,
     any_base: bool = False,
     ignore_unexpected: bool = False,
 ) -> GgufExport:
@@ -140,7 +147,7 @@ def merge_checkpoint_to_gguf(
     planned = planned_checkpoint(
         source, adapter, config, dtype, base, AS_SAVED, load_dtype, any_base, ignore_unexpected, stays_fp32
     )
-    return _write(planned, Path(folder), family, type, overwrite)
+    return _write(planned, Path(folder), family, type, overwrite, verify)
 
 
 def _settings(planned: PlannedExport, family: Family, tensors: list[GgufTensor], type: str) -> Settings:
@@ -157,9 +164,18 @@ def _settings(planned: PlannedExport, family: Family, tensors: list[GgufTensor],
     return {**general, **settings, **tokenizer_settings(planned.source, config, rows)}
 
 
-def _write(planned: PlannedExport, folder: Path, family: Family, type: str, overwrite: bool) -> GgufExport:
+def _write(
+    planned: PlannedExport,
+    folder: Path,
+    family: Family,
+    type: str,
+    overwrite: bool,
+    examples: Sequence[TokenizedExample] | None,
+) -> GgufExport:
     check_output_is_not_input(folder, planned.source)
     plan, model = planned.plan, planned.model
+    if examples is not None:
+        check_examples(examples, model, architecture.vocabulary_size(model))
     config: Any = model.config
     tensors = [*rope_tensors(config), *gguf_tensors(plan.tensors, family, config, type)]
     settings = _settings(planned, family, tensors, type)
@@ -171,6 +187,7 @@ def _write(planned: PlannedExport, folder: Path, family: Family, type: str, over
         with plan.packing_ahead():
             written = write_gguf(temporary / file, family.architecture, settings, tensors)
         check_file(temporary / file, written)
+        verification = None if examples is None else _verified(temporary / file, planned, family, examples)
         write_modelfile(temporary, model_modelfile(file, stops, sampling(generation)))
         report, size = _report(plan.report(), type), (temporary / file).stat().st_size
         done = GgufExport(
@@ -181,10 +198,20 @@ def _write(planned: PlannedExport, folder: Path, family: Family, type: str, over
             _relative_error(written),
             report,
             plan.untied,
+            verification,
             planned.passed_over,
         )
-        write_json(temporary / REPORT_FILE, {**report.to_json(), "gguf": done.to_json()})
+        verified = {} if verification is None else {"verify": verification.to_json()}
+        write_json(temporary / REPORT_FILE, {**report.to_json(), "gguf": done.to_json(), **verified})
     return done
+
+
+def _verified(path: Path, planned: PlannedExport, family: Family, examples: Sequence[TokenizedExample]) -> Verification:
+    """Compares the model that has the file's values with the adapter model."""
+    plan, model = planned.plan, planned.model
+    empty = empty_model(model, plan.untied)
+    read = by_model_names(empty, read_back(path, plan.tensors, family, model.config))
+    return compare(empty, plan.compared(read), examples, plan.base)
 
 
 def _report(report: MergeReport, type: str) -> MergeReport:

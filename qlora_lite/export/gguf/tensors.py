@@ -55,12 +55,34 @@ def permuted_rows(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def row_order(name: str, family: Family, config: Any) -> Callable[[Tensor], Tensor] | None:
-    """Returns what puts the rows of a tensor of the checkpoint, or of an adapter's B, into llama.cpp's order."""
+def turned_heads(name: str, family: Family, config: Any) -> int | None:
+    """Returns the heads of a tensor of the checkpoint whose rows have another order in llama.cpp, None for others."""
     if not family.permuted or not (QUERY.fullmatch(name) or KEY.fullmatch(name)):
         return None
     own = config.num_key_value_heads if KEY.fullmatch(name) else config.num_attention_heads
-    return functools.partial(permuted_rows, heads=own or config.num_attention_heads)
+    return int(own or config.num_attention_heads)
+
+
+def row_order(name: str, family: Family, config: Any) -> Callable[[Tensor], Tensor] | None:
+    """Returns what puts the rows of a tensor of the checkpoint, or of an adapter's B, into llama.cpp's order."""
+    heads = turned_heads(name, family, config)
+    return None if heads is None else functools.partial(permuted_rows, heads=heads)
+
+
+def is_transposed(name: str, family: Family) -> bool:
+    """Whether llama.cpp has the columns of a tensor of the checkpoint as rows."""
+    return bool(family.transposed) and name.endswith(family.transposed)
+
+
+def is_norm_plus_one(name: str, family: Family) -> bool:
+    """Whether llama.cpp has 1 + the values of a tensor of the checkpoint."""
+    return family.norm_plus_one and name.endswith("norm.weight")
+
+
+def stack_name(name: str) -> str:
+    """Returns the name of the stack that an expert's tensor is a matrix of; of another tensor its own."""
+    expert = EXPERT.fullmatch(name)
+    return name if expert is None else f"{expert['stack']}.{expert['part']}.weight"
 
 
 def gguf_tensors(tensors: Mapping[str, PlannedTensor], family: Family, config: Any, type: str) -> list[GgufTensor]:
@@ -91,20 +113,19 @@ def _by_stack(tensors: Mapping[str, PlannedTensor]) -> dict[str, list[PlannedTen
     groups: dict[str, dict[int, PlannedTensor]] = {}
     for name, tensor in tensors.items():
         expert = EXPERT.fullmatch(name)
-        stack = name if expert is None else f"{expert['stack']}.{expert['part']}.weight"
-        groups.setdefault(stack, {})[0 if expert is None else int(expert["index"])] = tensor
+        groups.setdefault(stack_name(name), {})[0 if expert is None else int(expert["index"])] = tensor
     return {name: [parts[index] for index in sorted(parts)] for name, parts in groups.items()}
 
 
 def _tensor(name: str, target: str, parts: list[PlannedTensor], family: Family, config: Any, type: str) -> GgufTensor:
     shape = parts[0].shape if ".experts." not in name else (len(parts), *parts[0].shape)
     whole: Callable[[Tensor], Tensor] | None = row_order(name, family, config)
-    if name.endswith(family.transposed or ("no such end",)):
+    if is_transposed(name, family):
         whole, shape = torch.t, shape[::-1]
     if SHARED_EXPERT_GATE.fullmatch(target):
         shape = shape[-1:]  # one row
     kept = tensor_type(target, shape, type)
-    added = 1.0 if family.norm_plus_one and name.endswith("norm.weight") else 0.0
+    added = 1.0 if is_norm_plus_one(name, family) else 0.0
     return GgufTensor(target, shape, kept, functools.partial(_pieces, parts, whole, added))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.export.gguf.families import FAMILIES, family_of
 from qlora_lite.export.gguf.library import gguf, tensor_names
-from qlora_lite.export.gguf.tensors import EXPERT
+from qlora_lite.export.gguf.tensors import stack_name
 from qlora_lite.export.gguf.tokenizer import tokenizer_settings
 from qlora_lite.export.readers.checkpoint_folder import CheckpointDescription
 from qlora_lite.lora.peft.compatibility import LLAMA_CPP, VLLM, Compatibility
@@ -96,7 +96,7 @@ def _llama_cpp(described: CheckpointDescription) -> Compatibility:
         )
     reasons, notes = _names(described), []
     named = tensor_names(architecture, config.get_text_config().num_hidden_layers)
-    stacked = {_in_stack(name): name for name in described.tensors if not PASSED_OVER.fullmatch(name)}
+    stacked = {stack_name(name): name for name in described.tensors if not PASSED_OVER.fullmatch(name)}
     unknown = [name for stack, name in stacked.items() if named(stack) is None and name not in described.own_names]
     if unknown and described.packed_by is None:
         reasons.append(f"tensors that llama.cpp's {architecture} has no name for: {listing(unknown, 3)}")
@@ -105,11 +105,6 @@ def _llama_cpp(described: CheckpointDescription) -> Compatibility:
     else:
         reasons += _refusals(described)
     return Compatibility(LLAMA_CPP, tuple(reasons), tuple(notes))
-
-
-def _in_stack(name: str) -> str:
-    expert = EXPERT.fullmatch(name)
-    return name if expert is None else f"{expert['stack']}.{expert['part']}.weight"
 
 
 def _refusals(described: CheckpointDescription) -> list[str]:

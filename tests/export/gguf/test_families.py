@@ -16,6 +16,10 @@ import torch
 from qlora_lite.errors import CheckpointError
 from qlora_lite.export.gguf import export_gguf
 from qlora_lite.export.gguf.families import FAMILIES, context_length, family_of
+from qlora_lite.export.gguf.library import write_gguf
+from qlora_lite.export.gguf.read_back import by_model_names, empty_model, read_back
+from qlora_lite.export.gguf.tensors import gguf_tensors
+from qlora_lite.export.merged import AS_SAVED, planned_model
 
 # Config class and sizes of a small model of each family.
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -69,6 +73,29 @@ def test_transformers_reads_tensors_and_settings_back(
             rope = getattr(model.config, "rope_parameters", {})
             own = rope.get("full_attention", rope)[key] if key == "rope_theta" else getattr(model.config, key)
             assert own == pytest.approx(value), key
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_file_is_read_back_as_the_model(make_model: Callable[..., Any], tmp_path: Path, kind: str) -> None:
+    """As `--verify` reads it: through transformers' own conversion of the checkpoint's tensors."""
+    family, sizes = SIZES[kind]
+    model = make_model(family, **sizes)
+    with planned_model(model, "dequantized", torch.float32, AS_SAVED) as planned:
+        tensors = planned.plan.tensors
+        write_gguf(
+            tmp_path / "a.gguf",
+            FAMILIES[kind].architecture,
+            {},
+            gguf_tensors(tensors, FAMILIES[kind], model.config, "f32"),
+        )
+        empty = empty_model(model, False)
+        found = by_model_names(empty, read_back(tmp_path / "a.gguf", tensors, FAMILIES[kind], model.config))
+    expected = model.state_dict()
+    assert expected.keys() - found.keys() <= {"lm_head.weight"}
+    for name, tensor in found.items():
+        count = tensor.shape[0]
+        rows = torch.cat([tensor.rows(0, 1), tensor.rows(1, count)])
+        torch.testing.assert_close(rows, expected[name], rtol=0, atol=2e-7, msg=name)
 
 
 def undone(values: dict[str, torch.Tensor], kind: str, model: Any) -> dict[str, torch.Tensor]:
