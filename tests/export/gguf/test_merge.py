@@ -93,21 +93,14 @@ def test_the_folder_tells_what_it_holds(trained: tuple[Any, Path], tmp_path: Pat
 
 def test_verification_runs_the_values_of_the_file(trained: tuple[Any, Path], tmp_path: Path, tokenizer: Any) -> None:
     from qlora_lite.data import tokenize_all
-    from qlora_lite.export.verify import DEQUANTIZED, ORIGINAL
+    from qlora_lite.export.verify import DEQUANTIZED
 
-    _, folder = trained
+    model, _ = trained
     examples = tokenize_all([{"text": "The cat sat on the mat, didn't it?"}], tokenizer).examples
-    found = {
-        type: merge_checkpoint_to_gguf(
-            folder / "base", folder / "adapter", tmp_path / type, NF4, type, load_dtype=torch.float32, verify=examples
-        ).verification
-        for type in ("f32", "q4_0")
-    }
-    exact, packed = (found[type].merged[DEQUANTIZED].mean_kl for type in ("f32", "q4_0"))
-    assert exact < 1e-9 < 1e-7 < packed
-    assert found["q4_0"].merged[ORIGINAL].mean_kl == pytest.approx(found["f32"].merged[ORIGINAL].mean_kl, rel=1e-3)
-    report = json.loads((tmp_path / "q4_0" / "merge_report.json").read_text())
-    assert report["verify"] == found["q4_0"].to_json()
+    verification = export_gguf(model, tmp_path / "out", "q4_0", verify=examples).verification
+    assert verification is not None
+    assert 1e-7 < verification.merged[DEQUANTIZED].mean_kl < 1e-3  # a model of other values is farther
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["verify"] == verification.to_json()
 
 
 def test_nothing_is_left_of_a_file_that_reads_back_wrong(
