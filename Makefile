@@ -31,6 +31,7 @@ bench: $(INSTALLED)
 	$(RUN) profiling/tokenizing.py
 	$(RUN) profiling/streaming_io.py
 	$(RUN) profiling/versus_peft.py
+	$(RUN) profiling/versus_trl.py
 	$(RUN) profiling/learn_like_peft.py
 
 # Kills, signals, full disks, damaged files, wrong arguments, resumed and long runs: about ten minutes on two cores.

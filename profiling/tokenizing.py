@@ -32,6 +32,7 @@ from rich.table import Table
 
 from parts.chats import write_chats
 from parts.example_models import model_folder
+from parts.machine_floor import cpu_name
 
 WORKER = Path(__file__).resolve().parent / "parts" / "token_worker.py"
 
@@ -53,13 +54,6 @@ AIMS = {
     "time_ratio": 0.5,
     "growth_160_over_80": 2.2,
 }
-
-
-def cpu_name() -> str:
-    """The processor's name, and how many cores the workers use."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    return f"{name}, {min(2, len(os.sched_getaffinity(0)))} cores"
 
 
 def run(way: str, model: Path, file: Path, scratch: Path, processes: int | None = None) -> dict[str, Any]:

@@ -132,9 +132,11 @@ SCRIPTS = {
     },
     "profiling/varied_lengths.py": {"ours", "ours_with_all_programs", "peft", "peak_ratio", "time_ratio"},
     "profiling/versus_peft.py": {"nf4_full", "floor"},
+    "profiling/versus_trl.py": {"cpu", "sft_full"},
 }
 ARGUMENTS = {
     "profiling/learn_like_peft.py": ["--variants", "pissa"],
+    "profiling/versus_trl.py": ["sft_full"],
     "profiling/versus_peft.py": ["nf4_full", "floor"],  # every case would take a minute of starting processes
 }
 # Tested elsewhere, or not a program.

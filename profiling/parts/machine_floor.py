@@ -8,6 +8,7 @@ in bf16.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,10 @@ class Floor:
         hidden = self.inputs[self.head.shape[1]]
         for start in range(0, self.count, rows):
             (hidden[start : start + rows] @ self.head.T) @ self.head
+
+
+def cpu_name() -> str:
+    """Returns the processor's name, and how many cores the workers use."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return f"{name}, {min(2, len(os.sched_getaffinity(0)))} cores"

@@ -6,21 +6,32 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from parts.step_worker import Work
+from typing import Any, Protocol, TypeVar
 
 WORKER = Path(__file__).with_name("step_worker.py")
 WARM_UP_STEPS = 1
 
 
+class WorkLike(Protocol):
+    """The work of a worker: its script gets it as JSON, and is told to take so many steps."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def to_json(self) -> str: ...
+
+
+AnyWork = TypeVar("AnyWork", bound=WorkLike)
+
+
 class Worker:
     """A worker process and the figures that it has printed."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: WorkLike, script: Path) -> None:
         self.work = work
-        command = [sys.executable, str(WORKER), work.to_json()]
+        command = [sys.executable, str(script), work.to_json()]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -57,10 +68,10 @@ class Worker:
         }
 
 
-def measure(works: list[Work]) -> dict[Work, dict[str, Any]]:
-    """Runs the works side by side, a step of each in turn, and returns their figures."""
-    workers = [Worker(work) for work in works]
+def measure(works: Sequence[AnyWork], script: Path = WORKER) -> dict[AnyWork, dict[str, Any]]:
+    """Runs the works side by side in workers of this script, a step of each in turn, and returns their figures."""
+    workers = [Worker(work, script) for work in works]
     for _ in range(works[0].steps):
         for worker in workers:
             worker.step()
-    return {worker.work: worker.finish() for worker in workers}
+    return {work: worker.finish() for work, worker in zip(works, workers, strict=True)}

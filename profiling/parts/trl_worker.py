@@ -1,0 +1,209 @@
+"""Takes the training steps of a trainer of trl or transformers, in a process of its own: a step for each line of input.
+
+    python profiling/parts/trl_worker.py '{"side": "ours", "trainer": "sft", "model": "..."}'     # by hand
+
+`step_processes.py` starts it for versus_trl.py. It prints a JSON line after set-up, after each step and at the end.
+
+peer: trl + transformers + peft + bitsandbytes as their documentation recommends: `BitsAndBytesConfig` (NF4 with double
+quantization, computing in bf16), `peft_config`, and the trainer's defaults.
+ours: the same script with three lines changed: `load_quantized`, `fuse_`, `lora_config`. The trainer `trainer` is
+transformers' own, with peft there and `add_lora_` here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path, it finds the other parts
+
+import torch
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers.utils import logging
+
+from parts.step_worker import (
+    ALPHA,
+    LEARNING_RATE,
+    RANK,
+    TOKEN_IDS,
+    optimizer_states,
+    say,
+    settled_bytes,
+    wait_for_line,
+)
+from qlora_lite.memory.breakdown import Category
+from qlora_lite.memory.counters import resident_bytes
+from qlora_lite.memory.trace import StorageTrace
+
+NEW_TOKENS = 32
+GENERATIONS = 4
+
+
+@dataclass(frozen=True)
+class TrainerWork:
+    """The work of one worker: the side, the trainer (sft, dpo, grpo, trainer), the checkpoint, and the batch.
+
+    rows: of a batch; pairs for dpo, completions for grpo. tokens: of a row.
+    """
+
+    side: str
+    trainer: str
+    model: str
+    checkpointing: bool = True
+    rows: int = 2
+    tokens: int = 512
+    steps: int = 5
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Times each step of a trainer, which is started by a line of input, and traces the storages of the last one."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.resident, self.began = steps, 0, 0.0
+        self.trace: StorageTrace | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.resident = settled_bytes()
+        say(ready=True, resident=self.resident)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        wait_for_line()
+        if state.global_step == self.steps:
+            self.trace = StorageTrace()
+            self.trace.__enter__()
+            for value in optimizer_states():
+                self.trace.label(value, Category.OPTIMIZER_STATE)
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self.trace is None:
+            peak = (resident_bytes("VmHWM") or 0) - self.resident
+            say(seconds=time.perf_counter() - self.began, peak=peak)
+            return
+        self.trace.__exit__(None, None, None)
+        resident = self.trace.live_bytes() - sum(value.nbytes for value in optimizer_states())
+        say(live_peak=self.trace.peak()[0] - resident, live_resident=resident)
+
+
+def settings(work: TrainerWork) -> dict[str, Any]:
+    """The arguments that both sides give to the trainer."""
+    shared: dict[str, Any] = {
+        "output_dir": "unused",
+        "max_steps": work.steps + 1,
+        "per_device_train_batch_size": work.rows,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": work.checkpointing,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "seed": 0,
+    }
+    if work.trainer in ("sft", "dpo"):
+        shared["max_length"] = work.tokens
+    if work.trainer == "grpo":
+        shared |= {"num_generations": GENERATIONS, "max_completion_length": NEW_TOKENS, "temperature": 1.0}
+    return shared
+
+
+def rows(work: TrainerWork, tokenizer: Any) -> list[dict[str, Any]]:
+    """The records of both sides: random tokens, or texts of them where the trainer tokenizes itself."""
+    ids = torch.randint(TOKEN_IDS, (64, 2, work.tokens), generator=torch.Generator().manual_seed(0))
+    if work.trainer in ("sft", "trainer"):
+        return [{"input_ids": row[0].tolist(), "labels": row[0].tolist()} for row in ids]
+    texts = [[tokenizer.decode(part) for part in row] for row in ids]
+    if work.trainer == "dpo":
+        prompts = [tokenizer.decode(row[0, : work.tokens // 4]) for row in ids]
+        return [
+            {"prompt": prompt, "chosen": one[: 2 * work.tokens], "rejected": other[: 2 * work.tokens]}
+            for prompt, (one, other) in zip(prompts, texts, strict=True)
+        ]
+    return [{"prompt": one[: work.tokens]} for one, _ in texts]
+
+
+def length_reward(completions: list[str], **given: object) -> list[float]:
+    """A reward that differs within a group."""
+    return [float(len(set(text))) for text in completions]
+
+
+def ours(work: TrainerWork) -> tuple[Any, dict[str, Any]]:
+    from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
+    from qlora_lite.integrations import lora_config
+    from qlora_lite.training.forward import fuse_
+
+    model = load_quantized(work.model, QuantConfig())
+    fuse_(model, "full" if work.checkpointing else "none")
+    if work.trainer == "trainer":
+        add_lora_(model, LoraConfig(rank=RANK, alpha=ALPHA))
+        return model, {}
+    return model, {"peft_config": lora_config(model, r=RANK, lora_alpha=ALPHA)}
+
+
+def peer(work: TrainerWork) -> tuple[Any, dict[str, Any]]:
+    import peft
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    packing = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(work.model, quantization_config=packing, dtype=torch.bfloat16)
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    if work.trainer == "trainer":
+        prepared = peft.prepare_model_for_kbit_training(model, work.checkpointing, {"use_reentrant": False})
+        return peft.get_peft_model(prepared, config), {}
+    return model, {"peft_config": config}
+
+
+def make_trainer(work: TrainerWork) -> Any:
+    """Returns the trainer, ready to train."""
+    import transformers
+    import trl
+    from datasets import Dataset
+
+    from qlora_lite.integrations import AdapterTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(work.model)
+    model, options = {"ours": ours, "peer": peer}[work.side](work)
+    data = Dataset.from_list(rows(work, tokenizer))
+    if work.trainer == "trainer":
+        kind = AdapterTrainer if work.side == "ours" else transformers.Trainer
+        return kind(model, transformers.TrainingArguments(**settings(work)), train_dataset=data)
+    kinds = {
+        "sft": (trl.SFTTrainer, trl.SFTConfig),
+        "dpo": (trl.DPOTrainer, trl.DPOConfig),
+        "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
+    }
+    trainer, config = kinds[work.trainer]
+    if work.trainer == "grpo":
+        options["reward_funcs"] = length_reward
+    return trainer(model, args=config(**settings(work)), train_dataset=data, processing_class=tokenizer, **options)
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    logging.set_verbosity_error()
+    work = TrainerWork(**json.loads(sys.argv[1]))
+    torch.manual_seed(0)
+    trainer = make_trainer(work)
+    trainer.remove_callback(PrinterCallback)  # it prints lines that look like figures
+    trainer.add_callback(Watch(work.steps))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    say(first_loss=losses[0])
+
+
+if __name__ == "__main__":
+    main()
