@@ -185,6 +185,24 @@ def deferred_signals() -> Iterator[None]:
 
 
 @contextmanager
+def obeyed_at_once() -> Iterator[None]:
+    """Makes SIGINT and SIGTERM raise Stopped at once within the block, also inside of `deferred_signals`.
+
+    For work that waits long and leaves nothing half done, such as a download.
+    """
+    pending = _pending
+    if pending is None or not _in_main_thread():
+        yield
+        return
+    before, pending.deferred = pending.deferred, 0
+    try:
+        check_signals()
+        yield
+    finally:
+        pending.deferred = before
+
+
+@contextmanager
 def uninterrupted() -> Iterator[None]:
     """Makes `check_signals` do nothing within the block, so that a group of writes is completed."""
     pending = _pending

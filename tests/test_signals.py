@@ -27,7 +27,14 @@ from qlora_lite.errors import Stopped
 from qlora_lite.export.weight_rows import DenseRows, whole_slices
 from qlora_lite.lora.init import initialize_
 from qlora_lite.memory.trace import StorageTrace
-from qlora_lite.signals import check_signals, deferred_signals, exit_on_signals, removed_at_end, uninterrupted
+from qlora_lite.signals import (
+    check_signals,
+    deferred_signals,
+    exit_on_signals,
+    obeyed_at_once,
+    removed_at_end,
+    uninterrupted,
+)
 from qlora_lite.training.run_checkpoints import MANIFEST_FILE, checkpoint_problem
 from qlora_lite.training.run_state import STATE_FILE, base_fingerprint
 
@@ -216,3 +223,26 @@ def test_long_work_asks(what: str, tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGTERM)
         LONG_WORK[what](tmp_path)
         pytest.fail("it did not ask")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_waits_obeys_at_once(number: signal.Signals) -> None:
+    reached = []
+    with pytest.raises(Stopped, match=f"^stopped by {number.name}; "), deferred_signals(), obeyed_at_once():
+        reached.append("within")
+        signal.raise_signal(number)
+        reached.append("after")
+    assert reached == ["within"]
+    with pytest.raises(Stopped), deferred_signals():
+        signal.raise_signal(number)  # deferred
+        with obeyed_at_once():
+            reached.append("begun")
+    with pytest.raises(Stopped), deferred_signals():
+        with obeyed_at_once():
+            pass
+        signal.raise_signal(number)
+        reached.append("deferred again")
+        check_signals()
+    assert reached == ["within", "deferred again"]
+    with obeyed_at_once():
+        reached.append("outside")

@@ -18,6 +18,7 @@ from qlora_lite.checkpoints.repository.client_errors import hub_errors
 from qlora_lite.checkpoints.safetensors_read import PICKLES, conversion_remedy
 from qlora_lite.checkpoints.safetensors_write import INDEX_FILE, SINGLE_FILE
 from qlora_lite.errors import CheckpointError, listing
+from qlora_lite.signals import obeyed_at_once
 
 CARD_FILE = "README.md"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -118,7 +119,7 @@ def download_checkpoint(repo_id: str, weights: bool = True) -> Path:
     Raises CheckpointError, in one sentence, if there is no such repository, it cannot be reached or holds no weights
     that can be read.
     """
-    with hub_errors(f"{repo_id} is not a local folder and cannot be fetched"):
+    with obeyed_at_once(), hub_errors(f"{repo_id} is not a local folder and cannot be fetched"):
         try:
             return _download(repo_id, weights)
         except CheckpointError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from qlora_lite.checkpoints.hub import checkpoint_folder, load_tokenizer, model_folder
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.checkpoints.repository.download import cached_checkpoint, download_checkpoint, is_repository_name
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, Stopped
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.signals import deferred_signals
 
 INDEX = "model.safetensors.index.json"
 # What repositories hold besides the files of a checkpoint.
@@ -120,6 +122,16 @@ def test_a_download_that_ended_early_goes_on_with_the_next_file(
     published.requests.clear()
     checkpoint_folder("org/sharded")
     assert published.fetched() == ["model-00002-of-00002.safetensors"]
+
+
+def test_a_signal_ends_a_download(published: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(*_: object) -> Path:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr("qlora_lite.checkpoints.repository.download._fetch", fetched)
+    with pytest.raises(Stopped, match=r"^stopped by SIGTERM; nothing is left half-written$"), deferred_signals():
+        checkpoint_folder("org/single")
 
 
 def test_what_was_fetched_is_found_without_a_network(published: Any, monkeypatch: pytest.MonkeyPatch) -> None:
