@@ -28,6 +28,9 @@ def trained(
     folder = tmp_path_factory.mktemp("trained")
     base = make_model("LlamaConfig", hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
     base.generation_config.eos_token_id = [0, 1]
+    for name, weight in base.named_parameters():  # so that attention differs from token to token
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "embed_tokens.weight")):
+            weight.data.mul_(20)
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     model = load_quantized(folder / "base", NF4, dtype=torch.float32)
@@ -92,6 +95,8 @@ def test_the_folder_tells_what_it_holds(trained: tuple[Any, Path], tmp_path: Pat
 
 
 def test_verification_runs_the_values_of_the_file(trained: tuple[Any, Path], tmp_path: Path, tokenizer: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
     from qlora_lite.data import tokenize_all
     from qlora_lite.export.verify import DEQUANTIZED
 
@@ -99,7 +104,14 @@ def test_verification_runs_the_values_of_the_file(trained: tuple[Any, Path], tmp
     examples = tokenize_all([{"text": "The cat sat on the mat, didn't it?"}], tokenizer).examples
     verification = export_gguf(model, tmp_path / "out", "q4_0", verify=examples).verification
     assert verification is not None
-    assert 1e-7 < verification.merged[DEQUANTIZED].mean_kl < 1e-3  # a model of other values is farther
+    # What transformers computes with its own reader of the file.
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model-q4_0.gguf", dtype=torch.float32)
+    ids = torch.tensor([examples[0].input_ids])
+    with torch.no_grad():
+        ours, theirs = (found(ids).logits.log_softmax(-1) for found in (model, read.eval()))
+    divergence = (ours.exp() * (ours - theirs)).sum(-1).mean()
+    found = verification.merged[DEQUANTIZED]
+    assert found is not None and found.mean_kl == pytest.approx(float(divergence), rel=0.01)
     assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["verify"] == verification.to_json()
 
 
