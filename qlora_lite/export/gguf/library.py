@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ FILE_TYPES = {"f32": "ALL_F32", **{name: f"MOSTLY_{name.upper()}" for name in TY
 # scale to fp16 adds: 2**-11 of it, or half of the smallest number, times the code.
 ERROR_OF_BLOCK = {"q8_0": (0.5 / 127 + 2**-11, 64.0), "q4_0": (1 / 8 + 2**-10, 4.0)}
 SMALLEST_FP16 = 2.0**-24
-READ_BYTES = 16 << 20
+READ_BYTES = 4 << 20
 
 Settings = dict[str, Any]
 
@@ -165,21 +165,33 @@ def _packed(values: Tensor, tensor: GgufTensor) -> tuple[Any, Tensor]:
 
 
 def check_file(path: Path, written: Sequence[WrittenTensor]) -> None:
-    """Reads a file back with the package's reader. Raises CheckpointError unless its tensors are those written."""
-    reader = gguf().GGUFReader(path)
+    """Reads a file back with the package's reader. Raises CheckpointError unless its tensors are those written.
+
+    The reader says where each tensor lies; the bytes are read and not mapped, so that they do not stay resident.
+    """
+    found = gguf().GGUFReader(path).tensors
     expected = {tensor.tensor.name: tensor for tensor in written}
-    if [tensor.name for tensor in reader.tensors] != list(expected):
+    if [tensor.name for tensor in found] != list(expected):
         raise CheckpointError(f"{path} was read back with other tensors than were written")
-    for found in reader.tensors:
-        wanted = expected[found.name]
-        same = found.tensor_type == _type(wanted.tensor.type)
-        same = same and tuple(int(size) for size in reversed(found.shape)) == wanted.tensor.shape
-        digest, values = hashlib.blake2b(), found.data.reshape(-1).view("uint8")
-        for start in range(0, len(values), READ_BYTES):
-            check_signals()
-            digest.update(values[start : start + READ_BYTES].tobytes())
-        if not same or digest.digest() != wanted.digest:
-            raise CheckpointError(f"{path} was read back with another {found.name} than was written; check the disk")
+    with open(path, "rb") as file:
+        for tensor in found:
+            wanted = expected[tensor.name]
+            same = tensor.tensor_type == _type(wanted.tensor.type)
+            same = same and tuple(int(size) for size in reversed(tensor.shape)) == wanted.tensor.shape
+            file.seek(int(tensor.data_offset))
+            if not same or _digest(file, int(tensor.n_bytes)) != wanted.digest:
+                raise CheckpointError(
+                    f"{path} was read back with another {tensor.name} than was written; check the disk"
+                )
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """Returns the digest of the next bytes of a file."""
+    digest = hashlib.blake2b()
+    for start in range(0, size, READ_BYTES):
+        check_signals()
+        digest.update(file.read(min(READ_BYTES, size - start)))
+    return digest.digest()
 
 
 @dataclass(frozen=True)
