@@ -174,6 +174,10 @@ def _write(
 ) -> GgufExport:
     check_output_is_not_input(folder, planned.source)
     plan, model = planned.plan, planned.model
+    if architecture.output_head(model) is None:  # llama.cpp would take the embedding for one
+        raise CheckpointError(
+            f"a GGUF file is written of causal language models; a {model.__class__.__name__} has no output head"
+        )
     if examples is not None:
         check_examples(examples, model, architecture.vocabulary_size(model))
     config: Any = model.config

@@ -147,6 +147,12 @@ def test_refusals_come_before_anything_is_written(trained: tuple[Any, Path], tmp
         merge_checkpoint_to_gguf(folder / "base", folder / "adapter", folder / "base", NF4, overwrite=True)
     with pytest.raises(ConfigError, match="export needs a transformers model with a config; got a Linear"):
         export_gguf(nn.Linear(2, 2), tmp_path / "out")
+    from transformers import LlamaModel
+
+    headless = LlamaModel(model.config)
+    headless.config._name_or_path = str(folder / "base")
+    with pytest.raises(CheckpointError, match="of causal language models; a LlamaModel has no output head"):
+        export_gguf(headless, tmp_path / "out")
     homeless = make_homeless(model)
     with pytest.raises(CheckpointError, match="a GGUF file holds the tokenizer, and the model came from no folder"):
         export_gguf(homeless, tmp_path / "out")
