@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def write_gguf(
     tensors: Sequence[GgufTensor],
     keys: Mapping[str, str | float] | None = None,
 ) -> list[WrittenTensor]:
-    """Writes a GGUF file, tensor by tensor and piece by piece.
+    """Writes a GGUF file, tensor by tensor and piece by piece, and flushes it to the disk.
 
     settings: values by the names of GGUFWriter's methods without `add_`. keys: further ones, by their full names.
     Raises QuantizationError, naming the tensor, for values that its type cannot hold.
@@ -126,6 +127,8 @@ def write_gguf(
         for tensor in tensors:
             written.append(_write_tensor(file, tensor))
             writer.write_padding(file, tensor.bytes_written)
+        file.flush()
+        os.fsync(file.fileno())
     finally:
         writer.close()
     return written

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_lite.checkpoints.files import sync
+
 MODELFILE = "Modelfile"
 # Parameters of ollama, by the names in a generation config.
 SAMPLING = {
@@ -50,5 +52,6 @@ def adapter_modelfile(file: str, base: str | Path) -> str:
 
 
 def write_modelfile(folder: Path, text: str) -> None:
-    """Writes a Modelfile, the same bytes on every system."""
+    """Writes a Modelfile, the same bytes on every system, and flushes it to the disk."""
     (folder / MODELFILE).write_text(text, encoding="utf-8", newline="\n")
+    sync(folder / MODELFILE)

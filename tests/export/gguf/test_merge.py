@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,20 @@ def test_nothing_is_left_of_a_file_that_reads_back_wrong(
     with pytest.raises(CheckpointError, match="was read back with another"):
         export_gguf(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_on_the_disk_before_the_folder_has_its_name(
+    trained: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, flushed = os.fsync, set()
+
+    def recorded(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    export_gguf(trained[0], tmp_path / "out", "q8_0")
+    assert {path.stat().st_ino for path in (tmp_path / "out").iterdir()} <= flushed
 
 
 def test_refusals_come_before_anything_is_written(trained: tuple[Any, Path], tmp_path: Path) -> None:
