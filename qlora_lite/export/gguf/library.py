@@ -12,7 +12,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -199,27 +199,45 @@ def _digest(file: BinaryIO, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class StoredGguf:
-    """A tensor of a GGUF file, or a matrix of it, in torch's order of dimensions. data: as the package's reader has it,
-    mapped from the file."""
+    """A tensor of a GGUF file, or a matrix of it, in torch's order of dimensions.
 
+    kind: the package's name of its type. begin, size: where its bytes are. Each read opens and closes the file, so that
+    the folder can be renamed on any system.
+    """
+
+    path: Path
     shape: tuple[int, ...]
     kind: Any
-    data: Any
+    begin: int
+    size: int
 
     def matrix(self, index: int) -> StoredGguf:
         """Returns the matrix at an index of a stack."""
-        return StoredGguf(self.shape[1:], self.kind, self.data[index])
+        size = self.size // self.shape[0]
+        return replace(self, shape=self.shape[1:], begin=self.begin + index * size, size=size)
 
-    def rows(self, which: slice | Tensor) -> Tensor:
-        """Returns rows of the tensor in fp32, unpacked."""
-        taken = self.data[which.numpy() if isinstance(which, Tensor) else which]
-        return torch.from_numpy(gguf().quants.dequantize(taken, self.kind).astype("float32"))
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Reads rows `start` to `stop` of the first dimension, unpacked, in fp32."""
+        check_signals()
+        row = self.size // self.shape[0]
+        with open(self.path, "rb") as file:
+            file.seek(self.begin + start * row)
+            content = torch.frombuffer(bytearray(file.read((stop - start) * row)), dtype=torch.uint8)
+        lines = math.prod(self.shape[:-1]) // self.shape[0] if len(self.shape) > 1 else 1
+        packed = content.view((stop - start) * lines, -1).numpy()
+        values = gguf().quants.dequantize(packed, self.kind)
+        return torch.from_numpy(values.astype("float32")).reshape(stop - start, *self.shape[1:])
 
 
 def open_gguf(path: Path) -> dict[str, StoredGguf]:
-    """Returns the tensors of a file by their names. The file stays mapped as long as one of them exists."""
-    tensors = gguf().GGUFReader(path).tensors
+    """Returns the tensors of a file by their names; they are not read."""
     return {
-        tensor.name: StoredGguf(tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type, tensor.data)
-        for tensor in tensors
+        tensor.name: StoredGguf(
+            path,
+            tuple(int(size) for size in reversed(tensor.shape)),
+            tensor.tensor_type,
+            int(tensor.data_offset),
+            int(tensor.n_bytes),
+        )
+        for tensor in gguf().GGUFReader(path).tensors
     }

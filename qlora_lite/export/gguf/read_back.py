@@ -48,11 +48,13 @@ class ReadBack:
 
     def rows(self, start: int, stop: int) -> Tensor:
         if self.order is not None:
-            values = self.stored.rows(self.order[start:stop])
+            places = self.order[start:stop]
+            first = int(places.min())  # the rows of a head stay among themselves
+            values = self.stored.rows(first, int(places.max()) + 1)[places - first]
         elif self.stored.shape == self.shape and not self.transposed:
-            values = self.stored.rows(slice(start, stop))
+            values = self.stored.rows(start, stop)
         else:  # transposed, or a matrix of one row that the file has as a vector
-            whole = self.stored.rows(slice(0, self.stored.shape[0]))
+            whole = self.stored.rows(0, self.stored.shape[0])
             values = (whole.t() if self.transposed else whole.reshape(self.shape))[start:stop]
         return values - self.added if self.added else values
 

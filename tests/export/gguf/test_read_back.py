@@ -54,4 +54,4 @@ def test_matrices_of_a_stack(tmp_path: Path) -> None:
     stack = VALUES.view(3, 4, 64)
     found = stored(tmp_path, stack, "q8_0").stored
     assert found.matrix(2).shape == (4, 64)
-    assert float((found.matrix(2).rows(slice(1, 3)) - stack[2, 1:3]).abs().max()) < 2e-2
+    assert float((found.matrix(2).rows(1, 3) - stack[2, 1:3]).abs().max()) < 2e-2
