@@ -42,6 +42,7 @@ endure: $(INSTALLED)
 interop: $(INSTALLED)
 	$(RUN) tests/interop/matrix.py
 	$(RUN) tests/interop/families.py
+	$(RUN) examples/name_colours.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -81,13 +81,14 @@ def _config(family: str, tokenizer: Any, hidden: int) -> Any:
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _named_tokens(family).items()}
     image = ids["image_token"]
     text = {"vocab_size": len(tokenizer), "hidden_size": hidden, "intermediate_size": 2 * hidden, "head_dim": 16}
-    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
     text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048}
-    layers = {"hidden_size": hidden, "intermediate_size": 2 * hidden}
+    layers = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "initializer_range": 0.2}
     vision = {**layers, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": PIXELS, "patch_size": 7}
     if family == "gemma3":
         between = {"boi_token_index": ids["boi_token"], "eoi_token_index": ids["eoi_token"], "image_token_index": image}
         text |= {"query_pre_attn_scalar": 16, "sliding_window": 64}
+        vision |= {"vision_use_head": False}
         return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **between)
     if family == "llava":
         tower = transformers.CLIPVisionConfig(**vision, projection_dim=hidden)
@@ -128,7 +129,9 @@ def _save_processor(family: str, folder: Path) -> None:
     elif family in ("smolvlm", "idefics3"):
         kind = "SmolVLM" if family == "smolvlm" else "Idefics3"
         edge = {"longest_edge": PIXELS}
-        images = getattr(transformers, f"{kind}ImageProcessorPil")(size=edge, max_image_size=edge)
+        images = getattr(transformers, f"{kind}ImageProcessorPil")(
+            size=edge, max_image_size=edge, do_image_splitting=False
+        )
         name, settings = f"{kind}Processor", {"image_seq_len": 4}
     else:
         limits = {"shortest_edge": PIXELS**2, "longest_edge": 4 * PIXELS**2}

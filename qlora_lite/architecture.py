@@ -17,6 +17,8 @@ from qlora_lite.errors import CheckpointError, ConfigError, listing
 
 # transformers' mark of tensors, and modules, that it must not initialize.
 INITIALIZED = "_is_hf_initialized"
+# Of an array of images in a batch, `pixel_values`, the entry `pixel_values.rows` has the number of entries of each row.
+ROWS = ".rows"
 
 
 @dataclass(frozen=True)
@@ -256,9 +258,14 @@ def base_model(model: Any) -> Any:
     return model if inner is None else base_model(inner)
 
 
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what a model takes of a batch: all but its labels, and what says which row an array belongs to."""
+    return {name: value for name, value in batch.items() if name != "labels" and not name.endswith(ROWS)}
+
+
 def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Returns the last hidden state `(batch, tokens, features)`, the input of the output head."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = model_inputs(batch)
     return base_model(model)(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
@@ -280,7 +287,7 @@ def output_with_router_loss(model: Any, batch: dict[str, Tensor], no_labels: Ten
     no_labels: ignored labels, for each token whose logits the model computes. options: further arguments of the model.
     Raises ConfigError for a model that does not compute such a loss.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = model_inputs(batch)
     # With a number of items, the cross-entropy is a sum, which is 0 without labels; a mean would be NaN.
     options |= {"num_items_in_batch": 1, "use_cache": False}
     try:

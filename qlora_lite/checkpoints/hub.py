@@ -6,8 +6,9 @@ Of this room, only this file and conversion.py import transformers, when it is f
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from qlora_lite.checkpoints.files import CONFIG_FILE as CONFIG_FILE
 from qlora_lite.checkpoints.files import read_json
 from qlora_lite.checkpoints.repository.download import cached_checkpoint, download_checkpoint
 from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError
+from qlora_lite.patches import patched_attribute
 from qlora_lite.tasks import CAUSAL_LM, TASKS, Task, task_named
 
 GENERATION_FILE = "generation_config.json"
+VIDEOS = "video_processor"  # the part of a processor
 # Layers are built before anything is compared with the files. The deepest known models have a few hundred.
 MAX_LAYERS = 4096
 
@@ -231,6 +234,51 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_processor(path_or_id: str | Path) -> Any:
+    """Returns the processor of a vision-language checkpoint, for text and images; None for a checkpoint of text alone.
+
+    Without torchvision, which only videos need, it is a processor without a part for videos.
+    Raises CheckpointError for a processor that transformers cannot load, and ConfigError if pillow is missing.
+    """
+    folder = checkpoint_folder(path_or_id, weights=False)
+    config, transformers = read_config(folder), _transformers()
+    if type(config) not in transformers.AutoModelForImageTextToText._model_mapping:
+        return None
+    if importlib.util.find_spec("PIL") is None:
+        raise ConfigError("images need pillow; install qlora-lite[vision]")
+    with _errors_of_transformers(f"{folder} has no processor that transformers can load"):
+        names = importlib.import_module("transformers.models.auto.processing_auto").PROCESSOR_MAPPING_NAMES
+        kind: Any = getattr(transformers, names[config.model_type])
+        module = importlib.import_module(kind.__module__)
+        if importlib.util.find_spec("torchvision") is None and VIDEOS in kind.get_attributes():
+            kind = _without_videos(kind)
+        # SmolVLM's asks for a package that only its videos use.
+        words = getattr(module, "num2words", None) or str
+        with patched_attribute(module, "num2words", words) if hasattr(module, "num2words") else nullcontext():
+            return kind.from_pretrained(str(folder), trust_remote_code=False)
+
+
+def _without_videos(kind: Any) -> Any:
+    """Returns a class of processors that does not load the part for videos."""
+
+    class ImagesOnly(kind):  # type: ignore[misc]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in kind.get_attributes() if name != VIDEOS]
+
+        @classmethod
+        def from_args_and_dict(cls, args: Sequence[Any], processor_dict: dict[str, Any], **options: Any) -> Any:
+            place = kind.get_attributes().index(VIDEOS)
+            rest = {name: value for name, value in processor_dict.items() if name != VIDEOS}
+            return super().from_args_and_dict([*args[:place], None, *args[place:]], rest, **options)
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: object) -> Any:
+            return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+    ImagesOnly.__name__, ImagesOnly.__module__ = kind.__name__, kind.__module__
+    return ImagesOnly
 
 
 def model_folder(model: nn.Module) -> Path | None:

@@ -164,6 +164,7 @@ def _tokenized(console: Console, model: str, options: Mapping[str, Any]) -> tupl
     Prints the bad records before it raises NothingToLearn.
     """
     from qlora_lite.checkpoints.hub import checkpoint_folder, load_tokenizer, read_config
+    from qlora_lite.data.images.processor import ImageProcessor
     from qlora_lite.data.tokenization import NothingToLearn, tokenize_sources
     from qlora_lite.positions import longest_sequence
 
@@ -172,7 +173,8 @@ def _tokenized(console: Console, model: str, options: Mapping[str, Any]) -> tupl
     tokenizer, longest = load_tokenizer(folder), longest_sequence(read_config(folder))
     try:
         with tokenizing_progress() as show:
-            tokenized = tokenize_sources(options["sources"], tokenizer, config, options["token_cache"], show)
+            sources, cache = options["sources"], options["token_cache"]
+            tokenized = tokenize_sources(sources, tokenizer, config, cache, show, ImageProcessor(model))
     except NothingToLearn as error:
         _print_bad(console, error.parts)
         raise

@@ -17,6 +17,7 @@ from qlora_lite.errors import ConfigError
 
 if TYPE_CHECKING:
     from qlora_lite.data.encoding import Tokenizer
+    from qlora_lite.data.images.processor import ImageProcessor
     from qlora_lite.data.mixture import Mixture
     from qlora_lite.data.tokenization import DataConfig, TokenizedSet
 
@@ -97,11 +98,15 @@ def tokenizing_progress() -> Iterator[Callable[[int], None] | None]:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The records of a run. examples: of them those that are trained on. held_out: others, None without any."""
+    """The records of a run. examples: of them those that are trained on. held_out: others, None without any.
+
+    images: reads their images.
+    """
 
     tokenized: TokenizedSet
     examples: Mixture
     held_out: Mixture | None
+    images: ImageProcessor | None = None
 
     def warning(self) -> str | None:
         """A sentence if records are trained on that are held out too."""
@@ -118,6 +123,7 @@ def training_data(
     tokenizer: Tokenizer,
     config: DataConfig,
     cache: bool,
+    images: ImageProcessor | None = None,
 ) -> TrainingData:
     """Reads the records of a run. Raises ConfigError if both `eval_data` and `eval_share` are given."""
     from qlora_lite.data.tokenization import tokenize_sources
@@ -125,11 +131,11 @@ def training_data(
     if eval_data and eval_share is not None:
         raise ConfigError("--eval-data and --eval-share both choose what is held out; leave out one")
     with tokenizing_progress() as show:
-        tokenized = tokenize_sources(data, tokenizer, config, cache, show)
-        held_out = tokenize_sources(eval_data, tokenizer, config, cache, show).examples if eval_data else None
+        tokenized = tokenize_sources(data, tokenizer, config, cache, show, images)
+        held_out = tokenize_sources(eval_data, tokenizer, config, cache, show, images).examples if eval_data else None
     if eval_share is not None:
-        return TrainingData(tokenized, *tokenized.examples.held_out(eval_share))
-    return TrainingData(tokenized, tokenized.examples, held_out)
+        return TrainingData(tokenized, *tokenized.examples.held_out(eval_share), images)
+    return TrainingData(tokenized, tokenized.examples, held_out, images)
 
 
 def run_date_of(output: Path) -> date:
@@ -150,13 +156,16 @@ def run_date_of(output: Path) -> date:
 def described_records(options: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[TrainingData, dict[str, object]]:
     """Reads the records, and prints what is learned; returns them, and the notes that a run keeps of them."""
     from qlora_lite.checkpoints.hub import checkpoint_folder, read_config
+    from qlora_lite.data.images.processor import ImageProcessor
     from qlora_lite.data.summary import summarize
     from qlora_lite.training.distributed import is_first_process
     from qlora_lite.training.loop import check_length_by_config
 
     run_date = run_date_of(options["output"]) if options["resume"] else date.today()
     config, cache = data_config(options, run_date), options["token_cache"]
-    records = training_data(options["data"], options["eval_data"], options["eval_share"], tokenizer, config, cache)
+    images = ImageProcessor(options["model"], options["text_only"])
+    held_out_in = options["eval_data"], options["eval_share"]
+    records = training_data(options["data"], *held_out_in, tokenizer, config, cache, images)
     summary = summarize(records.tokenized)
     held_out = None if records.held_out is None else len(records.held_out)
     if is_first_process():

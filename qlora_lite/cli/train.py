@@ -137,7 +137,8 @@ def _held_out_loss(model: nn.Module, records: TrainingData, options: Mapping[str
     if records.held_out is None:
         return []
     packing, max_length, rows = options["packing"], options["max_length"], options["batch_size"]
-    stream = batches(records.held_out, rows, 0, pad_token_id=pad, epochs=1, packing=packing, max_length=max_length)
+    shape: dict[str, Any] = {"packing": packing, "max_length": max_length, "images": records.images}
+    stream = batches(records.held_out, rows, 0, pad_token_id=pad, epochs=1, **shape)
     return [held_out_loss(model, stream)]
 
 
@@ -301,7 +302,8 @@ def train(
     tokenizer = load_tokenizer(model)
     records, notes = described_records(ctx.params, tokenizer)
     pad = tokenizer.pad_token_id
-    stream = batches(records.examples, batch_size, seed, pad_token_id=pad, packing=packing, max_length=max_length)
+    rows: dict[str, Any] = {"packing": packing, "max_length": max_length, "images": records.images}
+    stream = batches(records.examples, batch_size, seed, pad_token_id=pad, **rows)
     budgeted = None
     with deferred_signals():
         if memory_budget is not None:

@@ -9,12 +9,38 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from qlora_lite.architecture import ROWS
 from qlora_lite.checks import is_count, require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.encoding import TokenizedExample
+from qlora_lite.data.images.processor import ImageProcessor
 from qlora_lite.data.packing import INDICES, as_array, pack
+from qlora_lite.errors import ConfigError
 
 Batch = dict[str, Tensor]
+
+
+def has_images(batch: Batch) -> bool:
+    """Whether a batch is of a set with images, and may have arrays whose first dimension is not that of its rows."""
+    return any(name.endswith(ROWS) for name in batch)
+
+
+def lacks_images(batch: Batch) -> bool:
+    """Whether a batch of a set with images has text alone."""
+    return has_images(batch) and not any(bool(value.any()) for name, value in batch.items() if name.endswith(ROWS))
+
+
+def rows_between(batch: Batch, first: int, last: int) -> Batch:
+    """Returns rows of a batch. An array with an entry `<name>.rows` has as many entries for each row as this says."""
+    found = {name: value[first:last] for name, value in batch.items() if f"{name}{ROWS}" not in batch}
+    for name in batch.keys() - found.keys():
+        counts = batch[f"{name}{ROWS}"]
+        start, count = int(counts[:first].sum()), int(counts[first:last].sum())
+        if count:
+            found[name] = batch[name][start : start + count]
+        else:
+            del found[f"{name}{ROWS}"]  # a row without images has no arrays of them
+    return found
 
 
 def labelled_tokens(batch: Batch) -> Tensor:
@@ -49,6 +75,7 @@ def batches(
     epochs: int | None = None,
     packing: bool = False,
     max_length: int | None = None,
+    images: ImageProcessor | None = None,
 ) -> Iterator[Batch]:
     """Returns an iterator of batches, in a new order in each epoch.
 
@@ -62,7 +89,9 @@ def batches(
     epoch are shuffled too. `position_ids` start at 0 for each example, and there is no `attention_mask`: transformers
     builds a mask from the positions in which no example attends to another, **if the model is called with
     `use_cache=False`**.
-    epochs: None repeats without end.
+    epochs: None repeats without end. images: reads the images of examples, when their batch is made. The arrays that
+    the model takes of them are in the batch under the processor's names, and `<name>.rows` says how many entries of the
+    first dimension belong to each row.
     Raises ConfigError for wrong settings before the first batch is made.
     """
     require(len(examples) > 0, "batches needs at least one example", len(examples))
@@ -75,7 +104,30 @@ def batches(
         longest = max(example_lengths(examples))
         wanted = "max_length must hold the longest example; tokenize with the same max_length"
         require(longest <= int(max_length or 0), wanted, f"{max_length} for {longest} tokens")
-    return _batches(examples, batch_size, seed, pad_token_id, epochs, int(max_length or 0) if packing else None)
+    with_images = has_image_examples(examples)
+    if with_images:
+        _check_images(images, packing)
+    row_length = int(max_length or 0) if packing else None
+    return _batches(examples, batch_size, seed, pad_token_id, epochs, row_length, images, with_images)
+
+
+def has_image_examples(examples: Sequence[TokenizedExample]) -> bool:
+    """Whether any of the examples has images: by their attribute `has_images`, or by looking at each.
+
+    Examples that are read with their batch (`lengths`) are not read for this.
+    """
+    known: bool | None = getattr(examples, "has_images", None)
+    if known is None:
+        return not hasattr(examples, "lengths") and any(example.images for example in examples)
+    return known
+
+
+def _check_images(images: ImageProcessor | None, packing: bool) -> None:
+    """Raises ConfigError for settings with which images would not reach the model."""
+    if packing:
+        raise ConfigError("examples with images each need a row of their own; leave out packing (--packing)")
+    if images is None:
+        raise ConfigError("the examples have images; give images=ImageProcessor(...), of the model's checkpoint")
 
 
 def _batches(
@@ -85,6 +137,8 @@ def _batches(
     pad_token_id: int,
     epochs: int | None,
     packed_length: int | None,
+    images: ImageProcessor | None,
+    with_images: bool,
 ) -> Iterator[Batch]:
     own_order: Callable[[int, int], Sequence[int]] | None = getattr(examples, "epoch_order", None)
     epoch = 0
@@ -93,7 +147,12 @@ def _batches(
         require(len(order) > 0, "epoch_order of the examples must give at least one index", len(order))
         for rows in _grouped(examples, order, batch_size, f"{seed} {epoch} rows", packed_length):
             chosen = [[examples[index] for index in row] for row in rows]
-            yield _collate(chosen, pad_token_id, with_positions=packed_length is not None)
+            batch = _collate(chosen, pad_token_id, with_positions=packed_length is not None)
+            if with_images or any(example.images for row in chosen for example in row):
+                _check_images(images, packed_length is not None)
+                assert images is not None
+                batch |= images.batch([row[0].images for row in chosen], batch["input_ids"])
+            yield batch
         epoch += 1
 
 

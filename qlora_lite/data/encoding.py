@@ -10,15 +10,18 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 from qlora_lite.checks import require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
+from qlora_lite.data.chat.answers import LearnedText
 from qlora_lite.data.chat.messages import ASSISTANT, LEARN, learned_messages, without_switches
 from qlora_lite.data.chat.template import ChatTemplate, TemplatedTokenizer
 from qlora_lite.data.chat.token_spans import Span, TokenBytes, ranges_by_bytes, ranges_by_positions
+from qlora_lite.data.images.image import Image, KeptImage, taken_out
+from qlora_lite.data.images.processor import ImageProcessor
 from qlora_lite.data.shapes import Content, Conversation, Exchange, Tokens
 from qlora_lite.errors import CheckpointError
 
@@ -38,11 +41,13 @@ class Tokenizer(TemplatedTokenizer, Protocol):
 class TokenizedExample:
     """Token ids and labels of one example.
 
-    labels: the token id where a token is learned, IGNORE_INDEX elsewhere; not shifted.
+    labels: the token id where a token is learned, IGNORE_INDEX elsewhere; not shifted. images: in the order of their
+    tokens.
     """
 
     input_ids: list[int]
     labels: list[int]
+    images: tuple[KeptImage, ...] = ()
 
     def __post_init__(self) -> None:
         ids, labels = len(self.input_ids), len(self.labels)
@@ -60,7 +65,7 @@ class Draft:
 
     spans: (start, stop) of the characters that are learned. prompt: the beginning of the text that a model gets for
     generation; its tokens stay as they are alone. special: let the tokenizer add its special tokens. end: append the
-    end-of-sequence token, learned.
+    end-of-sequence token, learned. images: whose tokens stand in the text.
     """
 
     text: str
@@ -68,21 +73,23 @@ class Draft:
     prompt: str = ""
     special: bool = False
     end: bool = False
+    images: tuple[KeptImage, ...] = ()
 
 
 @dataclass(frozen=True)
 class Marked:
-    """Token ids, and the ranges (start, stop) of those that are learned, in order."""
+    """Token ids, the ranges (start, stop) of those that are learned, in order, and the images that belong to them."""
 
     ids: list[int]
     learned: list[tuple[int, int]]
+    images: tuple[KeptImage, ...] = ()
 
     def example(self) -> TokenizedExample:
         """The same with labels."""
         labels = [IGNORE_INDEX] * len(self.ids)
         for start, stop in self.learned:
             labels[start:stop] = self.ids[start:stop]
-        return TokenizedExample(self.ids, labels)
+        return TokenizedExample(self.ids, labels, self.images)
 
 
 def special_tokens(tokenizer: object) -> list[str]:
@@ -94,7 +101,8 @@ def special_tokens(tokenizer: object) -> list[str]:
 class Encoder:
     """Turns the contents of records into tokens, for one tokenizer.
 
-    learn: `answers`, the `last-answer` of each conversation, or `all` tokens.
+    learn: `answers`, the `last-answer` of each conversation, or `all` tokens. images: reads the images of records; None
+    refuses records with images.
     """
 
     def __init__(
@@ -103,9 +111,10 @@ class Encoder:
         learn: str = "answers",
         learn_empty_reasoning: bool = False,
         date: datetime.date | None = None,
+        images: ImageProcessor | None = None,
     ) -> None:
         require(learn in LEARN, f"learn must be one of {', '.join(LEARN)}", learn)
-        self._tokenizer, self._learn = tokenizer, learn
+        self._tokenizer, self._learn, self._images = tokenizer, learn, images
         self._template = ChatTemplate(tokenizer, special_tokens(tokenizer), date, learn_empty_reasoning)
         self._bos = str(getattr(tokenizer, "bos_token", None) or "")
         self._spells = True  # until tokens are seen that do not spell their texts
@@ -177,25 +186,43 @@ class Encoder:
         chosen = learned_messages(content.messages, self._learn, "messages")
         if self._learn != "all":
             chosen = [index for index in chosen if index >= content.prompt]
-        messages, given = [without_switches(message) for message in content.messages], content.given
+        messages, images = taken_out([without_switches(message) for message in content.messages])
+        given = content.given
+        if images:
+            if self._images is None:
+                raise CheckpointError("has images, which are not read here; give text alone")
+            self._images.check_known()
         if self._learn == "all":
             left_out = [index for index in range(len(messages)) if index not in chosen]
             texts = [self._template.whole(messages, left_out, given)]
         elif chosen:
             texts = self._template.learned(messages, chosen, given)
         elif messages[-1]["role"] == ASSISTANT:
-            return [Draft(self._template.whole(messages, (), given).text)]
+            return [self._draft(replace(self._template.whole(messages, (), given), spans=(), is_open=False), images)]
         else:
-            return [Draft(self._template.prompt(messages, given))]
+            return [self._draft(LearnedText(self._template.prompt(messages, given), (), (), False), images)]
         if any(text.is_open for text in texts):
             self.end_token()
-        return [Draft(text.text, text.spans, end=text.is_open) for text in texts]
+        return [self._draft(text, images) for text in texts]
+
+    def _draft(self, text: LearnedText, images: Sequence[tuple[int, Image]]) -> Draft:
+        """The draft of a rendering. images: of the conversation, with the indices of their messages."""
+        if not images or self._images is None:
+            return Draft(text.text, text.spans, end=text.is_open)
+        last = max(text.answers, default=len(images))
+        whole, spans, kept = self._images.in_text(text.text, text.spans, images, last)
+        return Draft(whole, spans, end=text.is_open, images=kept)
+
+    def cut_images(self, examples: Sequence[Marked], max_length: int | None) -> str | None:
+        """Why `max_length` must not cut one of these examples (`ImageProcessor.cut`); None if it does not."""
+        found = (self._images.cut(one.ids, max_length) for one in examples if one.images and self._images is not None)
+        return next(filter(None, found), None)
 
     def tokens(self, drafts: Sequence[Draft]) -> list[Marked]:
         """Tokenizes drafts, all in one call of the tokenizer where it can. A text may have no tokens."""
-        if getattr(self._tokenizer, "is_fast", False):
-            return self._by_backend(drafts)
-        return [self._by_prefix(draft) for draft in drafts]
+        is_fast = getattr(self._tokenizer, "is_fast", False)
+        made = self._by_backend(drafts) if is_fast else [self._by_prefix(draft) for draft in drafts]
+        return [replace(one, images=draft.images) for one, draft in zip(made, drafts, strict=True)]
 
     def _by_backend(self, drafts: Sequence[Draft]) -> list[Marked]:
         ids: list[list[int]] = [[]] * len(drafts)

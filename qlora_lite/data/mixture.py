@@ -37,6 +37,11 @@ class Mixture(Sequence[TokenizedExample]):
         self.weights = None if weights is None else tuple(weight / sum(weights) for weight in weights)
         self._ends = list(itertools.accumulate(len(part) for part in self.parts))
 
+    @property
+    def has_images(self) -> bool:
+        """Whether any of the sources has images."""
+        return any(part.has_images for part in self.parts)
+
     @cached_property
     def lengths(self) -> Tensor:
         """The tokens of each example (int32)."""

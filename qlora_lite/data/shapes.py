@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from qlora_lite.checkpoints.files import excerpt
 from qlora_lite.data.chat.messages import ASSISTANT, SWITCHES, check_text, checked_messages, without_nulls
+from qlora_lite.data.images.image import COLUMNS, with_images
 from qlora_lite.errors import CheckpointError, listing
 
 Record = Mapping[str, object]
@@ -91,7 +92,8 @@ class Shape:
     @property
     def in_words(self) -> str:
         """Its keys, as help texts and errors have them."""
-        shown = [key for key in self.optional if key not in TEMPLATE_KEYS and key not in ("system", "attention_mask")]
+        hidden = ("system", "attention_mask", *COLUMNS, *TEMPLATE_KEYS)
+        shown = [key for key in self.optional if key not in hidden]
         return ", ".join([*self.required, *(f"{key} (optional)" for key in shown)])
 
 
@@ -142,7 +144,8 @@ def _with_system(messages: list[dict[str, object]], record: Record, place: str) 
 
 def _read_messages(record: Record, place: str) -> Content:
     messages = checked_messages(parsed_list(record["messages"], "messages", place), place)
-    return Conversation(_with_system(messages, record, place), _given(record, place))
+    messages = with_images(_with_system(messages, record, place), record, place)
+    return Conversation(messages, _given(record, place))
 
 
 def _message_of_turn(turn: object, number: int, place: str) -> dict[str, object]:
@@ -193,6 +196,7 @@ def _read_conversational(record: Record, prompt: list[object], completion: objec
     if not isinstance(answers, list) or not answers:
         raise CheckpointError(f"{place}: completion must be a list of messages, as prompt is; got {excerpt(answers)}")
     messages = _with_system(checked_messages([*prompt, *answers], place), record, place)
+    messages = with_images(messages, record, place)
     return Conversation(messages, _given(record, place), len(messages) - len(answers))
 
 
@@ -213,7 +217,8 @@ def _read_text(record: Record, place: str) -> Content:
 
 def _read_prompt(record: Record, place: str) -> Content:
     if isinstance(record["prompt"], list):
-        return Conversation(checked_messages(record["prompt"], place), _given(record, place))
+        messages = with_images(checked_messages(record["prompt"], place), record, place)
+        return Conversation(messages, _given(record, place))
     check_text(record["prompt"], "prompt", place)
     return Exchange(str(record["prompt"]), None, "", _system(record, place), _given(record, place))
 
@@ -243,14 +248,16 @@ def _read_tokens(record: Record, place: str) -> Content:
 
 
 SHAPES = (
-    Shape("messages", ("messages",), ("system", *TEMPLATE_KEYS), _read_messages),
+    Shape("messages", ("messages",), ("system", *COLUMNS, *TEMPLATE_KEYS), _read_messages),
     Shape("conversations", ("conversations",), ("system", *TEMPLATE_KEYS), _read_conversations),
     Shape("tokens", ("input_ids", "labels"), ("attention_mask",), _read_tokens),
-    Shape("prompt and completion", ("prompt", "completion"), ("system", *TEMPLATE_KEYS), _read_prompt_completion),
+    Shape(
+        "prompt and completion", ("prompt", "completion"), ("system", *COLUMNS, *TEMPLATE_KEYS), _read_prompt_completion
+    ),
     Shape("instruction", ("instruction", "output"), ("input", "system"), _read_instruction),
     Shape("text", ("text",), (), _read_text),
 )
-PROMPT_ALONE = Shape("prompt", ("prompt",), ("system", *TEMPLATE_KEYS), _read_prompt)
+PROMPT_ALONE = Shape("prompt", ("prompt",), ("system", *COLUMNS, *TEMPLATE_KEYS), _read_prompt)
 SHAPES_IN_WORDS = " | ".join(shape.in_words for shape in SHAPES)
 KEYS = tuple(dict.fromkeys(key for shape in SHAPES for key in (*shape.required, *shape.optional)))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_lite.architecture import ROWS
 from qlora_lite.checkpoints.safetensors_write import raw_bytes
 from qlora_lite.compute.random_state import RandomSources, RandomState
 from qlora_lite.data.batching import Batch
@@ -27,7 +28,9 @@ def check_batch(batch: object, vocabulary: int | None) -> None:
         raise ConfigError(f"a batch must be a dict with tensors input_ids and labels; got {got}")
     ids = batch["input_ids"]
     for name, value in batch.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != len(ids):
+        counts = batch.get(f"{name}{ROWS}")
+        rows = len(ids) if counts is None else int(counts.sum())
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != rows:
             kind = str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError(f"{name} of a batch must be a tensor with a row for each of input_ids; got {kind}")
         if name in ("input_ids", "labels") and (value.dim() != 2 or value.dtype != torch.int64):

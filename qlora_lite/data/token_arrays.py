@@ -12,8 +12,8 @@ import hashlib
 import json
 import operator
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import overload
@@ -24,6 +24,7 @@ from torch import Tensor
 from qlora_lite.checkpoints.files import sync
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.encoding import Marked, TokenizedExample
+from qlora_lite.data.images.image import KeptImage
 from qlora_lite.errors import CheckpointError
 
 HEADER_BYTES = 128
@@ -97,7 +98,7 @@ def mapped(path: Path, name: str, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenArrays:
-    """Examples as flat arrays; the module says what they hold. digests: SHA-256 of each file, for `token_cache`."""
+    """Examples as flat arrays; the module says what they hold. images: of the examples that have some, by number."""
 
     tokens: Tensor
     lengths: Tensor
@@ -105,6 +106,7 @@ class TokenArrays:
     learned: Tensor
     records: Tensor
     digests: Tensor
+    images: Mapping[int, tuple[KeptImage, ...]] = field(default_factory=dict)
 
     @cached_property
     def starts(self) -> Tensor:
@@ -120,17 +122,28 @@ class TokenArrays:
         return self.tokens[start : start + (length if max_length is None else min(length, max_length))]
 
 
+class ImagesInMemory(Exception):
+    """Examples with images cannot be kept in files, since the files of images may change."""
+
+
 class TokenWriter:
     """Appends examples to arrays, in memory, or in new files of a folder."""
 
     def __init__(self, folder: Path | None = None) -> None:
+        self._folder, self._count = folder, 0
+        self._images: dict[int, tuple[KeptImage, ...]] = {}
         self._columns = {name: _Column(name, folder and column_path(folder, name)) for name in COLUMNS}
 
     def append(self, record: int, examples: Sequence[Marked]) -> None:
-        """Appends the examples of one record."""
+        """Appends the examples of one record. Raises ImagesInMemory for one with images if there is a folder."""
         first = len(self._columns["tokens"].buffer)
         tokens = self._columns["tokens"].buffer
         for example in examples:
+            if example.images:
+                if self._folder is not None:
+                    raise ImagesInMemory
+                self._images[self._count] = example.images
+            self._count += 1
             ids = array.array("i", example.ids)
             signed = array.array("i", ids.tobytes().translate(INVERTED))
             for begin, end in example.learned:
@@ -141,17 +154,20 @@ class TokenWriter:
             self._columns["first_learned"].buffer.append(counted[0][0] if counted else NEVER)
             self._columns["learned"].buffer.append(sum(end - begin for begin, end in counted))
             self._columns["records"].buffer.append(record)
-        digest = hashlib.blake2b(memoryview(tokens)[first:], digest_size=8).digest()
-        self._columns["digests"].buffer.extend([int.from_bytes(digest, "little", signed=True)] * len(examples))
+        digest = hashlib.blake2b(memoryview(tokens)[first:], digest_size=8)
+        for example in examples:
+            for image in example.images:
+                digest.update(image.digest)
+        number = int.from_bytes(digest.digest(), "little", signed=True)
+        self._columns["digests"].buffer.extend([number] * len(examples))
         for column in self._columns.values():
             column.flush(BUFFER_BYTES)
 
     def finish(self) -> tuple[TokenArrays, dict[str, str]]:
         """The arrays, and the SHA-256 of each file."""
         finished = {name: column.finish() for name, column in self._columns.items()}
-        return TokenArrays(**{name: pair[0] for name, pair in finished.items()}), {
-            name: pair[1] for name, pair in finished.items()
-        }
+        columns = {name: pair[0] for name, pair in finished.items()}
+        return TokenArrays(**columns, images=self._images), {name: pair[1] for name, pair in finished.items()}
 
     def close(self) -> None:
         """Closes the files of arrays that are given up."""
@@ -168,6 +184,11 @@ class Examples(Sequence[TokenizedExample]):
     def __init__(self, arrays: TokenArrays, chosen: Tensor | None = None, max_length: int | None = None) -> None:
         self.arrays, self.max_length = arrays, max_length
         self.chosen = torch.arange(len(arrays)) if chosen is None else chosen
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images; those of examples that are not chosen count too."""
+        return bool(self.arrays.images)
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -190,7 +211,8 @@ class Examples(Sequence[TokenizedExample]):
         signed = self.arrays.signed_tokens(int(self.chosen[index]), self.max_length)
         learned = signed >= 0
         ids = torch.where(learned, signed, ~signed)
-        return TokenizedExample(ids.tolist(), torch.where(learned, signed, IGNORE_INDEX).tolist())
+        images = self.arrays.images.get(int(self.chosen[index]), ())
+        return TokenizedExample(ids.tolist(), torch.where(learned, signed, IGNORE_INDEX).tolist(), images)
 
     def __iter__(self) -> Iterator[TokenizedExample]:
         return (self[index] for index in range(len(self)))

@@ -113,7 +113,8 @@ def load_tokens(folder: Path) -> tuple[TokenArrays, dict[str, Any]] | None:
 
 
 def _mapped(folder: Path, counts: Mapping[str, int]) -> TokenArrays:
-    return TokenArrays(**{name: mapped(column_path(folder, name), name, counts[name]) for name in COLUMNS})
+    columns = {name: mapped(column_path(folder, name), name, counts[name]) for name in COLUMNS}
+    return TokenArrays(**columns, images={})
 
 
 def save_tokens(

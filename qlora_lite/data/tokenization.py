@@ -12,6 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -19,11 +20,12 @@ from pathlib import Path
 from qlora_lite.checkpoints.files import excerpt
 from qlora_lite.checks import is_count, require
 from qlora_lite.data.encoding import Draft, Encoder, Marked, TokenizedExample, Tokenizer
+from qlora_lite.data.images.processor import ImageProcessor
 from qlora_lite.data.mixture import Mixture, mixture_weights
 from qlora_lite.data.records import BadRecords, CheckedRecord, Found, check_fields, checked_records, reason_of
 from qlora_lite.data.sources.raw import RawRecord
 from qlora_lite.data.sources.source import Source, parse_source, raw_records
-from qlora_lite.data.token_arrays import Examples, TokenArrays, TokenWriter, with_something_to_learn
+from qlora_lite.data.token_arrays import Examples, ImagesInMemory, TokenArrays, TokenWriter, with_something_to_learn
 from qlora_lite.data.token_cache import cache_folder, cache_key, load_tokens, save_tokens
 from qlora_lite.errors import CheckpointError
 from qlora_lite.signals import check_signals
@@ -69,9 +71,9 @@ class DataConfig:
         require(is_count(self.skip_bad, 0), "skip_bad must be an integer of at least 0", self.skip_bad)
         check_fields(self.fields)
 
-    def encoder(self, tokenizer: Tokenizer) -> Encoder:
+    def encoder(self, tokenizer: Tokenizer, images: ImageProcessor | None = None) -> Encoder:
         """An encoder of these settings. Raises ConfigError for an unknown `learn`."""
-        return Encoder(tokenizer, self.learn, self.learn_empty_reasoning, self.date)
+        return Encoder(tokenizer, self.learn, self.learn_empty_reasoning, self.date, images)
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,10 @@ def tokenize_all(
     skip_bad: int = 0,
     prompts_too: bool = False,
     date: date | None = None,
+    images: ImageProcessor | None = None,
 ) -> TokenizedSet:
     """Returns the examples of many records, in memory. A record without a learned token within `max_length` is left
-    out and counted. The settings are those of `DataConfig`.
+    out and counted. The settings are those of `DataConfig`. images: as in `tokenize_sources`.
 
     Raises CheckpointError, with the records' numbers from 1, for bad records, and if no example is left.
     """
@@ -173,7 +176,7 @@ def tokenize_all(
         for number, record in enumerate(records, 1)
     )
     writer = TokenWriter()
-    found, bad = _append_all(raws, config.encoder(tokenizer), config, writer)
+    found, bad = _append_all(raws, config.encoder(tokenizer, images), config, writer)
     return _tokenized_set([SourceTokens("records", writer.finish()[0], found, bad)], None, config)
 
 
@@ -183,19 +186,21 @@ def tokenize_sources(
     config: DataConfig | None = None,
     cache: bool = True,
     show: Show | None = None,
+    images: ImageProcessor | None = None,
 ) -> TokenizedSet:
     """Returns the examples of files, folders and hub data sets, mapped from a cache on disk.
 
     sources: paths, `name:split` of the hub, or these with a weight, `a.jsonl=0.7`. Weights are shares of an epoch.
     cache: keep the tokens on disk, see `token_cache`; False holds them in memory. show: is called with the number of
-    records so far.
+    records so far. images: reads the images of records for the model; None refuses them. A source with images is not
+    cached.
     Raises CheckpointError for what cannot be read, for bad records, and if no example is left; ConfigError for wrong
     weights.
     """
     config = config or DataConfig()
     named = [source if isinstance(source, Source) else parse_source(str(source)) for source in sources]
     weights = mixture_weights([source.weight for source in named])
-    encoder = config.encoder(tokenizer)
+    encoder = config.encoder(tokenizer, images)
     parts = [_source_tokens(source, tokenizer, encoder, config, cache, show) for source in named]
     return _tokenized_set(parts, weights, config)
 
@@ -223,12 +228,15 @@ def _source_tokens(
         return {**vars(found), "bad": bad.count, "bad_kept": bad.kept}
 
     try:
-        if key is None:
+        cached: TokenArrays | None = None
+        if key is not None:
+            with suppress(ImagesInMemory):
+                cached, _ = save_tokens(cache_folder(source) / key, fill)
+        if cached is None:
             writer = TokenWriter()
             fill(writer)
-            arrays = writer.finish()[0]
-        else:
-            arrays, _ = save_tokens(cache_folder(source) / key, fill)
+            cached = writer.finish()[0]
+        arrays = cached
     except _NothingToKeep:
         arrays = TokenWriter().finish()[0]
     return SourceTokens(source.location, arrays, *made[0])
@@ -243,6 +251,8 @@ def _append_all(
     for number, (place, examples) in enumerate(
         _encoded(checked_records(limited, found, config.fields, config.prompts_too), encoder)
     ):
+        if not isinstance(examples, str):
+            examples = encoder.cut_images(examples, config.max_length) or examples
         if isinstance(examples, str):
             bad.add(place, examples)
             continue

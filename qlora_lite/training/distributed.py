@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.compute.random_state import RandomSources
+from qlora_lite.data.batching import rows_between
 from qlora_lite.errors import Stopped, TrainingError
 from qlora_lite.training.config import SEED_LIMIT
 
@@ -44,7 +45,7 @@ def rows_of_process(batch: dict[str, Tensor], process: int, processes: int) -> d
     """Returns the rows of a batch that one of the processes computes, split evenly; None if it has no row."""
     rows = len(batch["input_ids"])
     first, last = (rows * number // processes for number in (process, process + 1))
-    return None if first == last else {name: value[first:last] for name, value in batch.items()}
+    return None if first == last else rows_between(batch, first, last)
 
 
 def split_in_two(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -23,7 +23,7 @@ from qlora_lite import architecture
 from qlora_lite.compute.devices import is_out_of_memory, on_cpu
 from qlora_lite.compute.host_memory import HeapTrimmer, release_freed_pages
 from qlora_lite.compute.random_state import RandomSources, loader_generators
-from qlora_lite.data.batching import Batch, labelled_tokens
+from qlora_lite.data.batching import Batch, labelled_tokens, lacks_images
 from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, TrainingError
 from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, wrapped_layers
@@ -293,7 +293,7 @@ class TrainingStep:
                     self._accelerator.backward(loss)
             total += loss.detach()
         if self.number == 1 and labelled_parts:
-            check_gradients(self.run.model, self.run.trained)
+            check_gradients(self.run.model, self.run.trained, all(map(lacks_images, labelled_parts)))
         return total
 
     def _update(self, loss: float, before_update: Callable[[], None]) -> float:

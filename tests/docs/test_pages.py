@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import typer
+from PIL import Image
 
 from qlora_lite.cli.main import app
 
@@ -101,6 +102,18 @@ def workplace(memory_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Pa
     return memory_path
 
 
+def write_pictures(folder: Path) -> None:
+    """Pictures, and records about them."""
+    folder.mkdir()
+    lines = []
+    for number in range(4):
+        Image.new("RGB", (30, 30), (60 * number, 0, 0)).save(folder / f"{number}.png")
+        content = [{"type": "image", "path": f"{number}.png"}, {"type": "text", "text": "?"}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": str(number)}]
+        lines.append(json.dumps({"messages": messages}))
+    (folder / "records.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
 def run_command(words: list[str]) -> None:
     """Runs a command on the tiny model in this process; it must end well."""
     status = app(with_few_steps(words[1:]), standalone_mode=False, prog_name=words[0])
@@ -112,6 +125,7 @@ def test_blocks_of_a_page_run_in_order(page: Path, workplace: Path, tiny_vision_
     """Python blocks share one namespace. Commands run if they are quick and about what the folder has."""
     if VISION_MODEL in page.read_text(encoding="utf-8"):
         shutil.copytree(tiny_vision_folder, workplace / VISION_MODEL)
+        write_pictures(workplace / "pictures")
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.language == "python":

@@ -3,9 +3,9 @@
     {"role": "assistant", "content": "...", "reasoning_content": "...", "weight": 1,
      "tool_calls": [{"type": "function", "function": {"name": "...", "arguments": {...}}}]}
 
-content: text, a list of parts, or null for an answer that only calls tools. arguments: an object or JSON text. A null
-in any other place counts as absent, since Arrow writes one for every missing column. `weight` (0 or 1), `train`,
-`trainable` and `loss` say whether an answer is learned; `learned_messages` chooses among the others.
+content: text, a list of parts (texts and images), or null for an answer that only calls tools. arguments: an object or
+JSON text. A null in any other place counts as absent, since Arrow writes one for every missing column. `weight` (0 or
+1), `train`, `trainable` and `loss` say whether an answer is learned; `learned_messages` chooses among the others.
 """
 
 from __future__ import annotations
@@ -110,11 +110,12 @@ def _checked(message: object, name: str, place: str) -> dict[str, object]:
     content = checked.get("content")
     if isinstance(content, list):
         for number, part in enumerate(content):
-            if isinstance(part, Mapping) and part.get("type", "text") == "text":
+            kind = part.get("type", "text") if isinstance(part, Mapping) else None
+            if kind == "text":
                 check_text(part.get("text"), f"{name}.content[{number}].text", place)
-            else:
-                got = excerpt(part)
-                raise CheckpointError(f"{place}: {name}.content[{number}] must be a text part, got {got}; remove it")
+            elif kind != "image":
+                wanted = f"{name}.content[{number}] must be a part of type text or image"
+                raise CheckpointError(f"{place}: {wanted}, got {excerpt(part)}; remove it")
     elif content is None and "tool_calls" in checked:
         checked["content"] = None
     elif content is None and "content" not in message:

@@ -105,7 +105,8 @@ def forms_for(messages: Sequence[Message]) -> Iterator[Form]:
     is_list = any(isinstance(content, list) for content in contents)
     missing = ("none", "text", "absent") if None in contents else ("none",)
     arguments = ("object", "text") if any(message.get("tool_calls") for message in messages) else ("object",)
-    for reason, content in itertools.product(reasoning, ("as given", "text" if is_list else "parts")):
+    contents_in = ("as given", *("text",) * is_list, "parts")
+    for reason, content in itertools.product(reasoning, contents_in):
         for absent, argument in itertools.product(missing, arguments):
             yield Form(reason, content, absent, argument)
 

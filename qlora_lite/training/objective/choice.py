@@ -31,7 +31,7 @@ from qlora_lite.training.objective.losses import (
     head_loss,
     logits_of,
 )
-from qlora_lite.training.objective.made_up_rows import undisturbed
+from qlora_lite.training.objective.made_up_rows import text_of, undisturbed
 
 PROBE_TOKENS = 64
 # How far two losses may differ, as a share of the spread of the logits. bf16 has 8 significant bits: two orders of
@@ -126,7 +126,7 @@ def _probe(model: nn.Module, batch: Batch) -> str | None:
 
     Fake tensors have no values to compare, so there the model is asked whether its head gets the last hidden states.
     """
-    row = {name: value[:1, :PROBE_TOKENS] for name, value in batch.items() if name != "labels"}
+    row = {name: value[:1, :PROBE_TOKENS] for name, value in text_of(batch).items() if name != "labels"}
     is_fake = isinstance(batch["input_ids"], FakeTensor)
     with undisturbed(model):
         logits, place_reason = _logits_and_place(model, row) if is_fake else (logits_of(model, row), None)

@@ -15,12 +15,11 @@ from qlora_lite.data.batching import Batch
 from qlora_lite.errors import TrainingError, listing
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.targets import exclusions_for
+from qlora_lite.surgery import is_below, tower_names
 from qlora_lite.training.objective.losses import Loss
-from qlora_lite.training.objective.made_up_rows import MadeUpRows, length_within, undisturbed
+from qlora_lite.training.objective.made_up_rows import TEXT_INPUTS, MadeUpRows, length_within, undisturbed
 
 MADE_UP_LENGTH = 16
-# What a batch of text may have. With anything else, as pictures, layers may run that text alone does not reach.
-TEXT_INPUTS = {"input_ids", "labels", "attention_mask", "position_ids"}
 SHOWN = 8
 
 
@@ -57,9 +56,14 @@ def _sentence(model: nn.Module, trained: Collection[str], missing: Collection[st
     return "; ".join(parts)
 
 
-def check_gradients(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
-    """Raises TrainingError that lists the trained parameters without a gradient after the first step's backward."""
-    if missing := [name for name, parameter in trained.items() if parameter.grad is None]:
+def check_gradients(model: nn.Module, trained: Mapping[str, nn.Parameter], without_images: bool = False) -> None:
+    """Raises TrainingError that lists the trained parameters without a gradient after the first step's backward.
+
+    without_images: the step had text alone, and later ones have images, which reach the towers of the model too.
+    """
+    towers = tower_names(model) if without_images else []
+    missing = [name for name, parameter in trained.items() if parameter.grad is None and not is_below(name, towers)]
+    if missing:
         raise TrainingError(_sentence(model, trained, missing, "in the first step"))
 
 

@@ -106,7 +106,7 @@ def logits_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """Returns the logits of all tokens. Raises ConfigError if the model does not return them."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = architecture.model_inputs(batch)
     return checked_logits(model, model(**inputs, use_cache=False), batch["input_ids"])
 
 
@@ -124,7 +124,7 @@ def checked_logits(model: nn.Module, output: object, tokens: Tensor) -> Tensor:
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Returns the loss that the model computes itself, a mean over labelled tokens, times their number."""
-    loss: Tensor = model(**batch, use_cache=False).loss
+    loss: Tensor = model(**architecture.model_inputs(batch), labels=batch["labels"], use_cache=False).loss
     return loss * labelled_tokens(batch)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import architecture
-from qlora_lite.data.batching import Batch
+from qlora_lite.data.batching import Batch, has_images
 from qlora_lite.positions import longest_sequence
 from qlora_lite.signals import check_signals
 
@@ -23,7 +23,15 @@ NOISE_FACTOR = 8
 # What rounding in fp32 may change an output by, also where the tokens of other rows happen to change nothing.
 ROUNDING = 1e-5
 
+# What a batch of text may have. With anything else, as pictures, layers may run that text alone does not reach.
+TEXT_INPUTS = {"input_ids", "labels", "attention_mask", "position_ids"}
+
 Outputs = Callable[[Tensor], Tensor]
+
+
+def text_of(batch: Batch) -> Batch:
+    """Returns a batch without its images; without their values, the tokens of images are tokens like others."""
+    return {name: value for name, value in batch.items() if name in TEXT_INPUTS} if has_images(batch) else batch
 
 
 @contextmanager

@@ -43,7 +43,10 @@ def test_arguments_are_an_object_or_json_text(arguments: object) -> None:
         ({"role": "user"}, r"record 1: messages\[1\] must be \{role, content\}"),
         ({"role": "user", "content": None}, r"messages\[1\].content must be a string, got NoneType"),
         ({"role": 3, "content": "a"}, r"messages\[1\].role must be a string, got int 3"),
-        ({"role": "user", "content": [{"type": "image"}]}, r"messages\[1\].content\[0\] must be a text part"),
+        (
+            {"role": "user", "content": [{"type": "video"}]},
+            r"messages\[1\].content\[0\] must be a part of type text or i",
+        ),
         ({"role": "user", "content": [{"type": "text"}]}, r"messages\[1\].content\[0\].text must be a string"),
         ({"role": "assistant", "tool_calls": {"a": 1}}, r"messages\[1\].tool_calls must be a list of calls"),
         (
