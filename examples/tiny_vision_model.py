@@ -150,7 +150,11 @@ def make_tiny_vision_model(folder: Path, family: str = "smolvlm", hidden: int = 
     torch.manual_seed(0)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = _config(family, tokenizer, hidden)
-    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mm_input_projection_weight"):  # Gemma 3's starts as zeros, which let nothing through
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _save_processor(family, folder)
     return folder

@@ -20,7 +20,11 @@ SCRIPTS = {
     },
     "examples/finetune_4bit.py": {"first_loss", "last_loss", "adapter", "merged"},
     "examples/seed_layers.py": {"loss_before", "loss_after", "merged_difference", "restored"},
-    "examples/name_colours.py": {"frozen", "adapted", "frozen_losses", "adapted_losses"},
+    "examples/name_colours.py": {
+        "family",
+        *("frozen", "frozen_before", "frozen_losses"),
+        *("adapted", "adapted_before", "adapted_losses"),
+    },
     "examples/several_adapters.py": {"losses", "base_unchanged"},
     "examples/from_peft.py": {
         "peft_first_loss",

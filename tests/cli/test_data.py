@@ -147,7 +147,7 @@ def test_every_option_of_the_records_is_obeyed(data: Data, tmp_path: Path) -> No
 def test_options_become_the_settings_of_the_records(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, ...]] = []
 
-    def keep(sources: list[str], tokenizer: Any, config: DataConfig, cache: bool, show: Any) -> None:
+    def keep(sources: list[str], tokenizer: Any, config: DataConfig, cache: bool, show: Any, images: Any) -> None:
         seen.append((sources, config, cache, show))
         raise CheckpointError("seen")
 
