@@ -200,15 +200,11 @@ def killed_while_writing() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def run() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `qlora-lite` with these arguments as a process."""
-    program = "import sys; from qlora_lite.cli.main import main; main()"
-
-    def start(*words: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", program, *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    return start
+def run(import_script: Callable[[str], Any]) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs `qlora-lite` with these arguments as a process (command_server.py)."""
+    server = import_script("tests/command_server.py").CommandServer()
+    yield server.run
+    server.close()
 
 
 @pytest.fixture(scope="session")

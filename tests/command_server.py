@@ -1,0 +1,100 @@
+"""Runs `qlora-lite` in forks of a process that has imported everything already.
+
+A command on a tiny model takes less time than its imports. The server answers each line of input, a JSON object of
+words, environment, folder and the files for stdout and stderr, with the exit status. Each command has a process of its
+own, so signals, file descriptors and global state are those of a new process but for the imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PRELOADED = (
+    *("torch", "transformers", "transformers.models.llama.modeling_llama", "accelerate", "safetensors", "rich.table"),
+    *("qlora_lite.cli.main", "qlora_lite.training.loop", "qlora_lite.export.merged", "qlora_lite.planning.memory_plan"),
+    *("qlora_lite.data.summary", "qlora_lite.planning.training_rehearsal"),
+)
+
+
+class CommandServer:
+    """The server as seen by the tests."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, __file__]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, *words: object) -> subprocess.CompletedProcess[str]:
+        """Runs a command with the environment and the folder that this process has now."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        given = [*map(str, words)]
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder) / name for name in ("stdout", "stderr")]
+            request = {"words": given, "env": dict(os.environ), "cwd": os.getcwd(), "files": [*map(str, files)]}
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            status = int(self._process.stdout.readline())
+            texts = (file.read_text(encoding="utf-8", errors="surrogateescape") for file in files)
+            return subprocess.CompletedProcess(given, status, *texts)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def _run_here(request: dict[str, Any]) -> int:
+    """Runs the command of a request in this process, a fork; returns its exit status."""
+    for number, name in enumerate(["/dev/null", *request["files"]]):
+        opened = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(opened, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    sys.argv = ["qlora-lite", *request["words"]]
+    from qlora_lite.cli.main import main
+
+    try:
+        main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+def serve() -> None:
+    """Answers requests until the input ends."""
+    import importlib
+
+    for name in PRELOADED:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                status = _run_here(json.loads(line))
+            finally:
+                os._exit(status)
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve()
