@@ -37,6 +37,7 @@ FLOORS: dict[str, int] = {
     "data.images": 5,
     "data.sources": 5,
     "data": 6,
+    "data.tasks": 6,
     "memory": 6,
     "memory.drawing": 6,
     "export": 7,
@@ -48,6 +49,7 @@ FLOORS: dict[str, int] = {
     "training": 9,
     "planning": 10,
     "integrations": 10,
+    "cli.records": 10,
     "cli": 11,
 }
 

@@ -26,6 +26,7 @@ SCRIPTS = {
         *("adapted", "adapted_before", "adapted_losses"),
     },
     "examples/several_adapters.py": {"losses", "base_unchanged"},
+    "examples/classify.py": {"accuracy_before", "accuracy_after", "f1_after", "seconds", "difference_to_peft"},
     "examples/from_peft.py": {
         "peft_first_loss",
         "peft_last_loss",

@@ -21,7 +21,7 @@ from qlora_lite.checkpoints.files import read_json
 from qlora_lite.checkpoints.repository.download import cached_checkpoint, download_checkpoint
 from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError
 from qlora_lite.patches import patched_attribute
-from qlora_lite.tasks import CAUSAL_LM, TASKS, Task, task_named
+from qlora_lite.tasks import CAUSAL_LM, TASKS, Task, task_named, task_of
 
 GENERATION_FILE = "generation_config.json"
 VIDEOS = "video_processor"  # the part of a processor
@@ -117,6 +117,24 @@ def _declared_task(config: Any) -> Task:
     declared = _declared_class(config)
     tasks = (task for task in TASKS.values() if any(made.__name__ == declared for made in _classes(task, config)))
     return next(tasks, CAUSAL_LM)
+
+
+def task_for(config: Any, task: str | type | None = None) -> Task:
+    """Returns the task of the model that `model_class` chooses."""
+    if isinstance(task, str) and task in TASKS:
+        return TASKS[task]
+    return _declared_task(config) if task is None else task_of(empty_model(config, torch.bfloat16, task))
+
+
+def tasks_of_class(made: type, config: Any) -> list[Task]:
+    """Returns the tasks for which transformers makes this class of a config."""
+    return [task for task in TASKS.values() if made in _classes(task, config)]
+
+
+def set_padding_(config: Any, pad_token_id: int) -> None:
+    """Writes the padding token to a config. Classifiers on decoders find the end of each row by it."""
+    for part in (config, text_config(config)):
+        part.pad_token_id = pad_token_id
 
 
 def _class_of(task: Task, config: Any) -> Any:

@@ -12,22 +12,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qlora_lite.cli.records.task_records import labels_of_records
 from qlora_lite.data.shapes import KEYS
+from qlora_lite.data.tasks.shapes import TASK_KEYS
 from qlora_lite.errors import ConfigError
 
 if TYPE_CHECKING:
     from qlora_lite.data.encoding import Tokenizer
     from qlora_lite.data.images.processor import ImageProcessor
     from qlora_lite.data.mixture import Mixture
+    from qlora_lite.data.tasks.labels import Labels
     from qlora_lite.data.tokenization import DataConfig, TokenizedSet
+    from qlora_lite.tasks import Task
 
 SOURCES_HELP = (
     "Records: a JSONL, JSON, CSV, TSV, parquet or Arrow file, also of gzip or zstd, a folder of them, or name:split of "
     "a data set on the hub. Several are joined; data=0.7 gives each its share of an epoch."
 )
+ALL_KEYS = tuple(dict.fromkeys([*KEYS, *TASK_KEYS]))
 Fields = Annotated[
     list[str] | None,
-    typer.Option("--field", help=f"Name of a key in the records, as prompt=question. Keys: {', '.join(KEYS)}."),
+    typer.Option("--field", help=f"Name of a key in the records, as prompt=question. Keys: {', '.join(ALL_KEYS)}."),
 ]
 Limit = Annotated[int | None, typer.Option(help="Records of each source that are read, from its first one on.")]
 SkipBad = Annotated[int, typer.Option(help="Bad records of each source that are left out; more are an error.")]
@@ -53,19 +58,27 @@ def fields_named(fields: list[str] | None) -> dict[str, str]:
     return named
 
 
-def data_config(options: Mapping[str, Any], run_date: date | None = None) -> DataConfig:
-    """Returns the settings of the records that the options of a command ask for."""
+def data_config(options: Mapping[str, Any], run_date: date | None = None, task: str | None = None) -> DataConfig:
+    """Returns the settings of the records that the options of a command ask for.
+
+    task: of a model that is not a causal language model.
+    """
     from qlora_lite.data.tokenization import DataConfig
 
-    return DataConfig(
-        max_length=options["max_length"],
-        learn=options["learn"],
-        learn_empty_reasoning=options["learn_empty_reasoning"],
-        fields=fields_named(options["field"]),
-        limit=options["limit"],
-        skip_bad=options["skip_bad"],
-        date=run_date,
-    )
+    given = {
+        "max_length": options["max_length"],
+        "learn": options["learn"],
+        "learn_empty_reasoning": options["learn_empty_reasoning"],
+        "fields": fields_named(options["field"]),
+        "limit": options["limit"],
+        "skip_bad": options["skip_bad"],
+        "date": run_date,
+    }
+    if task is None:
+        return DataConfig(**given)
+    from qlora_lite.data.tasks.config import TaskDataConfig
+
+    return TaskDataConfig(**given, task=task)
 
 
 def input_paths(sources: Sequence[str]) -> list[Path]:
@@ -153,23 +166,36 @@ def run_date_of(output: Path) -> date:
         raise CheckpointError(f"{path} has no date of the run; delete it to go on with today's") from error
 
 
-def described_records(options: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[TrainingData, dict[str, object]]:
-    """Reads the records, and prints what is learned; returns them, and the notes that a run keeps of them."""
+def described_records(
+    options: Mapping[str, Any], tokenizer: Tokenizer, task: Task | None
+) -> tuple[TrainingData, Labels | None, dict[str, object]]:
+    """Reads the records, and prints what is learned; returns them, their labels, and the notes that a run keeps.
+
+    task: of a model that is not a causal language model (`task_with_records`); its records have labels.
+    """
     from qlora_lite.checkpoints.hub import checkpoint_folder, read_config
     from qlora_lite.data.images.processor import ImageProcessor
-    from qlora_lite.data.summary import summarize
+    from qlora_lite.data.summary import Summary, summarize
+    from qlora_lite.data.tasks.summary import TaskSummary, summarize_task
     from qlora_lite.training.distributed import is_first_process
     from qlora_lite.training.loop import check_length_by_config
 
     run_date = run_date_of(options["output"]) if options["resume"] else date.today()
-    config, cache = data_config(options, run_date), options["token_cache"]
+    config, cache = data_config(options, run_date, None if task is None else task.name), options["token_cache"]
     images = ImageProcessor(options["model"], options["text_only"])
     held_out_in = options["eval_data"], options["eval_share"]
     records = training_data(options["data"], *held_out_in, tokenizer, config, cache, images)
-    summary = summarize(records.tokenized)
+    summary: Summary | TaskSummary
+    if task is None:
+        labels, summary = None, summarize(records.tokenized)
+        lines = summary.in_words(options["packing"])
+    else:
+        labels = labels_of_records(records.tokenized.examples, records.held_out, task, options)
+        summary = summarize_task(records.tokenized, labels)
+        lines = summary.in_words(labels)
     held_out = None if records.held_out is None else len(records.held_out)
     if is_first_process():
         notes = (held_out and f"{held_out:,} examples are held out", records.warning())
-        print("\n".join([*summary.in_words(options["packing"]), *(note for note in notes if note)]))
+        print("\n".join([*lines, *(note for note in notes if note)]))
     check_length_by_config(read_config(checkpoint_folder(options["model"], weights=False)), records.tokenized.longest)
-    return records, {"date": run_date.isoformat(), **summary.to_json(), "examples_held_out": held_out}
+    return records, labels, {"date": run_date.isoformat(), **summary.to_json(), "examples_held_out": held_out}

@@ -32,6 +32,15 @@ TextOnly = Annotated[
     bool,
     typer.Option("--text-only", help="Do not load the vision tower of a vision-language model: train on text alone."),
 ]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        help="What the model is for: causal-lm, seq2seq-lm, sequence-classification (also regression and rewards), "
+        "token-classification, masked-lm, embedding, or a class of transformers. Default: what the checkpoint's config "
+        "says.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 _FORMATS = [f"{row.name} ({row.help})" for row in FORMATS.values()]
 _EMBEDDING_FORMATS = either(*embedding_formats())

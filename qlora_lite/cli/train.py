@@ -38,6 +38,7 @@ from qlora_lite.cli.options import (
     Overwrite,
     Rank,
     SkipModules,
+    TaskName,
     TextOnly,
     UseRslora,
     check_output,
@@ -48,12 +49,21 @@ from qlora_lite.cli.options import (
     skipped,
     targets_named,
 )
+from qlora_lite.cli.records.task_records import (
+    Scores,
+    prepare_for_labels_,
+    run_batches,
+    scores_in_figures,
+    scores_of_held_out,
+    task_with_records,
+)
 from qlora_lite.errors import ConfigError
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from qlora_lite.data.tasks.labels import Labels
     from qlora_lite.lora.config import LoraConfig
     from qlora_lite.planning.memory_budget import BudgetedConfig
     from qlora_lite.training.loop import TrainResult
@@ -129,47 +139,43 @@ def _add_adapters_(model: Any, lora: LoraConfig) -> None:
         print("\n".join(lost))
 
 
-def _held_out_loss(model: nn.Module, records: TrainingData, options: Mapping[str, Any], pad: int) -> list[float]:
-    """The loss of the held-out examples, in a list; an empty list without any."""
-    from qlora_lite.data.batching import batches
-    from qlora_lite.training.loop import held_out_loss
-
-    if records.held_out is None:
-        return []
-    packing, max_length, rows = options["packing"], options["max_length"], options["batch_size"]
-    shape: dict[str, Any] = {"packing": packing, "max_length": max_length, "images": records.images}
-    stream = batches(records.held_out, rows, 0, pad_token_id=pad, epochs=1, **shape)
-    return [held_out_loss(model, stream)]
-
-
-def _note_held_out(model: nn.Module, result: TrainResult, losses: list[float], output: Path) -> None:
+def _note_held_out(model: nn.Module, result: TrainResult, scores: Sequence[Scores], output: Path) -> None:
     """Writes the loss of the held-out examples, before and after the run, to the model card of the adapter."""
     from qlora_lite.lora.peft.card import update_adapter_card
     from qlora_lite.training.run_checkpoints import ADAPTER_FOLDER
     from qlora_lite.training.run_state import training_record
 
-    if losses:
-        before, after = losses
+    if scores:
+        before, after = (own["loss"] or 0.0 for own in scores)
         update_adapter_card(model, output / ADAPTER_FOLDER, training_record(result.steps, (before, after)))
 
 
 def _figures(
-    result: TrainResult, data: TrainingData, losses: list[float], budgeted: BudgetedConfig | None, output: Path
+    result: TrainResult,
+    data: TrainingData,
+    labels: Labels | None,
+    scores: list[Scores],
+    budgeted: BudgetedConfig | None,
+    output: Path,
 ) -> dict[str, object]:
-    """The figures of a run. losses: of the held-out examples, before and after it."""
+    """The figures of a run. scores: of the held-out examples, before and after it."""
     predicted = {} if budgeted is None else {"predicted_peak_bytes": budgeted.predicted_peak}
-    held_out: dict[str, object] = {}
+    of_held_out: dict[str, object] = {}
     if data.held_out is not None:
-        held_out["examples_held_out"] = len(data.held_out)
-        for when, loss in zip(("before", "after"), losses, strict=True):
-            held_out |= {f"held_out_loss_{when}": loss, f"perplexity_{when}": math.exp(min(loss, LARGEST_EXPONENT))}
+        of_held_out["examples_held_out"] = len(data.held_out)
+        of_held_out |= scores_in_figures(scores)
+        if labels is None:
+            losses = {when: own["loss"] or 0.0 for when, own in zip(("before", "after"), scores, strict=True)}
+            of_held_out |= {
+                f"perplexity_{when}": math.exp(min(loss, LARGEST_EXPONENT)) for when, loss in losses.items()
+            }
     return {
         "examples": len(data.examples),
         "examples_shortened": data.tokenized.truncated,
         "examples_dropped": data.tokenized.dropped,
         "conversations_split": data.tokenized.split,
         "bad_records_skipped": data.tokenized.skipped,
-        **held_out,
+        **of_held_out,
         "first_loss": result.losses[0],
         "last_loss": result.losses[-1],
         "seconds": round(result.seconds, 1),
@@ -186,6 +192,10 @@ def train(
     model: Model,
     data: Annotated[list[str], typer.Option("--data", help=SOURCES_HELP)],
     output: Output,
+    task: TaskName = None,
+    regression: Annotated[
+        bool, typer.Option("--regression", help="Labels are numbers to predict, not classes, also whole ones.")
+    ] = False,
     format: Format = DEFAULT_FORMAT,
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
@@ -285,7 +295,6 @@ def train(
     from qlora_lite.checkpoints.hub import load_tokenizer
     from qlora_lite.checkpoints.load import load_quantized
     from qlora_lite.checks import byte_count
-    from qlora_lite.data.batching import batches
     from qlora_lite.planning.memory_budget import config_within, device_memory
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import deferred_signals
@@ -299,11 +308,10 @@ def train(
     _check_options(lora, memory_budget, checkpointing)
     inputs = input_paths([*data, *(eval_data or ())])
     _check_run(output, overwrite or resume, model, inputs, same_base=resume and not any_base)
+    own_task = task_with_records(ctx.params)
     tokenizer = load_tokenizer(model)
-    records, notes = described_records(ctx.params, tokenizer)
-    pad = tokenizer.pad_token_id
-    rows: dict[str, Any] = {"packing": packing, "max_length": max_length, "images": records.images}
-    stream = batches(records.examples, batch_size, seed, pad_token_id=pad, **rows)
+    records, labels, notes = described_records(ctx.params, tokenizer, own_task)
+    stream = run_batches(records.examples, labels, ctx.params, tokenizer, seed, images=records.images)
     budgeted = None
     with deferred_signals():
         if memory_budget is not None:
@@ -313,12 +321,17 @@ def train(
             budgeted = config_within(memory, model, quant, lora, config, text_only=text_only, **shape)
             print(budgeted.described())
         torch.manual_seed(seed)
-        loaded = load_quantized(model, quant, ignore_unexpected=ignore_unexpected, text_only=text_only)
+        names = None if labels is None else labels.for_model
+        loaded = load_quantized(
+            model, quant, ignore_unexpected=ignore_unexpected, text_only=text_only, task=task, labels=names
+        )
+        if labels is not None:
+            prepare_for_labels_(loaded, labels, tokenizer.pad_token_id)
         _add_adapters_(loaded, lora)
         chosen = config if budgeted is None else budgeted.config
-        losses = _held_out_loss(loaded, records, ctx.params, pad)
+        scores = scores_of_held_out(loaded, records.held_out, labels, ctx.params, tokenizer, records.images)
         result = train_model(loaded, stream, chosen, output_dir=output, overwrite=overwrite, resume=resume, notes=notes)
-        losses += _held_out_loss(loaded, records, ctx.params, pad)
+        scores += scores_of_held_out(loaded, records.held_out, labels, ctx.params, tokenizer, records.images)
     if is_first_process():
-        _note_held_out(loaded, result, losses, output)
-        finish(_figures(result, records, losses, budgeted, output), json)
+        _note_held_out(loaded, result, scores, output)
+        finish(_figures(result, records, labels, scores, budgeted, output), json)

@@ -15,7 +15,8 @@ stream          the batches of a run, with a position that can be resumed
 summary         what a set of records becomes, in numbers
 listing         what is learned from it, as a page and token by token
 
-The room chat/ writes conversations by chat templates. The room sources/ reads records from files.
+The room chat/ writes conversations by chat templates. The room sources/ reads records from files. The room tasks/ has
+records for other tasks than that of a causal language model.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def _split(examples: Examples, share: float) -> tuple[Examples, Examples]:
             f"a share of {share} of {len(distinct)} different records leaves none to train on; give more records"
         )
     held = digests < distinct[count]
-    return tuple(Examples(examples.arrays, examples.chosen[side], examples.max_length) for side in (~held, held))  # type: ignore[return-value]
+    return tuple(examples.view(examples.chosen[side]) for side in (~held, held))  # type: ignore[return-value]
 
 
 def mixture_weights(weights: Sequence[float | None]) -> list[float] | None:

@@ -7,16 +7,19 @@ A record is a JSON object, or a row of a table, of one of the shapes in shapes.p
 
 from __future__ import annotations
 
+import datetime
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from qlora_lite.checkpoints.files import excerpt
 from qlora_lite.checks import require
-from qlora_lite.data.shapes import KEYS, Content, Record, shape_of, unused_keys
+from qlora_lite.data.encoding import Draft, Marked
+from qlora_lite.data.shapes import KEYS, Answered, Content, Record, Shape, shape_of, unused_keys
 from qlora_lite.data.sources.raw import RawRecord
 from qlora_lite.data.sources.source import Source, raw_records
 from qlora_lite.errors import CheckpointError, listing
@@ -25,13 +28,26 @@ from qlora_lite.errors import CheckpointError, listing
 MOST_KEPT = 10_000
 MOST_REASONS, MOST_PLACES = 20, 8
 
+Drafted = tuple[str, "list[Draft] | Marked | str"]  # the place of a record, and its texts, its tokens, or why it is bad
+FindShape = Callable[[Record, str], Shape]
+
 
 class CheckedRecord(NamedTuple):
     """What a record contains, or why it is bad."""
 
     place: str
-    content: Content | None
+    content: Content | Answered | None
     error: str | None
+
+
+class RecordEncoder(Protocol):
+    """What turns the contents of records into tokens."""
+
+    @property
+    def date_written(self) -> datetime.date | None: ...
+    def drafts(self, content: Any) -> list[Any] | Marked: ...
+    def tokens(self, drafts: Sequence[Draft]) -> list[Marked]: ...
+    def cut_images(self, examples: Sequence[Marked], max_length: int | None) -> str | None: ...
 
 
 @dataclass
@@ -106,10 +122,10 @@ class Found:
     split: int = 0
 
 
-def check_fields(fields: Mapping[str, str]) -> None:
-    """Raises ConfigError unless `fields` maps keys of the shapes to keys of records."""
-    unknown = [key for key in fields if key not in KEYS]
-    require(not unknown, f"fields must name keys of the shapes ({listing(KEYS, len(KEYS))})", listing(unknown))
+def check_fields(fields: Mapping[str, str], keys: Sequence[str] = KEYS) -> None:
+    """Raises ConfigError unless `fields` maps keys of the shapes, which are `keys`, to keys of records."""
+    unknown = [key for key in fields if key not in keys]
+    require(not unknown, f"fields must name keys of the shapes ({listing(keys, len(keys))})", listing(unknown))
 
 
 def renamed(record: Mapping[str, object], fields: Mapping[str, str]) -> Record:
@@ -134,7 +150,7 @@ def _value(record: Mapping[str, object], name: str) -> object:
     return value
 
 
-def check_record(record: object, place: str = "record", prompts_too: bool = False) -> Content:
+def check_record(record: object, place: str = "record", prompts_too: bool = False) -> Content | Answered:
     """Returns what a record contains. Raises CheckpointError, beginning with `place`, for one of no shape.
 
     prompts_too: also accept a prompt without a completion.
@@ -150,9 +166,12 @@ def checked_records(
     raws: Iterable[RawRecord],
     found: Found,
     fields: Mapping[str, str] | None = None,
-    prompts_too: bool = False,
+    find_shape: FindShape = shape_of,
 ) -> Iterator[CheckedRecord]:
-    """Yields what each record contains, or the reason why it is bad. found: is counted up."""
+    """Yields what each record contains, or the reason why it is bad. found: is counted up.
+
+    find_shape: returns the shape of a record, as `shape_of`.
+    """
     for place, value, error in raws:
         found.records += 1
         if value is None:
@@ -160,7 +179,7 @@ def checked_records(
             continue
         record = renamed(value, fields or {})
         try:
-            shape = shape_of(record, place, prompts_too)
+            shape = find_shape(record, place)
             content = shape.read(record, place)
         except CheckpointError as problem:
             yield CheckedRecord(place, None, reason_of(problem, place))
@@ -189,10 +208,27 @@ def read_records(path: str | Path, prompts_too: bool = False) -> list[dict[str, 
             yield raw
 
     bad = BadRecords()
-    for place, _, error in checked_records(noted(raw_records(Source(str(path)))), Found(), None, prompts_too):
+    find_shape = functools.partial(shape_of, prompts_too=prompts_too)
+    for place, _, error in checked_records(noted(raw_records(Source(str(path)))), Found(), None, find_shape):
         if error is not None:
             bad.add(place, error)
     bad.check(len(kept))
     if not kept:
         raise CheckpointError(f"{path} holds no records; expected one JSON object per line")
     return kept
+
+
+def joined(chunk: list[Drafted], tokens: Iterator[Marked]) -> Iterator[tuple[str, list[Marked] | str]]:
+    """Yields the place of each record of a chunk, and its examples, or the reason why it is bad."""
+    for place, made in chunk:
+        if isinstance(made, str):
+            yield place, made
+        elif isinstance(made, Marked):
+            yield place, [made]
+        else:
+            examples = list(itertools.islice(tokens, len(made)))
+            empty = next((draft.text for draft, example in zip(made, examples, strict=True) if not example.ids), None)
+            if empty is not None:
+                yield place, f"the text has no tokens; got {excerpt(empty)}; write one that is not empty"
+            else:
+                yield place, examples

@@ -81,13 +81,39 @@ Content = Conversation | Exchange | Tokens
 
 
 @dataclass(frozen=True)
+class Part:
+    """A text that a model gets whole: plain text, two texts as the tokenizer joins them, words, or a conversation.
+
+    ends: whether an end-of-sequence token closes a plain text. target: whether the decoder is to write it.
+    """
+
+    text: str = ""
+    second: str | None = None
+    words: tuple[str, ...] = ()
+    conversation: Conversation | None = None
+    ends: bool = False
+    target: bool = False
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The texts of a record for another task than a causal language model's, and what is to be learned of them.
+
+    answer: the label, the labels or the number, as JSON has it; None where the texts alone say it.
+    """
+
+    parts: tuple[Part, ...]
+    answer: object = None
+
+
+@dataclass(frozen=True)
 class Shape:
     """A kind of record. required, optional: its keys. read: `(record, place)` -> what it contains, checked."""
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    read: Callable[[Record, str], Content]
+    read: Callable[[Record, str], Content | Answered]
 
     @property
     def in_words(self) -> str:
@@ -269,12 +295,20 @@ def shape_of(record: Record, place: str, prompts_too: bool = False) -> Shape:
     """
     for shape in (*SHAPES, PROMPT_ALONE) if prompts_too else SHAPES:
         if all(key in record for key in shape.required):
+            if shape.name == "text" and (key := next((key for key in ("label", "labels") if key in record), None)):
+                raise CheckpointError(
+                    f"{place}: has a text and its {key}, which --task sequence-classification learns; to learn the "
+                    f"text itself, remove the key {key}"
+                )
             return shape
     if record.get("chosen") is not None and record.get("rejected") is not None:
         raise CheckpointError(
-            f"{place}: is a preference pair (chosen, rejected), which trl's DPOTrainer takes; to learn the chosen "
-            f"answers alone, map them: --field completion=chosen, or --field messages=chosen for conversations"
+            f"{place}: is a preference pair (chosen, rejected), of which --task sequence-classification learns a "
+            f"reward, and trl's DPOTrainer a policy; to learn the chosen answers alone, map them: --field "
+            f"completion=chosen, or --field messages=chosen for conversations"
         )
+    if "tokens" in record and "labels" in record:
+        raise CheckpointError(f"{place}: has words (tokens) and their labels, which --task token-classification learns")
     keys = ", ".join(sorted(map(str, record))) or "none"
     words = f"{SHAPES_IN_WORDS} | {PROMPT_ALONE.in_words}" if prompts_too else SHAPES_IN_WORDS
     raise CheckpointError(f"{place}: unknown shape with keys {keys}; use one of: {words}; or map keys with --field")

@@ -16,12 +16,17 @@ from qlora_lite.compute.random_state import RandomSources, RandomState
 from qlora_lite.data.batching import Batch
 from qlora_lite.errors import CheckpointError, ConfigError, TrainingError
 from qlora_lite.signals import check_signals
+from qlora_lite.tasks import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, MASKED_LM, Task
+
+# Tasks whose batches have a label for each token.
+WITH_A_LABEL_EACH = (CAUSAL_LM, IMAGE_TEXT_TO_TEXT, MASKED_LM)
 
 
-def check_batch(batch: object, vocabulary: int | None) -> None:
+def check_batch(batch: object, vocabulary: int | None, task: Task = CAUSAL_LM) -> None:
     """Raises ConfigError unless `batch` is a dict of tensors with equally many rows, with token ids and labels.
 
-    vocabulary: the number of token ids of the model; None where it is not known.
+    vocabulary: the number of token ids of the model; None where it is not known. task: of the model; only those that
+    label tokens have a label for each of input_ids.
     """
     if not isinstance(batch, dict) or not {"input_ids", "labels"} <= batch.keys():
         got = sorted(batch) if isinstance(batch, dict) else f"a {type(batch).__name__}"
@@ -33,15 +38,17 @@ def check_batch(batch: object, vocabulary: int | None) -> None:
         if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != rows:
             kind = str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError(f"{name} of a batch must be a tensor with a row for each of input_ids; got {kind}")
-        if name in ("input_ids", "labels") and (value.dim() != 2 or value.dtype != torch.int64):
+        is_tokens = name.endswith("input_ids") or (name == "labels" and task in WITH_A_LABEL_EACH)
+        if is_tokens and (value.dim() != 2 or value.dtype != torch.int64):
             raise ConfigError(f"{name} must be int64 of shape (rows, tokens); got {value.dtype} {tuple(value.shape)}")
-    if batch["labels"].shape != ids.shape:
+    if task in WITH_A_LABEL_EACH and batch["labels"].shape != ids.shape:
         raise ConfigError(
             f"labels must be of the shape of input_ids, {tuple(ids.shape)}; got {tuple(batch['labels'].shape)}"
         )
-    low, high = (int(value) for value in ids.aminmax()) if ids.numel() else (0, 0)
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise ConfigError(f"tokens must be in [0, {vocabulary}); got {low if low < 0 else high}")
+    for ids in (value for name, value in batch.items() if name.endswith("input_ids")):
+        low, high = (int(value) for value in ids.aminmax()) if ids.numel() else (0, 0)
+        if low < 0 or (vocabulary is not None and high >= vocabulary):
+            raise ConfigError(f"tokens must be in [0, {vocabulary}); got {low if low < 0 else high}")
 
 
 def _digest(before: str, batch: Mapping[str, Tensor]) -> str:
@@ -80,12 +87,18 @@ class Position:
 class BatchStream:
     """The batches of a run. A sequence or a DataLoader starts again when it ends; an iterator has one epoch.
 
-    vocabulary: as in `check_batch`. sources: the random numbers of the run, which `position` and `skip_to` need; None
-    for a run that is not resumed.
+    vocabulary, task: as in `check_batch`. sources: the random numbers of the run, which `position` and `skip_to` need;
+    None for a run that is not resumed.
     """
 
-    def __init__(self, batches: Iterable[Batch], vocabulary: int | None, sources: RandomSources | None) -> None:
-        self._batches, self._vocabulary, self._sources = batches, vocabulary, sources
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        vocabulary: int | None,
+        sources: RandomSources | None,
+        task: Task = CAUSAL_LM,
+    ) -> None:
+        self._batches, self._vocabulary, self._sources, self._task = batches, vocabulary, sources, task
         self._repeats = isinstance(batches, (Sequence, torch.utils.data.DataLoader))
         self._iterator: Iterator[Batch] | None = None
         self._epoch, self._taken, self._digest = 0, 0, ""
@@ -108,7 +121,7 @@ class BatchStream:
             batch = next(self._iterator)
         except StopIteration:
             return None
-        check_batch(batch, self._vocabulary)
+        check_batch(batch, self._vocabulary, self._task)
         self._taken += 1
         if self._sources is not None:
             self._digest = _digest(self._digest, batch)

@@ -205,9 +205,17 @@ class Examples(Sequence[TokenizedExample]):
     def __getitem__(self, index: slice) -> Examples: ...
     def __getitem__(self, index: int | slice) -> TokenizedExample | Examples:
         if isinstance(index, slice):
-            return Examples(self.arrays, self.chosen[torch.arange(len(self))[index]], self.max_length)
+            return self.view(self.chosen[torch.arange(len(self))[index]])
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
+        return self.made(index)
+
+    def view(self, chosen: Tensor) -> Examples:
+        """Returns other examples of the same arrays. chosen: their numbers (int64)."""
+        return type(self)(self.arrays, chosen, self.max_length)
+
+    def made(self, index: int) -> TokenizedExample:
+        """Returns an example; indexing checks the index first."""
         signed = self.arrays.signed_tokens(int(self.chosen[index]), self.max_length)
         learned = signed >= 0
         ids = torch.where(learned, signed, ~signed)

@@ -16,13 +16,24 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import ClassVar
 
-from qlora_lite.checkpoints.files import excerpt
 from qlora_lite.checks import is_count, require
-from qlora_lite.data.encoding import Draft, Encoder, Marked, TokenizedExample, Tokenizer
+from qlora_lite.data.encoding import Encoder, Marked, TokenizedExample, Tokenizer
 from qlora_lite.data.images.processor import ImageProcessor
 from qlora_lite.data.mixture import Mixture, mixture_weights
-from qlora_lite.data.records import BadRecords, CheckedRecord, Found, check_fields, checked_records, reason_of
+from qlora_lite.data.records import (
+    BadRecords,
+    CheckedRecord,
+    Drafted,
+    Found,
+    RecordEncoder,
+    check_fields,
+    checked_records,
+    joined,
+    reason_of,
+)
+from qlora_lite.data.shapes import KEYS, Record, Shape, shape_of
 from qlora_lite.data.sources.raw import RawRecord
 from qlora_lite.data.sources.source import Source, parse_source, raw_records
 from qlora_lite.data.token_arrays import Examples, ImagesInMemory, TokenArrays, TokenWriter, with_something_to_learn
@@ -38,7 +49,6 @@ SHOWN_EVERY = 128  # records
 CHUNKS_AHEAD = 3
 
 Show = Callable[[int], None]
-Drafted = tuple[str, "list[Draft] | Marked | str"]  # the place of a record, and its texts, its tokens, or why it is bad
 
 
 @dataclass(frozen=True)
@@ -63,17 +73,31 @@ class DataConfig:
     skip_bad: int = 0
     prompts_too: bool = False
     date: date | None = None
+    keys: ClassVar[Sequence[str]] = KEYS  # those that `fields` may name
 
     def __post_init__(self) -> None:
         length, limit = self.max_length, self.limit
         require(length is None or is_count(length, 2), "max_length must be None or at least 2", length)
         require(limit is None or is_count(limit, 1), "limit must be None or at least 1", limit)
         require(is_count(self.skip_bad, 0), "skip_bad must be an integer of at least 0", self.skip_bad)
-        check_fields(self.fields)
+        check_fields(self.fields, self.keys)
 
-    def encoder(self, tokenizer: Tokenizer, images: ImageProcessor | None = None) -> Encoder:
+    def encoder(self, tokenizer: Tokenizer, images: ImageProcessor | None = None) -> RecordEncoder:
         """An encoder of these settings. Raises ConfigError for an unknown `learn`."""
         return Encoder(tokenizer, self.learn, self.learn_empty_reasoning, self.date, images)
+
+    def shape_of(self, record: Record, place: str) -> Shape:
+        """The shape of a record. Raises CheckpointError, beginning with `place`, if it has none."""
+        return shape_of(record, place, self.prompts_too)
+
+    def cache_settings(self) -> dict[str, object]:
+        """The settings that decide on the tokens of a record; the others choose among the tokens."""
+        return {name: value for name, value in asdict(self).items() if name not in ("max_length", "skip_bad")}
+
+    def kept(self, arrays: TokenArrays) -> Examples:
+        """The examples of a source that are trained on."""
+        chosen = None if self.prompts_too else with_something_to_learn(arrays, self.max_length)
+        return Examples(arrays, chosen, self.max_length)
 
 
 @dataclass(frozen=True)
@@ -206,11 +230,9 @@ def tokenize_sources(
 
 
 def _source_tokens(
-    source: Source, tokenizer: Tokenizer, encoder: Encoder, config: DataConfig, cache: bool, show: Show | None
+    source: Source, tokenizer: Tokenizer, encoder: RecordEncoder, config: DataConfig, cache: bool, show: Show | None
 ) -> SourceTokens:
-    settings = asdict(config) | {"date": encoder.date_written}
-    for name in ("max_length", "skip_bad"):  # they choose among the tokens, and do not change them
-        del settings[name]
+    settings = config.cache_settings() | {"date": encoder.date_written}
     key = cache_key(source, tokenizer, settings) if cache else None
     if key is not None and (loaded := load_tokens(cache_folder(source) / key)) is not None:
         arrays, noted = loaded
@@ -243,13 +265,13 @@ def _source_tokens(
 
 
 def _append_all(
-    raws: Iterable[RawRecord], encoder: Encoder, config: DataConfig, writer: TokenWriter, show: Show | None = None
+    raws: Iterable[RawRecord], encoder: RecordEncoder, config: DataConfig, writer: TokenWriter, show: Show | None = None
 ) -> tuple[Found, BadRecords]:
     """Appends the examples of records. Raises CheckpointError if more records are bad than are allowed."""
     found, bad = Found(), BadRecords(config.skip_bad)
     limited = itertools.islice(raws, config.limit)
     for number, (place, examples) in enumerate(
-        _encoded(checked_records(limited, found, config.fields, config.prompts_too), encoder)
+        _encoded(checked_records(limited, found, config.fields, config.shape_of), encoder)
     ):
         if not isinstance(examples, str):
             examples = encoder.cut_images(examples, config.max_length) or examples
@@ -264,7 +286,7 @@ def _append_all(
     return found, bad
 
 
-def _encoded(records: Iterator[CheckedRecord], encoder: Encoder) -> Iterator[tuple[str, list[Marked] | str]]:
+def _encoded(records: Iterator[CheckedRecord], encoder: RecordEncoder) -> Iterator[tuple[str, list[Marked] | str]]:
     """Yields the place of each record, and its examples, or the reason why it is bad, in the order of the records.
 
     Texts are made here and tokenized in one thread, some chunks ahead, so that the order of all work is fixed.
@@ -279,12 +301,12 @@ def _encoded(records: Iterator[CheckedRecord], encoder: Encoder) -> Iterator[tup
                 ahead.append((chunk, executor.submit(encoder.tokens, drafts)))
             while ahead and (len(ahead) >= CHUNKS_AHEAD or not chunk):
                 made, future = ahead.pop(0)
-                yield from _joined(made, iter(future.result()))
+                yield from joined(made, iter(future.result()))
             if not chunk:
                 return
 
 
-def _next_chunk(records: Iterator[CheckedRecord], encoder: Encoder) -> list[Drafted]:
+def _next_chunk(records: Iterator[CheckedRecord], encoder: RecordEncoder) -> list[Drafted]:
     chunk: list[Drafted] = []
     characters = 0
     for record in itertools.islice(records, CHUNK_RECORDS):
@@ -297,7 +319,7 @@ def _next_chunk(records: Iterator[CheckedRecord], encoder: Encoder) -> list[Draf
     return chunk
 
 
-def _drafted(record: CheckedRecord, encoder: Encoder) -> Drafted:
+def _drafted(record: CheckedRecord, encoder: RecordEncoder) -> Drafted:
     if record.content is None:
         return record.place, str(record.error)
     try:
@@ -306,24 +328,8 @@ def _drafted(record: CheckedRecord, encoder: Encoder) -> Drafted:
         return record.place, reason_of(error, record.place)
 
 
-def _joined(chunk: list[Drafted], tokens: Iterator[Marked]) -> Iterator[tuple[str, list[Marked] | str]]:
-    for place, made in chunk:
-        if isinstance(made, str):
-            yield place, made
-        elif isinstance(made, Marked):
-            yield place, [made]
-        else:
-            examples = list(itertools.islice(tokens, len(made)))
-            empty = next((draft.text for draft, example in zip(made, examples, strict=True) if not example.ids), None)
-            if empty is not None:
-                yield place, f"the text has no tokens; got {excerpt(empty)}; write one that is not empty"
-            else:
-                yield place, examples
-
-
 def _tokenized_set(parts: Sequence[SourceTokens], weights: Sequence[float] | None, config: DataConfig) -> TokenizedSet:
-    chosen = [None if config.prompts_too else with_something_to_learn(part.arrays, config.max_length) for part in parts]
-    kept = [Examples(part.arrays, numbers, config.max_length) for part, numbers in zip(parts, chosen, strict=True)]
+    kept = [config.kept(part.arrays) for part in parts]
     for part, examples in zip(parts, kept, strict=True):
         if len(examples) == 0:
             dropped, bad = len(part.arrays), part.bad.count

@@ -45,9 +45,11 @@ from qlora_lite.export.plan import ExportPlan
 from qlora_lite.export.report import REPORT_FILE, MergeReport
 from qlora_lite.export.verify import BASES, DEQUANTIZED, ORIGINAL, Verification, check_examples, compare
 from qlora_lite.lora.multi_adapter import active_adapter, using_adapter
+from qlora_lite.lora.peft.options import adapter_task, labels_of_adapter
 from qlora_lite.lora.peft.save_load import load_adapter_
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.surgery import check_towers_loaded
+from qlora_lite.tasks import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, task_of
 
 # The names of transformers' `save_pretrained`, whatever names the checkpoint has: those that converters know.
 AS_SAVED = "as saved"
@@ -172,19 +174,40 @@ def planned_checkpoint(
     source = hub.checkpoint_folder(path_or_id)
     if not any_base:
         check_trained_on_checkpoint(Path(adapter), source)
-    model = hub.empty_model(hub.read_config(source), load_dtype)
+    model = _model_for_adapter(source, Path(adapter), load_dtype)
     architecture.tie(model)
     _check_has_originals(source, base)
     checkpoint = Checkpoint.open(source, model, config, ignore_unexpected=ignore_unexpected)
+    architecture.initialize_(model, checkpoint.created, torch.device("cpu"))
+    created = {name: model.get_parameter(name).detach() for name in checkpoint.created}
     weights_to_pack = checkpoint.weights_to_pack(model)
     adapted = load_adapter_(model, adapter, any_base=True)  # checked above
     check_repacked_base(Path(adapter), adapted, checkpoint, weights_to_pack, load_dtype)
     check_same_base(Path(adapter), model, checkpoint, weights_to_pack, load_dtype)
-    held = ModelOnDisk(weights_to_pack, checkpoint, load_dtype, lazy_updates_(model, adapter))
+    held = ModelOnDisk(weights_to_pack, checkpoint, load_dtype, lazy_updates_(model, adapter), created)
     hub.load_generation_config_(model, source)
     written = _written_names(model, names, lambda: CheckpointNames(model, _plain_files(source)))
     plan = ExportPlan.of(model, base, dtype, held, checkpoint.originals, written, in_fp32)
     return PlannedExport(model, source, plan, tuple(checkpoint.passed_over))
+
+
+def _check_verifiable(model: nn.Module) -> None:
+    """Raises ConfigError for a model whose outputs are not the logits of next tokens."""
+    if (task := task_of(model)) not in (CAUSAL_LM, IMAGE_TEXT_TO_TEXT):
+        raise ConfigError(
+            f"verify compares the logits of next tokens, and the task of a {type(model).__name__} is {task.name}; "
+            f"export it without, and compare its outputs in transformers"
+        )
+
+
+def _model_for_adapter(source: Path, adapter: Path, dtype: torch.dtype) -> nn.Module:
+    """Returns the empty model that an adapter belongs to: of a classifier's, one with a head for its labels."""
+    config, task = hub.read_config(source), adapter_task(adapter)
+    if task is None:
+        return hub.empty_model(config, dtype)
+    hub.set_labels_(config, labels_of_adapter(adapter))
+    declared = hub.model_class(config)
+    return hub.empty_model(config, dtype, declared if task in hub.tasks_of_class(declared, config) else task.name)
 
 
 def _verified(folder: Path, plan: ExportPlan, examples: Sequence[TokenizedExample]) -> Verification:
@@ -209,6 +232,7 @@ def _write(
     if not plan.is_whole:
         check_towers_loaded(model, "an export without the names and files of the full-precision checkpoint")
     if examples is not None:
+        _check_verifiable(model)
         check_examples(examples, model, architecture.vocabulary_size(model))
     with new_folder(folder, overwrite) as temporary:
         check_free_space(folder, sum(tensor.nbytes for tensor in plan.tensors.values()))

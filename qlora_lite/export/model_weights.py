@@ -82,7 +82,7 @@ class ModelOnDisk:
     """The weights that `load_quantized` and `load_adapter_` would give a model, read from disk.
 
     weights_to_pack: the packed layers of the model on meta, before it got adapters. updates: of the adapter on disk, by
-    the weights' names (`lazy_updates_`).
+    the weights' names (`lazy_updates_`). created: what parameters start from that the checkpoint lacks, by name.
     """
 
     def __init__(
@@ -91,7 +91,9 @@ class ModelOnDisk:
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         updates: Mapping[str, Callable[[], Update]],
+        created: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self._created = created or {}
         self._checkpoint, self._dtype, self._updates = checkpoint, dtype, updates
         self._to_pack = {id(to_pack.weight): to_pack for to_pack in weights_to_pack}
 
@@ -101,6 +103,8 @@ class ModelOnDisk:
         return name
 
     def trained(self, weight: PlainWeight, by_matrix: bool = False) -> list[WeightRows]:
+        if weight.name in self._created:
+            return [DenseRows(self._created[weight.name])]
         name, to_pack = self._name(weight), self._to_pack.get(id(weight.holder))
         if to_pack is None:
             stored = self._checkpoint.plain(name)

@@ -25,6 +25,7 @@ from qlora_lite.lazy import lazy_names
 if TYPE_CHECKING:
     from qlora_lite.training.config import TrainConfig as TrainConfig
     from qlora_lite.training.loop import TrainResult as TrainResult
+    from qlora_lite.training.loop import held_out_scores as held_out_scores
     from qlora_lite.training.loop import profile_steps as profile_steps
     from qlora_lite.training.loop import train as train
 
@@ -32,6 +33,6 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "config": "TrainConfig",
-        "loop": "train TrainResult profile_steps",
+        "loop": "train held_out_scores TrainResult profile_steps",
     },
 )

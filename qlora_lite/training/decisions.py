@@ -8,6 +8,7 @@ from typing import TypedDict
 from qlora_lite.checkpoints.files import excerpt
 from qlora_lite.errors import CheckpointError
 from qlora_lite.training.objective.losses import LOGIT_FREE, LOSSES
+from qlora_lite.training.objective.task_losses import TASK_LOSSES
 
 NONE, ABSENT = type(None), type(...)
 # The shape of `DecisionsJson`, as of a value in run_checkpoints.py. Runs of before `loss` was noted lack it.
@@ -32,7 +33,7 @@ class DecisionsJson(TypedDict):
 class Decisions:
     """What a run decided in earlier steps and keeps for the later ones.
 
-    loss: the key of the loss in LOSSES of training/objective/losses.py; None if it is not chosen yet.
+    loss: the name of the loss (training/objective/choice.py); None if it is not chosen yet.
     logits_reason: why the logits of all tokens are computed; None if the loss is computed without them.
     block_costs: the measured costs of blocks (`BlockCheckpointing.costs`).
     halved_at: the step in which memory ran out, from which on batches are computed in halves.
@@ -56,6 +57,7 @@ class Decisions:
         """
         reason = plain["own_loss_because"]
         loss = plain.get("loss") or (LOGIT_FREE if reason is None else None)
-        if loss is not None and loss not in LOSSES:
-            raise CheckpointError(f"state.json has an unknown loss, {excerpt(loss)}; known are: {', '.join(LOSSES)}")
+        known = [*LOSSES, *TASK_LOSSES]
+        if loss is not None and loss not in known:
+            raise CheckpointError(f"state.json has an unknown loss, {excerpt(loss)}; known are: {', '.join(known)}")
         return cls(loss, reason, plain["dial"], plain["halved_at"])

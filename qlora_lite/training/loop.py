@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.checks import require
 from qlora_lite.compute.host_memory import heap_trimming, set_host_limits
-from qlora_lite.data.batching import Batch, labelled_tokens
+from qlora_lite.data.batching import Batch
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.adapters import add_lora_
 from qlora_lite.lora.config import LoraConfig
@@ -32,10 +33,11 @@ from qlora_lite.training.forward.activation_checkpointing import checkpointed
 from qlora_lite.training.forward.fuse import unfused
 from qlora_lite.training.forward.fused_forward import fused
 from qlora_lite.training.objective.causality import check_causality
-from qlora_lite.training.objective.choice import choose_loss
-from qlora_lite.training.objective.losses import LOSSES
+from qlora_lite.training.objective.choice import choose_loss, loss_named
 from qlora_lite.training.objective.packing import check_packing, is_packed
 from qlora_lite.training.objective.positions import check_length, check_positions
+from qlora_lite.training.objective.scores import task_scores
+from qlora_lite.training.objective.task_losses import check_task_batch, labelled, task_loss
 from qlora_lite.training.progress import say, training_progress
 from qlora_lite.training.run_checkpoints import StepMetrics
 from qlora_lite.training.run_folder import run_folder
@@ -161,31 +163,58 @@ def held_out_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     Raises ConfigError if no token has a label, if tokens would see later ones or packed examples each other, or if a
     row has more tokens than the model has positions.
     """
-    set_host_limits()
-    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     total, count, loss = 0.0, 0, None
+    with _evaluated(model):
+        for batch in batches:
+            check_signals()
+            batch = {name: value.to(device) for name, value in batch.items()}
+            summands = int(labelled(model, batch))
+            if summands == 0:
+                continue
+            check_positions(model, batch)
+            if loss is None:
+                check_causality(model, batch)
+                if is_packed(batch):
+                    check_packing(model, batch, min(2, len(batch["input_ids"])))
+                loss = loss_named(choose_loss(model, batch)[0])
+            total, count = total + float(loss(model, batch)), count + summands
+    require(count > 0, "held-out batches need a token with a label", "none")
+    return total / count
+
+
+@torch.no_grad()
+def held_out_scores(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float | None]:
+    """Returns the mean loss over held-out batches, as `held_out_loss`, and the scores of the model's task (scores.py).
+
+    A causal language model has no scores. Raises the errors of `held_out_loss`.
+    """
+    batches = iter(batches)
+    first = next(batches, None)
+    require(first is not None, "held-out batches need a token with a label", "none")
+    assert first is not None
+    of_task, whole = task_loss(model, first), itertools.chain([first], batches)
+    if of_task is None:
+        return {"loss": held_out_loss(model, whole)}
+    check_task_batch(model, first)
+    device = next(model.parameters()).device
+    with _evaluated(model):
+        moved = ({name: value.to(device) for name, value in batch.items()} for batch in whole)
+        return task_scores(model, moved, of_task)
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in evaluation mode, with fused functions; modes are restored at the end."""
+    set_host_limits()
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with deferred_signals(), unfused(model), fused(model):
-            for batch in batches:
-                check_signals()
-                batch = {name: value.to(device) for name, value in batch.items()}
-                labelled = int(labelled_tokens(batch))
-                if labelled == 0:
-                    continue
-                check_positions(model, batch)
-                if loss is None:
-                    check_causality(model, batch)
-                    if is_packed(batch):
-                        check_packing(model, batch, min(2, len(batch["input_ids"])))
-                    loss = LOSSES[choose_loss(model, batch)[0]]
-                total, count = total + float(loss(model, batch)), count + labelled
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
-    require(count > 0, "held-out batches need a token with a label", "none")
-    return total / count
 
 
 def check_batch_shape(config: object, rows: int, tokens: int) -> None:

@@ -23,28 +23,31 @@ from qlora_lite import architecture
 from qlora_lite.compute.devices import is_out_of_memory, on_cpu
 from qlora_lite.compute.host_memory import HeapTrimmer, release_freed_pages
 from qlora_lite.compute.random_state import RandomSources, loader_generators
-from qlora_lite.data.batching import Batch, labelled_tokens, lacks_images
+from qlora_lite.data.batching import Batch, lacks_images
 from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, TrainingError
 from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, wrapped_layers
 from qlora_lite.memory.counters import peak_bytes
 from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.signals import check_signals
+from qlora_lite.tasks import task_of
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.distributed import Processes, split_in_two
 from qlora_lite.training.forward.activation_checkpointing import BlockCheckpointing
 from qlora_lite.training.objective.causality import check_causality
-from qlora_lite.training.objective.choice import choose_loss
+from qlora_lite.training.objective.choice import choose_loss, loss_named
 from qlora_lite.training.objective.gradients import check_gradients, check_reach
-from qlora_lite.training.objective.losses import LOSSES, Loss, refused_inputs
+from qlora_lite.training.objective.losses import Loss, refused_inputs
 from qlora_lite.training.objective.packing import check_packing, is_packed
 from qlora_lite.training.objective.positions import check_positions
+from qlora_lite.training.objective.task_losses import labelled, tokens_in
 from qlora_lite.training.optim import learning_rate_factor, make_optimizer, set_learning_rates_
 from qlora_lite.training.progress import say
 from qlora_lite.training.run_checkpoints import StepMetrics
 from qlora_lite.training.run_state import Run
 
 FP32_BYTES = 4
+NOT_BY_ROWS = "similar texts"
 # Several processes may have copies of the model, but not parts of it.
 ALONE_OR_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 # The variables by which `accelerate launch` asks for sharding. On a CPU, accelerate ignores them and would run copies.
@@ -121,7 +124,7 @@ def prepare_run(
     trained = _trainable_parameters(model, accelerator.device)
     freeze_base_(model)
     sources = RandomSources(accelerator.device, loader_generators(batches)) if resumable else None
-    stream = BatchStream(batches, architecture.vocabulary_size(model), sources)
+    stream = BatchStream(batches, architecture.vocabulary_size(model), sources, task_of(model))
     # `Module.to` cannot replace fake tensors, and is not needed if every tensor is on the device.
     elsewhere = any(tensor.device != accelerator.device for tensor in (*model.parameters(), *model.buffers()))
     run = Run(model, trained, make_optimizer(trained, config), config, stream, sources)
@@ -179,7 +182,7 @@ class TrainingStep:
         began = time.perf_counter()
         device, config = self._accelerator.device, self.run.config
         batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
-        counts = [int(labelled_tokens(batch)) for batch in batches]
+        counts = [int(labelled(self.run.model, batch)) for batch in batches]
         batches = [batch for batch, count in zip(batches, counts, strict=True) if count > 0]
         if not batches:
             raise TrainingError(
@@ -196,7 +199,7 @@ class TrainingStep:
         with self._phase("optimizer"):
             norm = self._update(float(loss), before_update)
         self.run.decisions = replace(self.run.decisions, block_costs=self._blocks.costs)
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        tokens = sum(map(tokens_in, batches))
         speed = tokens / (time.perf_counter() - began)
         rate = config.learning_rate * factor
         return StepMetrics(self.number, float(loss), norm, rate, tokens, speed, peak_bytes(device))
@@ -212,8 +215,11 @@ class TrainingStep:
         if name is None:
             name, reason = choose_loss(model, batch)
             self.run.decisions = replace(decisions, loss=name, logits_reason=reason)
-        check_reach(model, self.run.trained, LOSSES[name], batch)
-        return LOSSES[name]
+        loss = loss_named(name)
+        if not self.processes.is_alone and not getattr(loss, "by_rows", True):
+            raise ConfigError(f"{NOT_BY_ROWS} are trained in one process, since each row is compared with all others")
+        check_reach(model, self.run.trained, loss, batch)
+        return loss
 
     def _check_packing(self, batches: list[Batch]) -> None:
         """Checks the model before the first packed batch of this call of `train`, and the first with several rows."""
@@ -231,26 +237,31 @@ class TrainingStep:
         known = sum(value.nbytes for value in states if isinstance(value, Tensor))
         return known or sum(2 * FP32_BYTES * parameter.numel() for parameter in self.run.trained.values())
 
-    def _summed_gradients(self, batches: list[Batch], labelled: int) -> Tensor:
+    def _summed_gradients(self, batches: list[Batch], summands: int) -> Tensor:
         """Returns the loss of the step and leaves its gradients, both summed over all processes."""
         own = [rows for batch in batches if (rows := self.processes.rows(batch)) is not None]
         sources = RandomSources(self._accelerator.device)
 
         def gradients() -> Tensor:
             with self.processes.own_random_numbers(sources, self.run.config.seed, self.number):
-                return self._gradients_in_memory(own, labelled)
+                return self._gradients_in_memory(own, summands)
 
         loss = self.processes.sum(self.processes.call_in_all(gradients))
         self.processes.sum_gradients_(self.run.trained.values())
         return loss
 
-    def _gradients_in_memory(self, batches: list[Batch], labelled: int) -> Tensor:
+    def _gradients_in_memory(self, batches: list[Batch], summands: int) -> Tensor:
         """Returns `_gradients`. If memory runs out, batches are split from here on, and it is called again."""
         try:
-            return self._gradients(batches, labelled)
+            return self._gradients(batches, summands)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            if not getattr(self._loss, "by_rows", True):
+                raise TrainingError(
+                    f"memory ran out in step {self.number}, and batches of {NOT_BY_ROWS} are not divided, since each "
+                    f"row is compared with all others; train on shorter rows or smaller batches"
+                ) from error
             rows = max(len(batch["input_ids"]) for batch in batches)
             if self.run.decisions.halved_at is not None or rows == 1:
                 tried = "again, with halved batches" if rows > 1 else "with one row"
@@ -267,12 +278,12 @@ class TrainingStep:
         release_freed_pages()
         if not on_cpu(self._accelerator.device):
             torch.get_device_module(self._accelerator.device).empty_cache()
-        return self._gradients_in_memory(batches, labelled)
+        return self._gradients_in_memory(batches, summands)
 
-    def _gradients(self, batches: list[Batch], labelled: int) -> Tensor:
+    def _gradients(self, batches: list[Batch], summands: int) -> Tensor:
         """Runs forward and backward of each batch; returns their part of the loss.
 
-        labelled: the number of labelled tokens in all batches of the step, in all processes.
+        summands: of the loss (labelled tokens) in all batches of the step, in all processes.
         """
         assert self._loss is not None
         total = torch.zeros((), device=self._accelerator.device)
@@ -280,13 +291,13 @@ class TrainingStep:
         halved = self.run.decisions.halved_at is not None
         parts = list(itertools.chain.from_iterable(map(split_in_two, batches))) if halved else batches
         # The mean loss of rows without a label is NaN, and their part in the gradient is none.
-        labelled_parts = [part for part in parts if labelled_tokens(part) > 0]
+        labelled_parts = [part for part in parts if labelled(self.run.model, part) > 0]
         for batch in labelled_parts:
             check_signals()
-            with self._blocks.batch(batch["input_ids"].numel(), self._optimizer_bytes()) as phase:
+            with self._blocks.batch(tokens_in(batch), self._optimizer_bytes()) as phase:
                 self._trimmer.end_phase()
                 with self._phase("forward"), phase("forward"), refused_inputs(self.run.model, batch):
-                    loss = self._loss(self.run.model, batch) / labelled
+                    loss = self._loss(self.run.model, batch) / summands
                 self._trimmer.end_phase()
                 check_signals()
                 with self._phase("backward"), phase("backward"):

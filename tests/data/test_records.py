@@ -171,7 +171,10 @@ def test_all_bad_records_are_listed_at_once(tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.startswith(f"4 of 5 records are bad: {path}, line 1, line 4: text must be a string, got int 3;")
     assert f"{path}, line 3: not valid JSON" in message
-    assert f"{path}, line 5: is a preference pair (chosen, rejected), which trl's DPOTrainer takes" in message
+    assert (
+        f"{path}, line 5: is a preference pair (chosen, rejected), of which --task sequence-classification learns"
+        in message
+    )
     assert message.endswith("correct them, or leave them out with --skip-bad 4")
 
 

@@ -99,7 +99,7 @@ def test_records_are_read(record: dict[str, Any], content: object) -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     (
         {"chosen": "a", "rejected": "b", "prompt": "c"},
-        "is a preference pair (chosen, rejected), which trl's DPO",
+        "is a preference pair (chosen, rejected), of which --task sequence-",
     ),
     ({"prompt": "a", "completion": "b", "label": False}, "are an unpaired preference, which trl's KTOTrainer takes"),
     ({"messages": "[{"}, "messages must be a list, or JSON text of one, got '[{'"),

@@ -1,4 +1,7 @@
-"""Writes adapter_config.json: the values that most adapted layers have, and patterns for the layers that differ."""
+"""Writes adapter_config.json: the values that most adapted layers have, and patterns for the layers that differ.
+
+Beside it, labels.json has the names of a classifier's labels, for which peft's files have no place.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,20 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from qlora_lite import architecture
+from qlora_lite.checkpoints.files import write_json
 from qlora_lite.checkpoints.repository.download import hub_id
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.layer import LoraLayer
+from qlora_lite.lora.peft.options import LABELS_FILE, read_labels
 from qlora_lite.lora.targets import TargetedLayer, adaptable_names
 from qlora_lite.lora.variants import VARIANTS, peft_options
 from qlora_lite.surgery import name_matches, names_not_loaded
-from qlora_lite.tasks import task_of
+from qlora_lite.tasks import label_head, task_of
 
 
 def _common_endings(names: Iterable[str], model: nn.Module) -> list[str] | None:
@@ -99,3 +105,32 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, 
         "fan_in_fan_out": any(layers[name].stored_transposed for name in linear),
         "inference_mode": True,
     }
+
+
+# Entries of a classifier's config that its adapter keeps beside the names of the labels.
+LABEL_ENTRIES = ("problem_type", "pad_token_id")
+
+
+def write_labels(folder: Path, model: nn.Module) -> None:
+    """Writes the labels of a classifier to the folder of its adapter. Nothing is written for other models."""
+    config = getattr(model, "config", None)
+    if config is None or not task_of(model).has_labels:
+        return
+    names = {str(number): name for number, name in sorted(config.id2label.items())}
+    entries = {name: architecture.config_value(config, name) for name in LABEL_ENTRIES}
+    write_json(folder / LABELS_FILE, {"id2label": names, **entries}, sort_keys=False)
+
+
+def set_labels_of_adapter_(model: nn.Module, folder: Path) -> None:
+    """Gives a classifier the names of the labels of an adapter that was put on it."""
+    config: Any = getattr(model, "config", None)
+    found = read_labels(folder) if config is not None and label_head(model) else None
+    if found is None or len(found["id2label"]) != config.num_labels:
+        return
+    names = list(found["id2label"].values())
+    config.id2label, config.label2id = dict(enumerate(names)), {name: number for number, name in enumerate(names)}
+    for entry in LABEL_ENTRIES:
+        if found.get(entry) is not None:
+            setattr(config, entry, found[entry])
+            if entry != "problem_type":
+                setattr(architecture.text_config(config), entry, found[entry])

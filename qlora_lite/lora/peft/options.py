@@ -14,9 +14,13 @@ from typing import Any
 from qlora_lite.checkpoints.files import read_json
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.lora.config import LoraConfig
+from qlora_lite.lora.peft.keys import PREFIX, adapter_tensors
 from qlora_lite.lora.variants import PEFT_OPTIONS, check_bias, variant_of
+from qlora_lite.tasks import TASKS, Task
 
 CONFIG_FILE = "adapter_config.json"
+# The names of a classifier's labels, for which peft's files have no place.
+LABELS_FILE = "labels.json"
 # Options that decide what A and B compute, each with the LoraConfig field of the same meaning.
 LORA_CONFIG_FIELDS = {
     "r": "rank",
@@ -123,3 +127,41 @@ def refused_options(config: Mapping[str, object]) -> list[str]:
     refused = sorted(key for key, value in config.items() if value not in UNSET and key not in known)
     init = base_changing_init(config)
     return refused if init is None else [*refused, f"init_lora_weights={init!r}"]
+
+
+def task_of_type(peft_type: object) -> Task | None:
+    """Returns the task with labels that peft calls so, None if there is none."""
+    return next((task for task in TASKS.values() if task.has_labels and task.peft_type == peft_type), None)
+
+
+def adapter_task(folder: Path) -> Task | None:
+    """Returns the task of an adapter with a head of labels; None for any other adapter."""
+    return task_of_type(read_json(folder / CONFIG_FILE).get("task_type"))
+
+
+def read_labels(folder: Path) -> dict[str, Any] | None:
+    """Returns the content of `labels.json`, None if there is none. Raises CheckpointError for one that is damaged."""
+    path = folder / LABELS_FILE
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    names = found.get("id2label")
+    is_good = isinstance(names, dict) and names and all(isinstance(name, str) for name in names.values())
+    if not is_good or list(names) != [str(number) for number in range(len(names))]:  # type: ignore[arg-type]
+        raise CheckpointError(f"{path} should have names by their numbers from 0 under id2label; got {names!r}")
+    return found
+
+
+def labels_of_adapter(folder: Path) -> list[str] | int:
+    """Returns the names of the labels of an adapter; of one without `labels.json`, their number, from its head."""
+    found = read_labels(folder)
+    if found is not None:
+        return list(found["id2label"].values())
+    heads = [
+        stored.shape[0]
+        for key, stored in adapter_tensors(folder).items()
+        if key.startswith(PREFIX) and key.endswith("weight") and "lora_" not in key and len(stored.shape) == 2
+    ]
+    if not heads:
+        raise CheckpointError(f"{folder} is an adapter of a classifier, and its file has no head of labels")
+    return min(heads)

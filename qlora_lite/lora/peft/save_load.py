@@ -36,7 +36,7 @@ from qlora_lite.lora.layer import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.lora.multi_adapter import active_adapter, adapter_layers, adding_adapter
 from qlora_lite.lora.peft.auxiliary import auxiliary_config, auxiliary_tensors
 from qlora_lite.lora.peft.card import TrainingRecord, adapter_card
-from qlora_lite.lora.peft.config_json import peft_config
+from qlora_lite.lora.peft.config_json import peft_config, set_labels_of_adapter_, write_labels
 from qlora_lite.lora.peft.experts import flatten_A, flatten_B, stack_key_names
 from qlora_lite.lora.peft.keys import TENSOR_FILE, peft_key
 from qlora_lite.lora.peft.lost_layers import lost_in_peft
@@ -57,9 +57,9 @@ def save_adapter(
     """Writes the parameters of all layers, auxiliary parameters, their configuration, and the identity of the base.
 
     `peft.PeftModel.from_pretrained(base, folder)` reads the adapter. A third file identifies the base that it was
-    trained on (base_identity.py), and README.md is a model card (card.py); one that was edited is kept. Returns
-    sentences about layers whose adapters peft would not load, which depends on the type of the model (lost_layers.py);
-    an empty list for most models.
+    trained on (base_identity.py), README.md is a model card (card.py), and labels.json names a classifier's labels
+    (config_json.py). A card that was edited is kept. Returns sentences about layers whose adapters peft would not load,
+    which depends on the type of the model (lost_layers.py); an empty list for most models.
 
     Ranks and alphas may differ between layers. A layer that counts its update from initial values (PiSSA) is written as
     an ordinary one of twice the rank, for the plain base. An adapter on a base that LoftQ packed again names no base
@@ -111,6 +111,7 @@ def _save(
         write_json(temporary / CONFIG_FILE, config)
         write_base_identity(temporary, model)
         write_card(temporary, adapter_card(model, config, training), replaced=folder)
+        write_labels(temporary, model)
 
 
 def _layer_tensors(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, PlannedTensor]:
@@ -195,6 +196,7 @@ def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
         layer.load_state_dict(values, strict=False, assign=layer.lora_A.is_meta)
     stored.auxiliary.put_into_(model, present)
     freeze_base_(model)
+    set_labels_of_adapter_(model, folder)
     return list(layers)
 
 

@@ -28,10 +28,17 @@ from qlora_lite.lora.peft.keys import (
     layer_and_part,
     peft_key,
 )
-from qlora_lite.lora.peft.options import CONFIG_FILE, lora_config, read_supported_config
+from qlora_lite.lora.peft.options import (
+    CONFIG_FILE,
+    labels_of_adapter,
+    lora_config,
+    read_supported_config,
+    task_of_type,
+)
 from qlora_lite.lora.peft.targets import target_problems, targeted_parameters
 from qlora_lite.lora.targets import TargetedLayer
 from qlora_lite.lora.variants import VARIANTS, Variant, combination_problems, variant_contradictions
+from qlora_lite.tasks import task_of
 from qlora_lite.weight_readers import described_reads
 
 LayerTensors = dict[str, dict[str, Tensor]]
@@ -136,6 +143,17 @@ def _resolve(modules: Mapping[str, nn.Module], names: Collection[str], config: L
     return found
 
 
+def _check_adapter_task(model: nn.Module, folder: Path, options: dict[str, object]) -> None:
+    """Raises CheckpointError for the adapter of a classifier on a model without a head of labels."""
+    task = task_of_type(options.get("task_type"))
+    if task is None or getattr(model, "config", None) is None or task_of(model) is task:
+        return
+    raise CheckpointError(
+        f"{folder} is the adapter of a classifier (task_type {task.peft_type}), and the model is a "
+        f"{type(model).__name__}; load the base with task={task.name!r} and labels={labels_of_adapter(folder)!r}"
+    )
+
+
 @dataclass(frozen=True)
 class StoredAdapter:
     """The content of an adapter's files, matched to a model.
@@ -163,6 +181,7 @@ class StoredAdapter:
         Raises CheckpointError that lists everything that does not fit.
         """
         options = read_supported_config(folder / CONFIG_FILE)
+        _check_adapter_task(model, folder, options)
         config = lora_config(options, folder / CONFIG_FILE)
         tensors = {key: stored.read() for key, stored in adapter_tensors(folder).items()}
         auxiliary = StoredAuxiliary.take_from_(tensors, model, options, _adapted_names(tensors))

@@ -18,6 +18,7 @@ from qlora_lite.training.objective.made_up_rows import (
     undisturbed,
     was_rehearsed,
 )
+from qlora_lite.training.objective.task_losses import task_loss
 
 # Tokens before and after the change. The first number is a multiple of few sizes of blocks, within which a model that
 # is causal from block to block may see all tokens.
@@ -48,8 +49,11 @@ def check_causality(model: nn.Module, batch: Batch) -> None:
 
     This is tried on two made-up rows, whatever the batch holds. The hidden states of their first tokens must not change
     with the tokens that follow, except by rounding: if they change with those of another row, they may change by a few
-    times as much. The model and the random states are afterwards as before.
+    times as much. The model and the random states are afterwards as before. Tasks that predict no next token may see
+    all of them, and nothing is tried.
     """
+    if task_loss(model, batch) is not None:
+        return
     is_fake = isinstance(batch["input_ids"], FakeTensor)
     if _attends_by_hashes(model) or (is_fake and was_rehearsed(model, _rehearsed)):
         return

@@ -25,13 +25,16 @@ from qlora_lite.surgery import has_own_forward
 from qlora_lite.training.objective.losses import (
     FROM_LOGITS,
     LOGIT_FREE,
+    LOSSES,
     OF_MODEL,
+    Loss,
     base_of_head,
     cross_entropy,
     head_loss,
     logits_of,
 )
 from qlora_lite.training.objective.made_up_rows import text_of, undisturbed
+from qlora_lite.training.objective.task_losses import TASK_LOSSES, check_task_batch, task_loss
 
 PROBE_TOKENS = 64
 # How far two losses may differ, as a share of the spread of the logits. bf16 has 8 significant bits: two orders of
@@ -146,11 +149,19 @@ def _probe(model: nn.Module, batch: Batch) -> str | None:
     return place_reason if is_fake else value_reason
 
 
-def choose_loss(model: nn.Module, batch: Batch) -> tuple[str, str | None]:
-    """Returns the key in LOSSES of the loss to train with, and why it takes the logits of all tokens; None if not so.
+def loss_named(name: str) -> Loss:
+    """Returns the loss that `choose_loss` named."""
+    return TASK_LOSSES[name] if name in TASK_LOSSES else LOSSES[name]
 
-    Raises ConfigError if the model does not return logits for each token.
+
+def choose_loss(model: nn.Module, batch: Batch) -> tuple[str, str | None]:
+    """Returns the name of the loss to train with, and why it takes the logits of all tokens; None if not so.
+
+    Raises ConfigError if the model does not return logits for each token, or if the batch does not suit its task.
     """
+    if (of_task := task_loss(model, batch)) is not None:
+        check_task_batch(model, batch)
+        return of_task.name, None
     if (coefficient := architecture.z_loss_coefficient(model)) > 0:
         return OF_MODEL, f"its config asks for a loss on the size of the logits (z_loss_coefficient {coefficient:g})"
     reason = _head_reason(model)

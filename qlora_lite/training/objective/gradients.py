@@ -18,9 +18,17 @@ from qlora_lite.lora.targets import exclusions_for
 from qlora_lite.surgery import is_below, tower_names
 from qlora_lite.training.objective.losses import Loss
 from qlora_lite.training.objective.made_up_rows import TEXT_INPUTS, MadeUpRows, length_within, undisturbed
+from qlora_lite.training.objective.task_losses import OTHER_TEXTS, task_loss
 
 MADE_UP_LENGTH = 16
 SHOWN = 8
+
+
+def _other_inputs(batch: Batch) -> set[str]:
+    names = set(batch)
+    for prefix in OTHER_TEXTS:
+        names = {name.removeprefix(prefix) for name in names}
+    return names - TEXT_INPUTS - {"token_type_ids"}
 
 
 def _same_kind(name: str) -> str:
@@ -92,14 +100,15 @@ def check_reach(model: nn.Module, trained: Mapping[str, nn.Parameter], loss: Los
     are batches with more than text, and Reformers, whose rows have one length in training.
     The model has no gradients afterwards, and its modes and the random states are as before.
     """
-    if isinstance(batch["input_ids"], FakeTensor) or batch.keys() - TEXT_INPUTS or architecture.is_reversible(model):
+    if isinstance(batch["input_ids"], FakeTensor) or _other_inputs(batch) or architecture.is_reversible(model):
         return
     (length,) = length_within(model, [min(MADE_UP_LENGTH, batch["input_ids"].shape[1])])
     tokens = MadeUpRows(model, batch).tokens(1, max(2, length))
-    rows: list[Batch] = [
-        {"input_ids": tokens, "labels": tokens},
-        {name: value[:1] for name, value in {**batch, "labels": batch["input_ids"]}.items()},
-    ]
+    if task_loss(model, batch) is None:
+        made_up = {"input_ids": tokens, "labels": tokens}
+        rows = [made_up, {name: value[:1] for name, value in {**batch, "labels": batch["input_ids"]}.items()}]
+    else:  # the labels are not tokens, so the batch itself tells
+        rows = [{name: value[:1] for name, value in batch.items()}, batch]
     try:
         if all(missing := _unreached(model, trained, loss, row) for row in rows):
             raise TrainingError(_sentence(model, trained, missing, "from text"))

@@ -20,6 +20,7 @@ from qlora_lite.training.objective.made_up_rows import (
     undisturbed,
     was_rehearsed,
 )
+from qlora_lite.training.objective.task_losses import task_loss
 
 # Made-up rows: examples longer than convolutions reach, whose lengths are no multiples of the sizes of blocks.
 MADE_UP_LENGTHS = (19, 23, 17)
@@ -58,6 +59,11 @@ def check_packing(model: nn.Module, batch: Batch, rows: int) -> None:
     The model and the random states are afterwards as before.
     rows: of the made-up batch; 1, or 2 for batches of several rows, for which some attention functions do not pack.
     """
+    if task_loss(model, batch) is not None:
+        raise ConfigError(
+            f"rows of several examples are for causal language models, and a {type(model).__name__} has an answer for "
+            f"each row; {WITHOUT_PACKING}"
+        )
     is_fake = isinstance(batch["input_ids"], FakeTensor)
     if is_fake and was_rehearsed(model, _rehearsed):
         return

@@ -7,6 +7,7 @@ from torch import nn
 from qlora_lite.data.batching import Batch
 from qlora_lite.errors import ConfigError
 from qlora_lite.positions import longest_sequence, most_positions
+from qlora_lite.tasks import SEQ2SEQ_LM, task_of
 
 
 def check_length(model: nn.Module, tokens: int) -> None:
@@ -32,6 +33,10 @@ def check_positions(model: nn.Module, batch: Batch) -> None:
     """
     positions = batch.get("position_ids")
     if positions is None:
-        check_length(model, batch["input_ids"].shape[1])
+        is_target = task_of(model) is SEQ2SEQ_LM
+        texts = [
+            value for name, value in batch.items() if name.endswith("input_ids") or (is_target and name == "labels")
+        ]
+        check_length(model, max(text.shape[1] for text in texts))
     elif positions.numel() > 0:
         check_length(model, int(positions.max()) + 1)

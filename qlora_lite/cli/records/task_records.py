@@ -1,0 +1,117 @@
+"""The records of a training run, for each task: what is learned of them, their batches, and held-out scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qlora_lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qlora_lite.data.batching import Batch
+    from qlora_lite.data.images.processor import ImageProcessor
+    from qlora_lite.data.mixture import Mixture
+    from qlora_lite.data.tasks.labels import Labels
+    from qlora_lite.tasks import Task
+
+Scores = dict[str, "float | None"]  # by name; `loss` is one of them
+
+
+def task_with_records(options: Mapping[str, Any]) -> Task | None:
+    """Returns the task of the model to train, if its records are not those of a causal language model.
+
+    Raises ConfigError for options that such a task does not take.
+    """
+    from qlora_lite.checkpoints.hub import checkpoint_folder, read_config, task_for
+    from qlora_lite.tasks import CAUSAL_LM, IMAGE_TEXT_TO_TEXT
+
+    config = read_config(checkpoint_folder(options["model"], weights=False))
+    task = task_for(config, options["task"])
+    if task in (CAUSAL_LM, IMAGE_TEXT_TO_TEXT):
+        if options["regression"]:
+            raise ConfigError("--regression is for --task sequence-classification; leave it out")
+        return None
+    if options["packing"]:
+        raise ConfigError(f"--packing is for causal language models; with the task {task.name}, leave it out")
+    if options["memory_budget"] is not None:
+        raise ConfigError(f"--memory-budget predicts causal language models; with the task {task.name}, leave it out")
+    return task
+
+
+def labels_of_records(examples: Mixture, held_out: Mixture | None, task: Task, options: Mapping[str, Any]) -> Labels:
+    """Returns what the records have to say. Raises CheckpointError for held-out records with other labels.
+
+    A checkpoint of a classifier keeps its labels, in their order, if it has all of the records'.
+    """
+    from qlora_lite.checkpoints.hub import checkpoint_folder, read_config, task_for
+    from qlora_lite.data.tasks.labels import check_known, find_labels, labels_for
+
+    found = find_labels(examples, task.name, options["regression"])
+    if options["eval_data"] and held_out is not None:
+        check_known(found, held_out, task.name)
+    config = read_config(checkpoint_folder(options["model"], weights=False))
+    is_classifier = task_for(config) is task
+    return labels_for(found, list(config.id2label.values()) if is_classifier else None)
+
+
+def prepare_for_labels_(model: Any, labels: Labels, pad_token_id: int) -> None:
+    """Writes to a classifier's config what transformers' models read there: the problem, and the padding token."""
+    from qlora_lite.checkpoints.hub import set_padding_
+    from qlora_lite.tasks import task_of
+
+    if not task_of(model).has_labels:
+        return
+    if labels.problem_type is not None:
+        model.config.problem_type = labels.problem_type
+    set_padding_(model.config, pad_token_id)
+
+
+def scores_in_figures(before_and_after: list[Scores]) -> dict[str, object]:
+    """Returns the figures of held-out examples: `held_out_loss_before`, `accuracy_after` and the like."""
+    return {
+        f"{'held_out_loss' if name == 'loss' else name}_{when}": score
+        for when, scores in zip(("before", "after"), before_and_after, strict=True)
+        for name, score in scores.items()
+    }
+
+
+def run_batches(
+    examples: Mixture,
+    labels: Labels | None,
+    options: Mapping[str, Any],
+    tokenizer: Any,
+    seed: int,
+    epochs: int | None = None,
+    images: ImageProcessor | None = None,
+) -> Iterator[Batch]:
+    """The batches of examples, of a task with labels if there are some."""
+    from qlora_lite.data.batching import batches
+    from qlora_lite.data.tasks.batching import task_batches
+    from qlora_lite.data.tasks.labels import MASKED
+    from qlora_lite.data.tasks.masking import Masking
+
+    packing, max_length, rows = options["packing"], options["max_length"], options["batch_size"]
+    pad = tokenizer.pad_token_id
+    if labels is not None:
+        masking = Masking.of(tokenizer) if labels.kind == MASKED else None
+        return task_batches(examples, labels, rows, seed, pad_token_id=pad, epochs=epochs, masking=masking)
+    shape: dict[str, Any] = {"packing": packing, "max_length": max_length, "images": images}
+    return batches(examples, rows, seed, pad_token_id=pad, epochs=epochs, **shape)
+
+
+def scores_of_held_out(
+    model: nn.Module,
+    examples: Mixture | None,
+    labels: Labels | None,
+    options: Mapping[str, Any],
+    tokenizer: Any,
+    images: ImageProcessor | None,
+) -> list[Scores]:
+    """The loss of the held-out examples and the scores of the task, in a list; an empty list without any."""
+    from qlora_lite.training.loop import held_out_scores
+
+    if examples is None:
+        return []
+    return [held_out_scores(model, run_batches(examples, labels, options, tokenizer, 0, 1, images))]
