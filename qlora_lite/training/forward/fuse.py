@@ -28,6 +28,7 @@ from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import ConfigError
 from qlora_lite.patches import exchange_attention_, loss_output, patched_forward
+from qlora_lite.tasks import CAUSAL_LM, task_of
 from qlora_lite.training.config import CHECKPOINTING, FULL, NONE
 from qlora_lite.training.forward.activation_checkpointing import BlockCheckpointing, checkpointable_blocks
 from qlora_lite.training.forward.fused_forward import CausalMasks, fused_attention, fused_forwards
@@ -140,7 +141,8 @@ def fuse_(model: nn.Module, checkpointing: str | int = "full", *, keep_logits: b
 
     checkpointing: `full` recomputes every block in backward, `none` keeps them all. Switching transformers' gradient
         checkpointing on or off, as its Trainer does, sets this.
-    keep_logits: leave calls with `labels` as they are. Otherwise these return the loss and no logits.
+    keep_logits: leave calls with `labels` as they are, as those of classifiers, encoders and encoder-decoders always
+        are. Otherwise these return the loss and no logits.
 
     In such a call the loss is the mean cross-entropy of the next token over all labelled tokens, or their sum divided
     by `num_items_in_batch`, which Trainer passes. The first one makes the checks of `train`: causality, positions,
@@ -169,6 +171,7 @@ def fuse_(model: nn.Module, checkpointing: str | int = "full", *, keep_logits: b
         model.get_submodule(name).forward = forward
     for index, block in enumerate(blocks):
         block.forward = functools.partial(dial.run, index, block.forward)
+    keep_logits = keep_logits or task_of(model) is not CAUSAL_LM
     fusion = Fusion(list(forwards), [named[id(block)] for block in blocks], dial, keep_logits, _fuse_attention_(model))
     setattr(model, ATTRIBUTE, fusion)
     kind: Any = type(model)
