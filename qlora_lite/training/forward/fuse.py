@@ -83,7 +83,7 @@ def _switch_checkpointing(model: nn.Module, enable: bool = True, **options: obje
 
 
 def _chosen_loss(model: nn.Module, fusion: Fusion, batch: Batch) -> str:
-    """Returns the key in LOSSES of the loss for a batch. The first time, the model is tried as in `train`."""
+    """Returns the name of the loss for a batch (choice.py). The first time, the model is tried as in `train`."""
     check_positions(model, batch)
     if fusion.loss is None:
         check_causality(model, batch)
@@ -106,9 +106,10 @@ def _forward(model: Any, args: tuple[object, ...], given: dict[str, Any]) -> Any
     # Losses and checks call the model. What accelerate puts around its forward is entered already, and must not be
     # entered twice: torch.autocast, entered again as the same object, stays on for ever.
     with patched_forward(model, types.MethodType(own, model)):
-        if _chosen_loss(model, fusion, batch) == OF_MODEL:
+        chosen = _chosen_loss(model, fusion, batch)
+        if chosen == OF_MODEL or chosen not in LOSSES:  # of other tasks, models compute the loss that train computes
             return own(model, **given)
-        total = LOSSES[fusion.loss](model, batch)  # type: ignore[index]
+        total = LOSSES[chosen](model, batch)
     loss = total / (labelled_tokens(batch) if items is None else items)
     return loss_output(loss) if given.get("return_dict") is not False else (loss,)
 

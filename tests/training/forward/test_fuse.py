@@ -182,3 +182,18 @@ def test_a_model_whose_tokens_see_later_ones_is_refused(small_model: Callable[..
     fuse_(model)
     with pytest.raises(ConfigError, match="lets tokens see later ones"):
         model(**BATCH)
+
+
+def test_the_model_of_another_task_computes_its_own_loss() -> None:
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=64, num_labels=3, pad_token_id=0)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    batch = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS), "labels": torch.tensor([2, 0])}
+    with torch.no_grad():
+        expected = model(**batch)
+        fuse_(model)
+        found = model(**batch)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.logits, expected.logits)
