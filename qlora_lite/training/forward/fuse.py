@@ -83,7 +83,7 @@ def _switch_checkpointing(model: nn.Module, enable: bool = True, **options: obje
 
 
 def _chosen_loss(model: nn.Module, fusion: Fusion, batch: Batch) -> str:
-    """Returns the name of the loss for a batch (choice.py). The first time, the model is tried as in `train`."""
+    """Returns the key in LOSSES of the loss for a batch. The first time, the model is tried as in `train`."""
     check_positions(model, batch)
     if fusion.loss is None:
         check_causality(model, batch)
@@ -107,7 +107,7 @@ def _forward(model: Any, args: tuple[object, ...], given: dict[str, Any]) -> Any
     # entered twice: torch.autocast, entered again as the same object, stays on for ever.
     with patched_forward(model, types.MethodType(own, model)):
         chosen = _chosen_loss(model, fusion, batch)
-        if chosen == OF_MODEL or chosen not in LOSSES:  # of other tasks, models compute the loss that train computes
+        if chosen == OF_MODEL:
             return own(model, **given)
         total = LOSSES[chosen](model, batch)
     loss = total / (labelled_tokens(batch) if items is None else items)

@@ -162,20 +162,6 @@ def test_a_model_that_cannot_be_fused_is_refused_unchanged(model: Any, small_mod
         fuse_(model)
 
 
-def test_classifiers_keep_their_own_loss() -> None:
-    import transformers
-
-    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
-    config.vocab_size, config.pad_token_id, config.num_labels = 64, 0, 3
-    model = transformers.LlamaForSequenceClassification(config)
-    labels = torch.tensor([0, 2])
-    expected = model(TOKENS, labels=labels)
-    fuse_(model)
-    found = model(input_ids=TOKENS, labels=labels)
-    torch.testing.assert_close(found.loss, expected.loss)
-    assert found.logits.shape == (2, 3)
-
-
 def test_a_model_whose_tokens_see_later_ones_is_refused(small_model: Callable[..., Any]) -> None:
     model = small_model("BertConfig", is_decoder=False)
     assert type(model).__name__ == "BertLMHeadModel"
