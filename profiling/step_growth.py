@@ -29,7 +29,7 @@ from parts.step_worker import Work
 
 MIB = 1 << 20
 SHAPE = "smollm2-135m"
-TOKENS, TINY_TOKENS = (256, 512, 1024, 2048), (16, 32, 64)
+TOKENS, TINY_TOKENS = (256, 512, 1024, 2048), (16, 64)
 LAYERS, TINY_LAYERS = (1, 2, 4, 8, 16), (1, 2)
 STEPS = 4
 

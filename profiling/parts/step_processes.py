@@ -29,7 +29,7 @@ AnyWork = TypeVar("AnyWork", bound=WorkLike)
 class Worker:
     """A worker process and the figures that it has printed."""
 
-    def __init__(self, work: WorkLike, script: Path) -> None:
+    def __init__(self, work: WorkLike, script: Path = WORKER) -> None:
         self.work = work
         command = [sys.executable, str(script), work.to_json()]
         self.process = subprocess.Popen(

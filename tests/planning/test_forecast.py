@@ -14,7 +14,7 @@ from qlora_lite.planning.forecast import FEWEST_LAYERS, VERIFIED_LAYERS, Forecas
 from qlora_lite.planning.rehearsal import fake_tensors, rehearsal
 from qlora_lite.planning.training_rehearsal import build_fake_model, read_config, run_fake_training
 
-LAYERS = 8
+LAYERS = 6
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_few_layers_predict_the_peak_of_all_to_the_byte(
     assert (found.reserved is not None) == accelerator
 
 
-@pytest.mark.parametrize("layer", [2, 7])
+@pytest.mark.parametrize("layer", [2, 5])
 def test_a_layer_unlike_the_others_is_noticed(deep_config: Any, layer: int) -> None:
     assert layer_count(deep_config) == LAYERS > VERIFIED_LAYERS
     wanted = TrainingSetup(QuantConfig(), LoraConfig(4, rank_pattern={f"layers.{layer}.mlp.up_proj": 64}), 2, 24)

@@ -71,6 +71,7 @@ VALUES = {
     **dict.fromkeys(("memory", "memory_budget", "max_shard_size", "overhead"), SIZES),
     "checkpointing": ("most", "0", "-1"),
     "gguf": ("quux", "Q8_0", "fp16"),
+    "task": ("quux", "Causal-LM", "LlamaConfig", "masked-lm"),
     "skip_modules": (),  # of names that no module has, none is refused
     "repository": ("a/b/c", "a b", "me/", "..", "me/a--b", "me/\n", "x" * 200),
     "revision": ("a b", "..", "-x", "a..b", "a/", "a.lock", "x" * 300),

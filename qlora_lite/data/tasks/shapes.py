@@ -19,7 +19,6 @@ import functools
 from collections.abc import Mapping
 
 from qlora_lite.checkpoints.files import excerpt
-from qlora_lite.checks import is_finite
 from qlora_lite.data.chat.messages import check_text, checked_messages
 from qlora_lite.data.shapes import (
     SHAPES,
@@ -53,6 +52,8 @@ def _label(record: Record, place: str) -> object:
 
 
 def _checked(label: object, name: str, place: str) -> object:
+    from qlora_lite.checks import is_finite  # needs torch, which the help of the commands does not
+
     if isinstance(label, str):
         check_text(label, name, place)
         if label.strip():
