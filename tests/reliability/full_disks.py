@@ -34,6 +34,7 @@ from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.training.optim import make_optimizer
+from qlora_lite.training.run_checkpoints import StepMetrics
 from qlora_lite.training.run_folder import run_folder
 from qlora_lite.training.run_state import Run
 
@@ -133,10 +134,9 @@ def _spoilt_run(model: Path, folder: Path, old: dict[str, bytes]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Line:
-    """The metrics of one step."""
+class _Line(StepMetrics):
+    """The metrics of one step, in a longer line."""
 
-    step: int
     words: str = "more than a few bytes " * 9
 
 
@@ -149,7 +149,7 @@ def _write_lines(folder: Path, again: bool) -> None:
     run = Run(model, trained, make_optimizer(trained, config), config, BatchStream([], None, None))
     with run_folder(run, folder, overwrite=again) as writer:
         for number in range(60):
-            writer.finish_step(_Line(number))
+            writer.finish_step(_Line(number, 1.0, 1.0, 1e-4, 8, 1.0, None))
 
 
 def _lines(folder: Path) -> dict[str, bytes]:
