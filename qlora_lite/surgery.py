@@ -104,7 +104,7 @@ def described_by_pattern(found: Mapping[str, str], parts: Iterable[str] = ()) ->
     """
     counts: dict[tuple[str, str], int] = {}
     for name, reason in found.items():
-        part = next((part for part in parts if name == part or name.startswith(f"{part}.")), None)
+        part = next((part for part in parts if is_below(name, (part,))), None)
         key = part or re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reason
         counts[key] = counts.get(key, 0) + 1
     return [f"{count} x {pattern}: {reason}" for (pattern, reason), count in counts.items()]
@@ -218,9 +218,9 @@ def tower_names(model: nn.Module) -> list[str]:
     return found
 
 
-def is_below(name: str, towers: Iterable[str]) -> bool:
-    """Whether a module's or tensor's name is that of a tower, or of a part of one."""
-    return any(f"{name}.".startswith(f"{tower}.") for tower in towers)
+def is_below(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module's or tensor's name is that of one of these modules, or of a part of one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def left_out_towers(model: nn.Module) -> list[str]:

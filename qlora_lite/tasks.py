@@ -12,6 +12,7 @@ from torch import nn
 
 from qlora_lite import architecture
 from qlora_lite.errors import ConfigError
+from qlora_lite.surgery import is_below
 
 POOLER = "pooler"
 
@@ -87,7 +88,7 @@ def label_head(model: nn.Module) -> list[str]:
 def in_label_head(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Returns those of these names of modules or tensors that belong to the head of the labels."""
     heads = label_head(model)
-    return {name for name in names if any(name == head or name.startswith(f"{head}.") for head in heads)}
+    return {name for name in names if is_below(name, heads)}
 
 
 def creatable(model: nn.Module, names: Iterable[str]) -> set[str]:

@@ -185,17 +185,18 @@ def described_records(
     images = ImageProcessor(options["model"], options["text_only"])
     held_out_in = options["eval_data"], options["eval_share"]
     records = training_data(options["data"], *held_out_in, tokenizer, config, cache, images)
+    model_config = read_config(checkpoint_folder(options["model"], weights=False))
     summary: Summary | TaskSummary
     if task is None:
         labels, summary = None, summarize(records.tokenized)
         lines = summary.in_words(options["packing"])
     else:
-        labels = labels_of_records(records.tokenized.examples, records.held_out, task, options)
+        labels = labels_of_records(records.tokenized.examples, records.held_out, task, options, model_config)
         summary = summarize_task(records.tokenized, labels)
         lines = summary.in_words(labels)
     held_out = None if records.held_out is None else len(records.held_out)
     if is_first_process():
         notes = (held_out and f"{held_out:,} examples are held out", records.warning())
         print("\n".join([*lines, *(note for note in notes if note)]))
-    check_length_by_config(read_config(checkpoint_folder(options["model"], weights=False)), records.tokenized.longest)
+    check_length_by_config(model_config, records.tokenized.longest)
     return records, labels, {"date": run_date.isoformat(), **summary.to_json(), "examples_held_out": held_out}

@@ -32,9 +32,7 @@ from qlora_lite.training.distributed import Processes
 from qlora_lite.training.forward.activation_checkpointing import checkpointed
 from qlora_lite.training.forward.fuse import unfused
 from qlora_lite.training.forward.fused_forward import fused
-from qlora_lite.training.objective.causality import check_causality
-from qlora_lite.training.objective.choice import choose_loss, loss_named
-from qlora_lite.training.objective.packing import check_packing, is_packed
+from qlora_lite.training.objective.choice import checked_loss, loss_named
 from qlora_lite.training.objective.positions import check_length, check_positions
 from qlora_lite.training.objective.scores import task_scores
 from qlora_lite.training.objective.task_losses import check_task_batch, labelled, task_loss
@@ -174,10 +172,7 @@ def held_out_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
                 continue
             check_positions(model, batch)
             if loss is None:
-                check_causality(model, batch)
-                if is_packed(batch):
-                    check_packing(model, batch, min(2, len(batch["input_ids"])))
-                loss = loss_named(choose_loss(model, batch)[0])
+                loss = loss_named(checked_loss(model, batch)[0])
             total, count = total + float(loss(model, batch)), count + summands
     require(count > 0, "held-out batches need a token with a label", "none")
     return total / count

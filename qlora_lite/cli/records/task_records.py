@@ -40,18 +40,20 @@ def task_with_records(options: Mapping[str, Any]) -> Task | None:
     return task
 
 
-def labels_of_records(examples: Mixture, held_out: Mixture | None, task: Task, options: Mapping[str, Any]) -> Labels:
+def labels_of_records(
+    examples: Mixture, held_out: Mixture | None, task: Task, options: Mapping[str, Any], config: Any
+) -> Labels:
     """Returns what the records have to say. Raises CheckpointError for held-out records with other labels.
 
-    A checkpoint of a classifier keeps its labels, in their order, if it has all of the records'.
+    A checkpoint of a classifier keeps its labels, in their order, if it has all of the records'. config: of that
+    checkpoint.
     """
-    from qlora_lite.checkpoints.hub import checkpoint_folder, read_config, task_for
+    from qlora_lite.checkpoints.hub import task_for
     from qlora_lite.data.tasks.labels import check_known, find_labels, labels_for
 
     found = find_labels(examples, task.name, options["regression"])
     if options["eval_data"] and held_out is not None:
         check_known(found, held_out, task.name)
-    config = read_config(checkpoint_folder(options["model"], weights=False))
     is_classifier = task_for(config) is task
     return labels_for(found, list(config.id2label.values()) if is_classifier else None)
 

@@ -32,10 +32,8 @@ from qlora_lite.tasks import CAUSAL_LM, task_of
 from qlora_lite.training.config import CHECKPOINTING, FULL, NONE
 from qlora_lite.training.forward.activation_checkpointing import BlockCheckpointing, checkpointable_blocks
 from qlora_lite.training.forward.fused_forward import CausalMasks, fused_attention, fused_forwards
-from qlora_lite.training.objective.causality import check_causality
-from qlora_lite.training.objective.choice import choose_loss
+from qlora_lite.training.objective.choice import checked_loss
 from qlora_lite.training.objective.losses import LOSSES, OF_MODEL
-from qlora_lite.training.objective.packing import check_packing, is_packed
 from qlora_lite.training.objective.positions import check_positions
 
 ATTRIBUTE = "fusion"
@@ -86,10 +84,7 @@ def _chosen_loss(model: nn.Module, fusion: Fusion, batch: Batch) -> str:
     """Returns the key in LOSSES of the loss for a batch. The first time, the model is tried as in `train`."""
     check_positions(model, batch)
     if fusion.loss is None:
-        check_causality(model, batch)
-        if is_packed(batch):
-            check_packing(model, batch, min(2, len(batch["input_ids"])))
-        fusion.loss, fusion.logits_reason = choose_loss(model, batch)
+        fusion.loss, fusion.logits_reason = checked_loss(model, batch)
     return fusion.loss
 
 

@@ -22,6 +22,7 @@ from qlora_lite.errors import QLoRAError
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.signals import check_signals
 from qlora_lite.surgery import has_own_forward
+from qlora_lite.training.objective.causality import check_causality
 from qlora_lite.training.objective.losses import (
     FROM_LOGITS,
     LOGIT_FREE,
@@ -34,6 +35,7 @@ from qlora_lite.training.objective.losses import (
     logits_of,
 )
 from qlora_lite.training.objective.made_up_rows import text_of, undisturbed
+from qlora_lite.training.objective.packing import check_packing, is_packed
 from qlora_lite.training.objective.task_losses import TASK_LOSSES, check_task_batch, task_loss
 
 PROBE_TOKENS = 64
@@ -172,3 +174,14 @@ def choose_loss(model: nn.Module, batch: Batch) -> tuple[str, str | None]:
     elif reason is None:
         reason = _probe(model, batch)
     return (LOGIT_FREE, None) if reason is None else (FROM_LOGITS, reason)
+
+
+def checked_loss(model: nn.Module, batch: Batch) -> tuple[str, str | None]:
+    """Returns `choose_loss`, after trying the model on made-up rows: causality, and packing if the batch is packed.
+
+    Raises ConfigError if tokens would see later ones or packed examples each other.
+    """
+    check_causality(model, batch)
+    if is_packed(batch):
+        check_packing(model, batch, min(2, len(batch["input_ids"])))
+    return choose_loss(model, batch)
