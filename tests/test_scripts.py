@@ -1,4 +1,4 @@
-"""Runs every script and example with its small setting; each ends with its JSON line."""
+"""Runs every script of profiling/ and the long matrices with their small settings; each ends with its JSON line."""
 
 from __future__ import annotations
 
@@ -11,31 +11,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
-    "examples/quickstart.py": {
-        "exact_match_before",
-        "exact_match_after",
-        "exports_agree",
-        "peak_rss_bytes",
-        "seconds",
-    },
-    "examples/finetune_4bit.py": {"first_loss", "last_loss", "adapter", "merged"},
-    "examples/seed_layers.py": {"loss_before", "loss_after", "merged_difference", "restored"},
-    "examples/name_colours.py": {
-        "family",
-        *("frozen", "frozen_before", "frozen_losses"),
-        *("adapted", "adapted_before", "adapted_losses"),
-    },
-    "examples/several_adapters.py": {"losses", "base_unchanged"},
-    "examples/classify.py": {"accuracy_before", "accuracy_after", "f1_after", "seconds", "difference_to_peft"},
-    "examples/from_peft.py": {
-        "peft_first_loss",
-        "peft_last_loss",
-        "first_loss",
-        "last_loss",
-        "difference_without",
-        "difference_here",
-        "difference_back",
-    },
     "profiling/base_formats.py": {
         "bf16",
         "int8 rows",
@@ -147,17 +122,12 @@ ARGUMENTS = {
 }
 # Tested elsewhere, or not a program.
 NOT_RUN_HERE = {
-    "examples/real_model.py",
-    "examples/message_records.py",
-    "examples/tiny_model.py",
-    "examples/tiny_vision_model.py",
     "profiling/sharded_base.py",
 }
 
 
 def test_no_script_is_forgotten() -> None:
-    scripts = [path for folder in ("examples", "profiling") for path in (ROOT / folder).glob("*.py")]
-    found = {path.relative_to(ROOT).as_posix() for path in scripts}
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "profiling").glob("*.py")}
     assert found == {name for name in {*SCRIPTS, *NOT_RUN_HERE} if not name.startswith("tests/")}
 
 
@@ -168,8 +138,6 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(done.stdout.strip().splitlines()[-1])
     assert set(figures) == SCRIPTS[script]
-    if "exports_agree" in figures:
-        assert figures["exports_agree"] >= 0.5
     if "failed" in figures:
         assert figures["failed"] == 0 and 2 * figures["passed"] > figures["cases"]
     if "kills" in figures:
@@ -177,8 +145,6 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
         wrong = "kills_lost", "stops_wrong", "bad_inputs_wrong", "resume_unequal"
         assert {figures[name] for name in wrong} == {0}
         assert not figures["full_disks_wrong"] and figures["full_disks"] != 0
-    if "restored" in figures:
-        assert figures["restored"] is True and figures["loss_after"] < figures["loss_before"]
     if "uniform 512" in figures:
         assert all(case["first_fit_fill"] < case["best_fit_fill"] <= 1 for case in figures.values())
     if "labels_equal_trl" in figures:  # the ways are compared only if they do the same work
