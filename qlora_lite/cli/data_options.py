@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_lite.cli.records.task_records import labels_of_records
+from qlora_lite.cli.training.task_records import labels_of_records
 from qlora_lite.data.shapes import KEYS
 from qlora_lite.data.tasks.shapes import TASK_KEYS
 from qlora_lite.errors import ConfigError

@@ -132,6 +132,19 @@ def targets_named(option: str, text: str) -> str | list[str]:
     return expression
 
 
+def number_or_word(option: str, text: str, word: str, number: Callable[[str], float]) -> float | None:
+    """Returns None for the word, and else the number in the text. Raises ConfigError for other texts.
+
+    number: int or float.
+    """
+    if text == word:
+        return None
+    try:
+        return number(text)
+    except ValueError as error:
+        raise errors.ConfigError(f"{option} must be a number, or {word}; got {text[:40]!r}") from error
+
+
 def skipped(text: str | None) -> tuple[str, ...] | None:
     """Returns the names of `--skip-modules`; None if the option is not given."""
     return None if text is None else tuple(listed(text))

@@ -130,6 +130,24 @@ def _check_images(images: ImageProcessor | None, packing: bool) -> None:
         raise ConfigError("the examples have images; give images=ImageProcessor(...), of the model's checkpoint")
 
 
+def batches_of_epoch(
+    examples: Sequence[TokenizedExample], batch_size: int, seed: int, packed_length: int | None
+) -> int:
+    """Returns the number of batches of the first epoch of `batches`; packed_length: of packed rows, else None.
+
+    Later epochs have as many, except with packing and shares of sources, where other examples come in each.
+    """
+    order = _epoch(examples, seed, 0)
+    return sum(1 for _ in _grouped(examples, order, batch_size, f"{seed} 0 rows", packed_length))
+
+
+def _epoch(examples: Sequence[TokenizedExample], seed: int, epoch: int) -> Sequence[int]:
+    own_order: Callable[[int, int], Sequence[int]] | None = getattr(examples, "epoch_order", None)
+    order = epoch_order(len(examples), seed, epoch) if own_order is None else own_order(seed, epoch)
+    require(len(order) > 0, "epoch_order of the examples must give at least one index", len(order))
+    return order
+
+
 def _batches(
     examples: Sequence[TokenizedExample],
     batch_size: int,
@@ -140,11 +158,9 @@ def _batches(
     images: ImageProcessor | None,
     with_images: bool,
 ) -> Iterator[Batch]:
-    own_order: Callable[[int, int], Sequence[int]] | None = getattr(examples, "epoch_order", None)
     epoch = 0
     while epochs is None or epoch < epochs:
-        order = epoch_order(len(examples), seed, epoch) if own_order is None else own_order(seed, epoch)
-        require(len(order) > 0, "epoch_order of the examples must give at least one index", len(order))
+        order = _epoch(examples, seed, epoch)
         for rows in _grouped(examples, order, batch_size, f"{seed} {epoch} rows", packed_length):
             chosen = [[examples[index] for index in row] for row in rows]
             batch = _collate(chosen, pad_token_id, with_positions=packed_length is not None)

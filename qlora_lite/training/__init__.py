@@ -2,7 +2,7 @@
 
 In reading order:
 
-config                     TrainConfig
+config                     TrainConfig, and the steps of epochs
 loop                       train: the training loop
 step                       one step: the gradients of its batches and the update
 objective/                 the loss that a model is trained with, and checks before the first step
@@ -24,6 +24,7 @@ from qlora_lite.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qlora_lite.training.config import TrainConfig as TrainConfig
+    from qlora_lite.training.config import steps_of_epochs as steps_of_epochs
     from qlora_lite.training.loop import TrainResult as TrainResult
     from qlora_lite.training.loop import held_out_scores as held_out_scores
     from qlora_lite.training.loop import profile_steps as profile_steps
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "config": "TrainConfig",
+        "config": "TrainConfig steps_of_epochs",
         "loop": "train held_out_scores TrainResult profile_steps",
     },
 )

@@ -30,6 +30,7 @@ from qlora_lite.signals import check_signals, deferred_signals
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.distributed import Processes
 from qlora_lite.training.forward.activation_checkpointing import checkpointed
+from qlora_lite.training.forward.embedding_noise import noisy_embeddings
 from qlora_lite.training.forward.fuse import unfused
 from qlora_lite.training.forward.fused_forward import fused
 from qlora_lite.training.objective.choice import checked_loss, loss_named
@@ -134,6 +135,7 @@ def train(
         run_folder(run, folder if processes.is_first else None, overwrite, resume, notes) as writer,
         _training_mode(run),
         fused(run.model),
+        noisy_embeddings(run.model, config.neftune_noise_alpha),
         checkpointed(run.model, config.checkpointing) as blocks,
         heap_trimming(run.model, accelerator.device, config.checkpointing) as trimmer,
     ):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qlora_lite.checkpoints.files import excerpt
 from qlora_lite.errors import CheckpointError
-from qlora_lite.training.config import TrainConfig
+from qlora_lite.training.config import CONSTANT, LINEAR, TrainConfig
 
 SAME_AS = "same_as"
 # States of torch's and bitsandbytes' AdamW that have the shape of their parameter.
@@ -107,11 +107,20 @@ def set_learning_rates_(optimizer: torch.optim.Optimizer, factor: float) -> None
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Returns the learning rate at a step (from 0) divided by its peak: linear up to 1, then a half cosine to 0."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    rest = max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / rest)))
+    """Returns the learning rate at a step (from 0) divided by its peak.
+
+    It rises linearly to 1 at the last step of the warm-up, one step earlier than with transformers, whose first step
+    has the rate 0. What follows is as there: `cosine` and `linear` fall to their end in the step after the last.
+    """
+    warmup = config.steps_of_warmup
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == CONSTANT:
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, config.steps - warmup))
+    left = 1 - done if config.schedule == LINEAR else 0.5 * (1 + math.cos(math.pi * done))
+    least = config.min_learning_rate / config.learning_rate
+    return least + (1 - least) * left
 
 
 def optimizer_state(

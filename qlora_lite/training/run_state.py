@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -53,6 +53,8 @@ from qlora_lite.training.run_checkpoints import (
     read_state_file,
 )
 
+# Of a setting that a run was written before, it had the default.
+DEFAULTS = {setting.name: setting.default for setting in fields(TrainConfig)}
 # Settings that change what is saved or kept in memory, but no number of the result.
 FREE_SETTINGS = ("save_steps", "keep_last", "keep_best", "checkpointing")
 SHOWN = 6
@@ -195,7 +197,8 @@ class Run:
     def check_same(self, folder: Path) -> None:
         """Raises CheckpointError, with a list of the differences, unless the checkpoint is of a run like this one."""
         stored, own = read_state_file(folder), self._identity()
-        problems = _differences("", stored["settings"], own["settings"])
+        settings = {name: stored["settings"].get(name, DEFAULTS.get(name)) for name in own["settings"]}
+        problems = _differences("", {**stored["settings"], **settings}, own["settings"])
         problems += _differences("the adapter of ", stored["adapters"], own["adapters"])
         problems += [
             f"the base has other {name}" for name in own["base"] if stored["base"].get(name) != own["base"][name]

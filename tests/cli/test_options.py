@@ -114,3 +114,11 @@ def test_an_argument_of_several_words_has_no_empty_one() -> None:
         with pytest.raises(Exception, match=sentence):
             app(words, standalone_mode=False)
     assert seen == [["here", "there"]]
+
+
+def test_a_number_or_a_word() -> None:
+    found = options.number_or_word
+    assert found("--x", "none", "none", float) is None
+    assert (found("--x", "0.5", "none", float), found("--x", "3", "all", int)) == (0.5, 3)
+    with pytest.raises(ConfigError, match=r"--x must be a number, or all; got '1.5'"):
+        found("--x", "1.5", "all", int)

@@ -1,4 +1,4 @@
-"""Tests of `qlora-lite train`: its settings, the choice of checkpointing, and outputs that it must not overwrite."""
+"""Tests of `qlora-lite train`: the choice of checkpointing, epochs, and outputs that it must not overwrite."""
 
 from __future__ import annotations
 
@@ -13,41 +13,8 @@ import pytest
 from qlora_lite import LoraConfig
 from qlora_lite.checkpoints.load import LoadReport
 from qlora_lite.cli import train as module
-from qlora_lite.cli.main import app
-from qlora_lite.errors import ConfigError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-class Parsed(Exception):
-    pass
-
-
-def test_options_become_the_settings_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[LoraConfig] = []
-
-    def keep(lora: LoraConfig, *rest: object) -> None:
-        made.append(lora)
-        raise Parsed
-
-    monkeypatch.setattr(module, "_check_options", keep)
-
-    def parsed(*words: str) -> LoraConfig:
-        with pytest.raises(Parsed):
-            app(["train", "--model", "m", "--data", "d", "--output", "o", *words], standalone_mode=False)
-        return made[-1]
-
-    assert parsed() == LoraConfig(modules_to_save=[], trainable_token_indices=[])
-    lora = parsed("--target-modules", "q_proj, v_proj", "--exclude-modules", "layers.0.q_proj", "--rank", "3")
-    assert lora.target_modules == ["q_proj", "v_proj"] and lora.exclude_modules == ["layers.0.q_proj"]
-    assert lora.rank == 3 and lora.alpha == 32 and not lora.use_rslora
-    lora = parsed("--target-modules", r"re:.*\.[qv]_proj", "--exclude-modules", "vision_tower,layers.0")
-    assert lora.target_modules == r".*\.[qv]_proj" and lora.exclude_modules == ["vision_tower", "layers.0"]
-    lora = parsed("--layers-to-transform", "0-2,5", "--use-rslora", "--bias", "all", "--trainable-token-indices", "7,9")
-    assert list(lora.layers_to_transform or ()) == [0, 1, 2, 5] and list(lora.trainable_token_indices) == [7, 9]
-    assert lora.use_rslora and lora.bias == "all" and lora.target_modules == "all-linear"
-    with pytest.raises(ConfigError, match="layers"):
-        parsed("--layers-to-transform", "first")
 
 
 def test_the_data_is_never_overwritten(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
@@ -71,6 +38,18 @@ def test_training_within_a_budget_chooses_the_checkpointing(run: Run, tiny_folde
     assert refused.returncode == 2 and "leave out it or --checkpointing" in refused.stderr
     small = run(*words, "--memory-budget", "1MiB", "--overwrite")
     assert small.returncode == 2 and "not even two tokens fit" in small.stderr and len(small.stderr.splitlines()) == 1
+
+
+def test_epochs_are_told_as_steps(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    data = chats(tmp_path / "a.jsonl", 7)
+    words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--rank", 2, "--json")
+    done = run(*words, "--epochs", 2, "--batch-size", 2, "--gradient-accumulation", 3, "--schedule", "constant")
+    assert done.returncode == 0, done.stderr
+    assert "--epochs 2: 3 steps, and 4 batches in an epoch" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines] == [2e-4] * 3
+    both = run(*words, "--epochs", 2, "--steps", 2, "--overwrite")
+    assert both.returncode == 2 and "--steps and --epochs cannot be given together" in both.stderr
 
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

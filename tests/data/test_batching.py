@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
-from qlora_lite.data.batching import batches, epoch_order
+from qlora_lite.data.batching import batches, batches_of_epoch, epoch_order
 from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import ConfigError
 
@@ -215,3 +215,11 @@ def test_packed_examples_have_the_losses_they_have_alone(attention: str, batch_s
     assert alone.keys() == packed.keys()
     for token, loss in alone.items():
         torch.testing.assert_close(packed[token], loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_batches_of_an_epoch_are_counted(packing: bool) -> None:
+    some = [TokenizedExample(list(range(2 + n % 7)), list(range(2 + n % 7))) for n in range(23)]
+    shape = {"packing": packing, "max_length": 9 if packing else None}
+    found = list(batches(some, 3, seed=4, pad_token_id=0, epochs=2, **shape))  # type: ignore[arg-type]
+    assert 2 * batches_of_epoch(some, 3, 4, 9 if packing else None) == len(found) > 2

@@ -66,7 +66,8 @@ NOT_EMPTY, THERE = "not empty", "there"
 SIZES = ("lots", "-1", "nan", "5 apples", "1e3", "9" * 5000)
 # Wrong values of other options.
 VALUES = {
-    **dict.fromkeys(("format", "embedding_format", "variant", "bias", "optimizer", "mode", "device"), ("quux", "NF4")),
+    **dict.fromkeys(("format", "embedding_format", "variant", "bias", "optimizer"), ("quux", "NF4")),
+    **dict.fromkeys(("mode", "device", "schedule"), ("quux", "Cosine")),
     **dict.fromkeys(("base", "names", "dtype", "require"), ("quux", "fp 16")),
     **dict.fromkeys(("memory", "memory_budget", "max_shard_size", "overhead"), SIZES),
     "checkpointing": ("most", "0", "-1"),
@@ -81,6 +82,8 @@ VALUES = {
     ),
     "layers_to_transform": ("a", "3-1", "-1", "1.5", "7", "0-99999999999", "9" * 5000),
     "learn": ("answer", "ALL"),
+    "max_grad_norm": ("many", "None", "0", "-1", "nan", "inf"),
+    "keep_last": ("many", "All", "0", "-1", "1.5", HUGE),
     "field": ("prompt", "=q", "prompt=", "question=q", "prompt"),
     "trainable_token_indices": ("a", "-1", "1.5", "1,1", "107", HUGE, "9" * 5000),
 }
@@ -89,6 +92,9 @@ NUMBERS = ("many", "1,5", "nan", "inf", "-inf", "-1", "0", HUGE)
 # Those that are right for some options.
 RIGHT = {
     **dict.fromkeys(("seed", "warmup_steps", "keep_best", "skip_bad", "show"), ("0",)),
+    **dict.fromkeys(("warmup_ratio", "min_learning_rate"), ("0",)),
+    "weight_decay": ("0", HUGE),
+    "neftune_noise_alpha": (HUGE,),
     "alpha": ("-1", "0", HUGE),
     "dropout": ("0",),
     **dict.fromkeys(("learning_rate", "lora_plus_ratio"), (HUGE,)),

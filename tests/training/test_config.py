@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_lite.errors import ConfigError
-from qlora_lite.training.config import TrainConfig, checkpointing_named
+from qlora_lite.training.config import TrainConfig, checkpointing_named, steps_of_epochs
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,12 @@ def test_no_dial_is_made_of_other_words(text: str) -> None:
         ("keep_last", 0),
         ("keep_best", -1),
         ("warmup_steps", 101),
+        ("schedule", "step"),
+        ("warmup_ratio", 1.5),
+        ("warmup_ratio", float("nan")),
+        ("min_learning_rate", 1e-3),
+        ("min_learning_rate", -1e-9),
+        ("neftune_noise_alpha", 0),
         ("steps", 0),
         ("learning_rate", float("inf")),
         ("warmup_steps", -1),
@@ -53,3 +59,32 @@ def test_no_dial_is_made_of_other_words(text: str) -> None:
 def test_wrong_value_is_named(setting: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=setting):
         TrainConfig(**{setting: value})
+
+
+def test_a_warmup_is_set_once_and_a_constant_rate_has_no_minimum() -> None:
+    with pytest.raises(ConfigError, match="warmup_steps and warmup_ratio both set the warm-up"):
+        TrainConfig(warmup_steps=1, warmup_ratio=0.1)
+    with pytest.raises(ConfigError, match="a constant schedule has no min_learning_rate"):
+        TrainConfig(schedule="constant", min_learning_rate=1e-5)
+
+
+@pytest.mark.parametrize(("share", "steps", "wanted"), [(0.03, 100, 3), (0.03, 101, 4), (0.0, 10, 0), (1, 7, 7)])
+def test_a_share_of_the_steps_is_rounded_up_as_transformers_does(share: float, steps: int, wanted: int) -> None:
+    from transformers import TrainingArguments
+
+    assert TrainConfig(steps=steps, warmup_ratio=share).steps_of_warmup == wanted
+    if 0 < share < 1:
+        assert TrainingArguments(warmup_steps=share, use_cpu=True).get_warmup_steps(steps) == wanted
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batches", "accumulation", "steps"), [(3, 47, 1, 141), (3, 47, 2, 71), (0.5, 47, 1, 24), (1e-9, 5, 4, 1)]
+)
+def test_epochs_are_steps_rounded_up(epochs: float, batches: int, accumulation: int, steps: int) -> None:
+    assert steps_of_epochs(epochs, batches, accumulation) == steps
+
+
+@pytest.mark.parametrize("epochs", [0, -1, float("nan"), float("inf"), 1e30, True])
+def test_what_is_not_a_number_of_epochs_is_refused(epochs: float) -> None:
+    with pytest.raises(ConfigError, match="epochs must"):
+        steps_of_epochs(epochs, 10)

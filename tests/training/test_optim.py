@@ -27,6 +27,42 @@ def test_warmup_then_cosine_to_zero() -> None:
     assert factors[7] == pytest.approx(0.5) and factors[10] == pytest.approx(0.0)
 
 
+def of_transformers(name: str, warmup: int, steps: int, **options: Any) -> list[float]:
+    """The factors of a schedule of transformers at each step, and at the step after the last."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-4)
+    schedule = get_scheduler(name, optimizer, warmup, steps, scheduler_specific_kwargs=options)
+    return [schedule.lr_lambdas[0](step) for step in range(steps + 1)]
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7, 30])
+@pytest.mark.parametrize(
+    ("schedule", "least", "name", "options"),
+    [
+        ("cosine", 0.0, "cosine", {}),
+        ("linear", 0.0, "linear", {}),
+        ("constant", 0.0, "constant_with_warmup", {}),
+        ("cosine", 2e-5, "cosine_with_min_lr", {"min_lr": 2e-5}),
+    ],
+)
+def test_schedules_are_those_of_transformers_with_a_warmup_one_step_earlier(
+    warmup: int, schedule: str, least: float, name: str, options: dict[str, float]
+) -> None:
+    config = TrainConfig(steps=30, schedule=schedule, warmup_steps=warmup, min_learning_rate=least)
+    ours = [learning_rate_factor(step, config) for step in range(30)]
+    theirs = of_transformers(name, warmup, 30, **options)
+    assert ours[warmup:] == pytest.approx(theirs[warmup:30], abs=1e-15)
+    assert ours[:warmup] == pytest.approx([step / warmup for step in range(1, warmup + 1)])
+    assert ours[: warmup - 1] == pytest.approx(theirs[1:warmup]) or not warmup
+
+
+def test_a_line_ends_at_the_minimum() -> None:
+    config = TrainConfig(steps=10, learning_rate=1e-2, schedule="linear", warmup_ratio=0.2, min_learning_rate=1e-3)
+    factors = [learning_rate_factor(step, config) for step in (0, 1, 2, 6, 10)]
+    assert factors == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
+
+
 def test_eight_bit_states_are_bytes_and_learn_like_fp32() -> None:
     weights = []
     for name in ("adamw", "adamw8bit"):

@@ -85,7 +85,12 @@ def assert_same(one: tuple[Files, list[float], Any], other: tuple[Files, list[fl
             {"optimizer": "adamw8bit", "checkpointing": 1_200_000},
             {},
         ),
-        ("iterator", {"adapter_dtype": torch.bfloat16}, {"gradient_accumulation": 2}, {}),
+        (
+            "iterator",
+            {"adapter_dtype": torch.bfloat16},
+            {"gradient_accumulation": 2, "neftune_noise_alpha": 5.0, "schedule": "linear", "min_learning_rate": 1e-3},
+            {},
+        ),
     ],
 )
 def test_resumed_equals_uninterrupted(

@@ -4,6 +4,7 @@ In reading order:
 
 fused_forward              forward methods replaced by functions that save less for backward
 activation_checkpointing   blocks that are recomputed in backward
+embedding_noise            NEFTune: noise on the embeddings of tokens
 fuse                       both, and the loss without logits, for other training loops
 """
 

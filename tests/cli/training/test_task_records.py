@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qlora_lite.checkpoints.files import read_json
-from qlora_lite.cli.records import task_records as module
+from qlora_lite.cli.training import task_records as module
 from qlora_lite.errors import ConfigError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
