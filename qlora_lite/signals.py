@@ -3,7 +3,8 @@
 An exception raised in a signal handler appears between any two instructions, those of a clean-up included, and the code
 that it reaches may swallow it (a finalizer, a library that catches everything). Handlers here therefore only note the
 signal, and long work calls `check_signals` at places where it can stop. A command uses both: it exits at once outside
-of such work (`exit_on_signals`), and at the next `check_signals` inside of it (`deferred_signals`).
+of such work (`exit_on_signals`), and at the next `check_signals` inside of it (`deferred_signals`). A chat takes
+Ctrl-C for itself first (`interrupts_to`).
 """
 
 from __future__ import annotations
@@ -200,6 +201,33 @@ def obeyed_at_once() -> Iterator[None]:
         yield
     finally:
         pending.deferred = before
+
+
+@contextmanager
+def interrupts_to(take: Callable[[], bool]) -> Iterator[None]:
+    """Calls `take` for each SIGINT within the block, before what happens to it outside: only if `take` returns False.
+
+    For commands that go on after Ctrl-C, such as a chat. `take` may raise where nothing can be left half done. An
+    ignored signal stays ignored, and in other threads than the main one the block changes nothing.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not _in_main_thread() or before in (None, signal.SIG_IGN):
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if take():
+            return
+        if callable(before):
+            before(number, frame)
+        else:  # SIG_DFL, which Python cannot call
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

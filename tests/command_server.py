@@ -1,8 +1,8 @@
 """Runs `qlora-lite` in forks of a process that has imported everything already.
 
 A command on a tiny model takes less time than its imports. The server answers each line of input, a JSON object of
-words, environment, folder and the files for stdout and stderr, with the exit status. Each command has a process of its
-own, so signals, file descriptors and global state are those of a new process but for the imports.
+words, environment, folder and the files for stdin, stdout and stderr, with the exit status. Each command has a process
+of its own, so signals, file descriptors and global state are those of a new process but for the imports.
 """
 
 from __future__ import annotations
@@ -30,18 +30,24 @@ class CommandServer:
         command = [sys.executable, __file__]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, *words: object) -> subprocess.CompletedProcess[str]:
-        """Runs a command with the environment and the folder that this process has now."""
+    def run(self, *words: object, stdin: str = "", terminal: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Runs a command with the environment and the folder that this process has now.
+
+        stdin: what it reads. terminal: a device (`os.ttyname`) that it reads, writes and is controlled by instead.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         given = [*map(str, words)]
         with tempfile.TemporaryDirectory() as folder:
-            files = [Path(folder) / name for name in ("stdout", "stderr")]
+            files = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
+            for file in files:
+                file.write_text(stdin if file.name == "stdin" else "", encoding="utf-8", errors="surrogateescape")
             request = {"words": given, "env": dict(os.environ), "cwd": os.getcwd(), "files": [*map(str, files)]}
+            request["terminal"] = terminal
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             status = int(self._process.stdout.readline())
-            texts = (file.read_text(encoding="utf-8", errors="surrogateescape") for file in files)
+            texts = (file.read_text(encoding="utf-8", errors="surrogateescape") for file in files[1:])
             return subprocess.CompletedProcess(given, status, *texts)
 
     def close(self) -> None:
@@ -52,10 +58,14 @@ class CommandServer:
 
 def _run_here(request: dict[str, Any]) -> int:
     """Runs the command of a request in this process, a fork; returns its exit status."""
-    for number, name in enumerate(["/dev/null", *request["files"]]):
-        opened = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(opened, number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+    terminal = request["terminal"]
+    if terminal is not None:
+        os.setsid()  # the terminal that is opened next then sends its Ctrl-C here
+    for number, name in enumerate([terminal] * 3 if terminal is not None else request["files"]):
+        os.dup2(os.open(name, os.O_RDWR), number)
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(number, mode, encoding="utf-8", closefd=False) for number, mode in enumerate("rww")
+    )
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     os.environ.clear()

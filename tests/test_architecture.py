@@ -43,6 +43,7 @@ FLOORS: dict[str, int] = {
     "export": 7,
     "export.gguf": 7,
     "export.publishing": 7,
+    "generation": 7,
     "training.objective": 7,
     "export.readers": 8,
     "training.forward": 8,
@@ -50,6 +51,7 @@ FLOORS: dict[str, int] = {
     "planning": 10,
     "integrations": 10,
     "cli.training": 11,
+    "cli.generation": 11,
     "cli": 12,
 }
 

@@ -31,6 +31,7 @@ from qlora_lite.signals import (
     check_signals,
     deferred_signals,
     exit_on_signals,
+    interrupts_to,
     obeyed_at_once,
     removed_at_end,
     uninterrupted,
@@ -246,3 +247,24 @@ def test_what_waits_obeys_at_once(number: signal.Signals) -> None:
     assert reached == ["within", "deferred again"]
     with obeyed_at_once():
         reached.append("outside")
+
+
+def test_an_interrupt_is_taken_first_and_handed_on_if_refused() -> None:
+    taken: list[bool] = []
+
+    def take() -> bool:
+        taken.append(len(taken) == 0)
+        return taken[-1]
+
+    with pytest.raises(Stopped), exit_on_signals("at once"):
+        before = signal.getsignal(signal.SIGINT)
+        with interrupts_to(take):
+            signal.raise_signal(signal.SIGINT)
+            assert taken == [True]
+            with pytest.raises(Stopped):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == before and taken == [True, False]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interrupts_to(take):
+        signal.raise_signal(signal.SIGINT)  # ignored signals stay ignored
+    assert taken == [True, False]

@@ -22,6 +22,7 @@ import typer
 
 from qlora_lite.cli.data import data
 from qlora_lite.cli.env import env
+from qlora_lite.cli.generation.chat import chat
 from qlora_lite.cli.inspect import inspect
 from qlora_lite.cli.merge import merge
 from qlora_lite.cli.options import StrictCommand
@@ -45,7 +46,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     """Fine-tune a quantized language model in little memory."""
 
 
-for command in (data, plan, train, profile, merge, quantize, push, inspect, env):
+for command in (data, plan, train, chat, profile, merge, quantize, push, inspect, env):
     app.command(cls=StrictCommand)(command)
 
 

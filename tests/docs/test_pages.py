@@ -25,8 +25,8 @@ MODEL, VISION_MODEL = "path/to/model", "path/to/vision-model"
 # Options of other programs that pages name.
 FOREIGN_OPTIONS = {"--multi_gpu", "--cpu"}
 FEW_STEPS = "3"
-# Commands that take long even on a tiny model, or need a network; they are parsed only.
-SLOW = {"plan", "profile", "push"}
+# Commands that take long even on a tiny model, need a network, or wait for a person; they are parsed only.
+SLOW = {"plan", "profile", "push", "chat"}
 
 GROUP: Any = typer.main.get_command(app)
 COMMANDS: dict[str, Any] = GROUP.commands

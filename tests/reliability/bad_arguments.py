@@ -42,6 +42,7 @@ NEEDED = {
     ],
     "plan": ["--model", "{model}", "--memory", "1GiB"],
     "profile": ["--model", "{model}", "--rank", "2", "--rows", "1", "--tokens", "4", "--no-predict"],
+    "chat": ["--model", "{model}"],
     "inspect": ["{adapter}"],
     "merge": ["--model", "{model}", "--adapter", "{adapter}", "--output", "{new}"],
     "quantize": ["--model", "{model}", "--output", "{new}"],
@@ -81,6 +82,7 @@ VALUES = {
         ("target_modules", "exclude_modules", "modules_to_save"), ("quux", ",", "q_proj;k_proj", "q_proj\nk_proj")
     ),
     "layers_to_transform": ("a", "3-1", "-1", "1.5", "7", "0-99999999999", "9" * 5000),
+    "system": (),  # any text is right
     "learn": ("answer", "ALL"),
     "max_grad_norm": ("many", "None", "0", "-1", "nan", "inf"),
     "keep_last": ("many", "All", "0", "-1", "1.5", HUGE),
@@ -97,6 +99,7 @@ RIGHT = {
     "neftune_noise_alpha": (HUGE,),
     "alpha": ("-1", "0", HUGE),
     "dropout": ("0",),
+    "temperature": ("0", HUGE),
     **dict.fromkeys(("learning_rate", "lora_plus_ratio"), (HUGE,)),
 }
 NEWS = ("a\nb", "\u2028", "--no-such-option", "-z")

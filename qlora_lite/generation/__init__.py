@@ -1,0 +1,35 @@
+"""Answers of a model: one, token by token, a conversation, or a file of them in batches.
+
+In reading order:
+
+settings       GenerationSettings: the length of answers, and how tokens are drawn
+prompts        the tokens of a conversation, a text or a record, and the tokens that end an answer
+text_pieces    the text of tokens as they arrive, in whole characters
+answering      answers of one prompt or a batch, by transformers' generate
+chat_session   a conversation, and the adapter that answers
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_lite.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from qlora_lite.generation.answering import Answer as Answer
+    from qlora_lite.generation.answering import answer_batch as answer_batch
+    from qlora_lite.generation.answering import answer_prompt as answer_prompt
+    from qlora_lite.generation.chat_session import ChatSession as ChatSession
+    from qlora_lite.generation.prompts import Prompt as Prompt
+    from qlora_lite.generation.prompts import Prompts as Prompts
+    from qlora_lite.generation.settings import GenerationSettings as GenerationSettings
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "settings": "GenerationSettings",
+        "prompts": "Prompts Prompt",
+        "answering": "answer_prompt answer_batch Answer",
+        "chat_session": "ChatSession",
+    },
+)

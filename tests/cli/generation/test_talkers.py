@@ -1,0 +1,51 @@
+"""Tests of the options of commands that answer, and of the model that they load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_lite.cli.generation.talkers import adapters_in_words, generation_settings, load_talker, named_adapters
+from qlora_lite.errors import CheckpointError, ConfigError
+
+
+def test_adapters_are_named_by_their_runs_or_as_told(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("my run/adapter", "b", "c=d")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    named = named_adapters([str(folders[0]), f"polite={folders[1]}", str(folders[2])])
+    assert named == {"my-run": folders[0], "polite": folders[1], "c-d": folders[2]}
+    with pytest.raises(ConfigError, match=r"'b' names .*/b already; name it otherwise, as --adapter second=.*/b"):
+        named_adapters([str(folders[1])] * 2)
+    with pytest.raises(ConfigError, match="'off' means no adapter; name it otherwise"):
+        named_adapters([f"off={folders[1]}"])
+    with pytest.raises(CheckpointError, match=r"/x is not a folder; name that of an adapter"):
+        named_adapters([str(tmp_path / "x")])
+
+
+def test_the_adapter_in_use_has_a_star() -> None:
+    assert adapters_in_words(["a", "b"], "b") == "a, b*, off" and adapters_in_words([], None) == "off*"
+
+
+def test_answers_are_half_of_the_positions_at_most(
+    tiny_folder: Path, small_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    options = {"max_new_tokens": None, "temperature": 0.5, "top_p": None, "top_k": 4, "seed": 1}
+    made = generation_settings(options, str(tiny_folder))
+    assert (made.max_new_tokens, made.temperature, made.top_k, made.seed) == (512, 0.5, 4, 1)
+    small_model("LlamaConfig", max_position_embeddings=64).save_pretrained(tmp_path / "m")
+    assert generation_settings(options, str(tmp_path / "m")).max_new_tokens == 32
+    assert generation_settings({**options, "max_new_tokens": 60}, str(tmp_path / "m")).max_new_tokens == 60
+
+
+def test_a_model_that_does_not_answer_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.T5Config(vocab_size=32, d_model=8, architectures=["T5ForConditionalGeneration"])
+    config.save_pretrained(tmp_path / "t5")
+    options = {"model": str(tmp_path / "t5"), "adapter": None, "skip_modules": None}
+    with pytest.raises(ConfigError, match=r"t5 is made for seq2seq-lm; only causal language models write answers here"):
+        load_talker(options)
