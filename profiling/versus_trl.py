@@ -5,10 +5,10 @@
     python profiling/versus_trl.py --tiny            # random weights, in a minute: shows that the script works
 
 Each side of a case is the same script in a process of its own (parts/trl_worker.py): the peer with transformers, peft
-and bitsandbytes, ours with `load_quantized`, `fuse_` and `lora_config`. The processes take steps in turn, one at a
-time, and the median step counts. Peaks are live tensor bytes above the state after set-up; `dpo_resident` compares the
-bytes of the tensors after set-up. Prints a table and ends with one JSON line: case -> `time_ratio`, `peak_ratio`, and
-the figures behind them.
+and bitsandbytes, ours with `load_quantized` and the trainers of `qlora_lite.integrations.trl`. The processes take steps
+in turn, one at a time, and the median step counts. Peaks are live tensor bytes above the state after set-up;
+`dpo_resident` compares the bytes of the tensors after set-up. Prints a table and ends with one JSON line: case ->
+`time_ratio`, `peak_ratio`, and the figures behind them.
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ KEEPERS = {
     "bitsandbytes": {"quantization.kernels", "training.optim"},
     "accelerate": {"training.step"},
     "peft": {"integrations.peft"},
+    "trl": {"integrations.trl"},
     "matplotlib": {"memory.drawing.png"},
     "pyarrow": {"data.sources.arrow_tables"},
     "PIL": {"data.images.processor"},

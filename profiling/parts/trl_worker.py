@@ -6,8 +6,8 @@
 
 peer: trl + transformers + peft + bitsandbytes as their documentation recommends: `BitsAndBytesConfig` (NF4 with double
 quantization, computing in bf16), `peft_config`, and the trainer's defaults.
-ours: the same script with three lines changed: `load_quantized`, `fuse_`, `lora_config`. The trainer `trainer` is
-transformers' own, with peft there and `add_lora_` here.
+ours: the same script with three lines changed: `load_quantized` and its import, and trl's trainer from
+`qlora_lite.integrations.trl`. The trainer `trainer` is transformers' own, with peft there and `add_lora_` here.
 """
 
 from __future__ import annotations
@@ -136,20 +136,26 @@ def length_reward(completions: list[str], **given: object) -> list[float]:
     return [float(len(set(text))) for text in completions]
 
 
-def ours(work: TrainerWork) -> tuple[Any, dict[str, Any]]:
+def ours(work: TrainerWork) -> tuple[Any, Any]:
     from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
-    from qlora_lite.integrations import lora_config
     from qlora_lite.training.forward import fuse_
 
-    model = load_quantized(work.model, QuantConfig())
+    model = load_quantized(work.model, QuantConfig(double_quant=True))
+    if work.trainer != "trainer":
+        return model, adapters()
     fuse_(model, "full" if work.checkpointing else "none")
-    if work.trainer == "trainer":
-        add_lora_(model, LoraConfig(rank=RANK, alpha=ALPHA))
-        return model, {}
-    return model, {"peft_config": lora_config(model, r=RANK, lora_alpha=ALPHA)}
+    add_lora_(model, LoraConfig(rank=RANK, alpha=ALPHA))
+    return model, None
 
 
-def peer(work: TrainerWork) -> tuple[Any, dict[str, Any]]:
+def adapters() -> Any:
+    """The adapters of both sides."""
+    import peft
+
+    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def peer(work: TrainerWork) -> tuple[Any, Any]:
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -160,11 +166,10 @@ def peer(work: TrainerWork) -> tuple[Any, dict[str, Any]]:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(work.model, quantization_config=packing, dtype=torch.bfloat16)
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     if work.trainer == "trainer":
         prepared = peft.prepare_model_for_kbit_training(model, work.checkpointing, {"use_reentrant": False})
-        return peft.get_peft_model(prepared, config), {}
-    return model, {"peft_config": config}
+        return peft.get_peft_model(prepared, adapters()), None
+    return model, adapters()
 
 
 def make_trainer(work: TrainerWork) -> Any:
@@ -174,22 +179,19 @@ def make_trainer(work: TrainerWork) -> Any:
     from datasets import Dataset
 
     from qlora_lite.integrations import AdapterTrainer
+    from qlora_lite.integrations import trl as packed_trl
 
     tokenizer = AutoTokenizer.from_pretrained(work.model)
-    model, options = {"ours": ours, "peer": peer}[work.side](work)
+    model, config = {"ours": ours, "peer": peer}[work.side](work)
     data = Dataset.from_list(rows(work, tokenizer))
     if work.trainer == "trainer":
         kind = AdapterTrainer if work.side == "ours" else transformers.Trainer
         return kind(model, transformers.TrainingArguments(**settings(work)), train_dataset=data)
-    kinds = {
-        "sft": (trl.SFTTrainer, trl.SFTConfig),
-        "dpo": (trl.DPOTrainer, trl.DPOConfig),
-        "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
-    }
-    trainer, config = kinds[work.trainer]
-    if work.trainer == "grpo":
-        options["reward_funcs"] = length_reward
-    return trainer(model, args=config(**settings(work)), train_dataset=data, processing_class=tokenizer, **options)
+    name = work.trainer.upper()
+    trainer = getattr(packed_trl if work.side == "ours" else trl, f"{name}Trainer")
+    args = getattr(trl, f"{name}Config")(**settings(work))
+    options = {"reward_funcs": length_reward} if work.trainer == "grpo" else {}
+    return trainer(model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=config, **options)
 
 
 def main() -> None:

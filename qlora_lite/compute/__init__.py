@@ -10,6 +10,7 @@ weight_update       scaling B A added to a weight, in tiles
 norms_and_gates     RMSNorm and gated activations that keep only their inputs
 cpu_attention       causal attention on a CPU, as large products
 cross_entropy       the loss of a linear head without its logits
+token_log_probs     the log-probability of each label under a linear head without its logits
 host_memory         freed heap pages, and limits on what libraries cache
 random_state        the state of every random number generator of a run
 environment         versions of the libraries, and the machine
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from qlora_lite.compute.lora_linear import adapted_linear as adapted_linear
     from qlora_lite.compute.norms_and_gates import gated as gated
     from qlora_lite.compute.norms_and_gates import rms_norm as rms_norm
+    from qlora_lite.compute.token_log_probs import linear_log_probs as linear_log_probs
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -38,6 +40,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "lora_linear": "adapted_linear",
         "norms_and_gates": "rms_norm gated",
         "cpu_attention": "causal_attention",
+        "token_log_probs": "linear_log_probs",
         "host_memory": "set_host_limits release_freed_pages",
     },
 )

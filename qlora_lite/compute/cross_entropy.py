@@ -13,9 +13,9 @@ logits, a few `SOFTMAX_BYTES` and a slice of the head, whatever the vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,28 +34,50 @@ SOFTMAX_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
-class _Options:
-    """Options of the loss: z = softcap(scale * (W h + b)), with smoothed labels.
+class HeadOptions:
+    """Options of a head: z = softcap(scale * (W h + b)) / temperature; smoothing of the labels is the loss's.
 
     lora_scaling: of the adapter on the head. tokens `(n,)`: the rows of W that other rows replace, or None.
     """
 
-    scale: float
-    softcap: float | None
-    smoothing: float
-    lora_scaling: float
-    tokens: Tensor | None
+    scale: float = 1.0
+    softcap: float | None = None
+    smoothing: float = 0.0
+    lora_scaling: float = 1.0
+    tokens: Tensor | None = None
+    temperature: float = 1.0
 
 
-class _Sums(dict[str, Tensor]):
-    """Gradients summed over chunks, in fp32; only those that are needed have an entry."""
+class HeadTensors(NamedTuple):
+    """The tensors of a head: W `(vocabulary, features)`, b, A, B, and the rows that replace those of some tokens."""
+
+    weight: Weight
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    replaced: Tensor | None
+
+
+class GradientSums(dict[str, Tensor]):
+    """Gradients of a head's tensors, summed over chunks, in fp32; only those that are needed have an entry."""
+
+    @classmethod
+    def of(cls, head: HeadTensors, needs: Sequence[bool]) -> GradientSums:
+        """Returns zeros for the tensors that need a gradient; needs: one for each tensor of the head."""
+        return cls(
+            {
+                name: torch.zeros_like(tensor, dtype=torch.float32)
+                for name, tensor, needed in zip(head._fields, head, needs, strict=True)
+                if isinstance(tensor, Tensor) and needed
+            }
+        )
 
     def add(self, name: str, part: slice, value: Callable[[], Tensor]) -> None:
         if name in self:
             self[name][part] += value()
 
 
-def _logits(rows: Tensor, weight: Weight, low: Tensor | None, lora_B: Tensor | None, o: _Options) -> Tensor:
+def _logits(rows: Tensor, weight: Weight, low: Tensor | None, lora_B: Tensor | None, o: HeadOptions) -> Tensor:
     """Returns rows W^T + lora_scaling * low B^T in the dtype of the rows, without bias, scale and softcap."""
     logits: Tensor | None = None
     for part, dense in dense_slices(weight, rows):
@@ -72,16 +94,35 @@ def _logits(rows: Tensor, weight: Weight, low: Tensor | None, lora_B: Tensor | N
     return logits
 
 
-def _loss_and_slope(
-    logits: Tensor, bias: Tensor | None, labels: Tensor, o: _Options, with_slope: bool
-) -> tuple[Tensor, Tensor]:
-    """Returns the summed loss of some rows, and its derivative by their products with W, in fp32.
+def logit_chunks(hidden: Tensor, head: HeadTensors, o: HeadOptions) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yields the logits of some rows of hidden at a time, without bias, scale and softcap: (slice, rows, logits).
 
-    With p = softmax(z), c = softcap, e = smoothing, V = vocabulary, and y the one-hot label:
-
-        loss  = logsumexp(z) - (1 - e) z[label] - e mean(z)
-        slope = scale * (1 - (z / c)^2) * (p - (1 - e) y - e / V)      factor of softcap only with a softcap
+    hidden `(n, features)`; rows and logits are in the dtype of the products. The caller may overwrite the logits, and
+    must not hold them when it asks for the next ones.
     """
+    dtype = product_dtype(hidden, None)
+    for chunk in slices_within((hidden.shape[0], head.weight.shape[0]), dtype.itemsize, CHUNK_BYTES, like=hidden):
+        rows = hidden[chunk].to(dtype)
+        logits = _logits(rows, head.weight, _low(rows, head), head.lora_B, o)
+        if head.replaced is not None:
+            logits[:, o.tokens] = rows @ head.replaced.to(dtype).T
+        yield chunk, rows, logits
+        del logits
+
+
+def _low(rows: Tensor, head: HeadTensors) -> Tensor | None:
+    return None if head.lora_A is None else rows @ head.lora_A.to(rows.dtype).T
+
+
+def softmax_parts(logits: Tensor) -> Iterator[slice]:
+    """Yields slices of the rows of logits whose fp32 values take `SOFTMAX_BYTES`."""
+    yield from slices_within(logits.shape, torch.float32.itemsize, SOFTMAX_BYTES, like=logits)
+
+
+def softmax_input(
+    logits: Tensor, bias: Tensor | None, o: HeadOptions, with_slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns z in fp32, and the factor of the softcap in its derivative, 1 - (z / c)^2, if it is needed."""
     z = logits.to(torch.float32, copy=True)
     if bias is not None:
         z += bias
@@ -92,6 +133,30 @@ def _loss_and_slope(
         z.div_(o.softcap).tanh_()
         curve = 1 - z * z if with_slope else None
         z *= o.softcap
+    if o.temperature != 1:
+        z /= o.temperature
+    return z, curve
+
+
+def slope_of_products(slope: Tensor, curve: Tensor | None, o: HeadOptions) -> Tensor:
+    """Turns a derivative by z into one by the products with W: times scale * (1 - (z / c)^2) / temperature."""
+    if curve is not None:
+        slope *= curve
+    factor = o.scale / o.temperature
+    return slope.mul_(factor) if factor != 1 else slope
+
+
+def _loss_and_slope(
+    logits: Tensor, bias: Tensor | None, labels: Tensor, o: HeadOptions, with_slope: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the summed loss of some rows, and its derivative by their products with W, in fp32.
+
+    With p = softmax(z), c = softcap, e = smoothing, V = vocabulary, and y the one-hot label:
+
+        loss  = logsumexp(z) - (1 - e) z[label] - e mean(z)
+        slope = scale * (1 - (z / c)^2) * (p - (1 - e) y - e / V)      factor of softcap only with a softcap
+    """
+    z, curve = softmax_input(logits, bias, o, with_slope)
     picked = labels.unsqueeze(1)
     largest = z.amax(1, keepdim=True)
     loss = (largest - (1 - o.smoothing) * z.gather(1, picked)).sum()
@@ -105,15 +170,15 @@ def _loss_and_slope(
     slope.scatter_add_(1, picked, torch.full_like(picked, -(1 - o.smoothing), dtype=slope.dtype))
     if o.smoothing:
         slope.sub_(o.smoothing / z.shape[1])
-    if curve is not None:
-        slope *= curve
-    return loss, slope.mul_(o.scale) if o.scale != 1 else slope
+    return loss, slope_of_products(slope, curve, o)
 
 
-def _chunk_loss(logits: Tensor, bias: Tensor | None, labels: Tensor, o: _Options, sums: _Sums | None) -> Tensor:
+def _chunk_loss(
+    logits: Tensor, bias: Tensor | None, labels: Tensor, o: HeadOptions, sums: GradientSums | None
+) -> Tensor:
     """Returns the summed loss of a chunk; with `sums`, overwrites the logits by their derivative."""
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-    for part in slices_within(logits.shape, torch.float32.itemsize, SOFTMAX_BYTES, like=logits):
+    for part in softmax_parts(logits):
         part_loss, slope = _loss_and_slope(logits[part], bias, labels[part], o, sums is not None)
         loss += part_loss
         if sums is not None:
@@ -135,39 +200,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         lora_B: Tensor | None,
         replaced: Tensor | None,
         labels: Tensor,
-        o: _Options,
+        o: HeadOptions,
     ) -> Tensor:
-        names = ("hidden", "weight", "bias", "lora_A", "lora_B", "replaced")
-        tensors = dict(zip(names, (hidden, weight, bias, lora_A, lora_B, replaced), strict=True))
-        needs = dict(zip(names, ctx.needs_input_grad, strict=False))
-        sums = _Sums(
-            {
-                name: torch.zeros_like(tensor, dtype=torch.float32)
-                for name, tensor in tensors.items()
-                if isinstance(tensor, Tensor) and needs[name] and name != "hidden"
-            }
-        )
-        dtype = product_dtype(hidden, None)
-        gradient = torch.empty_like(hidden) if needs["hidden"] else None
+        head = HeadTensors(weight, bias, lora_A, lora_B, replaced)
+        needs = ctx.needs_input_grad[:6]
+        sums = GradientSums.of(head, needs[1:]) if any(needs) else None
+        gradient = torch.empty_like(hidden) if needs[0] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        logits_shape = (hidden.shape[0], weight.shape[0])
-        for chunk in slices_within(logits_shape, dtype.itemsize, CHUNK_BYTES, like=hidden):
-            rows = hidden[chunk].to(dtype)
-            low = None if lora_A is None else rows @ lora_A.to(dtype).T
-            logits = _logits(rows, weight, low, lora_B, o)
-            if replaced is not None:
-                logits[:, o.tokens] = rows @ replaced.to(dtype).T
-            needed = any(needs.values())
-            loss += _chunk_loss(logits, bias, labels[chunk], o, sums if needed else None)
-            if needed:
-                replaced_grad = None if replaced is None else _replaced_gradients(rows, replaced, logits, o, sums)
-                grad_rows = _gradients(rows, weight, low, lora_A, lora_B, logits, o, sums)
+        for chunk, rows, logits in logit_chunks(hidden, head, o):
+            loss += _chunk_loss(logits, bias, labels[chunk], o, sums)
+            if sums is not None:
+                grad_rows = chunk_gradients(rows, head, logits, o, sums)
                 if gradient is not None:
-                    gradient[chunk] = grad_rows if replaced_grad is None else grad_rows.add_(replaced_grad)
+                    gradient[chunk] = grad_rows
             del logits
-        found = [gradient, *(sums.get(name) for name in names[1:])]
-        ctx.save_for_backward(*found)
-        ctx.dtypes = [t.dtype if isinstance(t, Tensor) else None for t in tensors.values()]
+        ctx.save_for_backward(gradient, *(sums.get(name) if sums else None for name in head._fields))
+        ctx.dtypes = [t.dtype if isinstance(t, Tensor) else None for t in (hidden, *head)]
         return loss
 
     @staticmethod
@@ -180,7 +228,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None)
 
 
-def _replaced_gradients(rows: Tensor, replaced: Tensor, slope: Tensor, o: _Options, sums: _Sums) -> Tensor:
+def _replaced_gradients(rows: Tensor, replaced: Tensor, slope: Tensor, o: HeadOptions, sums: GradientSums) -> Tensor:
     """Adds a chunk's gradient of the replaced rows of W to the sums. Returns their part of the gradient of hidden rows.
 
     Sets their columns of `slope` to 0, since the rows of W that they replace have no part in the logits.
@@ -191,40 +239,37 @@ def _replaced_gradients(rows: Tensor, replaced: Tensor, slope: Tensor, o: _Optio
     return piece @ replaced.to(rows.dtype)
 
 
-def _gradients(
-    rows: Tensor,
-    weight: Weight,
-    low: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    slope: Tensor,
-    o: _Options,
-    sums: _Sums,
-) -> Tensor:
-    """Adds a chunk's gradients of weight, A and B to the sums. Returns the gradient of its hidden rows, in fp32."""
+def chunk_gradients(rows: Tensor, head: HeadTensors, slope: Tensor, o: HeadOptions, sums: GradientSums) -> Tensor:
+    """Adds a chunk's gradients of the head's tensors to the sums. Returns the gradient of its hidden rows, in fp32.
+
+    slope `(rows, vocabulary)`: the derivative by the products with W, which is overwritten.
+    """
+    of_replaced = None if head.replaced is None else _replaced_gradients(rows, head.replaced, slope, o, sums)
+    low = _low(rows, head)
     grad_rows = torch.zeros_like(rows, dtype=torch.float32)
     grad_low = None if low is None else torch.zeros_like(low, dtype=torch.float32)
-    for part, dense in dense_slices(weight, rows):
+    for part, dense in dense_slices(head.weight, rows):
         piece = slope[:, part]
         grad_rows += piece @ dense
         sums.add("weight", part, functools.partial(torch.mm, piece.T, rows))
-        if low is not None and lora_B is not None and grad_low is not None:
+        if low is not None and head.lora_B is not None and grad_low is not None:
             sums.add("lora_B", part, functools.partial(torch.mm, piece.T, low * o.lora_scaling))
-            grad_low += (piece @ lora_B[part].to(rows.dtype)).mul_(o.lora_scaling)
-    if grad_low is not None and lora_A is not None:
-        grad_rows += grad_low.to(rows.dtype) @ lora_A.to(rows.dtype)
+            grad_low += (piece @ head.lora_B[part].to(rows.dtype)).mul_(o.lora_scaling)
+    if grad_low is not None and head.lora_A is not None:
+        grad_rows += grad_low.to(rows.dtype) @ head.lora_A.to(rows.dtype)
         sums.add("lora_A", slice(None), functools.partial(torch.mm, grad_low.to(rows.dtype).T, rows))
-    return grad_rows
+    return grad_rows if of_replaced is None else grad_rows.add_(of_replaced)
 
 
-def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
+def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
     """Returns the positions with a label. Fake labels have no values: all positions count, which is the maximum."""
     if isinstance(labels, FakeTensor):
         return torch.arange(labels.numel(), device=labels.device)
     return (labels != ignore_index).nonzero().squeeze(1)
 
 
-def _check_labels(labels: Tensor, kept: Tensor, vocabulary: int) -> None:
+def check_labels(labels: Tensor, kept: Tensor, vocabulary: int) -> None:
+    """Raises InputError for labels of another dtype than int64, or outside of the vocabulary."""
     if labels.dtype != torch.int64:
         raise InputError(f"labels must be int64; got {labels.dtype}")
     if isinstance(labels, FakeTensor) or not kept.numel():
@@ -239,6 +284,11 @@ def _check_options(reduction: str, label_smoothing: float, softcap: float | None
         raise InputError(f"reduction must be mean or sum; got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
         raise InputError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
+    check_softcap(softcap)
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raises InputError for a softcap that is not above 0."""
     if softcap is not None and not softcap > 0:
         raise InputError(f"softcap must be above 0, or None; got {softcap}")
 
@@ -273,12 +323,12 @@ def linear_cross_entropy(
         raise InputError(f"labels should have the shape {tuple(hidden.shape[:-1])}; got {tuple(labels.shape)}")
     _check_options(reduction, label_smoothing, softcap)
     flat = labels.reshape(-1)
-    kept = _labelled(flat, ignore_index)
-    _check_labels(flat, kept, weight.shape[0])
+    kept = labelled_rows(flat, ignore_index)
+    check_labels(flat, kept, weight.shape[0])
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
     lora_A, lora_B, lora_scaling = lora or (None, None, 1.0)
     tokens, values = replaced or (None, None)
-    options = _Options(logit_scale, softcap, label_smoothing, lora_scaling, tokens)
+    options = HeadOptions(logit_scale, softcap, label_smoothing, lora_scaling, tokens)
     chosen = flat.index_select(0, kept)
     loss: Tensor = _LinearCrossEntropy.apply(rows, weight, bias, lora_A, lora_B, values, chosen, options)
     return loss if reduction == "sum" else loss / kept.numel()

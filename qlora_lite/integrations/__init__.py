@@ -1,7 +1,8 @@
 """Other people's training loops and adapters, on packed bases.
 
 transformers   Trainer for models of `add_lora_`: checkpoints of adapters only
-peft           peft's own API, and with it trl, on packed layers
+peft           peft's own API on packed layers
+trl            trl's trainers, under their names: `from qlora_lite.integrations.trl import SFTTrainer`
 
 `training.forward.fuse_` gives a model the forward of `train` in any of them.
 """

@@ -20,6 +20,7 @@ from qlora_lite.errors import TargetError
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.peft.save_load import load_adapter_, save_adapter
 from qlora_lite.patches import patched_attribute
+from qlora_lite.training.forward.token_log_probs import without_peft
 
 
 class AdapterCheckpoints:
@@ -29,24 +30,38 @@ class AdapterCheckpoints:
 
     `save_model`, `resume_from_checkpoint` and `load_best_model_at_end` write and read the adapter in use. The model's
     parameters stay the same objects. Raises TargetError, when the first checkpoint is written, for a model without
-    adapters of `add_lora_`; models of peft need no such class.
+    adapters. Models of peft are saved and loaded by Trainer itself, which writes their adapters only.
     """
 
     model: nn.Module
     state: Any
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if _is_of_peft(self.model):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
         if not lora_layers(self.model):
-            raise TargetError("the model has no adapters of add_lora_ to save; models of peft are saved by Trainer")
+            raise TargetError("the model has no adapters of add_lora_ or peft to save")
         # A state of the whole model is never made: Trainer hands it on to save_pretrained, which is replaced.
         with patched_attribute(self.model, "save_pretrained", functools.partial(_save_adapter, self.model)):
             super()._save(output_dir, {})  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_adapter_(self.model if model is None else model, resume_from_checkpoint)
+        model = self.model if model is None else model
+        if _is_of_peft(model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        else:
+            load_adapter_(model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        load_adapter_(self.model, self.state.best_model_checkpoint)
+        if _is_of_peft(self.model):
+            super()._load_best_model()  # type: ignore[misc]
+        else:
+            load_adapter_(self.model, self.state.best_model_checkpoint)
+
+
+def _is_of_peft(model: nn.Module) -> bool:
+    return without_peft(model) is not model
 
 
 def _save_adapter(model: nn.Module, folder: str, *, is_main_process: bool = True, **options: object) -> None:

@@ -32,8 +32,8 @@ from qlora_lite.tasks import CAUSAL_LM, task_of
 from qlora_lite.training.config import CHECKPOINTING, FULL, NONE
 from qlora_lite.training.forward.activation_checkpointing import BlockCheckpointing, checkpointable_blocks
 from qlora_lite.training.forward.fused_forward import CausalMasks, fused_attention, fused_forwards
-from qlora_lite.training.objective.choice import checked_loss
-from qlora_lite.training.objective.losses import LOSSES, OF_MODEL
+from qlora_lite.training.objective.choice import checked_loss, head_reason
+from qlora_lite.training.objective.losses import LOGIT_FREE, LOSSES, OF_MODEL
 from qlora_lite.training.objective.positions import check_positions
 
 ATTRIBUTE = "fusion"
@@ -73,6 +73,20 @@ def fusion_of(model: nn.Module) -> Fusion | None:
     return found if isinstance(found, Fusion) else None
 
 
+@contextmanager
+def own_forward(model: Any) -> Iterator[None]:
+    """Within the block a fused model has the forward of its class; its modules stay fused. Others are left alone.
+
+    Losses and checks call the model. What accelerate puts around its forward is entered already, and must not be
+    entered twice: torch.autocast, entered again as the same object, stays on for ever.
+    """
+    if fusion_of(model) is None:
+        yield
+        return
+    with patched_forward(model, types.MethodType(type(model).forward, model)):
+        yield
+
+
 def _switch_checkpointing(model: nn.Module, enable: bool = True, **options: object) -> None:
     """In place of transformers' method of this name: sets the dial, and leaves transformers' own recomputation off."""
     fusion = fusion_of(model)
@@ -83,7 +97,7 @@ def _switch_checkpointing(model: nn.Module, enable: bool = True, **options: obje
 def _chosen_loss(model: nn.Module, fusion: Fusion, batch: Batch) -> str:
     """Returns the key in LOSSES of the loss for a batch. The first time, the model is tried as in `train`."""
     check_positions(model, batch)
-    if fusion.loss is None:
+    if fusion.loss is None or (fusion.loss == LOGIT_FREE and head_reason(model) is not None):  # the head was changed
         fusion.loss, fusion.logits_reason = checked_loss(model, batch)
     return fusion.loss
 
@@ -98,9 +112,7 @@ def _forward(model: Any, args: tuple[object, ...], given: dict[str, Any]) -> Any
         return own(model, *args, **given)
     items = given.get("num_items_in_batch")
     batch = {name: value for name, value in given.items() if isinstance(value, Tensor) and value is not items}
-    # Losses and checks call the model. What accelerate puts around its forward is entered already, and must not be
-    # entered twice: torch.autocast, entered again as the same object, stays on for ever.
-    with patched_forward(model, types.MethodType(own, model)):
+    with own_forward(model):
         chosen = _chosen_loss(model, fusion, batch)
         if chosen == OF_MODEL:
             return own(model, **given)

@@ -48,7 +48,7 @@ ROUNDING = 1e-5  # of a loss itself, a sum in fp32
 _rehearsed: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
-def _head_reason(model: nn.Module) -> str | None:
+def head_reason(model: nn.Module) -> str | None:
     """Returns why the head's weight is not enough to compute the loss from what the head gets; None if it is."""
     head = architecture.output_head(model)
     if head is None or architecture.base_model(model) is model:
@@ -56,6 +56,9 @@ def _head_reason(model: nn.Module) -> str | None:
     base = base_of_head(head)
     if not (hasattr(base, "in_features") and hasattr(base, "weight")) or has_own_forward(base):
         return f"its output head is a {type(head).__name__}"
+    # A layer of another library around the head has the head's weight, and adds to its product.
+    if any(part is not base.weight for part in base.children()):
+        return f"its output head is a {type(head).__name__} of {type(head).__module__.partition('.')[0]}"
     if isinstance(head, LoraLayer) and head.variant.gain is not None:
         return f"the adapter of its output head is of variant {head.variant.name}"
     if isinstance(head, LoraLayer) and head.dropout > 0:
@@ -166,7 +169,7 @@ def choose_loss(model: nn.Module, batch: Batch) -> tuple[str, str | None]:
         return of_task.name, None
     if (coefficient := architecture.z_loss_coefficient(model)) > 0:
         return OF_MODEL, f"its config asks for a loss on the size of the logits (z_loss_coefficient {coefficient:g})"
-    reason = _head_reason(model)
+    reason = head_reason(model)
     if reason is None and isinstance(batch["input_ids"], FakeTensor):
         if model not in _rehearsed:
             _rehearsed[model] = _probe(model, batch)

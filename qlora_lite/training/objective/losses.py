@@ -48,10 +48,10 @@ def base_of_head(head: nn.Module) -> nn.Module:
     return head.base_layer if isinstance(head, (LoraLayer, TrainedCopy, TrainableTokensLayer)) else head
 
 
-def head_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Returns the summed cross-entropy of the labels, of which token t + 1 belongs to hidden state t.
+def head_arguments(model: nn.Module, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Returns hidden states in the dtype of the head's products, and its tensors and options by argument.
 
-    hidden: (rows, tokens, features), the input of the output head. labels: (rows, tokens).
+    They are arguments of `linear_cross_entropy` and `linear_log_probs`. hidden: the input of the output head.
     """
     head: Any = architecture.output_head(model)
     lora = replaced = None
@@ -60,17 +60,17 @@ def head_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     if isinstance(head, TrainableTokensLayer) and head.adapter_enabled:
         replaced = (head.rows.tokens, head.rows.values)
     dtype = getattr(base_of_head(head), "compute_dtype", None) or hidden.dtype
-    options: Any = architecture.logit_options(model)
-    return linear_cross_entropy(
-        hidden[:, :-1].to(dtype),
-        head.weight,
-        labels[:, 1:],
-        head.bias,
-        lora=lora,
-        replaced=replaced,
-        reduction="sum",
-        **options,
-    )
+    tensors = {"weight": head.weight, "bias": head.bias, "lora": lora, "replaced": replaced}
+    return hidden.to(dtype), tensors | architecture.logit_options(model)
+
+
+def head_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Returns the summed cross-entropy of the labels, of which token t + 1 belongs to hidden state t.
+
+    hidden: (rows, tokens, features), the input of the output head. labels: (rows, tokens).
+    """
+    rows, arguments = head_arguments(model, hidden[:, :-1])
+    return linear_cross_entropy(rows, labels=labels[:, 1:], reduction="sum", **arguments)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
