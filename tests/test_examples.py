@@ -61,10 +61,12 @@ def test_example_ends_with_its_figures(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setattr(sys, "argv", [example, "--tiny"])
+    exit_code = None
     try:
         runpy.run_path(str(ROOT / example), run_name="__main__")
     except SystemExit as end:
-        assert not end.code
+        exit_code = end.code
+    assert not exit_code
     figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert set(figures) == EXAMPLES[example]
     if "exports_agree" in figures:

@@ -20,7 +20,7 @@ from qlora_lite.errors import TargetError
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.peft.save_load import load_adapter_, save_adapter
 from qlora_lite.patches import patched_attribute
-from qlora_lite.training.forward.token_log_probs import without_peft
+from qlora_lite.training.forward.log_probs import without_peft
 
 
 class AdapterCheckpoints:

@@ -6,7 +6,7 @@ fused_forward              forward methods replaced by functions that save less 
 activation_checkpointing   blocks that are recomputed in backward
 embedding_noise            NEFTune: noise on the embeddings of tokens
 fuse                       both, and the loss without logits, for other training loops
-token_log_probs            the log-probability of each label, without the logits
+log_probs                  the log-probability of each label, without the logits
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from qlora_lite.lazy import lazy_names
 if TYPE_CHECKING:
     from qlora_lite.training.forward.fuse import fuse_ as fuse_
     from qlora_lite.training.forward.fuse import unfuse_ as unfuse_
-    from qlora_lite.training.forward.token_log_probs import token_log_probs as token_log_probs
-    from qlora_lite.training.forward.token_log_probs import token_statistics as token_statistics
+    from qlora_lite.training.forward.log_probs import token_log_probs as token_log_probs
+    from qlora_lite.training.forward.log_probs import token_statistics as token_statistics
 
 __getattr__, __dir__, __all__ = lazy_names(
-    __name__, {"fuse": "fuse_ unfuse_", "token_log_probs": "token_log_probs token_statistics"}
+    __name__, {"fuse": "fuse_ unfuse_", "log_probs": "token_log_probs token_statistics"}
 )

@@ -16,7 +16,7 @@ from qlora_lite import LoraConfig, QuantConfig, add_lora_, quantize_base_
 from qlora_lite.errors import ConfigError, InputError
 from qlora_lite.integrations.peft import lora_config
 from qlora_lite.training.forward.fuse import fuse_
-from qlora_lite.training.forward.token_log_probs import token_log_probs, token_statistics
+from qlora_lite.training.forward.log_probs import token_log_probs, token_statistics
 
 TOKENS = torch.arange(16, 56).view(2, 20)
 LABELS = TOKENS.clone()
