@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,28 +25,22 @@ QUESTION, ANSWER = "question", "answer"
 class Prompt:
     """What a model answers. tokens: its input. shown: text, or messages. expected: the answer that a record has."""
 
-    tokens: Sequence[int]
+    tokens: list[int]
     shown: object
     expected: str | None = None
 
 
 @dataclass
 class Prompts:
-    """Writes prompts for one tokenizer. date: what chat templates write that ask for it, today by default."""
+    """Writes prompts for one tokenizer."""
 
     tokenizer: Any
-    date: datetime.date | None = None
     _encoder: Encoder = field(init=False)
     _template: ChatTemplate = field(init=False)
 
     def __post_init__(self) -> None:
-        self._encoder = Encoder(self.tokenizer, date=self.date)
-        self._template = ChatTemplate(self.tokenizer, special_tokens(self.tokenizer), self.date)
-
-    @property
-    def date_written(self) -> datetime.date | None:
-        """The date that prompts hold; None if the chat template writes none."""
-        return self._template.date_written
+        self._encoder = Encoder(self.tokenizer)
+        self._template = ChatTemplate(self.tokenizer, special_tokens(self.tokenizer))
 
     @property
     def has_template(self) -> bool:

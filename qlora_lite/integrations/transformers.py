@@ -16,11 +16,11 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from qlora_lite.errors import TargetError
+from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.lora.peft.save_load import load_adapter_, save_adapter
 from qlora_lite.patches import patched_attribute
-from qlora_lite.training.forward.log_probs import without_peft
+from qlora_lite.training.forward.fuse import fusion_of, without_peft
 
 
 class AdapterCheckpoints:
@@ -76,3 +76,16 @@ def _save_adapter(model: nn.Module, folder: str, *, is_main_process: bool = True
 
 class AdapterTrainer(AdapterCheckpoints, Trainer):  # type: ignore[misc]
     """transformers' Trainer with `AdapterCheckpoints`."""
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """As Trainer's. Raises ConfigError if logits are wanted of a model whose calls with labels have none."""
+        fusion = fusion_of(without_peft(self.model))
+        has_logits = prediction_loss_only or self.label_smoother is not None or self.compute_loss_func is not None
+        if not has_logits and fusion is not None and not fusion.keep_logits and "labels" in inputs:
+            raise ConfigError(
+                "compute_metrics and predict need logits, and a fused model has none in calls with labels; "
+                "fuse_(model, keep_logits=True), or set prediction_loss_only=True"
+            )
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

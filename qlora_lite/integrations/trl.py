@@ -32,8 +32,8 @@ from qlora_lite.integrations.transformers import AdapterCheckpoints
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.patches import patched_attribute
 from qlora_lite.training.config import FULL, NONE
-from qlora_lite.training.forward.fuse import fuse_, fusion_of
-from qlora_lite.training.forward.log_probs import token_statistics, without_peft
+from qlora_lite.training.forward.fuse import fuse_, fusion_of, without_peft
+from qlora_lite.training.forward.log_probs import token_statistics
 
 try:
     import trl

@@ -10,10 +10,10 @@ import torch
 import transformers
 
 from qlora_lite import LoraConfig, add_lora_, load_adapter_, load_quantized
-from qlora_lite.errors import TargetError
+from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.integrations.transformers import AdapterTrainer
 from qlora_lite.lora.adapters import adapter_parameters
-from qlora_lite.training.forward.fuse import fuse_
+from qlora_lite.training.forward.fuse import fuse_, unfuse_
 
 STEPS = 4
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "qlora_lite_base.json"}
@@ -89,5 +89,39 @@ def test_the_best_adapter_comes_back(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_a_model_without_adapters_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     model = load_quantized(tiny_folder, dtype=torch.float32)
-    with pytest.raises(TargetError, match="no adapters of add_lora_ to save"):
+    with pytest.raises(TargetError, match="no adapters of add_lora_ or peft to save"):
         trainer(model, tmp_path).save_model(str(tmp_path / "out"))
+
+
+def test_losses_with_settings_of_the_trainer_are_those_of_the_own_forward(tiny_folder: Path, tmp_path: Path) -> None:
+    """Label smoothing, a loss function, and the count of items over accumulated batches are never ignored."""
+
+    def z_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        return outputs.logits.square().mean()
+
+    for options in ({"label_smoothing_factor": 0.5}, {"gradient_accumulation_steps": 2}, {}):
+        losses = []
+        for fuse in (True, False):
+            model = adapted(tiny_folder)
+            if not fuse:
+                unfuse_(model)
+            run = trainer(model, tmp_path, stop=1, logging_steps=1, save_strategy="no", **options)
+            if not options:
+                run.compute_loss_func = z_loss
+            run.train()
+            logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+            losses.append([*logged, run.evaluate()["eval_loss"]])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2
+
+
+def test_metrics_that_need_logits_ask_for_them(tiny_folder: Path, tmp_path: Path) -> None:
+    model = adapted(tiny_folder)
+    run = trainer(model, tmp_path)
+    shapes: list[tuple[int, ...]] = []
+    run.compute_metrics = lambda found: shapes.append(found.predictions.shape) or {}
+    with pytest.raises(ConfigError, match="compute_metrics and predict need logits, and a fused model has none"):
+        run.evaluate()
+    unfuse_(model)
+    fuse_(model, keep_logits=True)
+    run.evaluate()
+    assert shapes == [(4, 12, model.config.vocab_size)]

@@ -40,6 +40,12 @@ CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
+def _holds_tokens(cache: Any) -> bool:
+    """Whether a cache has keys and values of tokens before those of the call."""
+    length = getattr(cache, "get_seq_length", None)
+    return callable(length) and int(length()) > 0
+
+
 class _Costs(NamedTuple):
     """Bytes of a batch with one kept block.
 
@@ -98,6 +104,8 @@ class BlockCheckpointing:
             return forward(*args, **kwargs)
         # In a cache, a recomputed block would find its own keys. XLM fills one in any case.
         for name in CACHES if index < recomputed else ():
+            if _holds_tokens(kwargs.get(name)):  # of an earlier call, or of a trained prefix
+                return forward(*args, **kwargs)
             if kwargs.get(name) is not None:
                 kwargs[name] = None
         if index < recomputed - self.attention_kept:
@@ -175,6 +183,13 @@ class BlockCheckpointing:
         self.kept = max(0, min(self.blocks, int((room - attention * self.blocks) / rest)))
         left = self.blocks - self.kept
         self.attention_kept = min(left, int((room - self.kept * block) / attention)) if attention else 0
+
+
+def is_recomputed_forward(forward: object) -> bool:
+    """Whether a block has this forward from a `BlockCheckpointing`."""
+    return isinstance(forward, functools.partial) and isinstance(
+        getattr(forward.func, "__self__", None), BlockCheckpointing
+    )
 
 
 def checkpointable_blocks(model: nn.Module, checkpointing: str | int) -> list[nn.Module]:

@@ -10,12 +10,13 @@ other models of the same class have none.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,22 +31,42 @@ from qlora_lite.errors import ConfigError
 from qlora_lite.patches import exchange_attention_, loss_output, patched_forward
 from qlora_lite.tasks import CAUSAL_LM, task_of
 from qlora_lite.training.config import CHECKPOINTING, FULL, NONE
-from qlora_lite.training.forward.activation_checkpointing import BlockCheckpointing, checkpointable_blocks
-from qlora_lite.training.forward.fused_forward import CausalMasks, fused_attention, fused_forwards
+from qlora_lite.training.forward.activation_checkpointing import (
+    BlockCheckpointing,
+    checkpointable_blocks,
+    is_recomputed_forward,
+)
+from qlora_lite.training.forward.fused_forward import (
+    CausalMasks,
+    fused_attention,
+    fused_forwards,
+    is_fused_forward,
+)
 from qlora_lite.training.objective.choice import checked_loss, head_reason
 from qlora_lite.training.objective.losses import LOGIT_FREE, LOSSES, OF_MODEL
+from qlora_lite.training.objective.made_up_rows import TEXT_INPUTS
+from qlora_lite.training.objective.packing import check_packing, is_packed
 from qlora_lite.training.objective.positions import check_positions
 
 ATTRIBUTE = "fusion"
 # The name under which transformers knows the fused attention.
 ATTENTION = "qlora_lite_sdpa"
-# Arguments of a forward that ask for outputs which the loss without logits does not have. None, False and 0 ask for
-# nothing.
-OWN_FORWARD = (
-    *("shift_labels", "logits_to_keep", "output_hidden_states", "output_attentions", "past_key_values"),
-    "inputs_embeds",
-)
-METHODS = ("forward", "_set_gradient_checkpointing")
+# Tensors with which a forward computes something else than the loss without logits.
+OWN_FORWARD = ("shift_labels", "logits_to_keep", "inputs_embeds")
+# Other arguments that the call with labels follows. Any further one that is not a tensor, None or False asks for more.
+FOLLOWED = ("num_items_in_batch", "return_dict")
+# Entries of a config that ask for outputs in every call.
+OUTPUTS = ("output_hidden_states", "output_attentions")
+METHODS = ("forward", "_set_gradient_checkpointing", "_replicate_for_data_parallel")
+
+
+@dataclass
+class ChosenLoss:
+    """The loss for labels, found out in the first call with labels: its fields in a `Fusion`."""
+
+    loss: str | None = None
+    logits_reason: str | None = None
+    packing_checked: bool = False
 
 
 @dataclass
@@ -55,7 +76,8 @@ class Fusion:
     modules: names of the modules with a fused forward. blocks: of the blocks that may be recomputed. dial: decides
     which of them are. keep_logits: whether a call with labels is left as it is. loss: the key in LOSSES of the loss for
     labels, None before the first call with labels. logits_reason: why that loss takes the logits of all tokens, None if
-    it does not. attention: the name of the attention function before, None if it was not exchanged.
+    it does not. packing_checked: whether packed rows came before. attention: the name of the attention function before,
+    None if it was not exchanged.
     """
 
     modules: list[str]
@@ -65,6 +87,21 @@ class Fusion:
     attention: str | None = None
     loss: str | None = None
     logits_reason: str | None = None
+    packing_checked: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
+        return replace(self, dial=copy.deepcopy(self.dial, memo))
+
+    def __reduce__(self) -> Any:
+        # The methods of the model would be read back as those of its class, and the model be fused by half.
+        raise ConfigError("a fused model cannot be pickled; unfuse_ it first, or save its adapters (save_adapter)")
+
+
+def without_peft(model: Any) -> nn.Module:
+    """Returns the model that a model of peft has wrapped, whose layers it has adapted; any other model itself."""
+    get = getattr(model, "get_base_model", None)
+    found: nn.Module = get() if callable(get) and hasattr(model, "peft_config") else model
+    return found
 
 
 def fusion_of(model: nn.Module) -> Fusion | None:
@@ -94,26 +131,64 @@ def _switch_checkpointing(model: nn.Module, enable: bool = True, **options: obje
     fusion.dial.set(FULL if enable else NONE)
 
 
-def _chosen_loss(model: nn.Module, fusion: Fusion, batch: Batch) -> str:
-    """Returns the key in LOSSES of the loss for a batch. The first time, the model is tried as in `train`."""
+def _refuse_replicas(model: nn.Module) -> None:
+    """In place of torch's method of this name: a replica would call the original, whose tensors are on one device."""
+    raise ConfigError("a fused model does not run in torch.nn.DataParallel; start a process for each device (torchrun)")
+
+
+def _recomputes(fusion: Fusion) -> bool:
+    return torch.is_grad_enabled() and fusion.dial.kept < fusion.dial.blocks
+
+
+@functools.cache
+def _takes_cache(forward: Callable[..., Any]) -> bool:
+    return "use_cache" in inspect.signature(forward).parameters
+
+
+def _asks_for_more(model: Any, given: dict[str, Any]) -> bool:
+    """Whether a call, or the model itself, asks for anything but the loss of a causal language model."""
+    config = getattr(model, "config", None)
+    if "_loss_function" in vars(model) or any(architecture.config_value(config, name) for name in OUTPUTS):
+        return True
+    return any(
+        name in OWN_FORWARD if isinstance(value, Tensor) else name not in FOLLOWED
+        for name, value in given.items()
+        if value is not None and value is not False and (name != "logits_to_keep" or isinstance(value, Tensor) or value)
+    )
+
+
+def chosen_loss(model: nn.Module, known: ChosenLoss | Fusion, batch: Batch) -> str:
+    """Returns the key in LOSSES of the loss for a batch, and notes it. First the model is tried, as in `train`.
+
+    Called within `own_forward`. Raises the errors of `check_positions` and `checked_loss`.
+    """
     check_positions(model, batch)
-    if fusion.loss is None or (fusion.loss == LOGIT_FREE and head_reason(model) is not None):  # the head was changed
-        fusion.loss, fusion.logits_reason = checked_loss(model, batch)
-    return fusion.loss
+    # The start of a row may have some of the tokens of an image; without its values, they are tokens like others.
+    text = {name: value for name, value in batch.items() if name in TEXT_INPUTS and value.dim() == 2}
+    if "attention_mask" in batch and "attention_mask" not in text:  # masks of another form say what is packed
+        text.pop("position_ids", None)
+    if known.loss is None or (known.loss == LOGIT_FREE and head_reason(model) is not None):  # the head was changed
+        known.loss, known.logits_reason = checked_loss(model, text)
+        known.packing_checked = is_packed(text)
+    elif is_packed(text) and not known.packing_checked:
+        check_packing(model, text, min(2, len(text["input_ids"])))
+        known.packing_checked = True
+    return known.loss
 
 
 def _forward(model: Any, args: tuple[object, ...], given: dict[str, Any]) -> Any:
     """Runs a fused model: the loss without logits if it is called with labels, by name; else its own forward."""
     own, fusion = type(model).forward, fusion_of(model)
     assert fusion is not None
-    wants_own = any(given.get(name) is not None and given.get(name) is not False for name in OWN_FORWARD)
     labels_only = given.get("labels") is not None and given.get("input_ids") is not None and not args
-    if not labels_only or wants_own or fusion.keep_logits:
+    if not labels_only or fusion.keep_logits or _asks_for_more(model, given):
+        if _recomputes(fusion) and given.get("past_key_values") is None and _takes_cache(own):
+            given = given | {"use_cache": False}  # recomputed blocks would leave it empty
         return own(model, *args, **given)
     items = given.get("num_items_in_batch")
     batch = {name: value for name, value in given.items() if isinstance(value, Tensor) and value is not items}
     with own_forward(model):
-        chosen = _chosen_loss(model, fusion, batch)
+        chosen = chosen_loss(model, fusion, batch)
         if chosen == OF_MODEL:
             return own(model, **given)
         total = LOSSES[chosen](model, batch)
@@ -153,14 +228,18 @@ def fuse_(model: nn.Module, checkpointing: str | int = "full", *, keep_logits: b
         are. Otherwise these return the loss and no logits.
 
     In such a call the loss is the mean cross-entropy of the next token over all labelled tokens, or their sum divided
-    by `num_items_in_batch`, which Trainer passes. The first one makes the checks of `train`: causality, positions,
-    packing. Other calls, `generate` among them, give what they gave before, except for rounding.
+    by `num_items_in_batch`, which Trainer passes. A loss of routers that the config asks for is added in proportion to
+    the labelled tokens. The first one makes the checks of `train`: causality, positions, packing. Other calls, those
+    that ask for more outputs, and those of a model with a loss function of its own give what they gave before, except
+    for rounding; where blocks are recomputed they return no cache.
 
     The model may be adapted before or after, by `add_lora_` or peft, and copied. `train` sets this aside while it runs.
-    Raises ConfigError for a model that is fused already, that has a forward of its own as an instance, or that
-    recomputes its layers itself; and for `full` if the model has no ModuleList of blocks.
+    Raises ConfigError for a model that is fused already, that has a forward of its own as an instance, that recomputes
+    its layers itself, or does so by transformers' gradient checkpointing; and for `full` if the model has no ModuleList
+    of blocks. A fused model refuses to be pickled, and to run in DataParallel.
     """
     require(checkpointing in CHECKPOINTING, f"checkpointing must be {' or '.join(CHECKPOINTING)}", checkpointing)
+    model = without_peft(model)
     if fusion_of(model) is not None:
         raise ConfigError("the model is fused already; unfuse_ it first")
     if taken := [name for name in METHODS if name in vars(model)]:
@@ -170,6 +249,11 @@ def fuse_(model: nn.Module, checkpointing: str | int = "full", *, keep_logits: b
         )
     if architecture.is_reversible(model):
         raise ConfigError(f"a {type(model).__name__} recomputes all of its layers itself; train it with train")
+    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+        raise ConfigError(
+            "transformers' gradient checkpointing is on, and would recompute layers a second time; switch it off "
+            "(model.gradient_checkpointing_disable()) before fuse_, which takes checkpointing='full'"
+        )
     set_host_limits()
     named = {id(module): name for name, module in model.named_modules()}
     blocks = checkpointable_blocks(model, checkpointing)
@@ -185,16 +269,21 @@ def fuse_(model: nn.Module, checkpointing: str | int = "full", *, keep_logits: b
     kind: Any = type(model)
     model.forward = types.MethodType(_forward_of(kind), model)
     model._set_gradient_checkpointing = types.MethodType(_switch_checkpointing, model)  # type: ignore[assignment]
+    model._replicate_for_data_parallel = types.MethodType(_refuse_replicas, model)  # type: ignore[method-assign]
     return fusion
 
 
 def unfuse_(model: nn.Module) -> None:
     """Takes back what `fuse_` did. Raises ConfigError for a model that is not fused."""
+    model = without_peft(model)
     fusion = fusion_of(model)
     if fusion is None:
         raise ConfigError("the model is not fused")
-    for name in dict.fromkeys([*fusion.blocks, *fusion.modules]):
-        del model.get_submodule(name).forward
+    # Adapters and trained copies may have moved the modules since, or copied them.
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if is_fused_forward(forward) or is_recomputed_forward(forward):
+            del module.forward
     for name in METHODS:
         vars(model).pop(name)
     delattr(model, ATTRIBUTE)

@@ -95,6 +95,11 @@ def _fused_forward(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tenso
     return None if activation is None else functools.partial(_fused_mlp, module, activation)
 
 
+def is_fused_forward(forward: object) -> bool:
+    """Whether a module has this forward from `fused_forwards`."""
+    return isinstance(forward, functools.partial) and forward.func in (_fused_norm, _fused_mlp)
+
+
 class CausalMasks:
     """Tells which masks are causal: every token attends to itself and to no later token. Each mask is checked once."""
 

@@ -16,36 +16,18 @@ from qlora_lite import architecture
 from qlora_lite.compute.token_log_probs import TokenStatistics
 from qlora_lite.errors import ConfigError, InputError
 from qlora_lite.tasks import CAUSAL_LM, task_of
-from qlora_lite.training.forward.fuse import fusion_of, own_forward
-from qlora_lite.training.objective.choice import checked_loss, head_reason
+from qlora_lite.training.forward.fuse import ChosenLoss, chosen_loss, fusion_of, own_forward, without_peft
 from qlora_lite.training.objective.losses import LOGIT_FREE, checked_logits
-from qlora_lite.training.objective.positions import check_positions
 from qlora_lite.training.objective.token_statistics import statistics_of_hidden, statistics_of_logits
 
 # The losses of models that are not fused, by model; those of fused models are in model.fusion.
-_losses: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-
-def without_peft(model: Any) -> nn.Module:
-    """Returns the model that a model of peft has wrapped, whose layers it has adapted; any other model itself."""
-    get = getattr(model, "get_base_model", None)
-    found: nn.Module = get() if callable(get) and hasattr(model, "peft_config") else model
-    return found
+_losses: WeakKeyDictionary[nn.Module, ChosenLoss] = WeakKeyDictionary()
 
 
 def _needs_logits(model: nn.Module, batch: dict[str, Tensor]) -> bool:
     """Whether the logits of all tokens are needed. The model is tried once, its head is looked at in each call."""
-    if head_reason(model) is not None:
-        return True
-    fusion = fusion_of(model)
-    known = _losses.get(model) if fusion is None else fusion.loss
-    if known is None:
-        known, reason = checked_loss(model, batch)
-        if fusion is None:
-            _losses[model] = known
-        else:
-            fusion.loss, fusion.logits_reason = known, reason
-    return known != LOGIT_FREE
+    known = fusion_of(model) or _losses.setdefault(model, ChosenLoss())
+    return chosen_loss(model, known, batch) != LOGIT_FREE
 
 
 def token_statistics(
@@ -73,7 +55,6 @@ def token_statistics(
     own_labels = labels if labels_are_shifted else labels[:, 1:]
     last = None if labels_are_shifted else -1
     with own_forward(model):
-        check_positions(model, tensors)
         if _needs_logits(model, tensors):
             logits = checked_logits(model, model(**given | {"use_cache": False}), input_ids)[:, :last]
             return statistics_of_logits(logits, own_labels, statistics, temperature)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, quantize_base_, train
 from qlora_lite.errors import ConfigError
+from qlora_lite.lora.adapters import remove_lora_
 from qlora_lite.training.forward.fuse import fuse_, unfuse_
 
 TOKENS = torch.arange(16, 56).view(2, 20)
@@ -183,3 +186,145 @@ def test_the_model_of_another_task_computes_its_own_loss() -> None:
         found = model(**batch)
     torch.testing.assert_close(found.loss, expected.loss)
     torch.testing.assert_close(found.logits, expected.logits)
+
+
+def trained_values_(model: Any) -> Any:
+    """Gives what is trained values that are not those it starts with, equal in each call."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            parameter.data = parameter.data + 0.1 * noise
+    return model
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["norm"]}, {"target_modules": ["q_proj", "embed_tokens"]}])
+def test_adapters_may_move_fused_modules(model: Any, settings: dict[str, Any]) -> None:
+    remove_lora_(model)
+    losses = []
+    for fuse in (False, True):
+        made = copy.deepcopy(model)
+        if fuse:
+            fuse_(made)
+        torch.manual_seed(0)
+        add_lora_(made, LoraConfig(rank=2, dropout=0.0, **{"target_modules": ["q_proj"], **settings}))
+        losses.append(step(trained_values_(made))[0].loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    unfuse_(made)
+    assert step(made)[0].logits is not None
+    assert not [name for name, module in made.named_modules() if "forward" in vars(module)]
+
+
+def test_a_model_of_peft_is_fused_inside(model: Any) -> None:
+    import peft
+
+    from qlora_lite.integrations.peft import lora_config
+
+    remove_lora_(model)
+    adapted = peft.get_peft_model(model, lora_config(model, r=2, modules_to_save=["norm"]))
+    expected, gradients = step(trained_values_(adapted))
+    fusion = fuse_(adapted)
+    found, fused_gradients = step(adapted)
+    assert found.logits is None and fusion.loss == "logit-free" and adapted.fusion is fusion
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(fused_gradients, gradients, rtol=1e-4, atol=1e-6)
+    unfuse_(adapted)
+    assert step(adapted)[0].logits is not None
+
+
+def test_keys_of_earlier_tokens_are_never_lost(model: Any) -> None:
+    """Recomputed blocks get no cache, so a call that recomputes must not return one, nor leave out a given one."""
+    expected = model(TOKENS).logits[:, -1:]
+    with torch.no_grad():
+        cache = model(TOKENS[:, :-1]).past_key_values
+    fuse_(model)
+    assert model(TOKENS, use_cache=True).past_key_values is None
+    torch.testing.assert_close(model(TOKENS[:, -1:], past_key_values=cache).logits, expected)
+
+
+def test_a_trained_prefix_is_seen(small_model: Callable[..., Any]) -> None:
+    import peft
+
+    losses = []
+    for fuse in (False, True):
+        model = small_model("LlamaConfig")
+        if fuse:
+            fuse_(model)
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        output = adapted(**BATCH, attention_mask=torch.ones_like(TOKENS))
+        output.loss.backward()
+        losses.append((output.loss.item(), adapted.prompt_encoder.default.embedding.weight.grad.norm().item()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_what_the_loss_without_logits_does_not_have_is_never_ignored(model: Any) -> None:
+    fuse_(model)
+    assert model(**BATCH, logits_to_keep=0).logits is None
+    assert model(**BATCH, use_cache=False, output_hidden_states=False).logits is None
+    assert model(**BATCH, some_setting=0).logits is not None  # as max_length_q of attention over packed rows
+    model.config.output_hidden_states = True
+    assert len(model(**BATCH).hidden_states) == 3
+    model.config.output_hidden_states = False
+    model.loss_function = lambda logits, labels, vocab_size, **given: logits.sum() * 0 + 42
+    assert model(**BATCH).loss == 42
+
+
+def test_losses_of_routers_are_returned_where_they_are_asked_for(small_model: Callable[..., Any]) -> None:
+    model = small_model("MixtralConfig", router_aux_loss_coef=0.5)
+    expected = model(**BATCH, output_router_logits=True)
+    fuse_(model)
+    found = model(**BATCH, output_router_logits=True)
+    torch.testing.assert_close((found.loss, found.aux_loss), (expected.loss, expected.aux_loss))
+    model.config.output_router_logits = True
+    assert model(**BATCH).logits is None
+    torch.testing.assert_close(model(**BATCH).loss, expected.loss)
+
+
+def test_packed_rows_are_checked_when_they_first_come(small_model: Callable[..., Any]) -> None:
+    model = small_model("Lfm2Config", layer_types=["conv", "full_attention"])
+    fuse_(model)
+    model(**BATCH)
+    with pytest.raises(ConfigError, match="lets packed examples see each other"):
+        model(**BATCH, position_ids=torch.arange(10).repeat(2, 2))
+
+
+def test_images_are_no_part_of_the_probe(tiny_vision_folder: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tiny_vision_folder, dtype=torch.float32)
+    image, vision = model.config.image_token_id, model.config.vision_config
+    count = (vision.image_size // vision.patch_size // model.config.scale_factor) ** 2
+    words = torch.arange(5, 75)[None].expand(2, -1)  # an image's tokens, and more words than the probe has
+    tokens = torch.cat([words[words != image].view(2, -1), torch.full((2, count), image)], dim=1)
+    batch = {"input_ids": tokens, "labels": tokens, "pixel_values": torch.randn(2, 1, 3, *2 * [vision.image_size])}
+    expected = model(**batch).loss
+    fusion = fuse_(model)
+    torch.testing.assert_close(model(**batch).loss, expected)
+    assert (fusion.loss, fusion.logits_reason) == ("logit-free", None)
+
+
+def test_what_would_be_fused_by_half_is_refused(model: Any) -> None:
+    fuse_(model)
+    with pytest.raises(ConfigError, match=r"does not run in torch.nn.DataParallel; start a process for each device"):
+        model._replicate_for_data_parallel()
+    with pytest.raises(ConfigError, match="a fused model cannot be pickled; unfuse_ it first"):
+        torch.save(model, io.BytesIO())
+    unfuse_(model)
+    with pytest.warns(FutureWarning):
+        model.gradient_checkpointing_enable()
+    with pytest.raises(ConfigError, match="gradient checkpointing is on, and would recompute layers a second time"):
+        fuse_(model)
+
+
+def test_generation_during_training_is_as_before(model: Any) -> None:
+    def texts() -> list[Tensor]:
+        found = []
+        for options in ({"do_sample": True, "num_return_sequences": 2}, {"num_beams": 3}):
+            torch.manual_seed(0)
+            found.append(model.generate(TOKENS[:1, :8], max_new_tokens=4, **options))
+        return found
+
+    expected = texts()
+    fuse_(model)
+    step(model)
+    assert all(torch.equal(one, two) for one, two in zip(texts(), expected, strict=True))
