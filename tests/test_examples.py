@@ -39,6 +39,8 @@ EXAMPLES = {
         "difference_here",
         "difference_back",
     },
+    "examples/trainer.py": {"first_loss", "last_loss", "adapter_bytes", "checkpoint_bytes", "resumed_equal"},
+    "examples/peft_api.py": {"none", "yes", "no", "no, loaded", "no, merged"},
 }
 # Parts of the others, which are tested in tests/examples/ and by whoever uses them.
 PARTS = {
@@ -73,3 +75,5 @@ def test_example_ends_with_its_figures(
         assert figures["exports_agree"] >= 0.5
     if "restored" in figures:
         assert figures["restored"] is True and figures["loss_after"] < figures["loss_before"]
+    if "checkpoint_bytes" in figures:  # two states of the optimizer for each value of the adapter, and small files
+        assert figures["checkpoint_bytes"] < 3 * figures["adapter_bytes"] + 50_000
