@@ -65,7 +65,7 @@ KEEPERS = {
     },
     "bitsandbytes": {"quantization.kernels", "training.optim"},
     "accelerate": {"training.step"},
-    "peft": {"integrations.peft"},
+    "peft": {"integrations.peft", "integrations.peft_embedding", "integrations.peft_linear"},
     "trl": {"integrations.trl"},
     "matplotlib": {"memory.drawing.png"},
     "pyarrow": {"data.sources.arrow_tables"},

@@ -23,6 +23,7 @@ import typer
 from qlora_lite.cli.data import data
 from qlora_lite.cli.env import env
 from qlora_lite.cli.generation.chat import chat
+from qlora_lite.cli.generation.generate import generate
 from qlora_lite.cli.inspect import inspect
 from qlora_lite.cli.merge import merge
 from qlora_lite.cli.options import StrictCommand
@@ -46,7 +47,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     """Fine-tune a quantized language model in little memory."""
 
 
-for command in (data, plan, train, chat, profile, merge, quantize, push, inspect, env):
+for command in (data, plan, train, chat, generate, profile, merge, quantize, push, inspect, env):
     app.command(cls=StrictCommand)(command)
 
 
@@ -76,8 +77,10 @@ def _printable(text: str) -> str:
 
 
 def _with_resume_command(message: str, words: list[str]) -> str:
-    """Returns the message, for a training run with the command that resumes it."""
+    """Returns the message, for a training run with the command that resumes it, and for answers that it is the same."""
     command = next((word for word in words if not word.startswith("-")), None)
+    if command == "generate":
+        return f"{message}; the same command goes on with what is left"
     if command != "train":
         return message
     again = [word for word in words if word not in ("--overwrite", "--resume")]

@@ -2,11 +2,14 @@
 
 In reading order:
 
-settings       GenerationSettings: the length of answers, and how tokens are drawn
-prompts        the tokens of a conversation, a text or a record, and the tokens that end an answer
-text_pieces    the text of tokens as they arrive, in whole characters
-answering      answers of one prompt or a batch, by transformers' generate
-chat_session   a conversation, and the adapter that answers
+settings        GenerationSettings: the length of answers, and how tokens are drawn
+prompts         the tokens of a conversation, a text or a record, and the tokens that end an answer
+text_pieces     the text of tokens as they arrive, in whole characters
+answering       answers of one prompt or a batch, by transformers' generate
+chat_session    a conversation, and the adapter that answers
+record_prompts  the prompts of files
+answer_journal  answers that are finished, kept for the case of a kill
+answer_file     a file of answers, by batches of about one length
 """
 
 from __future__ import annotations
@@ -16,12 +19,17 @@ from typing import TYPE_CHECKING
 from qlora_lite.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qlora_lite.generation.answer_file import WrittenAnswers as WrittenAnswers
+    from qlora_lite.generation.answer_file import write_answers as write_answers
     from qlora_lite.generation.answering import Answer as Answer
     from qlora_lite.generation.answering import answer_batch as answer_batch
     from qlora_lite.generation.answering import answer_prompt as answer_prompt
     from qlora_lite.generation.chat_session import ChatSession as ChatSession
     from qlora_lite.generation.prompts import Prompt as Prompt
     from qlora_lite.generation.prompts import Prompts as Prompts
+    from qlora_lite.generation.record_prompts import PromptSet as PromptSet
+    from qlora_lite.generation.record_prompts import Room as Room
+    from qlora_lite.generation.record_prompts import read_prompts as read_prompts
     from qlora_lite.generation.settings import GenerationSettings as GenerationSettings
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -31,5 +39,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "prompts": "Prompts Prompt",
         "answering": "answer_prompt answer_batch Answer",
         "chat_session": "ChatSession",
+        "record_prompts": "read_prompts PromptSet Room",
+        "answer_file": "write_answers WrittenAnswers",
     },
 )

@@ -23,6 +23,8 @@ from qlora_lite.tasks import CAUSAL_LM, task_of
 
 STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"
 SEED_BYTES = 7
+# Model types that ignore the attention mask, so that padding would enter their state as text.
+READ_PADDING = ("rwkv",)
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,10 @@ def _generate(
 ) -> Tensor:
     """Returns the new tokens of each row, those behind the end of an answer filled up."""
     pad, longest = prompts.padding(stop), max(map(len, rows))
+    if min(map(len, rows)) < longest and config_value(model.config, "model_type") in READ_PADDING:
+        raise ConfigError(
+            f"a {type(model).__name__} reads padding as text; ask prompts of one length, or set batch_size 1"
+        )
     filled = [[pad] * (longest - len(row)) + [*row] for row in rows]
     seen = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
     config = complete_config(model, settings, stop, pad)

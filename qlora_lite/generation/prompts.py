@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,22 +26,28 @@ QUESTION, ANSWER = "question", "answer"
 class Prompt:
     """What a model answers. tokens: its input. shown: text, or messages. expected: the answer that a record has."""
 
-    tokens: list[int]
+    tokens: Sequence[int]
     shown: object
     expected: str | None = None
 
 
 @dataclass
 class Prompts:
-    """Writes prompts for one tokenizer."""
+    """Writes prompts for one tokenizer. date: what chat templates write that ask for it, today by default."""
 
     tokenizer: Any
+    date: datetime.date | None = None
     _encoder: Encoder = field(init=False)
     _template: ChatTemplate = field(init=False)
 
     def __post_init__(self) -> None:
-        self._encoder = Encoder(self.tokenizer)
-        self._template = ChatTemplate(self.tokenizer, special_tokens(self.tokenizer))
+        self._encoder = Encoder(self.tokenizer, date=self.date)
+        self._template = ChatTemplate(self.tokenizer, special_tokens(self.tokenizer), self.date)
+
+    @property
+    def date_written(self) -> datetime.date | None:
+        """The date that prompts hold; None if the chat template writes none."""
+        return self._template.date_written
 
     @property
     def has_template(self) -> bool:

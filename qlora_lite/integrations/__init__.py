@@ -1,8 +1,10 @@
 """Other people's training loops and adapters, on packed bases.
 
-transformers   Trainer for models of `add_lora_`: checkpoints of adapters only
-peft           peft's own API on packed layers
-trl            trl's trainers, under their names: `from qlora_lite.integrations.trl import SFTTrainer`
+transformers     Trainer for models of `add_lora_`: checkpoints of adapters only
+peft_linear      peft's LoRA layer around a packed linear layer
+peft_embedding   peft's LoRA layer around a packed embedding
+peft             peft's own API, on packed layers
+trl              trl's trainers, under their names: `from qlora_lite.integrations.trl import SFTTrainer`
 
 `training.forward.fuse_` gives a model the forward of `train` in any of them.
 """
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 from qlora_lite.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qlora_lite.integrations.peft import get_peft_model as get_peft_model
     from qlora_lite.integrations.peft import load_peft_model as load_peft_model
     from qlora_lite.integrations.peft import lora_config as lora_config
     from qlora_lite.integrations.peft import prepare_ as prepare_
@@ -21,5 +24,9 @@ if TYPE_CHECKING:
     from qlora_lite.integrations.transformers import AdapterTrainer as AdapterTrainer
 
 __getattr__, __dir__, __all__ = lazy_names(
-    __name__, {"transformers": "AdapterCheckpoints AdapterTrainer", "peft": "lora_config load_peft_model prepare_"}
+    __name__,
+    {
+        "transformers": "AdapterCheckpoints AdapterTrainer",
+        "peft": "get_peft_model lora_config load_peft_model prepare_",
+    },
 )

@@ -1,192 +1,185 @@
-"""Tests of peft's API on packed models against peft on the same weights unpacked, in fp32."""
+"""Tests of peft's API on packed models. What it computes is compared with peft in tests/interop/peft_api.py."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
-from qlora_lite import QuantConfig, load_adapter_, load_quantized, quantize_base_
-from qlora_lite.compute.lora_linear import dequantized
-from qlora_lite.errors import ConfigError, TargetError
-from qlora_lite.integrations.peft import PackedLinear, load_peft_model, lora_config
+from qlora_lite import QuantConfig, load_quantized, quantize_base_
+from qlora_lite.errors import CheckpointError, ConfigError, TargetError
+from qlora_lite.integrations import get_peft_model, load_peft_model, lora_config
+from qlora_lite.integrations.peft_linear import PackedLinear
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
-from qlora_lite.surgery import replace_modules_
 from qlora_lite.training.forward.fuse import fuse_
 
 TOKENS = torch.arange(16, 40).view(2, 12)
-SETTINGS: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]}
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def unpacked(model: Any) -> Any:
-    """A copy of a packed model with plain layers that hold the unpacked weights."""
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On small models two threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
-    def plain(name: str, module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, QuantizedLinear):
-            return None
-        made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-        made.weight = nn.Parameter(dequantized(module.weight, torch.float32), requires_grad=False)
-        made.bias = module.bias
-        return made
 
-    other = copy.deepcopy(model)
-    replace_modules_(other, plain)
-    return other
+@pytest.fixture(scope="module")
+def pairs(import_script: Callable[[str], Any]) -> Any:
+    return import_script("tests/interop/peft_pairs.py")
 
 
 @pytest.fixture
-def packed(small_model: Callable[..., Any]) -> Any:
-    model = small_model("Qwen2Config")  # some of its layers have a bias
-    quantize_base_(model, QuantConfig())
-    return model
+def packed(pairs: Any) -> Any:
+    return pairs.packed_model("nf4")
 
 
-def filled_(model: Any) -> Any:
-    """Gives all trained parameters values that are not 0, the same in each call and by name."""
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.requires_grad and "magnitude" not in name:
-            generator = torch.Generator().manual_seed(len(name))
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
+def settings(**given: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]} | given)
 
 
-def pair(packed: Any, **settings: Any) -> tuple[Any, Any]:
-    """The packed model with adapters, and peft's on the unpacked one, with equal values."""
-    theirs = get_peft_model(unpacked(packed), peft.LoraConfig(task_type="CAUSAL_LM", **SETTINGS | settings))
-    ours = get_peft_model(packed, lora_config(packed, **SETTINGS | settings))
-    return filled_(ours), filled_(theirs)
+def adapted(model: nn.Module) -> set[str]:
+    """The last parts of the names of the layers with an adapter."""
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+def test_get_peft_model_takes_the_place_of_peft(packed: Any) -> None:
+    config = settings(target_modules="all-linear")
+    model = get_peft_model(packed, config, "mine", autocast_adapter_dtype=False)
+    assert isinstance(model, peft.PeftModelForCausalLM) and isinstance(model.base_model, peft.LoraModel)
+    assert model.active_adapter == "mine" and adapted(model) == LINEAR
+    assert config.target_modules == "all-linear" and config._custom_modules is None  # copied
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert trained and all(".mine." in name for name in trained)
 
 
-def assert_same(ours: Any, theirs: Any) -> None:
-    with torch.no_grad():
-        torch.testing.assert_close(ours(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-4, atol=1e-5)
+def test_plain_peft_does_not_pass_packed_layers_over(packed: Any) -> None:
+    with pytest.raises(ValueError, match="QuantizedLinear"):
+        peft.get_peft_model(copy.deepcopy(packed), settings())
+    with pytest.raises(ValueError, match="target_modules"):
+        peft.get_peft_model(packed, settings(target_modules="all-linear"))
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"use_rslora": True}, {"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["norm"]}],
-    ids=lambda settings: next(iter(settings), "plain"),
+    "adapt",
+    [
+        lambda model, config: peft.get_peft_model(model, config),
+        lambda model, config: peft.inject_adapter_in_model(config, model),
+        lambda model, config: (model.add_adapter(config), model)[1],
+    ],
+    ids=["get_peft_model", "inject_adapter_in_model", "transformers"],
 )
-def test_outputs_and_gradients_are_those_of_peft(packed: Any, settings: dict[str, Any]) -> None:
-    ours, theirs = pair(packed, **settings)
-    assert_same(ours, theirs)
-    expected, found = gradients(theirs), gradients(ours)
-    assert expected.keys() == found.keys() and len(found) >= 8
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+def test_a_prepared_configuration_is_for_other_functions(packed: Any, adapt: Callable[..., Any]) -> None:
+    assert adapted(adapt(packed, lora_config(packed, r=2))) == LINEAR
 
 
-def test_all_linear_finds_packed_layers_and_no_head(packed: Any) -> None:
-    model = get_peft_model(packed, lora_config(packed, r=2))
-    adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    fewer = lora_config(model.unload(), r=2, exclude_modules=["mlp"])
-    assert set(fewer.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+def test_all_linear_leaves_out_what_is_excluded(packed: Any) -> None:
+    assert set(lora_config(packed, exclude_modules=["mlp"]).target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    model = get_peft_model(packed, settings(modules_to_save=["lm_head"]))
+    assert set(lora_config(model.get_base_model(), r=2).target_modules) == LINEAR  # nothing of peft's own modules
 
 
-def test_adapters_are_switched_off_and_exchanged(packed: Any) -> None:
-    base = unpacked(packed)
-    ours, theirs = pair(packed)
-    for model in (ours, theirs):
-        config = peft.LoraConfig(task_type="CAUSAL_LM", **SETTINGS)
-        model.add_adapter("other", lora_config(packed, **SETTINGS) if model is ours else config)
-        model.set_adapter("other")
-        filled_(model)
-    assert_same(ours, theirs)
-    for model in (ours, theirs):
-        model.base_model.set_adapter(["default", "other"])
-    assert_same(ours, theirs)
-    assert gradients(ours).keys() == gradients(theirs).keys()
-    with ours.disable_adapter():
-        assert_same(ours, base)
-    for model in (ours, theirs):
-        model.base_model.set_adapter("default")
-    names = ["default", "other"]
-    with torch.no_grad():
-        mixed = [model.eval()(TOKENS, adapter_names=names).logits for model in (ours, theirs)]
-    torch.testing.assert_close(*mixed, rtol=1e-4, atol=1e-5)
-    for model in (ours, theirs):
-        model.delete_adapter("other")
-    assert_same(ours, theirs)
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({"init_lora_weights": "pissa"}, ConfigError, "do not have init_lora_weights='pissa'; add_lora_ has more"),
+        ({"use_qalora": True}, ConfigError, "do not have use_qalora=True"),
+        ({"layer_replication": [(0, 1)]}, ConfigError, r"do not have layer_replication=\[\(0, 1\)\]"),
+        ({"target_parameters": ["q_proj.weight"]}, TargetError, "packed weights: .*q_proj.weight"),
+        ({"modules_to_save": ["o_proj"]}, TargetError, r"layers\.0\.self_attn\.o_proj, .*: packed weights cannot be"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(packed: Any, given: dict[str, Any], error: type, says: str) -> None:
+    with pytest.raises(error, match=says):
+        get_peft_model(packed, settings(**given))
+    model = get_peft_model(packed, settings())
+    before = model(TOKENS).logits
+    with pytest.raises(error, match=says):  # also later, when the model is left as it was
+        model.add_adapter("second", settings(**given))
+    assert list(model.peft_config) == ["default"] and torch.equal(model(TOKENS).logits, before)
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
-def test_merging_does_not_write_to_the_base(packed: Any, settings: dict[str, Any]) -> None:
-    ours, theirs = pair(packed, **settings)
-    codes = {name: value.clone() for name, value in ours.named_buffers() if "packed" in name or "absmax" in name}
-    before = ours(TOKENS).logits.detach()
-    ours.merge_adapter()
-    theirs.merge_adapter()
-    assert_same(ours, theirs)
-    ours.unmerge_adapter()
-    assert torch.equal(ours(TOKENS).logits, before)
-    assert all(torch.equal(value, ours.get_buffer(name)) for name, value in codes.items())
-    whole, expected = ours.merge_and_unload(), theirs.merge_and_unload()
-    layers = [module for name, module in whole.named_modules() if name.endswith(("q_proj", "down_proj"))]
-    assert all(type(layer) is nn.Linear and layer.weight.dtype == torch.float32 for layer in layers)
-    assert any(isinstance(module, QuantizedLinear) for module in whole.modules())  # what was not adapted stays packed
-    assert_same(whole, expected)
+def test_packed_embeddings_have_neither_rows_that_are_trained_nor_dora(pairs: Any) -> None:
+    packed = pairs.packed_model("nf4", "int8")
+    with pytest.raises(
+        TargetError, match=r"embed_tokens \(trainable_token_indices\): packed weights cannot be trained"
+    ):
+        get_peft_model(packed, settings(trainable_token_indices=[1]))
+    with pytest.raises(TargetError, match=r"packed embeddings have no DoRA: model\.embed_tokens"):
+        get_peft_model(packed, settings(use_dora=True, target_modules=["embed_tokens"]))
 
 
-def test_files_go_between_peft_and_here(packed: Any, tmp_path: Path) -> None:
-    ours, theirs = pair(packed)
-    expected = ours(TOKENS).logits.detach()
-    ours.save_pretrained(tmp_path / "ours")
-    assert {file.name for file in (tmp_path / "ours").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    base = ours.unload()
-    for load in (load_peft_model, lambda model, folder: (load_adapter_(model, folder), model)[1]):
-        again = load(copy.deepcopy(base), tmp_path / "ours")
-        with torch.no_grad():
-            torch.testing.assert_close(again.eval()(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
-    reread = PeftModel.from_pretrained(theirs.unload(), str(tmp_path / "ours"))
-    torch.testing.assert_close(reread(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+def test_other_adapters_than_lora_are_refused(packed: Any, tmp_path: Path) -> None:
+    for config in (peft.IA3Config(task_type="CAUSAL_LM"), peft.AdaLoraConfig(total_step=10)):
+        with pytest.raises(ConfigError, match=f"adapters of peft.LoraConfig; got {type(config).__name__}"):
+            get_peft_model(packed, config)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="got AdaLoraConfig"):
+        load_peft_model(packed, tmp_path)
+    with pytest.raises(ConfigError, match="mixed=True"):
+        get_peft_model(packed, settings(), mixed=True)
+
+
+def test_layers_whose_weight_is_read_are_refused(small_model: Callable[..., Any]) -> None:
+    model = small_model("MambaConfig", num_hidden_layers=1)
+    quantize_base_(model, QuantConfig())
+    with pytest.raises(TargetError, match=r"dt_proj: MambaMixer\.forward reads its weight"):
+        get_peft_model(model, settings(target_modules=["dt_proj"]))
+
+
+def test_a_file_is_found_as_by_peft_and_its_other_values_are_not_lost(pairs: Any, tmp_path: Path) -> None:
+    model = pairs.pair("nf4", "int8", target_modules=["embed_tokens", "q_proj"]).ours
+    model.save_pretrained(tmp_path / "in", save_embedding_layers=False)
+    (tmp_path / "in").rename(tmp_path / "below")
+    again = load_peft_model(pairs.packed_model("nf4", "int8"), tmp_path, subfolder="below")
+    assert torch.equal(pairs.logits(again), pairs.logits(model))
+    plain = pairs.unpacked(pairs.packed_model("nf4", "int8"))
+    plain.resize_token_embeddings(50)
+    peft.get_peft_model(plain, settings()).save_pretrained(tmp_path / "larger", save_embedding_layers=True)
+    with pytest.raises(CheckpointError, match=r"holds values of lm_head, model\.embed_tokens, which are packed"):
+        load_peft_model(pairs.packed_model("nf4", "int8"), tmp_path / "larger")
 
 
 def test_a_fused_model_is_trained_through_peft(tiny_folder: Path) -> None:
     model = load_quantized(tiny_folder, dtype=torch.float32)
     fuse_(model)
-    adapted = get_peft_model(model, lora_config(model, r=2))
-    output = adapted(input_ids=TOKENS, labels=TOKENS)
+    trained = get_peft_model(model, settings(target_modules="all-linear"))
+    output = trained(input_ids=TOKENS, labels=TOKENS)
     output.loss.backward()
     assert output.logits is None and model.fusion.loss == "logit-free"
-    trained = [value for value in adapted.parameters() if value.requires_grad]
-    assert trained and all(value.grad is not None for value in trained)
+    parameters = [value for value in trained.parameters() if value.requires_grad]
+    assert parameters and all(value.grad is not None for value in parameters)
 
 
-def test_a_packed_embedding_is_adapted(tiny_folder: Path) -> None:
-    config = QuantConfig(embedding_format="int8")
-    model = load_quantized(tiny_folder, config, dtype=torch.float32)
-    assert isinstance(model.model.embed_tokens, QuantizedEmbedding)
-    before = model(TOKENS).logits.detach()
-    adapted = get_peft_model(model, lora_config(model, r=2, target_modules=["embed_tokens"]))
-    assert torch.equal(adapted(TOKENS).logits, before)
-    filled_(adapted)
-    assert gradients(adapted) and not torch.allclose(adapted(TOKENS).logits, before)
-    with pytest.raises(ConfigError, match="a packed embedding cannot be merged in memory"):
-        adapted.merge_and_unload()
+@pytest.mark.parametrize("embedding", ["none", "int8"])
+def test_a_fused_loss_has_the_adapter_of_the_head(pairs: Any, embedding: str) -> None:
+    model = pairs.packed_model("nf4", embedding)
+    fuse_(model)
+    model(input_ids=TOKENS, labels=TOKENS)
+    assert model.fusion.loss == "logit-free"
+    found = get_peft_model(model, settings(target_modules=["lm_head"]))  # of which B is 0
+    found(input_ids=TOKENS, labels=TOKENS)
+    pairs.fill_(found)
+    loss = found(input_ids=TOKENS, labels=TOKENS).loss
+    loss.backward()
+    assert all(value.grad is not None for value in found.parameters() if value.requires_grad)
+    own = found(input_ids=TOKENS, labels=TOKENS, output_hidden_states=True).loss
+    torch.testing.assert_close(loss, own)
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "says"),
-    [
-        ({"init_lora_weights": "pissa"}, ConfigError, "do not have init_lora_weights='pissa'; add_lora_ has more"),
-        ({"target_parameters": ["a.b"]}, ConfigError, r"do not have target_parameters=\['a.b'\]"),
-        ({"modules_to_save": ["o_proj"]}, TargetError, r"layers\.0\.self_attn\.o_proj, .*: packed weights cannot be"),
-    ],
-)
-def test_what_cannot_be_done_is_refused(packed: Any, settings: dict[str, Any], error: type, says: str) -> None:
-    with pytest.raises(error, match=says):
-        lora_config(packed, **settings)
+def test_a_merged_embedding_is_not_tied_any_more(pairs: Any) -> None:
+    model = pairs.pair("nf4", "int8", target_modules=["embed_tokens"]).ours
+    expected = pairs.logits(model)
+    whole = model.merge_and_unload()
+    assert not whole.config.tie_word_embeddings and isinstance(whole.lm_head, QuantizedLinear)
+    pairs.check_equal(pairs.logits(whole), expected)
+    kept = pairs.pair("nf4", "int8", target_modules=["q_proj"]).ours.merge_and_unload()
+    assert kept.config.tie_word_embeddings and isinstance(kept.model.embed_tokens, QuantizedEmbedding)

@@ -43,6 +43,7 @@ NEEDED = {
     "plan": ["--model", "{model}", "--memory", "1GiB"],
     "profile": ["--model", "{model}", "--rank", "2", "--rows", "1", "--tokens", "4", "--no-predict"],
     "chat": ["--model", "{model}"],
+    "generate": ["--model", "{model}", "--prompts", "{data}", "--output", "{new}.jsonl", "--max-new-tokens", "1"],
     "inspect": ["{adapter}"],
     "merge": ["--model", "{model}", "--adapter", "{adapter}", "--output", "{new}"],
     "quantize": ["--model", "{model}", "--output", "{new}"],
@@ -56,13 +57,16 @@ PATHS = {
     "folder": IN_FOLDER,
     "data": IN_DATA,
     "eval_data": IN_DATA,
+    "prompts": IN_DATA,
     "sources": IN_DATA,
     "verify": IN_DATA,
     "output": OUT_FOLDER,
+    "generate output": OUT_FILE,  # where one command means something else
     "html": OUT_FILE,
     "png": OUT_FILE,
     "snapshot": NOT_HERE,
 }
+SUFFIXES = {"output": ".jsonl"}  # of files; others have the suffix that is the option's name
 NOT_EMPTY, THERE = "not empty", "there"
 SIZES = ("lots", "-1", "nan", "5 apples", "1e3", "9" * 5000)
 # Wrong values of other options.
@@ -128,15 +132,15 @@ class CasePaths:
         save_adapter(model, self.paths["adapter"])
         self.paths["data"] = root / "data.jsonl"
         self.paths["data"].write_text('{"text": "one"}\n{"text": "two"}\n')
-        for name in ("pipe", "pipe.html", "pipe.png"):
+        for name in ("pipe", "pipe.html", "pipe.png", "pipe.jsonl"):
             os.mkfifo(root / name)
-        for name in ("link", "link.html", "link.png"):
+        for name in ("link", "link.html", "link.png", "link.jsonl"):
             (root / name).symlink_to(root / "pipe")
-        for name in ("circle", "circle.html", "circle.png"):
+        for name in ("circle", "circle.html", "circle.png", "circle.jsonl"):
             (root / name).symlink_to(root / name)
-        for name in ("dangling", "dangling.html", "dangling.png"):
+        for name in ("dangling", "dangling.html", "dangling.png", "dangling.jsonl"):
             (root / name).symlink_to(root / "file" / name)
-        for name in ("empty", "folder.html", "folder.png"):
+        for name in ("empty", "folder.html", "folder.png", "folder.jsonl"):
             (root / name).mkdir()
         for name in ("there.html", "there.png", "there.jsonl", "file"):
             (root / name).touch()
@@ -194,7 +198,7 @@ class CasePaths:
                     own |= {f"the {name}": self.paths[name], f"inside the {name}": self.paths[name] / "new"}
             found = {**self._nowhere(), **own}
         else:
-            suffix = f".{option}"
+            suffix = SUFFIXES.get(option, f".{option}")
             names = {"a folder": f"folder{suffix}", THERE: f"there{suffix}"}
             found = {**self._nowhere(suffix), **{what: self.root / name for what, name in names.items()}}
         return {what: (str(path),) for what, path in found.items()}
@@ -225,13 +229,14 @@ def _bad_values(paths: CasePaths, command: str, param: Any, kind: Any) -> Iterat
     if kind is bool:
         return
     if name in PATHS:
-        for what, words in paths.bad(PATHS[name], name, command).items() if PATHS[name] != NOT_HERE else ():
+        path_kind = PATHS.get(f"{command} {name}", PATHS[name])
+        for what, words in paths.bad(path_kind, name, command).items() if path_kind != NOT_HERE else ():
             yield what, words, FAILURE
             # --overwrite may replace a file, and a run leaves foreign files where they are.
             may = what == THERE or (what == NOT_EMPTY and command == "train")
-            if PATHS[name] in (OUT_FOLDER, OUT_FILE) and not may:
+            if path_kind in (OUT_FOLDER, OUT_FILE) and not may:
                 yield f"{what}, --overwrite", (*words, "--overwrite"), FAILURE
-        if PATHS[name] in (OUT_FILE, NOT_HERE):
+        if path_kind in (OUT_FILE, NOT_HERE):
             yield "another suffix, or no device", (str(paths.root / "new.txt"),), USAGE
     elif kind in (int, float):
         for value in WHOLE_NUMBERS if kind is int else NUMBERS:

@@ -1,0 +1,66 @@
+"""Tests of peft_api.py: one check of each setting, some actions, and that cases can fail. Interop runs all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_lite.integrations.peft_linear import PackedLinear
+
+# One case of each setting, with another check and another base each time.
+BASES = ("nf4", "fp4", "int8")
+CHECKS = ("output", "merge", "unload", "files", "state_dict", "sides")
+SETTINGS = (
+    *("plain", "all_linear", "regex", "rslora", "dora", "dropout", "dora_dropout", "random", "gaussian", "patterns"),
+    *("layers", "exclude", "modules_to_save", "bias_all", "bias_lora_only", "lora_bias", "tokens", "head"),
+    *("packed_head", "packed_embedding", "both_tied"),
+)
+ACTIONS = (
+    *("several_active", "set_adapter", "add_and_delete", "later_all_linear", "weighted_is_refused", "mixed_batch"),
+    *("merge_some", "merge_of_a_bias", "dtypes", "dropout", "custom_model", "conv1d"),
+)
+
+
+@pytest.fixture(scope="module")
+def peft_api(import_script: Callable[[str], Any]) -> Iterator[Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the script: on small models two threads mostly wait for each other
+    yield import_script("tests/interop/peft_api.py")
+    torch.set_num_threads(threads)
+
+
+def test_every_case_is_there_once(peft_api: Any) -> None:
+    everything = list(peft_api.cases())
+    assert len(set(everything)) == len(everything) > 300
+    assert set(peft_api.SETTINGS) == set(SETTINGS) and set(peft_api.ACTIONS) > set(ACTIONS)
+    assert tuple(peft_api.CHECKS) == CHECKS and BASES == peft_api.BASES
+
+
+@pytest.mark.parametrize("number", range(len(SETTINGS)), ids=lambda number: SETTINGS[number])
+def test_settings(peft_api: Any, number: int) -> None:
+    peft_api.Case(BASES[number % 3], SETTINGS[number], CHECKS[number % 6]).run()
+
+
+@pytest.mark.parametrize("number", range(len(ACTIONS)), ids=lambda number: ACTIONS[number])
+def test_actions(peft_api: Any, number: int) -> None:
+    peft_api.Case(BASES[number % 3], ACTIONS[number], "action").run()
+
+
+def test_cases_fail_where_something_is_wrong(peft_api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str, check: str) -> None:
+        with pytest.raises(AssertionError):
+            peft_api.Case("nf4", name, check).run()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedLinear, "merge", lambda self, *args, **options: None)
+        fails("plain", "merge")
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedLinear, "output_norms", lambda self, adapter: torch.ones(self.out_features))
+        fails("dora", "output")
+    right = PackedLinear._product
+    monkeypatch.setattr(PackedLinear, "_product", lambda self, x, adapter: right(self, x * (1 + 1e-4), adapter))
+    fails("plain", "output")
+    fails("several_active", "action")
