@@ -42,7 +42,7 @@ endure: $(INSTALLED)
 interop: $(INSTALLED)
 	$(RUN) tests/interop/matrix.py
 	$(RUN) tests/interop/families.py
-	$(RUN) tests/interop/peft_api.py
+	$(RUN) tests/interop/peft_matrix.py
 	$(RUN) examples/name_colours.py
 
 lint: $(INSTALLED)

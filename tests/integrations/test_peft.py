@@ -1,4 +1,4 @@
-"""Tests of peft's API on packed models. What it computes is compared with peft in tests/interop/peft_api.py."""
+"""Tests of peft's API on packed models. What it computes is compared with peft in tests/interop/peft_matrix.py."""
 
 from __future__ import annotations
 

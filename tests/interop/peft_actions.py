@@ -1,4 +1,4 @@
-"""What is done with adapters beyond their settings, for peft_api.py: each function is a case on a base."""
+"""What is done with adapters beyond their settings, for peft_matrix.py: each function is a case on a base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs of models for peft_api.py: peft's API here on a packed base, and real peft on the same weights unpacked."""
+"""Pairs of models for peft_matrix.py: peft's API here on a packed base, and real peft on the same weights unpacked."""
 
 from __future__ import annotations
 

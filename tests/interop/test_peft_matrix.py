@@ -1,4 +1,4 @@
-"""Tests of peft_api.py: one check of each setting, some actions, and that cases can fail. Interop runs all."""
+"""Tests of peft_matrix.py: one check of each setting, some actions, and that cases can fail. Interop runs all."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ ACTIONS = (
 
 
 @pytest.fixture(scope="module")
-def peft_api(import_script: Callable[[str], Any]) -> Iterator[Any]:
+def peft_matrix(import_script: Callable[[str], Any]) -> Iterator[Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the script: on small models two threads mostly wait for each other
-    yield import_script("tests/interop/peft_api.py")
+    yield import_script("tests/interop/peft_matrix.py")
     torch.set_num_threads(threads)
 
 
-def test_every_case_is_there_once(peft_api: Any) -> None:
-    everything = list(peft_api.cases())
+def test_every_case_is_there_once(peft_matrix: Any) -> None:
+    everything = list(peft_matrix.cases())
     assert len(set(everything)) == len(everything) > 300
-    assert set(peft_api.SETTINGS) == set(SETTINGS) and set(peft_api.ACTIONS) > set(ACTIONS)
-    assert tuple(peft_api.CHECKS) == CHECKS and BASES == peft_api.BASES
+    assert set(peft_matrix.SETTINGS) == set(SETTINGS) and set(peft_matrix.ACTIONS) > set(ACTIONS)
+    assert tuple(peft_matrix.CHECKS) == CHECKS and BASES == peft_matrix.BASES
 
 
 @pytest.mark.parametrize("number", range(len(SETTINGS)), ids=lambda number: SETTINGS[number])
-def test_settings(peft_api: Any, number: int) -> None:
-    peft_api.Case(BASES[number % 3], SETTINGS[number], CHECKS[number % 6]).run()
+def test_settings(peft_matrix: Any, number: int) -> None:
+    peft_matrix.Case(BASES[number % 3], SETTINGS[number], CHECKS[number % 6]).run()
 
 
 @pytest.mark.parametrize("number", range(len(ACTIONS)), ids=lambda number: ACTIONS[number])
-def test_actions(peft_api: Any, number: int) -> None:
-    peft_api.Case(BASES[number % 3], ACTIONS[number], "action").run()
+def test_actions(peft_matrix: Any, number: int) -> None:
+    peft_matrix.Case(BASES[number % 3], ACTIONS[number], "action").run()
 
 
-def test_cases_fail_where_something_is_wrong(peft_api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_fail_where_something_is_wrong(peft_matrix: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(name: str, check: str) -> None:
         with pytest.raises(AssertionError):
-            peft_api.Case("nf4", name, check).run()
+            peft_matrix.Case("nf4", name, check).run()
 
     with monkeypatch.context() as patch:
         patch.setattr(PackedLinear, "merge", lambda self, *args, **options: None)

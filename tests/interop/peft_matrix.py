@@ -1,7 +1,7 @@
 """Does peft's API on a packed base do what peft does on the same weights unpacked?
 
-    python tests/interop/peft_api.py                        # every case on every base: about a minute (make interop)
-    python tests/interop/peft_api.py --base fp4 --case dora
+    python tests/interop/peft_matrix.py                        # every case on every base: about a minute (make interop)
+    python tests/interop/peft_matrix.py --base fp4 --case dora
 
 A case is a setting of `peft.LoraConfig` with one check, or an action such as adding adapters. Its two models have equal
 values in fp32, and outputs, gradients and merged weights agree to 1e-5. Prints the failed cases, and one JSON line:
