@@ -43,7 +43,7 @@ from qlora_lite.cli.options import (
     settings,
     skipped,
 )
-from qlora_lite.cli.training.run_figures import figures, note_held_out
+from qlora_lite.cli.training.run_figures import figures
 from qlora_lite.cli.training.run_options import (
     BatchSize,
     Bias,
@@ -52,6 +52,7 @@ from qlora_lite.cli.training.run_options import (
     Epochs,
     EvalData,
     EvalShare,
+    EvalSteps,
     ExcludeModules,
     GradientAccumulation,
     InitLoraWeights,
@@ -67,6 +68,7 @@ from qlora_lite.cli.training.run_options import (
     NeftuneNoiseAlpha,
     OptionalCheckpointing,
     Packing,
+    Patience,
     Regression,
     Resume,
     SaveSteps,
@@ -82,9 +84,9 @@ from qlora_lite.cli.training.run_options import (
 )
 from qlora_lite.cli.training.run_settings import check_options, lora_config, train_config, with_epochs
 from qlora_lite.cli.training.task_records import (
+    held_out_batches,
     prepare_for_labels_,
     run_batches,
-    scores_of_held_out,
     task_with_records,
 )
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
@@ -179,6 +181,8 @@ def train(
     token_cache: TokenCache = True,
     eval_data: EvalData = None,
     eval_share: EvalShare = None,
+    eval_steps: EvalSteps = None,
+    patience: Patience = None,
     max_length: MaxLength = 512,
     packing: Packing = False,
     optimizer: Optimizer = "adamw",
@@ -210,7 +214,7 @@ def train(
     quant = settings(QuantConfig, ctx.params, skip_modules=skipped(skip_modules))
     lora = lora_config(ctx.params)
     config = train_config(ctx)
-    check_options(lora, memory_budget, checkpointing)
+    check_options(lora, ctx.params)
     inputs = input_paths([*data, *(eval_data or ())])
     _check_run(output, overwrite or resume, model, inputs, same_base=resume and not any_base)
     own_task = task_with_records(ctx.params)
@@ -235,9 +239,8 @@ def train(
             prepare_for_labels_(loaded, labels, tokenizer.pad_token_id)
         _add_adapters_(loaded, lora)
         chosen = config if budgeted is None else budgeted.config
-        scores = scores_of_held_out(loaded, records.held_out, labels, ctx.params, tokenizer, records.images)
-        result = train_model(loaded, stream, chosen, output_dir=output, overwrite=overwrite, resume=resume, notes=notes)
-        scores += scores_of_held_out(loaded, records.held_out, labels, ctx.params, tokenizer, records.images)
+        held_out = held_out_batches(records.held_out, labels, ctx.params, tokenizer, records.images)
+        folder: dict[str, Any] = {"output_dir": output, "overwrite": overwrite, "resume": resume, "notes": notes}
+        result = train_model(loaded, stream, chosen, eval_batches=held_out, **folder)
     if is_first_process():
-        note_held_out(loaded, result, scores, output)
-        finish(figures(result, records, labels, scores, budgeted, output), json)
+        finish(figures(result, records, config, budgeted, output), json)

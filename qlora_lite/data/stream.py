@@ -51,7 +51,7 @@ def check_batch(batch: object, vocabulary: int | None, task: Task = CAUSAL_LM) -
             raise ConfigError(f"tokens must be in [0, {vocabulary}); got {low if low < 0 else high}")
 
 
-def _digest(before: str, batch: Mapping[str, Tensor]) -> str:
+def batch_digest(before: str, batch: Mapping[str, Tensor]) -> str:
     """Returns the SHA-256 of the digest `before` and of a batch: names, dtypes, shapes and values."""
     digest = hashlib.sha256(before.encode())
     for name, value in batch.items():
@@ -124,7 +124,7 @@ class BatchStream:
         check_batch(batch, self._vocabulary, self._task)
         self._taken += 1
         if self._sources is not None:
-            self._digest = _digest(self._digest, batch)
+            self._digest = batch_digest(self._digest, batch)
         return batch
 
     def _next(self) -> Batch | None:

@@ -54,7 +54,10 @@ class TrainConfig:
     save_steps: steps between two checkpoints in the output folder; the last step writes one too. None writes one only
         when a signal stops the run.
     keep_last, keep_best: checkpoints to keep: the newest `keep_last` (None: all), and of the others the `keep_best`
-        with the lowest mean loss since the checkpoint before.
+        with the lowest held-out loss; without `eval_steps`, with the lowest mean loss since the checkpoint before.
+    eval_steps: steps between two evaluations of held-out batches. With any number the adapter of the lowest held-out
+        loss is kept in the output folder. None evaluates before the first step and after the last one only.
+    patience: the run stops early when the held-out loss was not below its lowest in so many evaluations; None never.
     """
 
     steps: int = 100
@@ -74,6 +77,8 @@ class TrainConfig:
     save_steps: int | None = None
     keep_last: int | None = 2
     keep_best: int = 0
+    eval_steps: int | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         require(is_count(self.steps, 1), "steps must be an integer of at least 1", self.steps)
@@ -97,6 +102,18 @@ class TrainConfig:
         require(saving is None or is_count(saving, 1), "save_steps must be None or an integer of at least 1", saving)
         require(last is None or is_count(last, 1), "keep_last must be None or an integer of at least 1", last)
         require(is_count(best, 0), "keep_best must be an integer of at least 0", best)
+        self._check_evaluations()
+
+    def _check_evaluations(self) -> None:
+        every, patience, saving = self.eval_steps, self.patience, self.save_steps
+        require(every is None or is_count(every, 1), "eval_steps must be None or an integer of at least 1", every)
+        require(
+            patience is None or is_count(patience, 1), "patience must be None or an integer of at least 1", patience
+        )
+        require(patience is None or every is not None, "patience counts evaluations; give eval_steps too", patience)
+        if self.keep_best and every is not None and saving is not None:
+            wanted = f"keep_best goes by the held-out loss, so save_steps must be a multiple of eval_steps, {every}"
+            require(saving % every == 0, wanted, saving)
 
     def _check_learning_rates(self) -> None:
         rate, ratio = self.learning_rate, self.lora_plus_ratio

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from torch import nn
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import load_quantized
-from qlora_lite.checks import require
 from qlora_lite.compute.host_memory import heap_trimming, set_host_limits
 from qlora_lite.data.batching import Batch
 from qlora_lite.errors import ConfigError
@@ -26,20 +24,17 @@ from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
 from qlora_lite.positions import longest_sequence
 from qlora_lite.quantization.config import QuantConfig
-from qlora_lite.signals import check_signals, deferred_signals
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.distributed import Processes
+from qlora_lite.training.evaluation import Evaluate, Evaluator
 from qlora_lite.training.forward.activation_checkpointing import checkpointed
 from qlora_lite.training.forward.embedding_noise import noisy_embeddings
 from qlora_lite.training.forward.fuse import unfused
 from qlora_lite.training.forward.fused_forward import fused
-from qlora_lite.training.objective.choice import checked_loss, loss_named
-from qlora_lite.training.objective.positions import check_length, check_positions
-from qlora_lite.training.objective.scores import task_scores
-from qlora_lite.training.objective.task_losses import check_task_batch, labelled, task_loss
-from qlora_lite.training.progress import say, training_progress
-from qlora_lite.training.run_checkpoints import StepMetrics
-from qlora_lite.training.run_folder import run_folder
+from qlora_lite.training.metrics import Evaluation, StepMetrics, best_evaluation
+from qlora_lite.training.objective.positions import check_length
+from qlora_lite.training.progress import described_evaluation, say, training_progress
+from qlora_lite.training.run_folder import RunFolder, run_folder
 from qlora_lite.training.run_state import Run
 from qlora_lite.training.step import TrainingStep, prepare_run, start_accelerator
 
@@ -55,6 +50,7 @@ class TrainResult:
     logits_reason: why the logits of all tokens were computed; None if the loss was computed without them.
     resumed_from: the checkpoint that this call continued from. skipped: newer checkpoints, and why they were not used.
     halved_at: the step in which memory ran out, from which on batches were computed in halves.
+    evaluations: of the held-out batches. stopped_early: whether `patience` ended the run.
     """
 
     steps: list[StepMetrics]
@@ -63,10 +59,17 @@ class TrainResult:
     resumed_from: Path | None = None
     skipped: tuple[str, ...] = ()
     halved_at: int | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    stopped_early: bool = False
 
     @property
     def losses(self) -> list[float]:
         return [step.loss for step in self.steps]
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The evaluation with the lowest held-out loss, that before the first step left out; None without any."""
+        return best_evaluation(self.evaluations)
 
 
 @contextlib.contextmanager
@@ -90,6 +93,8 @@ def train(
     output_dir: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    eval_batches: Iterable[Batch] | None = None,
+    evaluate: Evaluate | None = None,
     profiler: MemoryProfiler | None = None,
     progress: bool = True,
     notes: Mapping[str, object] | None = None,
@@ -104,7 +109,12 @@ def train(
     resume: continue from the newest intact checkpoint in output_dir. Model, adapters, batches and config must be made
         as for the run that wrote it. The result is bit for bit that of an uninterrupted run. Without a checkpoint,
         training starts at step 1.
-    profiler: its phases forward, backward and optimizer are entered.
+    eval_batches: held-out batches, the same each time that they are iterated over. Their loss is computed before the
+        first step, every `config.eval_steps` steps and after the last one, and goes to `metrics.jsonl`. With
+        `eval_steps`, output_dir gets the adapter of the lowest one in `best_adapter/`.
+    evaluate: called with the model in evaluation mode at each evaluation; returns more scores of it by name, which
+        go to `metrics.jsonl` too.
+    profiler: its phases forward, backward, optimizer and evaluation are entered.
     progress: show the progress on stderr.
     notes: what is to be known of the batches later, written to `data.json` in output_dir with the first step.
 
@@ -128,6 +138,7 @@ def train(
     accelerator = start_accelerator()
     run = prepare_run(accelerator, model, batches, config, resumable=folder is not None)
     processes = Processes(accelerator)
+    evaluator = Evaluator(run, processes, eval_batches, evaluate, profiler)
     shown = progress and processes.is_first
     started = time.perf_counter()
     with (
@@ -143,75 +154,35 @@ def train(
             processes.wait()  # the first process may still be removing what a killed run left
             say(writer.resume(folder), shown)
             processes.wait()
+            evaluator.check_same_batches()
         step = TrainingStep(run, accelerator, blocks, trimmer, profiler, shown)
-        with training_progress(config.steps, shown) as show:
-            run.restore_random()
-            while run.steps < config.steps:
-                metrics = step.make(step.next_batches(), writer.before_update)
-                show(metrics)
-                writer.finish_step(metrics)
+        stopped_early = _steps(step, writer, evaluator, shown)
     seconds = time.perf_counter() - started
     reason, halved_at = run.decisions.logits_reason, run.decisions.halved_at
-    return TrainResult(run.metrics, seconds, reason, writer.resumed_from, tuple(writer.skipped), halved_at)
+    resumed = writer.resumed_from, tuple(writer.skipped)
+    return TrainResult(run.metrics, seconds, reason, *resumed, halved_at, tuple(run.evaluations), stopped_early)
 
 
-@torch.no_grad()
-def held_out_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Returns the mean loss over all labelled tokens of some batches, computed as in training, without an update.
-
-    Modes and forward methods of the model are restored.
-    Raises ConfigError if no token has a label, if tokens would see later ones or packed examples each other, or if a
-    row has more tokens than the model has positions.
-    """
-    device = next(model.parameters()).device
-    total, count, loss = 0.0, 0, None
-    with _evaluated(model):
-        for batch in batches:
-            check_signals()
-            batch = {name: value.to(device) for name, value in batch.items()}
-            summands = int(labelled(model, batch))
-            if summands == 0:
-                continue
-            check_positions(model, batch)
-            if loss is None:
-                loss = loss_named(checked_loss(model, batch)[0])
-            total, count = total + float(loss(model, batch)), count + summands
-    require(count > 0, "held-out batches need a token with a label", "none")
-    return total / count
-
-
-@torch.no_grad()
-def held_out_scores(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float | None]:
-    """Returns the mean loss over held-out batches, as `held_out_loss`, and the scores of the model's task (scores.py).
-
-    A causal language model has no scores. Raises the errors of `held_out_loss`.
-    """
-    batches = iter(batches)
-    first = next(batches, None)
-    require(first is not None, "held-out batches need a token with a label", "none")
-    assert first is not None
-    of_task, whole = task_loss(model, first), itertools.chain([first], batches)
-    if of_task is None:
-        return {"loss": held_out_loss(model, whole)}
-    check_task_batch(model, first)
-    device = next(model.parameters()).device
-    with _evaluated(model):
-        moved = ({name: value.to(device) for name, value in batch.items()} for batch in whole)
-        return task_scores(model, moved, of_task)
-
-
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in evaluation mode, with fused functions; modes are restored at the end."""
-    set_host_limits()
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with deferred_signals(), unfused(model), fused(model):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+def _steps(step: TrainingStep, writer: RunFolder, evaluator: Evaluator, shown: bool) -> bool:
+    """Makes the steps that are left of a run, with its evaluations. Returns whether the run ended early."""
+    run, config = step.run, step.run.config
+    with training_progress(config.steps, shown) as (show, note):
+        run.restore_random()
+        while True:
+            if evaluator.is_due:
+                evaluation = evaluator.make()
+                writer.finish_evaluation(evaluation)
+                note(described_evaluation(evaluation, config.steps))
+            stops_early = evaluator.is_out_of_patience and run.steps < config.steps
+            writer.write_due_checkpoint(stops_early or run.steps == config.steps)
+            if stops_early:
+                waited = f"the held-out loss did not fall in {config.patience} evaluations"
+                note(f"{waited}: the run ends after step {run.steps}")
+            if stops_early or run.steps == config.steps:
+                return stops_early
+            metrics = step.make(step.next_batches(), writer.before_update)
+            show(metrics)
+            writer.finish_step(metrics)
 
 
 def check_batch_shape(config: object, rows: int, tokens: int) -> None:

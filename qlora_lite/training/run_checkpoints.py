@@ -13,7 +13,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -26,7 +26,8 @@ from qlora_lite.compute.random_state import RandomState
 from qlora_lite.data.stream import Position
 from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.signals import check_signals
-from qlora_lite.training.decisions import DECISIONS_SHAPE, DecisionsJson
+from qlora_lite.training.decisions import ABSENT, DECISIONS_SHAPE, NONE, DecisionsJson
+from qlora_lite.training.metrics import Evaluation, StepMetrics, is_evaluation
 
 VERSION = 1
 CHECKPOINTS = "checkpoints"
@@ -39,6 +40,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
 METRICS_FILE = "metrics.jsonl"
 ADAPTER_FOLDER = "adapter"
+BEST_FOLDER = "best_adapter"
 DATA_FILE = "data.json"
 
 # Prefixes of the tensors in RANDOM_FILE: the generators after the last step, and before the first batch of its epoch.
@@ -47,7 +49,6 @@ READ_BYTES = 4 << 20
 SHOWN = 4
 
 # The shape of a JSON value: a dict lists the keys that it must have, a list its elements, a tuple the alternatives.
-NONE = type(None)
 BATCHES_SHAPE = {"epoch": int, "taken": int, "digest": str, "count": (int, NONE)}
 RANDOM_SHAPE = {"python": [int, list, (float, NONE)]}
 STATE_SHAPE = {
@@ -58,34 +59,11 @@ STATE_SHAPE = {
     "batches": BATCHES_SHAPE,
     "random": {"now": RANDOM_SHAPE, "epoch": RANDOM_SHAPE},
     "facts": DECISIONS_SHAPE,
+    # Runs of before held-out batches were evaluated during training lack these.
+    "held_out_loss": (float, NONE, ABSENT),
+    "held_out_batches": (str, NONE, ABSENT),
 }
 LINE_SHAPE = {"step": int, "loss": float}
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """The figures of one optimizer step: one line of metrics.jsonl.
-
-    loss: the mean over the labelled tokens of the step. gradient_norm: before clipping. learning_rate: of A, where
-    other parameters have another one. tokens: padding included. peak_bytes: None where it is not known.
-    """
-
-    step: int
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    tokens: int
-    tokens_per_second: float
-    peak_bytes: int | None
-
-    @classmethod
-    def read(cls, line: dict[str, int | float | None]) -> StepMetrics:
-        """Returns the metrics of a parsed line. Raises CheckpointError if its keys are others."""
-        if unexpected := line.keys() ^ {field.name for field in fields(cls)}:
-            raise CheckpointError(
-                f"metrics.jsonl has a line with missing or unknown keys: {', '.join(sorted(unexpected))}"
-            )
-        return cls(**line)  # type: ignore[arg-type]
 
 
 class StateFile(TypedDict):
@@ -103,6 +81,8 @@ class StateFile(TypedDict):
     random: dict[str, dict[str, object]]
     optimizer: dict[str, object]
     facts: DecisionsJson
+    held_out_loss: float | None
+    held_out_batches: str | None
 
 
 class _FileSum(TypedDict):
@@ -195,7 +175,8 @@ def remove_folder(path: Path) -> None:
 
 def leftovers(run: Path) -> list[Path]:
     """Returns the files and folders that a killed run left partly written or partly removed."""
-    top = [*run.glob(f".{ADAPTER_FOLDER}.*{UNFINISHED}"), *run.glob(f".{METRICS_FILE}.*{UNFINISHED}")]
+    top = [*run.glob(f".{ADAPTER_FOLDER}.*{UNFINISHED}"), *run.glob(f".{BEST_FOLDER}.*{UNFINISHED}")]
+    top += [*run.glob(f".{METRICS_FILE}.*{UNFINISHED}")]
     return [*top, *run.glob(f".{CHECKPOINTS}.*{UNFINISHED}"), *run.glob(f"{CHECKPOINTS}/.step-*{UNFINISHED}")]
 
 
@@ -208,24 +189,25 @@ def remove_leftovers(run: Path) -> None:
             path.unlink()
 
 
-def _mean_loss(path: Path) -> float:
-    """Returns the mean loss of the steps before a checkpoint; infinity if it cannot be read, so that it is not kept."""
+def _loss(path: Path, key: str) -> float:
+    """Returns a loss of the state of a checkpoint; infinity if there is none, so that the checkpoint is not kept."""
     try:
-        return float(read_json(path / STATE_FILE)["mean_loss"])
+        return float(read_json(path / STATE_FILE)[key])
     except (CheckpointError, KeyError, TypeError, ValueError):
         return math.inf
 
 
-def remove_old_checkpoints(run: Path, step: int, last: int | None, best: int) -> None:
+def remove_old_checkpoints(run: Path, step: int, last: int | None, best: int, by: str = "mean_loss") -> None:
     """Keeps the newest `last` checkpoints (None: all) and the `best` of the others by loss; removes the rest.
 
+    by: the loss, `mean_loss` of the steps before, or `held_out_loss`.
     Checkpoints after `step`, the one just written, are of steps that were undone by resuming, and are removed.
     """
     found = checkpoints_by_step(run)
     for number in [number for number in found if number > step]:
         remove_folder(found.pop(number))
     older = list(found.values())[last:] if last is not None else []
-    for path in sorted(older, key=_mean_loss)[best:]:
+    for path in sorted(older, key=lambda path: _loss(path, by))[best:]:
         remove_folder(path)
 
 
@@ -261,16 +243,18 @@ def read_state_file(folder: Path) -> StateFile:
     return cast(StateFile, state)
 
 
-def _read_metrics(path: Path, steps: int) -> list[StepMetrics]:
+def _read_metrics(path: Path, steps: int) -> tuple[list[StepMetrics], list[Evaluation]]:
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
         raise CheckpointError(f"{path} cannot be read as lines of JSON: {error}") from error
-    bad = [number for number, line in enumerate(lines, 1) if list(mismatches(line, LINE_SHAPE))]
-    if bad or len(lines) != steps:
-        found = f"line {bad[0]} is not a step" if bad else f"{len(lines)} lines"
+    of_steps = {number: line for number, line in enumerate(lines, 1) if not is_evaluation(line)}
+    bad = [number for number, line in of_steps.items() if list(mismatches(line, LINE_SHAPE))]
+    if bad or len(of_steps) != steps:
+        found = f"line {bad[0]} is not a step" if bad else f"{len(of_steps)} lines"
         raise CheckpointError(f"{path} should have a line for each of {steps} steps; {found}")
-    return [StepMetrics.read(line) for line in lines]
+    evaluations = [Evaluation.read(line) for line in lines if is_evaluation(line)]
+    return [StepMetrics.read(line) for line in of_steps.values()], evaluations
 
 
 @dataclass(frozen=True)
@@ -286,6 +270,7 @@ class StoredRun:
     random: RandomState
     position: Position
     metrics: list[StepMetrics]
+    evaluations: list[Evaluation]
 
     @classmethod
     def read(cls, folder: Path) -> StoredRun:
@@ -305,5 +290,5 @@ class StoredRun:
             read_safetensors(folder / OPTIMIZER_FILE),
             now,
             Position.from_json(state["batches"], epoch),
-            _read_metrics(folder / METRICS_FILE, state["step"]),
+            *_read_metrics(folder / METRICS_FILE, state["step"]),
         )

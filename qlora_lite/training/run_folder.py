@@ -1,5 +1,7 @@
 """The folder of a training run: `metrics.jsonl`, one line for each step, `data.json`, `adapter/` and `checkpoints/`.
 
+With evaluations during training, `best_adapter/` holds the adapter with the lowest held-out loss so far.
+
 `adapter/` holds the last values known to be good: those with which a finite loss was computed. They are saved before
 the next update (not before every update, if saving takes long), so that a run that diverges leaves the adapter that it
 had before.
@@ -7,13 +9,11 @@ had before.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 from qlora_lite.checkpoints.atomic_folder import check_replaceable
@@ -22,12 +22,13 @@ from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stop
 from qlora_lite.locks import locked
 from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.signals import deferred_signals, uninterrupted
+from qlora_lite.training.metrics import Evaluation, StepMetrics, best_evaluation, line_of
 from qlora_lite.training.run_checkpoints import (
     ADAPTER_FOLDER,
+    BEST_FOLDER,
     CHECKPOINTS,
     DATA_FILE,
     METRICS_FILE,
-    StepMetrics,
     checkpoint_path,
     leftovers,
     newest_intact_checkpoint,
@@ -81,34 +82,56 @@ class RunFolder:
     def save_adapter(self) -> None:
         """Writes the adapter with its current values."""
         if self._folder is not None:
-            with self._writing():
-                folder, training = self._folder / ADAPTER_FOLDER, self._run.record()
-                save_adapter(self._run.model, folder, overwrite=True, training=training)
+            self._save_adapter_to(self._folder / ADAPTER_FOLDER)
             self.saved = True
+
+    def _save_adapter_to(self, folder: Path) -> None:
+        with self._writing():
+            save_adapter(self._run.model, folder, overwrite=True, training=self._run.record())
 
     def before_update(self) -> None:
         """Saves the adapter if it is time to. To be called after a finite loss, before the parameters change."""
         started = time.monotonic()
         if self._folder is None or started < self._next_save:
             return
-        if self._mode == "w" and (self._folder / CHECKPOINTS).is_dir():
-            with self._writing():  # checkpoints of an overwritten run, which this one must not be resumed from
-                remove_folder(self._folder / CHECKPOINTS)
+        if self._mode == "w":
+            with self._writing():  # those of an overwritten run, which this one must not be resumed from
+                for name in (CHECKPOINTS, BEST_FOLDER):
+                    if (self._folder / name).is_dir():
+                        remove_folder(self._folder / name)
         self.save_adapter()
         ended = time.monotonic()
         self._next_save = ended + (ended - started) / SAVING_SHARE
 
     def finish_step(self, metrics: StepMetrics) -> None:
-        """Writes the metrics of a step, notes in the run that it is finished, and writes a checkpoint if one is due."""
+        """Writes the metrics of a step, and notes in the run that it is finished."""
         if self._folder is not None:
             with self._writing():
                 if self._mode == "w" and self._notes is not None:
                     write_json(self._folder / DATA_FILE, self._notes)
-                self._append(self._folder / METRICS_FILE, json.dumps(asdict(metrics)) + "\n")
+                # The first line of a file replaces that of another run, so an evaluation before it waits for it.
+                before = self._run.evaluations if self._mode == "w" else ()
+                self._append(self._folder / METRICS_FILE, "".join(map(line_of, (*before, metrics))))
         self._mode = "a"
         self._run.finish_step(metrics)
-        steps, config = self._run.steps, self._run.config
-        if config.save_steps is not None and (steps % config.save_steps == 0 or steps == config.steps):
+
+    def finish_evaluation(self, evaluation: Evaluation) -> None:
+        """Notes an evaluation in the run, writes its line, and keeps the adapter if its held-out loss is the lowest."""
+        run, best = self._run, best_evaluation(self._run.evaluations)
+        run.evaluations.append(evaluation)
+        if self._checkpoint_step == run.steps:
+            self._checkpoint_step = None  # its checkpoint was written without the evaluation
+        if self._folder is None or run.steps == 0:
+            return
+        if run.config.eval_steps is not None and best_evaluation(run.evaluations) != best:
+            self._save_adapter_to(self._folder / BEST_FOLDER)
+        with self._writing():
+            self._append(self._folder / METRICS_FILE, line_of(evaluation))
+
+    def write_due_checkpoint(self, is_last: bool) -> None:
+        """Writes a checkpoint if one is due after the last finished step. is_last: whether the run ends there."""
+        steps, every = self._run.steps, self._run.config.save_steps
+        if every is not None and (steps % every == 0 or is_last):
             self.write_checkpoint()
 
     def _append(self, path: Path, line: str) -> None:
@@ -138,7 +161,8 @@ class RunFolder:
         if self._folder is not None and self._checkpoint_step is not None:
             config = self._run.config
             with self._writing():
-                remove_old_checkpoints(self._folder, self._checkpoint_step, config.keep_last, config.keep_best)
+                by = "mean_loss" if config.eval_steps is None else "held_out_loss"
+                remove_old_checkpoints(self._folder, self._checkpoint_step, config.keep_last, config.keep_best, by)
 
     def finish(self) -> None:
         """Saves the adapter at the end of the run, and removes old checkpoints that a killed run may have left."""

@@ -4,7 +4,7 @@ state.json               settings, base, machine, position in the batches, and o
 trained.safetensors      the trained parameters and the reference tensors of variants, as they are in memory
 optimizer.safetensors    the states of the optimizer
 random.safetensors       the states of torch's generators, now and before the first batch of the epoch
-metrics.jsonl            one line for each step
+metrics.jsonl            one line for each step and each evaluation
 adapter/                 the adapter in peft's files
 """
 
@@ -36,6 +36,7 @@ from qlora_lite.lora.variants import reference_tensors
 from qlora_lite.signals import check_signals
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.decisions import Decisions
+from qlora_lite.training.metrics import Evaluation, StepMetrics, lines_of
 from qlora_lite.training.optim import load_optimizer_state_, optimizer_state
 from qlora_lite.training.run_checkpoints import (
     ADAPTER_FOLDER,
@@ -48,7 +49,6 @@ from qlora_lite.training.run_checkpoints import (
     TRAINED_FILE,
     VERSION,
     StateFile,
-    StepMetrics,
     StoredRun,
     read_state_file,
 )
@@ -96,7 +96,9 @@ class Run:
     """A training run: everything that its next steps depend on.
 
     trained: the parameters that training changes, by name. optimizer: over these. sources: where random numbers come
-    from; None for a run that is not saved. metrics: of each finished step. decisions: found out in the first steps.
+    from; None for a run that is not saved. metrics: of each finished step. evaluations: of held-out batches.
+    held_out_digest: of these batches; None before the first evaluation, and for a run that is not saved.
+    decisions: found out in the first steps.
     """
 
     model: nn.Module
@@ -106,6 +108,8 @@ class Run:
     stream: BatchStream
     sources: RandomSources | None = None
     metrics: list[StepMetrics] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    held_out_digest: str | None = None
     decisions: Decisions = field(default_factory=Decisions)
     _last: _BetweenSteps | None = None
     _base: dict[str, object] | None = None
@@ -126,8 +130,18 @@ class Run:
             self._last = _BetweenSteps(self.sources.capture(), self.stream.position(), self.decisions)
 
     def record(self) -> TrainingRecord | None:
-        """Returns what a model card says of the finished steps; None before the first."""
-        return training_record(self.metrics) if self.metrics else None
+        """Returns what a model card says of the finished steps; None before the first.
+
+        Held-out losses are on it if there was an evaluation before the first step and one after the last.
+        """
+        before = next((found.held_out_loss for found in self.evaluations if found.step == 0), None)
+        after = self.held_out_loss() if self.steps else None
+        held_out = None if before is None or after is None else (before, after)
+        return training_record(self.metrics, held_out) if self.metrics else None
+
+    def held_out_loss(self) -> float | None:
+        """Returns the held-out loss after the last finished step; None if it was not computed."""
+        return next((found.held_out_loss for found in self.evaluations if found.step == self.steps), None)
 
     def drop_gradients(self) -> None:
         """Sets all gradients to None."""
@@ -186,13 +200,15 @@ class Run:
             "random": {"now": dict(random.plain), "epoch": dict(epoch_random.plain)},
             "optimizer": plain,
             "facts": self._last.decisions.to_json(),
+            "held_out_loss": self.held_out_loss(),
+            "held_out_batches": self.held_out_digest,
         }
         write_json(folder / STATE_FILE, state)
 
     def write_metrics(self, path: Path) -> None:
-        """Writes a line for each finished step, in place of an existing file."""
+        """Writes the lines of all finished steps and evaluations, in place of an existing file."""
         with new_file(path, overwrite=True) as file:
-            file.writelines(json.dumps(asdict(step)).encode() + b"\n" for step in self.metrics)
+            file.writelines(line.encode() for line in lines_of(self.metrics, self.evaluations))
 
     def check_same(self, folder: Path) -> None:
         """Raises CheckpointError, with a list of the differences, unless the checkpoint is of a run like this one."""
@@ -225,6 +241,7 @@ class Run:
                 value.copy_(stored.trained[name])
         load_optimizer_state_(self.optimizer, self.trained, stored.optimizer, stored.state["optimizer"])
         self.stream.skip_to(stored.position)
+        self.evaluations, self.held_out_digest = stored.evaluations, stored.state.get("held_out_batches")
         self.metrics, self.decisions = stored.metrics, Decisions.from_json(stored.state["facts"])
         if stored.state["checkpointing"] != self.config.checkpointing:
             self.decisions = replace(self.decisions, block_costs=None)

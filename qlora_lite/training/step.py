@@ -34,6 +34,7 @@ from qlora_lite.tasks import task_of
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.distributed import Processes, split_in_two
 from qlora_lite.training.forward.activation_checkpointing import BlockCheckpointing
+from qlora_lite.training.metrics import StepMetrics
 from qlora_lite.training.objective.causality import check_causality
 from qlora_lite.training.objective.choice import choose_loss, loss_named
 from qlora_lite.training.objective.gradients import check_gradients, check_reach
@@ -43,7 +44,6 @@ from qlora_lite.training.objective.positions import check_positions
 from qlora_lite.training.objective.task_losses import labelled, tokens_in
 from qlora_lite.training.optim import learning_rate_factor, make_optimizer, set_learning_rates_
 from qlora_lite.training.progress import say
-from qlora_lite.training.run_checkpoints import StepMetrics
 from qlora_lite.training.run_state import Run
 
 FP32_BYTES = 4

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lite.cli.main import _with_resume_command, main
-from qlora_lite.training.run_checkpoints import StepMetrics
+from qlora_lite.training.metrics import StepMetrics
 from qlora_lite.training.run_folder import RunFolder
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

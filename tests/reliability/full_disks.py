@@ -33,8 +33,8 @@ from qlora_lite.checkpoints import atomic_folder
 from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.adapters import adapter_parameters
+from qlora_lite.training.metrics import StepMetrics
 from qlora_lite.training.optim import make_optimizer
-from qlora_lite.training.run_checkpoints import StepMetrics
 from qlora_lite.training.run_folder import run_folder
 from qlora_lite.training.run_state import Run
 

@@ -27,6 +27,7 @@ from qlora_lite.compute.random_state import RandomSources
 from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import QLoRAError
 from qlora_lite.lora.adapters import adapter_parameters
+from qlora_lite.training.metrics import StepMetrics
 from qlora_lite.training.optim import make_optimizer
 from qlora_lite.training.run_checkpoints import (
     MANIFEST_FILE,
@@ -35,7 +36,6 @@ from qlora_lite.training.run_checkpoints import (
     RANDOM_FILE,
     STATE_FILE,
     TRAINED_FILE,
-    StepMetrics,
     checkpoint_path,
     newest_intact_checkpoint,
     write_checkpoint,

@@ -36,6 +36,7 @@ from qlora_lite.training.run_checkpoints import checkpoint_problem, checkpoints_
 
 TINY_STEP, TINY_MOMENTS = 34, 2
 MOMENTS = 40
+MEASURED = ("seconds", "tokens_per_second", "peak_bytes")  # in lines of metrics.jsonl
 CONFIG = TrainConfig(steps=3, learning_rate=1e-2, save_steps=1, keep_last=1, gradient_accumulation=2)
 
 
@@ -58,10 +59,11 @@ def run(model: Path, folder: Path, resume: bool) -> None:
 def final_files(folder: Path) -> dict[str, bytes]:
     """Returns the files of a finished run, without times and speeds."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    measured = ("metrics.jsonl", "manifest.json")
-    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    same = {name: path.read_bytes() for name, path in files.items() if path.name not in measured}
-    return {**same, "names": json.dumps(sorted(files)).encode(), "losses": json.dumps(losses).encode()}
+    with_times = ("metrics.jsonl", "manifest.json")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figures = [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+    same = {name: path.read_bytes() for name, path in files.items() if path.name not in with_times}
+    return {**same, "names": json.dumps(sorted(files)).encode(), "figures": json.dumps(figures).encode()}
 
 
 def wrong_after_kill(model: Any, folder: Path) -> list[str]:

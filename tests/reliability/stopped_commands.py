@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from example_model import make_tiny_model
+from killed_runs import final_files
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, save_adapter
 from qlora_lite.checkpoints.files import UNFINISHED
 from qlora_lite.cli.main import main as command_line
@@ -39,8 +40,9 @@ from qlora_lite.training.run_checkpoints import newest_intact_checkpoint
 
 SECONDS = 120.0
 ONCE, TWICE = 1, 2
-TINY_MOMENTS = 4
+TINY_MOMENTS = 5
 TRAIN = "train --model {model} --data {data} --output {out} --rank 2 --steps 3 --gradient-accumulation 2 --dropout 0.1"
+EVALUATED = f"{TRAIN} --eval-share 0.4 --eval-steps 1 --patience 2 --learning-rate 0.05 --no-token-cache"
 MERGE = "merge --model {model} --adapter {adapter} --output {out} --verify {data}"
 QUANTIZE = "quantize --model {model} --output {out}"
 DATA = "data {data} --model {model} --html {out}/page.html"
@@ -63,7 +65,11 @@ MOMENTS = (
     Moment(MERGE, "checkpoints.safetensors_write:_Writer.write", 5),
     Moment(PLAN, "memory.trace:StorageTrace._gone", 300),
     Moment(QUANTIZE, "checkpoints.load:_Loader.load_", 3),
+    Moment(EVALUATED, "training.evaluation:Evaluator.make", 2, steps=1),
     Moment(MERGE, "export.lazy_model:LazyModel.head_inputs"),
+    Moment(EVALUATED, "training.evaluation:Evaluator.make", 1, steps=0),
+    Moment(EVALUATED, "training.evaluation:_in_memory", 2, steps=1),
+    Moment(EVALUATED, "training.run_folder:RunFolder.finish_evaluation", 3, steps=2),
     Moment(TRAIN, "checkpoints.load:_Loader.load_", 3),
     Moment(TRAIN, "data.tokenization:tokenize_sources"),
     Moment(TRAIN, "lora.init:initialize_", 2),
@@ -190,7 +196,19 @@ def wrong_after(scratch: Path, moment: Moment, number: int, times: int) -> list[
         again = [*words, "--resume"]
         status = _ended(again, said, lambda: None)
         found += [] if status == 0 else [f"resuming ended with {status}: {said.read_text()[-300:]}"]
+        if moment.words == EVALUATED and not found:
+            found += _differences(words, out, said)
     return found
+
+
+def _differences(words: list[str], out: Path, said: Path) -> list[str]:
+    """Returns the files of an undisturbed run that the resumed run does not have; it has more checkpoints."""
+    whole = out.with_name("whole")
+    status = _ended([str(whole) if word == str(out) else word for word in words], said, lambda: None)
+    if status != 0:
+        return [f"the undisturbed run ended with {status}"]
+    wanted, found = final_files(whole), final_files(out)
+    return [f"{name} differs" for name in wanted if name != "names" and wanted[name] != found.get(name)]
 
 
 def make_inputs(scratch: Path, make_model: Callable[[Path], Path]) -> None:

@@ -38,6 +38,8 @@ def test_no_dial_is_made_of_other_words(text: str) -> None:
         ("save_steps", 0),
         ("keep_last", 0),
         ("keep_best", -1),
+        ("eval_steps", 0),
+        ("patience", 0),
         ("warmup_steps", 101),
         ("schedule", "step"),
         ("warmup_ratio", 1.5),
@@ -88,3 +90,11 @@ def test_epochs_are_steps_rounded_up(epochs: float, batches: int, accumulation: 
 def test_what_is_not_a_number_of_epochs_is_refused(epochs: float) -> None:
     with pytest.raises(ConfigError, match="epochs must"):
         steps_of_epochs(epochs, 10)
+
+
+def test_evaluations_that_decide_must_be_made() -> None:
+    with pytest.raises(ConfigError, match="patience counts evaluations; give eval_steps too; got 2"):
+        TrainConfig(patience=2)
+    with pytest.raises(ConfigError, match="save_steps must be a multiple of eval_steps, 4; got 6"):
+        TrainConfig(keep_best=1, eval_steps=4, save_steps=6)
+    TrainConfig(keep_best=1, eval_steps=4, save_steps=8, patience=1)

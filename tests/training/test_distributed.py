@@ -51,12 +51,14 @@ def given(what, at):
         yield batch
 
 def run(name, what=None, dropout=0.0, **words):
-    config = TrainConfig(steps=3, learning_rate=1e-2, gradient_accumulation=2, save_steps=1)
+    config = TrainConfig(steps=3, learning_rate=1e-2, gradient_accumulation=2, save_steps=1, eval_steps=2)
+    words = {**words, "eval_batches": batches}
     model = fresh(dropout)
     ended = None
     try:
         result = train(model, given(what, 3), config, output_dir=os.path.join(out, name), progress=False, **words)
         figures = {"losses": result.losses, "norms": [step.gradient_norm for step in result.steps]}
+        figures["held_out"] = [evaluation.held_out_loss for evaluation in result.evaluations]
     except (QLoRAError, Stopped) as error:
         figures = {"ended": type(error).__name__, "by": str(error)}
     values = torch.cat([value.detach().flatten() for value in adapter_parameters(model).values()])
@@ -101,12 +103,12 @@ def launched(processes: int, folder: Path, out: Path) -> list[dict[str, dict[str
 def test_two_processes_learn_as_one_end_together_and_go_on_as_if_never_ended(tiny_folder: Path, tmp_path: Path) -> None:
     (alone,) = launched(1, tiny_folder, tmp_path / "one")
     first, second = launched(2, tiny_folder, tmp_path / "two")
-    for name in ("losses", "norms"):
+    for name in ("losses", "norms", "held_out"):
         ours, theirs = torch.tensor(first["plain"][name]), torch.tensor(alone["plain"][name])
         torch.testing.assert_close(ours[:1], theirs[:1], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)  # AdamW makes much of small gradients
     assert first["plain"] == second["plain"]
-    assert len((tmp_path / "two" / "plain" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "two" / "plain" / "metrics.jsonl").read_text().splitlines()) == 3 + 3
     assert second["error"]["ended"] == "ConfigError" and "labels must be of the shape" in second["error"]["by"]
     assert first["error"]["ended"] == "TrainingError" and "1 of 2 processes failed" in first["error"]["by"]
     assert first["term"]["ended"] == second["term"]["ended"] == "Stopped" and first["whole"] == second["whole"]

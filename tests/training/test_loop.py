@@ -37,7 +37,7 @@ from qlora_lite.errors import (
     TrainingError,
 )
 from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, lora_layers
-from qlora_lite.training.loop import held_out_loss, profile_steps
+from qlora_lite.training.loop import profile_steps
 
 
 def adapted(folder: Path, format: str = "nf4", dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
@@ -114,31 +114,6 @@ def test_accumulation_equals_one_large_batch(tiny_folder: Path, checkpointing: s
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
     for name, parameter in ends[0][1].items():
         torch.testing.assert_close(parameter, ends[1][1][name], rtol=1e-3, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("format", ["nf4", "none"])
-def test_held_out_loss_is_the_mean_over_all_labelled_tokens(tiny_folder: Path, format: str) -> None:
-    model = adapted(tiny_folder, format, dropout=0.5)
-    model.train()
-    model.get_submodule("model.norm").eval()
-    batches = [batch(3, seed=1), batch(1, seed=2), {**batch(seed=3), "labels": torch.full((2, 12), -100)}]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    modes = {name: module.training for name, module in model.named_modules()}
-    found = held_out_loss(model, batches)
-    assert {name: module.training for name, module in model.named_modules()} == modes
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    model.eval()
-    with torch.no_grad():
-        logits = [model(input_ids=b["input_ids"], use_cache=False).logits[:, :-1].float() for b in batches[:2]]
-    sums = [
-        F.cross_entropy(logit.flatten(0, 1), b["labels"][:, 1:].flatten(), reduction="sum")
-        for logit, b in zip(logits, batches, strict=False)
-    ]
-    count = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
-    assert found == pytest.approx(float(sum(sums)) / count, rel=1e-5)
-    with pytest.raises(ConfigError, match="held-out batches need a token with a label"):
-        held_out_loss(model, batches[2:])
 
 
 def test_a_loss_that_is_no_number_stops_before_the_update(tiny_folder: Path, tmp_path: Path) -> None:

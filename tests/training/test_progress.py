@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_lite.training.progress import described, training_progress
-from qlora_lite.training.run_checkpoints import StepMetrics
+from qlora_lite.training.metrics import Evaluation, StepMetrics
+from qlora_lite.training.progress import described, described_evaluation, training_progress
 
 
 def step(number: int) -> StepMetrics:
@@ -17,9 +17,11 @@ def test_a_step_in_words() -> None:
 
 
 def test_lines_without_a_terminal_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    for shown, lines in ((True, 11), (False, 0)):
-        with training_progress(100, shown) as show:
+    for shown, lines in ((True, 12), (False, 0)):
+        with training_progress(100, shown) as (show, note):
             for number in range(1, 101):
                 show(step(number))
+            note(described_evaluation(Evaluation(7, 0.5, {"exact_match": 0.25, "f1": None}, 1.0), 100))
         captured = capsys.readouterr()
         assert captured.out == "" and len(captured.err.splitlines()) == lines
+        assert captured.err.endswith("step 7/100  held-out loss 0.5000  exact match 0.25\n") or not shown

@@ -12,10 +12,10 @@ import torch
 
 from qlora_lite.checkpoints.files import write_json
 from qlora_lite.errors import CheckpointError
+from qlora_lite.training.metrics import StepMetrics
 from qlora_lite.training.run_checkpoints import (
     LINE_SHAPE,
     STATE_SHAPE,
-    StepMetrics,
     StoredRun,
     checkpoint_path,
     checkpoints_by_step,
@@ -78,6 +78,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, step: int, last: int, 
     remove_old_checkpoints(tmp_path, step, last, best)
     assert list(checkpoints_by_step(tmp_path)) == left
     assert len(list((tmp_path / "checkpoints").iterdir())) == len(left)
+
+
+def test_the_best_are_those_of_the_lowest_held_out_loss_where_there_is_one(tmp_path: Path) -> None:
+    written(tmp_path, 1.0, 2.0, 3.0, 4.0, 5.0)
+    for step, loss in ((1, 9.0), (2, None), (3, 7.0), (4, 8.0)):
+        state = checkpoint_path(tmp_path, step) / "state.json"
+        state.write_text(json.dumps({"mean_loss": float(step), "held_out_loss": loss}))
+    remove_old_checkpoints(tmp_path, 5, 1, 2, "held_out_loss")
+    assert list(checkpoints_by_step(tmp_path)) == [5, 4, 3]
 
 
 def test_what_was_left_half_way_goes(tmp_path: Path) -> None:

@@ -4,6 +4,6 @@ In reading order:
 
 run_options     the options of a run that only `train` has
 run_settings    LoraConfig and TrainConfig of the options
-task_records    what the records of a task are, their labels and batches, and scores of those held out
-run_figures     what is told at the end, and written to the model card
+task_records    what the records of a task are, their labels, and their batches
+run_figures     what is told at the end
 """

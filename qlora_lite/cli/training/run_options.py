@@ -44,11 +44,21 @@ TrainableTokenIndices = Annotated[str, typer.Option(help="Token ids whose embedd
 BatchSize = Annotated[int, typer.Option(help="Rows of a batch.")]
 EvalData = Annotated[
     list[str] | None,
-    typer.Option("--eval-data", help="Records that are not trained on: their loss is computed before and after."),
+    typer.Option(
+        "--eval-data",
+        help="Records that are not trained on: their loss is computed before, after, and every --eval-steps steps.",
+    ),
 ]
 EvalShare = Annotated[
     float | None,
     typer.Option(help="Share of the records of --data that is held out in this way. Equal records stay together."),
+]
+EvalSteps = Annotated[
+    int | None,
+    typer.Option(help="Steps between two evaluations of held-out records; the best adapter is kept in best_adapter/."),
+]
+Patience = Annotated[
+    int | None, typer.Option(help="Stop when the held-out loss was not below its lowest in so many evaluations.")
 ]
 Packing = Annotated[bool, typer.Option(help="Put several examples into one row of up to --max-length tokens.")]
 Resume = Annotated[
@@ -88,4 +98,4 @@ SaveSteps = Annotated[
     int | None, typer.Option(help="Steps between two checkpoints. Default: one when a signal stops the run.")
 ]
 KeepLast = Annotated[str, typer.Option(help="Number of newest checkpoints to keep, or all.")]
-KeepBest = Annotated[int, typer.Option(help="Number of older checkpoints to keep, those of the lowest loss.")]
+KeepBest = Annotated[int, typer.Option(help="Number of older checkpoints to keep: of the lowest (held-out) loss.")]

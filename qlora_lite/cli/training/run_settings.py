@@ -73,7 +73,7 @@ def with_epochs(config: TrainConfig, data: TrainingData, options: Mapping[str, A
     return replace(config, steps=steps)
 
 
-def check_options(lora: LoraConfig, memory_budget: str | None, checkpointing: str | None) -> None:
+def check_options(lora: LoraConfig, options: Mapping[str, Any]) -> None:
     """Raises ConfigError for options that this command cannot follow together."""
     from qlora_lite.lora.config import parse_init
 
@@ -81,5 +81,7 @@ def check_options(lora: LoraConfig, memory_budget: str | None, checkpointing: st
         raise ConfigError(
             f"init {lora.init_lora_weights!r} packs the base anew, and this command writes no base; use it from Python"
         )
-    if memory_budget is not None and checkpointing is not None:
+    if options["eval_steps"] is not None and not options["eval_data"] and options["eval_share"] is None:
+        raise ConfigError("--eval-steps needs held-out records; give --eval-data or --eval-share")
+    if options["memory_budget"] is not None and options["checkpointing"] is not None:
         raise ConfigError("--memory-budget chooses the checkpointing itself; leave out it or --checkpointing")

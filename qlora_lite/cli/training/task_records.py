@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_lite.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from qlora_lite.data.batching import Batch
     from qlora_lite.data.images.processor import ImageProcessor
     from qlora_lite.data.mixture import Mixture
     from qlora_lite.data.tasks.labels import Labels
     from qlora_lite.tasks import Task
-
-Scores = dict[str, "float | None"]  # by name; `loss` is one of them
 
 
 def task_with_records(options: Mapping[str, Any]) -> Task | None:
@@ -70,15 +68,6 @@ def prepare_for_labels_(model: Any, labels: Labels, pad_token_id: int) -> None:
     set_padding_(model.config, pad_token_id)
 
 
-def scores_in_figures(before_and_after: list[Scores]) -> dict[str, object]:
-    """Returns the figures of held-out examples: `held_out_loss_before`, `accuracy_after` and the like."""
-    return {
-        f"{'held_out_loss' if name == 'loss' else name}_{when}": score
-        for when, scores in zip(("before", "after"), before_and_after, strict=True)
-        for name, score in scores.items()
-    }
-
-
 def run_batches(
     examples: Mixture,
     labels: Labels | None,
@@ -103,17 +92,24 @@ def run_batches(
     return batches(examples, rows, seed, pad_token_id=pad, epochs=epochs, **shape)
 
 
-def scores_of_held_out(
-    model: nn.Module,
+@dataclass(frozen=True)
+class HeldOutBatches:
+    """The batches of held-out examples, in the same order each time. make: makes them once more."""
+
+    make: Callable[[], Iterator[Batch]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.make()
+
+
+def held_out_batches(
     examples: Mixture | None,
     labels: Labels | None,
     options: Mapping[str, Any],
     tokenizer: Any,
     images: ImageProcessor | None,
-) -> list[Scores]:
-    """The loss of the held-out examples and the scores of the task, in a list; an empty list without any."""
-    from qlora_lite.training.loop import held_out_scores
-
+) -> HeldOutBatches | None:
+    """The batches of held-out examples, of the shape of those that are trained on; None without examples."""
     if examples is None:
-        return []
-    return [held_out_scores(model, run_batches(examples, labels, options, tokenizer, 0, 1, images))]
+        return None
+    return HeldOutBatches(functools.partial(run_batches, examples, labels, options, tokenizer, 0, 1, images))

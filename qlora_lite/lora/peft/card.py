@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints.base_identity import PACKED_HASH_KEY
-from qlora_lite.checkpoints.files import read_json
-from qlora_lite.checkpoints.repository.model_card import ModelCard, display_name, rows, write_card
+from qlora_lite.checkpoints.repository.model_card import ModelCard, display_name, rows
 from qlora_lite.errors import listing
-from qlora_lite.lora.peft.options import CONFIG_FILE
 from qlora_lite.lora.variants import variant_of
 from qlora_lite.quantization.formats import UNPACKED
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -158,8 +155,3 @@ def adapter_card(model: nn.Module, config: Mapping[str, object], training: Train
         body="\n\n".join(parts),
         more={"pipeline_tag": pipeline},
     )
-
-
-def update_adapter_card(model: nn.Module, folder: Path, training: TrainingRecord) -> None:
-    """Writes the card of an adapter that `save_adapter` wrote anew, unless the user edited it."""
-    write_card(folder, adapter_card(model, read_json(folder / CONFIG_FILE), training))

@@ -75,8 +75,3 @@ def test_held_out_labels_that_are_not_trained_on_are_refused(run: Run, tiny_fold
     done = run(*words, "--eval-data", other)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "held-out records have the label 'c', which no record to train on has (a, b)" in done.stderr
-
-
-def test_figures_name_each_score_before_and_after() -> None:
-    found = module.scores_in_figures([{"loss": 2.0, "f1": 0.5}, {"loss": 1.0, "f1": 1.0}])
-    assert found == {"held_out_loss_before": 2.0, "f1_before": 0.5, "held_out_loss_after": 1.0, "f1_after": 1.0}

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.lora.adapters import add_lora_, lora_layers
 from qlora_lite.lora.config import LoraConfig
-from qlora_lite.lora.peft.card import TrainingRecord, adapter_card, update_adapter_card
+from qlora_lite.lora.peft.card import TrainingRecord, adapter_card
 from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.quantization.config import QuantConfig
 
@@ -73,15 +73,13 @@ def test_its_code_loads_the_adapter(adapted: Any, tiny_folder: Path, tmp_path: P
 
 
 def test_a_user_s_card_is_kept_and_ours_is_renewed(adapted: Any, tmp_path: Path) -> None:
-    save_adapter(adapted, tmp_path)
-    update_adapter_card(adapted, tmp_path, TrainingRecord(1, 2, 0.5, 3.0, 2.5, (3.5, 2.75)))
+    save_adapter(adapted, tmp_path, training=TrainingRecord(1, 2, 0.5, 3.0, 2.5, (3.5, 2.75)))
     text = (tmp_path / "README.md").read_text()
     assert "| held-out loss before | 3.5 |\n| held-out loss after | 2.75 |" in text
     save_adapter(adapted, tmp_path, overwrite=True)
     assert "held-out" not in (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text("mine")
-    save_adapter(adapted, tmp_path, overwrite=True)
-    update_adapter_card(adapted, tmp_path, RECORD)
+    save_adapter(adapted, tmp_path, overwrite=True, training=RECORD)
     assert (tmp_path / "README.md").read_text() == "mine"
 
 

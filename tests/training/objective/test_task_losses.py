@@ -16,7 +16,7 @@ from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_qua
 from qlora_lite.errors import ConfigError, TrainingError
 from qlora_lite.lora.adapters import adapter_parameters
 from qlora_lite.training import step
-from qlora_lite.training.loop import held_out_loss, held_out_scores
+from qlora_lite.training.evaluation import held_out_loss, held_out_scores
 from qlora_lite.training.objective.task_losses import TASK_LOSSES, TaskLoss, labelled, task_loss
 
 SEQUENCES, WORDS = "sequence-classification", "token-classification"
