@@ -27,6 +27,12 @@ def checkpointing_named(text: str) -> str | int:
     return byte_count(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, or", text)
 
 
+def check_checkpointing(checkpointing: object) -> None:
+    """Raises ConfigError for what is neither `full`, `none`, nor a number of bytes."""
+    known = is_count(checkpointing, 1) or checkpointing in CHECKPOINTING
+    require(known, f"checkpointing must be one of {', '.join(CHECKPOINTING)}, or a number of bytes", checkpointing)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The settings of a training run.
@@ -90,10 +96,7 @@ class TrainConfig:
         norm = self.max_grad_norm
         require(norm is None or (is_finite(norm) and norm > 0), "max_grad_norm must be None or above 0", norm)
         require(self.optimizer in OPTIMIZERS, f"optimizer must be one of {', '.join(OPTIMIZERS)}", self.optimizer)
-        kinds = ", ".join(CHECKPOINTING)
-        checkpointing = self.checkpointing
-        known = is_count(checkpointing, 1) or checkpointing in CHECKPOINTING
-        require(known, f"checkpointing must be one of {kinds}, or a number of bytes", checkpointing)
+        check_checkpointing(self.checkpointing)
         alpha = self.neftune_noise_alpha
         require(alpha is None or (is_finite(alpha) and alpha > 0), "neftune_noise_alpha must be None or above 0", alpha)
         seed = self.seed

@@ -5,6 +5,7 @@ In reading order:
 fused_forward              forward methods replaced by functions that save less for backward
 activation_checkpointing   blocks that are recomputed in backward
 embedding_noise            NEFTune: noise on the embeddings of tokens
+byte_budget                a number of bytes for what is kept, in other training loops
 fuse                       both, and the loss without logits, for other training loops
 log_probs                  the log-probability of each label, without the logits
 """

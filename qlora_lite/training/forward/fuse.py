@@ -23,19 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import architecture
-from qlora_lite.checks import require
 from qlora_lite.compute.devices import on_cpu
 from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import ConfigError
 from qlora_lite.patches import exchange_attention_, loss_output, patched_forward
 from qlora_lite.tasks import CAUSAL_LM, task_of
-from qlora_lite.training.config import CHECKPOINTING, FULL, NONE
+from qlora_lite.training.config import FULL, NONE, check_checkpointing
 from qlora_lite.training.forward.activation_checkpointing import (
     BlockCheckpointing,
     checkpointable_blocks,
     is_recomputed_forward,
 )
+from qlora_lite.training.forward.byte_budget import fit_budget
 from qlora_lite.training.forward.fused_forward import (
     CausalMasks,
     fused_attention,
@@ -74,16 +74,18 @@ class Fusion:
     """What `fuse_` gave to a model, as `model.fusion`.
 
     modules: names of the modules with a fused forward. blocks: of the blocks that may be recomputed. dial: decides
-    which of them are. keep_logits: whether a call with labels is left as it is. loss: the key in LOSSES of the loss for
-    labels, None before the first call with labels. logits_reason: why that loss takes the logits of all tokens, None if
-    it does not. packing_checked: whether packed rows came before. attention: the name of the attention function before,
-    None if it was not exchanged.
+    which of them are. keep_logits: whether a call with labels is left as it is. recomputing: what the dial is set to
+    when transformers' gradient checkpointing is switched on. loss: the key in LOSSES of the loss for labels, None
+    before the first call with labels. logits_reason: why that loss takes the logits of all tokens, None if it does not.
+    packing_checked: whether packed rows came before. attention: the name of the attention function before, None if it
+    was not exchanged.
     """
 
     modules: list[str]
     blocks: list[str]
     dial: BlockCheckpointing
     keep_logits: bool
+    recomputing: str | int
     attention: str | None = None
     loss: str | None = None
     logits_reason: str | None = None
@@ -128,7 +130,7 @@ def _switch_checkpointing(model: nn.Module, enable: bool = True, **options: obje
     """In place of transformers' method of this name: sets the dial, and leaves transformers' own recomputation off."""
     fusion = fusion_of(model)
     assert fusion is not None
-    fusion.dial.set(FULL if enable else NONE)
+    fusion.dial.set(fusion.recomputing if enable else NONE)
 
 
 def _refuse_replicas(model: nn.Module) -> None:
@@ -184,16 +186,32 @@ def _forward(model: Any, args: tuple[object, ...], given: dict[str, Any]) -> Any
     if not labels_only or fusion.keep_logits or _asks_for_more(model, given):
         if _recomputes(fusion) and given.get("past_key_values") is None and _takes_cache(own):
             given = given | {"use_cache": False}  # recomputed blocks would leave it empty
-        return own(model, *args, **given)
-    items = given.get("num_items_in_batch")
-    batch = {name: value for name, value in given.items() if isinstance(value, Tensor) and value is not items}
+        call: Callable[[], Any] = functools.partial(own, model, *args, **given)
+    else:
+        items = given.get("num_items_in_batch")
+        batch = {name: value for name, value in given.items() if isinstance(value, Tensor) and value is not items}
+        with own_forward(model):
+            chosen = chosen_loss(model, fusion, batch)
+        call = functools.partial(_loss_alone, model, chosen, batch, items, given)
     with own_forward(model):
-        chosen = chosen_loss(model, fusion, batch)
-        if chosen == OF_MODEL:
-            return own(model, **given)
-        total = LOSSES[chosen](model, batch)
-    loss = total / (labelled_tokens(batch) if items is None else items)
+        if isinstance(tokens := given.get("input_ids"), Tensor):
+            fit_budget(model, fusion.dial, tokens.numel(), lambda: _sum_of(call()))
+        return call()
+
+
+def _loss_alone(model: Any, chosen: str, batch: Batch, items: Tensor | int | None, given: dict[str, Any]) -> Any:
+    """Returns the output for a call with labels: the loss of this key in LOSSES, without logits."""
+    if chosen == OF_MODEL:
+        return type(model).forward(model, **given)
+    loss = LOSSES[chosen](model, batch) / (labelled_tokens(batch) if items is None else items)
     return loss_output(loss) if given.get("return_dict") is not False else (loss,)
+
+
+def _sum_of(output: Any) -> Tensor:
+    """Returns the loss in a model's output, or the sum of its first tensor if there is none."""
+    loss = None if isinstance(output, tuple) else getattr(output, "loss", None)
+    found: Tensor = output[0] if loss is None else loss
+    return found.float().sum()
 
 
 @functools.cache
@@ -222,8 +240,10 @@ def _fuse_attention_(model: nn.Module) -> str | None:
 def fuse_(model: nn.Module, checkpointing: str | int = "full", *, keep_logits: bool = False) -> Fusion:
     """Gives a model the forward that `train` runs, until `unfuse_`. Returns what was done, which is `model.fusion` too.
 
-    checkpointing: `full` recomputes every block in backward, `none` keeps them all. Switching transformers' gradient
-        checkpointing on or off, as its Trainer does, sets this.
+    checkpointing: `full` recomputes every block in backward, `none` keeps them all. A number of bytes limits the peak
+        above the model's own bytes, AdamW's states included, as in `TrainConfig`; the first batch is then computed
+        twice. Switching transformers' gradient checkpointing off, as its Trainer does, sets `none`, and switching it
+        on what was given here, or `full`.
     keep_logits: leave calls with `labels` as they are, as those of classifiers, encoders and encoder-decoders always
         are. Otherwise these return the loss and no logits.
 
@@ -238,7 +258,7 @@ def fuse_(model: nn.Module, checkpointing: str | int = "full", *, keep_logits: b
     its layers itself, or does so by transformers' gradient checkpointing; and for `full` if the model has no ModuleList
     of blocks. A fused model refuses to be pickled, and to run in DataParallel.
     """
-    require(checkpointing in CHECKPOINTING, f"checkpointing must be {' or '.join(CHECKPOINTING)}", checkpointing)
+    check_checkpointing(checkpointing)
     model = without_peft(model)
     if fusion_of(model) is not None:
         raise ConfigError("the model is fused already; unfuse_ it first")
@@ -264,7 +284,8 @@ def fuse_(model: nn.Module, checkpointing: str | int = "full", *, keep_logits: b
     for index, block in enumerate(blocks):
         block.forward = functools.partial(dial.run, index, block.forward)
     keep_logits = keep_logits or task_of(model) is not CAUSAL_LM
-    fusion = Fusion(list(forwards), [named[id(block)] for block in blocks], dial, keep_logits, _fuse_attention_(model))
+    names, recomputing = [named[id(block)] for block in blocks], FULL if checkpointing == NONE else checkpointing
+    fusion = Fusion(list(forwards), names, dial, keep_logits, recomputing, _fuse_attention_(model))
     setattr(model, ATTRIBUTE, fusion)
     kind: Any = type(model)
     model.forward = types.MethodType(_forward_of(kind), model)
@@ -302,4 +323,5 @@ def unfused(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        fuse_(model, fusion.dial.checkpointing, keep_logits=fusion.keep_logits)
+        again = fuse_(model, fusion.dial.checkpointing, keep_logits=fusion.keep_logits)
+        again.recomputing, again.dial.costs = fusion.recomputing, fusion.dial.costs

@@ -16,6 +16,7 @@ from qlora_lite import architecture
 from qlora_lite.compute.token_log_probs import TokenStatistics
 from qlora_lite.errors import ConfigError, InputError
 from qlora_lite.tasks import CAUSAL_LM, task_of
+from qlora_lite.training.forward.byte_budget import fit_budget
 from qlora_lite.training.forward.fuse import ChosenLoss, chosen_loss, fusion_of, own_forward, without_peft
 from qlora_lite.training.objective.losses import LOGIT_FREE, checked_logits
 from qlora_lite.training.objective.token_statistics import statistics_of_hidden, statistics_of_logits
@@ -55,11 +56,18 @@ def token_statistics(
     own_labels = labels if labels_are_shifted else labels[:, 1:]
     last = None if labels_are_shifted else -1
     with own_forward(model):
-        if _needs_logits(model, tensors):
-            logits = checked_logits(model, model(**given | {"use_cache": False}), input_ids)[:, :last]
-            return statistics_of_logits(logits, own_labels, statistics, temperature)
-        hidden = architecture.base_model(model)(**given | {"use_cache": False}).last_hidden_state
-        return statistics_of_hidden(model, hidden[:, :last], own_labels, statistics, temperature)
+        needs_logits = _needs_logits(model, tensors)
+
+        def found() -> TokenStatistics:
+            if needs_logits:
+                logits = checked_logits(model, model(**given | {"use_cache": False}), input_ids)[:, :last]
+                return statistics_of_logits(logits, own_labels, statistics, temperature)
+            hidden = architecture.base_model(model)(**given | {"use_cache": False}).last_hidden_state
+            return statistics_of_hidden(model, hidden[:, :last], own_labels, statistics, temperature)
+
+        if (fusion := fusion_of(model)) is not None:
+            fit_budget(model, fusion.dial, input_ids.numel(), lambda: found().log_probs.sum())
+        return found()
 
 
 def token_log_probs(model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
