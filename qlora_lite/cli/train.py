@@ -51,6 +51,7 @@ from qlora_lite.cli.training.run_options import (
     Dropout,
     Epochs,
     EvalData,
+    EvalGenerate,
     EvalShare,
     EvalSteps,
     ExcludeModules,
@@ -84,6 +85,7 @@ from qlora_lite.cli.training.run_options import (
 )
 from qlora_lite.cli.training.run_settings import check_options, lora_config, train_config, with_epochs
 from qlora_lite.cli.training.task_records import (
+    exact_match_of,
     held_out_batches,
     prepare_for_labels_,
     run_batches,
@@ -183,6 +185,7 @@ def train(
     eval_share: EvalShare = None,
     eval_steps: EvalSteps = None,
     patience: Patience = None,
+    eval_generate: EvalGenerate = None,
     max_length: MaxLength = 512,
     packing: Packing = False,
     optimizer: Optimizer = "adamw",
@@ -221,6 +224,7 @@ def train(
     tokenizer = load_tokenizer(model)
     records, labels, notes = described_records(ctx.params, tokenizer, own_task)
     config = with_epochs(config, records, ctx.params)
+    evaluate = exact_match_of(records.held_out, labels, ctx.params, tokenizer)
     stream = run_batches(records.examples, labels, ctx.params, tokenizer, seed, images=records.images)
     budgeted = None
     with deferred_signals():
@@ -241,6 +245,6 @@ def train(
         chosen = config if budgeted is None else budgeted.config
         held_out = held_out_batches(records.held_out, labels, ctx.params, tokenizer, records.images)
         folder: dict[str, Any] = {"output_dir": output, "overwrite": overwrite, "resume": resume, "notes": notes}
-        result = train_model(loaded, stream, chosen, eval_batches=held_out, **folder)
+        result = train_model(loaded, stream, chosen, eval_batches=held_out, evaluate=evaluate, **folder)
     if is_first_process():
         finish(figures(result, records, config, budgeted, output), json)

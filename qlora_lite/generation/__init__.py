@@ -2,14 +2,15 @@
 
 In reading order:
 
-settings        GenerationSettings: the length of answers, and how tokens are drawn
-prompts         the tokens of a conversation, a text or a record, and the tokens that end an answer
-text_pieces     the text of tokens as they arrive, in whole characters
-answering       answers of one prompt or a batch, by transformers' generate
-chat_session    a conversation, and the adapter that answers
-record_prompts  the prompts of files
-answer_journal  answers that are finished, kept for the case of a kill
-answer_file     a file of answers, by batches of about one length
+settings          GenerationSettings: the length of answers, and how tokens are drawn
+prompts           the tokens of a conversation, a text or a record, and the tokens that end an answer
+text_pieces       the text of tokens as they arrive, in whole characters
+answering         answers of one prompt or a batch, by transformers' generate
+compared_answers  how often a model writes the answers of tokenized examples
+chat_session      a conversation, and the adapter that answers
+record_prompts    the prompts of files
+answer_journal    answers that are finished, kept for the case of a kill
+answer_file       a file of answers, by batches of about one length
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from qlora_lite.generation.answering import answer_batch as answer_batch
     from qlora_lite.generation.answering import answer_prompt as answer_prompt
     from qlora_lite.generation.chat_session import ChatSession as ChatSession
+    from qlora_lite.generation.compared_answers import exact_match as exact_match
+    from qlora_lite.generation.compared_answers import questions_of as questions_of
     from qlora_lite.generation.prompts import Prompt as Prompt
     from qlora_lite.generation.prompts import Prompts as Prompts
     from qlora_lite.generation.record_prompts import PromptSet as PromptSet
@@ -38,6 +41,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "settings": "GenerationSettings",
         "prompts": "Prompts Prompt",
         "answering": "answer_prompt answer_batch Answer",
+        "compared_answers": "questions_of exact_match",
         "chat_session": "ChatSession",
         "record_prompts": "read_prompts PromptSet Room",
         "answer_file": "write_answers WrittenAnswers",

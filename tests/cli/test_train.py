@@ -79,6 +79,27 @@ def test_a_mixture_is_trained_on_and_a_share_is_held_out(run: Run, tiny_folder: 
     assert notes["duplicates"] == 9 and notes["examples_held_out"] == 4 and notes["sources"][0]["records"] == 9
 
 
+def test_answers_are_compared_with_those_of_held_out_records(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    """The tiny model learns the one answer that all records have."""
+    data = tmp_path / "a.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"say {n}", "completion": "a"}) for n in range(16)))
+    words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--json")
+    words = (*words, "--format", "none", "--rank", 2)
+    asked = ("--eval-share", 0.25, "--eval-steps", 6, "--eval-generate", 3, "--modules-to-save", "lm_head")
+    done = run(*words, *asked, "--steps", 12, "--learning-rate", 0.05, "--batch-size", 4, "--schedule", "constant")
+    assert done.returncode == 0, done.stderr
+    assert "answers are written to 3 held-out examples with an answer of at most 64 tokens" in done.stdout
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["exact_match_before"] == 0.0 and figures["exact_match_after"] == 1.0 and figures["best_step"] > 0
+    assert "step 12/12  held-out loss" in done.stderr and "exact match 1" in done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "exact_match" in line] == [0, 6, 12]
+    alone = run(*words, "--eval-generate", 3, "--overwrite")
+    assert alone.returncode == 2 and "--eval-generate needs held-out records" in alone.stderr
+    none = run(*words, *asked, "--learn", "all", "--overwrite")
+    assert none.returncode == 2 and "--eval-generate found no held-out examples with an answer" in none.stderr
+
+
 def test_held_out_records_of_another_file_that_are_trained_on_too_are_told(
     run: Run, tiny_folder: Path, tmp_path: Path
 ) -> None:

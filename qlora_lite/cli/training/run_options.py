@@ -60,6 +60,10 @@ EvalSteps = Annotated[
 Patience = Annotated[
     int | None, typer.Option(help="Stop when the held-out loss was not below its lowest in so many evaluations.")
 ]
+EvalGenerate = Annotated[
+    int | None,
+    typer.Option(help="Exact match, at each evaluation: answers written to so many held-out records with short ones."),
+]
 Packing = Annotated[bool, typer.Option(help="Put several examples into one row of up to --max-length tokens.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue from the newest intact checkpoint in the output folder, if any.")

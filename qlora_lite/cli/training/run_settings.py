@@ -75,13 +75,18 @@ def with_epochs(config: TrainConfig, data: TrainingData, options: Mapping[str, A
 
 def check_options(lora: LoraConfig, options: Mapping[str, Any]) -> None:
     """Raises ConfigError for options that this command cannot follow together."""
+    from qlora_lite.checks import is_count, require
     from qlora_lite.lora.config import parse_init
 
     if parse_init(lora.init_lora_weights)[1] > 1:
         raise ConfigError(
             f"init {lora.init_lora_weights!r} packs the base anew, and this command writes no base; use it from Python"
         )
-    if options["eval_steps"] is not None and not options["eval_data"] and options["eval_share"] is None:
-        raise ConfigError("--eval-steps needs held-out records; give --eval-data or --eval-share")
+    for name in ("eval_steps", "eval_generate"):
+        if options[name] is not None and not options["eval_data"] and options["eval_share"] is None:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} needs held-out records; give --eval-data or --eval-share")
+    most = options["eval_generate"]
+    require(most is None or is_count(most, 1), "--eval-generate must be at least 1", most)
     if options["memory_budget"] is not None and options["checkpointing"] is not None:
         raise ConfigError("--memory-budget chooses the checkpointing itself; leave out it or --checkpointing")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qlora_lite.data.mixture import Mixture
     from qlora_lite.data.tasks.labels import Labels
     from qlora_lite.tasks import Task
+    from qlora_lite.training.evaluation import Evaluate
 
 
 def task_with_records(options: Mapping[str, Any]) -> Task | None:
@@ -113,3 +114,27 @@ def held_out_batches(
     if examples is None:
         return None
     return HeldOutBatches(functools.partial(run_batches, examples, labels, options, tokenizer, 0, 1, images))
+
+
+def exact_match_of(
+    examples: Mixture | None, labels: Labels | None, options: Mapping[str, Any], tokenizer: Any
+) -> Evaluate | None:
+    """Returns what computes the exact match of --eval-generate, and prints of how many held-out examples it is.
+
+    None without the option. Raises ConfigError where no answers can be compared.
+    """
+    from qlora_lite.generation.compared_answers import LONGEST_ANSWER, exact_match, questions_of
+    from qlora_lite.training.distributed import is_first_process
+
+    most = options["eval_generate"]
+    if most is None or examples is None:
+        return None
+    if labels is not None:
+        raise ConfigError("--eval-generate is for causal language models, which write answers; leave it out")
+    questions = questions_of(examples, tokenizer, most)
+    what = f"held-out examples with an answer of at most {LONGEST_ANSWER} tokens to something before it"
+    if not questions:
+        raise ConfigError(f"--eval-generate found no {what}; leave it out, or hold out others")
+    if is_first_process():
+        print(f"answers are written to {len(questions):,} {what}")
+    return lambda model: {"exact_match": exact_match(model, tokenizer, questions)}
