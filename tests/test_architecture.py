@@ -46,6 +46,7 @@ FLOORS: dict[str, int] = {
     "generation": 7,
     "training.objective": 7,
     "export.readers": 8,
+    "serving": 8,
     "training.forward": 8,
     "training": 9,
     "planning": 10,
@@ -73,6 +74,8 @@ KEEPERS = {
     "datasets": {"data.sources.hub_dataset"},
     "filelock": {"locks"},
     "gguf": {"export.gguf.library"},
+    "fastapi": {"serving.app"},
+    "uvicorn": {"serving.server"},
 }
 PICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 

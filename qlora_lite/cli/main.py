@@ -24,6 +24,7 @@ from qlora_lite.cli.data import data
 from qlora_lite.cli.env import env
 from qlora_lite.cli.generation.chat import chat
 from qlora_lite.cli.generation.generate import generate
+from qlora_lite.cli.generation.serve import serve
 from qlora_lite.cli.inspect import inspect
 from qlora_lite.cli.merge import merge
 from qlora_lite.cli.options import StrictCommand
@@ -47,7 +48,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     """Fine-tune a quantized language model in little memory."""
 
 
-for command in (data, plan, train, chat, generate, profile, merge, quantize, push, inspect, env):
+for command in (data, plan, train, chat, generate, serve, profile, merge, quantize, push, inspect, env):
     app.command(cls=StrictCommand)(command)
 
 

@@ -43,6 +43,7 @@ NEEDED = {
     "plan": ["--model", "{model}", "--memory", "1GiB"],
     "profile": ["--model", "{model}", "--rank", "2", "--rows", "1", "--tokens", "4", "--no-predict"],
     "chat": ["--model", "{model}"],
+    "serve": ["--model", "{model}", "--port", "0"],
     "generate": ["--model", "{model}", "--prompts", "{data}", "--output", "{new}.jsonl", "--max-new-tokens", "1"],
     "inspect": ["{adapter}"],
     "merge": ["--model", "{model}", "--adapter", "{adapter}", "--output", "{new}"],
@@ -87,6 +88,8 @@ VALUES = {
     ),
     "layers_to_transform": ("a", "3-1", "-1", "1.5", "7", "0-99999999999", "9" * 5000),
     "system": (),  # any text is right
+    "host": ("256.1.1.1", "192.0.2.1", "0.0.0.0", "::", "a b"),
+    "token": ("short", "with spaces in between", "\u00fc" * 20, "new\nline" * 4),
     "learn": ("answer", "ALL"),
     "max_grad_norm": ("many", "None", "0", "-1", "nan", "inf"),
     "keep_last": ("many", "All", "0", "-1", "1.5", HUGE),
@@ -97,13 +100,14 @@ WHOLE_NUMBERS = ("many", "1.5", "1e3", "nan", "inf", "0x10", "-1", "0", HUGE)
 NUMBERS = ("many", "1,5", "nan", "inf", "-inf", "-1", "0", HUGE)
 # Those that are right for some options.
 RIGHT = {
-    **dict.fromkeys(("seed", "warmup_steps", "keep_best", "skip_bad", "show"), ("0",)),
+    **dict.fromkeys(("seed", "warmup_steps", "keep_best", "skip_bad", "show", "queue", "port"), ("0",)),
     **dict.fromkeys(("warmup_ratio", "min_learning_rate"), ("0",)),
     "weight_decay": ("0", HUGE),
     "neftune_noise_alpha": (HUGE,),
     "alpha": ("-1", "0", HUGE),
     "dropout": ("0",),
     "temperature": ("0", HUGE),
+    "time_limit": (HUGE,),
     **dict.fromkeys(("learning_rate", "lora_plus_ratio"), (HUGE,)),
 }
 NEWS = ("a\nb", "\u2028", "--no-such-option", "-z")
