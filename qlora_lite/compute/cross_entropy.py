@@ -330,5 +330,8 @@ def linear_cross_entropy(
     tokens, values = replaced or (None, None)
     options = HeadOptions(logit_scale, softcap, label_smoothing, lora_scaling, tokens)
     chosen = flat.index_select(0, kept)
-    loss: Tensor = _LinearCrossEntropy.apply(rows, weight, bias, lora_A, lora_B, values, chosen, options)
+    parts: Any = (rows, weight, bias, lora_A, lora_B, values)
+    if not torch.is_grad_enabled():  # a Function is told that parameters need gradients all the same
+        parts = tuple(part.detach() if isinstance(part, Tensor) else part for part in parts)
+    loss: Tensor = _LinearCrossEntropy.apply(*parts, chosen, options)
     return loss if reduction == "sum" else loss / kept.numel()

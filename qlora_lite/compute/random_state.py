@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_lite.compute.devices import on_cpu
 from qlora_lite.errors import CheckpointError, ConfigError
 
 MERSENNE = "MT19937"  # numpy's global generator, unless it was replaced
@@ -33,10 +32,15 @@ class RandomSources:
     device: torch.device
     generators: Sequence[torch.Generator] = ()
 
+    @property
+    def _has_own_generator(self) -> bool:
+        """Whether the device draws from a generator of its own; a pretended accelerator (devices.py) is a CPU."""
+        return self.device.type != "cpu"
+
     def capture(self) -> RandomState:
         """Returns the current states."""
         tensors = {"torch": torch.get_rng_state()}
-        if not on_cpu(self.device):
+        if self._has_own_generator:
             tensors["accelerator"] = torch.get_device_module(self.device).get_rng_state()
         tensors |= {f"generator.{number}": source.get_state() for number, source in enumerate(self.generators)}
         version, words, gauss = random.getstate()
@@ -52,7 +56,7 @@ class RandomSources:
     def restore(self, state: RandomState) -> None:
         """Restores all generators. Raises CheckpointError if the state is of other generators, or damaged."""
         wanted = {"torch", *(f"generator.{number}" for number in range(len(self.generators)))}
-        wanted |= set() if on_cpu(self.device) else {"accelerator"}
+        wanted |= {"accelerator"} if self._has_own_generator else set()
         if wanted != set(state.tensors):
             raise CheckpointError(
                 f"the random numbers of the run came from {', '.join(sorted(state.tensors))}; here they come from "
@@ -66,7 +70,7 @@ class RandomSources:
 
     def _set(self, state: RandomState) -> None:
         torch.set_rng_state(state.tensors["torch"])
-        if not on_cpu(self.device):
+        if self._has_own_generator:
             torch.get_device_module(self.device).set_rng_state(state.tensors["accelerator"])
         for number, source in enumerate(self.generators):
             source.set_state(state.tensors[f"generator.{number}"])

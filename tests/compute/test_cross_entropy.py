@@ -99,3 +99,13 @@ def test_no_label_is_nan_as_in_torch_and_wrong_shapes_are_refused() -> None:
     assert linear_cross_entropy(torch.randn(2, 4), torch.randn(3, 4), torch.full((2,), -100)).isnan()
     with pytest.raises(InputError, match=r"shape \(2,\); got \(3,\)"):
         linear_cross_entropy(torch.randn(2, 4), torch.randn(3, 4), torch.zeros(3, dtype=torch.long))
+
+
+def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trained head in an evaluation: the sums of its gradient would be as large as the head in fp32."""
+    hidden, weight, labels = torch.randn(6, 8), torch.randn(11, 8, requires_grad=True), torch.arange(6)
+    expected = linear_cross_entropy(hidden, weight, labels)
+    monkeypatch.setattr(loss_module, "chunk_gradients", lambda *given: pytest.fail("gradients were computed"))
+    with torch.no_grad():
+        found = linear_cross_entropy(hidden, weight, labels)
+    assert torch.equal(found, expected) and expected.requires_grad and not found.requires_grad

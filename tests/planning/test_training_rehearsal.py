@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.lora.config import LoraConfig
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.planning.cuda_workspaces import CUBLAS_WORKSPACE
-from qlora_lite.planning.training_rehearsal import read_config, rehearse_steps
+from qlora_lite.planning.rehearsal import rehearsal, rehearsed_report
+from qlora_lite.planning.training_rehearsal import build_fake_model, read_config, rehearse_steps
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.training.config import TrainConfig
-from qlora_lite.training.loop import profile_steps
+from qlora_lite.training.loop import profile_steps, train
 
 NF4, TWO_STEPS = QuantConfig(), TrainConfig(steps=2)
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -99,3 +101,16 @@ def test_settings_that_training_refuses_are_refused(tiny_folder: Path, tmp_path:
         read_config(tmp_path / "weights.bin")
     with pytest.raises(CheckpointError, match="does not exist"):
         read_config(tmp_path / "nothing" / "here")
+
+
+def test_evaluations_fit_where_steps_do_on_an_accelerator(tiny_folder: Path) -> None:
+    """Held-out batches of the shape of those trained on: what is predicted for steps is enough for evaluations."""
+    with rehearsal(accelerator=True) as profiler:
+        model = build_fake_model(read_config(tiny_folder), NF4, LoraConfig(rank=4), profiler)
+        ids = torch.zeros(2, 64, dtype=torch.int64)
+        rows = [{"input_ids": ids, "labels": ids}]
+        train(model, rows, TrainConfig(steps=2, eval_steps=1), eval_batches=rows, profiler=profiler, progress=False)
+    peaks = {phase.name: phase for phase in rehearsed_report(profiler, accelerator=True).phases}
+    assert peaks["evaluation"].entries == 3
+    for peak in ("live_peak", "allocated_peak"):
+        assert 0 < getattr(peaks["evaluation"], peak) < getattr(peaks["forward"], peak)
