@@ -88,7 +88,7 @@ def test_answers_are_compared_with_those_of_held_out_records(run: Run, tiny_fold
     asked = ("--eval-share", 0.25, "--eval-steps", 6, "--eval-generate", 3, "--modules-to-save", "lm_head")
     done = run(*words, *asked, "--steps", 12, "--learning-rate", 0.05, "--batch-size", 4, "--schedule", "constant")
     assert done.returncode == 0, done.stderr
-    assert "answers are written to 3 held-out examples with an answer of at most 64 tokens" in done.stdout
+    assert "exact match: of 3 held-out examples with an answer of at most 64 tokens" in done.stdout
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["exact_match_before"] == 0.0 and figures["exact_match_after"] == 1.0 and figures["best_step"] > 0
     assert "step 12/12  held-out loss" in done.stderr and "exact match 1" in done.stderr
@@ -97,7 +97,7 @@ def test_answers_are_compared_with_those_of_held_out_records(run: Run, tiny_fold
     alone = run(*words, "--eval-generate", 3, "--overwrite")
     assert alone.returncode == 2 and "--eval-generate needs held-out records" in alone.stderr
     none = run(*words, *asked, "--learn", "all", "--overwrite")
-    assert none.returncode == 2 and "--eval-generate found no held-out examples with an answer" in none.stderr
+    assert none.returncode == 2 and "--eval-generate found no held-out example with an answer" in none.stderr
 
 
 def test_held_out_records_of_another_file_that_are_trained_on_too_are_told(

@@ -132,9 +132,9 @@ def exact_match_of(
     if labels is not None:
         raise ConfigError("--eval-generate is for causal language models, which write answers; leave it out")
     questions = questions_of(examples, tokenizer, most)
-    what = f"held-out examples with an answer of at most {LONGEST_ANSWER} tokens to something before it"
+    what = f"with an answer of at most {LONGEST_ANSWER} tokens"
     if not questions:
-        raise ConfigError(f"--eval-generate found no {what}; leave it out, or hold out others")
+        raise ConfigError(f"--eval-generate found no held-out example {what} behind a prompt; leave it out")
     if is_first_process():
-        print(f"answers are written to {len(questions):,} {what}")
+        print(f"exact match: of {len(questions):,} held-out examples {what}")
     return lambda model: {"exact_match": exact_match(model, tokenizer, questions)}
