@@ -92,3 +92,13 @@ def test_only_causal_language_models_answer(small_model: Callable[..., Any], pro
 def test_positions_left(model: Any) -> None:
     model.config.max_position_embeddings = 20
     assert positions_left(model, [5] * 7, TEN) == 3 and positions_left(model, [5] * 12, TEN) == -2
+
+
+def test_a_model_that_reads_padding_gets_none(small_model: Callable[..., Any], prompts: Prompts) -> None:
+    rows = [prompts.of_text(text) for text in ("ab", "cd", "efg")]
+    rwkv = small_model("RwkvConfig", vocab_size=105)
+    assert len(answer_batch(rwkv, prompts, rows[:2], TEN)) == 2
+    with pytest.raises(
+        ConfigError, match="a RwkvForCausalLM reads padding as text; ask prompts of one length, or set ba"
+    ):
+        answer_batch(rwkv, prompts, rows, TEN)
