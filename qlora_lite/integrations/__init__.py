@@ -3,6 +3,8 @@
 transformers     Trainer for models of `add_lora_`: checkpoints of adapters only
 peft_linear      peft's LoRA layer around a packed linear layer
 peft_embedding   peft's LoRA layer around a packed embedding
+peft_experts     peft's LoRA layer around a module of experts with packed stacks
+peft_config      configurations of peft for packed models
 peft             peft's own API, on packed layers
 trl              trl's trainers, under their names: `from qlora_lite.integrations.trl import SFTTrainer`
 

@@ -1,7 +1,8 @@
 """peft's own API on a packed base: `get_peft_model(model, peft.LoraConfig(...))`.
 
 The layers are peft's, so that everything of peft and trl works on them: several adapters, `disable_adapter`,
-`set_adapter`, saving, DPO's reference. Packed ones compute through our nodes (peft_linear.py, peft_embedding.py).
+`set_adapter`, saving, DPO's reference. Packed ones compute through our nodes (peft_linear.py, peft_embedding.py,
+peft_experts.py).
 
 peft makes other layers than its own for a type of layer that is registered with a configuration
 (`LoraConfig._register_custom_module`). It has no registration for all configurations: peft's own `get_peft_model` does
@@ -12,114 +13,23 @@ and its model does it for the adapters that are added later.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from qlora_lite.checkpoints.safetensors_read import stored_tensors
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError, listing
+from qlora_lite.integrations.peft_config import fit_, targeted_stacks
 from qlora_lite.integrations.peft_embedding import PackedEmbedding
+from qlora_lite.integrations.peft_experts import stacks_as_parameters
 from qlora_lite.integrations.peft_linear import DORA, PackedLinear
 from qlora_lite.lora.config import ALL_LINEAR
-from qlora_lite.lora.config import LoraConfig as Selection
-from qlora_lite.lora.peft.config_json import peft_target_modules
 from qlora_lite.lora.peft.keys import BASE_COPY, PREFIX, TENSOR_FILE
-from qlora_lite.lora.targets import select_targets
-from qlora_lite.quantization.experts import PackedStack
-from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
-from qlora_lite.surgery import is_below, name_matches
-from qlora_lite.weight_readers import described_reads
-
-# Values of init_lora_weights that do not read the base's weight. peft's others read it as a tensor, or change it.
-INITIALIZATIONS = (True, False, "gaussian")
-# peft's options that other code of peft than the layers here carries out on a weight, which it takes for a tensor.
-REFUSED = (
-    *("arrow_config", "use_bdlora", "alora_invocation_tokens", "velora_config", "monteclora_config", "kasa_config"),
-    *("megatron_config", "layer_replication", "loftq_config", "corda_config", "eva_config", "lora_ga_config"),
-    *("use_qalora", "ensure_weight_tying"),
-)
-
-
-def _refused(config: peft.LoraConfig) -> list[str]:
-    """Returns the settings of a configuration that these layers do not have."""
-    found = [f"{name}={getattr(config, name)!r}" for name in REFUSED if getattr(config, name, None)]
-    if config.init_lora_weights not in INITIALIZATIONS:
-        found.append(f"init_lora_weights={config.init_lora_weights!r}")
-    if config.runtime_config.ephemeral_gpu_offload:
-        found.append("ephemeral_gpu_offload=True")
-    return found
-
-
-def _packed_names(model: nn.Module) -> list[str]:
-    """Returns the names of packed weights as those of the parameters that they replace."""
-    packed = [name for name, module in model.named_modules() if isinstance(module, (PackedWeight, PackedStack))]
-    return [name.replace(".base_layer", "") for name in packed]  # an adapted layer keeps its name
-
-
-def _check_parameters(model: nn.Module, config: peft.LoraConfig) -> None:
-    """Raises TargetError for packed weights in target_parameters, which peft would pass over."""
-    wanted = config.target_parameters or ()
-    packed = [name for name in _packed_names(model) if any(name_matches(name, target) for target in wanted)]
-    if packed:
-        raise TargetError(
-            f"target_parameters name packed weights: {listing(packed, 4)}; name linear layers in target_modules, and "
-            f"adapt packed stacks of experts by add_lora_, whose save_adapter writes peft's files"
-        )
-
-
-def _check_whole_modules(model: nn.Module, config: peft.LoraConfig) -> None:
-    """Raises TargetError for packed modules whose values would have to be trained themselves."""
-    weights, packed = _packed_names(model), []
-    for name, module in model.named_modules():
-        if any(name_matches(name, wanted) for wanted in config.modules_to_save or ()) and any(
-            is_below(weight, [name]) for weight in weights
-        ):
-            packed.append(name)
-        rows = config.trainable_token_indices
-        named = any(name_matches(name, wanted) for wanted in rows) if isinstance(rows, dict) else bool(rows)
-        if named and isinstance(module, QuantizedEmbedding):
-            packed.append(f"{name} (trainable_token_indices)")
-    if packed:
-        raise TargetError(
-            f"{listing(packed, 4)}: packed weights cannot be trained; leave them unpacked when the model is loaded "
-            f"(QuantConfig.skip_modules, embedding_format='none')"
-        )
-
-
-def _check_targets(model: nn.Module, config: peft.LoraConfig) -> None:
-    """Raises TargetError for targets on which peft's layer would have no effect, and embeddings with DoRA."""
-    if config.target_modules is None:  # peft chooses by the type of the model
-        return
-    found = {name: part for name, part in model.named_modules() if name and check_target_module_exists(config, name)}
-    if unseen := described_reads(model, found):
-        raise TargetError(f"{listing(unseen, 4, '; ')}; leave them out of target_modules")
-    packed = (QuantizedEmbedding, PackedEmbedding)
-    if config.use_dora and (names := [name for name, part in found.items() if isinstance(part, packed)]):
-        raise TargetError(f"packed embeddings have no DoRA: {listing(names, 4)}; leave them out of target_modules")
-
-
-def _layer_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Returns these names of modules without peft's modules: a base layer has the name of the layer around it."""
-    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    outer = [name for name, module in model.named_modules() if isinstance(module, wrappers)]
-    adapted = {f"{name}.base_layer": name for name in outer}
-    return [adapted.get(name, name) for name in names if name in adapted or not is_below(name, outer)]
-
-
-def _all_linear(model: nn.Module, config: peft.LoraConfig) -> set[str] | str:
-    """Returns target_modules for the layers of `"all-linear"`, adapted or not."""
-    exclude = config.exclude_modules
-    chosen = Selection(exclude_modules=sorted(exclude) if isinstance(exclude, set) else exclude)
-    names = _layer_names(model, [layer.name for layer in select_targets(model, chosen)])
-    found = peft_target_modules(names, model)
-    return found if isinstance(found, str) else set(found)
 
 
 def prepare_(config: peft.LoraConfig, model: nn.Module) -> peft.LoraConfig:
@@ -128,22 +38,15 @@ def prepare_(config: peft.LoraConfig, model: nn.Module) -> peft.LoraConfig:
     `target_modules="all-linear"` becomes the names of the model's linear layers, packed or not, without the output head
     and what cannot be adapted.
     Raises ConfigError that lists the settings that these layers do not have, and for other configurations than
-    LoraConfig; and TargetError for packed modules in modules_to_save, and targets that would have no effect.
+    LoraConfig; and TargetError for packed modules in modules_to_save, targets that would have no effect, and packed
+    stacks of experts, which peft itself does not find.
     """
-    if not isinstance(config, peft.LoraConfig) or config.peft_type != peft.PeftType.LORA:
-        raise ConfigError(f"packed layers have adapters of peft.LoraConfig; got {type(config).__name__}")
-    if refused := _refused(config):
-        raise ConfigError(
-            f"peft's layers around packed weights do not have {', '.join(refused)}; add_lora_ has more of them, and "
-            f"save_adapter writes peft's files"
+    if stacks := targeted_stacks(config, model):
+        raise TargetError(
+            f"the targets are packed stacks of experts, which peft passes over: {listing(stacks, 4)}; adapt the model "
+            f"by get_peft_model of qlora_lite.integrations"
         )
-    _check_parameters(model, config)
-    _check_whole_modules(model, config)
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
-        config.target_modules = _all_linear(model, config)
-    _check_targets(model, config)
-    config._register_custom_module({QuantizedLinear: PackedLinear, QuantizedEmbedding: PackedEmbedding})
-    return config
+    return fit_(config, model)
 
 
 def lora_config(model: nn.Module, **settings: Any) -> peft.LoraConfig:
@@ -159,7 +62,12 @@ class PackedLoraModel(LoraModel):  # type: ignore[misc]
 
     def _check_new_adapter_config(self, config: peft.LoraConfig) -> None:
         super()._check_new_adapter_config(config)
-        prepare_(config, self.model)
+        fit_(config, self.model)
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **options: Any) -> None:
+        """Adds an adapter's layers. Packed stacks of experts are found among the parameters."""
+        with stacks_as_parameters(model):
+            super().inject_adapter(model, *args, **options)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **options: Any) -> None:
         """Adds a sum of adapters, as in peft. Raises ConfigError for adapters that the sum would not be right for."""
@@ -226,14 +134,16 @@ def get_peft_model(
     """
     if mixed:
         raise ConfigError("packed layers have adapters of peft.LoraConfig alone, so mixed=True has no meaning")
-    adapted = peft.get_peft_model(
-        model,
-        prepare_(copy.deepcopy(peft_config), model),
-        adapter_name,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        revision=revision,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
+    prepared = fit_(copy.deepcopy(peft_config), model)
+    with stacks_as_parameters(model):
+        adapted = peft.get_peft_model(
+            model,
+            prepared,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            revision=revision,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
     return _adopted(adapted)
 
 
@@ -275,8 +185,10 @@ def load_peft_model(
         config = peft.PeftConfig.from_pretrained(str(folder), **where)
     if options.get("ephemeral_gpu_offload"):
         raise ConfigError("peft's layers around packed weights do not have ephemeral_gpu_offload=True")
-    prepared = prepare_(copy.deepcopy(config), model)
+    prepared = fit_(copy.deepcopy(config), model)
     _check_no_packed_values(model, Path(folder) / (options.get("subfolder") or ""))
-    return _adopted(
-        peft.PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable, config=prepared, **options)
-    )
+    with stacks_as_parameters(model):
+        adapted = peft.PeftModel.from_pretrained(
+            model, str(folder), adapter_name, is_trainable, config=prepared, **options
+        )
+    return _adopted(adapted)

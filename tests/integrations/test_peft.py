@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lite import QuantConfig, load_quantized, quantize_base_
+from qlora_lite import load_quantized
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.integrations import get_peft_model, load_peft_model, lora_config
 from qlora_lite.integrations.peft_linear import PackedLinear
@@ -81,19 +81,13 @@ def test_a_prepared_configuration_is_for_other_functions(packed: Any, adapt: Cal
     assert adapted(adapt(packed, lora_config(packed, r=2))) == LINEAR
 
 
-def test_all_linear_leaves_out_what_is_excluded(packed: Any) -> None:
-    assert set(lora_config(packed, exclude_modules=["mlp"]).target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    model = get_peft_model(packed, settings(modules_to_save=["lm_head"]))
-    assert set(lora_config(model.get_base_model(), r=2).target_modules) == LINEAR  # nothing of peft's own modules
-
-
 @pytest.mark.parametrize(
     ("given", "error", "says"),
     [
         ({"init_lora_weights": "pissa"}, ConfigError, "do not have init_lora_weights='pissa'; add_lora_ has more"),
         ({"use_qalora": True}, ConfigError, "do not have use_qalora=True"),
         ({"layer_replication": [(0, 1)]}, ConfigError, r"do not have layer_replication=\[\(0, 1\)\]"),
-        ({"target_parameters": ["q_proj.weight"]}, TargetError, "packed weights: .*q_proj.weight"),
+        ({"target_parameters": ["q_proj.weight"]}, TargetError, "packed layers: .*q_proj.weight.*in target_modules"),
         ({"modules_to_save": ["o_proj"]}, TargetError, r"layers\.0\.self_attn\.o_proj, .*: packed weights cannot be"),
     ],
 )
@@ -107,36 +101,8 @@ def test_what_cannot_be_done_is_refused(packed: Any, given: dict[str, Any], erro
     assert list(model.peft_config) == ["default"] and torch.equal(model(TOKENS).logits, before)
 
 
-def test_packed_embeddings_have_neither_rows_that_are_trained_nor_dora(pairs: Any) -> None:
-    packed = pairs.packed_model("nf4", "int8")
-    with pytest.raises(
-        TargetError, match=r"embed_tokens \(trainable_token_indices\): packed weights cannot be trained"
-    ):
-        get_peft_model(packed, settings(trainable_token_indices=[1]))
-    with pytest.raises(TargetError, match=r"packed embeddings have no DoRA: model\.embed_tokens"):
-        get_peft_model(packed, settings(use_dora=True, target_modules=["embed_tokens"]))
-
-
-def test_other_adapters_than_lora_are_refused(packed: Any, tmp_path: Path) -> None:
-    for config in (peft.IA3Config(task_type="CAUSAL_LM"), peft.AdaLoraConfig(total_step=10)):
-        with pytest.raises(ConfigError, match=f"adapters of peft.LoraConfig; got {type(config).__name__}"):
-            get_peft_model(packed, config)
-    config.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="got AdaLoraConfig"):
-        load_peft_model(packed, tmp_path)
-    with pytest.raises(ConfigError, match="mixed=True"):
-        get_peft_model(packed, settings(), mixed=True)
-
-
-def test_layers_whose_weight_is_read_are_refused(small_model: Callable[..., Any]) -> None:
-    model = small_model("MambaConfig", num_hidden_layers=1)
-    quantize_base_(model, QuantConfig())
-    with pytest.raises(TargetError, match=r"dt_proj: MambaMixer\.forward reads its weight"):
-        get_peft_model(model, settings(target_modules=["dt_proj"]))
-
-
 def test_a_file_is_found_as_by_peft_and_its_other_values_are_not_lost(pairs: Any, tmp_path: Path) -> None:
-    model = pairs.pair("nf4", "int8", target_modules=["embed_tokens", "q_proj"]).ours
+    model = pairs.pair("nf4", embedding="int8", target_modules=["embed_tokens", "q_proj"]).ours
     model.save_pretrained(tmp_path / "in", save_embedding_layers=False)
     (tmp_path / "in").rename(tmp_path / "below")
     again = load_peft_model(pairs.packed_model("nf4", "int8"), tmp_path, subfolder="below")
@@ -176,10 +142,10 @@ def test_a_fused_loss_has_the_adapter_of_the_head(pairs: Any, embedding: str) ->
 
 
 def test_a_merged_embedding_is_not_tied_any_more(pairs: Any) -> None:
-    model = pairs.pair("nf4", "int8", target_modules=["embed_tokens"]).ours
+    model = pairs.pair("nf4", embedding="int8", target_modules=["embed_tokens"]).ours
     expected = pairs.logits(model)
     whole = model.merge_and_unload()
     assert not whole.config.tie_word_embeddings and isinstance(whole.lm_head, QuantizedLinear)
     pairs.check_equal(pairs.logits(whole), expected)
-    kept = pairs.pair("nf4", "int8", target_modules=["q_proj"]).ours.merge_and_unload()
+    kept = pairs.pair("nf4", embedding="int8", target_modules=["q_proj"]).ours.merge_and_unload()
     assert kept.config.tie_word_embeddings and isinstance(kept.model.embed_tokens, QuantizedEmbedding)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
-from typing import Any
 
 import peft
 import torch
-import transformers
-from torch import nn
 
+from peft_other_models import conv1d, custom_model, stacks_of_experts
 from peft_pairs import (
     TOKENS,
-    Pair,
     check_differ,
     check_equal,
     check_gradients,
@@ -28,9 +25,7 @@ from peft_pairs import (
     pair,
     unpacked,
 )
-from qlora_lite import QuantConfig, quantize_base_
 from qlora_lite.integrations import get_peft_model, load_peft_model
-from qlora_lite.quantization.layers import QuantizedLinear
 
 
 def several_active(format: str) -> None:
@@ -171,14 +166,13 @@ def low_cpu_mem_usage(format: str) -> None:
     """Adapters on meta get the values of a file."""
     for settings in ({}, {"use_dora": True}, {"embedding": "int8", "target_modules": ["embed_tokens"]}):
         found = pair(format, **settings)
-        embedding = settings.get("embedding", "none")
         made = get_peft_model(
-            packed_model(format, embedding), found.ours.peft_config["default"], low_cpu_mem_usage=True
+            packed_model(format, **settings), found.ours.peft_config["default"], low_cpu_mem_usage=True
         )
         assert {p.device.type for name, p in made.named_parameters() if "lora_" in name} == {"meta"}
         with tempfile.TemporaryDirectory() as folder:
             found.ours.save_pretrained(folder, save_embedding_layers=False)
-            again = load_peft_model(packed_model(format, embedding), folder, low_cpu_mem_usage=True)
+            again = load_peft_model(packed_model(format, **settings), folder, low_cpu_mem_usage=True)
         assert torch.equal(logits(again), logits(found.ours))
 
 
@@ -276,49 +270,19 @@ def generated(format: str) -> None:
     assert status[0].trainable_params == status[1].trainable_params
 
 
-def conv1d(format: str) -> None:
-    """GPT-2's Conv1D: outputs, gradients, and merged layers that can be saved as GPT-2's."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 48, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
-    quantize_base_(model, QuantConfig(format=format))
-    found = Pair(
-        get_peft_model(copy.deepcopy(model), config(target_modules="all-linear")),
-        peft.get_peft_model(unpacked(model), config(target_modules="all-linear")),
-    )
-    found.fill_()
-    before = check_same(found)
-    check_gradients(found)
-    whole = found.ours.merge_and_unload()
-    fresh = transformers.GPT2LMHeadModel(model.config)
-    fresh.load_state_dict(whole.state_dict())
-    check_equal(logits(fresh), before, "logits of the saved model")
-
-
-def custom_model(format: str) -> None:
-    """Models that are not of transformers."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
-    quantize_base_(model, QuantConfig(format=format))
-    settings = {"target_modules": ["0", "2"], "task_type": None}
-    ours = fill_(get_peft_model(copy.deepcopy(model), config(**settings)))
-    plain = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
-    with torch.no_grad():
-        for index in (0, 2):
-            packed: Any = model[index]
-            assert isinstance(packed, QuantizedLinear)
-            plain[index].weight.copy_(packed.weight.dequantize(torch.float32))
-            plain[index].bias.copy_(packed.bias)
-    theirs = fill_(peft.get_peft_model(plain, config(**settings)))
-    x = torch.randn(5, 16)
-    check_equal(ours(x), theirs(x))
-    check_equal(ours.merge_and_unload()(x), theirs(x))
-
-
 ACTIONS: dict[str, Callable[[str], None]] = {
     action.__name__: action
     for action in (
-        *(several_active, set_adapter, add_and_delete, later_all_linear, weighted, weighted_is_refused, mixed_batch),
+        *(
+            several_active,
+            stacks_of_experts,
+            set_adapter,
+            add_and_delete,
+            later_all_linear,
+            weighted,
+            weighted_is_refused,
+            mixed_batch,
+        ),
         *(merge_some, merge_two_dora, merge_of_a_bias, low_cpu_mem_usage, loaded_for_training, copies, checkpointing),
         *(dropout, dtypes, scaled, generated, conv1d, custom_model),
     )

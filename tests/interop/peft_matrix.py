@@ -41,10 +41,12 @@ from peft_pairs import (
 from qlora_lite import load_adapter_, save_adapter
 from qlora_lite.integrations import load_peft_model
 from qlora_lite.integrations.peft_embedding import PackedEmbedding
+from qlora_lite.integrations.peft_experts import ParamWrapper
 from qlora_lite.integrations.peft_linear import PackedLinear
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
-PACKED_LAYERS = (PackedLinear, PackedEmbedding)
+PACKED_LAYERS = (PackedLinear, PackedEmbedding, ParamWrapper)
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 PACKED = {"embedding": "int8"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -68,6 +70,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "packed_head": {"target_modules": ["q_proj", "lm_head"], **PACKED},
     "packed_embedding": {"target_modules": ["embed_tokens", "v_proj"], **PACKED},
     "both_tied": {"target_modules": ["embed_tokens", "lm_head"], **PACKED},
+    "stacks": {
+        "family": "mixtral",
+        "target_parameters": STACKS,
+        "target_modules": ["o_proj"],
+        "alpha_pattern": {"down_proj": 2},
+    },
+    "stacks_in_out": {"family": "gpt_oss", "target_parameters": STACKS, "target_modules": ["q_proj"]},
+    "one_stack": {"family": "mixtral", "target_parameters": STACKS[1:], "target_modules": [], "use_rslora": True},
+    "v4_experts": {"family": "mixtral", "target_modules": ["q_proj", "w1", "w2", "w3"]},
 }
 
 
@@ -83,8 +94,9 @@ def check_output(format: str, **settings: Any) -> None:
 
 def packed_codes(model: nn.Module) -> dict[str, torch.Tensor]:
     """Returns copies of the codes and statistics of packed layers that have no adapter, under all their names."""
-    buffers = model.named_buffers(remove_duplicate=False)
-    return {name: value.clone() for name, value in buffers if name.endswith((".packed", ".absmax"))}
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    codes = [name for name in buffers if name.endswith((".packed", ".absmax"))]
+    return {name.replace(".base_layer", ""): buffers[name].clone() for name in codes}
 
 
 def check_merge(format: str, **settings: Any) -> None:
@@ -110,6 +122,9 @@ def check_merge(format: str, **settings: Any) -> None:
     check_equal(logits(ours), logits(theirs), "logits of the merged model")
     check_equal(logits(ours), before, "logits after merge_and_unload")
     for name in adapted:
+        if isinstance(adapted[name], ParamWrapper):
+            ours.get_submodule(name.replace(".base_layer", "")).get_parameter(adapted[name].parameter_name)
+            continue
         assert type(ours.get_submodule(name)) in (nn.Linear, nn.Embedding), f"{name} was not unpacked"
         weights = [model.get_submodule(name).weight for model in (ours, theirs)]
         check_equal(*weights, f"merged weights of {name}")
@@ -119,7 +134,7 @@ def check_merge(format: str, **settings: Any) -> None:
 
 def check_unload(format: str, **settings: Any) -> None:
     """`unload` gives the base as it was, which can be adapted again."""
-    base = logits(packed_model(format, settings.get("embedding", "none")))
+    base = logits(packed_model(format, **settings))
     found = pair(format, **settings)
     whole = found.ours.unload()
     assert not any("lora" in name for name, _ in whole.named_modules())
@@ -141,7 +156,6 @@ def check_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 def check_files(format: str, **settings: Any) -> None:
     """Files are those of peft, and are read by all sides: values bit for bit."""
     found = pair(format, **settings)
-    embedding = settings.get("embedding", "none")
     expected = check_same(found)
     options = {"save_embedding_layers": False}
     with tempfile.TemporaryDirectory() as name:
@@ -150,10 +164,10 @@ def check_files(format: str, **settings: Any) -> None:
         found.theirs.save_pretrained(folder / "theirs", **options)
         written = tensors_in(folder / "theirs")
         check_bits(tensors_in(folder / "ours"), written, "the file of save_pretrained")
-        again = load_peft_model(packed_model(format, embedding), folder / "theirs")
+        again = load_peft_model(packed_model(format, **settings), folder / "theirs")
         assert torch.equal(logits(again), expected), "load_peft_model gives other logits"
         check_bits(peft.get_peft_model_state_dict(again, save_embedding_layers=False), written, "load_peft_model")
-        plain = peft.PeftModel.from_pretrained(unpacked(packed_model(format, embedding)), str(folder / "ours"))
+        plain = peft.PeftModel.from_pretrained(unpacked(packed_model(format, **settings)), str(folder / "ours"))
         check_equal(logits(plain), expected, "logits of real peft")
         if settings.get("bias", "none") != "none":  # peft has one adapter with a bias at most
             return
@@ -165,7 +179,7 @@ def check_files(format: str, **settings: Any) -> None:
 def check_sides(format: str, **settings: Any) -> None:
     """An adapter goes from peft to here, to `add_lora_` and back, in every order, and stays the same bit for bit."""
     found = pair(format, **settings)
-    base, options = packed_model(format, settings.get("embedding", "none")), {"save_embedding_layers": False}
+    base, options = packed_model(format, **settings), {"save_embedding_layers": False}
     expected = check_same(found)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

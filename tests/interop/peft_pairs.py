@@ -17,6 +17,7 @@ from qlora_lite import QuantConfig, quantize_base_
 from qlora_lite.compute.lora_linear import dequantized
 from qlora_lite.errors import ConfigError
 from qlora_lite.integrations import get_peft_model
+from qlora_lite.quantization.experts import RoutedExperts
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.surgery import replace_modules_
 
@@ -35,11 +36,21 @@ SIZES: dict[str, Any] = {
 TOKENS = torch.arange(3, 19).view(2, 8)
 
 
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2Config", {}),  # some of its layers have a bias
+    "mixtral": ("MixtralConfig", EXPERTS),
+    "gpt_oss": ("GptOssConfig", {**EXPERTS, "head_dim": 16}),  # stacks (in, out), with a bias
+}
+# Entries of the settings of a case that choose its base.
+OF_BASE = ("family", "embedding")
+
+
 @functools.cache
-def _base(format: str, embedding: str) -> Any:
-    """A small Qwen2, some of whose layers have a bias. With a packed embedding, its head is tied to it."""
+def _base(format: str, embedding: str, family: str) -> Any:
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(**SIZES, tie_word_embeddings=embedding != "none")
+    name, sizes = FAMILIES[family]
+    config = getattr(transformers, name)(**{**SIZES, "tie_word_embeddings": embedding != "none", **sizes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -48,26 +59,33 @@ def _base(format: str, embedding: str) -> Any:
     return model
 
 
-def packed_model(format: str, embedding: str = "none") -> Any:
-    """Returns a new packed model, equal in each call."""
-    return copy.deepcopy(_base(format, embedding))
+def packed_model(format: str, embedding: str = "none", family: str = "qwen2", **settings: Any) -> Any:
+    """Returns a new packed model, equal in each call. With a packed embedding, its head is tied to it."""
+    return copy.deepcopy(_base(format, embedding, family))
+
+
+def _plain_layer(name: str, module: Any) -> nn.Module | None:
+    """Returns a plain layer in place of a packed one, None for other modules."""
+    if isinstance(module, RoutedExperts):
+        for stack in module.stack_names:
+            values = nn.Parameter(getattr(module, stack).dequantize(torch.float32), requires_grad=False)
+            delattr(module, stack)
+            module.register_parameter(stack, values)
+        return module.as_plain()
+    if not isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+        return None
+    weight = nn.Parameter(dequantized(module.weight, torch.float32), requires_grad=False)
+    if isinstance(module, QuantizedEmbedding):
+        return nn.Embedding(*weight.shape, padding_idx=module.padding_idx, _weight=weight)
+    made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    made.weight, made.bias = weight, module.bias
+    return made
 
 
 def unpacked(model: Any) -> Any:
     """Returns a copy of a packed model with plain layers that hold the unpacked weights. Nothing is tied."""
-
-    def plain(name: str, module: Any) -> nn.Module | None:
-        if not isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
-            return None
-        weight = nn.Parameter(dequantized(module.weight, torch.float32), requires_grad=False)
-        if isinstance(module, QuantizedEmbedding):
-            return nn.Embedding(*weight.shape, padding_idx=module.padding_idx, _weight=weight)
-        made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-        made.weight, made.bias = weight, module.bias
-        return made
-
     other = copy.deepcopy(model)
-    replace_modules_(other, plain)
+    replace_modules_(other, _plain_layer)
     other.config.tie_word_embeddings = False
     return other
 
@@ -114,11 +132,12 @@ def config(**settings: Any) -> peft.LoraConfig:
     return peft.LoraConfig(**defaults | settings)
 
 
-def pair(format: str, embedding: str = "none", **settings: Any) -> Pair:
+def pair(format: str, **settings: Any) -> Pair:
     """Returns a pair with one adapter, whose parameters have values that are not those of the start."""
-    base = packed_model(format, embedding)
-    theirs = peft.get_peft_model(unpacked(base), config(**settings))
-    made = Pair(get_peft_model(base, config(**settings)), theirs)
+    base = packed_model(format, **settings)
+    of_adapter = {name: value for name, value in settings.items() if name not in OF_BASE}
+    theirs = peft.get_peft_model(unpacked(base), config(**of_adapter))
+    made = Pair(get_peft_model(base, config(**of_adapter)), theirs)
     made.fill_()
     return made
 
