@@ -3,9 +3,9 @@
     python examples/peft_api.py            # SmolLM2-135M-Instruct, a minute on two cores
     python examples/peft_api.py --tiny     # a random model of two small layers, seconds
 
-The adapters answer the same questions, one with "yes" and one with "no". The only line that is not peft's is
-`lora_config`, in place of `peft.LoraConfig`. Prints the loss of each state of the model on both tasks. The last line is
-one JSON object; the exit status is 1 if a promise does not hold.
+The adapters answer the same questions, one with "yes" and one with "no". Only the import of `get_peft_model` and the
+loading differ from a script of peft. Prints the loss of each state of the model on both tasks. The last line is one
+JSON object; the exit status is 1 if a promise does not hold.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import get_peft_model
 
 from qlora_lite import QuantConfig, load_quantized
 from qlora_lite.checkpoints import load_tokenizer
 from qlora_lite.data import batches, tokenize_all
-from qlora_lite.integrations import load_peft_model, lora_config
+from qlora_lite.integrations import get_peft_model, load_peft_model  # instead of peft's
 from qlora_lite.training.forward import fuse_
 from real_model import fetch_model
 from tiny_model import make_tiny_model
@@ -59,7 +59,7 @@ def run(folder: Path, output: Path, steps: int) -> dict[str, dict[str, float]]:
 
     base: Any = load_quantized(folder, QuantConfig(format="nf4", double_quant=True))
     fuse_(base)
-    configs = {name: lora_config(base, r=8, lora_alpha=16, target_modules=TARGETS[name]) for name in TARGETS}
+    configs = {name: peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS[name]) for name in TARGETS}
     model = get_peft_model(base, configs["yes"], adapter_name="yes")
     model.add_adapter("no", configs["no"])
     print(ROW.format("in use", *(f"on {name!r}" for name in TARGETS)))
