@@ -43,6 +43,7 @@ interop: $(INSTALLED)
 	$(RUN) tests/interop/matrix.py
 	$(RUN) tests/interop/families.py
 	$(RUN) tests/interop/peft_matrix.py
+	$(RUN) tests/interop/trl_trainers.py
 	$(RUN) examples/name_colours.py
 
 lint: $(INSTALLED)

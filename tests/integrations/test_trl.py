@@ -1,4 +1,4 @@
-"""Tests of trl's trainers on a packed model: one base, the figures of trl's own head, checkpoints of adapters."""
+"""Tests of trl's trainers on a packed model. What they learn is compared with trl in tests/interop/trl_trainers.py."""
 
 from __future__ import annotations
 
@@ -15,68 +15,25 @@ from qlora_lite import LoraConfig, add_lora_, load_adapter_, load_quantized
 from qlora_lite.checkpoints.hub import load_tokenizer
 from qlora_lite.errors import ConfigError
 from qlora_lite.integrations import trl as packed_trl
-from qlora_lite.integrations.peft import PackedLinear, lora_config
+from qlora_lite.integrations.peft import PackedLinear
 from qlora_lite.lora.adapters import lora_layers
 
-PAIRS = [{"prompt": f"how many {i}?", "chosen": f" {i} of them", "rejected": " none"} for i in range(8)]
-TEXTS = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS]
-PROMPTS = [{"prompt": pair["prompt"]} for pair in PAIRS]
+TEXTS = [{"prompt": f"how many {i}?", "completion": f" {i} of them"} for i in range(8)]
 SETTINGS: dict[str, Any] = {"max_steps": 3, "save_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2}
 SETTINGS |= {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "learning_rate": 1e-3}
-FIGURES = ("loss", "entropy", "mean_token_accuracy", "logits/chosen", "rewards/margins", "grad_norm")
-
-
-def trained(folder: Path, out: Path, name: str, rows: list[dict[str, str]], ours: bool = True, **options: Any) -> Any:
-    """Returns a trainer after three steps: one of ours with a plain configuration of peft, or trl's own."""
-    model = load_quantized(folder, dtype=torch.float32)
-    own: dict[str, Any] = {"max_length": 32} if name != "GRPO" else {"max_completion_length": 6, "num_generations": 2}
-    args = getattr(trl, f"{name}Config")(output_dir=str(out), **SETTINGS, **own)
-    plain = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    torch.manual_seed(0)
-    run = getattr(packed_trl if ours else trl, f"{name}Trainer")(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=load_tokenizer(folder),
-        peft_config=peft.LoraConfig(**plain) if ours else lora_config(model, **plain),
-        **options,
-    )
-    run.train()
-    return run
-
-
-def figures(run: Any) -> list[dict[str, float]]:
-    """The figures that the trainer logged in each step."""
-    log = [entry for entry in run.state.log_history if "loss" in entry]
-    return [{name: entry[name] for name in FIGURES if name in entry} for entry in log]
-
-
-def length_reward(completions: list[str], **given: object) -> list[float]:
-    return [float(len(set(text))) for text in completions]
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "options"),
-    [("SFT", TEXTS, {}), ("DPO", PAIRS, {}), ("GRPO", PROMPTS, {"reward_funcs": length_reward})],
-)
-def test_figures_are_those_of_trl(
-    name: str, rows: list[dict[str, str]], options: dict[str, Any], tiny_folder: Path, tmp_path: Path
-) -> None:
-    run = trained(tiny_folder, tmp_path / "ours", name, rows, **options)
-    plain = trained(tiny_folder, tmp_path / "plain", name, rows, ours=False, **options)
-    assert len(figures(run)) == 3
-    for mine, theirs in zip(figures(run), figures(plain), strict=True):
-        assert mine.keys() >= {"loss", "entropy"}
-        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
-    model = run.model.get_base_model()
-    assert model.fusion.dial.checkpointing == "full" and isinstance(model.model.layers[0].mlp.up_proj, PackedLinear)
-    if name == "DPO":
-        assert run.ref_model is None
-        assert figures(run)[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
 
 
 def test_a_checkpoint_has_the_adapter_only(tiny_folder: Path, tmp_path: Path) -> None:
-    run = trained(tiny_folder, tmp_path, "SFT", TEXTS)
+    run = packed_trl.SFTTrainer(
+        load_quantized(tiny_folder, dtype=torch.float32),
+        trl.SFTConfig(output_dir=str(tmp_path), max_length=32, **SETTINGS),
+        train_dataset=Dataset.from_list(TEXTS),
+        processing_class=load_tokenizer(tiny_folder),
+        peft_config=peft.LoraConfig(r=2, target_modules="all-linear"),
+    )
+    run.train()
+    model = run.model.get_base_model()
+    assert model.fusion.dial.checkpointing == "full" and isinstance(model.model.layers[0].mlp.up_proj, PackedLinear)
     checkpoint = tmp_path / "checkpoint-3"
     assert (checkpoint / "adapter_model.safetensors").is_file() and not list(checkpoint.glob("model*"))
     again = load_quantized(tiny_folder, dtype=torch.float32)
