@@ -33,6 +33,7 @@ bench: $(INSTALLED)
 	$(RUN) profiling/versus_peft.py
 	$(RUN) profiling/versus_trl.py
 	$(RUN) profiling/learn_like_peft.py
+	$(RUN) profiling/learn_like_trl.py
 
 # Kills, signals, full disks, damaged files, wrong arguments, resumed and long runs: about ten minutes on two cores.
 endure: $(INSTALLED)

@@ -113,6 +113,7 @@ SCRIPTS = {
     },
     "profiling/varied_lengths.py": {"ours", "ours_with_all_programs", "peft", "peak_ratio", "time_ratio"},
     "profiling/versus_peft.py": {"nf4_full", "floor"},
+    "profiling/learn_like_trl.py": {"cpu", "sft"},
     "profiling/versus_trl.py": {"cpu", "sft_full"},
 }
 ARGUMENTS = {

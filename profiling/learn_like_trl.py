@@ -1,0 +1,105 @@
+"""Does a script of trl learn with three changed lines what it learns with transformers, peft and bitsandbytes?
+
+    python profiling/learn_like_trl.py            # 30 steps of SFT and of DPO: about fifteen minutes on two cores
+    python profiling/learn_like_trl.py --tiny     # random weights, in seconds: shows that the script works
+
+Both sides train SmolLM2-135M-Instruct in NF4 with double quantization to turn messages into records, from the same A,
+on the same batches in the same order. Each training runs in a process of its own, with `--tiny` all in one
+(parts/trl_learning_worker.py).
+
+How far rounding alone moves the losses is shown by runs of this library whose A starts half a step of bf16 away. The
+ends of two runs are compared by the mean of the last third of their losses: `noise` is the largest distance between
+the ends of two runs of this library, and `ratio` the distance between the sides as a share of it, or of 1 % of the
+peer's end if that is more. Prints the losses and ends with one JSON line: trainer -> `first` (of both sides), `ours`,
+`peer` (their ends), `difference`, `noise`, `ratio`. The exit status is 1 if the first losses differ by more than 1 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from parts.example_models import model_folder
+from parts.machine_floor import cpu_name
+
+WORKER = Path(__file__).parent / "parts" / "trl_learning_worker.py"
+TRAINERS = ("sft", "dpo")
+MOVES = 2  # runs of this library that start elsewhere
+SHARE = 0.01  # of the end of the peer's losses: less than this is noise in any case
+FIRST_TOLERANCE = 0.01
+
+
+def run(group: list[dict[str, Any]]) -> Iterator[list[float]]:
+    """Runs a group of trainings in one process, and yields the losses of each."""
+    command = [sys.executable, str(WORKER), json.dumps(group)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{group[0]['trainer']} of {group[0]['side']} ended:\n{done.stderr.strip()[-2000:]}")
+    yield from (json.loads(line)["losses"] for line in done.stdout.splitlines() if line.startswith('{"losses"'))
+
+
+def end(losses: list[float]) -> float:
+    """Returns the mean of the last third."""
+    return statistics.mean(losses[-max(1, len(losses) // 3) :])
+
+
+def verdict(ours: list[float], peer: list[float], moved: list[list[float]]) -> dict[str, Any]:
+    """Returns the figures of one trainer."""
+    ends = [end(losses) for losses in (ours, *moved)]
+    noise = max(abs(one - other) for one, other in itertools.combinations(ends, 2))
+    difference = abs(end(ours) - end(peer))
+    return {
+        "first": [ours[0], peer[0]],
+        "ours": end(ours),
+        "peer": end(peer),
+        "difference": difference,
+        "noise": noise,
+        "ratio": difference / max(noise, SHARE * end(peer)),
+    }
+
+
+def table(trainer: str, ours: list[float], peer: list[float], moved: list[list[float]]) -> Table:
+    names = ("step", "ours", "peer", *(f"ours, moved {number}" for number in range(1, len(moved) + 1)))
+    drawn = Table(*names, title=f"losses of {trainer}")
+    for step, row in enumerate(zip(ours, peer, *moved, strict=True), start=1):
+        drawn.add_row(str(step), *(f"{loss:.4f}" for loss in row))
+    return drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=TRAINERS)
+    parser.add_argument("--tiny", action="store_true", help="a random model of two small layers, three steps of sft")
+    given = parser.parse_args()
+    steps, trainers, moves = (3, ("sft",), 1) if given.tiny else (given.steps, given.trainers, MOVES)
+    found, console = dict[str, dict[str, Any]](), Console(width=max(100, Console().width))
+    with tempfile.TemporaryDirectory() as scratch:
+        model = model_folder(given.tiny, Path(scratch))
+        for trainer in trainers:
+            usual = {"side": "ours", "trainer": trainer, "model": str(model), "steps": steps, "tokens": 256}
+            works = [usual, usual | {"side": "peer"}, *(usual | {"moved": seed} for seed in range(1, moves + 1))]
+            groups = [works] if given.tiny else [[work] for work in works]
+            ours, peer, *moved = (losses for group in groups for losses in run(group))
+            console.print(table(trainer, ours, peer, moved))
+            found[trainer] = verdict(ours, peer, moved)
+    print(json.dumps({"cpu": cpu_name(), **found}))
+    for trainer, figures in found.items():
+        mine, theirs = figures["first"]
+        if abs(mine - theirs) > FIRST_TOLERANCE * theirs:
+            raise SystemExit(f"error: the first losses of {trainer} differ by more than 1 %: {mine:.4f}, {theirs:.4f}")
+
+
+if __name__ == "__main__":
+    main()
