@@ -1,4 +1,4 @@
-"""Tests of peft's layer around packed stacks of experts. What it computes is compared with peft in peft_api.py."""
+"""Tests of peft's layer around packed stacks of experts. What it computes is compared with peft in peft_matrix.py."""
 
 from __future__ import annotations
 
