@@ -11,6 +11,7 @@ chat_session      a conversation, and the adapter that answers
 record_prompts    the prompts of files
 answer_journal    answers that are finished, kept for the case of a kill
 answer_file       a file of answers, by batches of about one length
+repacked_codes    codes of 4-bit weights in the order of a faster CPU kernel, for as long as they are wanted
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from qlora_lite.generation.record_prompts import PromptSet as PromptSet
     from qlora_lite.generation.record_prompts import Room as Room
     from qlora_lite.generation.record_prompts import read_prompts as read_prompts
+    from qlora_lite.generation.repacked_codes import decode_copies as decode_copies
+    from qlora_lite.generation.repacked_codes import decode_copy_bytes as decode_copy_bytes
     from qlora_lite.generation.settings import GenerationSettings as GenerationSettings
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -45,5 +48,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "chat_session": "ChatSession",
         "record_prompts": "read_prompts PromptSet Room",
         "answer_file": "write_answers WrittenAnswers",
+        "repacked_codes": "decode_copies decode_copy_bytes",
     },
 )

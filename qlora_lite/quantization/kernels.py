@@ -16,7 +16,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,13 @@ from qlora_lite.quantization.pack_4bit import pack_4bit
 Slices = Iterable[tuple[int, Tensor]]
 
 
+class DecodeCopy(NamedTuple):
+    """4-bit codes `(rows, columns / 2)` in the order of the CPU's kernel, absmax `(blocks of a row, rows)` in bf16."""
+
+    codes: Tensor
+    absmax: Tensor
+
+
 class PackedBuffers(Protocol):
     """What kernels see of a `PackedWeight`; `absmax` is uint8 with double quantization, fp32 otherwise."""
 
@@ -44,6 +51,10 @@ class PackedBuffers(Protocol):
     nested_absmax: Tensor
     nested_offset: Tensor
     nested_code: Tensor
+
+    @property
+    def decode_copy(self) -> DecodeCopy | None:
+        """The codes in the order of the CPU kernel for few rows, if the user asked for them."""
 
     @property
     def bits(self) -> int: ...
@@ -61,6 +72,7 @@ class Kernels:
     code_values: name of a 4-bit format -> the 16 values that its codes stand for, times the block's absmax.
     select_rows: (weight, numbers `(n,)`) -> those rows, `(n, columns)`, for embeddings.
     integer_product: (weight, x `(n, columns)`) -> x W^T in int8, None where the shapes do not suit it.
+    few_rows: (weight, x `(n, columns)`) -> x W^T by a kernel for small n, None where there is none for these.
     """
 
     pack: Callable[[PackedBuffers, Slices], None]
@@ -68,6 +80,7 @@ class Kernels:
     code_values: Callable[[str], tuple[float, ...]] | None = None
     select_rows: Callable[[PackedBuffers, Tensor], Tensor] | None = None
     integer_product: Callable[[PackedBuffers, Tensor], Tensor | None] | None = None
+    few_rows: Callable[[PackedBuffers, Tensor], Tensor | None] | None = None
 
 
 def import_bitsandbytes(module: str) -> Any:
@@ -96,6 +109,10 @@ INT8_STEP = 1 / 127
 # The AVX-512 kernel is inexact for blocks of 2048 values and more, and falls back to a compiled kernel. A block of
 # 2048 values is therefore passed as two blocks of 1024 with the same absmax.
 LARGEST_KERNEL_BLOCK = 1024
+# bitsandbytes multiplies at most so many rows by packed codes on every accelerator; with more, it may unpack them.
+ACCELERATOR_ROWS = 4
+# torch's kernel for int8 codes reads beyond the end of other shapes.
+KERNEL_COLUMNS, KERNEL_ROWS = 64, 16
 
 
 @functools.cache
@@ -143,7 +160,7 @@ def _pack_blocks(into: PackedBuffers, slices: Slices) -> None:
     into.nested_offset.copy_(offset_of_all)
 
 
-def _block_absmax(packed: PackedBuffers, first: int, last: int) -> Tensor:
+def block_absmax(packed: PackedBuffers, first: int, last: int) -> Tensor:
     """Returns the fp32 absmax of blocks first to last."""
     if not packed.double_quant:
         return packed.absmax[first:last]
@@ -162,7 +179,7 @@ def _unpack_blocks(packed: PackedBuffers, dtype: torch.dtype, first: int, last: 
     values = (last - first) * columns
     start = first * columns
     codes = packed.packed[start * packed.bits // 8 : block_count((start + values) * packed.bits, 8)]
-    absmax = _block_absmax(packed, start // blocksize, block_count(start + values, blocksize))
+    absmax = block_absmax(packed, start // blocksize, block_count(start + values, blocksize))
     if blocksize > LARGEST_KERNEL_BLOCK:
         absmax = absmax.repeat_interleave(blocksize // LARGEST_KERNEL_BLOCK)
         blocksize = LARGEST_KERNEL_BLOCK
@@ -207,5 +224,51 @@ def _integer_product(packed: PackedBuffers, rows: Tensor) -> Tensor | None:
     return int8_product(rows, packed.packed, packed.absmax) if suits(rows.shape[0], packed.shape) else None
 
 
-BLOCK_KERNELS = Kernels(_pack_blocks, _unpack_blocks, code_values=code_values)
-ROW_KERNELS = Kernels(_pack_rows, _unpack_rows, select_rows=_select_rows, integer_product=_integer_product)
+@functools.cache
+def _code_table(format: str) -> Tensor:
+    with no_dispatch():
+        return torch.tensor(code_values(format))
+
+
+def _few_rows_of_blocks(packed: PackedBuffers, rows: Tensor) -> Tensor | None:
+    """On an accelerator the kernel reads the codes as they are; on a CPU it needs the copy, and bf16."""
+    copy, on_accelerator = packed.decode_copy, not on_cpu(rows.device)
+    if copy is not None and rows.dtype == torch.bfloat16:
+        table = _code_table(packed.format)
+        y: Tensor = ops.gemv_4bit(rows, copy.codes, packed.shape, copy.absmax, table, packed.blocksize)
+        return y
+    whole_blocks = packed.shape[1] % packed.blocksize == 0
+    if on_accelerator and whole_blocks and rows.shape[0] <= ACCELERATOR_ROWS and hasattr(ops, "gemm_4bit"):
+        return packed_product(packed, rows)
+    return None
+
+
+def packed_product(packed: PackedBuffers, rows: Tensor) -> Tensor:
+    """Returns x W^T by bitsandbytes' op for packed codes, which unpacks the nested statistics itself."""
+    absmax, nested = packed.absmax, {}
+    if packed.double_quant:
+        names = {"absmax_8bit": packed.absmax, "absmax_code": packed.nested_code, "absmax_offset": packed.nested_offset}
+        absmax, nested = packed.nested_absmax, names
+    codes = packed.packed.view(-1, 1)
+    y: Tensor = ops.gemm_4bit(rows, codes, packed.shape, absmax, packed.blocksize, packed.format, **nested)
+    return y
+
+
+def _few_rows_of_rows(packed: PackedBuffers, rows: Tensor) -> Tensor | None:
+    """torch's CPU kernel takes int8 codes and bf16 scales. The scale is applied after it, so that it stays in fp32."""
+    suitable = packed.shape[1] % KERNEL_COLUMNS == 0 and packed.shape[0] % KERNEL_ROWS == 0
+    if not suitable or not on_cpu(rows.device) or rows.dtype != torch.bfloat16:
+        return None
+    ones = rows.new_ones(packed.shape[0])
+    y = torch._weight_int8pack_mm(rows.contiguous(), packed.packed, ones)
+    return y.mul_(packed.absmax * INT8_STEP)
+
+
+BLOCK_KERNELS = Kernels(_pack_blocks, _unpack_blocks, code_values=code_values, few_rows=_few_rows_of_blocks)
+ROW_KERNELS = Kernels(
+    _pack_rows,
+    _unpack_rows,
+    select_rows=_select_rows,
+    integer_product=_integer_product,
+    few_rows=_few_rows_of_rows,
+)

@@ -24,7 +24,7 @@ from qlora_lite.quantization.formats import (
     row_step,
     storage_bytes,
 )
-from qlora_lite.quantization.kernels import Slices, nested_code
+from qlora_lite.quantization.kernels import DecodeCopy, Slices, nested_code
 
 
 def check_packable(weight: Tensor, name: str, format: str, first_row: int = 0) -> None:
@@ -79,6 +79,8 @@ class PackedWeight(nn.Module):
         self.plain_dtype = torch.float32
         self.double_quant = double_quant and row.nests
         self.int8_activations = False
+        self._decode_copy: DecodeCopy | None = None
+        self._copied: list[tuple[str, Tensor, int]] = []
         for name, buffer in row.buffers(shape, blocksize, double_quant).items():
             if name == "nested_code":  # a constant
                 code = torch.tensor(nested_code(), dtype=torch.float32).to(device or "cpu")
@@ -145,6 +147,26 @@ class PackedWeight(nn.Module):
         product = format_named(self.format).kernels().integer_product if self.int8_activations else None
         return None if product is None else product(self, rows)
 
+    def few_rows_product(self, rows: Tensor) -> Tensor | None:
+        """Returns rows W^T by a kernel for few rows, None if there is none for this weight and these rows."""
+        product = format_named(self.format).kernels().few_rows
+        return None if product is None else product(self, rows)
+
+    @property
+    def decode_copy(self) -> DecodeCopy | None:
+        """The copy that `set_decode_copy` was given, None without one or if a buffer has changed since."""
+        if self._decode_copy is not None:
+            for name, buffer, version in self._copied:
+                if self._buffers[name] is not buffer or buffer._version != version:
+                    self.set_decode_copy(None)
+                    break
+        return self._decode_copy
+
+    def set_decode_copy(self, copy: DecodeCopy | None) -> None:
+        """Sets or drops re-packed codes and statistics for products of few rows (generation/repacked_codes.py)."""
+        buffers = () if copy is None else self.named_buffers()
+        self._decode_copy, self._copied = copy, [(name, buffer, buffer._version) for name, buffer in buffers]
+
     def rows(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns rows by number: tokens of any shape -> `(*tokens.shape, columns)`.
 
@@ -162,6 +184,7 @@ class PackedWeight(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         self.plain_dtype = fn(torch.empty(0, dtype=self.plain_dtype)).dtype
+        self.set_decode_copy(None)
         return super()._apply(move_only, recurse)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
