@@ -190,7 +190,9 @@ def make_trainer(work: TrainerWork) -> Any:
     name = work.trainer.upper()
     trainer = getattr(packed_trl if work.side == "ours" else trl, f"{name}Trainer")
     args = getattr(trl, f"{name}Config")(**settings(work))
-    options = {"reward_funcs": length_reward} if work.trainer == "grpo" else {}
+    options: dict[str, Any] = {"reward_funcs": length_reward} if work.trainer == "grpo" else {}
+    if work.trainer == "grpo" and work.side == "ours":
+        options["decode_copies"] = True
     return trainer(model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=config, **options)
 
 

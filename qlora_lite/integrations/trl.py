@@ -18,7 +18,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.errors import ConfigError
+from qlora_lite.generation import repacked_codes
 from qlora_lite.integrations.peft import prepare_
 from qlora_lite.integrations.transformers import AdapterCheckpoints
 from qlora_lite.lora.adapters import lora_layers
@@ -123,11 +124,14 @@ def add_fused_lm_head(
 class PackedTrainer(AdapterCheckpoints):
     """A base class to put before a trainer of trl: `class MyTrainer(PackedTrainer, trl.SFTTrainer): ...`.
 
+    decode_copies: while completions are generated, hold a copy of the 4-bit codes from which tokens are computed faster
+    on a CPU (`qlora_lite.generation.decode_copies`): 0.53 bytes a value. It is dropped before the training step.
+
     Raises ConfigError for a model that is named by a string, for one without adapters if there is no peft_config, and
     for adapters of `add_lora_` where the trainer compares with a reference.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, decode_copies: bool = False, **options: Any) -> None:
         given = inspect.signature(super().__init__).bind(*args, **options)
         model, config = (given.arguments.get(name) for name in ("model", "peft_config"))
         if not isinstance(model, nn.Module):
@@ -145,6 +149,13 @@ class PackedTrainer(AdapterCheckpoints):
             for module in _modules_with_head(type(self)):
                 stack.enter_context(patched_attribute(module, ADD_HEAD, add_fused_lm_head))
             super().__init__(*given.args, **given.kwargs)
+        if decode_copies:
+            inner.generate = functools.partial(_generate_with_copies, inner, inner.generate)  # type: ignore[assignment]
+
+
+def _generate_with_copies(model: nn.Module, generate: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    with repacked_codes.decode_copies(model):
+        return generate(*args, **options)
 
 
 def _checkpointing(args: Any) -> str:

@@ -14,9 +14,11 @@ from datasets import Dataset
 from qlora_lite import LoraConfig, add_lora_, load_adapter_, load_quantized
 from qlora_lite.checkpoints.hub import load_tokenizer
 from qlora_lite.errors import ConfigError
+from qlora_lite.generation import repacked_codes
 from qlora_lite.integrations import trl as packed_trl
 from qlora_lite.integrations.peft import PackedLinear
 from qlora_lite.lora.adapters import lora_layers
+from qlora_lite.quantization.packed_weight import PackedWeight
 
 TEXTS = [{"prompt": f"how many {i}?", "completion": f" {i} of them"} for i in range(8)]
 SETTINGS: dict[str, Any] = {"max_steps": 3, "save_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2}
@@ -60,6 +62,32 @@ def test_adapters_of_this_package_are_trained_and_saved(tiny_folder: Path, tmp_p
     for name, sentence in (("DPO", "DPOTrainer compares with the base"), ("GRPO", "GRPOTrainer compares")):
         with pytest.raises(ConfigError, match=sentence):
             getattr(packed_trl, f"{name}Trainer")(model=model, train_dataset=data)
+
+
+def test_completions_are_generated_from_copies_if_they_are_allowed(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+    model = load_quantized(tiny_folder)
+    weights = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    model.model.norm.register_forward_hook(lambda *given: held.append(weights[0].decode_copy is not None))
+    monkeypatch.setattr(repacked_codes, "_suits", lambda weight: True)  # on CPUs without the kernel too
+    monkeypatch.setattr(repacked_codes, "repacked", lambda weight: copies.append(weight) or weight)
+    copies: list[Any] = []
+    own = {"max_completion_length": 3, "num_generations": 2, "max_steps": 2, "save_strategy": "no"}
+    run = packed_trl.GRPOTrainer(
+        model,
+        args=trl.GRPOConfig(output_dir=str(tmp_path), **SETTINGS | own),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in TEXTS]),
+        processing_class=load_tokenizer(tiny_folder),
+        peft_config=peft.LoraConfig(r=2, target_modules="all-linear"),
+        reward_funcs=lambda completions, **given: [float(len(text)) for text in completions],
+        decode_copies=True,
+    )
+    monkeypatch.setattr(PackedWeight, "few_rows_product", lambda self, rows: None)
+    run.train()
+    assert len(copies) == 2 * len(weights)  # once a generation
+    assert held[:3] == [True] * 3 and not held[-1] and weights[0].decode_copy is None
 
 
 def test_models_that_are_not_packed_and_adapted_are_refused(tiny_folder: Path) -> None:
