@@ -150,7 +150,8 @@ class PackedTrainer(AdapterCheckpoints):
                 stack.enter_context(patched_attribute(module, ADD_HEAD, add_fused_lm_head))
             super().__init__(*given.args, **given.kwargs)
         if decode_copies:
-            inner.generate = functools.partial(_generate_with_copies, inner, inner.generate)  # type: ignore[assignment]
+            generate: Any = inner.generate
+            inner.generate = functools.partial(_generate_with_copies, inner, generate)  # type: ignore[assignment]
 
 
 def _generate_with_copies(model: nn.Module, generate: Callable[..., Any], *args: Any, **options: Any) -> Any:
