@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -193,22 +193,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Weight,
-        bias: Tensor | None,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        replaced: Tensor | None,
         labels: Tensor,
         o: HeadOptions,
+        hidden: Tensor,
+        *tensors: Any,
     ) -> Tensor:
-        head = HeadTensors(weight, bias, lora_A, lora_B, replaced)
-        needs = ctx.needs_input_grad[:6]
+        head, needs = HeadTensors(*tensors), ctx.needs_input_grad[2:]
         sums = GradientSums.of(head, needs[1:]) if any(needs) else None
         gradient = torch.empty_like(hidden) if needs[0] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for chunk, rows, logits in logit_chunks(hidden, head, o):
-            loss += _chunk_loss(logits, bias, labels[chunk], o, sums)
+            loss += _chunk_loss(logits, head.bias, labels[chunk], o, sums)
             if sums is not None:
                 grad_rows = chunk_gradients(rows, head, logits, o, sums)
                 if gradient is not None:
@@ -225,7 +220,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if total is None else (total * grad.to(total.dtype)).to(dtype)
             for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None)
+        return (None, None, *scaled)
 
 
 def _replaced_gradients(rows: Tensor, replaced: Tensor, slope: Tensor, o: HeadOptions, sums: GradientSums) -> Tensor:
@@ -261,14 +256,14 @@ def chunk_gradients(rows: Tensor, head: HeadTensors, slope: Tensor, o: HeadOptio
     return grad_rows if of_replaced is None else grad_rows.add_(of_replaced)
 
 
-def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
+def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
     """Returns the positions with a label. Fake labels have no values: all positions count, which is the maximum."""
     if isinstance(labels, FakeTensor):
         return torch.arange(labels.numel(), device=labels.device)
     return (labels != ignore_index).nonzero().squeeze(1)
 
 
-def check_labels(labels: Tensor, kept: Tensor, vocabulary: int) -> None:
+def _check_labels(labels: Tensor, kept: Tensor, vocabulary: int) -> None:
     """Raises InputError for labels of another dtype than int64, or outside of the vocabulary."""
     if labels.dtype != torch.int64:
         raise InputError(f"labels must be int64; got {labels.dtype}")
@@ -279,18 +274,44 @@ def check_labels(labels: Tensor, kept: Tensor, vocabulary: int) -> None:
         raise InputError(f"labels must be in [0, {vocabulary}) or the ignored index; got {low if low < 0 else high}")
 
 
-def _check_options(reduction: str, label_smoothing: float, softcap: float | None) -> None:
-    if reduction not in ("mean", "sum"):
-        raise InputError(f"reduction must be mean or sum; got {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise InputError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
-    check_softcap(softcap)
+class HeadCall(NamedTuple):
+    """The labelled tokens of a call: their places among all, their hidden states and labels; the head, its options."""
+
+    kept: Tensor
+    rows: Tensor
+    labels: Tensor
+    head: HeadTensors
+    options: HeadOptions
 
 
-def check_softcap(softcap: float | None) -> None:
-    """Raises InputError for a softcap that is not above 0."""
-    if softcap is not None and not softcap > 0:
-        raise InputError(f"softcap must be above 0, or None; got {softcap}")
+def head_call(
+    hidden: Tensor,
+    weight: Weight,
+    labels: Tensor,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor, float] | None,
+    replaced: tuple[Tensor, Tensor] | None,
+    ignore_index: int,
+    options: HeadOptions,
+) -> HeadCall:
+    """Returns the arguments of `linear_cross_entropy` and its like as their nodes take them.
+
+    Raises InputError for shapes, labels or a softcap that do not fit.
+    """
+    if hidden.shape[:-1] != labels.shape:
+        raise InputError(f"labels should have the shape {tuple(hidden.shape[:-1])}; got {tuple(labels.shape)}")
+    if options.softcap is not None and not options.softcap > 0:
+        raise InputError(f"softcap must be above 0, or None; got {options.softcap}")
+    flat = labels.reshape(-1)
+    kept = _labelled(flat, ignore_index)
+    _check_labels(flat, kept, weight.shape[0])
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
+    (lora_A, lora_B, lora_scaling), (tokens, values) = lora or (None, None, 1.0), replaced or (None, None)
+    head = HeadTensors(weight, bias, lora_A, lora_B, values)
+    if not torch.is_grad_enabled():  # a Function is told that parameters need gradients all the same
+        head = head._replace(**{name: t.detach() for name, t in head._asdict().items() if isinstance(t, Tensor)})
+    options = replace(options, lora_scaling=lora_scaling, tokens=tokens)
+    return HeadCall(kept, rows, flat.index_select(0, kept), head, options)
 
 
 def linear_cross_entropy(
@@ -319,19 +340,11 @@ def linear_cross_entropy(
     Products are in hidden's dtype (see `product_dtype`), everything else in fp32. Gradients: hidden, weight, bias, A, B
     and replaced rows, where they require one. Raises InputError for shapes, labels or options that do not fit.
     """
-    if hidden.shape[:-1] != labels.shape:
-        raise InputError(f"labels should have the shape {tuple(hidden.shape[:-1])}; got {tuple(labels.shape)}")
-    _check_options(reduction, label_smoothing, softcap)
-    flat = labels.reshape(-1)
-    kept = labelled_rows(flat, ignore_index)
-    check_labels(flat, kept, weight.shape[0])
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
-    lora_A, lora_B, lora_scaling = lora or (None, None, 1.0)
-    tokens, values = replaced or (None, None)
-    options = HeadOptions(logit_scale, softcap, label_smoothing, lora_scaling, tokens)
-    chosen = flat.index_select(0, kept)
-    parts: Any = (rows, weight, bias, lora_A, lora_B, values)
-    if not torch.is_grad_enabled():  # a Function is told that parameters need gradients all the same
-        parts = tuple(part.detach() if isinstance(part, Tensor) else part for part in parts)
-    loss: Tensor = _LinearCrossEntropy.apply(*parts, chosen, options)
-    return loss if reduction == "sum" else loss / kept.numel()
+    if reduction not in ("mean", "sum"):
+        raise InputError(f"reduction must be mean or sum; got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise InputError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
+    options = HeadOptions(logit_scale, softcap, label_smoothing)
+    call = head_call(hidden, weight, labels, bias, lora, replaced, ignore_index, options)
+    loss: Tensor = _LinearCrossEntropy.apply(call.labels, call.options, call.rows, *call.head)
+    return loss if reduction == "sum" else loss / call.kept.numel()

@@ -24,10 +24,8 @@ from qlora_lite.compute.cross_entropy import (
     GradientSums,
     HeadOptions,
     HeadTensors,
-    check_labels,
-    check_softcap,
     chunk_gradients,
-    labelled_rows,
+    head_call,
     logit_chunks,
     slope_of_products,
     softmax_input,
@@ -99,26 +97,21 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Weight,
-        bias: Tensor | None,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        replaced: Tensor | None,
         labels: Tensor,
         o: HeadOptions,
         names: Collection[str],
+        hidden: Tensor,
+        *tensors: Any,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        head = HeadTensors(weight, bias, lora_A, lora_B, replaced)
-        needs = ctx.needs_input_grad[:6]
+        head, needs = HeadTensors(*tensors), ctx.needs_input_grad[3:]
         derivative = torch.empty_like(hidden) if needs[0] and not any(needs[1:]) else None
         names = ("log_probs", "log_z", *names)
         figures = {name: torch.zeros(hidden.shape[0], device=hidden.device) for name in names}
         for chunk, rows, logits in logit_chunks(hidden, head, o):
             own, own_labels = {name: figure[chunk] for name, figure in figures.items()}, labels[chunk]
             for part in softmax_parts(logits):
-                z, curve = softmax_input(logits[part], bias, o, derivative is not None)
+                z, curve = softmax_input(logits[part], head.bias, o, derivative is not None)
                 p = _fill(own, part, z, own_labels[part])
                 if derivative is not None:
                     picked = own_labels[part].unsqueeze(1)
@@ -128,7 +121,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 derivative[chunk] = chunk_gradients(rows, head, logits, o, GradientSums())
             del logits
         ctx.save_for_backward(hidden, derivative, labels, figures["log_z"], figures.get("entropy"), *head[1:])
-        ctx.weight, ctx.options, ctx.needs = weight, o, needs
+        ctx.weight, ctx.options, ctx.needs = head.weight, o, needs
         is_top1 = figures["is_top1"].bool() if "is_top1" in figures else None
         further = (*(figures.get(name) for name in STATISTICS[1:-1]), is_top1)
         ctx.mark_non_differentiable(*(figure for figure in further if figure is not None))
@@ -139,7 +132,7 @@ class _LinearLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
         hidden, derivative, labels, log_z, entropy, *tensors = ctx.saved_tensors
         if grad is not None and of_entropy is None and derivative is not None:
-            return (derivative * grad.unsqueeze(1)).to(hidden.dtype), *(None,) * 8
+            return *(None,) * 3, (derivative * grad.unsqueeze(1)).to(hidden.dtype), *(None,) * 5
         head, o = HeadTensors(ctx.weight, *tensors), ctx.options
         given = {"log_z": log_z, "entropy": entropy, "of_log_probs": grad, "of_entropy": of_entropy}
         saved = {name: value for name, value in given.items() if value is not None}
@@ -157,7 +150,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 gradient[chunk] = grad_rows
             del logits
         found = [sums[name].to(tensor.dtype) if name in sums else None for name, tensor in head._asdict().items()]
-        return gradient, *found, None, None, None
+        return None, None, None, gradient, *found
 
 
 def linear_log_probs(
@@ -182,26 +175,16 @@ def linear_log_probs(
     Gradients of log_probs and entropy: hidden, weight, bias, A, B and replaced rows, where they require one. Raises
     InputError for shapes, labels or options that do not fit.
     """
-    if hidden.shape[:-1] != labels.shape:
-        raise InputError(f"labels should have the shape {tuple(hidden.shape[:-1])}; got {tuple(labels.shape)}")
     if unknown := [name for name in statistics if name not in STATISTICS]:
         raise InputError(f"statistics must be of {', '.join(STATISTICS)}; got {', '.join(unknown)}")
     if not temperature > 0:
         raise InputError(f"temperature must be above 0; got {temperature}")
-    check_softcap(softcap)
-    flat = labels.reshape(-1)
-    kept = labelled_rows(flat, IGNORE_INDEX)
-    check_labels(flat, kept, weight.shape[0])
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
-    lora_A, lora_B, lora_scaling = lora or (None, None, 1.0)
-    tokens, values = replaced or (None, None)
-    options = HeadOptions(logit_scale, softcap, 0.0, lora_scaling, tokens, temperature)
-    chosen = flat.index_select(0, kept)
-    figures = _LinearLogProbs.apply(
-        rows, weight, bias, lora_A, lora_B, values, chosen, options, tuple(dict.fromkeys(statistics))
-    )
+    options = HeadOptions(logit_scale, softcap, temperature=temperature)
+    call = head_call(hidden, weight, labels, bias, lora, replaced, IGNORE_INDEX, options)
+    asked = tuple(dict.fromkeys(statistics))
+    figures = _LinearLogProbs.apply(call.labels, call.options, asked, call.rows, *call.head)
     names = zip(TokenStatistics._fields, figures, strict=True)
-    return TokenStatistics(**{name: _spread(own, kept, labels.shape) for name, own in names if own is not None})
+    return TokenStatistics(**{name: _spread(own, call.kept, labels.shape) for name, own in names if own is not None})
 
 
 def _spread(figure: Tensor, kept: Tensor, shape: torch.Size) -> Tensor:
