@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -59,6 +60,17 @@ def matches_as_in_transformers(name: str, patterns: Iterable[str]) -> bool:
     """
     keys = [pattern.removesuffix(".weight") for pattern in patterns]
     return any(re.match(rf"(?:{key})(?:\.|$)", name) or name.endswith(key) for key in keys)
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """At the end of the block every module is in training or evaluation mode as before."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def has_own_forward(module: nn.Module) -> bool:

@@ -28,18 +28,17 @@ from qlora_lite.data.stream import batch_digest, check_batch
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError
 from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.signals import check_signals, deferred_signals
+from qlora_lite.surgery import modes_restored
 from qlora_lite.tasks import task_of
 from qlora_lite.training.distributed import Processes, split_in_two
 from qlora_lite.training.forward.fuse import unfused
 from qlora_lite.training.forward.fused_forward import fused
 from qlora_lite.training.metrics import OWN_KEYS, Evaluation, is_out_of_patience, perplexity
-from qlora_lite.training.objective.causality import check_causality
-from qlora_lite.training.objective.choice import checked_loss, choose_loss, loss_named
+from qlora_lite.training.objective.choice import check_sight, checked_loss, choose_loss, loss_named
 from qlora_lite.training.objective.losses import Loss
-from qlora_lite.training.objective.packing import check_packing, is_packed
 from qlora_lite.training.objective.positions import check_positions
 from qlora_lite.training.objective.scores import task_scores
-from qlora_lite.training.objective.task_losses import check_task_batch, labelled, task_loss
+from qlora_lite.training.objective.task_losses import TaskLoss, check_task_batch, labelled, task_loss
 from qlora_lite.training.run_state import Run
 
 Scores = dict[str, float | None]
@@ -52,13 +51,9 @@ NO_LABELS = "held-out batches need a token with a label"
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Within the block every module is in evaluation mode; modes are restored at the end."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with modes_restored(model):
+        model.eval()
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager
@@ -110,6 +105,21 @@ def _in_memory(model: nn.Module, loss: Loss, batch: Batch) -> float:
     return sum(_in_memory(model, loss, half) for half in split_in_two(batch))
 
 
+def _with_task(model: nn.Module, batches: Iterable[Batch]) -> tuple[TaskLoss | None, Iterator[Batch]]:
+    """Returns the loss of the model's task, None for a causal language model, and the batches.
+
+    Raises ConfigError if there is no batch, or if the first one does not suit the task.
+    """
+    batches = iter(batches)
+    first = next(batches, None)
+    require(first is not None, NO_LABELS, "none")
+    assert first is not None
+    of_task = task_loss(model, first)
+    if of_task is not None:
+        check_task_batch(model, first)
+    return of_task, itertools.chain([first], batches)
+
+
 @torch.no_grad()
 def held_out_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     """Returns the mean loss over all labelled tokens of some batches, computed as in training, without an update.
@@ -130,14 +140,9 @@ def held_out_scores(model: nn.Module, batches: Iterable[Batch]) -> Scores:
 
     A causal language model has no scores. Raises the errors of `held_out_loss`.
     """
-    batches = iter(batches)
-    first = next(batches, None)
-    require(first is not None, NO_LABELS, "none")
-    assert first is not None
-    of_task, whole = task_loss(model, first), itertools.chain([first], batches)
+    of_task, whole = _with_task(model, batches)
     if of_task is None:
         return {"loss": held_out_loss(model, whole)}
-    check_task_batch(model, first)
     with _evaluated(model):
         return task_scores(model, (_on_device(model, batch) for batch in whole), of_task)
 
@@ -224,18 +229,13 @@ class Evaluator:
     def _held_out(self) -> tuple[float, Scores]:
         """Returns the mean loss of the held-out batches, the same in all processes, and the scores of the task."""
         model, processes, device = self.run.model, self._processes, next(self.run.model.parameters()).device
-        batches = self._checked_batches()
-        first = next(batches, None)
-        require(first is not None, NO_LABELS, "none")
-        assert first is not None
-        of_task, whole = task_loss(model, first), itertools.chain([first], batches)
+        of_task, whole = _with_task(model, self._checked_batches())
         if of_task is None:
             summed = functools.partial(_summed_loss, model, whole, self._chosen_loss, processes.rows)
             total, count = processes.call_in_all(summed)
             require(count > 0, NO_LABELS, "none")
             loss = float(processes.sum(torch.tensor(total, dtype=torch.float64, device=device))) / count
             return loss, {"perplexity": perplexity(loss)} if math.isfinite(loss) else {}
-        check_task_batch(model, first)
         moved = (_on_device(model, batch) for batch in whole)
         scores = processes.call_in_all(functools.partial(task_scores, model, moved, of_task))
         own = scores.pop("loss") or 0.0
@@ -247,9 +247,7 @@ class Evaluator:
         Raises ConfigError if tokens would see later ones or packed examples each other.
         """
         run = self.run
-        check_causality(run.model, batch)
-        if is_packed(batch):
-            check_packing(run.model, batch, min(2, len(batch["input_ids"])))
+        check_sight(run.model, batch)
         if run.decisions.loss is None:
             name, reason = choose_loss(run.model, batch)
             run.decisions = replace(run.decisions, loss=name, logits_reason=reason)

@@ -24,6 +24,7 @@ from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
 from qlora_lite.positions import longest_sequence
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.surgery import modes_restored
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.distributed import Processes
 from qlora_lite.training.evaluation import Evaluate, Evaluator
@@ -75,14 +76,12 @@ class TrainResult:
 @contextlib.contextmanager
 def _training_mode(run: Run) -> Iterator[None]:
     """Within the block every module is in training mode. At the end, modes are restored and gradients dropped."""
-    modes = {module: module.training for module in run.model.modules()}
-    run.model.train()
-    try:
-        yield
-    finally:
-        run.drop_gradients()
-        for module, training in modes.items():
-            module.training = training
+    with modes_restored(run.model):
+        run.model.train()
+        try:
+            yield
+        finally:
+            run.drop_gradients()
 
 
 def train(

@@ -179,12 +179,17 @@ def choose_loss(model: nn.Module, batch: Batch) -> tuple[str, str | None]:
     return (LOGIT_FREE, None) if reason is None else (FROM_LOGITS, reason)
 
 
-def checked_loss(model: nn.Module, batch: Batch) -> tuple[str, str | None]:
-    """Returns `choose_loss`, after trying the model on made-up rows: causality, and packing if the batch is packed.
+def check_sight(model: nn.Module, batch: Batch) -> None:
+    """Tries the model on made-up rows: causality, and packing if the batch is packed.
 
     Raises ConfigError if tokens would see later ones or packed examples each other.
     """
     check_causality(model, batch)
     if is_packed(batch):
         check_packing(model, batch, min(2, len(batch["input_ids"])))
+
+
+def checked_loss(model: nn.Module, batch: Batch) -> tuple[str, str | None]:
+    """Returns `choose_loss`, after `check_sight`, whose errors it raises too."""
+    check_sight(model, batch)
     return choose_loss(model, batch)

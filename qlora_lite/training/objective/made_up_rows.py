@@ -15,6 +15,7 @@ from qlora_lite import architecture
 from qlora_lite.data.batching import Batch, has_images
 from qlora_lite.positions import longest_sequence
 from qlora_lite.signals import check_signals
+from qlora_lite.surgery import modes_restored
 
 TOKEN_STRIDE = 7919  # a prime, so that neighbouring tokens are far apart and different
 VARIANTS = 8
@@ -40,24 +41,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Products in integers are off: they treat columns of large values apart, and all tokens of a batch decide on these.
     """
-    modes = {module: module.training for module in model.modules()}
-    in_integers: list[Any] = [module for module in modes if getattr(module, "int8_activations", False)]
+    in_integers: list[Any] = [module for module in model.modules() if getattr(module, "int8_activations", False)]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     generators: list[Any] = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
     states, python_state = [generator.get_rng_state() for generator in generators], random.getstate()
-    model.eval()
-    for module in in_integers:
-        module.int8_activations = False
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_rng_state(state)
+    with modes_restored(model):
+        model.eval()
         for module in in_integers:
-            module.int8_activations = True
-        for module, training in modes.items():
-            module.training = training
+            module.int8_activations = False
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_rng_state(state)
+            for module in in_integers:
+                module.int8_activations = True
 
 
 class MadeUpRows:
