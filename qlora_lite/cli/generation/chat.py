@@ -16,6 +16,7 @@ import typer
 from qlora_lite.cli.generation.lines import Lines, shown
 from qlora_lite.cli.generation.talkers import (
     OFF,
+    MaxNewTokens,
     Temperature,
     TopK,
     TopP,
@@ -159,10 +160,7 @@ def chat(
     skip_modules: SkipModules = None,
     int8_activations: Int8Activations = False,
     system: Annotated[str | None, typer.Option(help="System message that begins the conversation.")] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens of an answer at most. Default: 512, or half of the model's positions if fewer."),
-    ] = None,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,

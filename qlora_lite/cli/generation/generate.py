@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_lite.cli.data_options import Fields, Limit, SkipBad, fields_named, input_paths
-from qlora_lite.cli.generation.talkers import Temperature, TopK, TopP, generation_settings, load_talker
+from qlora_lite.cli.generation.talkers import MaxNewTokens, Temperature, TopK, TopP, generation_settings, load_talker
 from qlora_lite.cli.options import (
     AnyBase,
     Blocksize,
@@ -105,10 +105,7 @@ def generate(
     skip_modules: SkipModules = None,
     int8_activations: Int8Activations = False,
     batch_size: Annotated[int, typer.Option(help="Prompts that are answered at once.")] = 8,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens of an answer at most. Default: 512, or half of the model's positions if fewer."),
-    ] = None,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_lite.cli.generation.talkers import Talker, generation_settings, load_talker
+from qlora_lite.cli.generation.talkers import MaxNewTokens, Talker, generation_settings, load_talker
 from qlora_lite.cli.options import (
     AnyBase,
     Blocksize,
@@ -77,10 +77,7 @@ def serve(
     embedding_format: EmbeddingFormat = UNPACKED,
     skip_modules: SkipModules = None,
     int8_activations: Int8Activations = False,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens of an answer at most. Default: 512, or half of the model's positions if fewer."),
-    ] = None,
+    max_new_tokens: MaxNewTokens = None,
     queue: Annotated[int, typer.Option(help="Requests that may wait while one is answered; more are refused.")] = 8,
     time_limit: Annotated[
         float, typer.Option(help="Seconds that a request may wait, and that an answer may take.")

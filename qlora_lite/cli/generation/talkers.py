@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +29,10 @@ TopP = Annotated[
     float | None, typer.Option(help="Draw among the likeliest tokens that have this share of the probability, as 0.9.")
 ]
 TopK = Annotated[int | None, typer.Option(help="Draw among this number of likeliest tokens.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens of an answer at most. Default: 512, or half of the model's positions if fewer."),
+]
 # A run's folder says more than the name that all of them have for the adapter in it.
 COMMON_NAME = "adapter"
 OFF = "off"
@@ -80,7 +84,7 @@ def generation_settings(options: Mapping[str, Any], model: str) -> GenerationSet
         return made
     positions = longest_sequence(read_config(checkpoint_folder(model, weights=False)))
     most = DEFAULT_NEW_TOKENS if positions is None else max(1, min(DEFAULT_NEW_TOKENS, positions // 2))
-    return settings(GenerationSettings, options, max_new_tokens=most)
+    return replace(made, max_new_tokens=most)
 
 
 def load_talker(options: Mapping[str, Any]) -> Talker:
