@@ -303,15 +303,17 @@ def output_with_router_loss(model: Any, batch: dict[str, Tensor], no_labels: Ten
     return output
 
 
-def hidden_states_and_router_loss(model: Any, batch: dict[str, Tensor], no_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the last hidden states, as `hidden_states`, and the loss of the routers that the model adds to its own.
+def hidden_states_with_router_loss(
+    model: Any, batch: dict[str, Tensor], no_labels: Tensor, **options: object
+) -> tuple[Tensor, Any]:
+    """Returns the last hidden states, as `hidden_states`, and `output_with_router_loss`, of one forward.
 
     no_labels: ignored labels (rows, 1), because the logits of one token of each row are computed on the way.
     """
     outputs: list[Any] = []
     with base_model(model).register_forward_hook(lambda module, args, output: outputs.append(output)):
-        output = output_with_router_loss(model, batch, no_labels, logits_to_keep=1)
-    return outputs[-1].last_hidden_state, output.loss
+        output = output_with_router_loss(model, batch, no_labels, logits_to_keep=1, **options)
+    return outputs[-1].last_hidden_state, output
 
 
 def logit_options(model: Any) -> dict[str, float]:

@@ -48,17 +48,12 @@ TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrai
 # Those that compare with a reference: the base with peft's adapters switched off. They would load a second model for
 # adapters of another kind.
 WITH_REFERENCE = ("DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
+# Asks a model for the loss of its routers.
+ROUTERS: dict[str, Any] = {"output_router_logits": True}
 
 
-def _router_loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Returns the loss of the routers as trl weighs it: without the coefficient of the config."""
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    no_labels = torch.full_like(tensors["input_ids"][:, :1], -100)
-    output = architecture.output_with_router_loss(
-        model, tensors, no_labels, logits_to_keep=1, output_router_logits=True
-    )
-    loss: Tensor = output.aux_loss
-    return loss
+def _no_labels(inputs: dict[str, Any]) -> Tensor:
+    return torch.full_like(inputs["input_ids"][:, :1], -100)
 
 
 def _output(
@@ -75,19 +70,30 @@ def _output(
     if wants_routers is None:
         wants_routers = architecture.declares_router_loss(model)
     inputs.pop("use_cache", None)
-    chosen = labels if shift_labels is None else shift_labels
+    chosen, outputs = labels if shift_labels is None else shift_labels, list[Any]()
+
+    def with_routers(model: nn.Module, given: dict[str, Any]) -> Tensor:
+        hidden, output = architecture.hidden_states_with_router_loss(model, given, _no_labels(given), **ROUTERS)
+        outputs.append(output)
+        return hidden
+
     found = token_statistics(
         model,
         labels=chosen,
         statistics=statistics,
         temperature=temperature,
         labels_are_shifted=shift_labels is not None,
+        hidden_states=with_routers if wants_routers else None,
         **inputs,
     )
     mask = (chosen if shift_labels is not None else chosen[:, 1:]) != -100
     loss = -found.log_probs.sum() / (mask.sum().clamp(min=1) if items is None else items)
-    of_routers = _router_loss(model, inputs) if wants_routers else None
-    if of_routers is not None:
+    of_routers = None
+    if wants_routers:
+        if not outputs:  # the figures came from logits
+            no_labels = _no_labels(inputs)
+            outputs.append(architecture.output_with_router_loss(model, inputs, no_labels, logits_to_keep=1, **ROUTERS))
+        of_routers = outputs[-1].aux_loss  # without the coefficient of the config, as trl weighs it
         config = architecture.text_config(model.config)
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * of_routers
     return FusedCausalLMOutput(loss=loss, **found._asdict(), label_mask=mask, aux_loss=of_routers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,25 @@ def test_models_that_are_not_packed_and_adapted_are_refused(tiny_folder: Path) -
         )
     with pytest.raises(AttributeError, match="has no attribute 'NoTrainer'"):
         packed_trl.NoTrainer  # noqa: B018
+
+
+def test_the_loss_of_routers_comes_from_the_same_forward(small_model: Callable[..., Any]) -> None:
+    tokens = torch.arange(16, 56).view(2, 20)
+    given = {"input_ids": tokens, "labels": tokens, "fused_lm_head": True, "output_router_logits": True}
+    found, calls = {}, list[int]()
+    for name, add in (("ours", packed_trl.add_fused_lm_head), ("trl", trl.trainer.utils.add_fused_lm_head)):
+        model = small_model("MixtralConfig", num_local_experts=4)
+        add(model)
+        model(**given)  # tries the model
+        model.model.register_forward_hook(lambda *_: calls.append(1))
+        calls.clear()
+        output = model(**given)
+        assert len(calls) == 1
+        output.loss.backward()
+        found[name] = [output.loss, output.aux_loss, *(p.grad for p in model.parameters() if p.grad is not None)]
+    assert float(found["ours"][1]) > 0
+    for mine, theirs in zip(found["ours"], found["trl"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_trainer_leaves_trl_as_it_was(tiny_folder: Path) -> None:

@@ -6,7 +6,7 @@ the model's first rows, as in `train`. Where it is not, the logits of all tokens
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +31,10 @@ def _needs_logits(model: nn.Module, batch: dict[str, Tensor]) -> bool:
     return chosen_loss(model, known, batch) != LOGIT_FREE
 
 
+def _hidden_states(model: Any, given: dict[str, Any]) -> Tensor:
+    return architecture.base_model(model)(**given | {"use_cache": False}).last_hidden_state  # type: ignore[no-any-return]
+
+
 def token_statistics(
     model: nn.Module,
     input_ids: Tensor,
@@ -39,12 +43,14 @@ def token_statistics(
     statistics: Collection[str] = (),
     temperature: float = 1.0,
     labels_are_shifted: bool = False,
+    hidden_states: Callable[[Any, dict[str, Any]], Tensor] | None = None,
     **inputs: Any,
 ) -> TokenStatistics:
     """Returns log-probabilities as `token_log_probs`, and figures of the same shape that `statistics` names.
 
     statistics: of `entropy` (differentiable), `log_sum_sq_probs`, `mean_logits` and `is_top1`. temperature: divides the
     logits. labels_are_shifted: label t belongs to position t already; the results are then `(rows, tokens)`.
+    hidden_states: (model, inputs) -> the inputs of the head; a caller that needs more of this forward gives its own.
     """
     model = without_peft(model)
     if task_of(model) is not CAUSAL_LM:
@@ -62,8 +68,8 @@ def token_statistics(
             if needs_logits:
                 logits = checked_logits(model, model(**given | {"use_cache": False}), input_ids)[:, :last]
                 return statistics_of_logits(logits, own_labels, statistics, temperature)
-            hidden = architecture.base_model(model)(**given | {"use_cache": False}).last_hidden_state
-            return statistics_of_hidden(model, hidden[:, :last], own_labels, statistics, temperature)
+            hidden = (hidden_states or _hidden_states)(model, given)[:, :last]
+            return statistics_of_hidden(model, hidden, own_labels, statistics, temperature)
 
         if (fusion := fusion_of(model)) is not None:
             fit_budget(model, fusion.dial, input_ids.numel(), lambda: found().log_probs.sum())

@@ -90,7 +90,8 @@ def logit_free_loss(model: nn.Module, batch: Batch) -> Tensor:
     if not architecture.declares_router_loss(model):
         return head_loss(model, architecture.hidden_states(model, batch), batch["labels"])
     no_labels = torch.full_like(batch["labels"][:, :1], IGNORE_INDEX)
-    hidden, of_routers = architecture.hidden_states_and_router_loss(model, batch, no_labels)
+    hidden, output = architecture.hidden_states_with_router_loss(model, batch, no_labels)
+    of_routers: Tensor = output.loss
     return head_loss(model, hidden, batch["labels"]) + labelled_tokens(batch) * of_routers
 
 
