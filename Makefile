@@ -32,6 +32,7 @@ bench: $(INSTALLED)
 	$(RUN) profiling/streaming_io.py
 	$(RUN) profiling/versus_peft.py
 	$(RUN) profiling/versus_trl.py
+	$(RUN) profiling/generation.py
 	$(RUN) profiling/learn_like_peft.py
 	$(RUN) profiling/learn_like_trl.py
 

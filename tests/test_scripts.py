@@ -43,6 +43,7 @@ SCRIPTS = {
         "soak_slope_bytes_per_step",
     },
     "tests/interop/matrix.py": {"cases", "passed", "refused_by_peft", "refused_by_us", "failed"},
+    "profiling/generation.py": {"cpu", "check", "nf4_batch1", "nf4_memory"},
     "profiling/largest_batch.py": {"memory", "rows"},
     "profiling/learn_like_peft.py": {
         "base_perplexity",
@@ -117,6 +118,7 @@ SCRIPTS = {
     "profiling/versus_trl.py": {"cpu", "sft_full"},
 }
 ARGUMENTS = {
+    "profiling/generation.py": ["nf4", "--check"],
     "profiling/learn_like_peft.py": ["--variants", "pissa"],
     "profiling/versus_trl.py": ["sft_full"],
     "profiling/versus_peft.py": ["nf4_full", "floor"],  # every case would take a minute of starting processes
@@ -161,6 +163,9 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
                 "datasets.map, no labels, 2 processes",
             }
         )
+    if "nf4_memory" in figures:
+        assert {format: found["wrong"] for format, found in figures["check"].items()} == {"nf4": [], "int8": []}
+        assert all(found["equal"] > 5 for found in figures["check"].values())
     if "perplexity_ratio" in figures:  # after three steps, both programs have the same adapter
         assert abs(figures["perplexity_ratio"] - 1) < 1e-3
         assert figures["differences"]["both in fp32"]["largest"] < 1e-4
