@@ -53,7 +53,8 @@ FLOORS: dict[str, int] = {
     "integrations": 10,
     "cli.training": 11,
     "cli.generation": 11,
-    "cli": 12,
+    "cli.configuration": 12,
+    "cli": 13,
 }
 
 # Which files may import a library, wherever in the file the import stands.
@@ -82,6 +83,7 @@ KEEPERS = {
     "gguf": {"export.gguf.library"},
     "fastapi": {"serving.app"},
     "uvicorn": {"serving.server"},
+    "yaml": {"cli.configuration.yaml_text"},
 }
 PICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qlora_lite.cli.options import InFile
 from qlora_lite.cli.training.task_records import labels_of_records
 from qlora_lite.data.shapes import KEYS
 from qlora_lite.data.tasks.shapes import TASK_KEYS
@@ -33,13 +34,21 @@ ALL_KEYS = tuple(dict.fromkeys([*KEYS, *TASK_KEYS]))
 Fields = Annotated[
     list[str] | None,
     typer.Option("--field", help=f"Name of a key in the records, as prompt=question. Keys: {', '.join(ALL_KEYS)}."),
+    InFile(pairs=True),
 ]
 Limit = Annotated[int | None, typer.Option(help="Records of each source that are read, from its first one on.")]
 SkipBad = Annotated[int, typer.Option(help="Bad records of each source that are left out; more are an error.")]
-Learn = Annotated[str, typer.Option(help="Tokens to learn: answers, last-answer (of a conversation) or all.")]
+Learn = Annotated[
+    str,
+    typer.Option(help="Tokens to learn: answers, last-answer (of a conversation) or all."),
+    InFile(words="qlora_lite.data.chat.messages:LEARN"),
+]
 LearnEmptyReasoning = Annotated[
     bool,
-    typer.Option("--learn-empty-reasoning", help="Learn an empty think block that only the chat template wrote, too."),
+    typer.Option(
+        "--learn-empty-reasoning/--no-learn-empty-reasoning",
+        help="Learn an empty think block that only the chat template wrote, too.",
+    ),
 ]
 TokenCache = Annotated[bool, typer.Option(help="Keep the tokens on disk, next to the data, for the next start.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens that longer examples are truncated to.")]

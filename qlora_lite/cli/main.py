@@ -20,6 +20,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_lite.cli.configuration.command import ConfiguredCommand
 from qlora_lite.cli.data import data
 from qlora_lite.cli.env import env
 from qlora_lite.cli.generation.chat import chat
@@ -49,7 +50,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 
 
 for command in (data, plan, train, chat, generate, serve, profile, merge, quantize, push, inspect, env):
-    app.command(cls=StrictCommand)(command)
+    app.command(cls=ConfiguredCommand if command is train else StrictCommand)(command)
 
 
 # The class of all usage errors has no name in typer, and its module differs between typer's versions. It has the

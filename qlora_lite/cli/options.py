@@ -17,20 +17,48 @@ from qlora_lite.quantization.formats import FORMATS, UNPACKED, either, embedding
 
 Settings = TypeVar("Settings")
 
-Model = Annotated[str, typer.Option("--model", help="Folder of a transformers checkpoint, or an id on the hub.")]
+
+@dataclasses.dataclass(frozen=True)
+class InFile:
+    """How a configuration file writes an option (cli/configuration/), where its type alone does not say it.
+
+    words: the texts that mean something, or where they are: `module:NAME`, imported when they are needed.
+    others: what other texts are besides the words; None if there are no others. number: the texts are also numbers of
+    this type. names: a list stands for the texts with commas between them. pairs: a mapping stands for KEY=NAME.
+    path: the text is a path if there is something at it.
+    """
+
+    words: tuple[str, ...] | str = ()
+    others: str | None = None
+    number: type[int] | type[float] | None = None
+    names: bool = False
+    pairs: bool = False
+    path: bool = False
+
+
+CHOICE_OF_NAMES = InFile(others="names, in a list or with commas between them", names=True)
+
+Model = Annotated[
+    str,
+    typer.Option("--model", help="Folder of a transformers checkpoint, or an id on the hub."),
+    InFile(path=True),
+]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the contents of the output folder.")]
 AnyBase = Annotated[bool, typer.Option("--any-base", help="Accept a base that the adapter was not trained on.")]
 IgnoreUnexpected = Annotated[
     bool,
     typer.Option(
-        "--ignore-unexpected",
+        "--ignore-unexpected/--no-ignore-unexpected",
         help="Pass over tensors of the checkpoint that the model has no place for, and list them.",
     ),
 ]
 TextOnly = Annotated[
     bool,
-    typer.Option("--text-only", help="Do not load the vision tower of a vision-language model: train on text alone."),
+    typer.Option(
+        "--text-only/--no-text-only",
+        help="Do not load the vision tower of a vision-language model: train on text alone.",
+    ),
 ]
 TaskName = Annotated[
     str | None,
@@ -40,12 +68,17 @@ TaskName = Annotated[
         "token-classification, masked-lm, embedding, or a class of transformers. Default: what the checkpoint's config "
         "says.",
     ),
+    InFile(words="qlora_lite.tasks:TASKS", others="a class of transformers"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 _FORMATS = [f"{row.name} ({row.help})" for row in FORMATS.values()]
 _EMBEDDING_FORMATS = either(*embedding_formats())
 _INTEGER_FORMATS = either(*formats_where(lambda row: row.integer_product))
-Format = Annotated[str, typer.Option("--format", help=f"Format of the base weights: {either(*_FORMATS, UNPACKED)}.")]
+Format = Annotated[
+    str,
+    typer.Option("--format", help=f"Format of the base weights: {either(*_FORMATS, UNPACKED)}."),
+    InFile(words=(*FORMATS, UNPACKED)),
+]
 _WRITABLE_FORMATS = [
     f"{name} ({FORMATS[name].help})" for name in formats_where(lambda row: row.bitsandbytes is not None)
 ]
@@ -57,6 +90,7 @@ EmbeddingFormat = Annotated[
     typer.Option(
         help=f"Format of input embedding and output head: {_EMBEDDING_FORMATS}, or none to leave them unpacked."
     ),
+    InFile(words=(*embedding_formats(), UNPACKED)),
 ]
 SkipModules = Annotated[
     str | None,
@@ -65,6 +99,7 @@ SkipModules = Annotated[
         help="Linear layers and experts modules to leave unpacked: last parts of their names, separated by commas. "
         "Default: the output head.",
     ),
+    CHOICE_OF_NAMES,
 ]
 Blocksize = Annotated[int, typer.Option(help="Values per block of the 4-bit formats.")]
 DoubleQuant = Annotated[bool, typer.Option(help="Quantize the block statistics of the 4-bit formats too.")]
@@ -74,8 +109,14 @@ Int8Activations = Annotated[
 MaxShardSize = Annotated[str, typer.Option(help="Largest size of one tensor file, as 5GB or 500MiB.")]
 Rank = Annotated[int, typer.Option(help="Rank of the adapters.")]
 Alpha = Annotated[float, typer.Option(help="The adapters are scaled by alpha / rank.")]
-UseRslora = Annotated[bool, typer.Option("--use-rslora", help="Scale the adapters by alpha / sqrt(rank) instead.")]
-Optimizer = Annotated[str, typer.Option(help="adamw (32-bit states) or adamw8bit (8-bit states).")]
+UseRslora = Annotated[
+    bool, typer.Option("--use-rslora/--no-use-rslora", help="Scale the adapters by alpha / sqrt(rank) instead.")
+]
+Optimizer = Annotated[
+    str,
+    typer.Option(help="adamw (32-bit states) or adamw8bit (8-bit states)."),
+    InFile(words="qlora_lite.training.config:OPTIMIZERS"),
+]
 Checkpointing = Annotated[
     str,
     typer.Option(
@@ -184,9 +225,14 @@ def check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:
     check_replaceable(folder, overwrite)
 
 
+def was_given(ctx: typer.Context, name: str) -> bool:
+    """Whether a parameter stands on the command line, or in the configuration file."""
+    return getattr(ctx.get_parameter_source(name), "name", None) in ("COMMANDLINE", "DEFAULT_MAP")
+
+
 def check_not_given(ctx: typer.Context, option: str, names: Iterable[str]) -> None:
     """Raises ConfigError, listing them, if parameters that have no effect together with `option` were given."""
-    given = [name for name in names if getattr(ctx.get_parameter_source(name), "name", None) == "COMMANDLINE"]
+    given = [name for name in names if was_given(ctx, name)]
     if given:
         shown = errors.listing(f"--{name.replace('_', '-')}" for name in given)
         raise errors.ConfigError(f"{shown} and {option} cannot be given together; leave one out")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from qlora_lite.cli.configuration.command import Configuration, PrintConfig, PrintSchema
 from qlora_lite.cli.data_options import (
     Fields,
     Learn,
@@ -16,6 +18,7 @@ from qlora_lite.cli.data_options import (
     MaxLength,
     SkipBad,
     TokenCache,
+    data_config,
     described_records,
     input_paths,
 )
@@ -43,6 +46,7 @@ from qlora_lite.cli.options import (
     settings,
     skipped,
 )
+from qlora_lite.cli.training.first_adapter import adapters_of_run, check_layers, chosen_layers
 from qlora_lite.cli.training.run_figures import figures
 from qlora_lite.cli.training.run_options import (
     BatchSize,
@@ -55,6 +59,7 @@ from qlora_lite.cli.training.run_options import (
     EvalShare,
     EvalSteps,
     ExcludeModules,
+    FromAdapter,
     GradientAccumulation,
     InitLoraWeights,
     KeepBest,
@@ -83,7 +88,7 @@ from qlora_lite.cli.training.run_options import (
     WarmupSteps,
     WeightDecay,
 )
-from qlora_lite.cli.training.run_settings import check_options, lora_config, train_config, with_epochs
+from qlora_lite.cli.training.run_settings import check_options, train_config, with_epochs
 from qlora_lite.cli.training.task_records import (
     exact_match_of,
     held_out_batches,
@@ -94,28 +99,59 @@ from qlora_lite.cli.training.task_records import (
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 if TYPE_CHECKING:
+    from qlora_lite.data.tasks.labels import Labels
     from qlora_lite.lora.config import LoraConfig
+    from qlora_lite.planning.memory_budget import BudgetedConfig
+    from qlora_lite.quantization.config import QuantConfig
+    from qlora_lite.training.config import TrainConfig
 
 
-def _check_run(output: Path, replaced: bool, model: str, data: Sequence[Path], same_base: bool) -> None:
-    """Raises CheckpointError if the run cannot be written there.
+@dataclass(frozen=True)
+class _Settings:
+    """What the options ask for, checked, before anything is read. lora: of the adapter that the run goes on from."""
 
-    same_base: an adapter of an earlier run in `output` must belong to this base. Sizes and samples of the base are
-    compared here, all its bytes once it is loaded.
+    quant: QuantConfig
+    lora: LoraConfig
+    train: TrainConfig
+
+    @classmethod
+    def of(cls, ctx: typer.Context) -> _Settings:
+        """Raises ConfigError for settings that are wrong, or contradict one another."""
+        from qlora_lite.quantization.config import QuantConfig
+
+        quant = settings(QuantConfig, ctx.params, skip_modules=skipped(ctx.params["skip_modules"]))
+        lora = adapters_of_run(ctx)
+        made = cls(quant, lora, train_config(ctx))
+        data_config(ctx.params)
+        check_options(lora, ctx.params)
+        return made
+
+
+def _check_run(options: Mapping[str, Any], inputs: Sequence[Path]) -> None:
+    """Raises CheckpointError if the run cannot be written, or an adapter that it goes on from has another base.
+
+    Sizes and samples of the base are compared here, all its bytes once it is loaded. inputs: the records.
     """
     from qlora_lite.checkpoints.atomic_folder import check_output_is_not_input
     from qlora_lite.checkpoints.base_identity import check_trained_on_checkpoint
     from qlora_lite.checkpoints.hub import checkpoint_folder
+    from qlora_lite.cli.configuration.commented import check_of_a_run
     from qlora_lite.training.distributed import is_first_process
-    from qlora_lite.training.run_checkpoints import ADAPTER_FOLDER, DATA_FILE, METRICS_FILE
+    from qlora_lite.training.run_checkpoints import ADAPTER_FOLDER, DATA_FILE, METRICS_FILE, RUN_FILE
 
-    if same_base:
-        check_trained_on_checkpoint(output / ADAPTER_FOLDER, checkpoint_folder(model))
+    model, output, first = options["model"], options["output"], options["from_adapter"]
+    own = [output / ADAPTER_FOLDER] if options["resume"] else []
+    for adapter in [*own, *([] if first is None else [first])] if not options["any_base"] else []:
+        check_trained_on_checkpoint(adapter, checkpoint_folder(model))
     if not is_first_process():  # the first one may have begun to write
         return
-    for name in (METRICS_FILE, DATA_FILE):
-        check_output_is_not_input(output / name, *data)
-    check_output(output / ADAPTER_FOLDER if replaced else output, replaced, model, *map(str, data))
+    for name in (METRICS_FILE, DATA_FILE, RUN_FILE):
+        check_output_is_not_input(output / name, *inputs)
+    if first is not None:
+        check_output_is_not_input(output, first)
+    check_of_a_run(output / RUN_FILE)
+    replaced = options["overwrite"] or options["resume"]
+    check_output(output / ADAPTER_FOLDER if replaced else output, replaced, model, *map(str, inputs))
 
 
 def _add_adapters_(model: Any, lora: LoraConfig) -> None:
@@ -137,19 +173,69 @@ def _add_adapters_(model: Any, lora: LoraConfig) -> None:
         print("\n".join(lost))
 
 
+def _go_on_from_(model: Any, ctx: typer.Context) -> None:
+    """Puts the adapter of --from-adapter onto the model; prints what was unexpected in the checkpoint, and its size."""
+    from qlora_lite.lora.peft.save_load import load_adapter_
+    from qlora_lite.training.distributed import is_first_process
+
+    folder = ctx.params["from_adapter"]
+    chosen = chosen_layers(ctx, model)
+    loaded = load_adapter_(model, folder, any_base=ctx.params["any_base"])
+    check_layers(chosen, loaded, folder)
+    if is_first_process():
+        print("\n".join([*model.load_report.in_words(), f"{len(loaded)} layers go on from {folder}"]))
+
+
+def _adapted_model(ctx: typer.Context, chosen: _Settings, labels: Labels | None, pad_token_id: int) -> Any:
+    """Returns the packed base with the adapters to train. labels: of the records, if the task has some."""
+    import torch
+
+    from qlora_lite.checkpoints.load import load_quantized
+
+    given = {name: ctx.params[name] for name in ("ignore_unexpected", "text_only", "task")}
+    torch.manual_seed(chosen.train.seed)
+    names = None if labels is None else labels.for_model
+    model = load_quantized(ctx.params["model"], chosen.quant, **given, labels=names)
+    if labels is not None:
+        prepare_for_labels_(model, labels, pad_token_id)
+    if ctx.params["from_adapter"] is None:
+        _add_adapters_(model, chosen.lora)
+    else:
+        _go_on_from_(model, ctx)
+    return model
+
+
+def _within_budget(options: Mapping[str, Any], chosen: _Settings, longest: int) -> BudgetedConfig | None:
+    """Returns the settings of the run that --memory-budget allows, which are printed; None without the option."""
+    from qlora_lite.checks import byte_count
+    from qlora_lite.planning.memory_budget import config_within, device_memory
+
+    if options["memory_budget"] is None:
+        return None
+    memory = device_memory(byte_count("--memory-budget must be", options["memory_budget"]))
+    tokens = options["max_length"] if options["packing"] else longest
+    shape: dict[str, Any] = {"rows": options["batch_size"], "tokens": tokens, "text_only": options["text_only"]}
+    found = config_within(memory, options["model"], chosen.quant, chosen.lora, chosen.train, **shape)
+    print(found.described())
+    return found
+
+
 def train(
     ctx: typer.Context,
+    configuration: Configuration = None,
+    *,
     model: Model,
-    data: Data,
-    output: Output,
     task: TaskName = None,
-    regression: Regression = False,
+    text_only: TextOnly = False,
+    ignore_unexpected: IgnoreUnexpected = False,
     format: Format = DEFAULT_FORMAT,
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,
     embedding_format: EmbeddingFormat = UNPACKED,
     skip_modules: SkipModules = None,
     int8_activations: Int8Activations = False,
+    from_adapter: FromAdapter = None,
+    any_base: AnyBase = False,
     rank: Rank = 16,
     alpha: Alpha = 32.0,
     use_rslora: UseRslora = False,
@@ -162,6 +248,16 @@ def train(
     modules_to_save: ModulesToSave = "",
     bias: Bias = "none",
     trainable_token_indices: TrainableTokenIndices = "",
+    data: Data,
+    field: Fields = None,
+    limit: Limit = None,
+    skip_bad: SkipBad = 0,
+    regression: Regression = False,
+    learn: Learn = "answers",
+    learn_empty_reasoning: LearnEmptyReasoning = False,
+    max_length: MaxLength = 512,
+    packing: Packing = False,
+    token_cache: TokenCache = True,
     steps: Steps = None,
     epochs: Epochs = None,
     learning_rate: LearningRate = 2e-4,
@@ -175,76 +271,50 @@ def train(
     neftune_noise_alpha: NeftuneNoiseAlpha = None,
     batch_size: BatchSize = 2,
     gradient_accumulation: GradientAccumulation = 1,
-    field: Fields = None,
-    limit: Limit = None,
-    skip_bad: SkipBad = 0,
-    learn: Learn = "answers",
-    learn_empty_reasoning: LearnEmptyReasoning = False,
-    token_cache: TokenCache = True,
+    optimizer: Optimizer = "adamw",
+    checkpointing: OptionalCheckpointing = None,
+    memory_budget: MemoryBudget = None,
+    seed: Seed = 0,
     eval_data: EvalData = None,
     eval_share: EvalShare = None,
     eval_steps: EvalSteps = None,
     patience: Patience = None,
     eval_generate: EvalGenerate = None,
-    max_length: MaxLength = 512,
-    packing: Packing = False,
-    optimizer: Optimizer = "adamw",
-    checkpointing: OptionalCheckpointing = None,
-    memory_budget: MemoryBudget = None,
-    seed: Seed = 0,
+    output: Output,
     save_steps: SaveSteps = None,
     keep_last: KeepLast = "2",
     keep_best: KeepBest = 0,
     resume: Resume = False,
-    any_base: AnyBase = False,
-    ignore_unexpected: IgnoreUnexpected = False,
-    text_only: TextOnly = False,
     overwrite: Overwrite = False,
     json: Json = False,
+    print_config: PrintConfig = False,
+    print_schema: PrintSchema = False,
 ) -> None:
-    """Train adapters on records; writes metrics.jsonl, data.json and adapter/ into the output folder."""
-    import torch
-
+    """Train adapters on records; writes metrics.jsonl, data.json, run.yaml and adapter/ into the output folder."""
     from qlora_lite.checkpoints.hub import load_tokenizer
-    from qlora_lite.checkpoints.load import load_quantized
-    from qlora_lite.checks import byte_count
-    from qlora_lite.planning.memory_budget import config_within, device_memory
-    from qlora_lite.quantization.config import QuantConfig
+    from qlora_lite.cli.configuration.commented import run_as_file
     from qlora_lite.signals import deferred_signals
     from qlora_lite.training.distributed import is_first_process
     from qlora_lite.training.loop import train as train_model
 
-    quant = settings(QuantConfig, ctx.params, skip_modules=skipped(skip_modules))
-    lora = lora_config(ctx.params)
-    config = train_config(ctx)
-    check_options(lora, ctx.params)
-    inputs = input_paths([*data, *(eval_data or ())])
-    _check_run(output, overwrite or resume, model, inputs, same_base=resume and not any_base)
+    chosen = _Settings.of(ctx)
+    if print_config:
+        print(run_as_file(ctx, is_kept=False), end="")
+        return
+    _check_run(ctx.params, input_paths([*data, *(eval_data or ())]))
     own_task = task_with_records(ctx.params)
     tokenizer = load_tokenizer(model)
     records, labels, notes = described_records(ctx.params, tokenizer, own_task)
-    config = with_epochs(config, records, ctx.params)
+    chosen = replace(chosen, train=with_epochs(chosen.train, records, ctx.params))
     evaluate = exact_match_of(records.held_out, labels, ctx.params, tokenizer)
     stream = run_batches(records.examples, labels, ctx.params, tokenizer, seed, images=records.images)
-    budgeted = None
     with deferred_signals():
-        if memory_budget is not None:
-            memory = device_memory(byte_count("--memory-budget must be", memory_budget))
-            tokens = max_length if packing else records.tokenized.longest
-            shape: dict[str, int] = {"rows": batch_size, "tokens": tokens}
-            budgeted = config_within(memory, model, quant, lora, config, text_only=text_only, **shape)
-            print(budgeted.described())
-        torch.manual_seed(seed)
-        names = None if labels is None else labels.for_model
-        loaded = load_quantized(
-            model, quant, ignore_unexpected=ignore_unexpected, text_only=text_only, task=task, labels=names
-        )
-        if labels is not None:
-            prepare_for_labels_(loaded, labels, tokenizer.pad_token_id)
-        _add_adapters_(loaded, lora)
-        chosen = config if budgeted is None else budgeted.config
+        budgeted = _within_budget(ctx.params, chosen, records.tokenized.longest)
+        loaded = _adapted_model(ctx, chosen, labels, tokenizer.pad_token_id)
         held_out = held_out_batches(records.held_out, labels, ctx.params, tokenizer, records.images)
         folder: dict[str, Any] = {"output_dir": output, "overwrite": overwrite, "resume": resume, "notes": notes}
-        result = train_model(loaded, stream, chosen, eval_batches=held_out, evaluate=evaluate, **folder)
+        folder["settings"] = run_as_file(ctx, is_kept=True)
+        config = chosen.train if budgeted is None else budgeted.config
+        result = train_model(loaded, stream, config, eval_batches=held_out, evaluate=evaluate, **folder)
     if is_first_process():
-        finish(figures(result, records, config, budgeted, output), json)
+        finish(figures(result, records, chosen.train, budgeted, output), json)

@@ -97,6 +97,7 @@ def train(
     profiler: MemoryProfiler | None = None,
     progress: bool = True,
     notes: Mapping[str, object] | None = None,
+    settings: str | None = None,
 ) -> TrainResult:
     """Trains the adapters of a model in place; no other value of the model changes.
 
@@ -116,6 +117,7 @@ def train(
     profiler: its phases forward, backward, optimizer and evaluation are entered.
     progress: show the progress on stderr.
     notes: what is to be known of the batches later, written to `data.json` in output_dir with the first step.
+    settings: what the run was asked to do, as text; written to `run.yaml` in the same way.
 
     SIGINT and SIGTERM take effect between two batches if there is an output_dir: a checkpoint is written and Stopped
     raised. A second SIGINT raises KeyboardInterrupt at once and saves nothing.
@@ -142,7 +144,7 @@ def train(
     started = time.perf_counter()
     with (
         unfused(run.model),
-        run_folder(run, folder if processes.is_first else None, overwrite, resume, notes) as writer,
+        run_folder(run, folder if processes.is_first else None, overwrite, resume, notes, settings) as writer,
         _training_mode(run),
         fused(run.model),
         noisy_embeddings(run.model, config.neftune_noise_alpha),

@@ -42,6 +42,7 @@ METRICS_FILE = "metrics.jsonl"
 ADAPTER_FOLDER = "adapter"
 BEST_FOLDER = "best_adapter"
 DATA_FILE = "data.json"
+RUN_FILE = "run.yaml"
 
 # Prefixes of the tensors in RANDOM_FILE: the generators after the last step, and before the first batch of its epoch.
 NOW, EPOCH = "now.", "epoch."
@@ -176,7 +177,7 @@ def remove_folder(path: Path) -> None:
 def leftovers(run: Path) -> list[Path]:
     """Returns the files and folders that a killed run left partly written or partly removed."""
     top = [*run.glob(f".{ADAPTER_FOLDER}.*{UNFINISHED}"), *run.glob(f".{BEST_FOLDER}.*{UNFINISHED}")]
-    top += [*run.glob(f".{METRICS_FILE}.*{UNFINISHED}")]
+    top += [path for name in (METRICS_FILE, RUN_FILE) for path in run.glob(f".{name}.*{UNFINISHED}")]
     return [*top, *run.glob(f".{CHECKPOINTS}.*{UNFINISHED}"), *run.glob(f"{CHECKPOINTS}/.step-*{UNFINISHED}")]
 
 

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from qlora_lite.checkpoints.atomic_folder import check_replaceable
-from qlora_lite.checkpoints.files import write_json
+from qlora_lite.checkpoints.files import new_file, write_json
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped, listing
 from qlora_lite.locks import locked
 from qlora_lite.lora.peft.save_load import save_adapter
@@ -29,6 +29,7 @@ from qlora_lite.training.run_checkpoints import (
     CHECKPOINTS,
     DATA_FILE,
     METRICS_FILE,
+    RUN_FILE,
     checkpoint_path,
     leftovers,
     newest_intact_checkpoint,
@@ -49,7 +50,7 @@ class RunFolder:
     """Writes what a run leaves on disk; without a folder, nothing.
 
     check: raises CheckpointError if the folder does not exist any more. notes: about the run's data, for `data.json`.
-    resumed_from, skipped: set by `resume`.
+    settings: the text of `run.yaml`; None writes none. resumed_from, skipped: set by `resume`.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class RunFolder:
         folder: Path | None,
         check: Callable[[], None] = lambda: None,
         notes: Mapping[str, object] | None = None,
+        settings: str | None = None,
     ) -> None:
         self._run, self._folder, self._check, self._notes = run, folder, check, notes
+        self._settings = settings  # until it is written
         self._mode = "w"
         self._next_save = 0.0
         self._checkpoint_step: int | None = None  # of the last checkpoint
@@ -109,6 +112,10 @@ class RunFolder:
             with self._writing():
                 if self._mode == "w" and self._notes is not None:
                     write_json(self._folder / DATA_FILE, self._notes)
+                if self._settings is not None:  # also of a resumed run: what it saves and keeps may have changed
+                    with new_file(self._folder / RUN_FILE, overwrite=True) as file:
+                        file.write(self._settings.encode())
+                    self._settings = None
                 # The first line of a file replaces that of another run, so an evaluation before it waits for it.
                 before = self._run.evaluations if self._mode == "w" else ()
                 self._append(self._folder / METRICS_FILE, "".join(map(line_of, (*before, metrics))))
@@ -217,10 +224,11 @@ def run_folder(
     overwrite: bool,
     resume: bool = False,
     notes: Mapping[str, object] | None = None,
+    settings: str | None = None,
 ) -> Iterator[RunFolder]:
     """Within the block a run may write into a folder, and no other run.
 
-    folder: None writes nothing. notes: written to `data.json` with the first step.
+    folder: None writes nothing. notes, settings: written to `data.json` and `run.yaml` with the first step.
     At the end of the block, also by an error, the adapter is saved, unless it has diverged. On Stopped a checkpoint is
     written too; a KeyboardInterrupt saves nothing. Existing files are not touched before the first finite loss, and a
     new folder that nothing was written to is removed.
@@ -239,7 +247,7 @@ def run_folder(
         with deferred_signals(), locked_folder(folder) as check:
             _check_writable(folder, overwrite, resume)  # again: another run may have ended meanwhile
             remove_leftovers(folder)
-            writer = RunFolder(run, folder, check, notes)
+            writer = RunFolder(run, folder, check, notes, settings)
             with _saved_on_error(writer, folder):
                 yield writer
             writer.finish()

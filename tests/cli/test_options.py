@@ -69,7 +69,7 @@ def test_every_option_says_what_it_is_for() -> None:
     declared = {name: value for name, value in vars(options).items() if typing.get_origin(value) is Annotated}
     assert len(declared) > 10
     for name, value in declared.items():
-        (option,) = value.__metadata__
+        option = value.__metadata__[0]
         assert option.help and option.help.endswith("."), name
         assert typing.get_args(value)[0] is not None
 

@@ -114,6 +114,11 @@ def write_pictures(folder: Path) -> None:
     (folder / "records.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
+def has_configuration(words: list[str]) -> bool:
+    """Whether the command is followed by a configuration file, or by the folder of a run."""
+    return words[1] == "train" and not words[2].startswith("-")
+
+
 def run_command(words: list[str]) -> None:
     """Runs a command on the tiny model in this process; it must end well."""
     status = app(with_few_steps(words[1:]), standalone_mode=False, prog_name=words[0])
@@ -133,7 +138,7 @@ def test_blocks_of_a_page_run_in_order(page: Path, workplace: Path, tiny_vision_
             exec(compile(source, name_of(page), "exec"), names)
         elif block.language == "console":
             for words in commands(block):
-                is_ready = words[1] != "train" or {MODEL, VISION_MODEL} & {*words}
+                is_ready = words[1] != "train" or {MODEL, VISION_MODEL} & {*words} or has_configuration(words)
                 if words[0] == "qlora-lite" and words[1] not in SLOW and is_ready:
                     run_command(words)
         elif block.language == "json":
@@ -146,7 +151,8 @@ def test_commands_of_a_page_parse(page: Path) -> None:
     for block in blocks(page):
         for words in commands(block) if block.language == "console" else ():
             if words[0] == "qlora-lite":
-                COMMANDS[words[1]].make_context(words[1], words[2:])
+                # A configuration is a file that the page makes before.
+                COMMANDS[words[1]].make_context(words[1], words[2:], resilient_parsing=has_configuration(words))
             elif words[0] == "python":
                 assert (ROOT / words[1]).is_file(), words
             else:

@@ -51,16 +51,12 @@ NEEDED = {
     "push": ["{adapter}", "owner/name"],
     "env": [],
 }
+IN_CONFIGURATION = "in configuration"
 IN_FOLDER, IN_DATA, OUT_FOLDER, OUT_FILE, NOT_HERE = "in folder", "in data", "out folder", "out file", "not here"
 PATHS = {
-    "model": IN_FOLDER,
-    "adapter": IN_FOLDER,
-    "folder": IN_FOLDER,
-    "data": IN_DATA,
-    "eval_data": IN_DATA,
-    "prompts": IN_DATA,
-    "sources": IN_DATA,
-    "verify": IN_DATA,
+    **dict.fromkeys(("model", "adapter", "from_adapter", "folder"), IN_FOLDER),
+    **dict.fromkeys(("data", "eval_data", "prompts", "sources", "verify"), IN_DATA),
+    "configuration": IN_CONFIGURATION,
     "output": OUT_FOLDER,
     "generate output": OUT_FILE,  # where one command means something else
     "html": OUT_FILE,
@@ -189,6 +185,9 @@ class CasePaths:
                 "a file": self.root / "file",
                 "a device": Path("/dev/zero"),
             }
+        elif kind == IN_CONFIGURATION:
+            others = {"records": self.paths["data"], "an empty folder": self.root / "empty", "a device": "/dev/zero"}
+            found = {**missing, **self._nowhere(".yaml"), **others}
         elif kind == IN_DATA:
             files = {"an empty folder": self.root / "empty", "a device": Path("/dev/zero")}
             files["unreadable"] = Path("/proc/self/mem")
@@ -235,7 +234,7 @@ def _bad_values(paths: CasePaths, command: str, param: Any, kind: Any) -> Iterat
     if name in PATHS:
         path_kind = PATHS.get(f"{command} {name}", PATHS[name])
         for what, words in paths.bad(path_kind, name, command).items() if path_kind != NOT_HERE else ():
-            yield what, words, FAILURE
+            yield what, words, USAGE if path_kind == IN_CONFIGURATION else FAILURE
             # --overwrite may replace a file, and a run leaves foreign files where they are.
             may = what == THERE or (what == NOT_EMPTY and command == "train")
             if path_kind in (OUT_FOLDER, OUT_FILE) and not may:
@@ -272,7 +271,7 @@ def _around(needed: list[str], param: Any, options: list[tuple[Any, Any]]) -> tu
     """Returns the needed words before and after those of this option. Arguments are the first words, in their order."""
     if param.param_type_name == "argument":
         at = [other.name for other, _ in options if other.param_type_name == "argument"].index(param.name)
-        return needed[:at], needed[at + 1 :]
+        return needed[:at], needed[at + param.required :]
     if param.opts[0] not in needed:
         return needed, []
     at = needed.index(param.opts[0])

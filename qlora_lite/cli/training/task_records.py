@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_lite.errors import ConfigError
+from qlora_lite.errors import CheckpointError, ConfigError, listing
 
 if TYPE_CHECKING:
     from qlora_lite.data.batching import Batch
@@ -45,14 +45,24 @@ def labels_of_records(
     """Returns what the records have to say. Raises CheckpointError for held-out records with other labels.
 
     A checkpoint of a classifier keeps its labels, in their order, if it has all of the records'. config: of that
-    checkpoint.
+    checkpoint. Raises CheckpointError too for labels that the adapter of --from-adapter does not have.
     """
     from qlora_lite.checkpoints.hub import task_for
     from qlora_lite.data.tasks.labels import check_known, find_labels, labels_for
+    from qlora_lite.lora.peft.options import labels_of_adapter
 
     found = find_labels(examples, task.name, options["regression"])
     if options["eval_data"] and held_out is not None:
         check_known(found, held_out, task.name)
+    if options["from_adapter"] is not None and found.names:
+        known = labels_of_adapter(options["from_adapter"])
+        labels = labels_for(found, known if isinstance(known, list) else None)
+        if isinstance(known, list) and labels.names != tuple(known):
+            unknown = listing(name for name in found.names if name not in known)
+            raise CheckpointError(
+                f"records have labels that {options['from_adapter']} does not have: {unknown}; it has {listing(known)}"
+            )
+        return labels
     is_classifier = task_for(config) is task
     return labels_for(found, list(config.id2label.values()) if is_classifier else None)
 
