@@ -11,6 +11,7 @@ patched_mask_creation    transformers' test for tracing: masks on fake tensors a
 patched_module_apply     torch's `Module._apply`: `Module.to` on fake tensors
 patched_storage_resize   torch's `UntypedStorage.resize_`: memory that no dispatch mode sees
 patched_template_date    transformers' clock for chat templates: texts that do not depend on the day of the run
+patched_compile          torch's `compile`: functions of an imported module that are compiled at their first call
 
 `exchange_attention_` is not temporary: it registers a function under a name of its own with transformers, as
 transformers offers, and tells one model to use it.
@@ -195,4 +196,35 @@ def patched_template_date(date: datetime.date) -> Iterator[None]:
     """
     module = importlib.import_module("transformers.utils.chat_template_utils")
     with patched_attribute(module, "datetime", _clock_stopped_at(date)):
+        yield
+
+
+def _compiled_at_first_call(function: AnyFunction, make: Callable[[AnyFunction], AnyFunction]) -> AnyFunction:
+    @functools.cache
+    def compiled() -> AnyFunction:
+        return make(function)
+
+    @functools.wraps(function)
+    def call(*args: object, **options: object) -> object:
+        # Within a function that is compiled already, this one is part of it.
+        return (function if torch.compiler.is_compiling() else compiled())(*args, **options)
+
+    return call
+
+
+@contextmanager
+def patched_compile() -> Iterator[None]:
+    """Makes `torch.compile` compile a function at its first call, not where it is decorated, within the block.
+
+    `torch.compile` imports torch's compiler, which takes longer than all of torch. A module that decorates functions
+    imports it although nobody may call them.
+    """
+    compile = torch.compile
+
+    def compile_later(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return functools.partial(compile_later, **options)
+        return _compiled_at_first_call(model, functools.partial(compile, **options))
+
+    with patched_attribute(torch, "compile", compile_later):
         yield

@@ -428,6 +428,7 @@ names = {name: getattr(qlora_lite, name) for name in qlora_lite.__all__}
 import torch
 assert names, "qlora_lite.__all__ is empty"
 assert "transformers" not in sys.modules, "transformers was imported"
+assert "torch._inductor.compile_fx" not in sys.modules, "torch's compiler was imported"
 assert not torch.cuda.is_initialized(), "CUDA was initialised"
 """
 

@@ -16,6 +16,7 @@ from qlora_lite.patches import (
     exchange_attention_,
     loss_output,
     patched_attention,
+    patched_compile,
     patched_forward,
     patched_mask_creation,
     patched_module_apply,
@@ -134,3 +135,28 @@ def test_models_with_another_attention_keep_it(small_model: Callable[..., Any]) 
 
 def test_an_output_with_a_loss_has_nothing_else() -> None:
     assert list(loss_output(torch.zeros(()))) == ["loss"]
+
+
+def test_functions_are_compiled_when_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[str, dict[str, Any]]] = []
+
+    def compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        compiled.append((function.__name__, options))
+        return lambda *given: ("compiled", function(*given))
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with patched_compile():
+
+        @torch.compile
+        def plain(x: int) -> int:
+            return x + 1
+
+        @torch.compile(dynamic=False)
+        def with_options(x: int) -> int:
+            return x + 2
+
+    assert torch.compile is compile and not compiled and plain.__name__ == "plain"
+    assert [plain(1), plain(2), with_options(1)] == [("compiled", 2), ("compiled", 3), ("compiled", 3)]
+    assert compiled == [("plain", {}), ("with_options", {"dynamic": False})]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert plain(1) == 2

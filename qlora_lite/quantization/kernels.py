@@ -24,6 +24,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite.compute.devices import on_cpu
 from qlora_lite.compute.slicing import row_slices, rows_that_fit
+from qlora_lite.patches import patched_compile
 from qlora_lite.quantization.int8_matmul import int8_product, suits
 from qlora_lite.quantization.layouts import NESTED_BLOCKSIZE, block_count
 from qlora_lite.quantization.pack_4bit import pack_4bit
@@ -86,12 +87,14 @@ class Kernels:
 def import_bitsandbytes(module: str) -> Any:
     """Returns a module of bitsandbytes.
 
-    Suppresses the warning that it logs at import on CPUs without its optional kernels, which are not used here.
+    Suppresses the warning that it logs at import on CPUs without its optional kernels, which are not used here, and
+    leaves the import of torch's compiler to the first call of a function that needs it: none does on a CPU.
     """
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     disabled, logger.disabled = logger.disabled, True
     try:
-        return importlib.import_module(module)
+        with patched_compile():
+            return importlib.import_module(module)
     finally:
         logger.disabled = disabled
 
