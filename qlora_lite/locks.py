@@ -13,11 +13,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import lock_descriptor
 
+from qlora_lite.errors import CheckpointError
+
+LOCK_FILE = ".run.lock"  # in the folder of a run
 # The owner's process id, padded so that a later owner's covers it. The lock of Windows covers the first byte, which
 # others cannot read.
 RECORD_BYTES = 32
@@ -92,3 +95,38 @@ def locked(path: Path) -> Iterator[Callable[[], bool]]:
         yield lambda: _is_open_as(path, descriptor)
     finally:
         _remove(path, descriptor)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[Callable[[], None]]:
+    """Within the block this process holds the lock of a folder. Yields a check that the folder still exists.
+
+    Raises CheckpointError if another process holds the lock; the check raises it if the folder was removed or replaced.
+    """
+    with ExitStack() as stack:
+        try:
+            is_there = stack.enter_context(locked(folder / LOCK_FILE))
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{folder} is being written by another run ({error.strerror}); wait for it, or name another folder"
+            ) from None
+
+        def check() -> None:
+            if not is_there():
+                raise CheckpointError(f"{folder} was removed, or replaced, while a run was writing there")
+
+        yield check
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock of a file. The file is not made, and False if it cannot be opened."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError:
+        return False
+    try:
+        return not _lock(descriptor)
+    except OSError:  # its file system has no locks, so no run could write there
+        return False
+    finally:
+        os.close(descriptor)

@@ -26,6 +26,7 @@ PACKAGE = ROOT / "qlora_lite"
 # another one may import from that one too.
 FLOORS: dict[str, int] = {
     "": 0,  # the ground: the files beside the rooms
+    "progress": 0,
     "compute": 1,
     "quantization": 2,
     "checkpoints.layouts": 3,

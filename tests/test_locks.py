@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lite import locks
-from qlora_lite.locks import RECORD_BYTES, locked
+from qlora_lite.locks import RECORD_BYTES, is_locked, locked
 
 HOLD = """
 import sys, time
@@ -94,4 +94,15 @@ def test_simulated_a_file_system_without_locks_is_named_as_the_reason(
 
     monkeypatch.setattr(locks, "lock_descriptor", without)
     with pytest.raises(OSError, match=r"its file system gives no lock \(No locks available\)"), locked(tmp_path / "x"):
+        pass
+
+
+def test_whether_another_process_holds_a_lock_is_seen_without_a_trace(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not is_locked(path) and not path.exists()
+    with locked(path):
+        assert is_locked(path)
+    path.write_bytes(b"9" * RECORD_BYTES)  # left by a killed process
+    assert not is_locked(path) and path.exists()
+    with locked(path):
         pass

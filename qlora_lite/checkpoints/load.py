@@ -23,6 +23,7 @@ from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight
 from qlora_lite.checks import check_finite
 from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, listing
+from qlora_lite.progress.work import BYTES, working
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.quantize_model import WeightToPack
 from qlora_lite.quantization.selection import left_unpacked
@@ -192,13 +193,16 @@ def load_tensors_(model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dty
     targets = model.state_dict(keep_vars=True)
     loader = _Loader(model, checkpoint, dtype, device)
     bad: list[str] = []
-    for name in checkpoint.tensors:
-        check_signals()
-        target = targets.pop(name)  # not kept, so that a replaced tensor can be freed
-        try:
-            loader.load_(name, target)
-        except QuantizationError as error:
-            bad.append(str(error))
+    with working("loading", sum(targets[name].nbytes for name in checkpoint.tensors), BYTES) as work:
+        for name in checkpoint.tensors:
+            check_signals()
+            target = targets.pop(name)  # not kept, so that a replaced tensor can be freed
+            size = target.nbytes
+            try:
+                loader.load_(name, target)
+            except QuantizationError as error:
+                bad.append(str(error))
+            work.advance(size)
     if bad:
         raise QuantizationError(listing(bad, SHOWN, "; "))
     architecture.fill_computed_buffers_(model, device)

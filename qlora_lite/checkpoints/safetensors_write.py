@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qlora_lite.checkpoints.files import write_json
 from qlora_lite.errors import CheckpointError
+from qlora_lite.progress.work import BYTES, working
 from qlora_lite.signals import check_signals
 from qlora_lite.system import O_DIRECT
 
@@ -85,8 +86,12 @@ def _header(tensors: Mapping[str, PlannedTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, PlannedTensor], on_bytes: Callable[[int], None] = lambda written: None
+) -> None:
     """Writes one file, tensor by tensor and slice by slice, and flushes it to the disk.
+
+    on_bytes: is called with the bytes of each slice.
 
     Raises CheckpointError if the slices of a tensor differ from its plan in dtype, shape or size.
     """
@@ -103,6 +108,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
                     got = f"{tuple(piece.shape)} of {piece.dtype}"
                     raise CheckpointError(f"{name} was planned as {plan.shape} of {plan.dtype}; got {got}")
                 writer.write(raw_bytes(piece))
+                on_bytes(piece.nbytes)
             if written != plan.nbytes:
                 raise CheckpointError(f"{name} was planned as {plan.nbytes} bytes; got {written}")
 
@@ -181,18 +187,22 @@ def _set_direct(descriptor: int, wanted: bool) -> bool:
     return wanted
 
 
-def write_sharded(folder: Path, tensors: Mapping[str, PlannedTensor], max_shard_bytes: int) -> list[str]:
+def write_sharded(
+    folder: Path, tensors: Mapping[str, PlannedTensor], max_shard_bytes: int, work_name: str = "writing"
+) -> list[str]:
     """Writes tensors as one file, or as shards of at most `max_shard_bytes` with an index; returns the file names.
 
     A larger tensor gets a shard of its own. huggingface_hub plans the shards, as it does for transformers.
+    work_name: of the progress that is shown.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     shapes = {name: torch.empty(plan.shape, dtype=plan.dtype, device="meta") for name, plan in tensors.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_bytes)
-    for file, names in split.filename_to_tensors.items():
-        write_safetensors(folder / file, {name: tensors[name] for name in names})
+    total = sum(plan.nbytes for plan in tensors.values())
+    with working(work_name, total, BYTES) as work:
+        for file, names in split.filename_to_tensors.items():
+            write_safetensors(folder / file, {name: tensors[name] for name in names}, work.advance)
     if split.is_sharded:
-        total = sum(plan.nbytes for plan in tensors.values())
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename})
     return list(split.filename_to_tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from qlora_lite.cli.training.task_records import labels_of_records
 from qlora_lite.data.shapes import KEYS
 from qlora_lite.data.tasks.shapes import TASK_KEYS
 from qlora_lite.errors import ConfigError
+from qlora_lite.progress.work import working
 
 if TYPE_CHECKING:
     from qlora_lite.data.encoding import Tokenizer
@@ -99,23 +99,10 @@ def input_paths(sources: Sequence[str]) -> list[Path]:
 
 
 @contextmanager
-def tokenizing_progress() -> Iterator[Callable[[int], None] | None]:
-    """Yields a function to call with the number of records so far, or None where stderr is not a terminal.
-
-    It shows them on stderr, in a line that vanishes at the end of the block.
-    """
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    from qlora_lite.training.distributed import is_first_process
-
-    if not sys.stderr.isatty() or not is_first_process():
-        yield None
-        return
-    counted = TextColumn("{task.completed:,} records are tokenized")
-    with Progress(SpinnerColumn(), counted, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as line:
-        task = line.add_task("tokenize", total=None)
-        yield lambda count: line.update(task, completed=count)
+def tokenizing_progress() -> Iterator[Callable[[int], None]]:
+    """Yields a function to call with the number of records so far, which are shown on stderr."""
+    with working("tokenizing", unit="records") as work:
+        yield work.reach
 
 
 @dataclass(frozen=True)

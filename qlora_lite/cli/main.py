@@ -35,6 +35,7 @@ from qlora_lite.cli.push import push
 from qlora_lite.cli.quantize import quantize
 from qlora_lite.cli.train import train
 from qlora_lite.errors import Stopped
+from qlora_lite.progress.work import progress_shown
 from qlora_lite.signals import exit_on_signals
 
 app = typer.Typer(
@@ -104,7 +105,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _exit_at_once)  # no traceback while the interpreter shuts down
     try:
-        with exit_on_signals(_with_resume_command("stopped at once; nothing was saved", words)):
+        with exit_on_signals(_with_resume_command("stopped at once; nothing was saved", words)), progress_shown():
             status = app(prog_name="qlora-lite", standalone_mode=False)
     except Stopped as stop:
         print(_with_resume_command(str(stop), words), file=sys.stderr)

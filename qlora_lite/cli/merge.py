@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlora_lite.cli.data_options import tokenizing_progress
 from qlora_lite.cli.options import (
     AnyBase,
     Blocksize,
@@ -198,7 +199,8 @@ def merge(
     prompts = None
     if verify is not None:
         config = DataConfig(max_length=verify_max_length, prompts_too=True)
-        prompts = tokenize_sources([str(verify)], load_tokenizer(model), config)
+        with tokenizing_progress() as show:
+            prompts = tokenize_sources([str(verify)], load_tokenizer(model), config, show=show)
     if gguf is not None:
         _merge_to_gguf(model, adapter, output, quant, gguf, base, overwrite, prompts, any_base, ignore_unexpected, json)
         return

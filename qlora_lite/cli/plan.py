@@ -65,6 +65,7 @@ def plan(
     from qlora_lite.planning.memory_plan import plan as make_plan
     from qlora_lite.planning.plan_report import render_plan
     from qlora_lite.planning.training_rehearsal import read_config
+    from qlora_lite.progress.work import working
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import deferred_signals
     from qlora_lite.training.config import TrainConfig, checkpointing_named
@@ -79,7 +80,7 @@ def plan(
     if device not in ("accelerator", "cpu"):
         raise ConfigError(f"--device must be accelerator or cpu; got {device!r}")
     taken = None if overhead is None else byte_count("--overhead must be", overhead)
-    with deferred_signals():
+    with deferred_signals(), working("predicting the memory"):
         found = read_config(model)
         made = make_plan(found, wanted, device_memory(size, device == "accelerator", taken), seq or None)
     print(render_plan(made), end="")

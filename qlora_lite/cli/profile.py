@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,6 +59,7 @@ def profile(
     from qlora_lite.memory.report import render
     from qlora_lite.memory.snapshot import memory_snapshot
     from qlora_lite.planning.training_rehearsal import try_rehearse_steps
+    from qlora_lite.progress.work import working
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import deferred_signals
     from qlora_lite.training.config import TrainConfig, checkpointing_named
@@ -80,16 +81,13 @@ def profile(
         require_matplotlib()
     with deferred_signals(), nullcontext() if snapshot is None else memory_snapshot(snapshot):
         profiler = MemoryProfiler(trace=mode == "full")
-        report = profile_steps(
-            model, quant, lora, config, rows=rows, tokens=tokens, profiler=profiler, text_only=text_only
-        )
+        shape: dict[str, Any] = {"rows": rows, "tokens": tokens, "text_only": text_only}
+        report = profile_steps(model, quant, lora, config, profiler=profiler, **shape)
     print(render(report))
     predicted = None
     if predict and mode == "full":
-        with deferred_signals():
-            predicted, why_not = try_rehearse_steps(
-                model, quant, lora, config, rows=rows, tokens=tokens, text_only=text_only
-            )
+        with deferred_signals(), working("predicting the memory"):
+            predicted, why_not = try_rehearse_steps(model, quant, lora, config, **shape)
         print(why_not if predicted is None else render_comparison(predicted, report))
     if html is not None:
         write_page(html, report, predicted, title=f"Two training steps of {model}", overwrite=overwrite)

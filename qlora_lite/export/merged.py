@@ -237,7 +237,7 @@ def _write(
     with new_folder(folder, overwrite) as temporary:
         check_free_space(folder, sum(tensor.nbytes for tensor in plan.tensors.values()))
         with plan.packing_ahead():
-            files = write_sharded(temporary, plan.tensors, max_shard_bytes)
+            files = write_sharded(temporary, plan.tensors, max_shard_bytes, "merging")
         write_companion_files(model, source, temporary, plan.dtype, untie=plan.untied, is_whole=plan.is_whole)
         report = plan.report()
         verification = None if examples is None else _verified(temporary, plan, examples)

@@ -26,6 +26,7 @@ from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import ConfigError, QuantizationError
 from qlora_lite.export.lazy_model import LazyModel, LazyWeights
 from qlora_lite.positions import most_positions
+from qlora_lite.progress.work import working
 from qlora_lite.signals import check_signals
 
 BASE, ADAPTER = "base", "adapter"
@@ -298,9 +299,11 @@ def compare(
     if sum(learned):
         models[BASE] = compared.base
     sums = {name: _ModelSums() for name in models}
-    for group in _groups(examples):
-        check_signals()
-        _compare_group(model, models, _Group.of(group), sums)
+    with working("verifying", len(examples), "prompts") as work:
+        for group in _groups(examples):
+            check_signals()
+            _compare_group(model, models, _Group.of(group), sums)
+            work.advance(len(group))
     tokens = sum(len(example.input_ids) for example in examples)
 
     def loss(name: str) -> float | None:

@@ -19,6 +19,7 @@ from qlora_lite.generation.prompts import Prompts
 from qlora_lite.generation.settings import GenerationSettings
 from qlora_lite.generation.text_pieces import decoded
 from qlora_lite.positions import longest_sequence
+from qlora_lite.progress.work import working
 
 LONGEST_ANSWER = 64  # tokens, with the one that ends it
 ROWS = 8
@@ -59,12 +60,14 @@ def exact_match(model: Any, tokenizer: Any, questions: Sequence[Question]) -> fl
     require(len(questions) > 0, "exact match needs at least one question", len(questions))
     prompts, right, room = Prompts(tokenizer), 0, longest_sequence(model.config)
     stop = set(prompts.stop_tokens(model))
-    for batch in _batches(questions, room):
-        left = _new_tokens(batch) if room is None else room - len(batch[-1].tokens)
-        settings = GenerationSettings(min(_new_tokens(batch), left), temperature=0)
-        answers = answer_batch(model, prompts, [question.tokens for question in batch], settings)
-        expected = (decoded(tokenizer, _ended(question.answer, stop)) for question in batch)
-        right += sum(made.text.strip() == text.strip() for made, text in zip(answers, expected, strict=True))
+    with working("answering", len(questions), "questions") as work:
+        for batch in _batches(questions, room):
+            left = _new_tokens(batch) if room is None else room - len(batch[-1].tokens)
+            settings = GenerationSettings(min(_new_tokens(batch), left), temperature=0)
+            answers = answer_batch(model, prompts, [question.tokens for question in batch], settings)
+            expected = (decoded(tokenizer, _ended(question.answer, stop)) for question in batch)
+            right += sum(made.text.strip() == text.strip() for made, text in zip(answers, expected, strict=True))
+            work.advance(len(batch))
     return right / len(questions)
 
 

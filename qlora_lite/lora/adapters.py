@@ -19,6 +19,7 @@ from qlora_lite.lora.init import check_initialization, checkpoint_weights, initi
 from qlora_lite.lora.layer import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.lora.targets import TargetedLayer, select_targets
 from qlora_lite.lora.variants import VARIANTS, combination_problems
+from qlora_lite.progress.work import working
 from qlora_lite.surgery import replace_modules_
 from qlora_lite.tasks import trained_whole
 
@@ -99,9 +100,12 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
     wrap_stacks_(model, {layer.name: layer.module for layer in layers})
     added = [path for path in replace_modules_(model, make) if path in targets]
     auxiliary.train_biases_(lora_layers(model))
-    for path, layer in lora_layers(model).items():
-        initialize_(layer, path, config.init_lora_weights, originals)
-        layer.adapter_name = name
+    adapted = lora_layers(model)
+    with working("adding adapters", len(adapted), "layers") as work:
+        for path, layer in adapted.items():
+            initialize_(layer, path, config.init_lora_weights, originals)
+            layer.adapter_name = name
+            work.advance()
     freeze_base_(model)
     return added
 

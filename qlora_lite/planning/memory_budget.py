@@ -14,6 +14,7 @@ from qlora_lite.memory.report import readable_bytes
 from qlora_lite.planning.forecast import TrainingSetup
 from qlora_lite.planning.memory_plan import DeviceMemory, checkpointing_within
 from qlora_lite.planning.training_rehearsal import read_config
+from qlora_lite.progress.work import working
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.training.config import TrainConfig
 
@@ -87,7 +88,8 @@ def config_within(
     """
     accumulated = config.gradient_accumulation > 1
     setup = TrainingSetup(quant, lora, rows, tokens, config.optimizer, accumulated=accumulated, text_only=text_only)
-    least = checkpointing_within(read_config(path_or_id), setup, memory)
+    with working("predicting the memory"):
+        least = checkpointing_within(read_config(path_or_id), setup, memory)
     assert least.checkpointing is not None and least.needed is not None
     chosen = replace(config, checkpointing=least.checkpointing)
     return BudgetedConfig(chosen, memory, rows, tokens, least.needed)

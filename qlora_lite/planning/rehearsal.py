@@ -52,6 +52,7 @@ from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.patches import patched_mask_creation, patched_module_apply
 from qlora_lite.planning.cuda_allocator import replay
 from qlora_lite.planning.cuda_workspaces import persistent_workspace_bytes, transient_workspace_bytes
+from qlora_lite.progress.work import progress_shown
 from qlora_lite.quantization.kernels import bnb
 
 STEP = "step"  # the phase around everything that `rehearse` runs
@@ -95,7 +96,9 @@ def fake_tensors(accelerator: bool = False) -> Iterator[None]:
     """
     # bitsandbytes creates this table at its first use and keeps it. Created on fake tensors, it would stay fake.
     bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
-    with accelerator_pretended() if accelerator else nullcontext(), patched_mask_creation(), _errors_unlogged():
+    # What is loaded or trained on fake tensors is not work that a user waits for by itself.
+    unseen, pretended = progress_shown(False), accelerator_pretended() if accelerator else nullcontext()
+    with unseen, pretended, patched_mask_creation(), _errors_unlogged():
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), _AnswerValues(), patched_module_apply():
                 yield

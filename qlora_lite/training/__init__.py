@@ -10,8 +10,8 @@ forward/                   what the forward saves for backward and recomputes; `
 optim                      the optimizers and the learning rate schedule
 evaluation                 held-out batches: their loss and scores, also during training
 metrics                    the lines of metrics.jsonl
+observers                  what is told of a run: events.jsonl, and observers such as trackers
 distributed                data-parallel training in several processes
-progress                   the progress on stderr
 decisions                  what a run decided in its first steps
 run_state                  Run: everything that the next steps depend on, to and from files
 run_checkpoints            the checkpoints of a run: written, verified, found, removed

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -27,6 +27,7 @@ from qlora_lite.data.batching import Batch
 from qlora_lite.data.stream import batch_digest, check_batch
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError
 from qlora_lite.memory.profiler import MemoryProfiler
+from qlora_lite.progress.work import working
 from qlora_lite.signals import check_signals, deferred_signals
 from qlora_lite.surgery import modes_restored
 from qlora_lite.tasks import task_of
@@ -165,6 +166,7 @@ class Evaluator:
     ) -> None:
         self.run, self._processes = run, processes
         self._batches, self._evaluate, self._profiler = batches, evaluate, profiler
+        self._number: int | None = len(batches) if isinstance(batches, Sized) else None  # of batches
         if batches is None and (run.config.eval_steps is not None or evaluate is not None):
             named = "evaluate" if run.config.eval_steps is None else "eval_steps"
             raise ConfigError(f"{named} needs held-out batches; give eval_batches")
@@ -198,11 +200,14 @@ class Evaluator:
         """Yields the held-out batches. Afterwards `held_out_digest` of the run is theirs."""
         assert self._batches is not None
         vocabulary, digest = architecture.vocabulary_size(self.run.model), ""
-        for batch in self._batches:
-            check_signals()
-            check_batch(batch, vocabulary, task_of(self.run.model))
-            digest = digest if self.run.sources is None else batch_digest(digest, batch)
-            yield batch
+        with working("evaluating", self._number, "batches") as work:
+            for batch in self._batches:
+                check_signals()
+                check_batch(batch, vocabulary, task_of(self.run.model))
+                digest = digest if self.run.sources is None else batch_digest(digest, batch)
+                yield batch
+                work.advance()
+        self._number = work.done
         self.run.held_out_digest = digest or None
 
     def make(self) -> Evaluation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from qlora_lite.lora.config import LoraConfig
 from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.memory.report import MemoryReport
 from qlora_lite.positions import longest_sequence
+from qlora_lite.progress.work import progress_shown, tell, working
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.surgery import modes_restored
 from qlora_lite.training.config import TrainConfig
@@ -32,15 +33,16 @@ from qlora_lite.training.forward.activation_checkpointing import checkpointed
 from qlora_lite.training.forward.embedding_noise import noisy_embeddings
 from qlora_lite.training.forward.fuse import unfused
 from qlora_lite.training.forward.fused_forward import fused
-from qlora_lite.training.metrics import Evaluation, StepMetrics, best_evaluation
+from qlora_lite.training.metrics import Evaluation, StepMetrics, best_evaluation, described, described_evaluation
 from qlora_lite.training.objective.positions import check_length
-from qlora_lite.training.progress import described_evaluation, say, training_progress
+from qlora_lite.training.observers import RunObserver
 from qlora_lite.training.run_folder import RunFolder, run_folder
 from qlora_lite.training.run_state import Run
 from qlora_lite.training.step import TrainingStep, prepare_run, start_accelerator
 
 # Rows or tokens of a random batch. No device holds more, and products of sizes stay below 64 bits.
 LARGEST_SIDE = 1 << 24
+LINES = 10  # of the progress of a run, where stderr is not a terminal
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def train(
     progress: bool = True,
     notes: Mapping[str, object] | None = None,
     settings: str | None = None,
+    observers: Sequence[RunObserver] = (),
 ) -> TrainResult:
     """Trains the adapters of a model in place; no other value of the model changes.
 
@@ -118,6 +121,7 @@ def train(
     progress: show the progress on stderr.
     notes: what is to be known of the batches later, written to `data.json` in output_dir with the first step.
     settings: what the run was asked to do, as text; written to `run.yaml` in the same way.
+    observers: are told of each step and evaluation, as trackers are (`integrations.open_trackers`).
 
     SIGINT and SIGTERM take effect between two batches if there is an output_dir: a checkpoint is written and Stopped
     raised. A second SIGINT raises KeyboardInterrupt at once and saves nothing.
@@ -140,11 +144,12 @@ def train(
     run = prepare_run(accelerator, model, batches, config, resumable=folder is not None)
     processes = Processes(accelerator)
     evaluator = Evaluator(run, processes, eval_batches, evaluate, profiler)
-    shown = progress and processes.is_first
+    written, told = (folder, observers) if processes.is_first else (None, ())
     started = time.perf_counter()
     with (
+        progress_shown(progress and processes.is_first),
         unfused(run.model),
-        run_folder(run, folder if processes.is_first else None, overwrite, resume, notes, settings) as writer,
+        run_folder(run, written, overwrite, resume, notes, settings, told) as writer,
         _training_mode(run),
         fused(run.model),
         noisy_embeddings(run.model, config.neftune_noise_alpha),
@@ -153,32 +158,47 @@ def train(
     ):
         if resume and folder is not None:
             processes.wait()  # the first process may still be removing what a killed run left
-            say(writer.resume(folder), shown)
+            tell(writer.resume(folder))
             processes.wait()
             evaluator.check_same_batches()
-        step = TrainingStep(run, accelerator, blocks, trimmer, profiler, shown)
-        stopped_early = _steps(step, writer, evaluator, shown)
+        step = TrainingStep(run, accelerator, blocks, trimmer, profiler)
+        stopped_early = _steps(step, writer, evaluator)
     seconds = time.perf_counter() - started
     reason, halved_at = run.decisions.logits_reason, run.decisions.halved_at
     resumed = writer.resumed_from, tuple(writer.skipped)
     return TrainResult(run.metrics, seconds, reason, *resumed, halved_at, tuple(run.evaluations), stopped_early)
 
 
-def _steps(step: TrainingStep, writer: RunFolder, evaluator: Evaluator, shown: bool) -> bool:
+@contextlib.contextmanager
+def _progress(steps: int) -> Iterator[Callable[[StepMetrics], None]]:
+    """Yields a function that shows a step: in a bar, or as one of ten lines where stderr is not a terminal."""
+    with working("training", steps, has_line=False) as work:
+        every = max(1, steps // LINES)
+
+        def show(step: StepMetrics) -> None:
+            work.reach(step.step, described(step))
+            is_last = step.step == steps
+            if is_last or (not work.has_bar and (step.step % every == 0 or step.step == 1)):
+                tell(f"step {step.step}/{steps}  {described(step)}")
+
+        yield show
+
+
+def _steps(step: TrainingStep, writer: RunFolder, evaluator: Evaluator) -> bool:
     """Makes the steps that are left of a run, with its evaluations. Returns whether the run ended early."""
     run, config = step.run, step.run.config
-    with training_progress(config.steps, shown) as (show, note):
+    with _progress(config.steps) as show:
         run.restore_random()
         while True:
             if evaluator.is_due:
                 evaluation = evaluator.make()
                 writer.finish_evaluation(evaluation)
-                note(described_evaluation(evaluation, config.steps))
+                tell(described_evaluation(evaluation, config.steps))
             stops_early = evaluator.is_out_of_patience and run.steps < config.steps
             writer.write_due_checkpoint(stops_early or run.steps == config.steps)
             if stops_early:
                 waited = f"the held-out loss did not fall in {config.patience} evaluations"
-                note(f"{waited}: the run ends after step {run.steps}")
+                tell(f"{waited}: the run ends after step {run.steps}")
             if stops_early or run.steps == config.steps:
                 return stops_early
             metrics = step.make(step.next_batches(), writer.before_update)

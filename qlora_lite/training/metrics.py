@@ -17,6 +17,7 @@ from typing import Any
 
 from qlora_lite.checks import is_count, is_finite
 from qlora_lite.errors import CheckpointError, listing
+from qlora_lite.memory.report import readable_bytes
 
 HELD_OUT_LOSS = "held_out_loss"
 # What the line of an evaluation has besides its scores.
@@ -112,6 +113,19 @@ def is_out_of_patience(evaluations: Sequence[Evaluation], patience: int | None) 
     if patience is None or best is None:
         return False
     return sum(evaluation.step > best.step for evaluation in evaluations) >= patience
+
+
+def described(step: StepMetrics) -> str:
+    """Returns loss, gradient norm, speed and peak memory of a step as one line."""
+    peak = "" if step.peak_bytes is None else f"  peak {readable_bytes(step.peak_bytes)}"
+    return f"loss {step.loss:.4f}  gradient {step.gradient_norm:.3f}  {step.tokens_per_second:.0f} tokens/s{peak}"
+
+
+def described_evaluation(evaluation: Evaluation, steps: int) -> str:
+    """Returns step, held-out loss and scores as one line. steps: of the run."""
+    shown = {name.replace("_", " "): value for name, value in evaluation.scores.items() if value is not None}
+    scores = "".join(f"  {name} {value:.4g}" for name, value in shown.items())
+    return f"step {evaluation.step}/{steps}  held-out loss {evaluation.held_out_loss:.4f}{scores}"
 
 
 def perplexity(loss: float) -> float:

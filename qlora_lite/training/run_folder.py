@@ -12,17 +12,30 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from qlora_lite.checkpoints.atomic_folder import check_replaceable
 from qlora_lite.checkpoints.files import new_file, write_json
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped, listing
-from qlora_lite.locks import locked
+from qlora_lite.locks import LOCK_FILE, locked_folder
 from qlora_lite.lora.peft.save_load import save_adapter
+from qlora_lite.progress.work import tell
 from qlora_lite.signals import deferred_signals, uninterrupted
 from qlora_lite.training.metrics import Evaluation, StepMetrics, best_evaluation, line_of
+from qlora_lite.training.observers import (
+    EVENTS_FILE,
+    FINISHED,
+    OBSERVER_LOST,
+    RESUMED,
+    STARTED,
+    Observers,
+    RunObserver,
+    ending_by,
+    event_line,
+    run_facts,
+)
 from qlora_lite.training.run_checkpoints import (
     ADAPTER_FOLDER,
     BEST_FOLDER,
@@ -43,14 +56,13 @@ from qlora_lite.training.run_state import Run
 # Saving the adapter between two steps may take this part of a run's time.
 SAVING_SHARE = 0.02
 
-LOCK_FILE = ".run.lock"
-
 
 class RunFolder:
     """Writes what a run leaves on disk; without a folder, nothing.
 
     check: raises CheckpointError if the folder does not exist any more. notes: about the run's data, for `data.json`.
-    settings: the text of `run.yaml`; None writes none. resumed_from, skipped: set by `resume`.
+    settings: the text of `run.yaml`; None writes none. observers: are told of steps, also without a folder.
+    resumed_from, skipped: set by `resume`.
     """
 
     def __init__(
@@ -60,9 +72,11 @@ class RunFolder:
         check: Callable[[], None] = lambda: None,
         notes: Mapping[str, object] | None = None,
         settings: str | None = None,
+        observers: Sequence[RunObserver] = (),
     ) -> None:
         self._run, self._folder, self._check, self._notes = run, folder, check, notes
         self._settings = settings  # until it is written
+        self._observers, self._began_at = Observers(observers), 0
         self._mode = "w"
         self._next_save = 0.0
         self._checkpoint_step: int | None = None  # of the last checkpoint
@@ -116,11 +130,14 @@ class RunFolder:
                     with new_file(self._folder / RUN_FILE, overwrite=True) as file:
                         file.write(self._settings.encode())
                     self._settings = None
+                if self._mode == "w":
+                    self._append(self._folder / EVENTS_FILE, event_line(STARTED, 0, run_facts(self._run)))
                 # The first line of a file replaces that of another run, so an evaluation before it waits for it.
                 before = self._run.evaluations if self._mode == "w" else ()
                 self._append(self._folder / METRICS_FILE, "".join(map(line_of, (*before, metrics))))
         self._mode = "a"
         self._run.finish_step(metrics)
+        self._tell_observers(lambda observer: observer.step(metrics))
 
     def finish_evaluation(self, evaluation: Evaluation) -> None:
         """Notes an evaluation in the run, writes its line, and keeps the adapter if its held-out loss is the lowest."""
@@ -128,12 +145,31 @@ class RunFolder:
         run.evaluations.append(evaluation)
         if self._checkpoint_step == run.steps:
             self._checkpoint_step = None  # its checkpoint was written without the evaluation
-        if self._folder is None or run.steps == 0:
+        if run.steps == 0:
             return
-        if run.config.eval_steps is not None and best_evaluation(run.evaluations) != best:
-            self._save_adapter_to(self._folder / BEST_FOLDER)
-        with self._writing():
-            self._append(self._folder / METRICS_FILE, line_of(evaluation))
+        if self._folder is not None:
+            if run.config.eval_steps is not None and best_evaluation(run.evaluations) != best:
+                self._save_adapter_to(self._folder / BEST_FOLDER)
+            with self._writing():
+                self._append(self._folder / METRICS_FILE, line_of(evaluation))
+        self._tell_observers(lambda observer: observer.evaluated(evaluation))
+
+    def _tell_observers(self, call: Callable[[RunObserver], None]) -> None:
+        for name, reason in self._observers.tell(call, self._run, self._began_at).items():
+            tell(f"{name} failed after step {self._run.steps} and is told nothing more: {reason}")
+            self._write_event(OBSERVER_LOST, {"observer": name, "reason": reason})
+
+    def _write_event(self, event: str, facts: Mapping[str, object]) -> None:
+        """Writes a line of events.jsonl, if the run has written anything and can still write."""
+        if self._folder is not None and self._mode == "a" and not self.failed:
+            with self._writing():
+                self._append(self._folder / EVENTS_FILE, event_line(event, self._run.steps, facts))
+
+    def end(self, event: str, facts: Mapping[str, object], reason: str = "") -> None:
+        """Notes how the run ended."""
+        if self._observers.have_started:
+            self._tell_observers(lambda observer: observer.ended(event, reason))
+        self._write_event(event, facts)
 
     def write_due_checkpoint(self, is_last: bool) -> None:
         """Writes a checkpoint if one is due after the last finished step. is_last: whether the run ends there."""
@@ -189,6 +225,9 @@ class RunFolder:
         if self._folder is not None:
             with self._writing():
                 self._run.write_metrics(self._folder / METRICS_FILE)
+                self._mode = "a"
+                self._append(self._folder / EVENTS_FILE, event_line(RESUMED, self._run.steps, run_facts(self._run)))
+        self._began_at = self._run.steps
         self.resumed_from, self._checkpoint_step, self._mode, self.saved = checkpoint, self._run.steps, "a", True
         return "; skipped ".join([f"going on after step {self._run.steps} from {checkpoint}", *self.skipped])
 
@@ -225,10 +264,12 @@ def run_folder(
     resume: bool = False,
     notes: Mapping[str, object] | None = None,
     settings: str | None = None,
+    observers: Sequence[RunObserver] = (),
 ) -> Iterator[RunFolder]:
     """Within the block a run may write into a folder, and no other run.
 
     folder: None writes nothing. notes, settings: written to `data.json` and `run.yaml` with the first step.
+    observers: as in `RunFolder`.
     At the end of the block, also by an error, the adapter is saved, unless it has diverged. On Stopped a checkpoint is
     written too; a KeyboardInterrupt saves nothing. Existing files are not touched before the first finite loss, and a
     new folder that nothing was written to is removed.
@@ -237,7 +278,9 @@ def run_folder(
     """
     if folder is None:
         with deferred_signals() if run.sources is not None else nullcontext():
-            yield RunFolder(run, None)
+            writer = RunFolder(run, None, observers=observers)
+            with _end_told(writer, run):
+                yield writer
         return
     _check_writable(folder, overwrite, resume)
     target = Path(os.path.realpath(folder))  # of a link
@@ -247,15 +290,31 @@ def run_folder(
         with deferred_signals(), locked_folder(folder) as check:
             _check_writable(folder, overwrite, resume)  # again: another run may have ended meanwhile
             remove_leftovers(folder)
-            writer = RunFolder(run, folder, check, notes, settings)
-            with _saved_on_error(writer, folder):
-                yield writer
-            writer.finish()
+            writer = RunFolder(run, folder, check, notes, settings, observers)
+            with _end_told(writer, run):
+                with _saved_on_error(writer, folder):
+                    yield writer
+                writer.finish()
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
         if is_new and target.is_dir() and not any(target.iterdir()):
             target.rmdir()
+
+
+@contextmanager
+def _end_told(writer: RunFolder, run: Run) -> Iterator[None]:
+    """Notes how the block ends. Errors of that do not take the place of the run's own."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        event, reason = ending_by(error)
+        with suppress(OSError, CheckpointError):
+            writer.end(event, {"reason": reason}, reason)
+        raise
+    writer.end(FINISHED, {"early": run.steps < run.config.steps})
 
 
 @contextmanager
@@ -276,24 +335,3 @@ def _saved_on_error(writer: RunFolder, folder: Path) -> Iterator[None]:
         if writer.saved and not writer.failed:
             writer.save_adapter()
         raise
-
-
-@contextmanager
-def locked_folder(folder: Path) -> Iterator[Callable[[], None]]:
-    """Within the block this process holds the lock of a folder. Yields a check that the folder still exists.
-
-    Raises CheckpointError if another process holds the lock; the check raises it if the folder was removed or replaced.
-    """
-    with ExitStack() as stack:
-        try:
-            is_there = stack.enter_context(locked(folder / LOCK_FILE))
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{folder} is being written by another run ({error.strerror}); wait for it, or name another folder"
-            ) from None
-
-        def check() -> None:
-            if not is_there():
-                raise CheckpointError(f"{folder} was removed, or replaced, while a run was writing there")
-
-        yield check

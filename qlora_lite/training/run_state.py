@@ -33,6 +33,7 @@ from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.peft.card import TrainingRecord
 from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.lora.variants import reference_tensors
+from qlora_lite.progress.work import BYTES, working
 from qlora_lite.signals import check_signals
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.decisions import Decisions
@@ -293,11 +294,14 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
     """
     layout: list[object] = []
     values = hashlib.sha256()
-    for name, tensor in _frozen(model):
-        layout.append([name, list(tensor.shape), str(tensor.dtype)])
-        for piece in _pieces(tensor):
-            check_signals()
-            values.update(piece)
+    tensors = list(_frozen(model))
+    with working("hashing the base", sum(tensor.nbytes for _, tensor in tensors), BYTES) as work:
+        for name, tensor in tensors:
+            layout.append([name, list(tensor.shape), str(tensor.dtype)])
+            for piece in _pieces(tensor):
+                check_signals()
+                values.update(piece)
+            work.advance(tensor.nbytes)
     for name, module in model.named_modules():
         packing = {attribute: getattr(module, attribute, None) for attribute in PACKING_ATTRIBUTES}
         layout.append([name, type(module).__name__, packing])

@@ -29,6 +29,7 @@ from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, Training
 from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, wrapped_layers
 from qlora_lite.memory.counters import peak_bytes
 from qlora_lite.memory.profiler import MemoryProfiler
+from qlora_lite.progress.work import tell
 from qlora_lite.signals import check_signals
 from qlora_lite.tasks import task_of
 from qlora_lite.training.config import TrainConfig
@@ -43,7 +44,6 @@ from qlora_lite.training.objective.packing import check_packing, is_packed
 from qlora_lite.training.objective.positions import check_positions
 from qlora_lite.training.objective.task_losses import labelled, tokens_in
 from qlora_lite.training.optim import learning_rate_factor, make_optimizer, set_learning_rates_
-from qlora_lite.training.progress import say
 from qlora_lite.training.run_state import Run
 
 FP32_BYTES = 4
@@ -140,7 +140,7 @@ class TrainingStep:
     """Makes the steps of a run, one with each call of `make`.
 
     blocks: the activation checkpointing of the model's blocks. trimmer: returns freed memory to the system.
-    profiler: its phases forward, backward and optimizer are entered. progress: whether the user is told what happens.
+    profiler: its phases forward, backward and optimizer are entered.
     """
 
     def __init__(
@@ -150,11 +150,10 @@ class TrainingStep:
         blocks: BlockCheckpointing,
         trimmer: HeapTrimmer,
         profiler: MemoryProfiler | None,
-        progress: bool,
     ) -> None:
         self.run, self.processes = run, Processes(accelerator)
         self._accelerator, self._blocks, self._trimmer = accelerator, blocks, trimmer
-        self._profiler, self._progress = profiler, progress
+        self._profiler = profiler
         self._blocks.costs = run.decisions.block_costs
         self._loss: Loss | None = None
         self._rows_checked = 0  # the rows of batches for which packing was checked
@@ -270,9 +269,8 @@ class TrainingStep:
                     f"recompute more (checkpointing)"
                 ) from error
         self.run.decisions = replace(self.run.decisions, halved_at=self.number)
-        say(
-            f"memory ran out in step {self.number}: from here on batches are computed in halves, for the same gradient",
-            self._progress,
+        tell(
+            f"memory ran out in step {self.number}: from here on batches are computed in halves, for the same gradient"
         )
         self.run.drop_gradients()
         release_freed_pages()

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_lite.cli import data_options
 from qlora_lite.cli.data_options import (
     data_config,
     fields_named,
     input_paths,
     run_date_of,
-    tokenizing_progress,
     training_data,
 )
 from qlora_lite.data.tokenization import DataConfig
 from qlora_lite.errors import CheckpointError, ConfigError
+from qlora_lite.progress import work as progress
+from qlora_lite.progress.work import progress_shown
 
 OPTIONS = {
     "max_length": 64,
@@ -74,42 +70,16 @@ def test_what_is_held_out_is_a_share_or_another_source(tmp_path: Path, word_toke
         training_data([str(path)], [str(other)], 0.1, word_tokenizer(), config, cache=False)
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_is_on_a_terminal_alone_and_vanishes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, word_tokenizer: Any
+def test_records_are_counted_while_they_are_tokenized(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, word_tokenizer: Any
 ) -> None:
-    path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a b"}\n' * 300, encoding="utf-8")
-    other.write_text('{"text": "c"}\n' * 129, encoding="utf-8")
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setenv("TERM", "xterm")
-    shown: list[int] = []
-
-    @contextmanager
-    def followed() -> Iterator[Callable[[int], None]]:
-        with tokenizing_progress() as show:
-            assert show is not None
-            yield lambda count: (shown.append(count), show(count))[1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data_options, "tokenizing_progress", followed)
-        training_data([str(path)], [str(other)], None, word_tokenizer(), DataConfig(64), cache=False)
-    assert shown == [0, 128, 256, 0, 128] and "records are tokenized" in screen.getvalue()
-    assert screen.getvalue().endswith("\x1b[1A\x1b[2K")  # the line is gone
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with tokenizing_progress() as show:
-        assert show is None
-    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("RANK", "1")
-    with tokenizing_progress() as show:
-        assert show is None
+    monkeypatch.setattr(progress, "LINE_AFTER", 0.0)
+    with progress_shown():
+        training_data([str(path)], None, None, word_tokenizer(), DataConfig(64), cache=False)
+    captured = capsys.readouterr()
+    assert captured.err == "tokenizing: 0 records after 0 seconds\n" and captured.out == ""
 
 
 def test_a_resumed_run_writes_the_date_of_its_start(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def run(model: Path, folder: Path, resume: bool) -> None:
 def final_files(folder: Path) -> dict[str, bytes]:
     """Returns the files of a finished run, without times and speeds."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    with_times = ("metrics.jsonl", "manifest.json")
+    with_times = ("metrics.jsonl", "events.jsonl", "manifest.json")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figures = [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
     same = {name: path.read_bytes() for name, path in files.items() if path.name not in with_times}

@@ -64,7 +64,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tiny_folder: Pa
     with files_no_longer_than(4000) as fill, full:
         train(adapted(tiny_folder), Batches(fill), CONFIG, output_dir=run, progress=False)
     assert newest_intact_checkpoint(run) == (checkpoint_path(run, 2), [])
-    assert {path.name for path in run.iterdir()} == {"adapter", "checkpoints", "metrics.jsonl"}
+    assert {path.name for path in run.iterdir()} == {"adapter", "checkpoints", "events.jsonl", "metrics.jsonl"}
     assert not list(run.rglob(".*"))
     model, other = adapted(tiny_folder), adapted(tiny_folder)
     resumed = train(model, Batches(), CONFIG, output_dir=run, resume=True, progress=False)
@@ -137,4 +137,4 @@ def test_resume_needs_a_run_or_nothing_and_another_run_leaves_no_checkpoints(
     again = train(adapted(tiny_folder), Batches(), CONFIG, output_dir=run, resume=True, progress=False)
     assert again.losses == first.losses and again.resumed_from == checkpoint_path(run, 4)
     train(adapted(tiny_folder), Batches(), short, output_dir=run, overwrite=True, progress=False)
-    assert {path.name for path in run.iterdir()} == {"adapter", "metrics.jsonl"}
+    assert {path.name for path in run.iterdir()} == {"adapter", "events.jsonl", "metrics.jsonl"}

@@ -116,7 +116,7 @@ def files_of(run: Path) -> dict[str, bytes]:
     return {
         path.relative_to(run).as_posix(): path.read_bytes()
         for path in run.rglob("*")
-        if path.is_file() and path.name not in ("metrics.jsonl", "manifest.json")
+        if path.is_file() and path.name not in ("metrics.jsonl", "events.jsonl", "manifest.json")
     }
 
 

@@ -202,7 +202,7 @@ def test_a_signal_saves_the_last_step_that_was_done(
         train(model, Signalled(index, number, batches), config, output_dir=run, progress=False)
     assert stop.value.code == status and handlers == [signal.getsignal(signal.SIGINT), signal.getsignal(number)]
     # Nothing of the step that was begun is left, and the folder is the same as without it.
-    assert {path.name for path in run.iterdir()} == {"adapter", "checkpoints", "metrics.jsonl"}
+    assert {path.name for path in run.iterdir()} == {"adapter", "checkpoints", "events.jsonl", "metrics.jsonl"}
     model = adapted(tiny_folder, dropout=0.1)
     resumed = train(model, batches, config, output_dir=run, resume=True, progress=False)
     whole = train(adapted(tiny_folder, dropout=0.1), batches, config, progress=False)

@@ -12,6 +12,8 @@ from qlora_lite.training.metrics import (
     Evaluation,
     StepMetrics,
     best_evaluation,
+    described,
+    described_evaluation,
     is_evaluation,
     is_out_of_patience,
     line_of,
@@ -77,3 +79,10 @@ def test_the_best_is_the_first_of_the_lowest_and_patience_counts_from_it(
 
 def test_a_perplexity_is_finite() -> None:
     assert perplexity(0.0) == 1.0 and 1e308 < perplexity(1e6) < float("inf")
+
+
+def test_steps_and_evaluations_in_words() -> None:
+    step = StepMetrics(7, 1.25, 0.5, 1e-4, 100, 321.4, 3 << 30)
+    assert described(step) == "loss 1.2500  gradient 0.500  321 tokens/s  peak 3,072.0 MiB"
+    evaluation = Evaluation(7, 0.5, {"exact_match": 0.25, "f1": None}, 1.0)
+    assert described_evaluation(evaluation, 100) == "step 7/100  held-out loss 0.5000  exact match 0.25"

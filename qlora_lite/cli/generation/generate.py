@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +28,7 @@ from qlora_lite.cli.options import (
     skipped,
 )
 from qlora_lite.errors import ConfigError
+from qlora_lite.progress.work import working
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 if TYPE_CHECKING:
@@ -64,21 +63,6 @@ def _asked(options: Mapping[str, Any], made: GenerationSettings) -> tuple[Prompt
     room = Room(positions, made.max_new_tokens)
     chosen = fields_named(options["field"]), options["limit"], options["skip_bad"]
     return prompts, read_prompts(options["prompts"], prompts, room, *chosen)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None] | None]:
-    """Yields a function to call with the number of prompts that are answered; None where stderr is not a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    if not sys.stderr.isatty():
-        yield None
-        return
-    columns = TextColumn("answered"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as line:
-        task = line.add_task("answer", total=total)
-        yield lambda count: line.update(task, completed=count)
 
 
 def generate(
@@ -134,7 +118,7 @@ def generate(
     if draws(talker.model.generation_config, made) and made.seed is None:
         made = replace(made, seed=0)  # so that a run that goes on draws what an undisturbed one would
     began = time.perf_counter()
-    with _progress(len(asked.prompts)) as show:
+    with working("answering", len(asked.prompts), "prompts") as work:
         done = write_answers(
             talker.model,
             writer,
@@ -145,7 +129,7 @@ def generate(
             compare=compare,
             overwrite=overwrite,
             notes=asdict(quant),
-            on_answers=show,
+            on_answers=work.reach,
         )
     figures = {
         "prompts": done.prompts,

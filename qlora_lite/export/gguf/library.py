@@ -22,6 +22,7 @@ from torch import Tensor
 from qlora_lite.checkpoints.safetensors_write import raw_bytes
 from qlora_lite.checks import cast_finite
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
+from qlora_lite.progress.work import BYTES, working
 from qlora_lite.signals import check_signals
 
 # The types of tensors by the name that users give, with the dtype of those that are floats.
@@ -124,9 +125,11 @@ def write_gguf(
         (file,) = writer.fout
         writer.write_padding(file, file.tell())
         written = []
-        for tensor in tensors:
-            written.append(_write_tensor(file, tensor))
-            writer.write_padding(file, tensor.bytes_written)
+        with working("writing GGUF", sum(tensor.bytes_written for tensor in tensors), BYTES) as work:
+            for tensor in tensors:
+                written.append(_write_tensor(file, tensor))
+                writer.write_padding(file, tensor.bytes_written)
+                work.advance(tensor.bytes_written)
         file.flush()
         os.fsync(file.fileno())
     finally:
@@ -176,7 +179,8 @@ def check_file(path: Path, written: Sequence[WrittenTensor]) -> None:
     expected = {tensor.tensor.name: tensor for tensor in written}
     if [tensor.name for tensor in found] != list(expected):
         raise CheckpointError(f"{path} was read back with other tensors than were written")
-    with open(path, "rb") as file:
+    size = sum(int(tensor.n_bytes) for tensor in found)
+    with open(path, "rb") as file, working("reading back", size, BYTES) as work:
         for tensor in found:
             wanted = expected[tensor.name]
             same = tensor.tensor_type == _type(wanted.tensor.type)
@@ -186,6 +190,7 @@ def check_file(path: Path, written: Sequence[WrittenTensor]) -> None:
                 raise CheckpointError(
                     f"{path} was read back with another {tensor.name} than was written; check the disk"
                 )
+            work.advance(int(tensor.n_bytes))
 
 
 def _digest(file: BinaryIO, size: int) -> bytes:

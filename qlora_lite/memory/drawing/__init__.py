@@ -6,6 +6,7 @@ palette   a colour for each category, on light and dark backgrounds
 treemap   bytes of modules as nested rectangles
 svg       timeline and treemap as SVG
 tables    the tables of the HTML page
+frame     what pages have in common: the document and its style sheet base.css
 page      the HTML page, with its style sheet page.css
 png       the timeline as a PNG
 """

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 from qlora_lite.checkpoints.files import new_file
 from qlora_lite.memory.breakdown import Category, MemoryBreakdown
+from qlora_lite.memory.drawing.frame import colour_variables, document, figure_html, style_sheet
 from qlora_lite.memory.drawing.palette import DARK, LIGHT, text_colour_on
 from qlora_lite.memory.drawing.svg import share_bar, timeline_picture, treemap_picture
 from qlora_lite.memory.drawing.tables import comparison_table, module_table, path_html, phase_table, size_html
@@ -30,7 +30,7 @@ from qlora_lite.memory.report import (
 )
 
 TITLE = "Memory of a training run"
-# (class, width, height): pictures are drawn for a screen and for a phone, and the style sheet shows one of them.
+# (class, width, height): pictures are drawn for a screen and for a phone, and base.css shows one of them.
 SHAPES = (("wide", 1080, 340), ("narrow", 360, 300))
 COUNTERS = (ALLOCATED, RESERVED, RESIDENT, TENSORS)
 TREEMAP_HEIGHTS = {"wide": 520, "narrow": 460}
@@ -59,14 +59,7 @@ def page(report: MemoryReport, predicted: MemoryReport | None = None, title: str
         () if predicted is None else _compared(predicted, report),
         _by_phase(report),
     )
-    body = "\n".join(text for part in (_head(report, title), *sections, _foot()) for text in part)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-        "</body>\n</html>\n"
-    )
+    return document(title, _style(), (text for part in (_head(report, title), *sections, _foot()) for text in part))
 
 
 def _style() -> str:
@@ -78,8 +71,7 @@ def _style() -> str:
         f".{key.value}{{fill:var(--{key.value});background:var(--{key.value})}}.on-{key.value}{{fill:var(--on-{key.value})}}\n"
         for key in Category
     )
-    variables = f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
-    return variables + fills + (files("qlora_lite.memory.drawing") / "page.css").read_text(encoding="utf-8")
+    return colour_variables(light, dark) + fills + style_sheet(__package__, "page.css")
 
 
 def _head(report: MemoryReport, title: str) -> Iterator[str]:
@@ -143,7 +135,7 @@ def _figures(report: MemoryReport) -> Iterator[str]:
 
 
 def _figure(name: str, size: int | None, note: str) -> str:
-    return f"<div><dt>{name}</dt><dd>{size_html(size)}<small>{escape(note)}</small></dd></div>"
+    return figure_html(name, size_html(size), note)
 
 
 def _peak_figure(column: Column, report: MemoryReport) -> str:

@@ -21,7 +21,8 @@ BETWEEN_PHASES = "between phases"
 SMALLEST_SIDE = 100.0  # a group with a shorter side is not split into its modules
 
 
-def _picture(width: float, height: float, css_class: str, title: str, body: Iterator[str]) -> str:
+def picture(width: float, height: float, css_class: str, title: str, body: Iterator[str]) -> str:
+    """Returns an SVG element with these parts. title: what it shows, for those who do not see it."""
     return (
         f'<svg class="{css_class}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
         f"{''.join(body)}</svg>"
@@ -68,7 +69,7 @@ def timeline_picture(timeline: Timeline, highest: int, width: float, height: flo
     plot = _Plot(width, height, len(timeline), max(1, highest))
     parts = (_axis(plot), _stack(timeline, plot), _phases(timeline, plot), _peak(timeline, plot))
     body = (text for part in (*parts, _tips(timeline, plot) if tips else ()) for text in part)
-    return _picture(width, height, "timeline", title, body)
+    return picture(width, height, "timeline", title, body)
 
 
 def _axis(plot: _Plot) -> Iterator[str]:
@@ -135,7 +136,7 @@ def _tips(timeline: Timeline, plot: _Plot) -> Iterator[str]:
 
 def treemap_picture(breakdown: MemoryBreakdown, width: float, height: float, title: str) -> str:
     """Returns a treemap of the bytes of each module, coloured by category, with repeated blocks in order."""
-    return _picture(width, height, "treemap", title, _treemap(breakdown, Rectangle(0, 0, width, height)))
+    return picture(width, height, "treemap", title, _treemap(breakdown, Rectangle(0, 0, width, height)))
 
 
 def _treemap(breakdown: MemoryBreakdown, area: Rectangle) -> Iterator[str]:
