@@ -15,10 +15,11 @@ The scores are the one product in fp32: rounded to bf16, a score of 16 would be 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -31,6 +32,14 @@ BLOCK_ROWS = 128
 SCORE_BYTES = 4 << 20
 # Bytes of fp32 keys in the rows of a batch that are computed together: few large products, and small copies.
 KEY_BYTES = 4 << 20
+# Options of transformers' attention functions that those here do not have.
+UNSUPPORTED_OPTIONS = ("softcap", "position_bias", "cache", "s_aux", "output_attentions")
+
+
+def asks_for_more(options: Mapping[str, Any]) -> bool:
+    """Whether a call of transformers' attention has options that the functions here do not have."""
+    unsupported = (options.get(name) for name in UNSUPPORTED_OPTIONS)
+    return bool(options.get("dropout")) or any(value is not None and value is not False for value in unsupported)
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -215,3 +224,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
     out: Tensor = _CausalAttention.apply(query, key, value, mask, scale, product_dtype(query, None), known)
     stash_output(out)
     return out
+
+
+def one_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Returns the attention `(rows, 1, heads, d)` of one query token `(rows, heads, 1, d)` to all keys.
+
+    Query heads that share a key head become rows of torch's kernel, which otherwise repeats keys and values for each.
+    """
+    rows, heads, _, width = query.shape
+    shared = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+    y: Tensor = F.scaled_dot_product_attention(shared, key, value, scale=scale)
+    return y.reshape(rows, 1, heads, value.shape[-1])

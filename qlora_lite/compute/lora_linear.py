@@ -290,18 +290,20 @@ FEW_ROWS = 32
 def _few_rows_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, lora: Factors | None, scaling: float, dtype: torch.dtype
 ) -> Tensor:
-    """Returns `_AdaptedLinear`'s y without its nodes, which cost more time than a product of few rows.
-
-    A and B in fp32 are multiplied as they are, which takes no longer than casting them for each token.
-    """
+    """Returns `_AdaptedLinear`'s y without its nodes, which cost more time than a product of few rows."""
     y = _product(x.to(dtype), weight, bias, few=True)
     if lora is not None:
-        lora_A, lora_B = lora
-        if lora_A.dtype == lora_B.dtype == torch.float32 != dtype:
-            y.add_(F.linear(F.linear(x.to(torch.float32), lora_A), lora_B), alpha=scaling)
-        else:
-            y.addmm_(x.to(dtype) @ lora_A.to(dtype).T, lora_B.to(dtype).T, alpha=scaling)
+        add_few_rows_update_(y, x, lora, scaling)
     return y.to(x.dtype)
+
+
+def add_few_rows_update_(y: Tensor, x: Tensor, lora: Factors, scaling: float) -> None:
+    """Adds scaling * B A x to the product y `(rows, out)` of few rows x `(rows, in)`."""
+    lora_A, lora_B = lora
+    if lora_A.dtype == lora_B.dtype == torch.float32 != y.dtype:  # as they are: casts would take longer
+        y.add_(F.linear(F.linear(x.to(torch.float32), lora_A), lora_B), alpha=scaling)
+    else:
+        y.addmm_(x.to(y.dtype) @ lora_A.to(y.dtype).T, lora_B.to(y.dtype).T, alpha=scaling)
 
 
 def check_features(x: object, features: int) -> None:

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite.compute.recompute import recomputable
 from qlora_lite.compute.slicing import slices_within
 
+PROBE_SHAPE = (3, 16)
+EPS_NAMES = ("variance_epsilon", "eps")
 # Bytes of fp32 temporaries at once, which stay in the caches of a core.
 SLICE_BYTES = 1 << 20
 
@@ -139,3 +143,36 @@ def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """
     y: Tensor = _Gated.apply(gate, up, activation)
     return recomputable(y, functools.partial(gated_product, activation=activation), gate, up)
+
+
+def gives(forward: Callable[[], object], expected: Tensor) -> bool:
+    """Returns whether a forward runs on its stand-in module and gives exactly this tensor."""
+    try:
+        result = forward()
+    except Exception:  # the code of a model may fail on the stand-in in any way
+        return False
+    return isinstance(result, Tensor) and result.dtype == expected.dtype and torch.equal(result, expected)
+
+
+def probe(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Returns the small random tensor of this seed that modules are tried on."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def norm_eps(module: nn.Module) -> float | None:
+    """Returns the eps of a module that computes `normalized` with its weight; None for any other module."""
+    weight = module._parameters.get("weight")
+    name = next((name for name in EPS_NAMES if hasattr(module, name)), None)
+    if weight is None or weight.dim() != 1 or name is None or module._parameters.get("bias") is not None:
+        return None
+    eps: Any = getattr(module, name)
+    with no_dispatch(), torch.no_grad():
+        x, scale = probe(0, weight.dtype, *PROBE_SHAPE), probe(1, weight.dtype, PROBE_SHAPE[-1])
+        stand_in: Any = SimpleNamespace(weight=scale, **{name: eps})
+        same = gives(lambda: type(module).forward(stand_in, x), normalized(x, scale, eps))
+    return float(eps) if same else None
+
+
+def short_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Returns `normalized` up to the order of its sum, in two operations: for rows so few that their number counts."""
+    return F.rms_norm(x, weight.shape, None, eps) * weight

@@ -5,12 +5,14 @@ In reading order:
 settings          GenerationSettings: the length of answers, and how tokens are drawn
 prompts           the tokens of a conversation, a text or a record, and the tokens that end an answer
 text_pieces       the text of tokens as they arrive, in whole characters
+decode_step       shorter norms and attention in steps of one token
 answering         answers of one prompt or a batch, by transformers' generate
 compared_answers  how often a model writes the answers of tokenized examples
 chat_session      a conversation, and the adapter that answers
 record_prompts    the prompts of files
 answer_journal    answers that are finished, kept for the case of a kill
 answer_file       a file of answers, by batches of about one length
+joined_products   layers with the same input, multiplied at once
 repacked_codes    codes of 4-bit weights in the order of a faster CPU kernel, for as long as they are wanted
 """
 

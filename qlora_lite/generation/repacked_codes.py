@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.compute.devices import on_cpu
+from qlora_lite.generation.decode_step import short_steps
+from qlora_lite.generation.joined_products import joined_products
 from qlora_lite.quantization.formats import format_named
 from qlora_lite.quantization.kernels import DecodeCopy, block_absmax, bnb
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -62,20 +64,22 @@ def repacked(weight: PackedWeight) -> DecodeCopy:
 
 @contextmanager
 def decode_copies(model: nn.Module) -> Iterator[int]:
-    """Makes products of few rows, as in `generate`, fast on a CPU within the block. Yields the bytes that this takes.
+    """Makes steps of few rows, as in `generate`, fast on a CPU within the block. Yields the bytes that this takes.
 
     Each 4-bit weight gets a copy of its codes in the order of a CPU kernel: `decode_copy_bytes`, 0.53 bytes a value.
     The copies are dropped at the end. Weights that the kernel does not take, on another device, on a CPU without
-    AVX512-BF16, or of int8, get none, and compute as without this. Nothing else changes: prompts, training and merging
-    use the weights themselves, within the block too. Products differ from those of the unpacked weights as bf16 does
-    from itself: absmax is rounded to bf16.
+    AVX512-BF16, or of int8, get none, and compute as without this. Layers with the same input are multiplied at once
+    (joined_products.py), and norms and attention are shorter (decode_step.py). Prompts, training and merging use the
+    weights themselves, within the block too. Products differ from those of the unpacked weights as bf16 does from
+    itself: absmax is rounded to bf16.
     """
     weights = [module for module in model.modules() if isinstance(module, PackedWeight) and module.decode_copy is None]
     chosen = [weight for weight in weights if decode_copy_bytes(weight)]
     try:
         for weight in chosen:
             weight.set_decode_copy(repacked(weight))
-        yield sum(map(decode_copy_bytes, chosen))
+        with short_steps(model), joined_products(model):
+            yield sum(map(decode_copy_bytes, chosen))
     finally:
         for weight in chosen:
             weight.set_decode_copy(None)

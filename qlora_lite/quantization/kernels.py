@@ -9,6 +9,7 @@ rows    W_ij = index_ij * absmax_i / 127                  index in [-127, 127]
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import logging
@@ -233,13 +234,41 @@ def _code_table(format: str) -> Tensor:
         return torch.tensor(code_values(format))
 
 
+@functools.cache
+def _copy_kernel(format: str) -> Callable[..., None] | None:
+    """Returns the function of bitsandbytes' library that its op for few rows calls, None if the library has none.
+
+    The op takes 20 µs around it for each product, which is more than most products of one row take.
+    """
+    address = getattr(bnb.lib, f"gemv_4bit_inference_cpu_{format}_bf16", None)
+    if not isinstance(address, ctypes._CFuncPtr):  # type: ignore[attr-defined]
+        return None
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    signature = ctypes.CFUNCTYPE(None, count, count, count, *(4 * (pointer,)), count, count, count)
+    return signature(ctypes.cast(address, pointer).value or 0)
+
+
+def copy_product(rows: Tensor, copy: DecodeCopy, format: str, blocksize: int) -> Tensor:
+    """Returns x W^T for few rows x `(n, columns)` in bf16, from a copy of the codes of W on a CPU."""
+    (count, columns), height, absmax = rows.shape, copy.codes.shape[0], copy.absmax.contiguous()
+    y: Tensor
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()  # op and function read values side by side
+    kernel = None if torch.compiler.is_compiling() else _copy_kernel(format)
+    if kernel is not None:
+        y = torch.empty((count, height), dtype=torch.bfloat16)
+        if type(y) is Tensor:  # a fake tensor has no memory
+            tensors = (tensor.data_ptr() for tensor in (rows, copy.codes, absmax, y))
+            kernel(count, height, columns, *tensors, blocksize, rows.stride(0), height)
+            return y
+    y = ops.gemv_4bit(rows, copy.codes, (height, columns), absmax, _code_table(format), blocksize)
+    return y
+
+
 def _few_rows_of_blocks(packed: PackedBuffers, rows: Tensor) -> Tensor | None:
     """On an accelerator the kernel reads the codes as they are; on a CPU it needs the copy, and bf16."""
     copy, on_accelerator = packed.decode_copy, not on_cpu(rows.device)
     if copy is not None and rows.dtype == torch.bfloat16:
-        table = _code_table(packed.format)
-        y: Tensor = ops.gemv_4bit(rows, copy.codes, packed.shape, copy.absmax, table, packed.blocksize)
-        return y
+        return copy_product(rows, copy, packed.format, packed.blocksize)
     whole_blocks = packed.shape[1] % packed.blocksize == 0
     if on_accelerator and whole_blocks and rows.shape[0] <= ACCELERATOR_ROWS and hasattr(ops, "gemm_4bit"):
         return packed_product(packed, rows)

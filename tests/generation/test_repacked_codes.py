@@ -14,6 +14,7 @@ from qlora_lite.compute import lora_linear
 from qlora_lite.compute.devices import accelerator_pretended
 from qlora_lite.compute.lora_linear import FEW_ROWS
 from qlora_lite.generation.repacked_codes import decode_copies, decode_copy_bytes, repacked
+from qlora_lite.quantization import kernels
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.kernels import block_absmax, bnb, packed_product
 from qlora_lite.quantization.layers import QuantizedLinear
@@ -160,3 +161,15 @@ def test_adapters_of_now_are_added(adapter_dtype: torch.dtype, monkeypatch: pyte
     b.data.div_(-3)
     monkeypatch.setattr(lora_linear, "FEW_ROWS", 0)
     assert first < 1.1 * relative_error() < 5e-3  # that of training
+
+
+@needs_kernel
+def test_the_library_is_called_as_its_op_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = packed()
+    copied, x = repacked(weight), torch.randn(3, 256).bfloat16()
+    assert kernels._copy_kernel("nf4") is not None
+    for rows in (x[:, :128], x[:, ::2]):  # strided rows, and values that are not side by side
+        direct = kernels.copy_product(rows, copied, "nf4", 64)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "_copy_kernel", lambda format: None)
+            assert torch.equal(kernels.copy_product(rows.contiguous(), copied, "nf4", 64), direct)

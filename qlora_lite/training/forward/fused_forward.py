@@ -19,43 +19,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from qlora_lite.compute.cpu_attention import causal_attention
+from qlora_lite.compute.cpu_attention import asks_for_more, causal_attention
 from qlora_lite.compute.devices import on_cpu
-from qlora_lite.compute.norms_and_gates import ACTIVATIONS, gated, gated_product, normalized, rms_norm
+from qlora_lite.compute.norms_and_gates import (
+    ACTIVATIONS,
+    PROBE_SHAPE,
+    gated,
+    gated_product,
+    gives,
+    norm_eps,
+    probe,
+    rms_norm,
+)
 from qlora_lite.patches import patched_attention, patched_forward
 
-PROBE_SHAPE = (3, 16)
-# Options of transformers' attention functions that the fused one does not have.
-UNSUPPORTED_OPTIONS = ("softcap", "position_bias", "cache", "s_aux", "output_attentions")
-EPS_NAMES = ("variance_epsilon", "eps")
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
-
-
-def _gives(forward: Callable[[], object], expected: Tensor) -> bool:
-    """Returns whether a forward runs on its stand-in module and gives exactly this tensor."""
-    try:
-        result = forward()
-    except Exception:  # the code of a model may fail on the stand-in in any way
-        return False
-    return isinstance(result, Tensor) and result.dtype == expected.dtype and torch.equal(result, expected)
-
-
-def _probe(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _norm_eps(module: nn.Module) -> float | None:
-    """Returns the eps of a module that computes `normalized` with its weight; None for any other module."""
-    weight = module._parameters.get("weight")
-    name = next((name for name in EPS_NAMES if hasattr(module, name)), None)
-    if weight is None or weight.dim() != 1 or name is None or module._parameters.get("bias") is not None:
-        return None
-    eps: Any = getattr(module, name)
-    with no_dispatch(), torch.no_grad():
-        x, scale = _probe(0, weight.dtype, *PROBE_SHAPE), _probe(1, weight.dtype, PROBE_SHAPE[-1])
-        stand_in: Any = SimpleNamespace(weight=scale, **{name: eps})
-        same = _gives(lambda: type(module).forward(stand_in, x), normalized(x, scale, eps))
-    return float(eps) if same else None
 
 
 def _mlp_activation(module: nn.Module, dtype: torch.dtype) -> str | None:
@@ -63,13 +41,13 @@ def _mlp_activation(module: nn.Module, dtype: torch.dtype) -> str | None:
     if not all(isinstance(getattr(module, part, None), nn.Module) for part in MLP_PARTS):
         return None
     with no_dispatch(), torch.no_grad():
-        x = _probe(0, dtype, *PROBE_SHAPE)
+        x = probe(0, dtype, *PROBE_SHAPE)
         stand_in: Any = SimpleNamespace(
             gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.tan, act_fn=module.act_fn
         )
         for name in ACTIVATIONS:
             expected = torch.tan(gated_product(torch.sin(x), torch.cos(x), name))
-            if _gives(lambda: type(module).forward(stand_in, x), expected):
+            if gives(lambda: type(module).forward(stand_in, x), expected):
                 return name
     return None
 
@@ -88,7 +66,7 @@ def _fused_forward(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tenso
     """Returns the fused forward of a recognized module; None for others and for instances with their own forward."""
     if "forward" in module.__dict__:
         return None
-    eps = _norm_eps(module)
+    eps = norm_eps(module)
     if eps is not None:
         return functools.partial(_fused_norm, module, module.forward, eps)
     activation = _mlp_activation(module, dtype)
@@ -127,8 +105,7 @@ def fused_attention(own: Callable[..., Any], masks: CausalMasks, module: nn.Modu
     is_fusible = (
         on_cpu(query.device)
         and query.dtype in (torch.bfloat16, torch.float32)
-        and not options.get("dropout")
-        and not any(options.get(name) is not None and options.get(name) is not False for name in UNSUPPORTED_OPTIONS)
+        and not asks_for_more(options)
         and 1 < tokens == key.shape[2]
         and (causal if mask is None else masks.is_causal(mask, tokens))
     )
