@@ -123,6 +123,12 @@ def tiny_vision_folder(make_tiny_vision_model: Callable[..., Path], tmp_path_fac
     return make_tiny_vision_model(tmp_path_factory.mktemp("vision") / "smolvlm")
 
 
+@pytest.fixture(scope="session")
+def read_html(import_script: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Returns the function of tests/html_elements.py, which parses a page and checks that it is well formed."""
+    return import_script("tests/html_elements.py").read
+
+
 # For every family: a config uses the sizes that it knows and keeps the others as they are.
 SMALL_SIZES = {
     "vocab_size": 64,

@@ -52,6 +52,7 @@ FLOORS: dict[str, int] = {
     "training": 9,
     "planning": 10,
     "integrations": 10,
+    "reports": 10,
     "cli.training": 11,
     "cli.generation": 11,
     "cli.configuration": 12,

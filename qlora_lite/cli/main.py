@@ -34,6 +34,7 @@ from qlora_lite.cli.profile import profile
 from qlora_lite.cli.push import push
 from qlora_lite.cli.quantize import quantize
 from qlora_lite.cli.train import train
+from qlora_lite.cli.training.report import report
 from qlora_lite.errors import Stopped
 from qlora_lite.progress.work import progress_shown
 from qlora_lite.signals import exit_on_signals
@@ -50,7 +51,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     """Fine-tune a quantized language model in little memory."""
 
 
-for command in (data, plan, train, chat, generate, serve, profile, merge, quantize, push, inspect, env):
+for command in (data, plan, train, report, chat, generate, serve, profile, merge, quantize, push, inspect, env):
     app.command(cls=ConfiguredCommand if command is train else StrictCommand)(command)
 
 
