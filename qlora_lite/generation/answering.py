@@ -14,6 +14,7 @@ from torch import Tensor
 from qlora_lite.architecture import config_value
 from qlora_lite.errors import ConfigError
 from qlora_lite.generation.decode_step import short_steps
+from qlora_lite.generation.joined_products import joined_products
 from qlora_lite.generation.prompts import Prompts
 from qlora_lite.generation.settings import GenerationSettings, complete_config
 from qlora_lite.generation.text_pieces import TextPieces, decoded
@@ -158,7 +159,8 @@ def _generate(
     filled = [[pad] * (longest - len(row)) + [*row] for row in rows]
     seen = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
     config = complete_config(model, settings, stop, pad)
-    with patched_attribute(model, "generation_config", config), short_steps(model), _seeded(settings, number):
+    faster = short_steps(model), joined_products(model)  # of the adapter that answers now
+    with patched_attribute(model, "generation_config", config), _seeded(settings, number), faster[0], faster[1]:
         made: Tensor = model.generate(
             input_ids=torch.tensor(filled, device=model.device),
             attention_mask=torch.tensor(seen, device=model.device),

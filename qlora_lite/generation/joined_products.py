@@ -59,18 +59,26 @@ class JoinedProduct:
     """The product of several weights with one input; hands each layer its part once."""
 
     def __init__(self, weights: Sequence[PackedWeight]) -> None:
-        copies = [weight.decode_copy for weight in weights if weight.decode_copy is not None]
         self._weights, self._sizes = weights, [weight.shape[0] for weight in weights]
-        codes, absmax = (torch.cat(parts, dim) for dim, parts in enumerate(zip(*copies, strict=True)))
-        self._copy = DecodeCopy(codes, absmax)
-        views = zip(codes.split(self._sizes), absmax.split(self._sizes, dim=1), strict=True)
-        self._views = [DecodeCopy(*view) for view in views]
-        for weight, view in zip(weights, self._views, strict=True):
-            weight.set_decode_copy(view)
         self._input: Tensor | None = None
         self._version = 0
         self._parts: list[Tensor | None] = [None] * len(weights)
         self._is_shared = True
+        self._views: list[DecodeCopy] = []
+        self._join()
+
+    def _join(self) -> bool:
+        """Joins the copies of the weights; returns False if one has none any more."""
+        copies = [weight.decode_copy for weight in self._weights if weight.decode_copy is not None]
+        if len(copies) < len(self._weights):
+            return False
+        codes, absmax = (torch.cat(parts, dim) for dim, parts in enumerate(zip(*copies, strict=True)))
+        self._copy = DecodeCopy(codes, absmax)
+        views = zip(codes.split(self._sizes), absmax.split(self._sizes, dim=1), strict=True)
+        self._views = [DecodeCopy(*view) for view in views]
+        for weight, view in zip(self._weights, self._views, strict=True):
+            weight.set_decode_copy(view)
+        return True
 
     def part(self, index: int, x: Tensor) -> Tensor | None:
         """Returns the product `(rows, out)` for one layer; None once a weight has changed, or the inputs differ."""
@@ -78,7 +86,8 @@ class JoinedProduct:
             # A part that nobody took was computed for nothing: these layers do not share their inputs any more.
             self._is_shared = self._is_shared and not any(part is not None for part in self._parts)
             pairs = zip(self._weights, self._views, strict=True)
-            if not self._is_shared or any(weight.decode_copy is not view for weight, view in pairs):
+            is_joined = all(weight.decode_copy is view for weight, view in pairs)  # not if others joined them since
+            if not self._is_shared or not (is_joined or self._join()):
                 self._forget()
                 return None
             first = self._weights[0]

@@ -139,3 +139,20 @@ def test_gradients_are_those_of_training(model: Any, heights: list[int]) -> None
         made = len(heights)
         model.eval()(torch.randn(2, 64).bfloat16())[0].float().sum().backward()
     assert len(heights) == made and model.q.lora_A.grad.abs().sum() > 0
+
+
+def test_layers_that_others_have_joined_since_are_joined_again(model: Any, heights: list[int]) -> None:
+    with decode_copies(model):
+        before = steps(model)
+        for layer in model.children():  # as if another adapter had taken the places of these layers
+            own = vars(layer).pop("forward")
+            layer.kept = own
+        with joined.joined_products(model):
+            again = steps(model)
+        for layer in model.children():
+            layer.forward = vars(layer).pop("kept")
+        made = len(heights)
+        last = steps(model)
+        assert len(heights) == made + 3
+    for first, second, third in zip(before[1:], again[1:], last[1:], strict=True):
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third, strict=True))

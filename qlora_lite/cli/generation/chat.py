@@ -16,12 +16,14 @@ import typer
 from qlora_lite.cli.generation.lines import Lines, shown
 from qlora_lite.cli.generation.talkers import (
     OFF,
+    DecodeCopies,
     MaxNewTokens,
     Temperature,
     TopK,
     TopP,
     adapters_in_words,
     generation_settings,
+    held_copies,
     load_talker,
 )
 from qlora_lite.cli.options import (
@@ -165,6 +167,7 @@ def chat(
     top_p: TopP = None,
     top_k: TopK = None,
     seed: Annotated[int | None, typer.Option(help="Seed of drawn tokens. Default: another one each time.")] = None,
+    decode_copies: DecodeCopies = False,
     any_base: AnyBase = False,
     ignore_unexpected: IgnoreUnexpected = False,
     text_only: TextOnly = False,
@@ -176,4 +179,5 @@ def chat(
     made = generation_settings(ctx.params, model)
     talker = load_talker(ctx.params)
     session = ChatSession(talker.model, talker.tokenizer, made, system)
-    Chat(session, talker.adapters, Lines(), json).run()
+    with held_copies(talker.model, decode_copies):
+        Chat(session, talker.adapters, Lines(), json).run()

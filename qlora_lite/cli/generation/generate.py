@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_lite.cli.data_options import Fields, Limit, SkipBad, fields_named, input_paths
-from qlora_lite.cli.generation.talkers import MaxNewTokens, Temperature, TopK, TopP, generation_settings, load_talker
+from qlora_lite.cli.generation.talkers import (
+    DecodeCopies,
+    MaxNewTokens,
+    Temperature,
+    TopK,
+    TopP,
+    generation_settings,
+    held_copies,
+    load_talker,
+)
 from qlora_lite.cli.options import (
     AnyBase,
     Blocksize,
@@ -97,6 +106,7 @@ def generate(
     field: Fields = None,
     limit: Limit = None,
     skip_bad: SkipBad = 0,
+    decode_copies: DecodeCopies = False,
     any_base: AnyBase = False,
     ignore_unexpected: IgnoreUnexpected = False,
     text_only: TextOnly = False,
@@ -118,7 +128,8 @@ def generate(
     if draws(talker.model.generation_config, made) and made.seed is None:
         made = replace(made, seed=0)  # so that a run that goes on draws what an undisturbed one would
     began = time.perf_counter()
-    with working("answering", len(asked.prompts), "prompts") as work:
+    rounding = {"decode_copies": True} if decode_copies else {}  # a run that goes on has to round as it did
+    with held_copies(talker.model, decode_copies), working("answering", len(asked.prompts), "prompts") as work:
         done = write_answers(
             talker.model,
             writer,
@@ -128,7 +139,7 @@ def generate(
             batch_size=batch_size,
             compare=compare,
             overwrite=overwrite,
-            notes=asdict(quant),
+            notes=asdict(quant) | rounding,
             on_answers=work.reach,
         )
     figures = {

@@ -12,7 +12,14 @@ from typing import Annotated
 
 import typer
 
-from qlora_lite.cli.generation.talkers import MaxNewTokens, Talker, generation_settings, load_talker
+from qlora_lite.cli.generation.talkers import (
+    DecodeCopies,
+    MaxNewTokens,
+    Talker,
+    generation_settings,
+    held_copies,
+    load_talker,
+)
 from qlora_lite.cli.options import (
     AnyBase,
     Blocksize,
@@ -82,6 +89,7 @@ def serve(
     time_limit: Annotated[
         float, typer.Option(help="Seconds that a request may wait, and that an answer may take.")
     ] = 300.0,
+    decode_copies: DecodeCopies = False,
     any_base: AnyBase = False,
     ignore_unexpected: IgnoreUnexpected = False,
     text_only: TextOnly = False,
@@ -109,6 +117,7 @@ def serve(
             print(f"{address} (OpenAI's interface is at {address}/v1; Ctrl-C ends the server)", flush=True)
             print(f"models: {', '.join(names)}", flush=True)
         try:
-            Server(app, answers.end).run([listening])
+            with held_copies(talker.model, decode_copies):
+                Server(app, answers.end).run([listening])
         finally:
             answers.close()

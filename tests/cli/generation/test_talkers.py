@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 
 from qlora_lite.cli.generation.talkers import adapters_in_words, generation_settings, load_talker, named_adapters
 from qlora_lite.errors import CheckpointError, ConfigError
+from qlora_lite.quantization.kernels import bnb
 
 
 def test_adapters_are_named_by_their_runs_or_as_told(tmp_path: Path) -> None:
@@ -49,3 +52,37 @@ def test_a_model_that_does_not_answer_is_refused_before_it_is_read(tmp_path: Pat
     options = {"model": str(tmp_path / "t5"), "adapter": None, "skip_modules": None}
     with pytest.raises(ConfigError, match=r"t5 is made for seq2seq-lm; only causal language models write answers here"):
         load_talker(options)
+
+
+COMMANDS = {
+    "chat": (),
+    "generate": ("--prompts", "p.txt", "--output", "a.jsonl"),
+    "serve": ("--port", 0),
+}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_copies_without_weights_for_them_are_refused(
+    run: Callable[..., Any], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("hello\n", encoding="utf-8")
+    words = (command, "--model", tiny_folder, "--format", "int8", *COMMANDS[command], "--decode-copies")
+    done = run(*words, stdin="hello\n") if command == "chat" else run(*words)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --decode-copies makes copies of 4-")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
+
+
+@pytest.mark.skipif(not bnb.has_avx512bf16(), reason="bitsandbytes' kernel needs AVX512-BF16")
+def test_copies_are_held_and_their_bytes_told(
+    run: Callable[..., subprocess.CompletedProcess[str]], tiny_folder: Path, adapter: Path, memory_path: Path
+) -> None:
+    words = ("--model", tiny_folder, "--adapter", adapter, "--max-new-tokens", 4, "--decode-copies", "--json")
+    chatted = run("chat", *words, stdin="hello\n/adapter off\nhello\n")
+    assert chatted.returncode == 0 and chatted.stderr == "copies of codes: 38.2 KiB\n"
+    assert [json.loads(line)["tokens"] for line in chatted.stdout.splitlines()] == [4, 4]
+    prompts, output = memory_path / "p.txt", memory_path / "a.jsonl"
+    prompts.write_text("hello\n", encoding="utf-8")
+    written = run("generate", *words, "--prompts", prompts, "--output", output)
+    assert written.returncode == 0 and written.stderr == chatted.stderr
+    assert json.loads(output.read_text(encoding="utf-8"))["tokens"] == 4
