@@ -21,6 +21,7 @@ from typing import Annotated
 import typer
 
 from qlora_lite.cli.configuration.command import ConfiguredCommand
+from qlora_lite.cli.configuration.init import init
 from qlora_lite.cli.data import data
 from qlora_lite.cli.env import env
 from qlora_lite.cli.generation.chat import chat
@@ -51,7 +52,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     """Fine-tune a quantized language model in little memory."""
 
 
-for command in (data, plan, train, report, chat, generate, serve, profile, merge, quantize, push, inspect, env):
+for command in (init, data, plan, train, report, chat, generate, serve, profile, merge, quantize, push, inspect, env):
     app.command(cls=ConfiguredCommand if command is train else StrictCommand)(command)
 
 

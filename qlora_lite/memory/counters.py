@@ -93,6 +93,14 @@ def context_bytes() -> int | None:
     return int(total - free - device.memory_reserved())
 
 
+def free_bytes() -> int:
+    """Returns the free bytes of the accelerator, which is initialized by that, or else of the machine."""
+    device = _accelerator()
+    if device is None or not hasattr(device, "mem_get_info"):
+        return int(psutil.virtual_memory().available)
+    return device.mem_get_info()[0]
+
+
 def peak_bytes(device: torch.device) -> int | None:
     """Returns the peak since the last reset: allocated bytes on an accelerator, resident bytes of the process on a CPU.
 

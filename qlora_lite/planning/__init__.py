@@ -12,6 +12,7 @@ layer_extrapolation     the peaks of a deep model from those of two shallow ones
 forecast                Forecaster: predicted peaks of many batches and settings
 memory_plan             plan: what fits into a given memory
 memory_budget           config_within: the activation checkpointing that fits into a memory
+batch_choice            choose_batch: the batch that a proposed run begins with
 plan_report             a plan as text
 """
 

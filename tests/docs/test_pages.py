@@ -26,7 +26,7 @@ MODEL, VISION_MODEL = "path/to/model", "path/to/vision-model"
 FOREIGN_OPTIONS = {"--multi_gpu", "--cpu"}
 FEW_STEPS = "3"
 # Commands that take long even on a tiny model, need a network, or wait for a person; they are parsed only.
-SLOW = {"plan", "profile", "push", "chat", "generate", "serve"}
+SLOW = {"init", "plan", "profile", "push", "chat", "generate", "serve"}
 
 GROUP: Any = typer.main.get_command(app)
 COMMANDS: dict[str, Any] = GROUP.commands

@@ -40,6 +40,7 @@ NEEDED = {
         *("--model", "{model}", "--data", "{data}", "--output", "{new}", "--rank", "2", "--steps", "1"),
         "--no-token-cache",
     ],
+    "init": ["--yes", "--model", "{model}", "--data", "{data}", "--memory", "4GiB", "--output", "{new}"],
     "plan": ["--model", "{model}", "--memory", "1GiB"],
     "profile": ["--model", "{model}", "--rank", "2", "--rows", "1", "--tokens", "4", "--no-predict"],
     "chat": ["--model", "{model}"],
@@ -59,11 +60,10 @@ PATHS = {
     "configuration": IN_CONFIGURATION,
     "output": OUT_FOLDER,
     "generate output": OUT_FILE,  # where one command means something else
-    "html": OUT_FILE,
-    "png": OUT_FILE,
+    **dict.fromkeys(("html", "png", "file"), OUT_FILE),
     "snapshot": NOT_HERE,
 }
-SUFFIXES = {"output": ".jsonl"}  # of files; others have the suffix that is the option's name
+SUFFIXES = {"output": ".jsonl", "file": ".yaml"}  # of files; others have the suffix that is the option's name
 NOT_EMPTY, THERE = "not empty", "there"
 SIZES = ("lots", "-1", "nan", "5 apples", "1e3", "9" * 5000)
 # Wrong values of other options.
@@ -132,18 +132,16 @@ class CasePaths:
         save_adapter(model, self.paths["adapter"])
         self.paths["data"] = root / "data.jsonl"
         self.paths["data"].write_text('{"text": "one"}\n{"text": "two"}\n')
-        for name in ("pipe", "pipe.html", "pipe.png", "pipe.jsonl"):
-            os.mkfifo(root / name)
-        for name in ("link", "link.html", "link.png", "link.jsonl"):
-            (root / name).symlink_to(root / "pipe")
-        for name in ("circle", "circle.html", "circle.png", "circle.jsonl"):
-            (root / name).symlink_to(root / name)
-        for name in ("dangling", "dangling.html", "dangling.png", "dangling.jsonl"):
-            (root / name).symlink_to(root / "file" / name)
-        for name in ("empty", "folder.html", "folder.png", "folder.jsonl"):
-            (root / name).mkdir()
-        for name in ("there.html", "there.png", "there.jsonl", "file"):
-            (root / name).touch()
+        for suffix in ("", ".html", ".png", ".jsonl", ".yaml"):
+            os.mkfifo(root / f"pipe{suffix}")
+            (root / f"link{suffix}").symlink_to(root / "pipe")
+            (root / f"circle{suffix}").symlink_to(root / f"circle{suffix}")
+            (root / f"dangling{suffix}").symlink_to(root / "file" / f"dangling{suffix}")
+            if suffix:
+                (root / f"folder{suffix}").mkdir()
+                (root / f"there{suffix}").touch()
+        (root / "empty").mkdir()
+        (root / "file").touch()
         self._strange_folder("unreadable", lambda path: path.symlink_to("/proc/self/mem"))
         self._strange_folder("pipes", os.mkfifo)
         self._strange_folder("folders", Path.mkdir)

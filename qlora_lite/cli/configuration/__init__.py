@@ -9,4 +9,7 @@ run_file       reads a configuration file, with all that is wrong in it
 commented      writes one, with comments
 json_schema    the same settings as a JSON schema
 command        a command whose options may stand in a file
+questions      questions of a command, asked again after a wrong answer
+proposal       the settings of a good run, with reasons
+init           asks, looks at model, records and memory, and writes a configuration
 """

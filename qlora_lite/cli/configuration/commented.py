@@ -22,11 +22,11 @@ WIDTH = 79
 OPTION = re.compile(r"--([a-z][a-z-]*[a-z])")
 # The first line of the file in a run's folder. A file without it was written by a person, and is not replaced.
 OF_A_RUN = "# The settings of this run, written by qlora-lite train."
-RUN_HEADING = (OF_A_RUN, "# `qlora-lite train FOLDER --resume` goes on with the run in this file's folder.")
+RUN_HEADING = (OF_A_RUN, "# `qlora-lite train FOLDER --resume` goes on with the run in this folder.")
 PRINTED_HEADING = (
-    "# The settings of a run: `qlora-lite train FILE` starts it. A flag after FILE has",
-    "# precedence. Paths are relative to the folder that the command runs in. null",
-    "# leaves a setting to the run.",
+    "# The settings of a run: `qlora-lite train FILE` starts it. A flag behind FILE",
+    "# has precedence. Paths are relative to the folder that the command runs in.",
+    "# null leaves a setting to the run.",
 )
 # Settings of the section of adapters that a run has also if it goes on from an adapter.
 OF_ANY_ADAPTER = ("from_adapter", "any_base")
