@@ -1,17 +1,18 @@
 """Does a script of trl learn with three changed lines what it learns with transformers, peft and bitsandbytes?
 
-    python profiling/learn_like_trl.py            # 30 steps of SFT and of DPO: about seven minutes on two cores
+    python profiling/learn_like_trl.py            # 30 steps of SFT and of DPO: about ten minutes on two cores
     python profiling/learn_like_trl.py --tiny     # random weights, in seconds: shows that the script works
 
 Both sides train SmolLM2-135M-Instruct in NF4 with double quantization to turn messages into records, from the same A,
-on the same batches in the same order. Each training runs in a process of its own, with `--tiny` all in one
-(parts/trl_learning_worker.py).
+on the same batches in the same order, once with A and B in bf16, as trl rounds them, and once in fp32, as this library
+keeps them. Each training runs in a process of its own, with `--tiny` all in one (parts/trl_learning_worker.py).
 
 How far rounding alone moves the losses is shown by runs of this library whose A starts half a step of bf16 away. The
 ends of two runs are compared by the mean of the last third of their losses: `noise` is the largest distance between
 the ends of two runs of this library, and `ratio` the distance between the sides as a share of it, or of 1 % of the
 peer's end if that is more. Prints the losses and ends with one JSON line: trainer -> `first` (of both sides), `ours`,
-`peer` (their ends), `difference`, `noise`, `ratio`. The exit status is 1 if the first losses differ by more than 1 %.
+`peer` (their ends), `difference`, `noise`, `ratio`, and the same with `_fp32` of the runs in fp32. The exit status is
+1 if the first losses differ by more than 1 %.
 """
 
 from __future__ import annotations
@@ -54,25 +55,33 @@ def end(losses: list[float]) -> float:
     return statistics.mean(losses[-max(1, len(losses) // 3) :])
 
 
-def verdict(ours: list[float], peer: list[float], moved: list[list[float]]) -> dict[str, Any]:
-    """Returns the figures of one trainer."""
-    ends = [end(losses) for losses in (ours, *moved)]
-    noise = max(abs(one - other) for one, other in itertools.combinations(ends, 2))
+def distance(ours: list[float], peer: list[float], noise: float, suffix: str = "") -> dict[str, float]:
+    """Returns how far apart two runs end."""
     difference = abs(end(ours) - end(peer))
-    return {
-        "first": [ours[0], peer[0]],
-        "ours": end(ours),
-        "peer": end(peer),
-        "difference": difference,
-        "noise": noise,
-        "ratio": difference / max(noise, SHARE * end(peer)),
-    }
+    ratio = difference / max(noise, SHARE * end(peer))
+    found = {"ours": end(ours), "peer": end(peer), "difference": difference, "ratio": ratio}
+    return {name + suffix: value for name, value in found.items()}
 
 
-def table(trainer: str, ours: list[float], peer: list[float], moved: list[list[float]]) -> Table:
-    names = ("step", "ours", "peer", *(f"ours, moved {number}" for number in range(1, len(moved) + 1)))
-    drawn = Table(*names, title=f"losses of {trainer}")
-    for step, row in enumerate(zip(ours, peer, *moved, strict=True), start=1):
+def verdict(losses: dict[str, list[float]]) -> dict[str, Any]:
+    """Returns the figures of one trainer from the losses of its runs."""
+    ends = [end(values) for name, values in losses.items() if name.startswith("ours") and name != "ours fp32"]
+    noise = max(abs(one - other) for one, other in itertools.combinations(ends, 2))
+    found = {"first": [losses["ours"][0], losses["peer"][0]], "noise": noise}
+    found |= distance(losses["ours"], losses["peer"], noise)
+    return found | distance(losses["ours fp32"], losses["peer fp32"], noise, "_fp32")
+
+
+def runs(usual: dict[str, Any], moves: int) -> dict[str, dict[str, Any]]:
+    """Returns the work of each run by its name."""
+    fp32, peer = {"dtype": "float32"}, {"side": "peer"}
+    moved = {f"ours, moved {seed}": usual | {"moved": seed} for seed in range(1, moves + 1)}
+    return {"ours": usual, "peer": usual | peer, **moved, "ours fp32": usual | fp32, "peer fp32": usual | peer | fp32}
+
+
+def table(trainer: str, losses: dict[str, list[float]]) -> Table:
+    drawn = Table("step", *losses, title=f"losses of {trainer}")
+    for step, row in enumerate(zip(*losses.values(), strict=True), start=1):
         drawn.add_row(str(step), *(f"{loss:.4f}" for loss in row))
     return drawn
 
@@ -89,11 +98,11 @@ def main() -> None:
         model = model_folder(given.tiny, Path(scratch))
         for trainer in trainers:
             usual = {"side": "ours", "trainer": trainer, "model": str(model), "steps": steps, "tokens": 256}
-            works = [usual, usual | {"side": "peer"}, *(usual | {"moved": seed} for seed in range(1, moves + 1))]
-            groups = [works] if given.tiny else [[work] for work in works]
-            ours, peer, *moved = (losses for group in groups for losses in run(group))
-            console.print(table(trainer, ours, peer, moved))
-            found[trainer] = verdict(ours, peer, moved)
+            works = runs(usual, moves)
+            groups = [list(works.values())] if given.tiny else [[work] for work in works.values()]
+            losses = dict(zip(works, (values for group in groups for values in run(group)), strict=True))
+            console.print(table(trainer, losses))
+            found[trainer] = verdict(losses)
     print(json.dumps({"cpu": cpu_name(), **found}))
     for trainer, figures in found.items():
         mine, theirs = figures["first"]

@@ -3,7 +3,8 @@
     python profiling/parts/trl_learning_worker.py '[{"side": "ours", "trainer": "sft", "model": "...", "steps": 30}]'
 
 The sides are those of trl_worker.py: the same script with three lines changed. Both start from the same A, which
-depends on the name of its layer alone.
+depends on the name of its layer alone, and both hold A and B in the same dtype. Left alone they would not: trl rounds
+the adapters of a model that bitsandbytes has quantized to bf16, and AdamW's updates are rounded to bf16 then.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def start_(model: Any, moved: int) -> None:
         parameter.copy_(values)
 
 
-def train(work: TrainerWork, moved: int) -> list[float]:
-    """Returns the losses of all steps."""
+def train(work: TrainerWork, dtype: torch.dtype, moved: int) -> list[float]:
+    """Returns the losses of all steps, with A and B of this dtype."""
     tokenizer = AutoTokenizer.from_pretrained(work.model)
     model, config = {"ours": ours, "peer": peer}[work.side](work)
     name = work.trainer.upper()
@@ -74,6 +75,9 @@ def train(work: TrainerWork, moved: int) -> list[float]:
         processing_class=tokenizer,
         peft_config=config,
     )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     start_(trainer.model, moved)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -83,9 +87,9 @@ def main() -> None:
     torch.set_num_threads(2)
     logging.set_verbosity_error()
     for given in json.loads(sys.argv[1]):
-        moved = given.pop("moved", 0)
+        dtype, moved = getattr(torch, given.pop("dtype", "bfloat16")), given.pop("moved", 0)
         torch.manual_seed(0)
-        say(losses=train(TrainerWork(**given), moved))
+        say(losses=train(TrainerWork(**given), dtype, moved))
 
 
 if __name__ == "__main__":

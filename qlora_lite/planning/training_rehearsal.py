@@ -37,6 +37,10 @@ def read_config(path_or_id: str | Path) -> Any:
     return hub.read_config(path if path.is_file() else hub.checkpoint_folder(path_or_id, weights=False))
 
 
+# The first step measures what a number of bytes allows to keep, the second one has the optimizer's states.
+REHEARSED_STEPS = 3
+
+
 def rehearse_steps(
     path_or_id: str | Path,
     quant: QuantConfig,
@@ -52,7 +56,8 @@ def rehearse_steps(
     """Predicts the live tensor bytes that `profile_steps` measures: phases load, forward, backward, optimizer.
 
     Runs the packing of `load_quantized`, `add_lora_`, and `train` with batches of shape `(rows, tokens)`, on fake
-    tensors. No weight is read.
+    tensors. No weight is read. Of a longer run the first steps are rehearsed (`REHEARSED_STEPS`), since the others take
+    the same memory, and no evaluation, which takes less.
 
     Args:
         accelerator: predict for a CUDA device, as `rehearse` does.
@@ -66,8 +71,15 @@ def rehearse_steps(
     check_batch_shape(model_config, rows, tokens)
     with rehearsal(accelerator) as profiler:
         model = build_fake_model(model_config, quant, lora, profiler, dtype, text_only)
-        run_fake_training(model, profiler, config, rows, tokens)
+        run_fake_training(model, profiler, _first_steps(config), rows, tokens)
     return rehearsed_report(profiler, accelerator)
+
+
+def _first_steps(config: TrainConfig) -> TrainConfig:
+    config = config.steps_alone()
+    if config.steps <= REHEARSED_STEPS:
+        return config
+    return replace(config, steps=REHEARSED_STEPS, warmup_steps=0, warmup_ratio=0.0)
 
 
 def build_fake_model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -133,6 +133,10 @@ class TrainConfig:
         bounded = is_finite(least) and 0 <= least <= rate
         require(bounded, f"min_learning_rate must be from 0 to learning_rate, {rate:g}", least)
         require(not least or self.schedule != CONSTANT, "a constant schedule has no min_learning_rate", least)
+
+    def steps_alone(self) -> TrainConfig:
+        """Returns these settings for a run without an output folder and held-out batches."""
+        return replace(self, save_steps=None, keep_best=0, eval_steps=None, patience=None)
 
     @property
     def steps_of_warmup(self) -> int:

@@ -236,7 +236,7 @@ def profile_steps(
     """Returns the memory of training steps on random tokens `(rows, tokens)`.
 
     The phases are load, forward, backward and optimizer. With at least two steps, the optimizer's states and the
-    activations of a step are in memory together.
+    activations of a step are in memory together. Nothing is evaluated or saved.
     profiler: not open yet; without one, every storage is traced. text_only: as in `load_quantized`.
     """
     check_batch_shape(hub.read_config(hub.checkpoint_folder(model_folder)), rows, tokens)
@@ -248,5 +248,5 @@ def profile_steps(
         vocabulary = architecture.vocabulary_size(model) or model.config.vocab_size
         ids = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
         batch = {"input_ids": ids, "labels": ids}
-        train(model, [batch], config, profiler=profiler, progress=False)
+        train(model, [batch], config.steps_alone(), profiler=profiler, progress=False)
     return profiler.report()

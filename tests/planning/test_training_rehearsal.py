@@ -43,6 +43,18 @@ def test_training_takes_the_rehearsed_bytes(tiny_folder: Path, quant: dict[str, 
         assert rehearsed.entries == real.entries
 
 
+def test_the_settings_of_a_whole_run_are_rehearsed_by_its_first_steps(tiny_folder: Path) -> None:
+    whole = TrainConfig(steps=10_000, warmup_steps=100, eval_steps=50, save_steps=100, patience=2, keep_best=1)
+    settings, shape = (NF4, LoraConfig(rank=4)), {"rows": 2, "tokens": 24}
+    rehearsed = rehearse_steps(tiny_folder, *settings, whole, **shape)
+    assert rehearsed == rehearse_steps(tiny_folder, *settings, TrainConfig(steps=3), **shape)
+    two = rehearse_steps(tiny_folder, *settings, TWO_STEPS, **shape)
+    assert [phase.live_peak for phase in rehearsed.phases] == [phase.live_peak for phase in two.phases]
+    few = TrainConfig(steps=2, eval_steps=1, patience=1)
+    real = profile_steps(tiny_folder, *settings, few, **shape)
+    assert [phase.live_peak for phase in rehearsed.phases] == [phase.live_peak for phase in real.phases]
+
+
 ALSO_TRAINED: list[dict[str, Any]] = [
     {"modules_to_save": ["lm_head", "norm"]},
     {"trainable_token_indices": [3, 8], "modules_to_save": ["up_proj"]},
