@@ -36,6 +36,7 @@ from qlora_lite import (
 )
 from qlora_lite.checkpoints import load_tokenizer
 from qlora_lite.data import batches, tokenize_all
+from qlora_lite.generation import decode_copies
 from qlora_lite.memory import readable_bytes, render
 from real_model import fetch_model
 
@@ -123,7 +124,8 @@ def run(folder: Path, size: Size, output: Path) -> dict[str, Any]:
         with profiler.phase("load"):
             model = load_quantized(folder, QuantConfig(format="nf4", double_quant=True, embedding_format="int8"))
         profiler.track(model)
-        before = answers(model, tokenizer, conversations)
+        with decode_copies(model):  # for as long as it answers
+            before = answers(model, tokenizer, conversations)
         print(f"loaded as NF4 in {time.perf_counter() - began:.0f} s; it answers {before[0]!r}")
         fine_tune(model, tokenizer, size, output, profiler)
         model.float()  # the dtype of the fresh process, so that differences come from the export; packed bytes stay

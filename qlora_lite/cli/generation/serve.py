@@ -116,8 +116,8 @@ def serve(
         else:
             print(f"{address} (OpenAI's interface is at {address}/v1; Ctrl-C ends the server)", flush=True)
             print(f"models: {', '.join(names)}", flush=True)
-        try:
-            with held_copies(talker.model, decode_copies):
+        with held_copies(talker.model, decode_copies):
+            try:
                 Server(app, answers.end).run([listening])
-        finally:
-            answers.close()
+            finally:
+                answers.close()  # before the copies go
