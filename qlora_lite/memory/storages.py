@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _COMPRESSED_ROWS = ("crow_indices", "col_indices", "values")
@@ -42,6 +43,11 @@ def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     elif tensor.layout in SPARSE_PARTS:
         for name in SPARSE_PARTS[tensor.layout]:
             yield from storages_of(getattr(tensor, name)())
-    # A fake tensor reports the device that it stands for, so it is not excluded here.
-    elif tensor.layout is torch.strided and tensor.device.type != "meta":
+    # A fake tensor has the device that it stands for, so it is not excluded here.
+    elif tensor.layout is torch.strided and _device_of(tensor).type != "meta":
         yield tensor.untyped_storage()
+
+
+def _device_of(tensor: Tensor) -> torch.device:
+    """`tensor.device`, which for a fake tensor would pass through all dispatch modes: half of the time of a trace."""
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device

@@ -168,21 +168,27 @@ def block_absmax(packed: PackedBuffers, first: int, last: int) -> Tensor:
     """Returns the fp32 absmax of blocks first to last."""
     if not packed.double_quant:
         return packed.absmax[first:last]
+    if first == 0 and last == packed.absmax.numel():  # no slices: each is an operator, which a rehearsal runs in Python
+        return _nested_absmax(packed, packed.absmax, packed.nested_absmax)
     # Statistics are packed in blocks as well, so the slice is taken from the beginning of one.
     skipped = first % NESTED_BLOCKSIZE
     start = first - skipped
     nested = packed.nested_absmax[start // NESTED_BLOCKSIZE : block_count(last, NESTED_BLOCKSIZE)]
-    absmax: Tensor = ops.dequantize_blockwise(
-        packed.absmax[start:last], nested, packed.nested_code, NESTED_BLOCKSIZE, torch.float32
-    )
-    return absmax.add_(packed.nested_offset)[skipped:]
+    return _nested_absmax(packed, packed.absmax[start:last], nested)[skipped:]
+
+
+def _nested_absmax(packed: PackedBuffers, codes: Tensor, nested: Tensor) -> Tensor:
+    absmax: Tensor = ops.dequantize_blockwise(codes, nested, packed.nested_code, NESTED_BLOCKSIZE, torch.float32)
+    return absmax.add_(packed.nested_offset)
 
 
 def _unpack_blocks(packed: PackedBuffers, dtype: torch.dtype, first: int, last: int) -> Tensor:
     columns, blocksize = packed.shape[1], packed.blocksize
     values = (last - first) * columns
     start = first * columns
-    codes = packed.packed[start * packed.bits // 8 : block_count((start + values) * packed.bits, 8)]
+    codes = packed.packed
+    if last - first < packed.shape[0]:
+        codes = codes[start * packed.bits // 8 : block_count((start + values) * packed.bits, 8)]
     absmax = block_absmax(packed, start // blocksize, block_count(start + values, blocksize))
     if blocksize > LARGEST_KERNEL_BLOCK:
         absmax = absmax.repeat_interleave(blocksize // LARGEST_KERNEL_BLOCK)
@@ -192,7 +198,8 @@ def _unpack_blocks(packed: PackedBuffers, dtype: torch.dtype, first: int, last: 
     # lie flat, so the kernel is given rows of one block each; or, with a shorter last block, one row of even length.
     rows = (values // blocksize, blocksize) if values % blocksize == 0 else (1, values + values % 2)
     flat: Tensor = ops.dequantize_4bit(codes, absmax, blocksize, packed.format, rows, target)
-    return flat.view(-1)[:values].view(last - first, columns).to(dtype)
+    flat = flat if flat.numel() == values else flat.view(-1)[:values]
+    return flat.view(last - first, columns).to(dtype)
 
 
 def _pack_rows(into: PackedBuffers, slices: Slices) -> None:
