@@ -1,8 +1,8 @@
 """Runs `qlora-lite` in forks of a process that has imported everything already.
 
 A command on a tiny model takes less time than its imports. The server answers each line of input, a JSON object of
-words, environment, folder and the files for stdin, stdout and stderr, with the exit status. Each command has a process
-of its own, so signals, file descriptors and global state are those of a new process but for the imports.
+words, environment, folder and the files for stdin, stdout and stderr, with the exit status. Instead of a command it may
+have the text of a program, which is run like `python -c`. Each command has a process of its own, so signals, file descriptors and global state are those of a new process but for the imports.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ class CommandServer:
         command = [sys.executable, __file__]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, *words: object, stdin: str = "", terminal: str | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *words: object, stdin: str = "", terminal: str | None = None, program: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Runs a command with the environment and the folder that this process has now.
 
         stdin: what it reads. terminal: a device (`os.ttyname`) that it reads, writes and is controlled by instead.
+        program: Python code to run with these words instead of `qlora-lite`.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -43,7 +46,7 @@ class CommandServer:
             for file in files:
                 file.write_text(stdin if file.name == "stdin" else "", encoding="utf-8", errors="surrogateescape")
             request = {"words": given, "env": dict(os.environ), "cwd": os.getcwd(), "files": [*map(str, files)]}
-            request["terminal"] = terminal
+            request |= {"terminal": terminal, "program": program}
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             status = int(self._process.stdout.readline())
@@ -70,11 +73,15 @@ def _run_here(request: dict[str, Any]) -> int:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    sys.argv = ["qlora-lite", *request["words"]]
+    program = request["program"]
+    sys.argv = ["qlora-lite" if program is None else "-c", *request["words"]]
     from qlora_lite.cli.main import main
 
     try:
-        main()
+        if program is None:
+            main()
+        else:
+            exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit as ended:
         return int(ended.code or 0)
     except BaseException:

@@ -193,24 +193,29 @@ arm(int(sys.argv.pop(1)), Path(sys.argv.pop(1)))
 
 
 @pytest.fixture(scope="session")
-def killed_while_writing() -> Callable[..., None]:
+def command_server(import_script: Callable[[str], Any]) -> Iterator[Any]:
+    """Runs commands and programs as processes that need no imports (command_server.py)."""
+    server = import_script("tests/command_server.py").CommandServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def killed_while_writing(command_server: Any) -> Callable[..., None]:
     """Runs a program with arguments that is killed at change number `point` below a folder."""
 
     def run(point: int, below: Path, program: str, *words: object) -> None:
         arguments = [str(ROOT / "tests" / "reliability"), str(point), str(below), *map(str, words)]
-        command = [sys.executable, "-c", KILLED + program, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = command_server.run(*arguments, program=KILLED + program)
         assert done.returncode == -signal.SIGKILL, done.stderr
 
     return run
 
 
 @pytest.fixture(scope="session")
-def run(import_script: Callable[[str], Any]) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """Runs `qlora-lite` with these arguments as a process (command_server.py)."""
-    server = import_script("tests/command_server.py").CommandServer()
-    yield server.run
-    server.close()
+def run(command_server: Any) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `qlora-lite` with these arguments as a process."""
+    return command_server.run
 
 
 @pytest.fixture(scope="session")
