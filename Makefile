@@ -14,7 +14,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 install: $(INSTALLED)
 
 test: $(INSTALLED)
-	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(RUN) -m pytest -q --numprocesses 2 --dist loadfile
+	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(RUN) -m pytest -q -m 'not matrix' --numprocesses 2 --dist loadfile
 
 docs: $(DOCS_INSTALLED)
 	$(RUN) -m sphinx --fresh-env -W --keep-going -q -b html docs docs/_build/html
@@ -36,9 +36,11 @@ bench: $(INSTALLED)
 	$(RUN) profiling/learn_like_peft.py
 	$(RUN) profiling/learn_like_trl.py
 
-# Kills, signals, full disks, damaged files, wrong arguments, resumed and long runs: about ten minutes on two cores.
+# Kills, signals, full disks, damaged files, wrong arguments, resumed and long runs, and the tests marked `matrix`:
+# about twelve minutes on two cores.
 endure: $(INSTALLED)
 	$(RUN) tests/reliability/endure.py
+	$(RUN) -m pytest -q -m matrix
 
 # Adapters of every kind between peft and qlora_lite, both ways: some minutes on two cores.
 interop: $(INSTALLED)

@@ -41,9 +41,12 @@ def deviation(points: dict[int, float]) -> float:
     return float(np.max(np.abs(line - y) / y))
 
 
-def grow(works: dict[int, Work]) -> dict[str, Any]:
-    """Measures each work. Returns the points by size, and their deviations from straight lines."""
-    figures = {size: measure([work])[work] for size, work in works.items()}
+def grow(works: dict[int, Work], measured: dict[Work, Any]) -> dict[str, Any]:
+    """Measures the works that are not `measured`. Returns points by size, and their deviations from straight lines."""
+    for work in works.values():
+        if work not in measured:
+            measured |= measure([work])
+    figures = {size: measured[work] for size, work in works.items()}
     result: dict[str, Any] = {"points": {}}
     for name, key in (("seconds", "seconds"), ("peak", "live_peak")):
         points = {size: float(row[key]) for size, row in figures.items()}
@@ -88,9 +91,10 @@ def main() -> None:
         def work(folder: str, tokens: int) -> Work:
             return Work("ours", folder, rows=1, tokens=tokens, steps=STEPS)
 
+        measured: dict[Work, Any] = {}  # the deepest model on rows of the middle length is a point of both lines
         results = {
-            "tokens": grow({n: work(deepest, n) for n in lengths}),
-            "layers": grow({n: work(str(folder), length) for n, folder in folders.items()}),
+            "tokens": grow({n: work(deepest, n) for n in lengths}, measured),
+            "layers": grow({n: work(str(folder), length) for n, folder in folders.items()}, measured),
         }
     table = Table("", "size", "seconds", "peak (MiB)")
     for what, result in results.items():

@@ -2,7 +2,8 @@
 
 A command on a tiny model takes less time than its imports. The server answers each line of input, a JSON object of
 words, environment, folder and the files for stdin, stdout and stderr, with the exit status. Instead of a command it may
-have the text of a program, which is run like `python -c`. Each command has a process of its own, so signals, file descriptors and global state are those of a new process but for the imports.
+have the text of a program, which is run like `python -c`. Each has a process of its own, so signals, file descriptors
+and global state are those of a new process but for the imports.
 """
 
 from __future__ import annotations
