@@ -68,7 +68,7 @@ KEEPERS = {
         "integrations.transformers",
     },
     "bitsandbytes": {"quantization.kernels", "training.optim"},
-    "accelerate": {"training.step"},
+    "accelerate": {"training.step", "integrations.trackers"},
     "peft": {
         "integrations.peft",
         "integrations.peft_config",

@@ -82,6 +82,7 @@ from qlora_lite.cli.training.run_options import (
     Seed,
     Steps,
     TargetModules,
+    Track,
     TrainableTokenIndices,
     Variant,
     WarmupRatio,
@@ -284,6 +285,7 @@ def train(
     save_steps: SaveSteps = None,
     keep_last: KeepLast = "2",
     keep_best: KeepBest = 0,
+    track: Track = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -293,6 +295,7 @@ def train(
     """Train adapters on records; writes metrics.jsonl, data.json, run.yaml and adapter/ into the output folder."""
     from qlora_lite.checkpoints.hub import load_tokenizer
     from qlora_lite.cli.configuration.commented import run_as_file
+    from qlora_lite.integrations.trackers import open_trackers
     from qlora_lite.signals import deferred_signals
     from qlora_lite.training.distributed import is_first_process
     from qlora_lite.training.loop import train as train_model
@@ -302,6 +305,7 @@ def train(
         print(run_as_file(ctx, is_kept=False), end="")
         return
     _check_run(ctx.params, input_paths([*data, *(eval_data or ())]))
+    trackers = open_trackers(track or (), output)
     own_task = task_with_records(ctx.params)
     tokenizer = load_tokenizer(model)
     records, labels, notes = described_records(ctx.params, tokenizer, own_task)
@@ -313,7 +317,7 @@ def train(
         loaded = _adapted_model(ctx, chosen, labels, tokenizer.pad_token_id)
         held_out = held_out_batches(records.held_out, labels, ctx.params, tokenizer, records.images)
         folder: dict[str, Any] = {"output_dir": output, "overwrite": overwrite, "resume": resume, "notes": notes}
-        folder["settings"] = run_as_file(ctx, is_kept=True)
+        folder |= {"settings": run_as_file(ctx, is_kept=True), "observers": trackers}
         config = chosen.train if budgeted is None else budgeted.config
         result = train_model(loaded, stream, config, eval_batches=held_out, evaluate=evaluate, **folder)
     if is_first_process():

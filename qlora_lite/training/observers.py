@@ -15,13 +15,14 @@ from __future__ import annotations
 import collections
 import json
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Protocol
 
 from torch import nn
 
+from qlora_lite.compute.random_state import RandomSources
 from qlora_lite.errors import Stopped
 from qlora_lite.lora.adapters import lora_layers
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -74,13 +75,16 @@ class Observers:
 
         began_at: the step after which this call of `train` went on.
         """
-        evaluations: Sequence[Evaluation] = ()
-        if not self.have_started and self._left:
-            facts, evaluations = run_facts(run), run.evaluations if began_at == 0 else ()
-            for observer in self._left:
-                observer.started(began_at, facts)
-        self.have_started = True
+        is_first, self.have_started = not self.have_started, True
         lost: dict[str, str] = {}
+        if not self._left:
+            return lost
+        # Libraries draw random numbers when they are imported or name a run; the run must not notice.
+        sources = run.sources or RandomSources(next(run.model.parameters()).device)
+        random = sources.capture()
+        evaluations = run.evaluations if is_first and began_at == 0 else ()
+        for observer in self._left if is_first else ():
+            observer.started(began_at, run_facts(run))
         for observer in list(self._left):
             try:
                 for evaluation in evaluations:
@@ -89,6 +93,7 @@ class Observers:
             except Exception as error:  # noqa: PERF203  of any library
                 lost[observer.name] = reason_of(error)
                 self._left.remove(observer)
+        sources.restore(random)
         return lost
 
 

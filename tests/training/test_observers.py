@@ -165,3 +165,18 @@ def test_a_resumed_run_is_told_where_it_went_on(
 def _stop_after(metrics: StepMetrics, step: int) -> None:
     if metrics.step == step:
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_random_numbers_of_observers_are_not_those_of_the_run(tmp_path: Path) -> None:
+    class Drawing(Recorder):
+        def step(self, metrics: StepMetrics) -> None:
+            torch.rand(3)
+
+        def started(self, step: int, facts: Mapping[str, object]) -> None:
+            torch.rand(3)
+
+    torch.manual_seed(1)
+    with run_folder(run_of(), tmp_path / "run", overwrite=False, observers=[Drawing()]) as writer:
+        before = torch.get_rng_state()
+        writer.finish_step(metrics(1))
+        assert torch.equal(torch.get_rng_state(), before)

@@ -95,6 +95,14 @@ Packing = Annotated[bool, typer.Option(help="Put several examples into one row o
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue from the newest intact checkpoint in the output folder, if any.")
 ]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        help="Tracker that is told the figures of the run: tensorboard, wandb, trackio or mlflow; repeatable.",
+    ),
+    InFile(words="qlora_lite.integrations.trackers:TRACKERS"),
+]
 CHECKPOINTING_HELP = (
     "Activation checkpointing: full recomputes all blocks in backward, none recomputes no block, and a size such as "
     "300MiB limits the bytes above those of the model. Default: full."
