@@ -107,7 +107,7 @@ def proposed(answers: Mapping[str, Any], data: TrainingData, shape: Shape, longe
         "max_length": (shape.max_length, f"99 % of the examples have at most {longest:,} tokens, {cut}."),
         "epochs": (
             int(passes) if passes == int(passes) else passes,
-            f"{passes:g} passes over the examples are {steps:,} steps.",
+            f"{passes:g} pass{'' if passes == 1 else 'es'} over the examples: {steps:,} steps.",
         ),
         "batch_size": (shape.rows, shape.reason),
         "gradient_accumulation": (

@@ -59,7 +59,7 @@ def test_the_file_has_every_setting_with_its_reason_and_is_a_configuration() -> 
     values = checked_values(parsed(text, "run.yaml"), "run.yaml", options_of(train))
     assert values.keys() == found.keys() and values["data"] == ["a.jsonl", "b.jsonl"] and values["output"] == "out"
     assert (values["epochs"], values["eval_steps"], values["checkpointing"]) == (2, 5, "300MiB")
-    assert "# 2 passes over the examples are 45 steps.\nepochs: 2\n" in text
+    assert "# 2 passes over the examples: 45 steps.\nepochs: 2\n" in text
     assert "and longer ones than this are\n# shortened." in text and "`qlora-lite train out --resume`" in text
     lines = text.splitlines()
     settings = [at for at, line in enumerate(lines) if line and not line.startswith(("#", "- "))]
