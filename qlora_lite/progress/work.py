@@ -29,6 +29,8 @@ BAR_AFTER, LINE_AFTER = 0.5, 2.0
 MIB = 1 << 20
 NARROW, BAR_WIDTH, NARROW_BAR_WIDTH = 100, 28, 12  # columns of a terminal, and of the bar
 
+DUMB = ("dumb", "unknown")  # as rich has them
+
 
 class _Display(Protocol):
     """Shows work that begins, goes on and ends."""
@@ -148,6 +150,11 @@ class _Lines:
 _display: _Bars | _Lines | None = None
 
 
+def _can_erase() -> bool:
+    """Whether stderr is a terminal on which a bar can be erased. A dumb one would keep each state of it as a line."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in DUMB
+
+
 @contextmanager
 def progress_shown(shown: bool = True) -> Iterator[None]:
     """Within the block work is shown on stderr; with False it is not, also within a block in which it would be."""
@@ -157,7 +164,7 @@ def progress_shown(shown: bool = True) -> Iterator[None]:
     if not shown or os.environ.get("RANK", "0") != "0":  # the variable of launchers: one process shows its progress
         _display = None
     elif before is None:
-        _display = made = _Bars() if sys.stderr.isatty() else _Lines()
+        _display = made = _Bars() if _can_erase() else _Lines()
     try:
         yield
     finally:

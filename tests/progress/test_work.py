@@ -70,6 +70,15 @@ def test_bars_share_one_display_and_vanish(terminal: Callable[[], Terminal]) -> 
     assert "[between] two bars" in text and text.endswith("\x1b[?25h\rafter both\n"), "the cursor or a bar was left"
 
 
+def test_a_dumb_terminal_has_no_bars(terminal: Callable[[], Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = terminal()
+    monkeypatch.setenv("TERM", "dumb")
+    with progress_shown(), working("loading", 2) as work:
+        work.advance()
+        time.sleep(0.15)
+    assert not work.has_bar and screen.getvalue() == ""
+
+
 def test_the_display_ends_with_work_that_failed(terminal: Callable[[], Terminal]) -> None:
     screen = terminal()
 

@@ -23,7 +23,8 @@ def test_a_person_talks_and_ends_an_answer_by_ctrl_c(
     terminal: Callable[..., Any], tiny_folder: Path, adapter: Path
 ) -> None:
     screen = terminal("chat", "--model", tiny_folder, "--adapter", adapter, "--max-new-tokens", 1900)
-    assert screen.wait_for("(/help lists the commands)\n> ") == "adapters: loud*, off\n"
+    # A slow machine tells in a line how long loading took.
+    assert screen.wait_for("(/help lists the commands)\n> ").endswith("adapters: loud*, off\n")
     screen.press("hello\n")
     screen.wait_for("hello\n")
     screen.press(CTRL_C)
