@@ -21,16 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer.main
 
+from argument_values import NUMBERS, RIGHT, VALUES, WHOLE_NUMBERS
 from bad_inputs import Wrong, limited, listing
-from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized, save_adapter
+from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, save_adapter, train
 from qlora_lite.cli.main import app, main
 
 USAGE, FAILURE = 2, 1
 # Processor time; waiting for a pipe takes none, so it has a limit of its own.
 SECONDS, HANGING_SECONDS = 4.0, 60.0
-HUGE = str(10**30)
 
 # The arguments that each command needs; {name} is a path of `CasePaths`.
 # Tokens are not cached, so that nothing is written next to the data.
@@ -50,62 +51,23 @@ NEEDED = {
     "merge": ["--model", "{model}", "--adapter", "{adapter}", "--output", "{new}"],
     "quantize": ["--model", "{model}", "--output", "{new}"],
     "push": ["{adapter}", "owner/name"],
+    "report": ["{run}", "--output", "{new}.html"],
     "env": [],
 }
 IN_CONFIGURATION = "in configuration"
 IN_FOLDER, IN_DATA, OUT_FOLDER, OUT_FILE, NOT_HERE = "in folder", "in data", "out folder", "out file", "not here"
 PATHS = {
-    **dict.fromkeys(("model", "adapter", "from_adapter", "folder"), IN_FOLDER),
+    **dict.fromkeys(("model", "adapter", "from_adapter", "folder", "runs"), IN_FOLDER),
     **dict.fromkeys(("data", "eval_data", "prompts", "sources", "verify"), IN_DATA),
     "configuration": IN_CONFIGURATION,
     "output": OUT_FOLDER,
-    "generate output": OUT_FILE,  # where one command means something else
+    **dict.fromkeys(("generate output", "report output"), OUT_FILE),  # where one command means something else
     **dict.fromkeys(("html", "png", "file"), OUT_FILE),
     "snapshot": NOT_HERE,
 }
-SUFFIXES = {"output": ".jsonl", "file": ".yaml"}  # of files; others have the suffix that is the option's name
+# Of files; others have the suffix that is the option's name.
+SUFFIXES = {"generate output": ".jsonl", "report output": ".html", "file": ".yaml"}
 NOT_EMPTY, THERE = "not empty", "there"
-SIZES = ("lots", "-1", "nan", "5 apples", "1e3", "9" * 5000)
-# Wrong values of other options.
-VALUES = {
-    **dict.fromkeys(("format", "embedding_format", "variant", "bias", "optimizer"), ("quux", "NF4")),
-    **dict.fromkeys(("mode", "device", "schedule"), ("quux", "Cosine")),
-    **dict.fromkeys(("base", "names", "dtype", "require"), ("quux", "fp 16")),
-    **dict.fromkeys(("memory", "memory_budget", "max_shard_size", "overhead"), SIZES),
-    "checkpointing": ("most", "0", "-1"),
-    "gguf": ("quux", "Q8_0", "fp16"),
-    "task": ("quux", "Causal-LM", "LlamaConfig", "masked-lm"),
-    "skip_modules": (),  # of names that no module has, none is refused
-    "repository": ("a/b/c", "a b", "me/", "..", "me/a--b", "me/\n", "x" * 200),
-    "revision": ("a b", "..", "-x", "a..b", "a/", "a.lock", "x" * 300),
-    "init_lora_weights": ("quux", "loftq:0", "loftq:5", "loftq:x"),
-    **dict.fromkeys(
-        ("target_modules", "exclude_modules", "modules_to_save"), ("quux", ",", "q_proj;k_proj", "q_proj\nk_proj")
-    ),
-    "layers_to_transform": ("a", "3-1", "-1", "1.5", "7", "0-99999999999", "9" * 5000),
-    "system": (),  # any text is right
-    "host": ("256.1.1.1", "192.0.2.1", "0.0.0.0", "::", "a b"),
-    "token": ("short", "with spaces in between", "\u00fc" * 20, "new\nline" * 4),
-    "learn": ("answer", "ALL"),
-    "max_grad_norm": ("many", "None", "0", "-1", "nan", "inf"),
-    "keep_last": ("many", "All", "0", "-1", "1.5", HUGE),
-    "field": ("prompt", "=q", "prompt=", "question=q", "prompt"),
-    "trainable_token_indices": ("a", "-1", "1.5", "1,1", "107", HUGE, "9" * 5000),
-}
-WHOLE_NUMBERS = ("many", "1.5", "1e3", "nan", "inf", "0x10", "-1", "0", HUGE)
-NUMBERS = ("many", "1,5", "nan", "inf", "-inf", "-1", "0", HUGE)
-# Those that are right for some options.
-RIGHT = {
-    **dict.fromkeys(("seed", "warmup_steps", "keep_best", "skip_bad", "show", "queue", "port"), ("0",)),
-    **dict.fromkeys(("warmup_ratio", "min_learning_rate"), ("0",)),
-    "weight_decay": ("0", HUGE),
-    "neftune_noise_alpha": (HUGE,),
-    "alpha": ("-1", "0", HUGE),
-    "dropout": ("0",),
-    "temperature": ("0", HUGE),
-    "time_limit": (HUGE,),
-    **dict.fromkeys(("learning_rate", "lora_plus_ratio"), (HUGE,)),
-}
 NEWS = ("a\nb", "\u2028", "--no-such-option", "-z")
 
 
@@ -132,6 +94,9 @@ class CasePaths:
         save_adapter(model, self.paths["adapter"])
         self.paths["data"] = root / "data.jsonl"
         self.paths["data"].write_text('{"text": "one"}\n{"text": "two"}\n')
+        self.paths["run"] = root / "run"
+        ids = torch.tensor([[1, 2, 3]])
+        train(model, [{"input_ids": ids, "labels": ids}], TrainConfig(steps=1), output_dir=self.paths["run"])
         for suffix in ("", ".html", ".png", ".jsonl", ".yaml"):
             os.mkfifo(root / f"pipe{suffix}")
             (root / f"link{suffix}").symlink_to(root / "pipe")
@@ -199,7 +164,7 @@ class CasePaths:
                     own |= {f"the {name}": self.paths[name], f"inside the {name}": self.paths[name] / "new"}
             found = {**self._nowhere(), **own}
         else:
-            suffix = SUFFIXES.get(option, f".{option}")
+            suffix = SUFFIXES.get(f"{command} {option}", SUFFIXES.get(option, f".{option}"))
             names = {"a folder": f"folder{suffix}", THERE: f"there{suffix}"}
             found = {**self._nowhere(suffix), **{what: self.root / name for what, name in names.items()}}
         return {what: (str(path),) for what, path in found.items()}
@@ -224,8 +189,13 @@ def parameters() -> dict[str, list[tuple[Any, Any]]]:
     return found
 
 
-def _bad_values(paths: CasePaths, command: str, param: Any, kind: Any) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """Yields (description, words after the option's name, status) for wrong values of one option."""
+def _bad_values(
+    paths: CasePaths, command: str, param: Any, kind: Any, overwrites: bool
+) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Yields (description, words after the option's name, status) for wrong values of one option.
+
+    overwrites: whether the command has `--overwrite`.
+    """
     name = param.name
     if kind is bool:
         return
@@ -235,7 +205,7 @@ def _bad_values(paths: CasePaths, command: str, param: Any, kind: Any) -> Iterat
             yield what, words, USAGE if path_kind == IN_CONFIGURATION else FAILURE
             # --overwrite may replace a file, and a run leaves foreign files where they are.
             may = what == THERE or (what == NOT_EMPTY and command == "train")
-            if path_kind in (OUT_FOLDER, OUT_FILE) and not may:
+            if overwrites and path_kind in (OUT_FOLDER, OUT_FILE) and not may:
                 yield f"{what}, --overwrite", (*words, "--overwrite"), FAILURE
         if path_kind in (OUT_FILE, NOT_HERE):
             yield "another suffix, or no device", (str(paths.root / "new.txt"),), USAGE
@@ -248,10 +218,12 @@ def _bad_values(paths: CasePaths, command: str, param: Any, kind: Any) -> Iterat
             yield value[:20], (value,), USAGE
 
 
-def _of_one(paths: CasePaths, command: str, param: Any, kind: Any) -> Iterator[tuple[str, tuple[str, ...], int]]:
+def _of_one(
+    paths: CasePaths, command: str, param: Any, kind: Any, overwrites: bool
+) -> Iterator[tuple[str, tuple[str, ...], int]]:
     """Yields (description, words, status): an option with each wrong value, empty, twice, and without a value."""
     option = () if param.param_type_name == "argument" else (param.opts[0],)
-    for what, words, status in _bad_values(paths, command, param, kind):
+    for what, words, status in _bad_values(paths, command, param, kind, overwrites):
         yield what, (*option, *words), status
     if kind is bool:
         yield "with a value", (f"{option[0]}=yes",), USAGE
@@ -281,11 +253,12 @@ def cases(paths: CasePaths) -> list[Case]:
     found = []
     for command, options in parameters().items():
         needed = [word.format(**paths.paths) for word in NEEDED[command]]
+        overwrites = any(param.name == "overwrite" for param, _ in options)
         for param, kind in options:
             rest, after = _around(needed, param, options)
             if param.required:
                 found.append(Case(command, (*rest, *after), USAGE, f"{param.name}: missing"))
-            for what, words, status in _of_one(paths, command, param, kind):
+            for what, words, status in _of_one(paths, command, param, kind, overwrites):
                 extra = ("--verify", str(paths.paths["data"])) if param.name == "verify_max_length" else ()
                 if param.name == "require":
                     status = USAGE

@@ -36,7 +36,7 @@ def test_wrong_arguments_are_refused_by_one_line_and_nothing_is_written(corpus: 
 
 def test_right_arguments_run(corpus: Any, paths: Any) -> None:
     """Without the wrong argument, each command succeeds: the refusals are of that argument alone."""
-    for command in ("data", "train", "merge", "quantize", "inspect", "env"):
+    for command in ("data", "train", "merge", "quantize", "inspect", "report", "env"):
         words = tuple(word.format(**paths.paths) for word in corpus.NEEDED[command])
         wrong = corpus.run_argument_case(paths, corpus.Case(command, words, 1, "right"))
         assert wrong is not None and "status 0" in wrong, wrong
