@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -211,7 +211,16 @@ def _print(console: Console, text: str) -> None:
 
 def _bars(console: Console) -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    class Figures(TextColumn):
+        """Text that gives way where the terminal is too narrow, and stays one line."""
+
+        def render(self, task: Any) -> Text:
+            text = super().render(task)
+            text.no_wrap, text.overflow = True, "ellipsis"
+            return text
 
     class Bars(Progress):
         """Without tasks that have just begun."""
@@ -220,10 +229,12 @@ def _bars(console: Console) -> Progress:
             return super().make_tasks_table([task for task in self.tasks if (task.elapsed or 0) >= BAR_AFTER])
 
     width = NARROW_BAR_WIDTH if console.width < NARROW else BAR_WIDTH
-    texts = [
-        TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[amount]", "fields[figures]")
-    ]
-    columns = texts[0], BarColumn(width), texts[1], TimeRemainingColumn(compact=True), texts[2]
+    # A column that may wrap is the one that rich cuts first.
+    kept, cut = Column(no_wrap=True), Column(no_wrap=False)
+    name, amount = (TextColumn(f"{{task.{text}}}", markup=False) for text in ("description", "fields[amount]"))
+    left = TimeRemainingColumn(compact=True, table_column=kept)
+    figures = Figures("{task.fields[figures]}", markup=False, table_column=cut)
+    columns = name, BarColumn(width, table_column=kept), amount, left, figures
     # rich prints what goes to a redirected stdout on its own console, so stdout is its own only where both are one.
     redirected = sys.stdout.isatty()
     return Bars(*columns, console=console, transient=True, redirect_stdout=redirected, redirect_stderr=True)

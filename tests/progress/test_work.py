@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,24 @@ def test_bars_share_one_display_and_vanish(terminal: Callable[[], Terminal]) -> 
     text = screen.getvalue()
     assert outer.has_bar and "training" in text and "1/4" in text and "loss 1.5" in text and "1 batches" in text
     assert "[between] two bars" in text and text.endswith("\x1b[?25h\rafter both\n"), "the cursor or a bar was left"
+
+
+def test_figures_give_way_on_a_narrow_terminal_and_the_time_left_does_not(
+    terminal: Callable[[], Terminal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = terminal()
+    monkeypatch.setenv("COLUMNS", "80")
+    figures = "loss 2.3456  lr 2.0e-04  norm 1.234  1,234 tokens/s  peak 1,234 MiB, and no more"
+    with progress_shown(), working("training", 4000) as work:
+        for done in (1200, 1201, 1202):
+            work.reach(done, figures)
+            time.sleep(0.06)
+        display = work.display
+        assert isinstance(display, progress._Bars) and display._shown is not None
+        display._shown.refresh()
+    lines = [line for line in re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", screen.getvalue()).splitlines() if "loss" in line]
+    assert re.search(r"1,202/4,000 \d\d:\d\d loss 2", lines[-1]), lines[-1]
+    assert lines[-1].endswith("…") and len(lines[-1]) <= 80
 
 
 def test_a_dumb_terminal_has_no_bars(terminal: Callable[[], Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
