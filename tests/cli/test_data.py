@@ -148,7 +148,7 @@ def test_options_become_the_settings_of_the_records(data: Data, monkeypatch: pyt
     seen: list[tuple[Any, ...]] = []
 
     def keep(sources: list[str], tokenizer: Any, config: DataConfig, cache: bool, show: Any, images: Any) -> None:
-        seen.append((sources, config, cache, show))
+        seen.append((sources, config, cache))
         raise CheckpointError("seen")
 
     monkeypatch.setattr(tokenization, "tokenize_sources", keep)
@@ -157,8 +157,8 @@ def test_options_become_the_settings_of_the_records(data: Data, monkeypatch: pyt
     assert data("c")[0] == 1
     # Bad records are shown, whatever --skip-bad is.
     assert seen == [
-        (["a=1", "b=2"], DataConfig(9, "all", True, {"text": "body"}, 7, ALL), False, None),
-        (["c"], DataConfig(512, skip_bad=ALL), True, None),
+        (["a=1", "b=2"], DataConfig(9, "all", True, {"text": "body"}, 7, ALL), False),
+        (["c"], DataConfig(512, skip_bad=ALL), True),
     ]
 
 
