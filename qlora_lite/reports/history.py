@@ -172,7 +172,7 @@ def read_history(folder: str | Path) -> RunHistory:
         )
     damage: list[Damage] = []
     steps, evaluations = _figures(folder / METRICS_FILE, damage, is_running)
-    events = [line for _, line in _lines(folder / EVENTS_FILE, damage, is_running) if _is_event(line)]
+    events = list(_events(folder / EVENTS_FILE, damage, is_running))
     if not steps and not is_running:
         raise CheckpointError(f"{folder / METRICS_FILE} has no line of a step; there is nothing to draw")
     data, adapter = _json(folder / DATA_FILE, damage), _json(folder / ADAPTER_FOLDER / ADAPTER_CONFIG, damage)
@@ -211,8 +211,12 @@ def _lines(path: Path, damage: list[Damage], is_running: bool) -> Iterator[tuple
                 damage.append(Damage(path.name, number, "is not JSON"))
 
 
-def _is_event(line: object) -> bool:
-    return isinstance(line, dict) and isinstance(line.get("event"), str) and is_count(line.get("step"), 0)
+def _events(path: Path, damage: list[Damage], is_running: bool) -> Iterator[dict[str, Any]]:
+    for number, line in _lines(path, damage, is_running):
+        if isinstance(line, dict) and isinstance(line.get("event"), str) and is_count(line.get("step"), 0):
+            yield line
+        else:
+            damage.append(Damage(path.name, number, "is not an event"))
 
 
 def _figures(path: Path, damage: list[Damage], is_running: bool) -> tuple[list[StepMetrics], list[Evaluation]]:

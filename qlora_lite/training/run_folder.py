@@ -178,9 +178,12 @@ class RunFolder:
             self.write_checkpoint()
 
     def _append(self, path: Path, line: str) -> None:
-        """Appends a line, or nothing if the disk becomes full within it."""
-        with open(path, f"{self._mode}b", buffering=0) as metrics:
-            before, left = metrics.seek(0, os.SEEK_END), memoryview(line.encode())
+        """Appends a line, or nothing if the disk becomes full within it. Ends a line first that a kill cut short."""
+        with open(path, f"{self._mode}+b", buffering=0) as metrics:
+            before = metrics.seek(0, os.SEEK_END)
+            metrics.seek(max(0, before - 1))
+            is_cut = metrics.read(1) not in (b"", b"\n")
+            left = memoryview(("\n" * is_cut + line).encode())
             try:
                 while left:
                     left = left[metrics.write(left) :]

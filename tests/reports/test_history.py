@@ -97,6 +97,7 @@ def test_damaged_lines_are_left_out_and_listed(make_run: Make) -> None:
         (9, "an evaluation without numbers: held_out_loss"),
         (10, "is a second line of step 3"),
         (12, "is not JSON"),
+        (1, "is not an event"),
     ]
     assert "should hold a JSON object" in run.damage[-1].reason
 
@@ -121,3 +122,13 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(make_run: Make) -> None:
     run = read_history(make_run())
     other, same = replace(run, folder=Path("else/run")), replace(run, folder=Path("else/other"))
     assert [found.name for found in labelled([run, other, same])] == [str(run.folder), "else/run", "other"]
+
+
+def test_what_is_not_an_event_is_listed(make_run: Make) -> None:
+    folder = make_run()
+    before = len(read_history(folder).events)
+    with open(folder / "events.jsonl", "a") as file:
+        file.write('{"event": 5, "step": 1}\n{"event": "resumed", "step": -1}\n[]\n')
+    run = read_history(folder)
+    assert len(run.events) == before
+    assert [(damage.line, damage.reason) for damage in run.damage] == [(n, "is not an event") for n in (5, 6, 7)]

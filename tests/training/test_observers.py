@@ -154,8 +154,12 @@ def test_a_resumed_run_is_told_where_it_went_on(
             train(model, batches, config, output_dir=memory_path / "run", **options)
         except Stopped:
             assert steps == 2
+            with open(memory_path / "run" / "events.jsonl", "a") as file:
+                file.write('{"event": "cut by a ki')
     assert observer.told == [("started", 2, 3), ("step", 3), ("evaluated", 3), ("ended", "finished", "")]
-    names = [(event["event"], event["step"]) for event in events(memory_path / "run")]
+    lines = (memory_path / "run" / "events.jsonl").read_text().splitlines()
+    assert lines.pop(2) == '{"event": "cut by a ki'  # it keeps its line, and the next event has one of its own
+    names = [(event["event"], event["step"]) for event in map(json.loads, lines)]
     assert names == [("started", 0), ("stopped", 2), ("resumed", 2), ("finished", 3)]
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("step ", "going on"))]
     assert lines[0].startswith("step 0/3  held-out loss") and lines[1].startswith("step 1/3  loss ")
