@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path, it 
 import torch
 from transformers.utils import logging
 
+from parts.peft_steps import load_base
 from parts.step_worker import ALPHA, RANK, TOKEN_IDS, say, settled_bytes, wait_for_line
 from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.memory.counters import reset_resident_peak, resident_bytes
@@ -78,20 +79,7 @@ def ours(work: GenerationWork) -> Any:
 
 
 def peer(work: GenerationWork) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    if work.side == "plain":
-        packing = None
-    elif work.format == "int8":
-        packing = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        packing = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=work.format,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    model = AutoModelForCausalLM.from_pretrained(work.model, quantization_config=packing, dtype=torch.bfloat16)
+    model = load_base(Path(work.model), "none" if work.side == "plain" else work.format)
     if not work.lora:
         return model
     import peft

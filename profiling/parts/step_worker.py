@@ -148,18 +148,10 @@ def peer_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, tor
 
 def peer(work: Work, watch: Watch) -> list[float]:
     import peft
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    if work.format == "int8":
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=work.format,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    model = AutoModelForCausalLM.from_pretrained(work.model, quantization_config=quantization, dtype=torch.bfloat16)
+    from parts.peft_steps import load_base
+
+    model = load_base(Path(work.model), work.format)
     checkpointing = work.checkpointing == "full"
     options = {"use_reentrant": False} if checkpointing else None
     model = peft.prepare_model_for_kbit_training(model, checkpointing, options)

@@ -25,6 +25,7 @@ import torch
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
+from parts.peft_steps import load_base
 from parts.step_worker import (
     ALPHA,
     LEARNING_RATE,
@@ -157,15 +158,8 @@ def adapters() -> Any:
 
 def peer(work: TrainerWork) -> tuple[Any, Any]:
     import peft
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    packing = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(work.model, quantization_config=packing, dtype=torch.bfloat16)
+    model = load_base(Path(work.model), "nf4")
     if work.trainer == "trainer":
         prepared = peft.prepare_model_for_kbit_training(model, work.checkpointing, {"use_reentrant": False})
         return peft.get_peft_model(prepared, adapters()), None

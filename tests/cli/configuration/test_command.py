@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qlora_lite.cli.main import main
 from qlora_lite.training.metrics import StepMetrics
 from qlora_lite.training.run_folder import RunFolder
 
@@ -17,17 +16,9 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `qlora-lite train` with these words in this process: (exit status, stdout, stderr)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qlora-lite", "train", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    return run
+def command(qlora_lite: Command) -> Command:
+    """Runs `qlora-lite train` with these words."""
+    return functools.partial(qlora_lite, "train")
 
 
 @pytest.fixture

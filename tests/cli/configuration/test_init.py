@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
+import functools
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qlora_lite.cli.configuration import init as module
-from qlora_lite.cli.main import main
 from qlora_lite.errors import ConfigError
 from qlora_lite.planning import batch_choice
 from qlora_lite.planning.batch_choice import BatchChoice
@@ -21,18 +19,9 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `qlora-lite` with these words and this input in this process: (exit status, stdout, stderr)."""
-
-    def run(*words: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qlora-lite", *map(str, words)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    return run
+def command(qlora_lite: Command) -> Command:
+    """Runs `qlora-lite` with these words and this input, which is empty if none is given."""
+    return functools.partial(qlora_lite, stdin="")
 
 
 @pytest.fixture
