@@ -48,7 +48,7 @@ GENERATIONS = 4
 class TrainerWork:
     """The work of one worker: the side, the trainer (sft, dpo, grpo, trainer), the checkpoint, and the batch.
 
-    rows: of a batch; pairs for dpo, completions for grpo. tokens: of a row.
+    rows: of a batch; pairs for dpo, completions for grpo. tokens: of a row. embedding_format: of our side.
     """
 
     side: str
@@ -58,6 +58,7 @@ class TrainerWork:
     rows: int = 2
     tokens: int = 512
     steps: int = 5
+    embedding_format: str = "none"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -141,7 +142,7 @@ def ours(work: TrainerWork) -> tuple[Any, Any]:
     from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
     from qlora_lite.training.forward import fuse_
 
-    model = load_quantized(work.model, QuantConfig(double_quant=True))
+    model = load_quantized(work.model, QuantConfig(double_quant=True, embedding_format=work.embedding_format))
     if work.trainer != "trainer":
         return model, adapters()
     fuse_(model, "full" if work.checkpointing else "none")
