@@ -1,6 +1,6 @@
 """Does a script of trl learn with three changed lines what it learns with transformers, peft and bitsandbytes?
 
-    python profiling/learn_like_trl.py            # 30 steps of SFT and of DPO: about twelve minutes on two cores
+    python profiling/learn_like_trl.py            # 30 steps of SFT and of DPO: about half an hour on two cores
     python profiling/learn_like_trl.py --tiny     # random weights, in seconds: shows that the script works
 
 Both sides train SmolLM2-135M-Instruct in NF4 with double quantization to turn messages into records, from the same A,
