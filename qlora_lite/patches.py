@@ -19,6 +19,7 @@ transformers offers, and tells one model to use it.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import functools
 import importlib
@@ -33,6 +34,8 @@ from qlora_lite.architecture import is_transformers_model
 
 SDPA = "sdpa"
 _INHERITED = object()
+# What a module with a patched forward has of its own.
+_OF_PATCH = ("forward", "__deepcopy__")
 
 AnyFunction = Callable[..., object]
 
@@ -55,9 +58,23 @@ def patched_attribute(owner: object, name: str, value: object) -> Iterator[None]
 def patched_forward(module: nn.Module, forward: AnyFunction) -> Iterator[None]:
     """Makes `forward` the forward of one module within the block.
 
-    The module stays in its place, so that names, hooks, and the code of its parents are unchanged.
+    The module stays in its place, so that names, hooks, and the code of its parents are unchanged. A deep copy that is
+    made of it within the block is as the module was before.
     """
-    with patched_attribute(module, "forward", forward):
+    own = vars(module)
+    before = {name: own[name] for name in _OF_PATCH if name in own}
+
+    def deep_copy(memo: dict[int, Any]) -> nn.Module:
+        patched = {name: own.pop(name) for name in _OF_PATCH}
+        own.update(before)  # of another patch around this one, or of the module itself
+        try:
+            return copy.deepcopy(module, memo)
+        finally:
+            for name in before:
+                del own[name]
+            own.update(patched)
+
+    with patched_attribute(module, "forward", forward), patched_attribute(module, "__deepcopy__", deep_copy):
         yield
 
 

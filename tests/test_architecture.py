@@ -75,6 +75,7 @@ KEEPERS = {
         "integrations.peft_embedding",
         "integrations.peft_experts",
         "integrations.peft_linear",
+        "integrations.peft_merging",
     },
     "trl": {"integrations.trl"},
     "matplotlib": {"memory.drawing.png"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +43,23 @@ def test_a_forward_is_restored_whether_inherited_or_own() -> None:
     with patched_forward(layer, lambda x: x):
         assert torch.equal(layer(x), x)
     assert own.forward is mine
+
+
+def test_a_deep_copy_within_the_block_is_as_before_it() -> None:
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.ones(1, 2)
+    own: Any = model[1]
+    own.forward = mine = lambda x: x * 3
+    with patched_forward(model[0], lambda x: x * 7), patched_forward(model[1], lambda x: x * 5):
+        with patched_forward(model[0], lambda x: x * 2):
+            copies = copy.deepcopy(model), copy.deepcopy(model[0])
+            assert torch.equal(model(x), x * 10)
+        assert torch.equal(model(x), x * 35)
+        copies = (*copies, copy.deepcopy(nn.ModuleList([model, model]))[1])
+    assert "__deepcopy__" not in vars(model[0]) and own.forward is mine
+    for made in (copies[0][0], copies[1], copies[2][0]):
+        assert not {"forward", "__deepcopy__"} & {*vars(made)} and made.weight is not model[0].weight
+        assert torch.equal(made(x), model[0](x))
+    assert vars(copies[0][1])["forward"] is mine and "__deepcopy__" not in vars(copies[0][1])
 
 
 def test_attention_is_replaced_for_models_that_use_it_and_the_registry_is_left_as_it_was(small_model: Any) -> None:

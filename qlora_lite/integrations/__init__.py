@@ -1,6 +1,7 @@
 """Other people's training loops and adapters, on packed bases.
 
 transformers     Trainer for models of `add_lora_`: checkpoints of adapters only
+peft_merging     merging in the layers that follow
 peft_linear      peft's LoRA layer around a packed linear layer
 peft_embedding   peft's LoRA layer around a packed embedding
 peft_experts     peft's LoRA layer around a module of experts with packed stacks

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as peft_layers
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from qlora_lite.checks import cast_finite
 from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import TargetError
+from qlora_lite.integrations.peft_merging import MergedBeside
 from qlora_lite.lora.peft.experts import unflatten_A, unflatten_B
 from qlora_lite.quantization.experts import PackedStack, RoutedExperts
 
@@ -51,20 +51,13 @@ def _attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
         del vars(module)[name]
 
 
-class ParamWrapper(peft_layers.ParamWrapper):  # type: ignore[misc]  # peft looks for this name of a class
+class ParamWrapper(MergedBeside, peft_layers.ParamWrapper):  # type: ignore[misc]  # peft looks for this name of a class
     """peft's LoRA layer around a module of experts, for one of its stacks, packed or not:
 
         y = W0_e x + b_e + scaling * B_e A_e x for each expert e
 
     of which the active adapters are one term. Merged, the experts use a stack that is computed beside the base.
     """
-
-    merged_weight: Tensor | None
-    merged_adapters: list[str]
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: Any, **options: Any):
-        super().__init__(base_layer, adapter_name, parameter_name, config, **options)
-        self.register_buffer("merged_weight", None, persistent=False)
 
     def _factors(self, adapters: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Returns A `(experts, ranks, in)` and B `(experts, out, ranks)` of these adapters, B times their scaling."""
@@ -91,16 +84,7 @@ class ParamWrapper(peft_layers.ParamWrapper):  # type: ignore[misc]  # peft look
         with _attribute(self.get_base_layer(), self.parameter_name, AdaptedStack(self.merged_weight, None)):
             return self.base_layer(x, *args, **options)  # type: ignore[no-any-return]
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Makes the experts use a merged stack, and leaves the base as it is. NaN is refused in any case."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if names:
-            merged = [*self.merged_adapters, *names]
-            self.merged_weight = self._merged_weight(merged)
-            self.merged_adapters = merged
-
-    def _merged_weight(self, adapters: Sequence[str]) -> Tensor:
+    def _merged_values(self, adapters: Sequence[str]) -> tuple[Tensor, None]:
         stack, matrices = self.get_param(), []
         transposed = bool(self.get_base_layer().is_transposed)
         for expert, (lora_A, lora_B) in enumerate(zip(*self._factors(adapters), strict=True)):
@@ -113,12 +97,7 @@ class ParamWrapper(peft_layers.ParamWrapper):  # type: ignore[misc]  # peft look
             name = f"{self.parameter_name} of expert {expert} merged with {', '.join(adapters)}"
             matrix = cast_finite(matrix, stack.dtype, name)
             matrices.append(matrix.mT if transposed else matrix)
-        return torch.stack(matrices).contiguous()
-
-    def unmerge(self) -> None:
-        """Drops the merged stack."""
-        self.merged_weight = None
-        self.merged_adapters.clear()
+        return torch.stack(matrices).contiguous(), None
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None

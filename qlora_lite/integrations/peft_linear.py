@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import Conv1D, LoraVariant
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +18,7 @@ from qlora_lite.checks import cast_finite
 from qlora_lite.compute.lora_linear import adapted_linear, check_features, dense_slices, with_gain
 from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import ConfigError
+from qlora_lite.integrations.peft_merging import MergedBeside
 
 DORA = "use_dora"
 
@@ -58,10 +58,10 @@ def unpacked_layer(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
             layer = nn.Linear(base.in_features, base.out_features, bias=bias is not None)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-    return layer.train(base.training)  # type: ignore[no-any-return]
+    return layer  # type: ignore[no-any-return]
 
 
-class PackedLinear(lora.Linear):  # type: ignore[misc]
+class PackedLinear(MergedBeside, lora.Linear):  # type: ignore[misc]
     """peft's LoRA layer around a linear layer whose weight is packed:
 
         y = W0 x + b + scaling * B A dropout(x)
@@ -73,15 +73,9 @@ class PackedLinear(lora.Linear):  # type: ignore[misc]
     the change that each adapter makes of it. The bias is merged the same way.
     """
 
-    merged_weight: Tensor | None
-    merged_bias: Tensor | None
-    merged_adapters: list[str]
-
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **options)
         self.fan_in_fan_out = False  # packed, a weight is (out, in)
-        self.register_buffer("merged_weight", None, persistent=False)
-        self.register_buffer("merged_bias", None, persistent=False)
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
@@ -174,20 +168,12 @@ class PackedLinear(lora.Linear):  # type: ignore[misc]
                 "for one; leave it unmerged"
             )
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Makes the layer use a merged weight, and leaves the base as it is. NaN is refused in any case."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not names:
-            return
-        self.check_mergeable(names)
-        base, merged = self.get_base_layer(), [*self.merged_adapters, *names]
-        with_bias = [name for name in merged if self.lora_bias[name]]
-        self.merged_weight = self._merged_weight(merged)
-        if with_bias:
-            added = sum(self.scaling[name] * self.lora_B[name].bias.float() for name in with_bias)
-            self.merged_bias = (base.bias.float() + added).to(base.bias.dtype)
-        self.merged_adapters = merged
+    def _merged_values(self, adapters: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        base, with_bias = self.get_base_layer(), [name for name in adapters if self.lora_bias[name]]
+        if not with_bias:
+            return self._merged_weight(adapters), None
+        added = sum(self.scaling[name] * self.lora_B[name].bias.float() for name in with_bias)
+        return self._merged_weight(adapters), (base.bias.float() + added).to(base.bias.dtype)
 
     def _merged_weight(self, adapters: Sequence[str]) -> Tensor:
         """Returns W0 plus the change that each adapter makes of W0."""
@@ -204,18 +190,5 @@ class PackedLinear(lora.Linear):  # type: ignore[misc]
                 weight = self._delta(adapter).add_to_(weight, 0)
         return cast_finite(weight, base.weight.dtype, f"the weight merged with {', '.join(adapters)}")
 
-    def unmerge(self) -> None:
-        """Drops the merged weight."""
-        self.merged_weight = self.merged_bias = None
-        self.merged_adapters.clear()
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """Returns the base layer, or if an adapter is merged, a plain layer with the merged weight."""
-        base = self.get_base_layer()
-        if merge:
-            self.merge(safe_merge, adapter_names)
-        if self.merged_weight is None:
-            return base  # type: ignore[no-any-return]
-        return unpacked_layer(base, self.merged_weight, base.bias if self.merged_bias is None else self.merged_bias)
+    def _plain_layer(self, base: Any, weight: Tensor) -> nn.Module:
+        return unpacked_layer(base, weight, base.bias if self.merged_bias is None else self.merged_bias)

@@ -167,6 +167,10 @@ class PackedWeight(nn.Module):
         buffers = () if copy is None else self.named_buffers()
         self._decode_copy, self._copied = copy, [(name, buffer, buffer._version) for name, buffer in buffers]
 
+    def __getstate__(self) -> dict[str, object]:
+        """Returns the attributes that a deep copy gets: it has no copy of the codes, which belongs to a block."""
+        return {**self.__dict__, "_decode_copy": None, "_copied": []}
+
     def rows(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns rows by number: tokens of any shape -> `(*tokens.shape, columns)`.
 

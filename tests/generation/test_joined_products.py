@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -129,6 +130,19 @@ def test_layers_that_stop_sharing_their_input_are_not_joined_any_more(model: Any
             model.q(x)
         assert len(heights) == made + 1
         assert torch.equal(model.k(other), model.k(other.clone()))
+
+
+def test_a_deep_copy_is_an_ordinary_model(model: Any) -> None:
+    """Within the block it would else keep exchanged forwards for good, and as many bytes of copied codes."""
+    before = steps(copy.deepcopy(model), rows=40)
+    with decode_copies(model):
+        steps(model)
+        made = copy.deepcopy(model)
+        assert any("forward" in vars(module) for module in model.modules())
+    assert not any("forward" in vars(module) for module in made.modules())
+    assert all(vars(weight)["_decode_copy"] is None for weight in weights(made))
+    for one, other in zip(steps(made, rows=40), before, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 def test_gradients_are_those_of_training(model: Any, heights: list[int]) -> None:
