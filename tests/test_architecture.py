@@ -272,7 +272,7 @@ def test_no_circle_of_files() -> None:
 
 
 def test_rooms_are_small() -> None:
-    sizes = collections.Counter(room_of(name) for name in package_files())
+    sizes = collections.Counter(room_of(name) for name in package_files() if not name.endswith("__main__"))  # a door
     offenders = [f"{room}: {count} files" for room, count in sizes.items() if count > MAX_ROOM_FILES]
     report(f"rooms of more than {MAX_ROOM_FILES} files", offenders)
 

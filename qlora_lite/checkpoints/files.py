@@ -6,13 +6,14 @@ device such as /dev/zero never ends.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +25,7 @@ from qlora_lite.system import opens_folders
 # For configs and indexes. The index of a model with a hundred thousand tensors has 10 MB.
 LARGEST_JSON = 32 << 20
 SHOWN = 60
+SIMILAR, CLOSE = 3, 0.7  # how many names are told for one that does not exist, and how near they are (difflib)
 
 CONFIG_FILE = "config.json"
 # Companion files of a checkpoint: those of tokenizers and processors, chat templates, and licences.
@@ -65,6 +67,34 @@ def is_regular(path: Path) -> bool:
         return False
 
 
+def has_config(folder: Path) -> bool:
+    """Whether a path is the folder of a checkpoint."""
+    return is_regular(folder / CONFIG_FILE)
+
+
+def similar_paths(path: str | Path, suits: Callable[[Path], bool] = os.path.exists) -> list[Path]:
+    """Returns the paths that a wrong one probably means, the nearest first: only its names differ, and only a little.
+
+    suits: whether a path is of the kind that is looked for.
+    """
+    path = Path(path)
+    above = [path.parent] if path.parent.is_dir() or path.parent == path else similar_paths(path.parent, os.path.isdir)
+    found = []
+    for parent in above:
+        try:
+            names = os.listdir(parent)
+        except OSError:  # it may not be read
+            continue
+        found += [parent / name for name in difflib.get_close_matches(path.name, names, SIMILAR, CLOSE)]
+    return [near for near in found if suits(near)]
+
+
+def did_you_mean(path: str | Path, suits: Callable[[Path], bool] = os.path.exists) -> str:
+    """Returns `; did you mean out/run?` for a path that does not exist, an empty text if there is nothing similar."""
+    found = similar_paths(path, suits)
+    return f"; did you mean {' or '.join(map(str, found))}?" if found else ""
+
+
 def open_regular(path: Path, what: str, largest: int | None = None) -> BinaryIO:
     """Opens a file for reading.
 
@@ -74,7 +104,7 @@ def open_regular(path: Path, what: str, largest: int | None = None) -> BinaryIO:
     try:
         state = os.stat(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; expected {what}") from None
+        raise CheckpointError(f"{path} does not exist; expected {what}{did_you_mean(path, is_regular)}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {excerpt(str(path))}: {reason(error)}; expected {what}") from error
     if not stat.S_ISREG(state.st_mode):

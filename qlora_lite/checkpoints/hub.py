@@ -17,7 +17,7 @@ from torch import nn
 
 from qlora_lite.architecture import config_value, dtype_as_loaded, keep_weights_, text_config
 from qlora_lite.checkpoints.files import CONFIG_FILE as CONFIG_FILE
-from qlora_lite.checkpoints.files import read_json
+from qlora_lite.checkpoints.files import did_you_mean, has_config, read_json
 from qlora_lite.checkpoints.repository.download import cached_checkpoint, download_checkpoint
 from qlora_lite.errors import CheckpointError, ConfigError, QLoRAError
 from qlora_lite.patches import patched_attribute
@@ -66,7 +66,7 @@ def checkpoint_folder(path_or_id: str | Path, weights: bool = True) -> Path:
         raise CheckpointError(f"{folder} is a file; name the checkpoint's folder")
     name = str(path_or_id)
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or set(name) & set("\\:"):
-        raise CheckpointError(f"{path_or_id} does not exist")
+        raise CheckpointError(f"{path_or_id} does not exist{did_you_mean(folder, has_config)}")
     return download_checkpoint(name, weights)
 
 

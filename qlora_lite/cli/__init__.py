@@ -2,6 +2,7 @@
 
 In reading order:
 
+__main__       what the program runs first, before it imports the rest
 main           the entry point: commands, errors, exit status
 options        options that several commands share
 data_options   options of the commands that read records, and the records of a run

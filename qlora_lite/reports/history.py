@@ -7,18 +7,19 @@ cannot be read are left out and listed.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_lite.checkpoints.files import open_regular, read_json
+from qlora_lite.checkpoints.files import did_you_mean, open_regular, read_json
 from qlora_lite.checks import is_count, is_finite
 from qlora_lite.errors import CheckpointError
 from qlora_lite.locks import LOCK_FILE, is_locked
 from qlora_lite.training.metrics import Evaluation, StepMetrics, best_evaluation, is_evaluation
 from qlora_lite.training.observers import EVENTS_FILE, FAILED, FINISHED, RESUMED, STARTED, STOPPED
-from qlora_lite.training.run_checkpoints import ADAPTER_FOLDER, DATA_FILE, METRICS_FILE, RUN_FILE
+from qlora_lite.training.run_checkpoints import ADAPTER_FOLDER, DATA_FILE, METRICS_FILE, RUN_FILE, is_run
 
 ADAPTER_CONFIG = "adapter_config.json"
 LONGEST_LINE = 1 << 20  # bytes; a longer one is not a line of a run
@@ -163,13 +164,16 @@ def read_history(folder: str | Path) -> RunHistory:
     folder = Path(folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {what}; name the --output folder of a run of train")
+        hint = "" if folder.exists() else did_you_mean(folder, is_run)
+        raise CheckpointError(f"{folder} {what}; name the --output folder of a run of train{hint}")
     is_running = is_locked(folder / LOCK_FILE)
     if not (folder / METRICS_FILE).exists() and not is_running:
         raise CheckpointError(
             f"{folder} is not the folder of a run with a finished step: it has no {METRICS_FILE}; "
             f"name the --output folder of train"
         )
+    if is_running and _is_of_earlier_run(folder):
+        return RunHistory(folder, [], [], [], None, None, None, [], is_running)
     damage: list[Damage] = []
     steps, evaluations = _figures(folder / METRICS_FILE, damage, is_running)
     events = list(_events(folder / EVENTS_FILE, damage, is_running))
@@ -178,6 +182,17 @@ def read_history(folder: str | Path) -> RunHistory:
     data, adapter = _json(folder / DATA_FILE, damage), _json(folder / ADAPTER_FOLDER / ADAPTER_CONFIG, damage)
     read = steps, evaluations, events, data, adapter, _text(folder / RUN_FILE)
     return RunHistory(folder, *read, damage, is_running)
+
+
+def _is_of_earlier_run(folder: Path) -> bool:
+    """Whether the run at work has written nothing yet, so that all that is there will be replaced.
+
+    A run writes the file of its lock when it begins, and touches the metrics if it goes on.
+    """
+    try:
+        return os.stat(folder / METRICS_FILE).st_mtime_ns < os.stat(folder / LOCK_FILE).st_mtime_ns
+    except OSError:  # one of them is not there, or not any more
+        return False
 
 
 def _text(path: Path) -> str | None:

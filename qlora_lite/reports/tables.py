@@ -54,10 +54,14 @@ def what_happened(event: Mapping[str, Any]) -> str:
     return words.get(kind, f"{kind} {reason}".strip())
 
 
+def _why_missing(run: RunHistory) -> str:
+    return "they are written with the first step" if run.is_running else "the run is older than events.jsonl"
+
+
 def event_list(run: RunHistory) -> Iterator[str]:
     """Yields what happened in a run, with the times."""
     if not run.events:
-        yield '<p class="note">No events are noted: the run is older than events.jsonl.</p>'
+        yield f'<p class="note">No events are noted: {_why_missing(run)}.</p>'
         return
     yield '<ul class="events">'
     for event in run.events:
@@ -120,7 +124,7 @@ def settings_tables(run: RunHistory) -> Iterator[str]:
     """Yields the settings of a run, its base, its adapter and its data."""
     groups = known_settings(run)
     if not groups:
-        yield '<p class="note">Nothing is noted of the settings: the run is older than events.jsonl.</p>'
+        yield f'<p class="note">Nothing is noted of the settings: {_why_missing(run)}.</p>'
         return
     yield '<div class="pairs">'
     for name, group in groups.items():

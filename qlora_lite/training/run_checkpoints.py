@@ -166,6 +166,11 @@ def newest_intact_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a path is the folder of a run, or was."""
+    return any((folder / name).is_file() for name in (RUN_FILE, METRICS_FILE))
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder. It is renamed first, so that an incomplete folder never has its name."""
     gone = path.with_name(f".{path.name}.gone{UNFINISHED}")

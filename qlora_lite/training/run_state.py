@@ -223,8 +223,8 @@ class Run:
         problems += _differences("machine: ", stored["machine"], own["machine"])
         if problems:
             raise CheckpointError(
-                f"{folder} cannot be resumed exactly: {listing(problems, SHOWN, '; ')}; restore these, "
-                f"or start a new run from {folder / ADAPTER_FOLDER} with load_adapter_"
+                f"{folder} cannot be resumed exactly: {listing(problems, SHOWN, '; ')}; restore these, or go on from "
+                f"its adapter in another run: --from-adapter {folder / ADAPTER_FOLDER} (load_adapter_ in Python)"
             )
 
     def restore_(self, folder: Path) -> None:

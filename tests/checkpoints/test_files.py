@@ -13,6 +13,7 @@ import pytest
 from qlora_lite.checkpoints.files import (
     check_creatable,
     check_writable,
+    did_you_mean,
     excerpt,
     is_companion_name,
     is_regular,
@@ -20,6 +21,7 @@ from qlora_lite.checkpoints.files import (
     open_regular,
     read_json,
     rename,
+    similar_paths,
     sync,
     write_json,
 )
@@ -242,3 +244,21 @@ def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
 )
 def test_companion_files_are_told_by_their_names(name: str, expected: bool) -> None:
     assert is_companion_name(name) is expected
+
+
+def test_similar_names_are_told_for_one_that_does_not_exist(tmp_path: Path) -> None:
+    for name in ("runs/messages/x", "runs/massage", "other/message"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "runs/mesagges").touch()
+    runs = tmp_path / "runs"
+    assert similar_paths(runs / "mesages", Path.is_dir) == [runs / "messages", runs / "massage"]
+    for wrong in (runs, tmp_path / "rums"):
+        assert {*similar_paths(wrong / "mesages")} == {runs / "messages", runs / "mesagges", runs / "massage"}
+    assert similar_paths(tmp_path / "nowhere/messages") == [] == similar_paths(runs / "zzz") == similar_paths("/")
+    assert did_you_mean(tmp_path / "othre" / "message") == f"; did you mean {tmp_path}/other/message?"
+    assert did_you_mean("/nowhere/at/all") == ""
+    with pytest.raises(
+        CheckpointError, match=r"/dota\.jsonl does not exist; expected x; did you mean \S+/data\.jsonl\?$"
+    ):
+        (tmp_path / "data.jsonl").touch()
+        open_regular(tmp_path / "dota.jsonl", "x")

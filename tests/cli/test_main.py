@@ -28,6 +28,36 @@ def test_help_needs_nothing_heavy(run: Run) -> None:
         assert run(*command, "--help").returncode == 0
 
 
+INTERRUPTED = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting)
+from qlora_lite.cli.__main__ import main
+print([name for name in ("typer", "dataclasses", "json") if name in sys.modules], flush=True)
+main()
+"""
+
+
+@pytest.mark.parametrize("imported", ["qlora_lite.cli.main", "typer", "qlora_lite.cli.train", "qlora_lite.signals"])
+def test_ctrl_c_while_the_program_imports_is_one_line(imported: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, imported, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "stopped by SIGINT before anything was done\n")
+    assert done.stdout == "[]\n", "the first file imports next to nothing"
+
+
+def test_the_program_begins_with_the_file_that_takes_ctrl_c() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert '\nqlora-lite = "qlora_lite.cli.__main__:main"\n' in text
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_lite.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "init" in done.stdout and "qlora-lite" in done.stdout
+
+
 def test_simulated_a_command_is_quoted_for_the_shell_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["train", "--data", r"C:\my data\a.jsonl"]
     assert _with_resume_command("stopped", words).endswith(r"qlora-lite train --data 'C:\my data\a.jsonl' --resume")

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from qlora_lite import LinearWithLoRA, TrainConfig
+from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import CheckpointError
 from qlora_lite.locks import locked
 from qlora_lite.reports.history import RUNNING, UNKNOWN, is_before_run, labelled, read_history
+from qlora_lite.reports.page import report_page
+from qlora_lite.training.run_folder import run_folder
+from qlora_lite.training.run_state import Run
 
 Make = Callable[..., Path]
 
@@ -55,6 +63,7 @@ def test_a_run_at_work_and_its_last_line_that_is_still_written(make_run: Make) -
         file.write('{"step": 21, "lo')
     assert [damage.line for damage in read_history(folder).damage] == [24]
     with locked(folder / ".run.lock"):
+        os.utime(folder / "metrics.jsonl")  # as if it were written now
         run = read_history(folder)
     assert run.is_running and run.status == RUNNING and not run.damage and run.ending is None
     assert run.seconds_left == pytest.approx((20 * 2 + 3 * 2) / 20 * 10)
@@ -64,6 +73,31 @@ def test_a_run_before_its_first_step_can_be_read_while_it_is_at_work(tmp_path: P
     with locked(tmp_path / ".run.lock"):
         run = read_history(tmp_path)
     assert run.steps == [] and run.status == RUNNING and run.best is None and run.figures()["last_loss"] is None
+
+
+def test_of_a_run_that_replaces_another_nothing_is_read_until_it_writes(make_run: Make) -> None:
+    folder = make_run(steps=20)
+    os.utime(folder / "metrics.jsonl", (1, 1))
+    assert read_history(folder).last_step == 20
+    with locked(folder / ".run.lock"):
+        run = read_history(folder)
+        assert run.is_running and run.steps == [] == run.evaluations and run.events == [] and not run.settings
+        assert run.configuration is run.data is run.adapter is None
+        page = report_page([run])
+        assert "written with the first step" in page and "older than" not in page and "run.yaml" not in page
+        os.utime(folder / "metrics.jsonl")
+        assert read_history(folder).last_step == 20
+
+
+def test_the_training_loop_marks_which_of_the_two_it_is(make_run: Make) -> None:
+    """The reader goes by the times of two files, so these are seen with the real writer too."""
+    folder = make_run(steps=20)
+    os.utime(folder / "metrics.jsonl", (1, 1))
+    layers = nn.Sequential(LinearWithLoRA(4, 4, 2))
+    run = Run(layers, {}, torch.optim.SGD([torch.zeros(1)]), TrainConfig(), BatchStream([], None, None))
+    for options, steps in (({"overwrite": True}, 0), ({"overwrite": False, "resume": True}, 20)):
+        with run_folder(run, folder, **options):
+            assert read_history(folder).last_step == steps
 
 
 def test_damaged_lines_are_left_out_and_listed(make_run: Make) -> None:

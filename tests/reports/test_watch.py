@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ def test_the_page_follows_a_run_to_its_end(make_run: Make, tmp_path: Path) -> No
     folder, page, seen = make_run(steps=20), tmp_path / "page.html", []
     with ExitStack() as stack:
         stack.enter_context(locked(folder / ".run.lock"))
+        os.utime(folder / "metrics.jsonl")  # as if it were written now
 
         def wait(seconds: float) -> None:
             seen.append((seconds, REFRESH in page.read_text(), ">running<" in page.read_text()))

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from qlora_lite.checkpoints.files import CONFIG_FILE, is_companion_name, read_json
+from qlora_lite.checkpoints.files import CONFIG_FILE, did_you_mean, has_config, is_companion_name, read_json
 from qlora_lite.checkpoints.repository.client_errors import hub_errors
 from qlora_lite.checkpoints.safetensors_read import PICKLES, conversion_remedy
 from qlora_lite.checkpoints.safetensors_write import INDEX_FILE, SINGLE_FILE
@@ -119,7 +119,9 @@ def download_checkpoint(repo_id: str, weights: bool = True) -> Path:
     Raises CheckpointError, in one sentence, if there is no such repository, it cannot be reached or holds no weights
     that can be read.
     """
-    with obeyed_at_once(), hub_errors(f"{repo_id} is not a local folder and cannot be fetched"):
+    near = did_you_mean(repo_id, has_config).lstrip("; ")
+    what = f"{repo_id} is not a local folder{f' ({near})' if near else ''}"
+    with obeyed_at_once(), hub_errors(f"{what} and cannot be fetched"):
         try:
             return _download(repo_id, weights)
         except CheckpointError:

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora_lite.cli.configuration.run_file import read_run_file
+from qlora_lite.cli.configuration.run_file import SUFFIXES, read_run_file
 from qlora_lite.cli.configuration.schema import ALTERNATIVES, options_of, settings_of_command
 from qlora_lite.cli.options import StrictCommand
-from qlora_lite.errors import ConfigError
+from qlora_lite.errors import ConfigError, listing
+
+MOST_RUNS = 4
 
 
 def _print_schema(ctx: typer.Context, wanted: bool) -> None:
@@ -76,11 +78,25 @@ class ConfiguredCommand(StrictCommand):
 def _values(place: Path, function: Any, named: Collection[str]) -> dict[str, Any]:
     """Returns what a file or the folder of a run says about the options that the command line does not name."""
     is_run = os.path.isdir(place)
+    if not os.path.lexists(place) and ("resume" in named or place.suffix not in SUFFIXES):
+        raise ConfigError(_no_run(place))
     values = read_run_file(_file_of_run(place, named) if is_run else place, function)
     if is_run:
         values["output"] = place  # also of a run that was moved
     replaced = set(_replaced(named))
     return {name: value for name, value in values.items() if name not in replaced}
+
+
+def _no_run(folder: Path) -> str:
+    """Returns the sentence about a run, or a configuration, that does not exist, with those that are near."""
+    from qlora_lite.checkpoints.files import did_you_mean
+    from qlora_lite.training.run_checkpoints import is_run
+
+    hint = did_you_mean(folder, lambda path: is_run(path) or path.suffix in SUFFIXES)
+    if not hint and folder.parent.is_dir():
+        runs = sorted(path.name for path in folder.parent.iterdir() if is_run(path))
+        hint = f"; {folder.parent} has {listing(runs, MOST_RUNS)}" if runs else ""
+    return f"there is no run {folder}: name the folder of a run, or a configuration file, *{SUFFIXES[0]}{hint}"
 
 
 def _replaced(named: Collection[str]) -> Iterator[str]:

@@ -61,13 +61,16 @@ def named_adapters(given: Sequence[str] | None) -> dict[str, Path]:
 
     Raises ConfigError for two of one name, and CheckpointError for a folder that does not exist.
     """
+    from qlora_lite.checkpoints.files import did_you_mean
+
     named: dict[str, Path] = {}
     for text in given or ():
         name, equals, folder = text.partition("=")
         if not equals or os.path.exists(text) or not re.fullmatch(r"[\w-]+", name):
             name, folder = _name_of(Path(text)), text
         if not Path(folder).is_dir():
-            raise CheckpointError(f"{folder} is not a folder; name that of an adapter")
+            hint = did_you_mean(folder, os.path.isdir) if not os.path.exists(folder) else ""
+            raise CheckpointError(f"{folder} is not a folder; name that of an adapter{hint}")
         if name in named or name == OFF:
             why = "means no adapter" if name == OFF else f"names {named[name]} already"
             raise ConfigError(f"--adapter {text}: {name!r} {why}; name it otherwise, as --adapter second={folder}")
@@ -98,10 +101,12 @@ def generation_settings(options: Mapping[str, Any], model: str) -> GenerationSet
 
 def load_talker(options: Mapping[str, Any]) -> Talker:
     """Loads the model and the adapters of the options of a command. What is particular about it is told on stderr."""
+    from qlora_lite.checkpoints.base_identity import check_trained_on_checkpoint
     from qlora_lite.checkpoints.hub import checkpoint_folder, load_tokenizer
     from qlora_lite.checkpoints.load import load_quantized
     from qlora_lite.generation.answering import check_answers
     from qlora_lite.lora.multi_adapter import use_adapter_
+    from qlora_lite.lora.peft.options import CONFIG_FILE, read_supported_config
     from qlora_lite.lora.peft.save_load import load_adapter_
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import deferred_signals
@@ -110,10 +115,15 @@ def load_talker(options: Mapping[str, Any]) -> Talker:
     adapters = named_adapters([given] if isinstance(given, str) else given)
     quant = settings(QuantConfig, options, skip_modules=skipped(options["skip_modules"]))
     _check_model(options["model"])
-    tokenizer = load_tokenizer(options["model"])
+    checkpoint = checkpoint_folder(options["model"])
+    for folder in adapters.values():  # before the model is loaded
+        read_supported_config(folder / CONFIG_FILE)
+        if not options["any_base"]:
+            check_trained_on_checkpoint(folder, checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     with deferred_signals():
         model = load_quantized(
-            checkpoint_folder(options["model"]),
+            checkpoint,
             quant,
             ignore_unexpected=options["ignore_unexpected"],
             text_only=options["text_only"],

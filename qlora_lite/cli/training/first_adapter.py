@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +34,6 @@ def lora_config_of_adapter(folder: Path) -> LoraConfig:
     from qlora_lite.lora.peft.options import CONFIG_FILE, lora_config, read_supported_config, target_parameters
 
     path = folder / CONFIG_FILE
-    if not os.path.exists(path) and os.path.exists(folder / "adapter" / CONFIG_FILE):
-        raise CheckpointError(f"{folder} is the folder of a run; name an adapter in it, as {folder / 'adapter'}")
     options = read_supported_config(path)
     config, targets = lora_config(options, path), options.get("target_modules")
     if isinstance(targets, list):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.checkpoints.files import read_json
-from qlora_lite.errors import CheckpointError, ConfigError
+from qlora_lite.errors import CheckpointError, ConfigError, listing
 from qlora_lite.lora.config import LoraConfig
 from qlora_lite.lora.peft.keys import PREFIX, adapter_tensors
 from qlora_lite.lora.variants import PEFT_OPTIONS, check_bias, variant_of
@@ -75,6 +75,8 @@ UNSET: tuple[object, ...] = (None, False, "none", "", [], {})
 
 def read_peft_config(path: Path) -> dict[str, object]:
     """Reads an adapter_config.json. Raises CheckpointError if it does not describe a LoRA adapter."""
+    if not path.exists() and (inner := sorted(found.parent for found in path.parent.glob(f"*/{path.name}"))):
+        raise CheckpointError(f"{path.parent} has no {path.name}; name an adapter in it: {listing(inner, 4)}")
     config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} describes a {config.get('peft_type')!r} adapter; only LORA is supported")

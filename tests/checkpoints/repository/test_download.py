@@ -188,7 +188,9 @@ def test_an_index_that_names_files_that_are_not_there(stand_in_hub: Any, import_
         download_checkpoint("org/bad")
 
 
-def test_refusals_are_one_sentence(published: Any, import_script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_are_one_sentence(
+    published: Any, import_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     address = published.address.replace(".", r"\.")
     for name, sentence in {
         "org/shraded": rf": {address} has no such repository, or it is private; check the spelling, or log in with",
@@ -198,6 +200,11 @@ def test_refusals_are_one_sentence(published: Any, import_script: Any, monkeypat
         published.repositories["org/hidden"] = repository(import_script, {}, private=True)
         with pytest.raises(CheckpointError, match=rf"^{name} is not a local folder and cannot be fetched{sentence}"):
             checkpoint_folder(name)
+    (tmp_path / "shraded").mkdir()
+    (tmp_path / "shraded" / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^sharded is not a local folder \(did you mean shraded\?\) and cannot"):
+        checkpoint_folder("sharded")
     published.refused["/api/models/org/single"] = (403, "GatedRepo")
     with pytest.raises(CheckpointError, match=rf": it is gated; ask for access on its page at {address}, and log in"):
         checkpoint_folder("org/single")

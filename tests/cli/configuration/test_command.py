@@ -65,6 +65,12 @@ def test_flags_have_precedence_over_the_file(command: Command, place: Path) -> N
         (["missing.yaml"], "missing.yaml does not exist"),
         (["."], ". holds a run; --resume goes on with it, --overwrite starts it again, and --output names"),
         (["empty", "--resume"], "empty has no run.yaml, so it is not the folder of a run"),
+        (["rum.yaml"], "rum.yaml does not exist; expected a configuration; did you mean run.yaml?"),
+        (["runs/nesage", "--resume"], "there is no run runs/nesage: name the folder of a run, or a configuration"),
+        (["runs/nesage", "--resume"], "*.yaml; did you mean runs/message?"),
+        (["rums/message", "--resume"], "*.yaml; did you mean runs/message?"),
+        (["runs/x.yaml", "--resume"], "there is no run runs/x.yaml: name the folder"),
+        (["runs/other", "--overwrite"], "*.yaml; runs has message"),
         (["data.jsonl"], "(records are given with --data)"),
         ([], "Missing option '--model'"),
         (["run.yaml", "--output", ".", "--overwrite"], "run.yaml was not written by a run"),
@@ -75,6 +81,8 @@ def test_wrong_configurations_are_one_sentence(
 ) -> None:
     (place / "bad.yaml").write_text("lora_r: 8\n", encoding="utf-8")
     (place / "empty").mkdir()
+    (place / "runs/message").mkdir(parents=True)
+    (place / "runs/message/metrics.jsonl").touch()
     status, printed, said = command(*words)
     assert status in (1, 2) and printed == "" and sentence in said and len(said.splitlines()) == 1
     assert not (place / "out").exists()

@@ -27,6 +27,8 @@ def test_adapters_are_named_by_their_runs_or_as_told(tmp_path: Path) -> None:
         named_adapters([f"off={folders[1]}"])
     with pytest.raises(CheckpointError, match=r"/x is not a folder; name that of an adapter"):
         named_adapters([str(tmp_path / "x")])
+    with pytest.raises(CheckpointError, match=r"/my rum/adapter is not a .*; did you mean \S+/my run/adapter\?$"):
+        named_adapters([str(tmp_path / "my rum/adapter")])
 
 
 def test_the_adapter_in_use_has_a_star() -> None:

@@ -36,7 +36,7 @@ def test_the_settings_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
     found = lora_config_of_adapter(adapter)
     assert (found.rank, found.alpha, found.bias, found.modules_to_save) == (4, 8, "none", ("model.norm",))
     assert set(found.target_modules) == {"q_proj", "v_proj"} and found.rank_of("model.layers.0.self_attn.v_proj") == 2
-    with pytest.raises(CheckpointError, match="is the folder of a run; name an adapter in it, as"):
+    with pytest.raises(CheckpointError, match=r"has no adapter_config\.json; name an adapter in it: "):
         lora_config_of_adapter(adapter.parent)
     with pytest.raises(CheckpointError, match=r"adapter_config\.json does not exist"):
         lora_config_of_adapter(tmp_path)
