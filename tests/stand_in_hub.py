@@ -41,6 +41,10 @@ class Repository:
         """The files of a branch, or of a commit of main."""
         return self.branches.get(revision or "main", self.files)
 
+    def commit_of(self, revision: str | None) -> str:
+        """The commit of a branch, or that which is named."""
+        return revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else self.commit
+
 
 @dataclass
 class StandInHub:
@@ -144,7 +148,7 @@ class _Answers(BaseHTTPRequestHandler):
     def _api(self, match: re.Match[str], repository: Repository, body: bytes, given: str) -> None:
         if match["what"] in (None, "revision"):
             siblings = [{"rfilename": name} for name in repository.at(match["revision"])]
-            found = {"id": match["repo"], "sha": repository.commit, "private": repository.private}
+            found = {"id": match["repo"], "sha": repository.commit_of(match["revision"]), "private": repository.private}
             return self._send(200, {**found, "siblings": siblings})
         if match["what"] == "tree":
             files = repository.at(match["revision"]).items()
@@ -195,7 +199,11 @@ class _Answers(BaseHTTPRequestHandler):
         data = repository.at(match["revision"]).get(match["file"])
         if data is None:
             return self._error(404, "EntryNotFound")
-        headers = {"ETag": f'"{_oid(data)}"', "X_Repo_Commit": repository.commit, "Accept_Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{_oid(data)}"',
+            "X_Repo_Commit": repository.commit_of(match["revision"]),
+            "Accept_Ranges": "bytes",
+        }
         begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
         if begin:
             headers["Content_Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"

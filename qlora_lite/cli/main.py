@@ -20,6 +20,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_lite.checkpoints.repository.revisions import hub_asked_once
 from qlora_lite.cli.configuration.command import ConfiguredCommand
 from qlora_lite.cli.configuration.init import init
 from qlora_lite.cli.data import data
@@ -107,7 +108,8 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _exit_at_once)  # no traceback while the interpreter shuts down
     try:
-        with exit_on_signals(_with_resume_command("stopped at once; nothing was saved", words)), progress_shown():
+        stopped = exit_on_signals(_with_resume_command("stopped at once; nothing was saved", words))
+        with stopped, progress_shown(), hub_asked_once():
             status = app(prog_name="qlora-lite", standalone_mode=False)
     except Stopped as stop:
         print(_with_resume_command(str(stop), words), file=sys.stderr)

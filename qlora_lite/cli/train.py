@@ -310,7 +310,7 @@ def train(
     tokenizer = load_tokenizer(model)
     records, labels, notes = described_records(ctx.params, tokenizer, own_task)
     chosen = replace(chosen, train=with_epochs(chosen.train, records, ctx.params))
-    evaluate = exact_match_of(records.held_out, labels, ctx.params, tokenizer)
+    evaluate = exact_match_of(records.held_out, ctx.params, tokenizer)
     stream = run_batches(records.examples, labels, ctx.params, tokenizer, seed, images=records.images)
     with deferred_signals():
         budgeted = _within_budget(ctx.params, chosen, records.tokenized.longest)

@@ -21,7 +21,7 @@ from qlora_lite.generation.text_pieces import TextPieces, decoded
 from qlora_lite.patches import patched_attribute
 from qlora_lite.positions import longest_sequence
 from qlora_lite.signals import check_signals
-from qlora_lite.tasks import CAUSAL_LM, task_of
+from qlora_lite.tasks import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, Task, task_of
 
 STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"
 SEED_BYTES = 7
@@ -56,13 +56,26 @@ class _Listener:
         """Is called after the last token."""
 
 
+def writes_answers(task: Task, config: object) -> bool:
+    """Whether a model of this task and config writes text behind a prompt: no classifier, and nothing that encodes it.
+
+    task: also of a vision-language model, which answers text.
+    """
+    return task in (CAUSAL_LM, IMAGE_TEXT_TO_TEXT) and not config_value(config, "is_encoder_decoder")
+
+
 def check_answers(model: Any) -> None:
     """Raises ConfigError for a model that writes no text behind a prompt: a classifier, an encoder, or one of both."""
-    task = task_of(model)
-    if task is not CAUSAL_LM or config_value(getattr(model, "config", None), "is_encoder_decoder"):
+    if not writes_answers(task_of(model), getattr(model, "config", None)):
         raise ConfigError(
-            f"a {type(model).__name__} is made for {task.name}; only causal language models write answers here"
+            f"a {type(model).__name__} is made for {task_of(model).name}; only causal language models write answers "
+            "here"
         )
+
+
+def reads_padding(model: Any) -> bool:
+    """Whether a model reads padding as text, so that the prompts of a batch must have one length."""
+    return config_value(model.config, "model_type") in READ_PADDING
 
 
 def positions_left(model: Any, prompt: Sequence[int], settings: GenerationSettings) -> int | None:
@@ -152,7 +165,7 @@ def _generate(
 ) -> Tensor:
     """Returns the new tokens of each row, those behind the end of an answer filled up."""
     pad, longest = prompts.padding(stop), max(map(len, rows))
-    if min(map(len, rows)) < longest and config_value(model.config, "model_type") in READ_PADDING:
+    if min(map(len, rows)) < longest and reads_padding(model):
         raise ConfigError(
             f"a {type(model).__name__} reads padding as text; ask prompts of one length, or set batch_size 1"
         )

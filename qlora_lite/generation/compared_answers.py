@@ -14,7 +14,7 @@ from typing import Any
 from qlora_lite.checks import require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.encoding import TokenizedExample
-from qlora_lite.generation.answering import answer_batch
+from qlora_lite.generation.answering import answer_batch, reads_padding
 from qlora_lite.generation.prompts import Prompts
 from qlora_lite.generation.settings import GenerationSettings
 from qlora_lite.generation.text_pieces import decoded
@@ -61,7 +61,7 @@ def exact_match(model: Any, tokenizer: Any, questions: Sequence[Question]) -> fl
     prompts, right, room = Prompts(tokenizer), 0, longest_sequence(model.config)
     stop = set(prompts.stop_tokens(model))
     with working("answering", len(questions), "questions") as work:
-        for batch in _batches(questions, room):
+        for batch in _batches(questions, room, reads_padding(model)):
             left = _new_tokens(batch) if room is None else room - len(batch[-1].tokens)
             settings = GenerationSettings(min(_new_tokens(batch), left), temperature=0)
             answers = answer_batch(model, prompts, [question.tokens for question in batch], settings)
@@ -80,13 +80,17 @@ def _new_tokens(batch: Sequence[Question]) -> int:
     return max(len(question.answer) for question in batch) + ONE_MORE
 
 
-def _batches(questions: Sequence[Question], room: int | None) -> Iterator[list[Question]]:
-    """Yields questions of similar lengths together. room: the positions of the model, which limit a batch."""
+def _batches(questions: Sequence[Question], room: int | None, one_length: bool) -> Iterator[list[Question]]:
+    """Yields questions of similar lengths together, or of one length.
+
+    room: the positions of the model, which limit a batch.
+    """
     batch: list[Question] = []
     for question in sorted(questions, key=lambda question: len(question.tokens)):
         grown = [*batch, question]
         is_long = room is not None and len(question.tokens) + _new_tokens(grown) > room
-        if batch and (len(grown) > ROWS or is_long):
+        is_longer = one_length and len(question.tokens) > len(grown[0].tokens)
+        if batch and (len(grown) > ROWS or is_long or is_longer):
             yield batch
             grown = [question]
         batch = grown

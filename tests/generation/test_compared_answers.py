@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,10 +52,19 @@ def test_the_answers_of_a_model_are_its_own_where_it_ends_them(model: Any, token
 
 
 def test_questions_of_similar_lengths_are_answered_together_within_the_positions_of_the_model() -> None:
-    def sizes(room: int | None) -> list[list[int]]:
+    def sizes(room: int | None, one_length: bool = False) -> list[list[int]]:
         questions = [Question([0] * length, [0] * answer) for length, answer in ((9, 1), (3, 5), (1, 1), (5, 1))]
-        return [[len(one.tokens) for one in batch] for batch in compared_answers._batches(questions, room)]
+        return [[len(one.tokens) for one in batch] for batch in compared_answers._batches(questions, room, one_length)]
 
     assert sizes(None) == [[1, 3, 5, 9]] and sizes(11) == [[1, 3, 5], [9]]
+    assert sizes(None, one_length=True) == [[1], [3], [5], [9]]
     many = [Question([0] * number, [0]) for number in range(1, 20)]
-    assert [len(batch) for batch in compared_answers._batches(many, None)] == [8, 8, 3]
+    assert [len(batch) for batch in compared_answers._batches(many, None, False)] == [8, 8, 3]
+
+
+def test_a_model_that_reads_padding_is_asked_questions_of_one_length(
+    small_model: Callable[..., Any], tokenizer: Any
+) -> None:
+    rwkv = small_model("RwkvConfig", vocab_size=105)
+    questions = [Question([40] * length, [41]) for length in (2, 5, 2, 3)]
+    assert 0 <= exact_match(rwkv, tokenizer, questions) <= 1

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from qlora_lite.checkpoints.files import CONFIG_FILE, did_you_mean, has_config, is_companion_name, read_json
 from qlora_lite.checkpoints.repository.client_errors import hub_errors
+from qlora_lite.checkpoints.repository.revisions import Revision, revision_in_use, use_revision
 from qlora_lite.checkpoints.safetensors_read import PICKLES, conversion_remedy
 from qlora_lite.checkpoints.safetensors_write import INDEX_FILE, SINGLE_FILE
 from qlora_lite.errors import CheckpointError, listing
@@ -95,19 +96,23 @@ def _fetch(repo_id: str, revision: str | None, names: Sequence[str], commit: str
     return Path(snapshot_download(repo_id, revision=revision, allow_patterns=exactly))
 
 
-def _download(repo_id: str, weights: bool) -> Path:
+def _fetch_weights(repo_id: str, revision: Revision) -> None:
+    """Fetches the weights that the cache lacks."""
+    if revision.names is None:
+        return
+    needed = [SINGLE_FILE] if SINGLE_FILE in revision.names else _weight_files(revision.folder)
+    if absent := [name for name in needed if name not in revision.names]:
+        raise CheckpointError(f"the index of {repo_id} names files that the repository lacks: {listing(absent, 4)}")
+    _fetch(repo_id, revision.folder.name, needed, revision.folder.name)
+
+
+def _newest_revision(repo_id: str) -> Revision:
     from huggingface_hub import HfApi
 
     found = HfApi().model_info(repo_id)
     names = [file.rfilename for file in found.siblings or ()]
     _check_readable(repo_id, names)
-    folder = _fetch(repo_id, None, _small_files(names), found.sha)
-    if weights:
-        needed = [SINGLE_FILE] if SINGLE_FILE in names else _weight_files(folder)
-        if absent := [name for name in needed if name not in names]:
-            raise CheckpointError(f"the index of {repo_id} names files that the repository lacks: {listing(absent, 4)}")
-        _fetch(repo_id, folder.name, needed, folder.name)  # of the same revision
-    return folder
+    return Revision(_fetch(repo_id, None, _small_files(names), found.sha), names)
 
 
 def download_checkpoint(repo_id: str, weights: bool = True) -> Path:
@@ -123,14 +128,18 @@ def download_checkpoint(repo_id: str, weights: bool = True) -> Path:
     what = f"{repo_id} is not a local folder{f' ({near})' if near else ''}"
     with obeyed_at_once(), hub_errors(f"{what} and cannot be fetched"):
         try:
-            return _download(repo_id, weights)
+            revision = revision_in_use(repo_id) or _newest_revision(repo_id)
+            if weights:
+                _fetch_weights(repo_id, revision)
         except CheckpointError:
             raise
         except Exception:
             held = cached_checkpoint(repo_id)
             if held is None or (weights and _missing_weights(held)):
                 raise
-            return held
+            revision = Revision(held, None)
+    use_revision(repo_id, revision)
+    return revision.folder
 
 
 def cached_checkpoint(repo_id: str, revision: str | None = None) -> Path | None:

@@ -163,10 +163,11 @@ def held_copies(model: Any, is_wanted: bool) -> Iterator[None]:
 def _check_model(model: str) -> None:
     """Raises ConfigError, before weights are read, for a model of a task that writes no answers."""
     from qlora_lite.checkpoints.hub import checkpoint_folder, read_config, task_for
-    from qlora_lite.tasks import CAUSAL_LM, IMAGE_TEXT_TO_TEXT
+    from qlora_lite.generation.answering import writes_answers
 
-    task = task_for(read_config(checkpoint_folder(model, weights=False)))
-    if task not in (CAUSAL_LM, IMAGE_TEXT_TO_TEXT):
+    config = read_config(checkpoint_folder(model, weights=False))
+    task = task_for(config)
+    if not writes_answers(task, config):
         raise ConfigError(f"{model} is made for {task.name}; only causal language models write answers here")
 
 

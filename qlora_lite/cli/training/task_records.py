@@ -24,10 +24,16 @@ def task_with_records(options: Mapping[str, Any]) -> Task | None:
     Raises ConfigError for options that such a task does not take.
     """
     from qlora_lite.checkpoints.hub import checkpoint_folder, read_config, task_for
+    from qlora_lite.generation.answering import writes_answers
     from qlora_lite.tasks import CAUSAL_LM, IMAGE_TEXT_TO_TEXT
 
     config = read_config(checkpoint_folder(options["model"], weights=False))
     task = task_for(config, options["task"])
+    if options["eval_generate"] is not None and not writes_answers(task, config):
+        raise ConfigError(
+            f"--eval-generate is for causal language models, which write answers, and this model is made for "
+            f"{task.name}; leave it out"
+        )
     if task in (CAUSAL_LM, IMAGE_TEXT_TO_TEXT):
         if options["regression"]:
             raise ConfigError("--regression is for --task sequence-classification; leave it out")
@@ -126,9 +132,7 @@ def held_out_batches(
     return HeldOutBatches(functools.partial(run_batches, examples, labels, options, tokenizer, 0, 1, images))
 
 
-def exact_match_of(
-    examples: Mixture | None, labels: Labels | None, options: Mapping[str, Any], tokenizer: Any
-) -> Evaluate | None:
+def exact_match_of(examples: Mixture | None, options: Mapping[str, Any], tokenizer: Any) -> Evaluate | None:
     """Returns what computes the exact match of --eval-generate, and prints of how many held-out examples it is.
 
     None without the option. Raises ConfigError where no answers can be compared.
@@ -139,12 +143,11 @@ def exact_match_of(
     most = options["eval_generate"]
     if most is None or examples is None:
         return None
-    if labels is not None:
-        raise ConfigError("--eval-generate is for causal language models, which write answers; leave it out")
     questions = questions_of(examples, tokenizer, most)
     what = f"with an answer of at most {LONGEST_ANSWER} tokens"
     if not questions:
-        raise ConfigError(f"--eval-generate found no held-out example {what} behind a prompt; leave it out")
+        images = " and without images" if any(example.images for example in examples) else ""
+        raise ConfigError(f"--eval-generate found no held-out example {what} behind a prompt{images}; leave it out")
     if is_first_process():
         print(f"exact match: of {len(questions):,} held-out examples {what}")
     return lambda model: {"exact_match": exact_match(model, tokenizer, questions)}

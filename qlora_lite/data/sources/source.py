@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_lite.checkpoints.files import excerpt, open_regular, reason
+from qlora_lite.checkpoints.files import did_you_mean, excerpt, open_regular, reason
 from qlora_lite.data.sources.compression import EXPECTED
 from qlora_lite.data.sources.data_file import file_records, text_suffix
 from qlora_lite.data.sources.folder import DATA_SUFFIXES, data_files
@@ -75,7 +75,7 @@ def _named_files(source: Source) -> list[tuple[str, Path]]:
         return [(found.relative_to(before).as_posix(), found) for found in data_files(Path(before), split)]
     if _hub_dataset(source) is None:
         wanted = "name a file, a folder, or a data set of the hub with its split, as org/name:train"
-        raise CheckpointError(f"{source.location} does not exist; {wanted}")
+        raise CheckpointError(f"{source.location} does not exist; {wanted}{did_you_mean(path)}")
     return []
 
 

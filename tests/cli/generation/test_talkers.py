@@ -56,6 +56,20 @@ def test_a_model_that_does_not_answer_is_refused_before_it_is_read(tmp_path: Pat
         load_talker(options)
 
 
+def test_an_adapter_that_does_not_fit_is_refused_before_the_model_is_read(
+    run: Callable[..., Any], tiny_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """The folder of the model has no weights, whose lack would be told else."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_folder / name).read_bytes())
+    for given, sentence in (
+        (adapter.parent, "has no adapter_config.json; name an adapter in it: "),
+        (tiny_folder, "adapter_config.json does not exist"),
+    ):
+        done = run("chat", "--model", tmp_path, "--adapter", given, stdin="hello\n")
+        assert done.returncode == 1 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 COMMANDS = {
     "chat": (),
     "generate": ("--prompts", "p.txt", "--output", "a.jsonl"),

@@ -43,7 +43,10 @@ def test_a_classifier_is_trained_merged_and_named(run: Run, tiny_folder: Path, t
 
 
 def options(model: Path, **changes: Any) -> dict[str, Any]:
-    return {"model": str(model), "task": None, "regression": False, "packing": False, "memory_budget": None, **changes}
+    return {"model": str(model), "task": None, "regression": False, "packing": False, "memory_budget": None} | {
+        "eval_generate": None,
+        **changes,
+    }
 
 
 def test_the_task_is_that_of_the_option_or_of_the_checkpoint(tiny_folder: Path) -> None:
@@ -75,3 +78,37 @@ def test_held_out_labels_that_are_not_trained_on_are_refused(run: Run, tiny_fold
     done = run(*words, "--eval-data", other)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "held-out records have the label 'c', which no record to train on has (a, b)" in done.stderr
+
+
+@pytest.mark.parametrize(("kind", "task"), [("Florence2", "image-text-to-text"), ("T5", "seq2seq-lm")])
+def test_answers_of_a_model_that_writes_none_are_refused_before_anything_is_read(
+    tmp_path: Path, kind: str, task: str
+) -> None:
+    import transformers
+
+    architectures = [f"{kind}ForConditionalGeneration"]
+    getattr(transformers, f"{kind}Config")(architectures=architectures).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^--eval-generate is for causal .* is made for {task}; leave it out$"):
+        module.task_with_records(options(tmp_path, eval_generate=4))
+
+
+def test_pictures_are_not_asked_about(
+    run: Run, import_script: Callable[[str], Any], tiny_vision_folder: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    parts = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "what?"}]
+    rows = [
+        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": f"{n}"}]} for n in "abcd"
+    ]
+    words = (
+        "--model",
+        tiny_vision_folder,
+        "--data",
+        written(tmp_path / "d.jsonl", *rows),
+        "--output",
+        tmp_path / "run",
+    )
+    done = run("train", *words, "--eval-share", 0.5, "--eval-generate", 2)
+    assert done.returncode == 2 and "behind a prompt and without images; leave it out" in done.stderr, done.stderr
