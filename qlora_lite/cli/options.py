@@ -36,6 +36,8 @@ class InFile:
     path: bool = False
 
 
+DIGITS = 5  # of a figure for a reader
+
 CHOICE_OF_NAMES = InFile(others="names, in a list or with commas between them", names=True)
 
 Model = Annotated[
@@ -202,14 +204,28 @@ def listed_tokens(text: str) -> list[int]:
 
 
 def finish(figures: Mapping[str, object], as_json: bool) -> None:
-    """Prints the figures of a command, as one JSON line or as one line for each."""
+    """Prints the figures of a command, as one JSON line or, rounded for a reader, as one line for each."""
     if as_json:
         print(json.dumps(figures))
         return
-    width = max(len(name) for name in figures)
-    for name, value in figures.items():
-        text = (", ".join(map(str, value)) or None) if isinstance(value, (list, tuple)) else value
-        print(f"{name.replace('_', ' '):<{width}}  {'-' if text is None else text}")
+    shown = dict(_for_reader(name, value) for name, value in figures.items())
+    width = max(map(len, shown))
+    for name, text in shown.items():
+        print(f"{name:<{width}}  {text}")
+
+
+def _for_reader(name: str, value: object) -> tuple[str, str]:
+    """Returns a figure as text: `("peak", "916.1 MiB")` for `peak_bytes`, which is not a round number."""
+    words = name.replace("_", " ")
+    if isinstance(value, int) and name.endswith("_bytes"):
+        from qlora_lite.memory.report import readable_bytes
+
+        return words.removesuffix(" bytes"), readable_bytes(value)
+    if isinstance(value, float):
+        return words, f"{value:.{DIGITS}g}"
+    if isinstance(value, (list, tuple)):
+        value = ", ".join(map(str, value)) or None
+    return words, "-" if value is None else str(value)
 
 
 def check_output(folder: Path, overwrite: bool, *inputs: str | Path) -> None:

@@ -11,6 +11,7 @@ from qlora_lite.cli.options import (
     Checkpointing,
     EmbeddingFormat,
     Format,
+    IgnoreUnexpected,
     Int8Activations,
     Json,
     Model,
@@ -33,6 +34,7 @@ def profile(
     tokens: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
     checkpointing: Checkpointing = "full",
     text_only: TextOnly = False,
+    ignore_unexpected: IgnoreUnexpected = False,
     mode: Annotated[str, typer.Option(help="full follows every tensor; phases only reads memory counters.")] = "full",
     predict: Annotated[bool, typer.Option(help="With --mode full, also predict the memory and compare.")] = True,
     html: Annotated[Path | None, typer.Option("--html", help="HTML file to write, with charts: report.html.")] = None,
@@ -82,7 +84,9 @@ def profile(
     with deferred_signals(), nullcontext() if snapshot is None else memory_snapshot(snapshot):
         profiler = MemoryProfiler(trace=mode == "full")
         shape: dict[str, Any] = {"rows": rows, "tokens": tokens, "text_only": text_only}
-        report = profile_steps(model, quant, lora, config, profiler=profiler, **shape)
+        report = profile_steps(
+            model, quant, lora, config, profiler=profiler, ignore_unexpected=ignore_unexpected, **shape
+        )
     print(render(report))
     predicted = None
     if predict and mode == "full":

@@ -97,9 +97,11 @@ from qlora_lite.cli.training.task_records import (
     run_batches,
     task_with_records,
 )
+from qlora_lite.errors import ConfigError
 from qlora_lite.quantization.formats import DEFAULT_FORMAT, UNPACKED
 
 if TYPE_CHECKING:
+    from qlora_lite.cli.data_options import TrainingData
     from qlora_lite.data.tasks.labels import Labels
     from qlora_lite.lora.config import LoraConfig
     from qlora_lite.planning.memory_budget import BudgetedConfig
@@ -206,15 +208,23 @@ def _adapted_model(ctx: typer.Context, chosen: _Settings, labels: Labels | None,
     return model
 
 
-def _within_budget(options: Mapping[str, Any], chosen: _Settings, longest: int) -> BudgetedConfig | None:
-    """Returns the settings of the run that --memory-budget allows, which are printed; None without the option."""
+def _within_budget(options: Mapping[str, Any], chosen: _Settings, records: TrainingData) -> BudgetedConfig | None:
+    """Returns the settings of the run that --memory-budget allows, which are printed; None without the option.
+
+    Raises ConfigError for records with images, whose memory in the vision tower is not predicted.
+    """
     from qlora_lite.checks import byte_count
     from qlora_lite.planning.memory_budget import config_within, device_memory
 
     if options["memory_budget"] is None:
         return None
+    if records.examples.has_images:
+        raise ConfigError(
+            "--memory-budget predicts rows of text, and the records have images, whose features take memory too; "
+            "leave it out, and choose --checkpointing"
+        )
     memory = device_memory(byte_count("--memory-budget must be", options["memory_budget"]))
-    tokens = options["max_length"] if options["packing"] else longest
+    tokens = options["max_length"] if options["packing"] else records.tokenized.longest
     shape: dict[str, Any] = {"rows": options["batch_size"], "tokens": tokens, "text_only": options["text_only"]}
     found = config_within(memory, options["model"], chosen.quant, chosen.lora, chosen.train, **shape)
     print(found.described())
@@ -313,7 +323,7 @@ def train(
     evaluate = exact_match_of(records.held_out, ctx.params, tokenizer)
     stream = run_batches(records.examples, labels, ctx.params, tokenizer, seed, images=records.images)
     with deferred_signals():
-        budgeted = _within_budget(ctx.params, chosen, records.tokenized.longest)
+        budgeted = _within_budget(ctx.params, chosen, records)
         loaded = _adapted_model(ctx, chosen, labels, tokenizer.pad_token_id)
         held_out = held_out_batches(records.held_out, labels, ctx.params, tokenizer, records.images)
         folder: dict[str, Any] = {"output_dir": output, "overwrite": overwrite, "resume": resume, "notes": notes}
@@ -321,4 +331,5 @@ def train(
         config = chosen.train if budgeted is None else budgeted.config
         result = train_model(loaded, stream, config, eval_batches=held_out, evaluate=evaluate, **folder)
     if is_first_process():
-        finish(figures(result, records, chosen.train, budgeted, output), json)
+        told = figures(result, records, chosen.train, budgeted, output)
+        finish({name: value for name, value in told.items() if json or value is not None}, json)

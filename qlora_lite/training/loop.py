@@ -232,19 +232,22 @@ def profile_steps(
     tokens: int,
     profiler: MemoryProfiler | None = None,
     text_only: bool = False,
+    ignore_unexpected: bool = False,
 ) -> MemoryReport:
     """Returns the memory of training steps on random tokens `(rows, tokens)`.
 
     The phases are load, forward, backward and optimizer. With at least two steps, the optimizer's states and the
     activations of a step are in memory together. Nothing is evaluated or saved.
-    profiler: not open yet; without one, every storage is traced. text_only: as in `load_quantized`.
+    profiler: not open yet; without one, every storage is traced. text_only, ignore_unexpected: as in `load_quantized`.
     """
     check_batch_shape(hub.read_config(hub.checkpoint_folder(model_folder)), rows, tokens)
     profiler = MemoryProfiler() if profiler is None else profiler
     with profiler:
         with profiler.phase("load"):
-            model = load_quantized(model_folder, quant, text_only=text_only)
+            model = load_quantized(model_folder, quant, text_only=text_only, ignore_unexpected=ignore_unexpected)
             add_lora_(model, lora)
+        for line in model.load_report.in_words():
+            tell(line)
         vocabulary = architecture.vocabulary_size(model) or model.config.vocab_size
         ids = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
         batch = {"input_ids": ids, "labels": ids}

@@ -122,3 +122,17 @@ def test_a_number_or_a_word() -> None:
     assert (found("--x", "0.5", "none", float), found("--x", "3", "all", int)) == (0.5, 3)
     with pytest.raises(ConfigError, match=r"--x must be a number, or all; got '1.5'"):
         found("--x", "1.5", "all", int)
+
+
+def test_figures_are_rounded_for_a_reader_and_not_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"peak_bytes": 960648192, "bytes": 12, "perplexity_after": 1.3740500639731412, "left": None, "of": []}
+    options.finish(figures, as_json=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "peak              916.1 MiB",
+        "bytes             12",
+        "perplexity after  1.3741",
+        "left              -",
+        "of                -",
+    ]
+    options.finish(figures, as_json=True)
+    assert json.loads(capsys.readouterr().out) == figures

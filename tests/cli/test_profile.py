@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -35,6 +38,20 @@ def test_counters_alone_tell_the_process_and_predict_nothing(run: Run, tiny_fold
     assert report["predicted"] is None and report["timeline"] is None
     assert all(p["live_peak"] is None and p["resident_peak"] > 0 for p in report["phases"])
     assert "resident" in done.stdout and "predicted - measured" not in done.stdout
+
+
+def test_tensors_that_the_model_has_no_place_for_are_passed_over_if_asked_to(
+    run: Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "v_head.weight": torch.ones(1, 32)}, folder / "model.safetensors")
+    words = ("profile", "--model", folder, "--rank", 2, "--tokens", 16, "--mode", "phases")
+    refused = run(*words)
+    assert refused.returncode == 1 and "1 tensors belong to no module: v_head.weight" in refused.stderr
+    done = run(*words, "--ignore-unexpected")
+    assert done.returncode == 0 and "1 x v_head.weight: passed over" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

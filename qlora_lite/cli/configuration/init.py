@@ -22,7 +22,7 @@ from qlora_lite.cli.configuration.proposal import (
 from qlora_lite.cli.configuration.questions import Asker, Question
 from qlora_lite.cli.configuration.schema import settings_of
 from qlora_lite.cli.data_options import input_paths
-from qlora_lite.cli.options import Json, check_output, finish
+from qlora_lite.cli.options import Json, TaskName, check_output, finish
 from qlora_lite.cli.train import train
 from qlora_lite.errors import ConfigError
 
@@ -105,22 +105,32 @@ class _Examined:
     most: int
     max_length: int
 
+    @property
+    def has_images(self) -> bool:
+        return self.data.examples.has_images
+
 
 class _Records:
     """Reads the records of the proposed run, when the question for them is answered."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, task: str | None) -> None:
         from qlora_lite.checkpoints.hub import checkpoint_folder, load_tokenizer, read_config
         from qlora_lite.cli.training.task_records import task_with_records
         from qlora_lite.positions import longest_sequence
 
         defaults = {name: setting.default for name, setting in settings_of(train).items()}
         config = read_config(checkpoint_folder(model, weights=False))
-        self._options: dict[str, Any] = {**defaults, "model": model}
+        self._options: dict[str, Any] = {**defaults, "model": model, "task": task}
         self._longest = longest_sequence(config) or 2 * MOST_TOKENS
         self._options["max_length"] = self._longest
         self.task = task_with_records(self._options)
         self._tokenizer = load_tokenizer(model)
+
+    def why_not(self, examined: _Examined) -> str | None:
+        """Why the memory cannot be predicted; None if it can."""
+        if self.task is not None:
+            return f"it is predicted for causal language models, and this one is made for {self.task.name}"
+        return "it is predicted for rows of text, and the records have images" if examined.has_images else None
 
     def read(self, sources: list[str]) -> _Examined:
         """Returns what the records are; prints what is learned of them."""
@@ -154,6 +164,7 @@ def init(
     data: Annotated[
         list[str] | None, typer.Option("--data", help="Records, as `train` takes them; repeatable.")
     ] = None,
+    task: TaskName = None,
     memory: Memory = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the records. Default: 3.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run. Default: out/run, or a number more.")] = None,
@@ -176,10 +187,11 @@ def init(
             check(given)  # before the records are read
     if output is not None:
         _checked_output(output, (model, *(data or ())))
-    found, figures = _proposal(Asker(defaults=yes), model, data, memory, passes, output)
+    found, figures = _proposal(Asker(defaults=yes), model, task, data, memory, passes, output)
     with new_file(file, overwrite) as written:
         written.write(as_file(settings_of(train), found).encode())
-    finish({"written": str(file), **figures, "next": f"qlora-lite train {file}"}, json)
+    told = {name: value for name, value in figures.items() if json or value is not None}
+    finish({"written": str(file), **told, "next": f"qlora-lite train {file}"}, json)
 
 
 def check_file(file: Path, overwrite: bool) -> None:
@@ -194,6 +206,7 @@ def check_file(file: Path, overwrite: bool) -> None:
 def _proposal(
     asker: Asker,
     model: str | None,
+    task: str | None,
     data: list[str] | None,
     memory: str | None,
     epochs: str | None,
@@ -203,7 +216,7 @@ def _proposal(
     from qlora_lite.planning.memory_budget import device_memory
 
     chosen = asker.answer(Question("Model", "--model", nearby_model(), _checked_model, SMALL_MODEL), model)
-    records = _Records(chosen)
+    records = _Records(chosen, task)
     if data:
         examined = records.read(data)
     else:
@@ -212,14 +225,16 @@ def _proposal(
 
     def shape_in(text: str) -> Shape:
         room, count = device_memory(_checked_size(text)), len(examined.data.examples)
-        return shape_within(chosen, room, count, examined.max_length, records.task is None)
+        return shape_within(chosen, room, count, examined.max_length, records.why_not(examined))
 
     shape = asker.answer(Question("Memory to train in", "--memory", free_memory(), shape_in, "24GiB"), memory)
     inputs = (chosen, *map(str, input_paths(examined.sources)))
     passes = asker.answer(Question("Passes over the records", "--epochs", EPOCHS, _checked_epochs, "3"), epochs)
     place = Question("Folder of the run", "--output", free_output(), lambda text: _checked_output(text, inputs), OUTPUT)
     folder = asker.answer(place, output)
-    answers = {"model": chosen, "data": examined.sources, "epochs": passes, "output": folder}
+    if shape.predicted is None:
+        print(shape.reason)
+    answers = {"model": chosen, "task": task, "data": examined.sources, "epochs": passes, "output": folder}
     found = proposed({**answers, "eval_share": examined.share}, examined.data, shape, examined.most)
     return found, {
         "steps": steps_of(len(examined.data.examples), passes, shape),

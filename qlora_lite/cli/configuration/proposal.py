@@ -48,10 +48,10 @@ def examples_of_step(examples: int) -> int:
     return 1 << (most.bit_length() - 1)
 
 
-def shape_within(model: str, memory: DeviceMemory, examples: int, longest: int, rehearsed: bool) -> Shape:
+def shape_within(model: str, memory: DeviceMemory, examples: int, longest: int, why_not: str | None) -> Shape:
     """Returns the batches that fit into a memory, for examples of up to `longest` tokens.
 
-    rehearsed: whether training this task can be predicted. Raises ConfigError if nothing fits.
+    why_not: why training cannot be predicted; None if it can. Raises ConfigError if nothing fits.
     """
     from qlora_lite.lora.config import LoraConfig
     from qlora_lite.memory.report import readable_bytes
@@ -60,8 +60,7 @@ def shape_within(model: str, memory: DeviceMemory, examples: int, longest: int, 
     from qlora_lite.quantization.config import QuantConfig
 
     wanted = examples_of_step(examples)
-    why_not = "it is predicted for causal language models only"
-    if rehearsed:
+    if why_not is None:
         try:
             setup = TrainingSetup(QuantConfig(), LoraConfig(RANK, ALPHA), wanted, longest)
             found = choose_batch(model, setup, memory)
@@ -89,7 +88,7 @@ def steps_of(examples: int, epochs: float, shape: Shape) -> int:
 def proposed(answers: Mapping[str, Any], data: TrainingData, shape: Shape, longest: int) -> dict[str, tuple[Any, str]]:
     """Returns the settings of the run by name, each with the reason for it.
 
-    answers: model, data, epochs and output. longest: the tokens that nearly all examples have at most.
+    answers: model, task, data, epochs and output. longest: the tokens that nearly all examples have at most.
     """
     trained = len(data.examples)
     share, passes, output = answers["eval_share"], answers["epochs"], str(answers["output"])
@@ -99,6 +98,7 @@ def proposed(answers: Mapping[str, Any], data: TrainingData, shape: Shape, longe
     cut = "so nearly all stay whole" if shape.max_length >= longest else "and longer ones than this are shortened"
     found: dict[str, tuple[Any, str]] = {
         "model": (answers["model"], "The base. It stays frozen, and is packed while it is read."),
+        **({} if answers["task"] is None else {"task": (answers["task"], "What the model is made for.")}),
         "format": ("nf4", "4 bits a weight, as in QLoRA. int8 is more exact and takes twice the bytes."),
         "rank": (RANK, "Capacity of the adapters: 8 for a narrow task, 64 for much new knowledge."),
         "alpha": (ALPHA, "The update is scaled by alpha / rank; twice the rank is usual."),

@@ -146,7 +146,7 @@ def exact_match_of(examples: Mixture | None, options: Mapping[str, Any], tokeniz
     questions = questions_of(examples, tokenizer, most)
     what = f"with an answer of at most {LONGEST_ANSWER} tokens"
     if not questions:
-        images = " and without images" if any(example.images for example in examples) else ""
+        images = " and without images" if examples.has_images else ""
         raise ConfigError(f"--eval-generate found no held-out example {what} behind a prompt{images}; leave it out")
     if is_first_process():
         print(f"exact match: of {len(questions):,} held-out examples {what}")

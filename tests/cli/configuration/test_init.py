@@ -60,6 +60,19 @@ def test_options_and_lines_answer_the_questions(command: Command, place: Path) -
     assert {"epochs: 0.5", "output: out/run-2"} <= {*lines} and "of 4,096.0 MiB." in "\n".join(lines)
 
 
+def test_of_another_task_it_is_told_that_the_memory_is_not_predicted(command: Command, place: Path) -> None:
+    rows = [json.dumps({"text": f"number {n}", "label": "ab"[n % 2]}) for n in range(40)]
+    (place / "labels.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    words = ("init", "--yes", "--data", "labels.jsonl", "--task", "sequence-classification")
+    status, printed, said = command(*words)
+    assert status == 0, said
+    why = "The memory was not predicted: it is predicted for causal language models, and this one is made for sequence-"
+    assert why in printed and "predicted peak" not in printed
+    lines = (place / "run.yaml").read_text(encoding="utf-8").splitlines()
+    assert {"task: sequence-classification", "batch_size: 1", "checkpointing: full"} <= {*lines}
+    assert command("train", "run.yaml", "--print-config")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "stdin", "sentence"),
     [

@@ -35,7 +35,7 @@ def test_the_shape_is_the_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         batch_choice, "choose_batch", lambda model, setup, memory: BatchChoice(4, 128, 2, 300 << 20, 900 << 20)
     )
-    found = proposal.shape_within("m", MEMORY, 200, 256, rehearsed=True)
+    found = proposal.shape_within("m", MEMORY, 200, 256, None)
     reason = "4 x 128 tokens are predicted to need at most 900.0 MiB of 1,024.0 MiB."
     assert found == Shape(4, 2, 128, "300MiB", reason, 900 << 20)
 
@@ -43,8 +43,8 @@ def test_the_shape_is_the_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> No
         raise RehearsalError("shapes depend on values")
 
     monkeypatch.setattr(batch_choice, "choose_batch", refuse)
-    for rehearsed, why in ((True, "shapes depend on values"), (False, "for causal language models only")):
-        found = proposal.shape_within("m", MEMORY, 200, 256, rehearsed)
+    for why_not, why in ((None, "shapes depend on values"), ("the records have images", "the records have images")):
+        found = proposal.shape_within("m", MEMORY, 200, 256, why_not)
         assert (found.rows, found.gradient_accumulation, found.checkpointing, found.predicted) == (1, 8, "full", None)
         assert why in found.reason
 
@@ -53,7 +53,14 @@ def test_the_file_has_every_setting_with_its_reason_and_is_a_configuration() -> 
     data: Any = SimpleNamespace(examples=range(180), held_out=range(20))
     shape = Shape(4, 2, 128, "300MiB", "4 x 128 tokens are predicted to need 1 GiB.", 1 << 30)
     assert steps_of(180, 2.0, shape) == 45
-    answers = {"model": "m", "data": ["a.jsonl", "b.jsonl"], "epochs": 2.0, "output": Path("out"), "eval_share": 0.1}
+    answers = {
+        "model": "m",
+        "task": None,
+        "data": ["a.jsonl", "b.jsonl"],
+        "epochs": 2.0,
+        "output": Path("out"),
+        "eval_share": 0.1,
+    }
     found = proposed(answers, data, shape, 200)
     text = as_file(settings_of(train), found)
     values = checked_values(parsed(text, "run.yaml"), "run.yaml", options_of(train))
@@ -65,5 +72,6 @@ def test_the_file_has_every_setting_with_its_reason_and_is_a_configuration() -> 
     settings = [at for at, line in enumerate(lines) if line and not line.startswith(("#", "- "))]
     assert len(settings) == len(found) and all(lines[at - 1].startswith("# ") for at in settings)
     assert max(map(len, lines)) <= 80
+    assert proposed({**answers, "task": "embedding"}, data, shape, 100)["task"][0] == "embedding"
     alone = proposed({**answers, "eval_share": None}, data, shape, 100)
     assert not {"eval_share", "eval_steps"} & alone.keys() and alone["save_steps"][0] == 5

@@ -29,7 +29,7 @@ def test_a_run_is_drawn_and_wrong_folders_are_one_sentence(run: Run, tiny_folder
     resumed = run(*words, "--eval-share", 0.25, "--resume")
     assert resumed.returncode == 0, "a page in the folder of a run keeps it from going on"
     for given, status, said in (
-        ((tmp_path / "rum",), 1, "name the --output folder of a run of train; did you mean"),
+        ((tmp_path / "runn",), 1, "name the --output folder of a run of train; did you mean"),
         ((tmp_path / "none",), 1, "none does not exist; name the --output folder of a run of train"),
         ((folder, data), 2, "a page of 2 runs belongs into none of their folders; name it with --output"),
         ((folder, folder, "--output", tmp_path / "p.html"), 2, "a run is named twice; name each once"),

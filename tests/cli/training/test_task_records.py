@@ -112,3 +112,5 @@ def test_pictures_are_not_asked_about(
     )
     done = run("train", *words, "--eval-share", 0.5, "--eval-generate", 2)
     assert done.returncode == 2 and "behind a prompt and without images; leave it out" in done.stderr, done.stderr
+    done = run("train", *words, "--memory-budget", "4GiB")
+    assert done.returncode == 2 and "--memory-budget predicts rows of text, and the records have images" in done.stderr
