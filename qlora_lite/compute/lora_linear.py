@@ -107,7 +107,7 @@ def dense_slices(weight: Weight, like: Tensor) -> Iterator[tuple[slice, Tensor]]
 
 
 def _product(rows: Tensor, weight: Weight, bias: Tensor | None, few: bool = False) -> Tensor:
-    """Returns rows W0^T + bias `(rows, out)` as a new tensor, slice by slice of W0. few: see `FEW_ROWS`."""
+    """Returns rows W0^T + bias `(rows, out)` as a new tensor, slice by slice of W0. few: see `SHORT_PROMPT`."""
     own = None if isinstance(weight, Tensor) else weight.integer_product(rows)
     if own is None and few and not isinstance(weight, Tensor):
         own = weight.few_rows_product(rows)
@@ -285,6 +285,10 @@ class _AdaptedLinear(torch.autograd.Function):
 # EPYC (Zen 4) with the linear layers of SmolLM2-135M and with 4096 x 4096: against unpacking and multiplying, they take
 # about 0.2 of the time with 1 row and 0.8 with 32. Between 48 and 100 rows they become slower.
 FEW_ROWS = 32
+# The most rows that are multiplied without nodes for autograd, where no gradient is needed. Copies of 4-bit codes take
+# all of them: on that core 0.8 of the time of unpacking with 64 rows, 1.1 with 128, and no memory for the unpacked
+# weight, which a short prompt would spend most of its memory on.
+SHORT_PROMPT = 128
 
 
 def _few_rows_linear(
@@ -300,7 +304,9 @@ def _few_rows_linear(
 def add_few_rows_update_(y: Tensor, x: Tensor, lora: Factors, scaling: float) -> None:
     """Adds scaling * B A x to the product y `(rows, out)` of few rows x `(rows, in)`."""
     lora_A, lora_B = lora
-    if lora_A.dtype == lora_B.dtype == torch.float32 != y.dtype:  # as they are: casts would take longer
+    if (
+        len(y) <= FEW_ROWS and lora_A.dtype == lora_B.dtype == torch.float32 != y.dtype
+    ):  # as they are: casts would take longer
         y.add_(F.linear(F.linear(x.to(torch.float32), lora_A), lora_B), alpha=scaling)
     else:
         y.addmm_(x.to(y.dtype) @ lora_A.to(y.dtype).T, lora_B.to(y.dtype).T, alpha=scaling)
@@ -338,7 +344,7 @@ def adapted_linear(
     rows, low = x.reshape(-1, x.shape[-1]), None
     dtype = product_dtype(x, compute_dtype)
     lora = None if lora_A is None or lora_B is None else (lora_A, lora_B)
-    few = rows.shape[0] <= FEW_ROWS and type(rows) is Tensor and dropout == 0
+    few = rows.shape[0] <= SHORT_PROMPT and type(rows) is Tensor and dropout == 0
     if few and torch.is_grad_enabled():
         few = not any(t is not None and t.requires_grad for t in (x, bias, lora_A, lora_B))
     with torch.autocast(device, enabled=False) if autocast else nullcontext():

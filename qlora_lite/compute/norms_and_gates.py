@@ -25,6 +25,7 @@ from qlora_lite.compute.recompute import recomputable
 from qlora_lite.compute.slicing import slices_within
 
 PROBE_SHAPE = (3, 16)
+MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 EPS_NAMES = ("variance_epsilon", "eps")
 # Bytes of fp32 temporaries at once, which stay in the caches of a core.
 SLICE_BYTES = 1 << 20
@@ -171,6 +172,22 @@ def norm_eps(module: nn.Module) -> float | None:
         stand_in: Any = SimpleNamespace(weight=scale, **{name: eps})
         same = gives(lambda: type(module).forward(stand_in, x), normalized(x, scale, eps))
     return float(eps) if same else None
+
+
+def mlp_activation(module: nn.Module, dtype: torch.dtype) -> str | None:
+    """Returns the activation f of a module that computes down(f(gate(x)) * up(x)); None for any other module."""
+    if not all(isinstance(getattr(module, part, None), nn.Module) for part in MLP_PARTS):
+        return None
+    with no_dispatch(), torch.no_grad():
+        x = probe(0, dtype, *PROBE_SHAPE)
+        stand_in: Any = SimpleNamespace(
+            gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.tan, act_fn=module.act_fn
+        )
+        for name in ACTIVATIONS:
+            expected = torch.tan(gated_product(torch.sin(x), torch.cos(x), name))
+            if gives(lambda: type(module).forward(stand_in, x), expected):
+                return name
+    return None
 
 
 def short_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

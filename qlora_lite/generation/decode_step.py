@@ -1,8 +1,10 @@
 """A step of generation: one token for each sequence, in which operations are many and each is small.
 
-Two parts of transformers' modules are exchanged for shorter ones, where they are recognized and the step is small:
-norms (their own forward gives the same on a probe), and attention of one query without a mask on a CPU. Nothing else
-changes: prompts, and modules that are not recognized, compute as before.
+Parts of transformers' modules are exchanged for shorter ones, where they are recognized (their own forward gives the
+same on a probe) and the step is small: norms, and attention of one query without a mask on a CPU. In prompts too, a
+gated activation is multiplied in place, and the output head gets a matrix: transformers gives it the last position of
+each sequence, a strided view, for which torch copies a frozen weight once for each sequence. Modules that are not
+recognized compute as before.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_lite.architecture import output_head
 from qlora_lite.compute.cpu_attention import asks_for_more, one_query_attention
 from qlora_lite.compute.devices import on_cpu
 from qlora_lite.compute.lora_linear import FEW_ROWS
-from qlora_lite.compute.norms_and_gates import norm_eps, short_norm
+from qlora_lite.compute.norms_and_gates import ACTIVATIONS, mlp_activation, norm_eps, short_norm
 from qlora_lite.patches import patched_attention, patched_forward
 
 
@@ -26,6 +29,33 @@ def _norm(module: Any, own: Callable[..., Tensor], eps: float, x: Tensor) -> Ten
     weight: Tensor = module.weight
     is_small = x.numel() <= FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()
     return short_norm(x, weight, eps) if is_small and x.dtype == weight.dtype else own(x)
+
+
+def _mlp(module: Any, own: Callable[..., Tensor], activation: str, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return own(x)
+    gated = ACTIVATIONS[activation].function(module.gate_proj(x)).mul_(module.up_proj(x))
+    y: Tensor = module.down_proj(gated)
+    return y
+
+
+def _head(own: Callable[..., Tensor], x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return own(x)
+    return own(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+
+def _short_forward(module: nn.Module, dtype: torch.dtype, head: nn.Module | None) -> Callable[..., Tensor] | None:
+    """The shorter forward of a module that is recognized, None for any other."""
+    if "forward" in vars(module):
+        return None
+    if module is head and type(module) is nn.Linear:
+        return functools.partial(_head, module.forward)
+    eps = norm_eps(module)
+    if eps is not None:
+        return functools.partial(_norm, module, module.forward, eps)
+    activation = mlp_activation(module, dtype)
+    return None if activation is None else functools.partial(_mlp, module, module.forward, activation)
 
 
 def _attention(own: Callable[..., Any], module: nn.Module, *args: Any, **options: Any) -> Any:
@@ -38,11 +68,13 @@ def _attention(own: Callable[..., Any], module: nn.Module, *args: Any, **options
 
 @contextmanager
 def short_steps(model: nn.Module) -> Iterator[None]:
-    """Within the block a model uses shorter norms and attention in steps of one token for each sequence."""
+    """Within the block a model answers with fewer and smaller operations, as above."""
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+    head = output_head(model)
     with ExitStack() as stack:
         for module in model.modules():
-            eps = None if "forward" in vars(module) else norm_eps(module)
-            if eps is not None:
-                stack.enter_context(patched_forward(module, functools.partial(_norm, module, module.forward, eps)))
+            shorter = _short_forward(module, dtype, head)
+            if shorter is not None:
+                stack.enter_context(patched_forward(module, shorter))
         stack.enter_context(patched_attention(model, lambda own: functools.partial(_attention, own)))
         yield

@@ -69,9 +69,9 @@ def decode_copies(model: nn.Module) -> Iterator[int]:
     Each 4-bit weight gets a copy of its codes in the order of a CPU kernel: `decode_copy_bytes`, 0.53 bytes a value.
     The copies are dropped at the end. Weights that the kernel does not take, on another device, on a CPU without
     AVX512-BF16, or of int8, get none, and compute as without this. Layers with the same input are multiplied at once
-    (joined_products.py), and norms and attention are shorter (decode_step.py). Prompts, training and merging use the
-    weights themselves, within the block too. Products differ from those of the unpacked weights as bf16 does from
-    itself: absmax is rounded to bf16.
+    (joined_products.py), and norms and attention are shorter (decode_step.py). Batches of prompts with more than 128
+    tokens together, training and merging use the weights themselves, within the block too. Products differ from those
+    of the unpacked weights as bf16 does from itself: absmax is rounded to bf16.
     """
     weights = [module for module in model.modules() if isinstance(module, PackedWeight) and module.decode_copy is None]
     chosen = [weight for weight in weights if decode_copy_bytes(weight)]

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 
 from qlora_lite.compute.devices import on_cpu
+from qlora_lite.compute.lora_linear import FEW_ROWS
 from qlora_lite.compute.slicing import row_slices, rows_that_fit
 from qlora_lite.patches import patched_compile
 from qlora_lite.quantization.int8_matmul import int8_product, suits
@@ -296,7 +297,7 @@ def packed_product(packed: PackedBuffers, rows: Tensor) -> Tensor:
 def _few_rows_of_rows(packed: PackedBuffers, rows: Tensor) -> Tensor | None:
     """torch's CPU kernel takes int8 codes and bf16 scales. The scale is applied after it, so that it stays in fp32."""
     suitable = packed.shape[1] % KERNEL_COLUMNS == 0 and packed.shape[0] % KERNEL_ROWS == 0
-    if not suitable or not on_cpu(rows.device) or rows.dtype != torch.bfloat16:
+    if not suitable or rows.shape[0] > FEW_ROWS or not on_cpu(rows.device) or rows.dtype != torch.bfloat16:
         return None
     ones = rows.new_ones(packed.shape[0])
     y = torch._weight_int8pack_mm(rows.contiguous(), packed.packed, ones)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite import QuantConfig, load_quantized
 from qlora_lite.compute.lora_linear import FEW_ROWS
 from qlora_lite.generation import decode_step
 from qlora_lite.generation.decode_step import short_steps
+from qlora_lite.memory.trace import StorageTrace
 
 
 @pytest.fixture
@@ -74,6 +77,39 @@ def test_prompts_and_training_compute_as_before(model: Any) -> None:
             assert torch.equal(norm(x), prompt)
         again = norm(x[:2])
     assert torch.equal(again, trained) and again.requires_grad == trained.requires_grad
+
+
+@torch.no_grad()
+def test_a_frozen_head_is_not_copied_for_each_sequence(model: Any) -> None:
+    model.requires_grad_(False)
+    hidden = torch.randn(4, 7, 64).bfloat16()[:, -1:]
+    expected = model.lm_head(hidden.contiguous())
+    called: list[list[str]] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called[-1].append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for block in (contextlib.nullcontext(), short_steps(model)):
+        called.append([])
+        with block, Noting():
+            logits = model.lm_head(hidden)
+        assert torch.equal(logits, expected)
+    # torch's batched product copies the weight for each sequence, inside the operator
+    assert "aten.bmm.default" in called[0] and not {"aten.bmm.default", "aten.expand.default"} & {*called[1]}
+    assert "aten.mm.default" in called[1]
+
+
+@torch.no_grad()
+def test_a_gated_activation_takes_one_tensor_less(model: Any) -> None:
+    mlp, x = model.model.layers[0].mlp, torch.randn(50, 64).bfloat16()
+    counts, expected = [], mlp(x)
+    for block in (contextlib.nullcontext(), short_steps(model)):
+        with block, StorageTrace() as trace:
+            assert torch.equal(mlp(x), expected)
+        counts.append(sum(event.delta > 0 for event in trace.timeline()))
+    assert counts[1] == counts[0] - 1
 
 
 def test_a_norm_of_another_kind_keeps_its_forward() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlora_lite.compute import lora_linear
 from qlora_lite.compute.devices import accelerator_pretended
-from qlora_lite.compute.lora_linear import FEW_ROWS
+from qlora_lite.compute.lora_linear import FEW_ROWS, SHORT_PROMPT
 from qlora_lite.generation.repacked_codes import decode_copies, decode_copy_bytes, repacked
 from qlora_lite.quantization import kernels
 from qlora_lite.quantization.config import QuantConfig
@@ -61,7 +61,7 @@ def test_order_is_that_of_bitsandbytes(options: dict[str, object]) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
-@pytest.mark.parametrize("rows", [1, 5, FEW_ROWS])
+@pytest.mark.parametrize("rows", [1, 5, FEW_ROWS, SHORT_PROMPT])
 def test_copies_multiply_without_unpacking(format: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = QuantizedLinear(packed(format=format), nn.Parameter(torch.randn(96).bfloat16(), requires_grad=False))
     layer.bias.data.zero_()  # type: ignore[union-attr]
@@ -73,7 +73,7 @@ def test_copies_multiply_without_unpacking(format: str, rows: int, monkeypatch: 
     with decode_copies(layer) as taken:
         y = layer(x)
         assert not seen and taken == decode_copy_bytes(layer.weight) == 96 * 128 // 2 + 96 * 2 * 2
-        layer(torch.randn(FEW_ROWS + 1, 128).bfloat16())  # a prompt
+        layer(torch.randn(SHORT_PROMPT + 1, 128).bfloat16())  # a prompt
         assert len(seen) == 1
         assert layer.weight.decode_copy is not None
     assert layer.weight.decode_copy is None
@@ -159,7 +159,7 @@ def test_adapters_of_now_are_added(adapter_dtype: torch.dtype, monkeypatch: pyte
     b.data.mul_(-3)  # raises no version counter
     assert relative_error() < 4e-3
     b.data.div_(-3)
-    monkeypatch.setattr(lora_linear, "FEW_ROWS", 0)
+    monkeypatch.setattr(lora_linear, "SHORT_PROMPT", 0)
     assert first < 1.1 * relative_error() < 5e-3  # that of training
 
 

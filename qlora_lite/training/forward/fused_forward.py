@@ -10,46 +10,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._mode_utils import no_dispatch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qlora_lite.compute.cpu_attention import asks_for_more, causal_attention
 from qlora_lite.compute.devices import on_cpu
-from qlora_lite.compute.norms_and_gates import (
-    ACTIVATIONS,
-    PROBE_SHAPE,
-    gated,
-    gated_product,
-    gives,
-    norm_eps,
-    probe,
-    rms_norm,
-)
+from qlora_lite.compute.norms_and_gates import gated, mlp_activation, norm_eps, rms_norm
 from qlora_lite.patches import patched_attention, patched_forward
-
-MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
-
-
-def _mlp_activation(module: nn.Module, dtype: torch.dtype) -> str | None:
-    """Returns the activation f of a module that computes down(f(gate(x)) * up(x)); None for any other module."""
-    if not all(isinstance(getattr(module, part, None), nn.Module) for part in MLP_PARTS):
-        return None
-    with no_dispatch(), torch.no_grad():
-        x = probe(0, dtype, *PROBE_SHAPE)
-        stand_in: Any = SimpleNamespace(
-            gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.tan, act_fn=module.act_fn
-        )
-        for name in ACTIVATIONS:
-            expected = torch.tan(gated_product(torch.sin(x), torch.cos(x), name))
-            if gives(lambda: type(module).forward(stand_in, x), expected):
-                return name
-    return None
 
 
 def _fused_norm(module: nn.Module, own: Callable[..., Tensor], eps: float, x: Tensor) -> Tensor:
@@ -69,7 +40,7 @@ def _fused_forward(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tenso
     eps = norm_eps(module)
     if eps is not None:
         return functools.partial(_fused_norm, module, module.forward, eps)
-    activation = _mlp_activation(module, dtype)
+    activation = mlp_activation(module, dtype)
     return None if activation is None else functools.partial(_fused_mlp, module, activation)
 
 
