@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -35,16 +36,31 @@ class ModuleTracker:
             self._names[module] = name
 
     def __enter__(self) -> ModuleTracker:
+        self._hook()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unhook()
+        self._stack.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block no module is tracked; its nodes count for the module that was running before it."""
+        self._unhook()
+        try:
+            yield
+        finally:
+            self._hook()
+
+    def _hook(self) -> None:
         self._hooks = [
             register_module_forward_pre_hook(self._begin),
             register_module_forward_hook(self._end, always_call=True),
         ]
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def _unhook(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._stack.clear()
 
     def current(self) -> str | None:
         """Returns the name of the innermost running module; in backward, of the module whose backward is running."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import final
@@ -16,6 +16,7 @@ from typing import final
 from torch import nn
 from torch.optim import Optimizer
 
+from qlora_lite.checks import is_count, require
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.counters import Peaks, context_bytes, resident_bytes, wait_for_accelerator, watch_peaks
 from qlora_lite.memory.report import MemoryReport, PhaseMemory
@@ -29,6 +30,7 @@ class _PhaseTotals:
     """The counters of a phase over all times that it was entered."""
 
     entries: int = 0
+    traced: int = 0
     seconds: float = 0.0
     resident_start: int | None = None
     resident_end: int | None = None
@@ -58,6 +60,8 @@ class MemoryProfiler:
         model, optimizer: give tensors their category; may be set later by `track`. Both are referenced weakly.
         trace: also follow every tensor storage, and split the peak of each phase by category and module. Tracing slows
             small models down severalfold. Without it a phase costs two readings of counters, and nothing is hooked.
+        traced_entries: trace a phase only the first so many times that it is entered; later ones are counted, at full
+            speed. The steps of a run allocate much the same. None traces all of them.
         new_trace: makes the trace of each run; a rehearsal passes one that adds an accelerator's workspaces.
         counters: read clocks and counters; a rehearsal, which computes nothing, passes False.
 
@@ -70,10 +74,14 @@ class MemoryProfiler:
         optimizer: Optimizer | None = None,
         trace: bool = True,
         *,
+        traced_entries: int | None = None,
         new_trace: Callable[[], StorageTrace] = StorageTrace,
         counters: bool = True,
     ) -> None:
+        wanted = "traced_entries must be None or an integer of at least 1"
+        require(traced_entries is None or is_count(traced_entries, 1), wanted, traced_entries)
         self._new_trace = new_trace if trace else None
+        self._traced_entries = traced_entries
         self._counters = counters
         self._phases: dict[str, _PhaseTotals] = {}
         self._trace: StorageTrace | None = None
@@ -119,22 +127,37 @@ class MemoryProfiler:
             self._labeler.label(self._trace)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, *, trace: bool = True) -> Iterator[None]:
         """Measures the block under this name, which may be entered many times.
 
+        trace: False only reads the counters, of the phases inside it too.
         Raises ConfigError outside of `with profiler:`.
         """
         if not self._is_open:
             raise ConfigError(f"phase {name!r} was entered outside of its profiler; use it inside `with profiler:`")
         totals = self._phases.setdefault(name, _PhaseTotals())
-        nothing = nullcontext()
-        with nothing if self._trace is None else self._trace.phase(name):
+        traces = trace and (self._traced_entries is None or totals.traced < self._traced_entries)
+        with self._traced(totals, name) if traces else self._untraced():
             try:
-                with _counted(totals) if self._counters else nothing:
+                with _counted(totals) if self._counters else nullcontext():
                     yield
             finally:
                 totals.entries += 1
+
+    @contextmanager
+    def _traced(self, totals: _PhaseTotals, name: str) -> Iterator[None]:
+        if self._trace is None or self._trace.is_paused:
+            yield
+            return
+        totals.traced += 1
+        with self._trace.phase(name):
+            try:
+                yield
+            finally:
                 self._label()
+
+    def _untraced(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._trace is None or self._trace.is_paused else self._trace.paused()
 
     def report(self) -> MemoryReport:
         """Returns the measurements of the phases that were left so far; of a repeated phase, the largest peaks."""
@@ -146,7 +169,8 @@ class MemoryProfiler:
         )
 
     def _phase_memory(self, name: str, totals: _PhaseTotals) -> PhaseMemory:
-        live_peak, breakdown = (None, None) if self._trace is None else self._trace.peak(name)
+        trace = self._trace if totals.traced else None
+        live_peak, breakdown = (None, None) if trace is None else trace.peak(name)
         return PhaseMemory(
             name=name,
             entries=totals.entries,
@@ -158,5 +182,6 @@ class MemoryProfiler:
             reserved_peak=totals.peaks.reserved if self._counters else None,
             live_peak=live_peak,
             breakdown=breakdown,
-            peak_in=None if self._trace is None else self._trace.peak_in(name),
+            peak_in=None if trace is None else trace.peak_in(name),
+            traced_entries=None if trace is None else totals.traced,
         )

@@ -31,7 +31,8 @@ class PhaseMemory:
     seconds: the sum over all entries. resident_start, resident_end: resident bytes of the process at the first entry
     and at the last exit. The peaks are the largest of any entry, in bytes: `resident_peak` of the process,
     `allocated_peak` and `reserved_peak` of the accelerator's allocator, `live_peak` of tensor storages. `breakdown` is
-    the split of that last peak, and `peak_in` the module that was running at it.
+    the split of that last peak, and `peak_in` the module that was running at it; both are of the first
+    `traced_entries` entries, None if no storages were traced.
     """
 
     name: str
@@ -45,6 +46,7 @@ class PhaseMemory:
     live_peak: int | None = None
     breakdown: MemoryBreakdown | None = None
     peak_in: str | None = None
+    traced_entries: int | None = None
 
     @property
     def fragmentation(self) -> int | None:
@@ -241,7 +243,10 @@ def render(report: MemoryReport, width: int = 120) -> str:
     with console.capture() as captured:
         console.print(table)
     legend = f"sizes in {unit[1]}" + (f"; {NOT_MEASURED} is not measured" if len(known) < sum(map(len, sizes)) else "")
+    traced = [phase.traced_entries for phase in report.phases if phase.traced_entries is not None]
+    if any(phase.traced_entries not in (None, phase.entries) for phase in report.phases):
+        legend += f"; tensors are those of the first {max(traced)} times of a phase"
     if any(phase.resident_end is not None and phase.resident_peak is None for phase in report.phases):
         legend += "; this system counts no peaks of resident memory over a phase"
-    sentence = textwrap.wrap(peak_sentence(report) or "", width)
-    return "".join(line.rstrip() + "\n" for line in (*captured.get().splitlines(), legend, *sentence))
+    below = (part for text in (legend, peak_sentence(report) or "") for part in textwrap.wrap(text, width))
+    return "".join(line.rstrip() + "\n" for line in (*captured.get().splitlines(), *below))

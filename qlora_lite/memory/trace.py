@@ -29,7 +29,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory.breakdown import Category, Key, MemoryBreakdown
@@ -120,6 +120,7 @@ class StorageTrace:
         self._entry = 0
         self._last_backward = NO_BACKWARD
         self._recording = True
+        self.is_paused = False
         self._mode: _ObservingMode | None = None
         self._resize_patch: AbstractContextManager[None] | None = None
 
@@ -157,6 +158,29 @@ class StorageTrace:
             yield
         finally:
             self._start(parent)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves operators alone within the block, so that they run at full speed.
+
+        Storages that are known by then are followed to their end. One that is created within the block, and outlives
+        it, counts from its next operator or label on, as if it had been created before the run.
+        Raises ConfigError if the trace is paused already, or does not run.
+        """
+        if self.is_paused or self._mode is None or not self._recording:
+            raise ConfigError("only a StorageTrace that runs can be paused; it is not open, or paused already")
+        # A mode that was entered later lies above this one, and must leave first: then operators pass through, unseen.
+        is_top = _get_current_dispatch_mode() is self._mode
+        if is_top:
+            self._mode.__exit__(None, None, None)
+        self.is_paused = True
+        try:
+            with self._module_tracker.paused():
+                yield
+        finally:
+            self.is_paused = False
+            if is_top:
+                self._mode.__enter__()
 
     def label(self, tensor: Tensor, category: Category, module: str | None = None) -> None:
         """Labels the storages of a tensor from their first byte on. The last label of a storage counts."""
@@ -246,6 +270,8 @@ class StorageTrace:
         return MemoryBreakdown(sizes)
 
     def _observe(self, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        if self.is_paused:
+            return func(*args, **kwargs)
         task = torch._C._current_graph_task_id()
         # Numbers of backward passes only grow. A smaller one is an outer pass that continues after an inner one.
         if task > self._last_backward:
@@ -282,10 +308,10 @@ class StorageTrace:
                 self._touch(storage, origin)
 
     def _touch(self, storage: torch.UntypedStorage, origin: int) -> int | None:
-        """Notes a storage and its size, and returns its serial number; None for one first seen after the run."""
+        """Notes a storage and its size. Returns its number; None for one first seen in a pause or after the run."""
         ref = self._refs.get(id(storage))
         if ref is None:
-            if not self._recording:
+            if not self._recording or self.is_paused:
                 return None
             ref = _StorageRef(storage, self._gone)
             ref.key, ref.serial = id(storage), self._added(origin)

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _len_torch_dispatch_stack
 
 from qlora_lite.errors import ConfigError
 from qlora_lite.memory import counters
@@ -211,3 +211,72 @@ def test_without_a_trace_nothing_is_hooked() -> None:
     assert all(phase.live_peak is None and phase.breakdown is None for phase in phases)
     assert all(phase.seconds is not None and phase.seconds > 0 for phase in phases)
     assert profiler.trace is None
+
+
+def test_a_phase_is_traced_as_often_as_asked_and_then_counted() -> None:
+    model = Adapted()
+    optimizer = torch.optim.AdamW(trained_parameters(model))
+    with MemoryProfiler(model, optimizer) as whole:
+        for _ in range(2):
+            one_step(whole, model, optimizer)
+    model = Adapted()
+    optimizer = torch.optim.AdamW(trained_parameters(model))
+    with MemoryProfiler(model, optimizer, traced_entries=2) as profiler:
+        for _ in range(5):
+            one_step(profiler, model, optimizer)
+        events = len(list(profiler.trace.timeline()))  # type: ignore[union-attr]
+        one_step(profiler, model, optimizer)
+        assert len(list(profiler.trace.timeline())) == events  # type: ignore[union-attr]
+        assert _len_torch_dispatch_stack() == 1
+        with profiler.phase("later"):
+            model(torch.randn(8, 64))
+    for name in ("forward", "backward", "optimizer"):
+        limited = measured(profiler, name)
+        assert (limited.entries, limited.traced_entries, measured(whole, name).traced_entries) == (6, 2, 2)
+        assert limited.live_peak == measured(whole, name).live_peak
+        assert split(limited) == split(measured(whole, name))
+        assert limited.seconds is not None and limited.resident_peak is not None
+    # Storages that were traced before are followed through the pause, so the last phase has what is alive.
+    later = split(measured(profiler, "later")).by_category()
+    assert later[Category.OPTIMIZER_STATE] == 2 * 2 * 4 * 64 * FLOAT + 2 * FLOAT and later[Category.GRADIENT] == 0
+    assert later[Category.OTHER] == 0
+    with pytest.raises(ConfigError, match=r"traced_entries must be None or an integer of at least 1; got 0"):
+        MemoryProfiler(traced_entries=0)
+
+
+def test_an_untraced_phase_is_counted_alone() -> None:
+    class Passed(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            return func(*args, **(kwargs or {}))
+
+    with MemoryProfiler() as profiler:
+        kept = torch.ones(256)
+        with profiler.phase("untraced", trace=False):
+            assert _len_torch_dispatch_stack() == 0
+            with profiler.phase("inner"):
+                made = torch.ones(1024)
+            del kept
+        # A mode that was entered after the profiler's stays on top of it.
+        with Passed(), profiler.phase("below another", trace=False):
+            torch.ones(1024)
+            assert _len_torch_dispatch_stack() == 2
+        with profiler.phase("traced"):
+            made.mul_(2)
+    assert _len_torch_dispatch_stack() == 0
+    for name in ("untraced", "inner", "below another"):
+        phase = measured(profiler, name)
+        assert (phase.live_peak, phase.breakdown, phase.traced_entries) == (None, None, None)
+        assert phase.entries == 1 and phase.resident_peak is not None
+    assert split(measured(profiler, "traced")).by_category()[Category.OTHER] == 1024 * FLOAT
+    assert profiler.trace is not None and profiler.trace.live_bytes() == 1024 * FLOAT
+
+
+def test_modules_are_known_again_after_a_pause() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    with MemoryProfiler(model) as profiler:
+        with profiler.phase("untraced", trace=False):
+            model(torch.ones(8, 64))
+        with profiler.phase("forward"):
+            result = model(torch.ones(8, 64))
+    del result
+    assert split(measured(profiler, "forward"))[Category.TEMPORARY, "0"] == 8 * 64 * FLOAT

@@ -95,6 +95,14 @@ def test_a_predicted_report_has_no_seconds() -> None:
     ]
 
 
+def test_a_table_says_how_often_a_phase_was_traced() -> None:
+    counted = PhaseMemory("answers", 1, seconds=1.0, resident_peak=MIB)
+    step = PhaseMemory("step", 70, seconds=1.0, resident_peak=MIB, live_peak=1024, breakdown=SPLIT, traced_entries=3)
+    wanted = "; tensors are those of the first 3 times of a phase"
+    assert wanted in render(MemoryReport((counted, step)), width=100)
+    assert wanted not in render(MemoryReport((counted, replace(step, entries=3))), width=100)
+
+
 def test_no_phase_at_all() -> None:
     assert render(MemoryReport(())) == "no phase was entered\n"
 
@@ -191,6 +199,7 @@ def test_json_holds_every_field_as_it_is() -> None:
         "live_peak": None,
         "breakdown": None,
         "peak_in": None,
+        "traced_entries": None,
     }
     assert MemoryBreakdown.from_json(backward["breakdown"]) == SPLIT
     assert report.phase("load") is LOAD
