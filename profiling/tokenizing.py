@@ -61,9 +61,8 @@ def run(way: str, model: Path, file: Path, scratch: Path, processes: int | None 
     place = scratch / "worker"
     place.mkdir()
     given = {"way": way, "model": str(model), "file": str(file), "scratch": str(place / "trainer")}
-    given |= {"processes": processes, "messages": MESSAGES}
-    surroundings = {**os.environ, "HF_DATASETS_CACHE": str(place / "datasets"), "HF_HUB_OFFLINE": "1"}
-    surroundings["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    given |= {"cache": str(place / "datasets"), "processes": processes, "messages": MESSAGES}
+    surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, str(WORKER), json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings)
     if done.returncode:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,8 +135,8 @@ def test_no_script_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
-def test_script_ends_with_its_figures(script: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / script), "--tiny", *ARGUMENTS.get(script, [])]
+def test_script_ends_with_its_figures(script: str, tmp_path: Path, command_server: Any) -> None:
+    command = [command_server.python, str(ROOT / script), "--tiny", *ARGUMENTS.get(script, [])]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(done.stdout.strip().splitlines()[-1])

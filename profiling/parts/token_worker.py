@@ -142,10 +142,10 @@ def peer_figures(figures: dict[str, Any], dataset: Any) -> dict[str, Any]:
     return {**figures, **total.figures(), "examples": len(dataset)}
 
 
-def load_chats(file: str) -> Any:
+def load_chats(file: str, cache: str) -> Any:
     import datasets
 
-    return datasets.load_dataset("json", data_files=file, split="train")
+    return datasets.load_dataset("json", data_files=file, split="train", cache_dir=cache)
 
 
 def training_template(tokenizer: Any) -> str:
@@ -162,7 +162,7 @@ def training_template(tokenizer: Any) -> str:
         raise SystemExit(f"answers cannot be marked in this chat template: {error}") from error
 
 
-def trl(model: str, file: str, scratch: str, processes: int | None, **rest: Any) -> dict[str, Any]:
+def trl(model: str, file: str, scratch: str, cache: str, processes: int | None, **rest: Any) -> dict[str, Any]:
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -174,7 +174,7 @@ def trl(model: str, file: str, scratch: str, processes: int | None, **rest: Any)
     class Timed(SFTTrainer):
         def _prepare_dataset(self, dataset: Any, *given: Any) -> Any:
             with measured() as found:
-                prepared = super()._prepare_dataset(load_chats(file), *given)
+                prepared = super()._prepare_dataset(load_chats(file, cache), *given)
             figures.update(found)
             return prepared
 
@@ -213,22 +213,24 @@ def bare_tokens(batch: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     return {"input_ids": tokenizer.apply_chat_template(batch["messages"], tokenize=True, return_dict=False)}
 
 
-def mapped(work: Callable[..., Any], model: str, file: str, processes: int | None, **options: Any) -> dict[str, Any]:
+def mapped(
+    work: Callable[..., Any], model: str, file: str, cache: str, processes: int | None, **options: Any
+) -> dict[str, Any]:
     import datasets  # noqa: F401 - before the time begins
 
     tokenizer = load_tokenizer(model)
     options |= {"fn_kwargs": {"tokenizer": tokenizer}, "remove_columns": ["messages"], "num_proc": processes}
     with measured() as figures:
-        dataset = load_chats(file).map(work, **options)
+        dataset = load_chats(file, cache).map(work, **options)
     return peer_figures(figures, dataset)
 
 
-def prefixes(model: str, file: str, processes: int | None, **rest: Any) -> dict[str, Any]:
-    return mapped(by_prefixes, model, file, processes)
+def prefixes(model: str, file: str, cache: str, processes: int | None, **rest: Any) -> dict[str, Any]:
+    return mapped(by_prefixes, model, file, cache, processes)
 
 
-def bare(model: str, file: str, processes: int | None, **rest: Any) -> dict[str, Any]:
-    return mapped(bare_tokens, model, file, processes, batched=True)
+def bare(model: str, file: str, cache: str, processes: int | None, **rest: Any) -> dict[str, Any]:
+    return mapped(bare_tokens, model, file, cache, processes, batched=True)
 
 
 def long(model: str, messages: list[int], **rest: Any) -> dict[str, Any]:
