@@ -1,4 +1,5 @@
-"""What Linux has and other systems lack: functions of the C library, files of /proc, flags of open(2).
+"""What Linux has and other systems lack: functions of the C library, files of /proc, flags of open(2). And
+what is asked of every system: its processor, the folder for caches.
 
 The package works without each of them; docs/limits.md says what is lost. The system is asked for the thing itself, not
 for its name, since a Linux can lack it too: another C library, an older kernel, a container.
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from collections.abc import Callable
+from pathlib import Path
 
 # Writing to it resets the resident peak of this process (proc(5)).
 CLEAR_REFS_FILE = "/proc/self/clear_refs"
@@ -23,6 +26,23 @@ def c_function(name: str) -> Callable[..., int] | None:
     except (AttributeError, OSError, TypeError):  # TypeError: Windows has no library without a name
         return None
     return function
+
+
+def user_cache() -> Path:
+    """Returns the folder for what can be made again: `$QLORA_LITE_CACHE`, or `~/.cache/qlora_lite`."""
+    return Path(os.environ.get("QLORA_LITE_CACHE") or "~/.cache/qlora_lite").expanduser()
+
+
+def processor() -> str:
+    """Returns the name of the processor, with its family and model where Linux tells them: names alone are shared."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    numbers = [f"{name} {told[name]}" for name in ("cpu family", "model") if name in told]
+    name = told.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def opens_folders() -> bool:

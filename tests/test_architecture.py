@@ -32,6 +32,7 @@ FLOORS: dict[str, int] = {
     "checkpoints.layouts": 3,
     "checkpoints.repository": 3,
     "checkpoints": 4,
+    "choosing": 5,
     "lora": 5,
     "lora.peft": 5,
     "data.chat": 5,

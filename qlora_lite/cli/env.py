@@ -6,7 +6,9 @@ from qlora_lite.cli.options import Json, finish
 
 
 def env(json: Json = False) -> None:
-    """Show the versions of the libraries, the machine, and what its system lacks."""
+    """Show the versions of the libraries, the machine, what its system lacks, and its choices of kernels."""
+    from qlora_lite.choosing.machine_table import described_choices
     from qlora_lite.compute.environment import environment
 
-    finish(environment(), json)
+    choices = described_choices()
+    finish({**environment(), **({"choices": choices} if json else choices)}, json)

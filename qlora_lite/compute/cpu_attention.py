@@ -11,18 +11,22 @@ recomputed as a whole may keep the outputs of its attention calls in an `OutputS
 that a block computes, they save the most time per byte.
 
 The scores are the one product in fp32: rounded to bf16, a score of 16 would be off by up to 6 % after the exponential.
+
+Processors with matrix units make torch's small tiles fast, so torch's kernel can be chosen for forward and for backward
+(choices.py). Its backward needs the log-sum-exp of each row of scores, which either forward then keeps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_lite.choices import ATTENTION_BACKWARD, ATTENTION_FORWARD, LARGE_PRODUCTS, TORCH, attention_class, chosen
 from qlora_lite.compute.lora_linear import product_dtype
 from qlora_lite.compute.recompute import stash_output, stashed_output
 from qlora_lite.compute.slicing import row_slices, rows_that_fit, slices_within
@@ -32,6 +36,7 @@ BLOCK_ROWS = 128
 SCORE_BYTES = 4 << 20
 # Bytes of fp32 keys in the rows of a batch that are computed together: few large products, and small copies.
 KEY_BYTES = 4 << 20
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of the queries that torch's kernels are chosen for
 # Options of transformers' attention functions that those here do not have.
 UNSUPPORTED_OPTIONS = ("softcap", "position_bias", "cache", "s_aux", "output_attentions")
 
@@ -115,14 +120,23 @@ class _BlockMask:
             by_token += self._mask[rows_of_batch].unsqueeze(1)
 
 
-def _weights(rows: Tensor, keys: Tensor, piece: slice, mask: _BlockMask) -> Tensor:
-    """Returns softmax(rows keys^T + M) in fp32, `(key heads, group * block, keys)`."""
+def _scores(rows: Tensor, keys: Tensor, piece: slice, mask: _BlockMask) -> Tensor:
+    """Returns rows keys^T + M in fp32, `(key heads, group * block, keys)`."""
     scores = torch.bmm(rows[piece], keys[piece].transpose(1, 2))
     mask.add_to_(scores, piece)
-    return scores.softmax(-1)
+    return scores
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    log_sums: Tensor | None = None,
+) -> Tensor:
+    """Returns Y. log_sums `(batch, heads, tokens)`, if given, gets the log-sum-exp of each row of scores."""
     heads, tokens = key.shape[1:3]
     out = _empty_by_token(query[..., :1].expand(*query.shape[:3], value.shape[-1]))
     for part in _batch_parts(key):
@@ -132,11 +146,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
             rows = _rows(queries, block, torch.float32).mul_(scale)
             block_mask = _BlockMask(block, None if mask is None else mask[part], heads, rows.device)
             results = values.new_empty((*rows.shape[:2], values.shape[-1]))
+            sums = None if log_sums is None else rows.new_empty(rows.shape[:2])
             for piece in _pieces(rows, block.stop):
-                weights = _weights(rows, keys[:, : block.stop], piece, block_mask).to(dtype)
-                torch.bmm(weights, values[piece, : block.stop], out=results[piece])
+                scores = _scores(rows, keys[:, : block.stop], piece, block_mask)
+                weights = scores.softmax(-1)
+                if sums is not None:  # the largest weight is exp(largest score - log-sum-exp)
+                    torch.sub(scores.amax(-1), weights.amax(-1).log_(), out=sums[piece])
+                torch.bmm(weights.to(dtype), values[piece, : block.stop], out=results[piece])
             block_out = target[:, :, :, block]
             block_out.copy_(results.view(block_out.shape))
+            if log_sums is not None and sums is not None:
+                own = log_sums[part, :, block]
+                own.copy_(sums.view(own.shape))
     return out
 
 
@@ -167,7 +188,7 @@ def _attend_back(
             results = torch.empty_like(low_rows)
             for piece in _pieces(rows, block.stop):
                 seen = piece, slice(0, block.stop)
-                weights = _weights(rows, keys[:, : block.stop], piece, block_mask).to(dtype)
+                weights = _scores(rows, keys[:, : block.stop], piece, block_mask).softmax(-1).to(dtype)
                 sum_value[seen] += torch.bmm(weights.transpose(1, 2), grad_rows[piece])
                 slope = torch.bmm(grad_rows[piece], values[seen].transpose(1, 2))
                 # dS, the derivative of a softmax, in one pass.
@@ -181,10 +202,49 @@ def _attend_back(
     return found
 
 
-class _CausalAttention(torch.autograd.Function):
-    """Attention as one node. Kept for backward: Q, K, V and the mask.
+def _torch_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Returns the mask as torch's kernels add it to the scores; that of later tokens is left to them."""
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask.logical_not(), -torch.inf)
 
-    known: a list with the output if it is known, in a list so that autograd does not take it for an input.
+
+def _torch_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, ...]:
+    """Returns Y and the log-sum-exp of each row of scores by torch's kernel."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, sums = attend(query, key, value, 0.0, True, attn_mask=_torch_mask(mask, query.dtype), scale=scale)
+    return out, sums
+
+
+def _torch_attend_back(grad: Tensor, tensors: tuple[Tensor, ...], mask: Tensor | None, scale: float) -> Any:
+    """Returns the gradients of Q, K and V by torch's kernel. tensors: Q, K, V, Y and the log-sum-exp."""
+    back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return back(grad, *tensors, 0.0, True, attn_mask=_torch_mask(mask, tensors[0].dtype), scale=scale)
+
+
+class _Kernels(NamedTuple):
+    """The alternatives of a call, and what products by ours are computed in."""
+
+    forward: str
+    backward: str
+    dtype: torch.dtype
+
+
+def _kernels(query: Tensor, value: Tensor) -> _Kernels:
+    """Returns the chosen kernels; ours where torch's do not take the shapes."""
+    dtype = product_dtype(query, None)
+    name = DTYPE_NAMES.get(query.dtype)
+    if name is None or query.shape[-1] != value.shape[-1]:
+        return _Kernels(LARGE_PRODUCTS, LARGE_PRODUCTS, dtype)
+    shapes = attention_class(name, query.shape[2])
+    return _Kernels(chosen(f"{ATTENTION_FORWARD}.{shapes}"), chosen(f"{ATTENTION_BACKWARD}.{shapes}"), dtype)
+
+
+class _CausalAttention(torch.autograd.Function):
+    """Attention as one node. Kept for backward: Q, K, V and the mask; for torch's backward Y and the log-sum-exp too.
+
+    results: a list of Y, and the log-sum-exp if backward needs it. It is filled unless it is known already, and is a
+    list so that autograd does not take its tensors for inputs.
     """
 
     @staticmethod
@@ -195,19 +255,32 @@ class _CausalAttention(torch.autograd.Function):
         value: Tensor,
         mask: Tensor | None,
         scale: float,
-        dtype: torch.dtype,
-        known: list[Tensor],
+        kernels: _Kernels,
+        results: list[Tensor],
     ) -> Tensor:
-        out = known[0].detach() if known else _attend(query, key, value, mask, scale, dtype)
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.scale, ctx.dtype = scale, dtype
-        return out
+        needs_sums = kernels.backward == TORCH
+        if results:
+            results[0] = results[0].detach()
+        elif kernels.forward == TORCH:
+            results += _torch_attend(query, key, value, mask, scale)[: 1 + needs_sums]
+        else:
+            batch, heads, tokens = query.shape[:3]
+            empty = (query.new_empty((batch, tokens, heads), dtype=torch.float32) for _ in range(needs_sums))
+            sums = [tensor.transpose(1, 2) for tensor in empty]
+            results += _attend(query, key, value, mask, scale, kernels.dtype, *sums), *sums
+        ctx.save_for_backward(query, key, value, mask, *(results if needs_sums else ()))
+        ctx.scale, ctx.kernels = scale, kernels
+        return results[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
-        return (*_attend_back(grad, query, key, value, mask, ctx.scale, ctx.dtype), None, None, None, None)
+        query, key, value, mask, *results = ctx.saved_tensors
+        if ctx.kernels.backward == TORCH:
+            found = _torch_attend_back(grad, (query, key, value, *results), mask, ctx.scale)
+        else:
+            found = _attend_back(grad, query, key, value, mask, ctx.scale, ctx.kernels.dtype)
+        return (*found, None, None, None, None)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -215,14 +288,17 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
 
     query: `(batch, heads, tokens, d)`; heads is a multiple of key heads.
     key, value: `(batch, key heads, tokens, d)`.
-    mask: `(batch, 1, tokens, tokens)`, True where a row may see a column. A row that may see nothing gives NaN.
+    mask: `(batch, 1, tokens, tokens)`, True where a row may see a column. A row may not be without any.
 
     Returns `(batch, heads, tokens, d)`, laid out as `(batch, tokens, heads, d)`. Not twice differentiable.
+    choices.py says which kernels compute it.
     """
-    stashed = stashed_output()
-    known = [] if stashed is None else [stashed]
-    out: Tensor = _CausalAttention.apply(query, key, value, mask, scale, product_dtype(query, None), known)
-    stash_output(out)
+    kernels = _kernels(query, value)
+    stashed = (stashed_output() for _ in range(1 + (kernels.backward == TORCH)))
+    results = [tensor for tensor in stashed if tensor is not None]
+    out: Tensor = _CausalAttention.apply(query, key, value, mask, scale, kernels, results)
+    for tensor in results:
+        stash_output(tensor)
     return out
 
 

@@ -31,16 +31,12 @@ from qlora_lite.data.token_arrays import (
     mapped,
 )
 from qlora_lite.errors import CheckpointError
+from qlora_lite.system import user_cache
 
 INDEX_FILE = "index.json"
 # Folders of one source that are kept: other tokenizers and settings, and data that has changed since.
 KEPT_FOLDERS = 4
 CHUNK_BYTES = 1 << 20
-
-
-def user_cache() -> Path:
-    """Returns the folder for what has no place next to the data: `$QLORA_LITE_CACHE`, or `~/.cache/qlora_lite`."""
-    return Path(os.environ.get("QLORA_LITE_CACHE") or "~/.cache/qlora_lite").expanduser()
 
 
 def cache_folder(source: Source) -> Path:

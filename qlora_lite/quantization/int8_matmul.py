@@ -5,6 +5,9 @@
 W is given as int8 codes w with an absmax b for each row. Each row of x is divided by its own absmax a and rounded to
 int8 codes q; the sums of products are exact integers. A column of x with a magnitude of OUTLIER or more would coarsen
 the steps of all others: such columns (the set O) are left out, and multiplied in the dtype of x.
+
+A CPU without instructions for int8 takes 30 times as long for the integers as for fp32 (choices.py). In fp32, products
+of codes are exact too, and so are their sums up to 1040 columns; sums of more are rounded, to 24 bits.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from qlora_lite.choices import FP32, INTEGER_PRODUCTS, chosen
 from qlora_lite.compute.slicing import row_slices, rows_that_fit
 
 OUTLIER = 6.0  # the paper's threshold
@@ -22,6 +26,7 @@ LARGEST = 127
 # Shapes that an accelerator's integer product takes: at least LEAST_ROWS rows, sizes in multiples of MULTIPLE.
 LEAST_ROWS, MULTIPLE = 17, 8
 SLICE_VALUES = 1 << 19  # rows are converted in slices that stay in the caches
+FP32_VALUES = 1 << 22  # of W that are converted at once for a product in fp32
 
 
 def _slices(rows: int, columns: int) -> Iterator[slice]:
@@ -54,11 +59,22 @@ def suits(rows: int, shape: tuple[int, ...]) -> bool:
     return rows >= LEAST_ROWS and all(size % MULTIPLE == 0 for size in shape)
 
 
+def _sums(codes: Tensor, weight_codes: Tensor) -> Tensor:
+    """Returns the sums of products of codes, `(rows, out)`, in int32 or fp32."""
+    if chosen(INTEGER_PRODUCTS) != FP32:
+        return torch._int_mm(codes, weight_codes.T)
+    rows, (height, columns) = codes.float(), weight_codes.shape
+    sums = rows.new_empty((rows.shape[0], height))
+    for part in row_slices(height, rows_that_fit(FP32_VALUES, columns), weight_codes):
+        sums[:, part] = rows @ weight_codes[part].float().T
+    return sums
+
+
 def int8_product(x: Tensor, weight_codes: Tensor, weight_absmax: Tensor) -> Tensor:
     """Returns x W^T in the dtype of x: x `(rows, in)`, weight_codes `(out, in)`, weight_absmax `(out,)`."""
     apart = outlier_columns(x)
     codes, absmax = quantize_rows(x, apart)
-    sums = torch._int_mm(codes, weight_codes.T)
+    sums = _sums(codes, weight_codes)
     step = weight_absmax / LARGEST**2
     y = torch.empty(sums.shape, dtype=x.dtype, device=x.device)
     for part in _slices(*sums.shape):

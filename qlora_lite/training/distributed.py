@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from qlora_lite.choices import DEFAULTS, NAMES, Choices
 from qlora_lite.compute.random_state import RandomSources
 from qlora_lite.data.batching import rows_between
 from qlora_lite.errors import Stopped, TrainingError
@@ -123,8 +124,17 @@ class Processes:
                 value.zero_()
         self._sum_(values)
 
+    def first_choices(self, choices: Callable[[], Choices]) -> Choices:
+        """Returns the choices of the first process; `choices` is called in that one alone."""
+        own = choices() if self.is_first else DEFAULTS
+        if self.is_alone:
+            return own
+        numbers = [NAMES[key].index(own[key]) if self.is_first else 0 for key in NAMES]
+        found = self.sum(torch.tensor(numbers, device=self._accelerator.device)).tolist()
+        return {key: NAMES[key][number] for key, number in zip(NAMES, found, strict=True)}
+
     def sum(self, value: Tensor) -> Tensor:
-        """Returns the sum of a scalar over the processes."""
+        """Returns the sum of a tensor over the processes."""
         return value if self.is_alone else self._accelerator.reduce(value, reduction="sum")
 
     def call_in_all(self, function: Callable[[], Result]) -> Result:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from torch import nn
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import load_quantized
+from qlora_lite.choices import Choices, choices_in_force
+from qlora_lite.choosing.machine_table import device_choices
 from qlora_lite.compute.host_memory import heap_trimming, set_host_limits
 from qlora_lite.data.batching import Batch
 from qlora_lite.errors import ConfigError
@@ -32,7 +34,7 @@ from qlora_lite.training.evaluation import Evaluate, Evaluator
 from qlora_lite.training.forward.activation_checkpointing import checkpointed
 from qlora_lite.training.forward.embedding_noise import noisy_embeddings
 from qlora_lite.training.forward.fuse import unfused
-from qlora_lite.training.forward.fused_forward import fused
+from qlora_lite.training.forward.fused_forward import fused, model_dtype
 from qlora_lite.training.metrics import Evaluation, StepMetrics, best_evaluation, described, described_evaluation
 from qlora_lite.training.objective.positions import check_length
 from qlora_lite.training.observers import RunObserver
@@ -54,6 +56,7 @@ class TrainResult:
     resumed_from: the checkpoint that this call continued from. skipped: newer checkpoints, and why they were not used.
     halved_at: the step in which memory ran out, from which on batches were computed in halves.
     evaluations: of the held-out batches. stopped_early: whether `patience` ended the run.
+    choices: the alternatives of equal computations (choices.py).
     """
 
     steps: list[StepMetrics]
@@ -64,6 +67,7 @@ class TrainResult:
     halved_at: int | None = None
     evaluations: tuple[Evaluation, ...] = ()
     stopped_early: bool = False
+    choices: Choices = field(default_factory=dict)
 
     @property
     def losses(self) -> list[float]:
@@ -84,6 +88,16 @@ def _training_mode(run: Run) -> Iterator[None]:
             yield
         finally:
             run.drop_gradients()
+
+
+@contextlib.contextmanager
+def _chosen_alternatives(run: Run, processes: Processes, device: torch.device) -> Iterator[None]:
+    """Within the block the alternatives of the run are in force: those of a resumed run, else of the first process."""
+    dtype = model_dtype(run.model)
+    choices = run.decisions.choices or processes.first_choices(lambda: device_choices(device, dtype))
+    run.decisions = replace(run.decisions, choices=choices)
+    with choices_in_force(choices):
+        yield
 
 
 def train(
@@ -161,12 +175,21 @@ def train(
             tell(writer.resume(folder))
             processes.wait()
             evaluator.check_same_batches()
-        step = TrainingStep(run, accelerator, blocks, trimmer, profiler)
-        stopped_early = _steps(step, writer, evaluator)
-    seconds = time.perf_counter() - started
-    reason, halved_at = run.decisions.logits_reason, run.decisions.halved_at
-    resumed = writer.resumed_from, tuple(writer.skipped)
-    return TrainResult(run.metrics, seconds, reason, *resumed, halved_at, tuple(run.evaluations), stopped_early)
+        with _chosen_alternatives(run, processes, accelerator.device):
+            step = TrainingStep(run, accelerator, blocks, trimmer, profiler)
+            stopped_early = _steps(step, writer, evaluator)
+    seconds, found = time.perf_counter() - started, run.decisions
+    return TrainResult(
+        run.metrics,
+        seconds,
+        found.logits_reason,
+        writer.resumed_from,
+        tuple(writer.skipped),
+        found.halved_at,
+        tuple(run.evaluations),
+        stopped_early,
+        found.choices or {},
+    )
 
 
 @contextlib.contextmanager

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_lite.choices import (
+    ATTENTION_BACKWARD,
+    ATTENTION_FORWARD,
+    DEFAULTS,
+    LARGE_PRODUCTS,
+    TORCH,
+    Choices,
+    choices_in_force,
+    with_overrides,
+)
 from qlora_lite.compute import cpu_attention
 from qlora_lite.compute.cpu_attention import causal_attention
 from qlora_lite.compute.recompute import OutputStash
@@ -20,6 +33,13 @@ def inputs(shape: tuple[int, int, int, int], key_heads: int, dtype: torch.dtype,
     sizes = ((heads, width), (key_heads, width), (key_heads, values or width))
     made = [torch.randn(batch, tokens, *size).mul_(2).to(dtype).transpose(1, 2) for size in sizes]
     return [tensor.requires_grad_() for tensor in made]
+
+
+KERNELS = [
+    with_overrides(DEFAULTS, f"{ATTENTION_FORWARD}={forward},{ATTENTION_BACKWARD}={backward}")
+    for forward in (LARGE_PRODUCTS, TORCH)
+    for backward in (LARGE_PRODUCTS, TORCH)
+]
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -43,6 +63,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
     budget=st.sampled_from([1, 1 << 12, 4 << 20]),
     together=st.sampled_from([1, 4 << 20]),
     masked=st.booleans(),
+    kernels=st.sampled_from(KERNELS),
 )
 def test_equals_the_written_out_formula(
     batch: int,
@@ -55,12 +76,13 @@ def test_equals_the_written_out_formula(
     budget: int,
     together: int,
     masked: bool,
+    kernels: Choices,
 ) -> None:
     tensors = inputs((batch, group * key_heads, tokens, width), key_heads, torch.float32, values)
     mask = None
     if masked:
         mask = (torch.rand(batch, 1, tokens, tokens) < 0.7) | torch.eye(tokens, dtype=torch.bool)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, choices_in_force(kernels):
         patch.setattr(cpu_attention, "BLOCK_ROWS", block)
         patch.setattr(cpu_attention, "SCORE_BYTES", budget)
         patch.setattr(cpu_attention, "KEY_BYTES", together)
@@ -74,7 +96,8 @@ def test_equals_the_written_out_formula(
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_bf16_is_no_less_exact_than_the_written_out_formula() -> None:
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_bf16_is_no_less_exact_than_the_written_out_formula(kernels: Choices) -> None:
     tensors = inputs((2, 6, 200, 32), 2, torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     grad = torch.randn(2, 6, 200, 32).bfloat16()
@@ -83,7 +106,9 @@ def test_bf16_is_no_less_exact_than_the_written_out_formula() -> None:
         return [y, *torch.autograd.grad(y, given, grad.to(y.dtype))]
 
     truth = all_of(plain(*exact, 0.2), exact)
-    ours, naive = all_of(causal_attention(*tensors, 0.2), tensors), all_of(plain(*tensors, 0.2), tensors)
+    with choices_in_force(kernels):
+        ours = all_of(causal_attention(*tensors, 0.2), tensors)
+    naive = all_of(plain(*tensors, 0.2), tensors)
     for mine, theirs, right in zip(ours, naive, truth, strict=True):
         assert (mine - right).norm() <= (theirs - right).norm()
 
@@ -91,7 +116,7 @@ def test_bf16_is_no_less_exact_than_the_written_out_formula() -> None:
 def test_scores_lose_nothing_to_bf16() -> None:
     q, k, _ = (tensor.detach() for tensor in inputs((1, 2, 64, 32), 2, torch.bfloat16))
     sight = cpu_attention._BlockMask(slice(0, 64), None, 2, q.device)
-    weights = cpu_attention._weights(q[0].float() * 0.5, k[0].float(), slice(0, 2), sight)
+    weights = cpu_attention._scores(q[0].float() * 0.5, k[0].float(), slice(0, 2), sight).softmax(-1)
     seen = torch.ones(64, 64, dtype=torch.bool).tril()
     exact = (q[0].double() @ k[0].double().transpose(1, 2) * 0.5).masked_fill(~seen, -torch.inf).softmax(-1)
     torch.testing.assert_close(weights.double(), exact, rtol=1e-4, atol=1e-7)
@@ -123,6 +148,40 @@ def test_a_stash_hands_the_outputs_out_again(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(again[0], first) and torch.equal(again[1], second)
     for mine, theirs in zip(torch.autograd.grad(again[1].sum(), tensors), wanted, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_the_chosen_kernels_run_and_a_stash_serves_them(kernels: Choices) -> None:
+    tensors = inputs((2, 6, 40, 8), 2, torch.bfloat16)
+    stash, ran = OutputStash(), []
+
+    class Kernels(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ran.append(func.__name__.split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    with choices_in_force(kernels), Kernels():
+        with stash.filling():
+            first = causal_attention(*tensors, 0.3)
+        assert (name in ran) == (kernels[f"{ATTENTION_FORWARD}.bf16.short"] == TORCH)
+        wanted = torch.autograd.grad(first.sum(), tensors)
+        assert (f"{name}_backward" in ran) == (kernels[f"{ATTENTION_BACKWARD}.bf16.short"] == TORCH)
+        ran.clear()
+        with stash.using():
+            again = causal_attention(*tensors, 0.3)
+        assert not stash.outputs and not {name, "bmm"} & set(ran) and torch.equal(again, first)
+        for mine, theirs in zip(torch.autograd.grad(again.sum(), tensors), wanted, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_the_length_of_the_rows_decides_which_choice_holds() -> None:
+    query = torch.empty(1, 1, 257, 8, dtype=torch.bfloat16)
+    with choices_in_force(with_overrides(DEFAULTS, f"{ATTENTION_FORWARD}.bf16.medium=torch")):
+        assert cpu_attention._kernels(query, query)[:2] == (TORCH, LARGE_PRODUCTS)
+        assert cpu_attention._kernels(query[:, :, 1:], query).forward == LARGE_PRODUCTS
+        assert cpu_attention._kernels(query.float(), query).forward == LARGE_PRODUCTS
+        assert cpu_attention._kernels(query, query[..., 1:]).forward == LARGE_PRODUCTS  # torch's takes one width
 
 
 def test_torchs_own_agrees() -> None:

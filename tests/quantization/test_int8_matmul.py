@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, quantize_base_
+from qlora_lite.choices import DEFAULTS, FP32, INT_MM, INTEGER_PRODUCTS, choices_in_force
 from qlora_lite.errors import ConfigError
 from qlora_lite.quantization import int8_matmul
 from qlora_lite.quantization.int8_matmul import OUTLIER, outlier_columns, quantize_rows
@@ -23,12 +24,18 @@ def error(y: Tensor, x: Tensor, weight: PackedWeight) -> float:
     return float((y.double() - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("kernel", [INT_MM, FP32])
 @pytest.mark.parametrize("slice_values", [1, 1 << 18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_close_to_the_exact_product(dtype: torch.dtype, slice_values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_to_the_exact_product(
+    dtype: torch.dtype, slice_values: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(int8_matmul, "SLICE_VALUES", slice_values)
+    monkeypatch.setattr(int8_matmul, "FP32_VALUES", slice_values)
     weight, x = packed(), torch.randn(40, 32).clamp(-5, 5).to(dtype)
-    y = product(x, weight.packed, weight.absmax)
+    with choices_in_force({**DEFAULTS, INTEGER_PRODUCTS: kernel}):
+        y = product(x, weight.packed, weight.absmax)
+    assert torch.equal(y, product(x, weight.packed, weight.absmax))  # sums of so few columns are exact in fp32
     assert y.dtype == dtype and y.shape == (40, 24)
     assert error(y, x, weight) < 0.01
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_lite.choices import DEFAULTS, with_overrides
 from qlora_lite.training.distributed import rows_of_process, split_in_two
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +26,7 @@ from qlora_lite.errors import QLoRAError, Stopped
 
 folder, out, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 rank = int(os.environ.get("RANK", "0"))
+os.environ["QLORA_LITE_CHOICES"] = "default" if rank else "default,attention_forward=torch"
 generator = torch.Generator().manual_seed(1)
 batches = []
 for rows in (5, 1, 4):
@@ -58,6 +60,7 @@ def run(name, what=None, dropout=0.0, **words):
     try:
         result = train(model, given(what, 3), config, output_dir=os.path.join(out, name), progress=False, **words)
         figures = {"losses": result.losses, "norms": [step.gradient_norm for step in result.steps]}
+        figures["choices"] = dict(result.choices)
         figures["held_out"] = [evaluation.held_out_loss for evaluation in result.evaluations]
     except (QLoRAError, Stopped) as error:
         figures = {"ended": type(error).__name__, "by": str(error)}
@@ -108,6 +111,7 @@ def test_two_processes_learn_as_one_end_together_and_go_on_as_if_never_ended(tin
         torch.testing.assert_close(ours[:1], theirs[:1], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)  # AdamW makes much of small gradients
     assert first["plain"] == second["plain"]
+    assert first["plain"]["choices"] == alone["plain"]["choices"] == with_overrides(DEFAULTS, "attention_forward=torch")
     assert len((tmp_path / "two" / "plain" / "metrics.jsonl").read_text().splitlines()) == 3 + 3
     assert second["error"]["ended"] == "ConfigError" and "labels must be of the shape" in second["error"]["by"]
     assert first["error"]["ended"] == "TrainingError" and "1 of 2 processes failed" in first["error"]["by"]

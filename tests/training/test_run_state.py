@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, load_quantized, quantize_base_, train
 from qlora_lite.checkpoints.safetensors_read import read_safetensors
+from qlora_lite.choices import DEFAULTS, with_overrides
 from qlora_lite.errors import CheckpointError
 from qlora_lite.lora.variants import set_reference_
+from qlora_lite.training.loop import TrainResult
 from qlora_lite.training.run_state import base_fingerprint
 
 Files = dict[str, dict[str, torch.Tensor]]
@@ -116,6 +118,30 @@ def test_resumed_equals_uninterrupted(
         assert lines[0] == lines[1] == result.losses
         finals = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, again)]
         assert finals[0] == finals[1]
+
+
+def test_a_run_goes_on_with_the_choices_that_it_began_with(
+    tiny_folder: Path, memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, torchs = TrainConfig(steps=2, learning_rate=1e-2, save_steps=1, keep_last=None), "attention_forward=torch"
+    runs, ends = {}, {}
+
+    def made(**words: Any) -> TrainResult:
+        return train(adapted(tiny_folder, dtype=torch.bfloat16), rows(5), config, progress=False, **words)
+
+    for name, choices in {"torch": f"default,{torchs},attention_backward=torch", "default": "default"}.items():
+        monkeypatch.setenv("QLORA_LITE_CHOICES", choices)
+        runs[name] = made(output_dir=memory_path / name)
+        ends[name] = end_of(memory_path / name, 2)
+        assert ends[name][2]["facts"]["choices"] == dict(runs[name].choices)
+    assert runs["torch"].choices == with_overrides(DEFAULTS, f"{torchs},attention_backward=torch")
+    assert runs["torch"].losses != runs["default"].losses == pytest.approx(runs["torch"].losses, rel=1e-2)
+    for name, table in {"torch": "default", "default": f"default,{torchs}"}.items():  # now the table is another
+        monkeypatch.setenv("QLORA_LITE_CHOICES", table)
+        again = back_to(memory_path / name, memory_path / f"{name} again", 1)
+        resumed = made(output_dir=again, resume=True)
+        assert resumed.choices == runs[name].choices
+        assert_same(ends[name], end_of(again, 2))
 
 
 def test_another_run_is_refused_with_every_difference(tiny_folder: Path, memory_path: Path) -> None:

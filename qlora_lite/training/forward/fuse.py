@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import architecture
+from qlora_lite.choices import Choices, choices_in_force
+from qlora_lite.choosing.machine_table import device_choices
 from qlora_lite.compute.devices import on_cpu
 from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.data.batching import Batch, labelled_tokens
@@ -41,6 +43,7 @@ from qlora_lite.training.forward.fused_forward import (
     fused_attention,
     fused_forwards,
     is_fused_forward,
+    model_dtype,
 )
 from qlora_lite.training.objective.choice import checked_loss, head_reason
 from qlora_lite.training.objective.losses import LOGIT_FREE, LOSSES, OF_MODEL
@@ -230,9 +233,17 @@ def _forward_of(kind: Any) -> Callable[..., Any]:
     return forward
 
 
+def _with_choices(choices: Choices, forward: Callable[..., Any], *args: object, **given: object) -> Any:
+    with choices_in_force(choices):
+        return forward(*args, **given)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def _fuse_attention_(model: nn.Module) -> str | None:
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if not on_cpu(device):
+    if not on_cpu(_device(model)):
         return None
     return exchange_attention_(model, ATTENTION, lambda own: functools.partial(fused_attention, own, CausalMasks()))
 
@@ -281,8 +292,9 @@ def fuse_(model: nn.Module, checkpointing: str | int = "full", *, keep_logits: b
     forwards = fused_forwards(model)
     for name, forward in forwards.items():
         model.get_submodule(name).forward = forward
-    for index, block in enumerate(blocks):
-        block.forward = functools.partial(dial.run, index, block.forward)
+    choices = device_choices(_device(model), model_dtype(model))
+    for index, block in enumerate(blocks):  # in backward too, where a block is computed again
+        block.forward = functools.partial(dial.run, index, functools.partial(_with_choices, choices, block.forward))
     keep_logits = keep_logits or task_of(model) is not CAUSAL_LM
     names, recomputing = [named[id(block)] for block in blocks], FULL if checkpointing == NONE else checkpointing
     fusion = Fusion(list(forwards), names, dial, keep_logits, recomputing, _fuse_attention_(model))

@@ -88,9 +88,14 @@ def fused_attention(own: Callable[..., Any], masks: CausalMasks, module: nn.Modu
     return out.transpose(1, 2), None
 
 
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Returns the dtype that a model computes in: that of its first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+
+
 def fused_forwards(model: nn.Module) -> dict[str, Callable[..., Tensor]]:
     """Returns the fused forward of every recognized module of a model, by name."""
-    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+    dtype = model_dtype(model)
     forwards = {name: _fused_forward(module, dtype) for name, module in model.named_modules()}
     return {name: forward for name, forward in forwards.items() if forward is not None}
 

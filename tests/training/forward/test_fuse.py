@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig, add_lora_, quantize_base_, train
+from qlora_lite.compute import cpu_attention
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.adapters import remove_lora_
 from qlora_lite.training.forward.fuse import fuse_, unfuse_
@@ -58,6 +59,24 @@ def test_loss_and_gradients_are_those_of_the_own_forward(model: Any, checkpointi
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
     by_items, _ = step(model, num_items_in_batch=torch.tensor(100))
     torch.testing.assert_close(by_items.loss, expected.loss * int((LABELS[:, 1:] != -100).sum()) / 100)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_choices_of_the_machine_hold_in_forward_and_in_recomputation(
+    model: Any, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, kernels = [], cpu_attention._kernels
+
+    def noted(*given: Tensor) -> Any:
+        names.append(kernels(*given)[:2])
+        return kernels(*given)
+
+    monkeypatch.setattr(cpu_attention, "_kernels", noted)
+    monkeypatch.setenv("QLORA_LITE_CHOICES", "default,attention_forward=torch,attention_backward=torch")
+    fuse_(model, checkpointing)
+    monkeypatch.setenv("QLORA_LITE_CHOICES", "default")  # they were asked for once
+    step(model)
+    assert set(names) == {("torch", "torch")}
 
 
 def test_blocks_are_recomputed_as_the_dial_says(model: Any) -> None:
