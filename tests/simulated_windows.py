@@ -247,8 +247,8 @@ def exported(checkpoint: Path, model: Any) -> None:
     from qlora_lite.errors import CheckpointError
     from qlora_lite.export.merged import merge_checkpoint
     from qlora_lite.export.quantized import save_quantized
-    from qlora_lite.locks import locked_folder
     from qlora_lite.lora.adapters import remove_lora_
+    from qlora_lite.system import locked_folder
 
     for _ in range(2):
         export_merged(model, "merged", overwrite=True)

@@ -83,7 +83,7 @@ KEEPERS = {
     "pyarrow": {"data.sources.arrow_tables"},
     "PIL": {"data.images.processor"},
     "datasets": {"data.sources.hub_dataset"},
-    "filelock": {"locks"},
+    "filelock": {"system"},
     "gguf": {"export.gguf.library"},
     "fastapi": {"serving.app"},
     "uvicorn": {"serving.server"},

@@ -19,9 +19,8 @@ from pathlib import Path
 
 from qlora_lite.checkpoints.files import UNFINISHED, is_companion_name, rename, sync
 from qlora_lite.errors import CheckpointError, listing
-from qlora_lite.locks import locked
 from qlora_lite.signals import deferred_signals, removed_at_end
-from qlora_lite.system import c_function
+from qlora_lite.system import c_function, locked
 
 # The files of checkpoints, adapters and runs, besides companion files. A folder with other files is never replaced.
 CHECKPOINT_SUFFIXES = (".safetensors", ".gguf", ".jsonl")

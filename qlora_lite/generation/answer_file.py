@@ -22,9 +22,9 @@ from qlora_lite.generation.answering import Answer, answer_batch
 from qlora_lite.generation.prompts import Prompt, Prompts
 from qlora_lite.generation.record_prompts import PromptSet
 from qlora_lite.generation.settings import GenerationSettings, draws
-from qlora_lite.locks import locked
 from qlora_lite.lora.adapters import adapter_parameters, adapters_disabled, lora_layers
 from qlora_lite.signals import check_signals, deferred_signals
+from qlora_lite.system import locked
 
 SUFFIX = ".jsonl"
 

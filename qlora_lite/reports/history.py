@@ -16,7 +16,7 @@ from typing import Any
 from qlora_lite.checkpoints.files import did_you_mean, open_regular, read_json
 from qlora_lite.checks import is_count, is_finite
 from qlora_lite.errors import CheckpointError
-from qlora_lite.locks import LOCK_FILE, is_locked
+from qlora_lite.system import LOCK_FILE, is_locked
 from qlora_lite.training.metrics import Evaluation, StepMetrics, best_evaluation, is_evaluation
 from qlora_lite.training.observers import EVENTS_FILE, FAILED, FINISHED, RESUMED, STARTED, STOPPED
 from qlora_lite.training.run_checkpoints import ADAPTER_FOLDER, DATA_FILE, METRICS_FILE, RUN_FILE, is_run

@@ -19,10 +19,10 @@ from pathlib import Path
 from qlora_lite.checkpoints.atomic_folder import check_replaceable
 from qlora_lite.checkpoints.files import new_file, write_json
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError, Stopped, listing
-from qlora_lite.locks import LOCK_FILE, locked_folder
 from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.progress.work import tell
 from qlora_lite.signals import deferred_signals, uninterrupted
+from qlora_lite.system import LOCK_FILE, locked_folder
 from qlora_lite.training.metrics import Evaluation, StepMetrics, best_evaluation, line_of
 from qlora_lite.training.observers import (
     EVENTS_FILE,

@@ -15,7 +15,7 @@ import pytest
 from qlora_lite.checkpoints import atomic_folder
 from qlora_lite.checkpoints.atomic_folder import LOCK_FILE, check_output_is_not_input, exchange_names, new_folder
 from qlora_lite.errors import CheckpointError
-from qlora_lite.locks import locked
+from qlora_lite.system import locked
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")

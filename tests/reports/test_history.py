@@ -16,9 +16,9 @@ from torch import nn
 from qlora_lite import LinearWithLoRA, TrainConfig
 from qlora_lite.data.stream import BatchStream
 from qlora_lite.errors import CheckpointError
-from qlora_lite.locks import locked
 from qlora_lite.reports.history import RUNNING, UNKNOWN, is_before_run, labelled, read_history
 from qlora_lite.reports.page import report_page
+from qlora_lite.system import locked
 from qlora_lite.training.run_folder import run_folder
 from qlora_lite.training.run_state import Run
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from qlora_lite.errors import CheckpointError, ConfigError
-from qlora_lite.locks import locked
 from qlora_lite.reports.history import read_history
 from qlora_lite.reports.page import COLOURS, report_page, write_report
+from qlora_lite.system import locked
 
 Make = Callable[..., Path]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from qlora_lite.errors import CheckpointError, Stopped
-from qlora_lite.locks import locked
 from qlora_lite.progress.work import progress_shown
 from qlora_lite.reports.watch import RELOAD_SECONDS, WRITE_SECONDS, watch_report
+from qlora_lite.system import locked
 
 Make = Callable[..., Path]
 REFRESH = f'<meta http-equiv="refresh" content="{RELOAD_SECONDS}">'
