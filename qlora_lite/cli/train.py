@@ -50,6 +50,7 @@ from qlora_lite.cli.training.first_adapter import adapters_of_run, check_layers,
 from qlora_lite.cli.training.run_figures import figures
 from qlora_lite.cli.training.run_options import (
     BatchSize,
+    BestBy,
     Bias,
     Data,
     Dropout,
@@ -290,6 +291,7 @@ def train(
     eval_share: EvalShare = None,
     eval_steps: EvalSteps = None,
     patience: Patience = None,
+    best_by: BestBy = "loss",
     eval_generate: EvalGenerate = None,
     output: Output,
     save_steps: SaveSteps = None,

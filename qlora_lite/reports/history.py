@@ -17,6 +17,7 @@ from qlora_lite.checkpoints.files import did_you_mean, open_regular, read_json
 from qlora_lite.checks import is_count, is_finite
 from qlora_lite.errors import CheckpointError
 from qlora_lite.system import LOCK_FILE, is_locked
+from qlora_lite.training.config import BEST_BY, LOSS
 from qlora_lite.training.metrics import Evaluation, StepMetrics, best_evaluation, is_evaluation
 from qlora_lite.training.observers import EVENTS_FILE, FAILED, FINISHED, RESUMED, STARTED, STOPPED
 from qlora_lite.training.run_checkpoints import ADAPTER_FOLDER, DATA_FILE, METRICS_FILE, RUN_FILE, is_run
@@ -83,8 +84,14 @@ class RunHistory:
         return self.steps[-1].step if self.steps else 0
 
     @property
+    def best_by(self) -> str:
+        """What its evaluations are compared by."""
+        by = self.settings.get("best_by")
+        return by if by in BEST_BY else LOSS
+
+    @property
     def best(self) -> Evaluation | None:
-        return best_evaluation(self.evaluations)
+        return best_evaluation(self.evaluations, self.best_by)
 
     @property
     def ending(self) -> Mapping[str, Any] | None:
@@ -132,6 +139,7 @@ class RunHistory:
             "last_loss": losses[-1] if losses else None,
             "best_step": None if best is None else best.step,
             "best_held_out_loss": None if best is None else best.held_out_loss,
+            **({} if best is None or self.best_by == LOSS else {f"best_{self.best_by}": best.scores.get(self.best_by)}),
             **({} if last is None else {f"last_{name}": value for name, value in last.scores.items()}),
             "tokens": self.tokens,
             "seconds": round(self.seconds, 1),

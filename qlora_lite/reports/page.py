@@ -37,6 +37,8 @@ from qlora_lite.reports.tables import (
     settings_tables,
     step_table,
 )
+from qlora_lite.training.config import LOSS
+from qlora_lite.training.metrics import Evaluation
 
 SUFFIX = ".html"
 # Colours of runs, by contrast with one another and with both backgrounds.
@@ -138,9 +140,12 @@ def _headline(run: RunHistory) -> Iterator[str]:
     yield '<p class="headline">'
     if run.best is not None:
         count = sum(evaluation.step > 0 for evaluation in run.evaluations)
-        of = f", the lowest of {count:,} evaluations" if count > 1 else ""
-        yield f"<strong>{run.best.held_out_loss:.4f}</strong>"
-        yield f"<span>held-out loss after <b>step {run.best.step:,}</b>{of}{escape(_scores(run))}</span></p>"
+        by_loss = run.best_by == LOSS
+        of = f", the {'lowest' if by_loss else 'highest'} of {count:,} evaluations" if count > 1 else ""
+        value = f"{run.best.held_out_loss:.4f}" if by_loss else _score(run.best, run.best_by)
+        yield f"<strong>{value}</strong>"
+        what = "held-out loss" if by_loss else _words(run.best_by)
+        yield f"<span>{what} after <b>step {run.best.step:,}</b>{of}{escape(_others(run))}</span></p>"
     elif run.steps:
         yield f"<strong>{run.steps[-1].loss:.4f}</strong><span>loss of <b>step {run.last_step:,}</b></span></p>"
     else:
@@ -148,9 +153,24 @@ def _headline(run: RunHistory) -> Iterator[str]:
     yield from _figures(run)
 
 
-def _scores(run: RunHistory) -> str:
+def _words(score: str) -> str:
+    return score.replace("_", " ")
+
+
+def _score(evaluation: Evaluation, name: str) -> str:
+    score = evaluation.scores.get(name)
+    return UNKNOWN if score is None else short(score)
+
+
+def _others(run: RunHistory) -> str:
+    """Returns what else is known of the best evaluation than the figure that it is the best by."""
     assert run.best is not None
-    known = [f"{name.replace('_', ' ')} {short(s)}" for name, s in run.best.scores.items() if s is not None]
+    known = [f"{_words(name)} {short(s)}" for name, s in run.best.scores.items() if s is not None]
+    if run.best_by != LOSS:
+        known = [
+            f"held-out loss {run.best.held_out_loss:.4f}",
+            *(s for s in known if not s.startswith(_words(run.best_by))),
+        ]
     return f"; {', '.join(known)}" if known else ""
 
 
@@ -212,14 +232,20 @@ def _runs_table(runs: Sequence[RunHistory]) -> Iterator[str]:
             escape(run.status),
             f"{run.last_step:,}{total}",
             f"{run.steps[-1].loss:.4f}" if run.steps else DASH,
-            DASH if best is None else f"{best.held_out_loss:.4f} at {best.step:,}",
+            DASH if best is None else f"{_judged_by(run, best)} at {best.step:,}",
             f"{run.tokens:,}",
             duration(run.seconds),
             _peak(run),
         ]
         rows.append(Row(f'<i class="swatch {run_class(number)}"></i> {escape(run.name)}', cells))
-    headings = ("run", "state", "steps", "last loss", "best held-out loss", "tokens", "time", "peak memory")
+    headings = ("run", "state", "steps", "last loss", "best evaluation", "tokens", "time", "peak memory")
     yield from table("runs", f"{len(runs)} runs", headings, rows)
+
+
+def _judged_by(run: RunHistory, best: Evaluation) -> str:
+    if run.best_by == LOSS:
+        return f"held-out loss {best.held_out_loss:.4f}"
+    return f"{_words(run.best_by)} {_score(best, run.best_by)}"
 
 
 def _foot() -> Iterator[str]:

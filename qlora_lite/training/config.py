@@ -14,6 +14,8 @@ COSINE, LINEAR, CONSTANT = "cosine", "linear", "constant"
 SCHEDULES = (COSINE, LINEAR, CONSTANT)
 NONE, FULL = "none", "full"
 CHECKPOINTING = (NONE, FULL)
+LOSS, EXACT_MATCH = "loss", "exact_match"
+BEST_BY = (LOSS, EXACT_MATCH)
 SEED_LIMIT = 2**63  # of torch's generators
 
 
@@ -59,11 +61,13 @@ class TrainConfig:
     seed: `train` calls `torch.manual_seed(seed)` first; dropout and noise follow from it.
     save_steps: steps between two checkpoints in the output folder; the last step writes one too. None writes one only
         when a signal stops the run.
-    keep_last, keep_best: checkpoints to keep: the newest `keep_last` (None: all), and of the others the `keep_best`
-        with the lowest held-out loss; without `eval_steps`, with the lowest mean loss since the checkpoint before.
-    eval_steps: steps between two evaluations of held-out batches. With any number the adapter of the lowest held-out
-        loss is kept in the output folder. None evaluates before the first step and after the last one only.
-    patience: the run stops early when the held-out loss was not below its lowest in so many evaluations; None never.
+    keep_last, keep_best: checkpoints to keep: the newest `keep_last` (None: all), and of the others the best
+        `keep_best`; without `eval_steps`, those with the lowest mean loss since the checkpoint before.
+    eval_steps: steps between two evaluations of held-out batches. With any number the adapter of the best one is kept
+        in the output folder. None evaluates before the first step and after the last one only.
+    patience: the run stops early when so many evaluations in a row were not better than the best one; None never.
+    best_by: which evaluation is better: `loss` (with the lower held-out loss) or `exact_match` (with the higher score
+        of this name, which `evaluate` of `train` returns; of equal ones, with the lower held-out loss).
     """
 
     steps: int = 100
@@ -85,6 +89,7 @@ class TrainConfig:
     keep_best: int = 0
     eval_steps: int | None = None
     patience: int | None = None
+    best_by: str = LOSS
 
     def __post_init__(self) -> None:
         require(is_count(self.steps, 1), "steps must be an integer of at least 1", self.steps)
@@ -114,8 +119,11 @@ class TrainConfig:
             patience is None or is_count(patience, 1), "patience must be None or an integer of at least 1", patience
         )
         require(patience is None or every is not None, "patience counts evaluations; give eval_steps too", patience)
+        require(self.best_by in BEST_BY, f"best_by must be one of {', '.join(BEST_BY)}", self.best_by)
+        chooses = self.best_by == LOSS or every is not None
+        require(chooses, "best_by chooses among evaluations; give eval_steps too", self.best_by)
         if self.keep_best and every is not None and saving is not None:
-            wanted = f"keep_best goes by the held-out loss, so save_steps must be a multiple of eval_steps, {every}"
+            wanted = f"keep_best goes by evaluations, so save_steps must be a multiple of eval_steps, {every}"
             require(saving % every == 0, wanted, saving)
 
     def _check_learning_rates(self) -> None:
@@ -136,7 +144,7 @@ class TrainConfig:
 
     def steps_alone(self) -> TrainConfig:
         """Returns these settings for a run without an output folder and held-out batches."""
-        return replace(self, save_steps=None, keep_best=0, eval_steps=None, patience=None)
+        return replace(self, save_steps=None, keep_best=0, eval_steps=None, patience=None, best_by=LOSS)
 
     @property
     def steps_of_warmup(self) -> int:

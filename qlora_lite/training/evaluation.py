@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from qlora_lite import architecture
-from qlora_lite.checks import require
+from qlora_lite.checks import is_finite, require
 from qlora_lite.compute.devices import is_out_of_memory
 from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.compute.random_state import RandomSources
@@ -31,6 +31,7 @@ from qlora_lite.progress.work import working
 from qlora_lite.signals import check_signals, deferred_signals
 from qlora_lite.surgery import modes_restored
 from qlora_lite.tasks import task_of
+from qlora_lite.training.config import EXACT_MATCH
 from qlora_lite.training.distributed import Processes, split_in_two
 from qlora_lite.training.forward.fuse import unfused
 from qlora_lite.training.forward.fused_forward import fused
@@ -170,6 +171,10 @@ class Evaluator:
         if batches is None and (run.config.eval_steps is not None or evaluate is not None):
             named = "evaluate" if run.config.eval_steps is None else "eval_steps"
             raise ConfigError(f"{named} needs held-out batches; give eval_batches")
+        if evaluate is None and run.config.best_by == EXACT_MATCH:
+            raise ConfigError(
+                "best_by 'exact_match' needs answers that the model writes; give --eval-generate (evaluate in Python)"
+            )
         if batches is not None and iter(batches) is batches:
             raise ConfigError("eval_batches is an iterator, which gives its batches once; give a list or a DataLoader")
 
@@ -184,7 +189,7 @@ class Evaluator:
     @property
     def is_out_of_patience(self) -> bool:
         """Whether the run stops early."""
-        return is_out_of_patience(self.run.evaluations, self.run.config.patience)
+        return is_out_of_patience(self.run.evaluations, self.run.config.patience, self.run.config.best_by)
 
     def check_same_batches(self) -> None:
         """Raises CheckpointError unless the held-out batches are those of the run that is resumed."""
@@ -265,6 +270,8 @@ class Evaluator:
         found = dict(self._processes.call_in_all(functools.partial(self._evaluate, self.run.model)))
         if taken := sorted(found.keys() & {*OWN_KEYS, *known, "loss"}):
             raise ConfigError(f"evaluate must return scores of other names than {', '.join(taken)}")
+        if self.run.config.best_by == EXACT_MATCH and not is_finite(found.get(EXACT_MATCH)):
+            raise ConfigError(f"best_by 'exact_match' needs a number of this name, and evaluate returned {found}")
         wrong = {name: value for name, value in found.items() if not isinstance(value, (int, float, type(None)))}
         require(not wrong, "evaluate must return a dict of numbers by name", wrong)
         return {name: None if value is None else float(value) for name, value in found.items()}

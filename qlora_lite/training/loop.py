@@ -28,7 +28,7 @@ from qlora_lite.positions import longest_sequence
 from qlora_lite.progress.work import progress_shown, tell, working
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.surgery import modes_restored
-from qlora_lite.training.config import TrainConfig
+from qlora_lite.training.config import LOSS, TrainConfig
 from qlora_lite.training.distributed import Processes
 from qlora_lite.training.evaluation import Evaluate, Evaluator
 from qlora_lite.training.forward.activation_checkpointing import checkpointed
@@ -55,7 +55,7 @@ class TrainResult:
     logits_reason: why the logits of all tokens were computed; None if the loss was computed without them.
     resumed_from: the checkpoint that this call continued from. skipped: newer checkpoints, and why they were not used.
     halved_at: the step in which memory ran out, from which on batches were computed in halves.
-    evaluations: of the held-out batches. stopped_early: whether `patience` ended the run.
+    evaluations: of the held-out batches. stopped_early: whether `patience` ended the run. best_by: as in TrainConfig.
     choices: the alternatives of equal computations (choices.py).
     """
 
@@ -68,6 +68,7 @@ class TrainResult:
     evaluations: tuple[Evaluation, ...] = ()
     stopped_early: bool = False
     choices: Choices = field(default_factory=dict)
+    best_by: str = LOSS
 
     @property
     def losses(self) -> list[float]:
@@ -75,8 +76,8 @@ class TrainResult:
 
     @property
     def best(self) -> Evaluation | None:
-        """The evaluation with the lowest held-out loss, that before the first step left out; None without any."""
-        return best_evaluation(self.evaluations)
+        """The best evaluation, that before the first step left out; None without any."""
+        return best_evaluation(self.evaluations, self.best_by)
 
 
 @contextlib.contextmanager
@@ -128,7 +129,7 @@ def train(
         training starts at step 1.
     eval_batches: held-out batches, the same each time that they are iterated over. Their loss is computed before the
         first step, every `config.eval_steps` steps and after the last one, and goes to `metrics.jsonl`. With
-        `eval_steps`, output_dir gets the adapter of the lowest one in `best_adapter/`.
+        `eval_steps`, output_dir gets the adapter of the best one in `best_adapter/` (`config.best_by`).
     evaluate: called with the model in evaluation mode at each evaluation; returns more scores of it by name, which
         go to `metrics.jsonl` too.
     profiler: its phases forward, backward, optimizer and evaluation are entered.
@@ -189,6 +190,7 @@ def train(
         tuple(run.evaluations),
         stopped_early,
         found.choices or {},
+        config.best_by,
     )
 
 
@@ -220,7 +222,8 @@ def _steps(step: TrainingStep, writer: RunFolder, evaluator: Evaluator) -> bool:
             stops_early = evaluator.is_out_of_patience and run.steps < config.steps
             writer.write_due_checkpoint(stops_early or run.steps == config.steps)
             if stops_early:
-                waited = f"the held-out loss did not fall in {config.patience} evaluations"
+                what = "held-out loss did not fall" if config.best_by == LOSS else "exact match did not rise"
+                waited = f"the {what} in {config.patience} evaluations"
                 tell(f"{waited}: the run ends after step {run.steps}")
             if stops_early or run.steps == config.steps:
                 return stops_early

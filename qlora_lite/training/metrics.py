@@ -18,6 +18,7 @@ from typing import Any
 from qlora_lite.checks import is_count, is_finite
 from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.memory.report import readable_bytes
+from qlora_lite.training.config import EXACT_MATCH, LOSS
 
 HELD_OUT_LOSS = "held_out_loss"
 # What the line of an evaluation has besides its scores.
@@ -101,15 +102,25 @@ def lines_of(steps: Sequence[StepMetrics], evaluations: Sequence[Evaluation]) ->
             yield line_of(after[step.step])
 
 
-def best_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation | None:
-    """Returns the first evaluation with the lowest held-out loss, without the one before the first step."""
+def rank(held_out_loss: float, exact_match: float | None, by: str) -> tuple[float, float]:
+    """Returns what evaluations are compared by: that of the better one is smaller. by: `best_by` of TrainConfig."""
+    if by != EXACT_MATCH:
+        return 0.0, held_out_loss
+    return math.inf if exact_match is None else -exact_match, held_out_loss
+
+
+def best_evaluation(evaluations: Sequence[Evaluation], by: str = LOSS) -> Evaluation | None:
+    """Returns the first of the best evaluations, without the one before the first step.
+
+    by: `loss` (the lowest held-out loss) or `exact_match` (the highest score of this name, then the lowest loss).
+    """
     trained = [evaluation for evaluation in evaluations if evaluation.step > 0]
-    return min(trained, key=lambda evaluation: evaluation.held_out_loss, default=None)
+    return min(trained, key=lambda one: rank(one.held_out_loss, one.scores.get(EXACT_MATCH), by), default=None)
 
 
-def is_out_of_patience(evaluations: Sequence[Evaluation], patience: int | None) -> bool:
-    """Whether the held-out loss was not below its lowest in the last `patience` evaluations; never with None."""
-    best = best_evaluation(evaluations)
+def is_out_of_patience(evaluations: Sequence[Evaluation], patience: int | None, by: str = LOSS) -> bool:
+    """Whether the last `patience` evaluations were not better than the best one; never with None."""
+    best = best_evaluation(evaluations, by)
     if patience is None or best is None:
         return False
     return sum(evaluation.step > best.step for evaluation in evaluations) >= patience

@@ -26,8 +26,9 @@ from qlora_lite.compute.random_state import RandomState
 from qlora_lite.data.stream import Position
 from qlora_lite.errors import CheckpointError, listing
 from qlora_lite.signals import check_signals
+from qlora_lite.training.config import EXACT_MATCH
 from qlora_lite.training.decisions import ABSENT, DECISIONS_SHAPE, NONE, DecisionsJson
-from qlora_lite.training.metrics import Evaluation, StepMetrics, is_evaluation
+from qlora_lite.training.metrics import Evaluation, StepMetrics, is_evaluation, rank
 
 VERSION = 1
 CHECKPOINTS = "checkpoints"
@@ -62,6 +63,7 @@ STATE_SHAPE = {
     "facts": DECISIONS_SHAPE,
     # Runs of before held-out batches were evaluated during training lack these.
     "held_out_loss": (float, NONE, ABSENT),
+    EXACT_MATCH: (float, NONE, ABSENT),
     "held_out_batches": (str, NONE, ABSENT),
 }
 LINE_SHAPE = {"step": int, "loss": float}
@@ -83,6 +85,7 @@ class StateFile(TypedDict):
     optimizer: dict[str, object]
     facts: DecisionsJson
     held_out_loss: float | None
+    exact_match: float | None
     held_out_batches: str | None
 
 
@@ -195,25 +198,29 @@ def remove_leftovers(run: Path) -> None:
             path.unlink()
 
 
-def _loss(path: Path, key: str) -> float:
-    """Returns a loss of the state of a checkpoint; infinity if there is none, so that the checkpoint is not kept."""
+def _rank(path: Path, by: str | None) -> tuple[float, float]:
+    """Returns what checkpoints are compared by: that of the best is the smallest, infinity if it is not known."""
     try:
-        return float(read_json(path / STATE_FILE)[key])
+        state = read_json(path / STATE_FILE)
+        if by is None:
+            return 0.0, float(state["mean_loss"])
+        exact_match = state.get(EXACT_MATCH)
+        return rank(float(state["held_out_loss"]), None if exact_match is None else float(exact_match), by)
     except (CheckpointError, KeyError, TypeError, ValueError):
-        return math.inf
+        return math.inf, math.inf
 
 
-def remove_old_checkpoints(run: Path, step: int, last: int | None, best: int, by: str = "mean_loss") -> None:
-    """Keeps the newest `last` checkpoints (None: all) and the `best` of the others by loss; removes the rest.
+def remove_old_checkpoints(run: Path, step: int, last: int | None, best: int, by: str | None = None) -> None:
+    """Keeps the newest `last` checkpoints (None: all) and the `best` of the others; removes the rest.
 
-    by: the loss, `mean_loss` of the steps before, or `held_out_loss`.
+    by: `best_by` of TrainConfig, by which evaluations are compared; None goes by the mean loss of the steps before.
     Checkpoints after `step`, the one just written, are of steps that were undone by resuming, and are removed.
     """
     found = checkpoints_by_step(run)
     for number in [number for number in found if number > step]:
         remove_folder(found.pop(number))
     older = list(found.values())[last:] if last is not None else []
-    for path in sorted(older, key=lambda path: _loss(path, by))[best:]:
+    for path in sorted(older, key=lambda path: _rank(path, by))[best:]:
         remove_folder(path)
 
 

@@ -1,6 +1,6 @@
 """The folder of a training run: `metrics.jsonl`, one line for each step, `data.json`, `adapter/` and `checkpoints/`.
 
-With evaluations during training, `best_adapter/` holds the adapter with the lowest held-out loss so far.
+With evaluations during training, `best_adapter/` holds the adapter of the best one so far.
 
 `adapter/` holds the last values known to be good: those with which a finite loss was computed. They are saved before
 the next update (not before every update, if saving takes long), so that a run that diverges leaves the adapter that it
@@ -140,15 +140,16 @@ class RunFolder:
         self._tell_observers(lambda observer: observer.step(metrics))
 
     def finish_evaluation(self, evaluation: Evaluation) -> None:
-        """Notes an evaluation in the run, writes its line, and keeps the adapter if its held-out loss is the lowest."""
-        run, best = self._run, best_evaluation(self._run.evaluations)
+        """Notes an evaluation in the run, writes its line, and keeps the adapter if it is the best one."""
+        run, by = self._run, self._run.config.best_by
+        best = best_evaluation(run.evaluations, by)
         run.evaluations.append(evaluation)
         if self._checkpoint_step == run.steps:
             self._checkpoint_step = None  # its checkpoint was written without the evaluation
         if run.steps == 0:
             return
         if self._folder is not None:
-            if run.config.eval_steps is not None and best_evaluation(run.evaluations) != best:
+            if run.config.eval_steps is not None and best_evaluation(run.evaluations, by) != best:
                 self._save_adapter_to(self._folder / BEST_FOLDER)
             with self._writing():
                 self._append(self._folder / METRICS_FILE, line_of(evaluation))
@@ -207,7 +208,7 @@ class RunFolder:
         if self._folder is not None and self._checkpoint_step is not None:
             config = self._run.config
             with self._writing():
-                by = "mean_loss" if config.eval_steps is None else "held_out_loss"
+                by = None if config.eval_steps is None else config.best_by
                 remove_old_checkpoints(self._folder, self._checkpoint_step, config.keep_last, config.keep_best, by)
 
     def finish(self) -> None:

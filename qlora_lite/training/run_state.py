@@ -35,7 +35,7 @@ from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.lora.variants import reference_tensors
 from qlora_lite.progress.work import BYTES, working
 from qlora_lite.signals import check_signals
-from qlora_lite.training.config import TrainConfig
+from qlora_lite.training.config import EXACT_MATCH, TrainConfig
 from qlora_lite.training.decisions import Decisions
 from qlora_lite.training.metrics import Evaluation, StepMetrics, lines_of
 from qlora_lite.training.optim import load_optimizer_state_, optimizer_state
@@ -136,13 +136,14 @@ class Run:
         Held-out losses are on it if there was an evaluation before the first step and one after the last.
         """
         before = next((found.held_out_loss for found in self.evaluations if found.step == 0), None)
-        after = self.held_out_loss() if self.steps else None
+        last = self.last_evaluation()
+        after = last.held_out_loss if last is not None and self.steps else None
         held_out = None if before is None or after is None else (before, after)
         return training_record(self.metrics, held_out) if self.metrics else None
 
-    def held_out_loss(self) -> float | None:
-        """Returns the held-out loss after the last finished step; None if it was not computed."""
-        return next((found.held_out_loss for found in self.evaluations if found.step == self.steps), None)
+    def last_evaluation(self) -> Evaluation | None:
+        """Returns the evaluation after the last finished step; None if there was none."""
+        return next((found for found in self.evaluations if found.step == self.steps), None)
 
     def drop_gradients(self) -> None:
         """Sets all gradients to None."""
@@ -182,6 +183,7 @@ class Run:
     def write(self, folder: Path) -> None:
         """Writes the state after the last finished step into an empty folder, each file synced to disk."""
         assert self._last is not None
+        evaluation = self.last_evaluation()
         random, epoch_random = self._last.random, self._last.position.random
         save_adapter(self.model, folder / ADAPTER_FOLDER)
         states, plain = optimizer_state(self.optimizer, self.trained)
@@ -201,7 +203,8 @@ class Run:
             "random": {"now": dict(random.plain), "epoch": dict(epoch_random.plain)},
             "optimizer": plain,
             "facts": self._last.decisions.to_json(),
-            "held_out_loss": self.held_out_loss(),
+            "held_out_loss": None if evaluation is None else evaluation.held_out_loss,
+            "exact_match": None if evaluation is None else evaluation.scores.get(EXACT_MATCH),
             "held_out_batches": self.held_out_digest,
         }
         write_json(folder / STATE_FILE, state)

@@ -86,16 +86,22 @@ def test_answers_are_compared_with_those_of_held_out_records(run: Run, tiny_fold
     words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--json")
     words = (*words, "--format", "none", "--rank", 2)
     asked = ("--eval-share", 0.25, "--eval-steps", 6, "--eval-generate", 3, "--modules-to-save", "lm_head")
+    asked = (*asked, "--best-by", "exact_match")
     done = run(*words, *asked, "--steps", 12, "--learning-rate", 0.05, "--batch-size", 4, "--schedule", "constant")
     assert done.returncode == 0, done.stderr
     assert "exact match: of 3 held-out examples with an answer of at most 64 tokens" in done.stdout
     figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["best_exact_match"] == 1.0
     assert figures["exact_match_before"] == 0.0 and figures["exact_match_after"] == 1.0 and figures["best_step"] > 0
     assert "step 12/12  held-out loss" in done.stderr and "exact match 1" in done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "exact_match" in line] == [0, 6, 12]
     alone = run(*words, "--eval-generate", 3, "--overwrite")
     assert alone.returncode == 2 and "--eval-generate needs held-out records" in alone.stderr
+    unasked = run(*words, *asked[:4], "--best-by", "exact_match", "--overwrite")
+    assert unasked.returncode == 2 and "exact_match goes by answers that are generated; give --eval-generate too" in (
+        unasked.stderr
+    )
     none = run(*words, *asked, "--learn", "all", "--overwrite")
     assert none.returncode == 2 and "--eval-generate found no held-out example with an answer" in none.stderr
 

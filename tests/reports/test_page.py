@@ -95,3 +95,19 @@ def test_a_page_replaces_another_page_and_nothing_else(make_run: Make, tmp_path:
     with pytest.raises(ConfigError, match=r"the file must be named \*\.html"):
         write_report(tmp_path / "page", [run])
     assert path.read_text() == "<p>mine</p>"
+
+
+def test_a_run_is_judged_by_what_its_best_adapter_was_chosen_by(make_run: Make) -> None:
+    by_loss, other = read_history(make_run()), read_history(make_run("other", best_by="exact_match"))
+    assert "<strong>2.0000</strong><span>held-out loss after <b>step 20</b>, the lowest of 3" in one_line(by_loss)
+    text = one_line(other)
+    assert (
+        "<strong>0.75</strong><span>exact match after <b>step 30</b>, the highest of 3 evaluations; held-out " in text
+    )
+    assert other.figures()["best_exact_match"] == 0.75 and "best_exact_match" not in by_loss.figures()
+    both = report_page([by_loss, other])
+    assert "held-out loss 2.0000 at 20" in both and "exact match 0.75 at 30" in both
+
+
+def one_line(run: Any) -> str:
+    return report_page([run]).replace("\n", "")

@@ -40,6 +40,7 @@ def test_no_dial_is_made_of_other_words(text: str) -> None:
         ("keep_best", -1),
         ("eval_steps", 0),
         ("patience", 0),
+        ("best_by", "f1"),
         ("warmup_steps", 101),
         ("schedule", "step"),
         ("warmup_ratio", 1.5),
@@ -98,3 +99,6 @@ def test_evaluations_that_decide_must_be_made() -> None:
     with pytest.raises(ConfigError, match="save_steps must be a multiple of eval_steps, 4; got 6"):
         TrainConfig(keep_best=1, eval_steps=4, save_steps=6)
     TrainConfig(keep_best=1, eval_steps=4, save_steps=8, patience=1)
+    with pytest.raises(ConfigError, match="best_by chooses among evaluations; give eval_steps too; got 'exact_match'"):
+        TrainConfig(best_by="exact_match")
+    assert TrainConfig(best_by="exact_match", eval_steps=1).steps_alone() == TrainConfig()

@@ -160,6 +160,46 @@ def test_a_run_ends_early_with_its_best_adapter_and_so_does_one_stopped_in_an_ev
     assert not (whole / "best_adapter").exists() and len(figures_of(whole)) == 2
 
 
+def test_the_best_by_exact_match_is_kept_and_waited_for_and_resumed_to_the_bit(
+    tiny_folder: Path, memory_path: Path
+) -> None:
+    """The scores are given, by the step; the loss falls in each of them."""
+    scores = {0: 1.0, 1: 0.25, 2: 0.5, 3: 0.5, 4: 0.5, 5: 0.25, 6: 0.25, 7: 1.0}
+    by_exact_match = {"best_by": "exact_match", "patience": 2, "eval_steps": 1, "save_steps": 1}
+    config = TrainConfig(steps=9, learning_rate=1e-3, keep_last=1, keep_best=2, **by_exact_match)  # type: ignore[arg-type]
+
+    def trained(output: Path, stop: int = 99, first: int = 0, **options: Any) -> Any:
+        steps = iter(range(first, 9))
+
+        def evaluate(model: Any) -> dict[str, float]:
+            if (step := next(steps)) == stop:
+                signal.raise_signal(signal.SIGTERM)
+            return {"exact_match": scores[step]}
+
+        given = {"eval_batches": BATCHES, "evaluate": evaluate, "output_dir": output, "progress": False, **options}
+        return train(adapted(tiny_folder, dropout=0.1), BATCHES, config, **given)
+
+    found = trained(memory_path / "whole")
+    losses = [evaluation.held_out_loss for evaluation in found.evaluations]
+    assert losses[2] > losses[3] > losses[4], "of equal scores the lowest loss is better"
+    assert found.stopped_early and len(found.steps) == 6 and found.best is not None and found.best.step == 4
+    assert "| optimizer steps | 4 |" in (memory_path / "whole/best_adapter/README.md").read_text()
+    kept = sorted(path.name for path in (memory_path / "whole/checkpoints").iterdir())
+    assert kept == ["step-000003", "step-000004", "step-000006"]
+    for stop in (3, 5):
+        with pytest.raises(Stopped):
+            trained(memory_path / f"{stop}", stop)
+        resumed = trained(memory_path / f"{stop}", first=stop + 1, resume=True)
+        assert resumed.best.step == 4 and resumed.losses == found.losses
+        assert files_of(memory_path / f"{stop}") == files_of(memory_path / "whole")
+        assert figures_of(memory_path / f"{stop}") == figures_of(memory_path / "whole")
+    with pytest.raises(
+        CheckpointError, match=r"best_by was 'exact_match' and is 'loss'; .*: --from-adapter \S+/adapter"
+    ):
+        config = TrainConfig(**{**vars(config), "best_by": "loss"})
+        trained(memory_path / "3", resume=True)
+
+
 @pytest.mark.parametrize(
     ("format", "lora", "checkpointing"), [("nf4", {}, "full"), ("none", {"modules_to_save": ["lm_head"]}, "none")]
 )
@@ -196,6 +236,11 @@ def test_wrong_held_out_batches_are_refused(tiny_folder: Path, memory_path: Path
 
     refused("eval_steps needs held-out batches; give eval_batches", config={"eval_steps": 1})
     refused("evaluate needs held-out batches; give eval_batches", evaluate=len)
+    by_match = {"eval_steps": 1, "best_by": "exact_match"}
+    given = {"config": by_match, "eval_batches": HELD_OUT}
+    refused(r"needs answers that the model writes; give --eval-generate \(evaluate in Python\)$", **given)
+    refused(r"evaluate returned \{'f1': 1\.0\}$", **given, evaluate=lambda model: {"f1": 1.0})
+    refused(r"evaluate returned \{'exact_match': nan\}$", **given, evaluate=lambda model: {"exact_match": float("nan")})
     refused("eval_batches is an iterator, which gives its batches once", eval_batches=iter(HELD_OUT))
     refused("held-out batches need a token with a label", eval_batches=[])
     refused("tokens must be in", eval_batches=[{**batch(), "input_ids": batch()["input_ids"] + 50}])

@@ -77,6 +77,19 @@ def test_the_best_is_the_first_of_the_lowest_and_patience_counts_from_it(
     assert is_out_of_patience(evaluations(*losses), waited) == (best is not None) or waited == 0
 
 
+def test_by_exact_match_the_best_has_the_highest_one_and_of_those_the_lowest_loss() -> None:
+    found = [
+        Evaluation(number, loss, {} if score is None else {"exact_match": score}, 1.0)
+        for number, (loss, score) in enumerate(
+            [(1.0, 1.0), (3.0, 0.25), (2.0, 0.5), (1.5, 0.5), (1.0, None), (0.5, 0.25)]
+        )
+    ]
+    best = best_evaluation(found, "exact_match")
+    assert best is found[3] and best_evaluation(found) is found[5]
+    assert is_out_of_patience(found, 2, "exact_match") and not is_out_of_patience(found, 3, "exact_match")
+    assert not is_out_of_patience(found, 1)
+
+
 def test_a_perplexity_is_finite() -> None:
     assert perplexity(0.0) == 1.0 and 1e308 < perplexity(1e6) < float("inf")
 

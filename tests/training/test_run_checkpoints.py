@@ -85,8 +85,17 @@ def test_the_best_are_those_of_the_lowest_held_out_loss_where_there_is_one(tmp_p
     for step, loss in ((1, 9.0), (2, None), (3, 7.0), (4, 8.0)):
         state = checkpoint_path(tmp_path, step) / "state.json"
         state.write_text(json.dumps({"mean_loss": float(step), "held_out_loss": loss}))
-    remove_old_checkpoints(tmp_path, 5, 1, 2, "held_out_loss")
+    remove_old_checkpoints(tmp_path, 5, 1, 2, "loss")
     assert list(checkpoints_by_step(tmp_path)) == [5, 4, 3]
+
+
+def test_the_best_may_be_those_of_the_highest_exact_match(tmp_path: Path) -> None:
+    written(tmp_path, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    for step, loss, score in ((1, 9.0, 0.5), (2, 1.0, 0.25), (3, 7.0, 0.5), (4, 8.0, 0.75), (5, 0.5, None)):
+        state = checkpoint_path(tmp_path, step) / "state.json"
+        state.write_text(json.dumps({"mean_loss": float(step), "held_out_loss": loss, "exact_match": score}))
+    remove_old_checkpoints(tmp_path, 6, 1, 2, "exact_match")
+    assert list(checkpoints_by_step(tmp_path)) == [6, 4, 3]
 
 
 def test_what_was_left_half_way_goes(tmp_path: Path) -> None:

@@ -48,12 +48,14 @@ def _of_held_out(result: TrainResult, examples: int) -> dict[str, object]:
 
 
 def _of_best(result: TrainResult, output: Path) -> dict[str, object]:
+    from qlora_lite.training.config import LOSS
     from qlora_lite.training.run_checkpoints import BEST_FOLDER
 
     assert result.best is not None
     return {
         "best_step": result.best.step,
         "best_held_out_loss": result.best.held_out_loss,
+        **({} if result.best_by == LOSS else {f"best_{result.best_by}": result.best.scores[result.best_by]}),
         "best_adapter": str(output / BEST_FOLDER),
         "stopped_early": result.stopped_early,
     }

@@ -85,7 +85,15 @@ EvalSteps = Annotated[
     typer.Option(help="Steps between two evaluations of held-out records; the best adapter is kept in best_adapter/."),
 ]
 Patience = Annotated[
-    int | None, typer.Option(help="Stop when the held-out loss was not below its lowest in so many evaluations.")
+    int | None, typer.Option(help="Stop when so many evaluations in a row were not better than the best one.")
+]
+BestBy = Annotated[
+    str,
+    typer.Option(
+        help="Which evaluation is better, for the adapter and checkpoints that are kept and for --patience: of the "
+        "lower held-out loss (loss), or of the higher exact match of --eval-generate (exact_match)."
+    ),
+    InFile(words="qlora_lite.training.config:BEST_BY"),
 ]
 EvalGenerate = Annotated[
     int | None,
@@ -148,4 +156,4 @@ SaveSteps = Annotated[
 KeepLast = Annotated[
     str, typer.Option(help="Number of newest checkpoints to keep, or all."), InFile(words=("all",), number=int)
 ]
-KeepBest = Annotated[int, typer.Option(help="Number of older checkpoints to keep: of the lowest (held-out) loss.")]
+KeepBest = Annotated[int, typer.Option(help="Number of older checkpoints to keep: the best ones.")]

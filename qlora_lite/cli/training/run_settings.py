@@ -86,6 +86,8 @@ def check_options(lora: LoraConfig, options: Mapping[str, Any]) -> None:
         if options[name] is not None and not options["eval_data"] and options["eval_share"] is None:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} needs held-out records; give --eval-data or --eval-share")
+    if options["best_by"] == "exact_match" and options["eval_generate"] is None:
+        raise ConfigError("--best-by exact_match goes by answers that are generated; give --eval-generate too")
     most = options["eval_generate"]
     require(most is None or is_count(most, 1), "--eval-generate must be at least 1", most)
     if options["memory_budget"] is not None and options["checkpointing"] is not None:

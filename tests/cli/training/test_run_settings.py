@@ -59,6 +59,7 @@ def test_options_of_a_run_become_its_settings(
         ("--keep-last 1.5", "--keep-last must be a number, or all; got '1.5'"),
         ("--epochs -1", "epochs must be a finite number above 0; got -1"),
         ("--epochs 1 --steps 1", "--steps and --epochs cannot be given together"),
+        ("--best-by exact_match", "best_by chooses among evaluations; give eval_steps too; got 'exact_match'"),
         ("--schedule step", "schedule must be one of cosine, linear, constant; got 'step'"),
     ],
 )
