@@ -27,6 +27,7 @@ PACKAGE = ROOT / "qlora_lite"
 FLOORS: dict[str, int] = {
     "": 0,  # the ground: the files beside the rooms
     "progress": 0,
+    "compute.products": 0,
     "compute": 1,
     "quantization": 2,
     "checkpoints.layouts": 3,

@@ -14,6 +14,8 @@ token_log_probs     the log-probability of each label under a linear head withou
 host_memory         freed heap pages, and limits on what libraries cache
 random_state        the state of every random number generator of a run
 environment         versions of the libraries, and the machine
+
+The room products/ multiplies by a frozen weight, dense or packed, and masks rows.
 """
 
 from __future__ import annotations

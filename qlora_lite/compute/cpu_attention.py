@@ -18,7 +18,7 @@ Processors with matrix units make torch's small tiles fast, so torch's kernel ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,13 +27,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lite.choices import ATTENTION_BACKWARD, ATTENTION_FORWARD, LARGE_PRODUCTS, TORCH, attention_class, chosen
-from qlora_lite.compute.lora_linear import product_dtype
+from qlora_lite.compute.products.frozen_weight import product_dtype
 from qlora_lite.compute.recompute import stash_output, stashed_output
-from qlora_lite.compute.slicing import row_slices, rows_that_fit, slices_within
+from qlora_lite.compute.slicing import row_slices, rows_in, rows_that_fit, slices_within
 
 # Query tokens of a block, and the bytes of fp32 scores that are held at once.
 BLOCK_ROWS = 128
-SCORE_BYTES = 4 << 20
+SCORE_BYTES = 5 << 20
 # Bytes of fp32 keys in the rows of a batch that are computed together: few large products, and small copies.
 KEY_BYTES = 4 << 20
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of the queries that torch's kernels are chosen for
@@ -74,60 +74,72 @@ def _pieces(rows: Tensor, seen: int) -> Iterator[slice]:
     return row_slices(heads, count, rows)
 
 
-def _by_key_head(tensor: Tensor, key_heads: int) -> Tensor:
-    """Returns a view `(batch, key heads, group, tokens, d)` of `(batch, query heads, tokens, d)`."""
-    view: Tensor = tensor.unflatten(1, (key_heads, -1))
-    return view
+def _by_key_head(tensor: Tensor, key_heads: int) -> Sequence[Tensor]:
+    """Returns the blocks of `(batch, query heads, tokens, d)` as views `(batch, key heads, group, block, d)`."""
+    batch, heads, tokens, width = tensor.shape
+    sizes = [block.stop - block.start for block in _blocks(tokens)]
+    return tensor.view(batch, key_heads, heads // key_heads, tokens, width).split_with_sizes(sizes, 3)
 
 
-def _rows(grouped: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
+def _rows(block: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns a copy of the tokens of a block, `(batch * key heads, group * block, d)`."""
-    return _copied(grouped[:, :, :, block], dtype).flatten(2, 3).flatten(0, 1)
+    return _copied(block, dtype).view(block.shape[0] * block.shape[1], -1, block.shape[4])
 
 
-def _empty_by_token(like: Tensor) -> Tensor:
+def _heads(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a copy of keys or values, `(batch * key heads, tokens, d)`."""
+    return _copied(tensor, dtype).view(-1, *tensor.shape[2:])
+
+
+def empty_by_token(like: Tensor, width: int | None = None) -> Tensor:
     """Returns an empty tensor `(batch, heads, tokens, d)` laid out as `(batch, tokens, heads, d)`.
 
-    The linear layers before and after attention read and write this layout.
+    The linear layers before and after attention read and write this layout. width: d, if it is another than like's.
     """
-    batch, heads, tokens, width = like.shape
-    return like.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+    batch, heads, tokens, own = like.shape
+    shape = batch, tokens, heads, own if width is None else width
+    return torch.empty(shape, dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
 class _BlockMask:
     """M for the tokens of a block: 0 where a token may see a key, minus infinity elsewhere, added to its scores.
 
-    On a CPU adding is ten times as fast as `masked_fill_`.
+    On a CPU adding is ten times as fast as `masked_fill_`. later: M of a block among its own tokens.
     """
 
-    def __init__(self, block: slice, mask: Tensor | None, key_heads: int, device: torch.device) -> None:
-        size = block.stop - block.start
-        self._later = torch.full((size, size), -torch.inf, device=device).triu_(1)
+    def __init__(self, later: Tensor, block: slice, mask: Tensor | None, key_heads: int) -> None:
+        self._size = block.stop - block.start
+        self._later = later if self._size == len(later) else later[: self._size, : self._size]
         self._mask, self._key_heads = None, key_heads
         if mask is not None:
             shown = mask[:, 0, block, : block.stop]
-            self._mask = torch.zeros(shown.shape, device=device).masked_fill_(shown.logical_not(), -torch.inf)
+            self._mask = torch.zeros(shown.shape, device=mask.device).masked_fill_(shown.logical_not(), -torch.inf)
 
     def add_to_(self, scores: Tensor, piece: slice) -> None:
         """Adds M to scores `(key heads of the piece, group * block, keys)` in place."""
-        size = self._later.shape[0]
-        by_token = scores.unflatten(1, (-1, size))
-        by_token[..., -size:] += self._later
+        by_token = scores.view(len(scores), -1, self._size, scores.shape[2])
+        by_token[..., -self._size :].add_(self._later)
         if self._mask is not None:
             rows_of_batch = (
                 torch.arange(piece.start, piece.start + len(scores), device=scores.device) // self._key_heads
             )
-            by_token += self._mask[rows_of_batch].unsqueeze(1)
+            by_token.add_(self._mask[rows_of_batch].unsqueeze(1))
+
+
+def _later_tokens(tokens: int, device: torch.device) -> Tensor:
+    """Returns M of a block of causal attention among its own tokens."""
+    size = min(BLOCK_ROWS, tokens)
+    return torch.full((size, size), -torch.inf, device=device).triu_(1)
 
 
 def _scores(rows: Tensor, keys: Tensor, piece: slice, mask: _BlockMask) -> Tensor:
-    """Returns rows keys^T + M in fp32, `(key heads, group * block, keys)`."""
-    scores = torch.bmm(rows[piece], keys[piece].transpose(1, 2))
+    """Returns rows keys + M in fp32, `(key heads, group * block, tokens)`; keys `(key heads, d, tokens)`."""
+    scores = torch.bmm(rows, keys)
     mask.add_to_(scores, piece)
     return scores
 
 
-def _attend(
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -138,30 +150,37 @@ def _attend(
 ) -> Tensor:
     """Returns Y. log_sums `(batch, heads, tokens)`, if given, gets the log-sum-exp of each row of scores."""
     heads, tokens = key.shape[1:3]
-    out = _empty_by_token(query[..., :1].expand(*query.shape[:3], value.shape[-1]))
+    out = empty_by_token(query, value.shape[-1])
+    later = _later_tokens(tokens, query.device)
     for part in _batch_parts(key):
-        queries, target = _by_key_head(query[part], heads), _by_key_head(out[part], heads)
-        keys, values = _copied(key[part], torch.float32).flatten(0, 1), _copied(value[part], dtype).flatten(0, 1)
-        for block in _blocks(tokens):
-            rows = _rows(queries, block, torch.float32).mul_(scale)
-            block_mask = _BlockMask(block, None if mask is None else mask[part], heads, rows.device)
-            results = values.new_empty((*rows.shape[:2], values.shape[-1]))
-            sums = None if log_sums is None else rows.new_empty(rows.shape[:2])
+        queries, targets = (_by_key_head(rows_in(tensor, part), heads) for tensor in (query, out))
+        keys = _heads(rows_in(key, part), torch.float32).mul_(scale).transpose(1, 2)
+        values, part_mask = _heads(rows_in(value, part), dtype), None if mask is None else rows_in(mask, part)
+        for block, block_query, target in zip(_blocks(tokens), queries, targets, strict=True):
+            rows, block_mask = _rows(block_query, torch.float32), _BlockMask(later, block, part_mask, heads)
+            seen_keys, seen_values = keys[:, :, : block.stop], values[:, : block.stop]
+            results, sums = [], []
             for piece in _pieces(rows, block.stop):
-                scores = _scores(rows, keys[:, : block.stop], piece, block_mask)
+                scores = _scores(rows_in(rows, piece), rows_in(seen_keys, piece), piece, block_mask)
                 weights = scores.softmax(-1)
-                if sums is not None:  # the largest weight is exp(largest score - log-sum-exp)
-                    torch.sub(scores.amax(-1), weights.amax(-1).log_(), out=sums[piece])
-                torch.bmm(weights.to(dtype), values[piece, : block.stop], out=results[piece])
-            block_out = target[:, :, :, block]
-            block_out.copy_(results.view(block_out.shape))
-            if log_sums is not None and sums is not None:
+                if log_sums is not None:  # the largest weight is exp(largest score - log-sum-exp)
+                    sums.append(scores.amax(-1).sub_(weights.amax(-1).log_()))
+                del scores
+                weights = _copied(weights, dtype)
+                results.append(torch.bmm(weights, rows_in(seen_values, piece)))
+                del weights
+            target.copy_(_joined(results).view(target.shape))
+            if log_sums is not None:
                 own = log_sums[part, :, block]
-                own.copy_(sums.view(own.shape))
+                own.copy_(_joined(sums).view(own.shape))
     return out
 
 
-def _attend_back(
+def _joined(results: list[Tensor]) -> Tensor:
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def attend_back(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of Q, K and V, the last two summed in fp32.
@@ -173,33 +192,49 @@ def _attend_back(
         dQ = scale * dS K,  dK = scale * dS^T Q
     """
     heads, tokens = key.shape[1:3]
-    found = grad_query, grad_key, grad_value = _empty_by_token(query), _empty_by_token(key), _empty_by_token(value)
+    found = grad_query, grad_key, grad_value = empty_by_token(query), empty_by_token(key), empty_by_token(value)
+    later, factor = _later_tokens(tokens, query.device), torch.full((), scale, device=query.device)
     for part in _batch_parts(key):
-        queries, grads, target = (_by_key_head(t[part], heads) for t in (query, grad, grad_query))
-        keys, low_keys, values = (
-            _copied(tensor[part], kind).flatten(0, 1)
-            for tensor, kind in ((key, torch.float32), (key, dtype), (value, dtype))
-        )
-        sum_key, sum_value = (torch.zeros_like(t, dtype=torch.float32) for t in (keys, values))
-        for block in _blocks(tokens):
-            low_rows, grad_rows = _rows(queries, block, dtype), _rows(grads, block, dtype)
-            rows = low_rows.to(torch.float32, copy=True).mul_(scale)
-            block_mask = _BlockMask(block, None if mask is None else mask[part], heads, rows.device)
-            results = torch.empty_like(low_rows)
-            for piece in _pieces(rows, block.stop):
-                seen = piece, slice(0, block.stop)
-                weights = _scores(rows, keys[:, : block.stop], piece, block_mask).softmax(-1).to(dtype)
-                sum_value[seen] += torch.bmm(weights.transpose(1, 2), grad_rows[piece])
-                slope = torch.bmm(grad_rows[piece], values[seen].transpose(1, 2))
-                # dS, the derivative of a softmax, in one pass.
-                slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, dtype)
-                torch.bmm(slope, low_keys[seen], out=results[piece])
-                sum_key[seen] += torch.bmm(slope.transpose(1, 2), low_rows[piece])
-            block_grad = target[:, :, :, block]
-            block_grad.copy_(results.mul_(scale).view(block_grad.shape))
-        grad_key[part] = sum_key.mul_(scale).view(key[part].shape)
-        grad_value[part] = sum_value.view(value[part].shape)
+        blocks = (_by_key_head(rows_in(tensor, part), heads) for tensor in (query, grad, grad_query))
+        low_keys, values = (_heads(rows_in(tensor, part), dtype) for tensor in (key, value))
+        keys = _heads(rows_in(key, part), torch.float32).mul_(factor).transpose(1, 2)
+        part_mask = None if mask is None else rows_in(mask, part)
+        sums = [torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in (low_keys, values)]
+        # The last block sees all tokens, so its part of the sums is not added to anything.
+        for block, block_query, block_grad, target in reversed(list(zip(_blocks(tokens), *blocks, strict=True))):
+            block_mask = _BlockMask(later, block, part_mask, heads)
+            is_last = block.stop == tokens
+            seen = [low_keys, values, *sums] if is_last else [t[:, : block.stop] for t in (low_keys, values, *sums)]
+            rows, grads = _rows(block_query, dtype), _rows(block_grad, dtype)
+            slope = _block_back(rows, grads, keys[:, :, : block.stop], seen, block_mask, is_last)
+            torch.mul(slope.view(target.shape), factor, out=target)
+        for whole, total in zip((grad_key, grad_value), (sums[0].mul_(factor), sums[1]), strict=True):
+            target = rows_in(whole, part)
+            target.copy_(total.view(target.shape))
     return found
+
+
+def _block_back(
+    rows: Tensor, grads: Tensor, keys: Tensor, seen: Sequence[Tensor], mask: _BlockMask, is_last: bool
+) -> Tensor:
+    """Returns dS K of a block of tokens. Adds dS^T Q and dV to the last two of `seen`: K, V, and the two sums.
+
+    is_last: whether the sums are empty yet.
+    """
+    wide, results = _copied(rows, torch.float32), []
+    for piece in _pieces(rows, keys.shape[2]):
+        own_rows, own_grads = rows_in(rows, piece), rows_in(grads, piece)
+        low_keys, values, sum_key, sum_value = (rows_in(tensor, piece) for tensor in seen)
+        weights = _copied(_scores(rows_in(wide, piece), rows_in(keys, piece), piece, mask).softmax(-1), rows.dtype)
+        add = Tensor.copy_ if is_last else Tensor.add_
+        add(sum_value, torch.bmm(weights.transpose(1, 2), own_grads))
+        slope = torch.bmm(own_grads, values.transpose(1, 2))
+        # dS, the derivative of a softmax, in one pass.
+        slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, rows.dtype)
+        del weights
+        results.append(torch.bmm(slope, low_keys))
+        add(sum_key, torch.bmm(slope.transpose(1, 2), own_rows))
+    return _joined(results)
 
 
 def _torch_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -267,7 +302,7 @@ class _CausalAttention(torch.autograd.Function):
             batch, heads, tokens = query.shape[:3]
             empty = (query.new_empty((batch, tokens, heads), dtype=torch.float32) for _ in range(needs_sums))
             sums = [tensor.transpose(1, 2) for tensor in empty]
-            results += _attend(query, key, value, mask, scale, kernels.dtype, *sums), *sums
+            results += attend(query, key, value, mask, scale, kernels.dtype, *sums), *sums
         ctx.save_for_backward(query, key, value, mask, *(results if needs_sums else ()))
         ctx.scale, ctx.kernels = scale, kernels
         return results[0]
@@ -279,7 +314,7 @@ class _CausalAttention(torch.autograd.Function):
         if ctx.kernels.backward == TORCH:
             found = _torch_attend_back(grad, (query, key, value, *results), mask, ctx.scale)
         else:
-            found = _attend_back(grad, query, key, value, mask, ctx.scale, ctx.kernels.dtype)
+            found = attend_back(grad, query, key, value, mask, ctx.scale, ctx.kernels.dtype)
         return (*found, None, None, None, None)
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from qlora_lite.compute.lora_linear import Weight, dense_slices, product_dtype
-from qlora_lite.compute.slicing import slices_within
+from qlora_lite.compute.products.frozen_weight import Weight, dense_slices, product_dtype
+from qlora_lite.compute.slicing import rows_in, slices_within
 from qlora_lite.errors import InputError
 
 IGNORE_INDEX = -100
@@ -123,7 +123,7 @@ def softmax_input(
     logits: Tensor, bias: Tensor | None, o: HeadOptions, with_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Returns z in fp32, and the factor of the softcap in its derivative, 1 - (z / c)^2, if it is needed."""
-    z = logits.to(torch.float32, copy=True)
+    z = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).copy_(logits)
     if bias is not None:
         z += bias
     curve = None
@@ -157,9 +157,8 @@ def _loss_and_slope(
         slope = scale * (1 - (z / c)^2) * (p - (1 - e) y - e / V)      factor of softcap only with a softcap
     """
     z, curve = softmax_input(logits, bias, o, with_slope)
-    picked = labels.unsqueeze(1)
-    largest = z.amax(1, keepdim=True)
-    loss = (largest - (1 - o.smoothing) * z.gather(1, picked)).sum()
+    picked, largest = labels.unsqueeze(1), z.amax(1, keepdim=True)
+    loss = torch.sub(largest, z.gather(1, picked), alpha=1 - o.smoothing).sum()
     if o.smoothing:
         loss -= o.smoothing * z.mean(1).sum()
     total = z.sub_(largest).exp_().sum(1, keepdim=True)
@@ -167,7 +166,7 @@ def _loss_and_slope(
     if not with_slope:
         return loss, z
     slope = z.div_(total)
-    slope.scatter_add_(1, picked, torch.full_like(picked, -(1 - o.smoothing), dtype=slope.dtype))
+    slope.scatter_(1, picked, -(1 - o.smoothing), reduce="add")
     if o.smoothing:
         slope.sub_(o.smoothing / z.shape[1])
     return loss, slope_of_products(slope, curve, o)
@@ -179,10 +178,11 @@ def _chunk_loss(
     """Returns the summed loss of a chunk; with `sums`, overwrites the logits by their derivative."""
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     for part in softmax_parts(logits):
-        part_loss, slope = _loss_and_slope(logits[part], bias, labels[part], o, sums is not None)
+        rows = rows_in(logits, part)
+        part_loss, slope = _loss_and_slope(rows, bias, rows_in(labels, part), o, sums is not None)
         loss += part_loss
         if sums is not None:
-            logits[part] = slope
+            rows.copy_(slope)
             sums.add("bias", slice(None), functools.partial(slope.sum, 0))
     return loss
 

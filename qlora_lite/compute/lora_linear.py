@@ -8,46 +8,27 @@ the product in place. Nothing frozen gets a gradient. Dropout keeps a seed inste
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._mode_utils import no_dispatch
 
-from qlora_lite.compute.devices import cpu_multiplies_bf16, on_cpu
+from qlora_lite.compute.products.dropout_mask import apply_mask, apply_mask_, draw_seed, dropout_mask
+from qlora_lite.compute.products.frozen_weight import (
+    Weight,
+    as_matrix,
+    base_product,
+    base_product_back,
+    cast,
+    product_dtype,
+)
 from qlora_lite.compute.recompute import Recomputation, recomputation_of, saving_node
-from qlora_lite.compute.slicing import row_slices, rows_that_fit
 from qlora_lite.errors import InputError
 
-
-class PackedMatrix(Protocol):
-    """A packed weight `(out, in)`, which can be unpacked whole or by rows."""
-
-    shape: torch.Size
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor: ...
-
-    def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor: ...
-
-    @property
-    def row_step(self) -> int:
-        """A slice of rows has to start at a multiple of this."""
-
-    def integer_product(self, rows: Tensor) -> Tensor | None:
-        """Returns rows W0^T computed in integers, or None if they were not asked for or the shapes do not suit."""
-
-    def few_rows_product(self, rows: Tensor) -> Tensor | None:
-        """Returns rows W0^T for few rows, as a new tensor, or None if the weight has to be unpacked."""
-
-
-Weight = Tensor | PackedMatrix
 Factors = tuple[Tensor, Tensor]  # A and B
 
 
@@ -73,233 +54,177 @@ def with_gain(y: Tensor, gain: Tensor) -> Tensor:
     return torch.addcmul(y, y, gain.to(y.dtype))
 
 
-def weight_of(layer: nn.Module) -> Weight:
-    """Returns the weight of a linear or embedding layer, a tensor or packed."""
-    return cast("Weight", layer.weight)
+class LinearMap(NamedTuple):
+    """y = W0 x + bias + scaling * B A x, with W0 frozen; A and B are both there, or neither."""
+
+    weight: Weight
+    bias: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    scaling: float = 1.0
 
 
-def dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """Returns the weight as a tensor of this dtype: the weight itself if it is one."""
-    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Returns the matrices below each other, in this dtype."""
+    return cast(matrices[0] if len(matrices) == 1 else torch.cat(list(matrices)), dtype)
 
 
-# Larger weights are unpacked and multiplied in slices of this size: malloc reuses freed blocks of up to 32 MiB, and
-# takes fresh pages for larger ones each time (host_memory.py), which costs more than unpacking.
-SLICE_BYTES = 24 << 20
-
-
-def dense_slices(weight: Weight, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (slice of rows, these rows in the dtype of `like`) over the weight. Rows are unpacked when asked for."""
-    (rows, columns), dtype = weight.shape, like.dtype
-    if isinstance(weight, Tensor) and weight.dtype == dtype:  # the whole weight costs nothing
-        yield slice(0, rows), weight
-        return
-    step = 1 if isinstance(weight, Tensor) else weight.row_step
-    count = rows_that_fit(SLICE_BYTES, columns * dtype.itemsize, step)
-    if count >= rows:
-        yield slice(0, rows), dequantized(weight, dtype)
-        return
-    for part in row_slices(rows, count, like):
-        if isinstance(weight, Tensor):
-            yield part, weight[part].to(dtype)
-        else:
-            yield part, weight.dequantize_rows(part.start, part.stop, dtype)
-
-
-def _product(rows: Tensor, weight: Weight, bias: Tensor | None, few: bool = False) -> Tensor:
-    """Returns rows W0^T + bias `(rows, out)` as a new tensor, slice by slice of W0. few: see `SHORT_PROMPT`."""
-    own = None if isinstance(weight, Tensor) else weight.integer_product(rows)
-    if own is None and few and not isinstance(weight, Tensor):
-        own = weight.few_rows_product(rows)
-    if own is not None:
-        return own if bias is None else own.add_(bias.to(own.dtype))
-    out = rows.new_empty(0)
-    for part, piece in dense_slices(weight, rows):
-        offset = None if bias is None else bias[part].to(rows.dtype)
-        if piece.shape[0] == weight.shape[0]:
-            return F.linear(rows, piece, offset)
-        if not out.numel():
-            out = rows.new_empty((rows.shape[0], weight.shape[0]))
-        out[:, part] = F.linear(rows, piece, offset)
-        del piece
-    return out
-
-
-def _product_back(grad: Tensor, weight: Weight) -> Tensor:
-    """Returns grad W0 `(rows, in)`, slice by slice of W0."""
-    total: Tensor | None = None
-    for part, piece in dense_slices(weight, grad):
-        if total is None:
-            total = grad[:, part] @ piece
-        else:
-            total.addmm_(grad[:, part], piece)
-        del piece
-    assert total is not None
-    return total
-
-
-def draw_seed() -> int:
-    """Draws a seed from torch's default generator, which recomputation under checkpointing rewinds.
-
-    It is drawn outside of any dispatch mode, because fake tensors would give it no value.
-    """
-    with no_dispatch():
-        return int(torch.randint(2**62, ()))
-
-
-MASK_SHIFT = 5  # each row of a dropout mask is the row above it, shifted by this many entries
-INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def dropout_mask(like: Tensor, probability: float, seed: int) -> Tensor:
-    """Returns a dropout mask `(rows, width)` for `apply_mask`: integers as wide as like's values.
-
-    An entry has no bit set with this probability, else all bits. The same seed gives the same mask. The mask is a view
-    of one random string, because drawing a number for each entry costs more than the product that the mask is for: row
-    i starts at entry MASK_SHIFT * i. Entries of a row are independent. Two entries share their number only if they are
-    n rows and MASK_SHIFT * n columns apart.
-    """
-    rows, width = like.shape
-    string = like.new_empty(MASK_SHIFT * max(rows - 1, 0) + width, dtype=torch.float32)
-    generator = torch.Generator(like.device).manual_seed(seed) if type(like) is Tensor else None
-    kept = string.uniform_(generator=generator) >= probability
-    return kept.to(INTEGER_OF_SIZE[like.itemsize]).neg_().as_strided((rows, width), (MASK_SHIFT, 1))
-
-
-def apply_mask(rows: Tensor, mask: Tensor) -> Tensor:
-    """Returns the rows with 0 where the mask is 0. The bitwise product is three times as fast as one of floats."""
-    return (rows.view(mask.dtype) & mask).view(rows.dtype)
-
-
-def apply_mask_(rows: Tensor, mask: Tensor) -> Tensor:
-    """`masked` in place."""
-    rows.view(mask.dtype).bitwise_and_(mask)
-    return rows
-
-
-def product_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    """Returns the dtype of a product with x: `wanted`; without one x's, or fp32 on a CPU that cannot multiply bf16."""
-    if wanted is None and x.dtype == torch.bfloat16 and on_cpu(x.device) and not cpu_multiplies_bf16():
-        return torch.float32
-    return wanted or x.dtype
+def _scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """Returns scaling * left right, with the scaling in the product."""
+    out = torch.empty((left.shape[0], right.shape[1]), dtype=left.dtype, device=left.device)
+    return out.addmm_(left, right, beta=0, alpha=scaling)
 
 
 class _LowRank(torch.autograd.Function):
-    """low = (m * x) A^T `(rows, rank)`, for rows x `(rows, in)` and a dropout mask m of zeros and ones.
+    """low = (m * x) A^T `(rows, ranks)`, for rows of x `(..., in)`, a dropout mask m of zeros and ones, stacked A's.
 
-    Saves low, A, B and x for the backward of `_AdaptedLinear`, which computes all gradients; none passes through here.
-    The two are separate nodes because recomputation of a checkpointed block stops once all saved tensors are made. With
-    the tensors saved before the product, the last product of a block, a quarter of its work, is not computed again.
+    Saves low, the A's and B's, and x for the backward of `_AdaptedLinear`, which computes all gradients; none passes
+    through here. The two are separate nodes because recomputation of a checkpointed block stops once all saved tensors
+    are made. With the tensors saved before the product, the last product of a block, a quarter of its work, is not
+    computed again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        dropout: float,
-        dtype: torch.dtype,
-        again: Recomputation | None,
+        ctx: Any, x: Tensor, dropout: float, dtype: torch.dtype, again: Recomputation | None, *factors: Tensor
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.dropout, ctx.seed, ctx.shared = dropout, 0, None
-        rows = x.to(dtype)
+        rows = cast(as_matrix(x), dtype)
         if dropout > 0:
             ctx.seed = draw_seed()
             rows = apply_mask(rows, dropout_mask(rows, dropout, ctx.seed))
-        low = rows @ lora_A.to(dtype).T
+        low = torch.mm(rows, _stacked(factors[::2], dtype).t())
         if again is not None:
             ctx.shared = again.result
             ctx.shared.expect_reader()
-        ctx.save_for_backward(low, lora_A, lora_B, *((x,) if again is None else again.inputs))
+        ctx.save_for_backward(low, *factors, *((x,) if again is None else again.inputs))
         return low
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
-        return (None,) * 6
+        return (None,) * len(ctx.needs_input_grad)
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """y = x W0^T + bias + s low B^T, with low = (m * x) A^T of `_LowRank` and s = scaling / (1 - dropout).
+    """y = x W0^T + bias + s low B^T for several maps of one x, with low of `_LowRank` and s = scaling / (1 - dropout).
 
-    x `(rows, in)`, W0 `(out, in)`, A `(rank, in)`, B `(out, rank)`, y and its gradient G `(rows, out)`. The gradients:
+    x `(..., in)`, W0 `(out, in)`, A `(rank, in)`, B `(out, rank)`, y and its gradient G `(..., out)`. The gradients:
 
-        x       G W0 + m * (s G B A)
+        x       the sum over the maps of G W0 + m * (s G B A)
         A       (s G B)^T (m * x)
         B       s G^T low
         bias    the sum of G over its rows
+
+    The A's of all maps are multiplied at once, as one matrix. flat: bias, A and B of each map.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Weight,
-        bias: Tensor | None,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        scaling: float,
+        maps: Sequence[LinearMap],
         dtype: torch.dtype,
         low: Tensor | None,
-    ) -> Tensor:
-        y = _product(x.to(dtype), weight, bias)
-        ctx.weight, ctx.scaling, ctx.dtype, ctx.kept = weight, scaling, dtype, None
-        if low is not None and lora_B is not None:
-            ctx.kept = saving_node(low)
-            y.addmm_(low, lora_B.to(dtype).T, alpha=scaling)
-        return y.to(x.dtype)
+        *flat: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.frozen, ctx.dtype = [(one.weight, one.scaling) for one in maps], dtype
+        ctx.kept = None if low is None else saving_node(low)
+        ctx.ranks = [0 if one.lora_A is None else one.lora_A.shape[0] for one in maps]
+        rows, first, found = cast(as_matrix(x), dtype), 0, []
+        for one, rank in zip(maps, ctx.ranks, strict=True):
+            y = base_product(rows, one.weight, one.bias)
+            if low is not None and one.lora_B is not None:
+                part = low if rank == low.shape[1] else low[:, first : first + rank]
+                y.addmm_(part, cast(one.lora_B, dtype).t(), alpha=one.scaling)
+                first += rank
+            found.append(cast(y, x.dtype).view(*x.shape[:-1], -1))
+        return tuple(found)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, _, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
-        x_dtype, grad = grad.dtype, grad.to(ctx.dtype)
-        grad_x = _product_back(grad, ctx.weight) if need_x else None
-        grad_bias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)) if need_bias else None
-        grad_A = grad_B = None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        need_x, _, _, _, *needed = ctx.needs_input_grad
+        found: list[Tensor | None] = [None] * len(needed)
+        given = [None if grad is None else as_matrix(grad) for grad in grads]
+        if all(grad is None for grad in given):
+            return (None,) * len(ctx.needs_input_grad)
+        x_dtype = next(grad.dtype for grad in grads if grad is not None)
+        x_shape = next(grad.shape[:-1] for grad in grads if grad is not None)
+        grad_x: Tensor | None = None
+        for index, grad in enumerate(given):
+            if grad is None:
+                continue
+            given[index] = grad = cast(grad, ctx.dtype)
+            if need_x:
+                grad_x = base_product_back(grad, ctx.frozen[index][0], grad_x)
+            if needed[3 * index]:
+                found[3 * index] = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
         if ctx.kept is not None:
-            low, lora_A, lora_B, *source = ctx.kept.saved_tensors  # under checkpointing, reading them recomputes
-            x = source[0] if ctx.kept.shared is None else ctx.kept.shared.read(tuple(source))
-            rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-            grad_low = (grad @ lora_B.to(ctx.dtype)).mul_(ctx.scaling)
-            grad_B = (low.T @ grad).T.to(lora_B.dtype).mul_(ctx.scaling) if need_B else None
-            mask = None
-            if ctx.kept.dropout > 0:
-                mask = dropout_mask(rows, ctx.kept.dropout, ctx.kept.seed)
-            if grad_x is not None and mask is None:
-                grad_x.addmm_(grad_low, lora_A.to(ctx.dtype))
-            elif grad_x is not None:
-                grad_x.add_(apply_mask_(grad_low @ lora_A.to(ctx.dtype), cast(Tensor, mask)))
-            if need_A:
-                dropped = rows if mask is None else apply_mask(rows, mask)
-                grad_A = (grad_low.T @ dropped).to(lora_A.dtype)
-        grad_x = None if grad_x is None else grad_x.to(x_dtype)
-        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
+            _low_rank_gradients(ctx, given, grad_x, needed, found)
+        grad_x = None if grad_x is None else cast(grad_x, x_dtype).view(*x_shape, -1)
+        return grad_x, None, None, None, *found
 
 
-# The most rows for kernels of few rows, and without nodes for autograd (copied 4-bit codes take these). On an AMD EPYC
-# (Zen 4) they take 0.2 of the time of unpacking with 1 row, 0.8 with 32; with 128 copied codes 1.1, and int8 codes 2.
+def _low_rank_gradients(
+    ctx: Any, grads: Sequence[Tensor | None], grad_x: Tensor | None, needed: Sequence[bool], found: list[Tensor | None]
+) -> None:
+    """Adds the part of the low-rank terms to the gradient of x, and writes those of A and B into `found`."""
+    low, *saved = ctx.kept.saved_tensors  # under checkpointing, reading them recomputes
+    factors, source = saved[: 2 * len(grads)], tuple(saved[2 * len(grads) :])
+    x = source[0] if ctx.kept.shared is None else ctx.kept.shared.read(source)
+    rows = cast(as_matrix(x), ctx.dtype)
+    lows = [low] if len(grads) == 1 else low.split(ctx.ranks, 1)
+    slopes = []
+    for index, (grad, part, (_, scaling)) in enumerate(zip(grads, lows, ctx.frozen, strict=True)):
+        lora_B = factors[2 * index + 1]
+        slopes.append(
+            torch.zeros_like(part) if grad is None else _scaled_product(grad, cast(lora_B, ctx.dtype), scaling)
+        )
+        if grad is not None and needed[3 * index + 2]:
+            found[3 * index + 2] = cast(_scaled_product(grad.t(), part, scaling), lora_B.dtype)
+    slope = slopes[0] if len(slopes) == 1 else torch.cat(slopes, 1)
+    mask = dropout_mask(rows, ctx.kept.dropout, ctx.kept.seed) if ctx.kept.dropout > 0 else None
+    if grad_x is not None:
+        stacked = _stacked(factors[::2], ctx.dtype)
+        if mask is None:
+            grad_x.addmm_(slope, stacked)
+        else:
+            grad_x.add_(apply_mask_(torch.mm(slope, stacked), mask))
+    if any(needed[1::3]):
+        grad_A = cast(torch.mm(slope.t(), rows if mask is None else apply_mask(rows, mask)), factors[0].dtype)
+        for index, part in enumerate(grad_A.split(ctx.ranks)):
+            if needed[3 * index + 1]:
+                found[3 * index + 1] = cast(part, factors[2 * index].dtype)
+
+
+# The most rows that are multiplied by kernels for few rows, where no gradient is needed. Measured on one core of an AMD
+# EPYC (Zen 4) with the linear layers of SmolLM2-135M and with 4096 x 4096: against unpacking and multiplying, they take
+# about 0.2 of the time with 1 row and 0.8 with 32. Between 48 and 100 rows they become slower.
 FEW_ROWS = 32
+# The most rows that are multiplied without nodes for autograd, where no gradient is needed. Copies of 4-bit codes take
+# all of them: on that core 0.8 of the time of unpacking with 64 rows, 1.1 with 128, and no memory for the unpacked
+# weight, which a short prompt would spend most of its memory on.
 SHORT_PROMPT = 128
 
 
-def _few_rows_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, lora: Factors | None, scaling: float, dtype: torch.dtype
-) -> Tensor:
+def _few_rows_linear(x: Tensor, one: LinearMap, dtype: torch.dtype) -> Tensor:
     """Returns `_AdaptedLinear`'s y without its nodes, which cost more time than a product of few rows."""
-    y = _product(x.to(dtype), weight, bias, few=True)
-    if lora is not None:
-        add_few_rows_update_(y, x, lora, scaling)
-    return y.to(x.dtype)
+    rows = as_matrix(x)
+    y = base_product(cast(rows, dtype), one.weight, one.bias, few=True)
+    if one.lora_A is not None and one.lora_B is not None:
+        add_few_rows_update_(y, rows, (one.lora_A, one.lora_B), one.scaling)
+    return cast(y, x.dtype).view(*x.shape[:-1], -1)
 
 
 def add_few_rows_update_(y: Tensor, x: Tensor, lora: Factors, scaling: float) -> None:
     """Adds scaling * B A x to the product y `(rows, out)` of few rows x `(rows, in)`."""
     lora_A, lora_B = lora
-    # Factors in fp32 as they are: for few rows, casts would take longer.
-    if len(y) <= FEW_ROWS and lora_A.dtype == lora_B.dtype == torch.float32 != y.dtype:
+    if (
+        len(y) <= FEW_ROWS and lora_A.dtype == lora_B.dtype == torch.float32 != y.dtype
+    ):  # as they are: casts would take longer
         y.add_(F.linear(F.linear(x.to(torch.float32), lora_A), lora_B), alpha=scaling)
     else:
         y.addmm_(x.to(y.dtype) @ lora_A.to(y.dtype).T, lora_B.to(y.dtype).T, alpha=scaling)
@@ -329,21 +254,51 @@ def adapted_linear(
     float dtype. The products are computed in `compute_dtype` (None: `product_dtype`), and the result has x's dtype.
     x, bias, lora_A and lora_B get gradients, the weight does not. Not twice differentiable.
     """
+    one = LinearMap(weight, bias, lora_A, lora_B, scaling)
+    return adapted_linears(x, (one,), dropout=dropout, compute_dtype=compute_dtype)[0]
+
+
+def hand_out(x: Tensor, outputs: dict[int, Tensor]) -> None:
+    """Attaches to x the outputs of several layers for it, by the ids of the layers."""
+    x.outputs = x._version, outputs  # type: ignore[attr-defined]
+
+
+def taken_output(x: Any, layer: object) -> Tensor | None:
+    """Returns the output that was handed out for this layer, once; None if there is none or x was changed since."""
+    found: tuple[int, dict[int, Tensor]] | None = getattr(x, "outputs", None)
+    return None if found is None or found[0] != x._version else found[1].pop(id(layer), None)
+
+
+def take_back(x: Any) -> None:
+    """Drops the outputs that nobody took."""
+    if getattr(x, "outputs", None) is not None:
+        del x.outputs
+
+
+def adapted_linears(
+    x: Tensor, maps: Sequence[LinearMap], *, dropout: float = 0.0, compute_dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """Returns `adapted_linear` of each map for one x, which all of them read at once.
+
+    Either all maps have A and B, or none has. Dropout is for one map alone.
+    """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     if autocast:
         # As for torch's own linear; inside, the dtypes are chosen here and must not be changed again.
         x = x.to(torch.get_autocast_dtype(device))
-    rows, low = x.reshape(-1, x.shape[-1]), None
     dtype = product_dtype(x, compute_dtype)
-    lora = None if lora_A is None or lora_B is None else (lora_A, lora_B)
-    few = rows.shape[0] <= SHORT_PROMPT and type(rows) is Tensor and dropout == 0
+    flat = [tensor for one in maps for tensor in one[1:4]]
+    factors = [tensor for one in maps for tensor in one[2:4] if tensor is not None]
+    few = x.numel() <= SHORT_PROMPT * x.shape[-1] and type(x) is Tensor and dropout == 0
     if few and torch.is_grad_enabled():
-        few = not any(t is not None and t.requires_grad for t in (x, bias, lora_A, lora_B))
+        few = not any(t is not None and t.requires_grad for t in (x, *flat))
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         if few:
-            return _few_rows_linear(rows, weight, bias, lora, scaling, dtype).view(*x.shape[:-1], -1)
-        if lora is not None:
-            low = _LowRank.apply(rows, *lora, dropout, dtype, recomputation_of(x))
-        y: Tensor = _AdaptedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling / (1 - dropout), dtype, low)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+            return tuple(_few_rows_linear(x, one, dtype) for one in maps)
+        low = None
+        if factors:
+            low = _LowRank.apply(x, dropout, dtype, recomputation_of(x), *factors)
+            maps = [one._replace(scaling=one.scaling / (1 - dropout)) for one in maps] if dropout else maps
+        found: tuple[Tensor, ...] = _AdaptedLinear.apply(x, maps, dtype, low, *flat)
+    return found

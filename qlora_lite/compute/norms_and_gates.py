@@ -21,36 +21,64 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._mode_utils import no_dispatch
 
+from qlora_lite.compute.products.frozen_weight import as_matrix, cast
 from qlora_lite.compute.recompute import recomputable
-from qlora_lite.compute.slicing import slices_within
+from qlora_lite.compute.slicing import rows_in, slices_within
 
 PROBE_SHAPE = (3, 16)
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 EPS_NAMES = ("variance_epsilon", "eps")
 # Bytes of fp32 temporaries at once, which stay in the caches of a core.
-SLICE_BYTES = 1 << 20
+SLICE_BYTES = 5 << 19
 
 
-def _row_slices(rows: Tensor) -> Iterator[slice]:
-    return slices_within(rows.shape, torch.float32.itemsize, SLICE_BYTES, like=rows)
+class _Slice(NamedTuple):
+    """Some rows of a matrix, and buffers of their shape in fp32, or in fp64 for fp64 rows, shared by all slices."""
+
+    part: slice
+    rows: Tensor
+    buffers: list[Tensor]
 
 
-def _widened(rows: Tensor) -> Tensor:
-    """Returns a copy of the rows in fp32, or in fp64 if they are fp64."""
-    return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+def _slices(flat: Tensor, buffers: int) -> Iterator[_Slice]:
+    """Yields the rows of a matrix in slices that fit into `SLICE_BYTES`; the last one may be shorter."""
+    shared: list[Tensor] = []
+    for part in slices_within(flat.shape, torch.float32.itemsize, SLICE_BYTES, like=flat):
+        rows = rows_in(flat, part)
+        if not shared:
+            shared = [torch.empty(rows.shape, dtype=_wide(flat.dtype), device=flat.device) for _ in range(buffers)]
+        elif len(rows) < len(shared[0]):
+            shared = [buffer[: len(rows)] for buffer in shared]
+        yield _Slice(part, rows, shared)
 
 
-def _reciprocal_rms(rows: Tensor, eps: float) -> Tensor:
-    return (rows.pow(2).mean(-1, keepdim=True) + eps).rsqrt_()
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _constants(eps: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns eps and the number of features without dimensions: torch makes a tensor of a number in each call."""
+    numbers = eps, like.shape[-1]
+    first, second = (torch.full((), number, dtype=_wide(like.dtype), device=like.device) for number in numbers)
+    return first, second
+
+
+def _reciprocal_rms(rows: Tensor, spare: Tensor, constants: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns 1 / sqrt(mean(rows^2) + eps); overwrites `spare`."""
+    eps, features = constants
+    return torch.addcdiv(eps, torch.mul(rows, rows, out=spare).sum(-1, keepdim=True), features).rsqrt_()
+
+
+@torch.no_grad()
 def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Returns weight * (x / sqrt(mean(x^2) + eps)), the quotient computed in fp32 and cast to x's dtype."""
-    flat = x.reshape(-1, x.shape[-1])
-    out = x.new_empty(x.shape)  # not a view: routers with jitter change their input in place
-    for part in _row_slices(flat):
-        rows = _widened(flat[part])
-        out.view(flat.shape)[part] = rows.mul_(_reciprocal_rms(rows, eps))
+    flat = as_matrix(x)
+    # Not a view: routers with jitter change their input in place.
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out_rows, constants = as_matrix(out), _constants(eps, x)
+    for part, rows, (wide, spare) in _slices(flat, 2):
+        scale = _reciprocal_rms(wide.copy_(rows), spare, constants)
+        rows_in(out_rows, part).copy_(wide.mul_(scale))
     return out.mul_(weight)
 
 
@@ -72,21 +100,23 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
-        flat, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-        grad_x = torch.empty_like(flat) if need_x else None
+        flat, grads = as_matrix(x), as_matrix(grad)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        for part in _row_slices(flat):
-            rows = _widened(flat[part])
-            scale = _reciprocal_rms(rows, ctx.eps)
-            rows.mul_(scale)
+        constants, wide_weight = _constants(ctx.eps, x), cast(weight, _wide(x.dtype))
+        for part, rows, (wide, slope, spare) in _slices(flat, 3):
+            scale = _reciprocal_rms(wide.copy_(rows), spare, constants)
+            wide.mul_(scale)
+            grad_rows = rows_in(grads, part)
             if grad_weight is not None:
-                grad_weight += (grads[part] * rows.to(x.dtype)).sum(0, dtype=torch.float32)
+                grad_weight += (grad_rows * wide.to(x.dtype)).sum(0, dtype=torch.float32)
             if grad_x is not None:
-                slope = _widened(grads[part] * weight)
-                inner = (slope * rows).mean(-1, keepdim=True)
-                grad_x[part] = slope.sub_(rows.mul_(inner)).mul_(scale)
+                slope.copy_(grad_rows).mul_(wide_weight)
+                inner = torch.mul(slope, wide, out=spare).sum(-1, keepdim=True)
+                slope.addcmul_(wide, inner, value=-1 / x.shape[-1]).mul_(scale)
+                rows_in(as_matrix(grad_x), part).copy_(slope)
         found = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return None if grad_x is None else grad_x.view(x.shape), found, None
+        return grad_x, found, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

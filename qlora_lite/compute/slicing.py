@@ -54,6 +54,11 @@ def slices_within(
     return row_slices(shape[0], rows_that_fit(max_bytes, math.prod(shape[1:]) * itemsize, step), like)
 
 
+def rows_in(tensor: Tensor, part: slice) -> Tensor:
+    """Returns the rows of a slice: the tensor itself, without a call of torch, if the slice has all of them."""
+    return tensor if part.stop - part.start == tensor.shape[0] else tensor[part]
+
+
 def regrouped_rows(slices: Iterable[tuple[int, Tensor]], count: int) -> Iterator[tuple[int, Tensor]]:
     """The rows of `slices`, pairs of (first row, rows), in slices of exactly `count` rows; the last may be shorter."""
     first, waiting = 0, torch.empty(0)

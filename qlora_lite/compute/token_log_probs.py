@@ -31,7 +31,7 @@ from qlora_lite.compute.cross_entropy import (
     softmax_input,
     softmax_parts,
 )
-from qlora_lite.compute.lora_linear import Weight
+from qlora_lite.compute.products.frozen_weight import Weight
 from qlora_lite.errors import InputError
 
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

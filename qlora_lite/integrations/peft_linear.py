@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_lite.checks import cast_finite
-from qlora_lite.compute.lora_linear import adapted_linear, check_features, dense_slices, with_gain
+from qlora_lite.compute.lora_linear import adapted_linear, check_features, with_gain
+from qlora_lite.compute.products.frozen_weight import dense_slices
 from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import ConfigError
 from qlora_lite.integrations.peft_merging import MergedBeside

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qlora_lite.compute.lora_linear import check_features, product_dtype
+from qlora_lite.compute.lora_linear import check_features
+from qlora_lite.compute.products.frozen_weight import product_dtype
 from qlora_lite.errors import TargetError, listing
 from qlora_lite.lora.kinds import LinearKind, kind_of
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from qlora_lite.compute.lora_linear import AdaptedLayer, Weight, product_dtype, weight_of, with_gain
+from qlora_lite.compute.lora_linear import AdaptedLayer, with_gain
+from qlora_lite.compute.products.frozen_weight import Weight, product_dtype, weight_of
 from qlora_lite.compute.weight_update import Delta
 from qlora_lite.errors import InputError
 from qlora_lite.surgery import has_own_forward

@@ -31,7 +31,7 @@ from qlora_lite.checkpoints.checkpoint import full_precision_tensors, tensors_fo
 from qlora_lite.checkpoints.lazy_tensors import LazyTensor
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
 from qlora_lite.checks import check_finite
-from qlora_lite.compute.lora_linear import Weight, dequantized, weight_of
+from qlora_lite.compute.products.frozen_weight import Weight, dequantized, weight_of
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError, listing
 from qlora_lite.lora.config import parse_init
 from qlora_lite.lora.kinds import EmbeddingKind, LinearKind, StackKind

@@ -20,15 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qlora_lite.compute.lora_linear import (
-    AdaptedLayer,
-    PackedMatrix,
-    Weight,
-    adapted_linear,
-    check_features,
-    weight_of,
-    with_gain,
-)
+from qlora_lite.compute.lora_linear import AdaptedLayer, adapted_linear, check_features, with_gain
+from qlora_lite.compute.products.frozen_weight import PackedMatrix, Weight, weight_of
 from qlora_lite.compute.weight_update import AdapterDelta, Delta, StackDelta
 from qlora_lite.errors import InputError, listing
 from qlora_lite.lora.convolution import CONVOLUTIONS, ConvKind, refusal_reason

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.checks import cast_finite, is_count, require
-from qlora_lite.compute.lora_linear import Weight, dense_slices, dequantized, weight_of
+from qlora_lite.compute.lora_linear import taken_output
+from qlora_lite.compute.products.frozen_weight import Weight, dense_slices, dequantized, weight_of
 from qlora_lite.compute.weight_update import AdapterDelta
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.config import check_lora_numbers
@@ -205,6 +206,9 @@ class LoraLayer(nn.Module):
         return weight_of(self.base_layer), self.factors if self.adapter_enabled else None
 
     def forward(self, x: Tensor) -> Tensor:
+        ready = taken_output(x, self)
+        if ready is not None:
+            return ready
         weight, lora = self.current_weights()
         gain = None if lora is None or self.variant.gain is None else self.variant.gain(self)
         return self.kind.apply(self, x, weight, lora, gain)

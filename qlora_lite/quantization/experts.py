@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qlora_lite.compute.lora_linear import Weight, adapted_linear
+from qlora_lite.compute.lora_linear import adapted_linear
+from qlora_lite.compute.products.frozen_weight import Weight
 from qlora_lite.quantization.packed_weight import PackedWeight
 
 DOWN = "down_proj"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite.checkpoints.files import excerpt
+from qlora_lite.compute.devices import on_cpu
 from qlora_lite.errors import CheckpointError
 from qlora_lite.training.config import CONSTANT, LINEAR, TrainConfig
 
@@ -92,8 +93,11 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) 
     if config.optimizer == "adamw" and any(parameter.dtype.itemsize < 4 for parameter in parameters.values()):
         return AdamW16(groups, rate, decay)
     if config.optimizer == "adamw":
-        # foreach=False: the grouped kernels allocate temporaries of the size of all parameters at once.
-        return torch.optim.AdamW(cast(list[dict[str, Any]], groups), lr=rate, weight_decay=decay, foreach=False)
+        # foreach=False: the grouped kernels allocate temporaries of the size of all parameters at once. The fused
+        # kernel allocates none. On an accelerator its step counts would be there, but checkpoints have them on the CPU.
+        fused = all(on_cpu(parameter.device) for parameter in parameters.values())
+        kernel: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
+        return torch.optim.AdamW(cast(list[dict[str, Any]], groups), lr=rate, weight_decay=decay, **kernel)
     from qlora_lite.quantization.kernels import import_bitsandbytes
 
     adamw8bit = import_bitsandbytes("bitsandbytes.optim").AdamW8bit

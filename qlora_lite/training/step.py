@@ -47,6 +47,7 @@ from qlora_lite.training.optim import learning_rate_factor, make_optimizer, set_
 from qlora_lite.training.run_state import Run
 
 FP32_BYTES = 4
+CHECKED_AT_ONCE = 32  # parameters that are searched for NaN as one tensor
 NOT_BY_ROWS = "similar texts"
 # Several processes may have copies of the model, but not parts of it.
 ALONE_OR_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
@@ -134,6 +135,15 @@ def prepare_run(
     run.optimizer = accelerator.prepare_optimizer(run.optimizer)
     Processes(accelerator).broadcast_(trained.values())
     return run
+
+
+@torch.no_grad()
+def _are_finite(parameters: Iterable[Tensor]) -> bool:
+    """Whether no value is NaN or infinite: the largest magnitude of each is finite then."""
+    values = [parameter.view(-1) for parameter in parameters]
+    starts = range(0, len(values), CHECKED_AT_ONCE)
+    largest = [torch.cat(values[start : start + CHECKED_AT_ONCE]).norm(math.inf) for start in starts]
+    return bool(torch.stack(largest).isfinite().all())
 
 
 class TrainingStep:
@@ -318,6 +328,6 @@ class TrainingStep:
         before_update()
         self.run.optimizer.step()
         self.run.optimizer.zero_grad(set_to_none=True)
-        if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
+        if not _are_finite(parameters):
             raise NotFiniteError(f"the update of step {self.number} made adapters NaN or infinite; {advice}")
         return norm

@@ -115,8 +115,8 @@ def test_bf16_is_no_less_exact_than_the_written_out_formula(kernels: Choices) ->
 
 def test_scores_lose_nothing_to_bf16() -> None:
     q, k, _ = (tensor.detach() for tensor in inputs((1, 2, 64, 32), 2, torch.bfloat16))
-    sight = cpu_attention._BlockMask(slice(0, 64), None, 2, q.device)
-    weights = cpu_attention._scores(q[0].float() * 0.5, k[0].float(), slice(0, 2), sight).softmax(-1)
+    sight = cpu_attention._BlockMask(cpu_attention._later_tokens(64, q.device), slice(0, 64), None, 2)
+    weights = cpu_attention._scores(q[0].float() * 0.5, k[0].float().transpose(1, 2), slice(0, 2), sight).softmax(-1)
     seen = torch.ones(64, 64, dtype=torch.bool).tril()
     exact = (q[0].double() @ k[0].double().transpose(1, 2) * 0.5).masked_fill(~seen, -torch.inf).softmax(-1)
     torch.testing.assert_close(weights.double(), exact, rtol=1e-4, atol=1e-7)
@@ -138,8 +138,8 @@ def test_a_stash_hands_the_outputs_out_again(monkeypatch: pytest.MonkeyPatch) ->
         first, second = causal_attention(*tensors, 0.3), causal_attention(*tensors, 0.6)
     wanted = torch.autograd.grad(second.sum(), tensors)
     calls: list[int] = []
-    attend = cpu_attention._attend
-    monkeypatch.setattr(cpu_attention, "_attend", lambda *given: (calls.append(1), attend(*given))[1])
+    attend = cpu_attention.attend
+    monkeypatch.setattr(cpu_attention, "attend", lambda *given: (calls.append(1), attend(*given))[1])
     with stash.using():
         again = causal_attention(*tensors, 0.3), causal_attention(*tensors, 0.6)
         assert not calls

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from qlora_lite.compute import cross_entropy as loss_module
-from qlora_lite.compute import lora_linear
 from qlora_lite.compute.cross_entropy import linear_cross_entropy
+from qlora_lite.compute.products import frozen_weight
 from qlora_lite.errors import InputError
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.quantization.config import QuantConfig
@@ -38,7 +38,7 @@ def test_trained_and_adapted_heads_with_every_option(
     packed_head: bool, softcap: float | None, smoothing: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 40 * 3)
-    monkeypatch.setattr(lora_linear, "SLICE_BYTES", 4 * 64 * 7)  # slices of a packed head still begin at whole blocks
+    monkeypatch.setattr(frozen_weight, "SLICE_BYTES", 4 * 64 * 7)  # slices of a packed head still begin at whole blocks
     torch.manual_seed(0)
     head: Any = torch.randn(40, 64, requires_grad=not packed_head)
     dense = head
@@ -63,7 +63,7 @@ def test_trained_and_adapted_heads_with_every_option(
 
 def test_memory_is_bounded_whatever_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1 << 18)
-    monkeypatch.setattr(lora_linear, "SLICE_BYTES", 1 << 18)
+    monkeypatch.setattr(frozen_weight, "SLICE_BYTES", 1 << 18)
     labels = torch.arange(64)
     for vocabulary in (1000, 8000):
         head = PackedWeight.of(torch.randn(vocabulary, 64), QuantConfig(format="int8"))

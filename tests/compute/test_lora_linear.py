@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lite.compute.lora_linear import adapted_linear, apply_mask, draw_seed, dropout_mask, product_dtype
+from qlora_lite.compute.lora_linear import LinearMap, adapted_linear, adapted_linears
+from qlora_lite.compute.products.dropout_mask import draw_seed, dropout_mask
+from qlora_lite.compute.products.frozen_weight import product_dtype
 
 
 def parts(dtype: torch.dtype = torch.double) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -56,7 +58,7 @@ def test_keeps_x_in_its_own_dtype_and_no_weight() -> None:
         adapted_linear(half, weight, bias, a, b, dropout=0.5)
     shapes = {(tuple(t.shape), t.dtype) for t in kept}
     low = (6, 2), product_dtype(half, None)
-    assert shapes == {((6, 8), torch.bfloat16), low, ((2, 8), torch.float32), ((6, 2), torch.float32)}
+    assert shapes == {((2, 3, 8), torch.bfloat16), low, ((2, 8), torch.float32), ((6, 2), torch.float32)}
 
 
 def test_recomputation_draws_the_same_mask() -> None:
@@ -79,11 +81,25 @@ def test_frozen_inputs_get_no_gradient() -> None:
     assert x.grad is None and weight.grad is None and b.grad is None and a.grad is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_mask_drops_what_it_says_and_changes_nothing_else(dtype: torch.dtype) -> None:
-    x = torch.randn(300, 500).to(dtype)
-    mask = dropout_mask(x, 0.2, seed=3)
-    kept = apply_mask(x, mask)
-    assert torch.equal(kept, torch.where(mask.ne(0), x, 0))
-    assert (kept == 0).double().mean() == pytest.approx(0.2, abs=0.02)
-    assert torch.equal(mask, dropout_mask(x, 0.2, seed=3)) and not torch.equal(mask, dropout_mask(x, 0.2, seed=4))
+def test_maps_of_one_input_are_computed_at_once() -> None:
+    """Several ranks, and one map whose output nobody uses."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, dtype=torch.double, requires_grad=True)
+    maps = []
+    for out, rank, biased in ((6, 2, True), (4, 1, False), (5, 3, True)):
+        bias = torch.randn(out, dtype=torch.double, requires_grad=True) if biased else None
+        lora_A, lora_B = (
+            torch.randn(size, dtype=torch.double, requires_grad=True) for size in ((rank, 8), (out, rank))
+        )
+        maps.append(LinearMap(torch.randn(out, 8, dtype=torch.double), bias, lora_A, lora_B, 0.5 * rank))
+    trained = [tensor for one in maps for tensor in one[1:4] if tensor is not None]
+    inputs = [x, *trained]
+    for used in ((0, 1, 2), (0, 2), (1,)):
+        together, apart = adapted_linears(x, maps), [adapted_linear(x, *one[:4], scaling=one.scaling) for one in maps]
+        gradients = [
+            torch.autograd.grad(sum((y[i].square().sum() for i in used), x.sum()), inputs, allow_unused=True)
+            for y in (together, apart)
+        ]
+        for mine, theirs in zip(*gradients, strict=True):
+            assert (mine is None or not mine.any()) if theirs is None else torch.allclose(mine, theirs)
+        torch.testing.assert_close(list(together), apart)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_lite.compute import cross_entropy as chunks
-from qlora_lite.compute import lora_linear
+from qlora_lite.compute.products import frozen_weight
 from qlora_lite.compute.token_log_probs import STATISTICS, TokenStatistics, linear_log_probs
 from qlora_lite.errors import InputError
 from qlora_lite.memory.trace import StorageTrace
@@ -35,7 +35,7 @@ def test_figures_and_gradients_are_those_of_the_logits(
 ) -> None:
     monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(chunks, "SOFTMAX_BYTES", 3 * 40 * 4)
-    monkeypatch.setattr(lora_linear, "SLICE_BYTES", 4 * 64 * 7)
+    monkeypatch.setattr(frozen_weight, "SLICE_BYTES", 4 * 64 * 7)
     torch.manual_seed(0)
     weight: Any = torch.randn(40, 64, requires_grad=head == "trained")
     bias = torch.randn(40, requires_grad=head == "trained")
@@ -99,7 +99,7 @@ def test_tokens_without_labels_give_zero_and_a_zero_gradient() -> None:
 def test_memory_is_bounded_whatever_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 18)
     monkeypatch.setattr(chunks, "SOFTMAX_BYTES", 1 << 16)
-    monkeypatch.setattr(lora_linear, "SLICE_BYTES", 1 << 18)
+    monkeypatch.setattr(frozen_weight, "SLICE_BYTES", 1 << 18)
     labels = torch.arange(64)
     for vocabulary in (1000, 8000):
         head = PackedWeight.of(torch.randn(vocabulary, 64), QuantConfig(format="int8"))

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from qlora_lite import QuantConfig, quantize_base_
-from qlora_lite.compute.lora_linear import dequantized
+from qlora_lite.compute.products.frozen_weight import dequantized
 from qlora_lite.errors import ConfigError
 from qlora_lite.integrations import get_peft_model
 from qlora_lite.quantization.experts import RoutedExperts

@@ -26,7 +26,7 @@ from qlora_lite import (
 )
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.checkpoints.safetensors_read import TensorFiles
-from qlora_lite.compute.lora_linear import dequantized
+from qlora_lite.compute.products.frozen_weight import dequantized
 from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.export.merged import merge_checkpoint

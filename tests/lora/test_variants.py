@@ -27,7 +27,7 @@ from qlora_lite import (
     unmerge_lora_,
 )
 from qlora_lite.checkpoints.safetensors_read import read_safetensors
-from qlora_lite.compute import lora_linear
+from qlora_lite.compute.products import frozen_weight
 from qlora_lite.data.encoding import TokenizedExample
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.export.merged import merge_checkpoint
@@ -83,13 +83,13 @@ def gradients(layer: LoraLayer, y: Tensor, x: Tensor) -> list[Tensor]:
 def test_output_and_gradients_are_those_of_the_equation(
     kind: str, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora_linear, "SLICE_BYTES", 4 * 64 * 64)  # several slices
+    monkeypatch.setattr(frozen_weight, "SLICE_BYTES", 4 * 64 * 64)  # several slices
     holder = nn.Sequential(MAKERS[kind](128, 192))
     if format != "none" and kind != "embedding":
         quantize_base_(holder, QuantConfig(format=format))
     layer = warm_(dora(holder[0]))
     stored: Any = layer.base_layer.weight
-    weight = layer.kind.as_matrix(lora_linear.dequantized(stored, torch.float32)).detach()
+    weight = layer.kind.as_matrix(frozen_weight.dequantized(stored, torch.float32)).detach()
     x = inputs(kind, 128)
     if x.is_floating_point():
         x.requires_grad_()
@@ -202,7 +202,7 @@ def test_exports_from_memory_and_disk_are_one_and_the_report_is_right(
     for name, layer in lora_layers(model).items():
         written = memory[f"{name}.weight"]
         stored: Any = layer.base_layer.weight
-        before = lora_linear.dequantized(stored, torch.float32).detach()
+        before = frozen_weight.dequantized(stored, torch.float32).detach()
         if base == "original":
             before = plain.get_submodule(name).weight
         else:
@@ -308,7 +308,7 @@ def test_a_bias_of_B_is_scaled_and_added(format: str, bias: bool) -> None:
     quantize_base_(holder, QuantConfig(format=format))
     layer, x = with_biases_of_B(holder[0]), torch.randn(3, 64, requires_grad=True)
     stored: Any = layer.base_layer.weight
-    weight = lora_linear.dequantized(stored, torch.float32).detach()
+    weight = frozen_weight.dequantized(stored, torch.float32).detach()
     low = F.linear(F.linear(x, layer.lora_A), layer.lora_B, layer.lora_bias)
     ours, theirs = layer(x), F.linear(x, weight, layer.base_layer.bias) + 6 / 2 * low
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

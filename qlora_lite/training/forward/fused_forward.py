@@ -21,6 +21,7 @@ from qlora_lite.compute.cpu_attention import asks_for_more, causal_attention
 from qlora_lite.compute.devices import on_cpu
 from qlora_lite.compute.norms_and_gates import gated, mlp_activation, norm_eps, rms_norm
 from qlora_lite.patches import patched_attention, patched_forward
+from qlora_lite.training.forward.shared_input import first_argument, prepare_outputs, shares_input, with_shared_input
 
 
 def _fused_norm(module: nn.Module, own: Callable[..., Tensor], eps: float, x: Tensor) -> Tensor:
@@ -29,6 +30,7 @@ def _fused_norm(module: nn.Module, own: Callable[..., Tensor], eps: float, x: Te
 
 
 def _fused_mlp(module: Any, activation: str, x: Tensor) -> Tensor:
+    prepare_outputs(x, (module.gate_proj, module.up_proj))
     result: Tensor = module.down_proj(gated(module.gate_proj(x), module.up_proj(x), activation))
     return result
 
@@ -41,12 +43,16 @@ def _fused_forward(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tenso
     if eps is not None:
         return functools.partial(_fused_norm, module, module.forward, eps)
     activation = mlp_activation(module, dtype)
-    return None if activation is None else functools.partial(_fused_mlp, module, activation)
+    if activation is not None:
+        return functools.partial(_fused_mlp, module, activation)
+    if shares_input(module):
+        return functools.partial(with_shared_input, module, module.forward, first_argument(module))
+    return None
 
 
 def is_fused_forward(forward: object) -> bool:
     """Whether a module has this forward from `fused_forwards`."""
-    return isinstance(forward, functools.partial) and forward.func in (_fused_norm, _fused_mlp)
+    return isinstance(forward, functools.partial) and forward.func in (_fused_norm, _fused_mlp, with_shared_input)
 
 
 class CausalMasks:

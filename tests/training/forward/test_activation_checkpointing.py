@@ -46,8 +46,8 @@ def test_the_last_product_of_a_block_is_not_computed_again(tiny_folder: Path, mo
     add_lora_(model, LoraConfig(rank=2))
     tokens = torch.randint(100, (1, 8))
     products: list[int] = []
-    product = lora_linear._product
-    monkeypatch.setattr(lora_linear, "_product", lambda *given: (products.append(1), product(*given))[1])
+    product = lora_linear.base_product
+    monkeypatch.setattr(lora_linear, "base_product", lambda *given: (products.append(1), product(*given))[1])
     with checkpointed(model, "full"):
         loss = logit_free_loss(model, {"input_ids": tokens, "labels": tokens})
         assert len(products) == 2 * 7
