@@ -111,6 +111,7 @@ UNPACKED_AT_ONCE = 1 << 19
 # torch splits longer sums among its threads, and the result would depend on their number.
 SUMMED_AT_ONCE = 1 << 14
 INT8_STEP = 1 / 127
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # in the library's names
 # The AVX-512 kernel is inexact for blocks of 2048 values and more, and falls back to a compiled kernel. A block of
 # 2048 values is therefore passed as two blocks of 1024 with the same absmax.
 LARGEST_KERNEL_BLOCK = 1024
@@ -132,6 +133,25 @@ def code_values(format: str) -> tuple[float, ...]:
     """Returns the 16 values that the codes of a 4-bit format stand for, times their block's absmax."""
     with no_dispatch():
         return tuple(bnb.get_4bit_type(format, device="cpu").tolist())
+
+
+@functools.cache
+def _found_function(name: str, arguments: str) -> Callable[..., None] | None:
+    address = getattr(bnb.lib, name, None)
+    if not isinstance(address, ctypes._CFuncPtr):  # type: ignore[attr-defined]
+        return None
+    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64}
+    signature = ctypes.CFUNCTYPE(None, *(kinds[kind] for kind in arguments))
+    return signature(ctypes.cast(address, ctypes.c_void_p).value or 0)
+
+
+def library_function(name: str, arguments: str) -> Callable[..., None] | None:
+    """Returns a function of bitsandbytes' library for CPUs, None if the library has none or while torch compiles.
+
+    arguments: a letter for each, p for a pointer and n for a number. bitsandbytes' ops take 20 to 30 µs around such a
+    function, and make up to six calls of torch.
+    """
+    return None if torch.compiler.is_compiling() else _found_function(name, arguments)
 
 
 def _pack_chunk(chunk: Tensor, blocksize: int, format: str) -> tuple[Tensor, Tensor]:
@@ -179,7 +199,13 @@ def block_absmax(packed: PackedBuffers, first: int, last: int) -> Tensor:
 
 
 def _nested_absmax(packed: PackedBuffers, codes: Tensor, nested: Tensor) -> Tensor:
-    absmax: Tensor = ops.dequantize_blockwise(codes, nested, packed.nested_code, NESTED_BLOCKSIZE, torch.float32)
+    kernel = library_function("cdequantize_blockwise_cpu_fp32", "ppppnn") if on_cpu(codes.device) else None
+    if kernel is None or type(codes) is not Tensor:
+        found: Tensor = ops.dequantize_blockwise(codes, nested, packed.nested_code, NESTED_BLOCKSIZE, torch.float32)
+        return found.add_(packed.nested_offset)
+    absmax = torch.empty(codes.shape, dtype=torch.float32)
+    tensors = (tensor.data_ptr() for tensor in (packed.nested_code, codes, nested, absmax))
+    kernel(*tensors, NESTED_BLOCKSIZE, codes.numel())
     return absmax.add_(packed.nested_offset)
 
 
@@ -194,10 +220,18 @@ def _unpack_blocks(packed: PackedBuffers, dtype: torch.dtype, first: int, last: 
     if blocksize > LARGEST_KERNEL_BLOCK:
         absmax = absmax.repeat_interleave(blocksize // LARGEST_KERNEL_BLOCK)
         blocksize = LARGEST_KERNEL_BLOCK
-    target = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+    target = dtype if dtype in DTYPE_NAMES else torch.float32
     # The AVX-512 kernel reads the absmax of the wrong block for a row that does not end where a block ends. Codes
     # lie flat, so the kernel is given rows of one block each; or, with a shorter last block, one row of even length.
     rows = (values // blocksize, blocksize) if values % blocksize == 0 else (1, values + values % 2)
+    kernel = None
+    if rows[1] == blocksize and type(codes) is Tensor and on_cpu(codes.device):
+        name = f"cdequantize_blockwise_cpu_{packed.format}_{DTYPE_NAMES[target]}"
+        kernel = library_function(name, "pppnnn")
+    if kernel is not None:
+        out = torch.empty((last - first, columns), dtype=target)
+        kernel(codes.data_ptr(), absmax.data_ptr(), out.data_ptr(), blocksize, *rows)
+        return out if target == dtype else out.to(dtype)
     flat: Tensor = ops.dequantize_4bit(codes, absmax, blocksize, packed.format, rows, target)
     flat = flat if flat.numel() == values else flat.view(-1)[:values]
     return flat.view(last - first, columns).to(dtype)
@@ -242,26 +276,12 @@ def _code_table(format: str) -> Tensor:
         return torch.tensor(code_values(format))
 
 
-@functools.cache
-def _copy_kernel(format: str) -> Callable[..., None] | None:
-    """Returns the function of bitsandbytes' library that its op for few rows calls, None if the library has none.
-
-    The op takes 20 µs around it for each product, which is more than most products of one row take.
-    """
-    address = getattr(bnb.lib, f"gemv_4bit_inference_cpu_{format}_bf16", None)
-    if not isinstance(address, ctypes._CFuncPtr):  # type: ignore[attr-defined]
-        return None
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    signature = ctypes.CFUNCTYPE(None, count, count, count, *(4 * (pointer,)), count, count, count)
-    return signature(ctypes.cast(address, pointer).value or 0)
-
-
 def copy_product(rows: Tensor, copy: DecodeCopy, format: str, blocksize: int) -> Tensor:
     """Returns x W^T for few rows x `(n, columns)` in bf16, from a copy of the codes of W on a CPU."""
     (count, columns), height, absmax = rows.shape, copy.codes.shape[0], copy.absmax.contiguous()
     y: Tensor
     rows = rows if rows.stride(1) == 1 else rows.contiguous()  # op and function read values side by side
-    kernel = None if torch.compiler.is_compiling() else _copy_kernel(format)
+    kernel = library_function(f"gemv_4bit_inference_cpu_{format}_bf16", "nnnppppnnn")
     if kernel is not None:
         y = torch.empty((count, height), dtype=torch.bfloat16)
         if type(y) is Tensor:  # a fake tensor has no memory

@@ -167,9 +167,9 @@ def test_adapters_of_now_are_added(adapter_dtype: torch.dtype, monkeypatch: pyte
 def test_the_library_is_called_as_its_op_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = packed()
     copied, x = repacked(weight), torch.randn(3, 256).bfloat16()
-    assert kernels._copy_kernel("nf4") is not None
+    assert kernels._found_function("gemv_4bit_inference_cpu_nf4_bf16", "nnnppppnnn") is not None
     for rows in (x[:, :128], x[:, ::2]):  # strided rows, and values that are not side by side
         direct = kernels.copy_product(rows, copied, "nf4", 64)
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "_copy_kernel", lambda format: None)
+            patch.setattr(kernels, "_found_function", lambda name, arguments: None)
             assert torch.equal(kernels.copy_product(rows.contiguous(), copied, "nf4", 64), direct)

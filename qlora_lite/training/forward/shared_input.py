@@ -55,6 +55,8 @@ class _Anything:
     """Stands for whatever a forward makes of the output of a module."""
 
     def __getattr__(self, name: str) -> _Anything:
+        if name.startswith("__"):  # of a protocol, such as that of tensors
+            raise AttributeError(name)
         return self
 
     def __call__(self, *args: object, **options: object) -> _Anything:

@@ -35,9 +35,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, other: object = None) -> Tensor:
         if self.kind == "fails":
             raise ValueError(self.kind)
-        q = self.q_proj(x)
-        y = q if self.kind == "lacks one" else torch.cat((q, self.k_proj(x * 2 if self.kind == "other" else x)), -1)
-        return torch.cat((y, self.v_proj(x)), -1)
+        read = [self.q_proj(x)]
+        if self.kind != "lacks one":
+            read.append(self.k_proj(x * 2 if self.kind == "other" else x))
+        return torch.cat((*read, self.v_proj(x)), -1)
 
 
 @pytest.mark.parametrize("kind", ["shared", "other", "lacks one", "fails"])
