@@ -200,13 +200,9 @@ def _low_rank_gradients(
                 found[3 * index + 1] = cast(part, factors[2 * index].dtype)
 
 
-# The most rows that are multiplied by kernels for few rows, where no gradient is needed. Measured on one core of an AMD
-# EPYC (Zen 4) with the linear layers of SmolLM2-135M and with 4096 x 4096: against unpacking and multiplying, they take
-# about 0.2 of the time with 1 row and 0.8 with 32. Between 48 and 100 rows they become slower.
+# The most rows for kernels of few rows, and without nodes for autograd (copied 4-bit codes take these). On an AMD EPYC
+# (Zen 4) they take 0.2 of the time of unpacking with 1 row, 0.8 with 32; with 128 copied codes 1.1, and int8 codes 2.
 FEW_ROWS = 32
-# The most rows that are multiplied without nodes for autograd, where no gradient is needed. Copies of 4-bit codes take
-# all of them: on that core 0.8 of the time of unpacking with 64 rows, 1.1 with 128, and no memory for the unpacked
-# weight, which a short prompt would spend most of its memory on.
 SHORT_PROMPT = 128
 
 
@@ -222,9 +218,8 @@ def _few_rows_linear(x: Tensor, one: LinearMap, dtype: torch.dtype) -> Tensor:
 def add_few_rows_update_(y: Tensor, x: Tensor, lora: Factors, scaling: float) -> None:
     """Adds scaling * B A x to the product y `(rows, out)` of few rows x `(rows, in)`."""
     lora_A, lora_B = lora
-    if (
-        len(y) <= FEW_ROWS and lora_A.dtype == lora_B.dtype == torch.float32 != y.dtype
-    ):  # as they are: casts would take longer
+    # Factors in fp32 as they are: for few rows, casts would take longer.
+    if len(y) <= FEW_ROWS and lora_A.dtype == lora_B.dtype == torch.float32 != y.dtype:
         y.add_(F.linear(F.linear(x.to(torch.float32), lora_A), lora_B), alpha=scaling)
     else:
         y.addmm_(x.to(y.dtype) @ lora_A.to(y.dtype).T, lora_B.to(y.dtype).T, alpha=scaling)

@@ -2,6 +2,7 @@
 
 In reading order:
 
+shared_input               layers that read one input, multiplied at once
 fused_forward              forward methods replaced by functions that save less for backward
 activation_checkpointing   blocks that are recomputed in backward
 embedding_noise            NEFTune: noise on the embeddings of tokens
