@@ -4,7 +4,7 @@ In reading order:
 
 settings          GenerationSettings: the length of answers, and how tokens are drawn
 prompts           the tokens of a conversation, a text or a record, and the tokens that end an answer
-text_pieces       the text of tokens as they arrive, in whole characters
+kept_cache        keys and values of a conversation, for its next turn
 decode_step       shorter norms and attention in steps of one token
 answering         answers of one prompt or a batch, by transformers' generate
 compared_answers  how often a model writes the answers of tokenized examples
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qlora_lite.generation.chat_session import ChatSession as ChatSession
     from qlora_lite.generation.compared_answers import exact_match as exact_match
     from qlora_lite.generation.compared_answers import questions_of as questions_of
+    from qlora_lite.generation.kept_cache import KeptCache as KeptCache
     from qlora_lite.generation.prompts import Prompt as Prompt
     from qlora_lite.generation.prompts import Prompts as Prompts
     from qlora_lite.generation.record_prompts import PromptSet as PromptSet
@@ -45,6 +46,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "settings": "GenerationSettings",
         "prompts": "Prompts Prompt",
+        "kept_cache": "KeptCache",
         "answering": "answer_prompt answer_batch Answer",
         "compared_answers": "questions_of exact_match",
         "chat_session": "ChatSession",

@@ -15,9 +15,9 @@ from qlora_lite.architecture import config_value
 from qlora_lite.errors import ConfigError
 from qlora_lite.generation.decode_step import short_steps
 from qlora_lite.generation.joined_products import joined_products
+from qlora_lite.generation.kept_cache import KeptCache
 from qlora_lite.generation.prompts import Prompts
 from qlora_lite.generation.settings import GenerationSettings, complete_config
-from qlora_lite.generation.text_pieces import TextPieces, decoded
 from qlora_lite.patches import patched_attribute
 from qlora_lite.positions import longest_sequence
 from qlora_lite.signals import check_signals
@@ -25,6 +25,7 @@ from qlora_lite.tasks import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, Task, task_of
 
 STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"
 SEED_BYTES = 7
+INCOMPLETE = "\ufffd"
 # Model types that ignore the attention mask, so that padding would enter their state as text.
 READ_PADDING = ("rwkv",)
 
@@ -37,6 +38,46 @@ class Answer:
     text: str
     tokens: int
     finish_reason: str
+
+
+class TextPieces:
+    """The text of a row of tokens as they arrive, in pieces of whole characters. Joined they are the text of all.
+
+    A token may be a part of a character: an emoji takes up to four of a byte-level tokenizer. The text of such a token
+    alone ends with the replacement character, so it is held back until the next token completes it. A token's text also
+    depends on the one before (SentencePiece drops the space in front of the first one), so the last pieces are decoded
+    again with each token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._start = 0  # from here on tokens are decoded again
+        self._given = 0  # up to here their text was given
+
+    def add(self, token: int) -> str:
+        """Returns the text that a further token completes; empty if it completes none."""
+        self._tokens.append(token)
+        text = self._new_text()
+        return "" if text.endswith(INCOMPLETE) else self._give(text)
+
+    def rest(self) -> str:
+        """Returns the text that was held back, at the end of the tokens."""
+        return self._give(self._new_text())
+
+    def _new_text(self) -> str:
+        before = decoded(self._tokenizer, self._tokens[self._start : self._given])
+        return decoded(self._tokenizer, self._tokens[self._start :])[len(before) :]
+
+    def _give(self, text: str) -> str:
+        if text:
+            self._start, self._given = self._given, len(self._tokens)
+        return text
+
+
+def decoded(tokenizer: Any, tokens: list[int]) -> str:
+    """Returns the text of tokens without special ones, and without the changes that tokenizers make to spaces."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class _Listener:
@@ -93,12 +134,14 @@ def answer_prompt(
     on_text: Callable[[str], None] | None = None,
     interrupted: Callable[[], bool] | None = None,
     number: int = 0,
+    kept: KeptCache | None = None,
 ) -> Answer:
     """Returns the answer to a prompt.
 
     number: of this answer; drawn tokens depend on it and on `settings.seed`, and on nothing that was drawn before.
     on_text: gets the text as it is written, in pieces of whole characters. interrupted: is asked after each token
-    whether to end the answer there. Raises Stopped for a signal that waits (signals.py).
+    whether to end the answer there. kept: keys and values of the conversation so far, which are reused and replaced.
+    Raises Stopped for a signal that waits (signals.py).
     """
     check_answers(model)
     stop = prompts.stop_tokens(model)
@@ -122,7 +165,7 @@ def answer_prompt(
         ends[0] = interrupted is not None and interrupted()
         return torch.full((len(ids),), ends[0], dtype=torch.bool, device=ids.device)
 
-    _generate(model, prompts, [tokens], settings, stop, ask, _Listener(note), number)
+    _generate(model, prompts, [tokens], settings, stop, ask, _Listener(note), number, kept)
     hand_on(pieces.rest())
     reason = STOP if written[-1] in stop else INTERRUPTED if ends[0] else LENGTH
     return Answer("".join(texts), len(written), reason)
@@ -162,8 +205,9 @@ def _generate(
     ask: Callable[..., Tensor],
     listener: _Listener | None,
     number: int = 0,
+    kept: KeptCache | None = None,
 ) -> Tensor:
-    """Returns the new tokens of each row, those behind the end of an answer filled up."""
+    """Returns the new tokens of each row, those behind the end of an answer filled up. kept: of one row."""
     pad, longest = prompts.padding(stop), max(map(len, rows))
     if min(map(len, rows)) < longest and reads_padding(model):
         raise ConfigError(
@@ -172,16 +216,24 @@ def _generate(
     filled = [[pad] * (longest - len(row)) + [*row] for row in rows]
     seen = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
     config = complete_config(model, settings, stop, pad)
+    config.return_dict_in_generate = True  # with the cache
+    more: dict[str, Any] = {} if listener is None else {"streamer": listener}
+    past = None if kept is None else kept.take(model, rows[0])
+    if past is not None:
+        more["past_key_values"] = past
     faster = short_steps(model), joined_products(model)  # of the adapter that answers now
     with patched_attribute(model, "generation_config", config), _seeded(settings, number), faster[0], faster[1]:
-        made: Tensor = model.generate(
+        made = model.generate(
             input_ids=torch.tensor(filled, device=model.device),
             attention_mask=torch.tensor(seen, device=model.device),
             generation_config=config,
             stopping_criteria=[ask],
-            **({} if listener is None else {"streamer": listener}),
+            **more,
         )
-    return made[:, longest:]
+    tokens: Tensor = made.sequences
+    if kept is not None:
+        kept.keep(model, getattr(made, "past_key_values", None), tokens[0].tolist())
+    return tokens[:, longest:]
 
 
 @contextmanager

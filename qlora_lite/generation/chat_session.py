@@ -11,6 +11,7 @@ from qlora_lite.checks import require
 from qlora_lite.data.chat.messages import ASSISTANT, check_text
 from qlora_lite.errors import CheckpointError, ConfigError, TargetError
 from qlora_lite.generation.answering import Answer, answer_prompt, check_answers, positions_left
+from qlora_lite.generation.kept_cache import KeptCache
 from qlora_lite.generation.prompts import Prompts
 from qlora_lite.generation.settings import GenerationSettings, draws
 from qlora_lite.lora.adapters import adapters_disabled
@@ -27,6 +28,8 @@ class ChatSession:
 
     system: what the system message says, None for none. dropped: the oldest turns (a question and its answer) that the
     last prompt left out since they took more positions than the model was made for; they are forgotten.
+
+    Keys and values of the conversation are kept for its next turn (kept_cache.py).
     """
 
     model: Any
@@ -42,7 +45,7 @@ class ChatSession:
         if self.system is not None:
             check_text(self.system, "the system message", "chat")
         self._prompts = Prompts(self.tokenizer)
-        self._answers = 0
+        self._answers, self._kept = 0, KeptCache()
         self.adapter = active_adapter(self.model)
         draws(self.model.generation_config, self.settings)
         limit, new = longest_sequence(self.model.config), self.settings.max_new_tokens
@@ -67,6 +70,7 @@ class ChatSession:
     def reset(self) -> None:
         """Forgets what was said. The system message and the adapter stay."""
         self.messages.clear()
+        self._kept.drop()
 
     def use(self, adapter: str | None) -> None:
         """Answers with an adapter from now on, None for the plain base. Raises TargetError for an unknown name."""
@@ -75,6 +79,8 @@ class ChatSession:
             raise TargetError(f"there is no adapter {adapter!r}; there are: {', '.join(['off', *names])}")
         if adapter is not None:
             use_adapter_(self.model, adapter)
+        if adapter != self.adapter:
+            self._kept.drop()
         self.adapter = adapter
 
     def ask(
@@ -93,7 +99,7 @@ class ChatSession:
         self._answers += 1
         with answering_with(self.model, self.adapter):
             made = answer_prompt(
-                self.model, self._prompts, tokens, self.settings, on_text, interrupted, number=self._answers
+                self.model, self._prompts, tokens, self.settings, on_text, interrupted, self._answers, self._kept
             )
         self.messages = [*kept, {"role": ASSISTANT, "content": made.text}]
         return made

@@ -14,10 +14,9 @@ from typing import Any
 from qlora_lite.checks import require
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX
 from qlora_lite.data.encoding import TokenizedExample
-from qlora_lite.generation.answering import answer_batch, reads_padding
+from qlora_lite.generation.answering import answer_batch, decoded, reads_padding
 from qlora_lite.generation.prompts import Prompts
 from qlora_lite.generation.settings import GenerationSettings
-from qlora_lite.generation.text_pieces import decoded
 from qlora_lite.positions import longest_sequence
 from qlora_lite.progress.work import working
 

@@ -13,6 +13,7 @@ from qlora_lite.checks import is_count, is_finite, require
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.generation.answering import INTERRUPTED, LENGTH, STOP, Answer, answer_prompt
 from qlora_lite.generation.chat_session import answering_with
+from qlora_lite.generation.kept_cache import KeptCache
 from qlora_lite.generation.prompts import Prompts
 from qlora_lite.generation.settings import GenerationSettings, draws
 from qlora_lite.positions import longest_sequence
@@ -59,7 +60,11 @@ class Cancel:
 
 
 class Answers:
-    """Answers requests with one model. names: {what a request calls it: the adapter, None for the plain base}."""
+    """Answers requests with one model. names: {what a request calls it: the adapter, None for the plain base}.
+
+    Keys and values of the last conversation are kept for its next turn. They take what its answer needed, and go before
+    another conversation is answered.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, names: dict[str, str | None], limits: Limits | None = None) -> None:
         self._model, self._prompts, self.names = model, Prompts(tokenizer), names
@@ -69,6 +74,7 @@ class Answers:
         self._thread = ThreadPoolExecutor(1, "answers")
         self._lock = threading.Lock()
         self._waiting = 0
+        self._kept = KeptCache()  # of the last conversation
         self._closed = Cancel()
 
     def end(self) -> None:
@@ -156,7 +162,13 @@ class Answers:
         try:
             with answering_with(self._model, self.names[wanted.model]):
                 made = answer_prompt(
-                    self._model, self._prompts, tokens, settings, lambda piece: hand_on(stops.add(piece)), interrupted
+                    self._model,
+                    self._prompts,
+                    tokens,
+                    settings,
+                    lambda piece: hand_on(stops.add(piece)),
+                    interrupted,
+                    kept=self._kept,
                 )
         except ConfigError as error:
             raise RequestError(str(error)) from error

@@ -80,6 +80,29 @@ def test_each_adapter_answers_by_itself(model: Any, tokenizer: Any) -> None:
         session.use("three")
 
 
+def test_a_turn_computes_what_is_new_until_a_reset_or_another_adapter(model: Any, tokenizer: Any) -> None:
+    add_lora_(model, LoraConfig(rank=2, alpha=64, target_modules=["down_proj"]), "one")
+    session, computed = ChatSession(model, tokenizer, FOUR), list[int]()
+    model.register_forward_pre_hook(
+        lambda module, args, options: computed.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+
+    def prompt_tokens(text: str) -> int:
+        computed.clear()
+        session.ask(text)
+        return computed[0]
+
+    first, second = prompt_tokens("a b c d"), prompt_tokens("e")
+    assert first == 10 and second < 10 < len(session._prompt([*session.messages, {"role": "user", "content": "e"}])[0])
+    session.use("one")  # it answers already
+    assert prompt_tokens("f") < 10
+    for change in (session.reset, lambda: session.use(None), session.reset):
+        change()
+        assert session._kept.tokens == 0
+        prompt_tokens("a b c d")
+        assert session._kept.tokens
+
+
 def test_a_template_without_system_messages_is_found_at_once(model: Any, tokenizer: Any) -> None:
     deaf = copy.deepcopy(tokenizer)
     deaf.chat_template = deaf.chat_template.replace("in messages", "in messages if message.role != 'system'")

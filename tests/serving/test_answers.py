@@ -35,6 +35,27 @@ def test_each_model_answers_as_itself(make_answers: Callable[..., Answers]) -> N
     assert (plain.prompt_tokens, plain.answer.tokens, plain.answer.finish_reason) == (3, 6, "length")
 
 
+def test_the_next_turn_of_the_last_conversation_computes_what_is_new(make_answers: Callable[..., Answers]) -> None:
+    answers, computed = make_answers(), list[int]()
+    hook = answers._model.register_forward_pre_hook(
+        lambda module, args, options: computed.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+
+    def ask(prompt: str, model: str = "tiny") -> tuple[int, str]:
+        computed.clear()
+        made = answers.submit(wanted(model=model, prompt=prompt, max_tokens=6), ignore, Cancel()).result()
+        return computed[0], made.answer.text
+
+    try:
+        fresh = {name: ask("abcdef", name)[1] for name in ("tiny", "loud")}
+        assert ask("abcdef", "loud") == (1, fresh["loud"])
+        assert ask("abcdef") == (6, fresh["tiny"])  # of the other adapter nothing is valid
+        assert ask("abcdxy")[0] == 2
+        assert ask("zzz")[0] == 3
+    finally:
+        hook.remove()
+
+
 def test_a_stop_text_ends_an_answer(make_answers: Callable[..., Answers]) -> None:
     answers = make_answers()
     whole = answers.submit(wanted(max_tokens=12), ignore, Cancel()).result().answer
