@@ -10,10 +10,12 @@ the bytes (https://github.com/huggingface/safetensors#format).
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -114,37 +116,37 @@ def write_safetensors(
 
 
 class _Writer:
-    """Writes pieces to a new file in a separate thread, so that the caller can compute the next piece meanwhile.
+    """Writes pieces to a new file in a separate thread, so that the caller can compute the next pieces meanwhile.
 
     Bypasses the page cache (open(2), O_DIRECT) where the file system allows it, and writes whole blocks from
     page-aligned memory: with a large file the kernel would spend more time on finding and filling pages than on the
-    disk, and would evict the pages of other files. At most one piece waits, so memory is that of two pieces and a
-    block.
+    disk, and would evict the pages of other files. Pieces are copied into blocks, and a block is filled while those
+    before it are written: a caller waits only if all blocks are full, on a disk that is slower than it.
     """
 
-    BLOCK_BYTES = 4 << 20
+    BLOCK_BYTES = 2 << 20
+    BLOCKS = 3
 
     def __init__(self, file: BinaryIO) -> None:
         self._descriptor = file.fileno()
         self._direct = _set_direct(self._descriptor, True)
-        self._block, self._filled = memoryview(mmap.mmap(-1, self.BLOCK_BYTES)), 0
+        self._blocks = itertools.cycle([memoryview(mmap.mmap(-1, self.BLOCK_BYTES)) for _ in range(self.BLOCKS)])
+        self._block, self._filled = next(self._blocks), 0
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._last: Future[None] | None = None
+        self._writing: deque[Future[None]] = deque()
 
     def write(self, piece: bytes | memoryview) -> None:
-        """Queues a piece, once the piece before it is written; raises the error of that one."""
-        if self._last is not None:
-            self._last.result()
-        self._last = self._pool.submit(self._gather, memoryview(piece))
-
-    def _gather(self, piece: memoryview) -> None:
+        """Copies a piece; starts to write each block that is full. Raises the error of an earlier block."""
+        piece = memoryview(piece)
         while piece:
             part = piece[: self.BLOCK_BYTES - self._filled]
             self._block[self._filled : self._filled + len(part)] = part
             piece, self._filled = piece[len(part) :], self._filled + len(part)
             if self._filled == self.BLOCK_BYTES:
-                self._write(self._block)
-                self._filled = 0
+                self._writing.append(self._pool.submit(self._write, self._block))
+                if len(self._writing) == self.BLOCKS:
+                    self._writing.popleft().result()  # of the block that is filled next
+                self._block, self._filled = next(self._blocks), 0
 
     def _write(self, block: memoryview) -> None:
         while block:
@@ -158,6 +160,8 @@ class _Writer:
                 self._direct = _set_direct(self._descriptor, False)
 
     def _finish(self) -> None:
+        for written in self._writing:
+            written.result()
         self._direct = _set_direct(self._descriptor, False)  # the last block is not full
         self._write(self._block[: self._filled])
         os.fsync(self._descriptor)
@@ -166,11 +170,11 @@ class _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        with self._pool:
+        try:
             if kind is None:
-                if self._last is not None:
-                    self._last.result()
                 self._finish()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def _set_direct(descriptor: int, wanted: bool) -> bool:
