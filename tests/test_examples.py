@@ -1,6 +1,7 @@
 """Runs every example with its small setting; each ends with its JSON line.
 
-They run in the process of the tests: in one of its own, each would spend more time on imports than on its task.
+They run in the process of the tests: in one of its own, each would spend more time on imports than on its task. What
+they start themselves are forks (command_server.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,10 +62,15 @@ def test_no_example_is_forgotten() -> None:
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES))
 def test_example_ends_with_its_figures(
-    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    example: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command_server: Any,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(sys, "executable", command_server.python)
     monkeypatch.setattr(sys, "argv", [example, "--tiny"])
     exit_code = None
     try:

@@ -234,8 +234,8 @@ def test_the_real_tokenizer_splits_as_in_training(fetched: Path) -> None:
     assert chat == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_the_script_prints_the_real_folder_and_nothing_else(fetched: Path) -> None:
-    run = subprocess.run([sys.executable, str(SCRIPT), "--json"], capture_output=True, text=True, check=True)
+def test_the_script_prints_the_real_folder_and_nothing_else(fetched: Path, command_server: Any) -> None:
+    run = subprocess.run([command_server.python, str(SCRIPT), "--json"], capture_output=True, text=True, check=True)
     path, last = run.stdout.splitlines()
     assert path == str(fetched) and run.stderr == ""
     assert json.loads(last) == {"path": path, "bytes": sum(file.stat().st_size for file in fetched.iterdir())}

@@ -14,8 +14,8 @@ from typing import Any
 SCRIPT = Path(__file__).with_name("stopped_commands.py")
 
 
-def test_stopped_commands_say_one_line_and_leave_nothing_half_done() -> None:
-    done = subprocess.run([sys.executable, SCRIPT, "--tiny"], capture_output=True, text=True, check=False)
+def test_stopped_commands_say_one_line_and_leave_nothing_half_done(command_server: Any) -> None:
+    done = subprocess.run([command_server.python, SCRIPT, "--tiny"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"stopped": 5, "wrong": 0}, done.stdout
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -269,8 +268,8 @@ def test_profiler_sees_the_phases_and_their_bytes(tiny_folder: Path) -> None:
     )
 
 
-def test_a_step_goes_through_on_fake_tensors_of_a_pretended_accelerator(tiny_folder: Path) -> None:
-    command = [sys.executable, str(Path(__file__).parents[1] / "pretended_accelerator.py"), str(tiny_folder)]
+def test_a_step_goes_through_on_fake_tensors_of_a_pretended_accelerator(tiny_folder: Path, command_server: Any) -> None:
+    command = [command_server.python, str(Path(__file__).parents[1] / "pretended_accelerator.py"), str(tiny_folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     caught = "fakegpu FakeTensorDeviceMismatchError"
