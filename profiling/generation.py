@@ -11,7 +11,8 @@ plain bf16 weights. The processes take turns, one at a time, and the median turn
 the first token. Memory is the most live tensor bytes above those of the model, and beside it the bytes of the copies.
 
 `--check` generates 64 tokens after each of ten prompts (parts/greedy_tokens.py). Prints a table and ends with one JSON
-line: `<case>_batch<rows>` -> ratio in tokens a second and the figures behind it, `<case>_memory` -> bytes and ratio.
+line: `<case>_batch<rows>` -> ratio in tokens a second, `memory_ratio` (live bytes), `resident_ratio` and the figures
+behind them, `<case>_memory` -> bytes and ratio.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def figures_of(worker: Worker) -> dict[str, Any]:
         made[str(batch)] = {
             "tokens_per_second": batch * (work.new_tokens - 1) / seconds,
             "prompt_seconds": statistics.median(line["prompt_seconds"] for line in timed),
-            "rss_peak": timed[-1]["peak"],
+            "rss_peak": statistics.median(line["peak"] for line in timed),
             "live_peak": turns[-1]["live_peak"],
         }
     return made
@@ -101,7 +102,12 @@ def compare(name: str, ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, 
     for batch in batches:
         sides = {"ours": ours[batch], "peer": peer[batch]}
         speeds = [side["tokens_per_second"] for side in sides.values()]
-        made[f"{name}_batch{batch}"] = {"ratio": speeds[0] / speeds[1], **sides}
+        made[f"{name}_batch{batch}"] = {
+            "ratio": speeds[0] / speeds[1],
+            "memory_ratio": ours[batch]["live_peak"] / peer[batch]["live_peak"],
+            "resident_ratio": ours[batch]["rss_peak"] / peer[batch]["rss_peak"],
+            **sides,
+        }
     peaks = [max(side[batch]["live_peak"] for batch in batches) for side in (ours, peer)]
     made[f"{name}_memory"] = {
         "ratio": peaks[0] / peaks[1],

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from parts.peft_steps import load_base
 from parts.step_worker import ALPHA, RANK, TOKEN_IDS, say, settled_bytes, wait_for_line
 from qlora_lite.compute.host_memory import set_host_limits
-from qlora_lite.memory.counters import reset_resident_peak, resident_bytes
+from qlora_lite.memory.counters import resident_bytes
 from qlora_lite.memory.trace import StorageTrace
 
 TRACED_TOKENS = 4
@@ -47,8 +47,8 @@ class GenerationWork:
     lora: bool = False
     batches: tuple[int, ...] = (1, 8, 32)
     prompt: int = 128
-    new_tokens: int = 64
-    turns: int = 4
+    new_tokens: int = 48
+    turns: int = 3
 
     @property
     def steps(self) -> int:
@@ -106,7 +106,7 @@ def generate(model: Any, tokens: torch.Tensor, count: int) -> list[float]:
 
 def timed(model: Any, work: GenerationWork, tokens: torch.Tensor, resident: int) -> None:
     """Generates, and prints the seconds of the prompt and of all tokens after the first, and the resident peak."""
-    reset_resident_peak()
+    settled_bytes()  # so that holes that another batch size left do not count
     began, first, *_, last = generate(model, tokens, work.new_tokens)
     peak = (resident_bytes("VmHWM") or 0) - resident
     say(batch=len(tokens), prompt_seconds=first - began, seconds=last - first, peak=peak)
