@@ -140,7 +140,9 @@ class _AdaptedLinear(torch.autograd.Function):
                 part = low if rank == low.shape[1] else low[:, first : first + rank]
                 y.addmm_(part, cast(one.lora_B, dtype).t(), alpha=one.scaling)
                 first += rank
-            found.append(cast(y, x.dtype).view(*x.shape[:-1], -1))
+            shape = (*x.shape[:-1], y.shape[1])
+            # Not a view in the eyes of autograd: models (Falcon) add to it in place.
+            found.append(torch.ops.aten._unsafe_view.default(cast(y, x.dtype), shape))
         return tuple(found)
 
     @staticmethod
