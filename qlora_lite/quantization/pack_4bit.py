@@ -5,16 +5,12 @@
 bitsandbytes searches the 15 midpoints between neighbouring code values by bisection, for each value. Here [-1, 1] is
 cut into equal cells with at most one midpoint in each. A cell without a midpoint gives the code at once; the few
 values in a cell with a midpoint are compared with it.
-
-A bf16 value has 7 bits of mantissa, and so has the absmax of its block. Their code therefore depends on these, the sign
-and the difference of the exponents alone, and is read from a table of all of them, in half the passes over the values.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import mmap
 from dataclasses import dataclass
 
 import torch
@@ -30,15 +26,6 @@ SMALLEST_ABSMAX = 1e-38  # as in bitsandbytes: the divisor of a block of zeros
 UNDECIDED = 0x80
 TOGETHER = 8
 ANY_UNDECIDED = -0x7F7F7F7F7F7F7F80  # 0x80 in each byte of an int64
-
-# Bits of a bf16 value: sign, 8 of the exponent, 7 of the mantissa.
-MANTISSAS, MAGNITUDE = 1 << 7, 0x7FFF
-# The exponents below the absmax's that the table of bf16 codes has; smaller values have the code of 0.
-EXPONENTS = 8
-# Places of the table for one mantissa of absmax, and the place of the value that has only the bits of its exponent.
-SPAN, TOP = 1 << 16, (1 << 16) - MANTISSAS
-# Exponents of absmax for which neither 1 / absmax nor the product with it leaves the normal numbers of fp32.
-LOWEST, HIGHEST = 27 * MANTISSAS, 227 * MANTISSAS
 
 
 @dataclass(frozen=True)
@@ -64,15 +51,10 @@ def code_tables(values: tuple[float, ...]) -> CodeTables:
         return _code_tables(values)
 
 
-def _ordered(values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Returns the codes by the values that they stand for, in rising order, and the midpoints between those."""
+def _code_tables(values: tuple[float, ...]) -> CodeTables:
     code = torch.tensor(values, dtype=torch.float32)
     order = code.argsort()
-    return order, (code[order[1:]] + code[order[:-1]]) / 2
-
-
-def _code_tables(values: tuple[float, ...]) -> CodeTables:
-    order, midpoints = _ordered(values)
+    midpoints = (code[order[1:]] + code[order[:-1]]) / 2
     cells = CELLS
     while not _well_inside(midpoints, cells):
         cells += 1
@@ -97,67 +79,11 @@ def _well_inside(midpoints: Tensor, cells: int) -> bool:
     return bool(safe.all()) and len(place.floor().unique()) == len(midpoints)
 
 
-@dataclass(frozen=True)
-class Bf16Table:
-    """The code of a bf16 value, exclusive or that of 0, by its place: its bits + TOP + SPAN * m - 2^7 * e.
-
-    e, m: exponent and mantissa of absmax. The bits are a signed number, so that negative values have lower places.
-    """
-
-    code: Tensor
-    of_zero: int
-
-
-@functools.cache
-def bf16_table(values: tuple[float, ...]) -> Bf16Table | None:
-    """Returns the table for a 4-bit code; None for one that tells small values from 0, as FP4 does by their sign."""
-    with no_dispatch():
-        order, midpoints = _ordered(values)
-        if float(midpoints.abs().min()) < 2.0 ** (2 - EXPONENTS):
-            return None
-        of_zero = int(order[torch.bucketize(torch.zeros(()), midpoints)])
-        # Memory of the system: the pages of the many values that have the code of 0 are never written to, and are one.
-        filled = torch.frombuffer(mmap.mmap(-1, MANTISSAS * SPAN), dtype=torch.uint8).view(MANTISSAS, SPAN)
-        exponent = 127
-        absmax = torch.arange(MANTISSAS, dtype=torch.int16).add_(exponent * MANTISSAS)
-        bits = torch.arange((exponent + 1 - EXPONENTS) * MANTISSAS, (exponent + 1) * MANTISSAS, dtype=torch.int16)
-        for signed in (bits, bits + torch.iinfo(torch.int16).min):
-            scaled = signed.view(torch.bfloat16).float() * (1.0 / absmax.view(torch.bfloat16).float()).unsqueeze(1)
-            first = int(signed[0]) + TOP - exponent * MANTISSAS
-            filled[:, first : first + len(bits)] = order[torch.bucketize(scaled, midpoints)].bitwise_xor_(of_zero)
-        return Bf16Table(filled.view(-1), of_zero)
-
-
-def _pack_bf16(values: Tensor, blocksize: int, table: Bf16Table) -> tuple[Tensor, Tensor] | None:
-    """Returns the result of `pack_4bit` for bf16; None if the absmax of a block is outside of LOWEST to HIGHEST."""
-    bits = values.view(torch.int16).view(-1, blocksize)
-    absmax = (bits & MAGNITUDE).amax(1)
-    if not isinstance(values, FakeTensor) and bool((((absmax < LOWEST) & (absmax != 0)) | (absmax >= HIGHEST)).any()):
-        return None
-    largest = absmax.to(torch.int32).clamp_(min=LOWEST)  # 0 is far below LOWEST, and gets the code of 0
-    mantissa = largest & (MANTISSAS - 1)
-    place = bits.to(torch.int32).add_((mantissa * (SPAN + 1) + TOP).sub_(largest).unsqueeze(1))
-    codes = _in_pairs(table.code.index_select(0, place.view(-1)))
-    return codes.bitwise_xor_(table.of_zero << 4 | table.of_zero), absmax.view(torch.bfloat16).float()
-
-
-def _in_pairs(index: Tensor) -> Tensor:
-    """Returns two codes in a byte. In a little-endian number of both, the first one is the lower byte."""
-    pairs = index.view(torch.int16)
-    return ((pairs << 4) | (pairs >> 8)).to(torch.uint8)
-
-
 def pack_4bit(values: Tensor, blocksize: int, code: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """Returns the codes, two in a byte with the first in the upper half, and the absmax of each block.
 
     values `(n,)` with n a multiple of blocksize -> uint8 `(n / 2,)`, fp32 `(n / blocksize,)`.
     """
-    table = bf16_table(code) if values.dtype == torch.bfloat16 else None
-    packed = None if table is None else _pack_bf16(values, blocksize, table)
-    return _pack_by_cells(values, blocksize, code) if packed is None else packed
-
-
-def _pack_by_cells(values: Tensor, blocksize: int, code: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     tables = code_tables(code)
     blocks = values.view(-1, blocksize).float()
     absmax = blocks.abs().amax(1)
@@ -166,7 +92,9 @@ def _pack_by_cells(values: Tensor, blocksize: int, code: tuple[float, ...]) -> t
     cell = torch.add(torch.tensor(float(tables.cells)), scaled, alpha=tables.cells).to(torch.int32)
     index = tables.code.index_select(0, cell)
     _decide_(index, scaled, cell, tables)
-    return _in_pairs(index), absmax
+    # Both codes of a byte at once: in a little-endian number, the first one is the lower byte.
+    pairs = index.view(torch.int16)
+    return ((pairs << 4) | (pairs >> 8)).to(torch.uint8), absmax
 
 
 def _undecided(marks: Tensor, tables: CodeTables) -> Tensor:

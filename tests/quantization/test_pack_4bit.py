@@ -52,21 +52,3 @@ def test_codes_are_bitsandbytes_around_every_midpoint_and_border(format: str) ->
     padded = torch.nn.functional.pad(values, (0, blocks.shape[0] * 63 - values.numel()))
     blocks[:, 1:] = padded.view(-1, 63)
     check_equal(blocks.view(-1), 64, format)
-
-
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
-@pytest.mark.parametrize("absmax", [0x0D80, 0x3F80, 0x3F81, 0x3FFF, 0x4049, 0x717F])
-def test_codes_of_every_bf16_value_below_an_absmax_are_bitsandbytes(absmax: int, format: str) -> None:
-    # 0x0D80 and 0x717F are the smallest and the largest absmax that the table serves.
-    bits = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
-    bits = bits[(bits & 0x7FFF) <= absmax]
-    blocks = torch.full((-(-bits.numel() // 63), 64), absmax, dtype=torch.int16)
-    blocks[:, 1:] = torch.nn.functional.pad(bits, (0, blocks.shape[0] * 63 - bits.numel())).view(-1, 63)
-    check_equal(blocks.view(torch.bfloat16).view(-1), 64, format)
-
-
-@pytest.mark.parametrize("scale", [1e-40, 1e-37, 1e-33, 1e32, 3e38])
-def test_a_block_of_an_extreme_bf16_absmax_is_packed_as_bitsandbytes_does(scale: float) -> None:
-    values = torch.linspace(-1, 1, 256).mul_(scale).bfloat16()
-    values[:64] = 0.5
-    check_equal(values, 64, "nf4")
