@@ -195,7 +195,7 @@ def read_history(folder: str | Path) -> RunHistory:
 def _is_of_earlier_run(folder: Path) -> bool:
     """Whether the run at work has written nothing yet, so that all that is there will be replaced.
 
-    A run writes the file of its lock when it begins, and touches the metrics if it goes on.
+    A run writes the file of its lock when it begins, and gives it the time of the metrics if it goes on.
     """
     try:
         return os.stat(folder / METRICS_FILE).st_mtime_ns < os.stat(folder / LOCK_FILE).st_mtime_ns

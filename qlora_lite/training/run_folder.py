@@ -295,7 +295,8 @@ def run_folder(
             _check_writable(folder, overwrite, resume)  # again: another run may have ended meanwhile
             remove_leftovers(folder)
             if resume and (folder / METRICS_FILE).exists():
-                os.utime(folder / METRICS_FILE)  # newer than the lock: these are its own (reports/history.py)
+                written = os.stat(folder / METRICS_FILE).st_mtime_ns
+                os.utime(folder / LOCK_FILE, ns=(written, written))  # not newer: they are its own (reports/history.py)
             writer = RunFolder(run, folder, check, notes, settings, observers)
             with _end_told(writer, run):
                 with _saved_on_error(writer, folder):
