@@ -80,6 +80,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if state.global_step == self.steps:
             self.trace = StorageTrace()
             self.trace.__enter__()
+            # Kernels that torch does not see read packed weights, so the trace is told of them.
+            for tensor in (*given["model"].parameters(), *given["model"].buffers()):
+                self.trace.label(tensor, Category.BASE_WEIGHT)
             for value in optimizer_states():
                 self.trace.label(value, Category.OPTIMIZER_STATE)
         self.began = time.perf_counter()
