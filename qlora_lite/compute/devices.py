@@ -1,4 +1,4 @@
-"""Whether a CPU computes on a tensor, whether it has bf16 instructions, and whether an error means out of memory.
+"""Device and dtype of a model, whether a CPU computes on a tensor and has bf16 instructions, and lack of memory.
 
 A rehearsal predicts for another machine. A CPU build of torch cannot run autograd on fake tensors of an accelerator, so
 fake tensors on the CPU stand for them (`accelerator_pretended`), and `on_cpu` is then False.
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import nn
 
 _pretended: ContextVar[bool] = ContextVar("whether CPU tensors stand for an accelerator's", default=False)
 
@@ -19,6 +20,16 @@ _pretended: ContextVar[bool] = ContextVar("whether CPU tensors stand for an acce
 def on_cpu(device: torch.device) -> bool:
     """Whether a CPU computes on tensors of this device."""
     return device.type == "cpu" and not _pretended.get()
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Returns the device of the first parameter of a model; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Returns the dtype that a model computes in: that of its first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
 
 
 @contextmanager

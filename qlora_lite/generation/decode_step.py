@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qlora_lite.architecture import output_head
 from qlora_lite.compute.cpu_attention import asks_for_more, one_query_attention
-from qlora_lite.compute.devices import on_cpu
+from qlora_lite.compute.devices import model_dtype, on_cpu
 from qlora_lite.compute.lora_linear import FEW_ROWS
 from qlora_lite.compute.norms_and_gates import ACTIVATIONS, mlp_activation, norm_eps, short_norm
 from qlora_lite.patches import patched_attention, patched_forward
@@ -69,7 +69,7 @@ def _attention(own: Callable[..., Any], module: nn.Module, *args: Any, **options
 @contextmanager
 def short_steps(model: nn.Module) -> Iterator[None]:
     """Within the block a model answers with fewer and smaller operations, as above."""
-    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+    dtype = model_dtype(model)
     head = output_head(model)
     with ExitStack() as stack:
         for module in model.modules():

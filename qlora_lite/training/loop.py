@@ -17,6 +17,7 @@ from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.load import load_quantized
 from qlora_lite.choices import Choices, choices_in_force
 from qlora_lite.choosing.machine_table import device_choices
+from qlora_lite.compute.devices import model_dtype
 from qlora_lite.compute.host_memory import heap_trimming, set_host_limits
 from qlora_lite.data.batching import Batch
 from qlora_lite.errors import ConfigError
@@ -34,7 +35,7 @@ from qlora_lite.training.evaluation import Evaluate, Evaluator
 from qlora_lite.training.forward.activation_checkpointing import checkpointed
 from qlora_lite.training.forward.embedding_noise import noisy_embeddings
 from qlora_lite.training.forward.fuse import unfused
-from qlora_lite.training.forward.fused_forward import fused, model_dtype
+from qlora_lite.training.forward.fused_forward import fused
 from qlora_lite.training.metrics import Evaluation, StepMetrics, best_evaluation, described, described_evaluation
 from qlora_lite.training.objective.positions import check_length
 from qlora_lite.training.observers import RunObserver

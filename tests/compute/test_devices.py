@@ -1,11 +1,12 @@
-"""Tests of telling CPUs from accelerators, and out-of-memory errors from others."""
+"""Tests of telling CPUs from accelerators, of device and dtype of a model, and of telling out-of-memory errors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from qlora_lite.compute.devices import accelerator_pretended, is_out_of_memory, on_cpu
+from qlora_lite.compute.devices import accelerator_pretended, is_out_of_memory, model_device, model_dtype, on_cpu
 
 
 @pytest.mark.parametrize(("device", "answer"), [("cpu", True), ("meta", False), ("xpu", False)])
@@ -18,6 +19,14 @@ def test_a_cpu_that_stands_for_an_accelerator_is_none_until_the_end() -> None:
         assert not on_cpu(torch.device("cpu"))
         raise KeyError
     assert on_cpu(torch.device("cpu"))
+
+
+def test_a_model_is_where_its_first_parameter_is_and_computes_in_its_first_floats() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2, dtype=torch.bfloat16))
+    model.insert(0, nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)]))
+    assert model_device(model) == torch.device("cpu") and model_dtype(model) == torch.float32
+    assert model_device(model[1]) == torch.device("meta") and model_dtype(model[2]) == torch.bfloat16
+    assert model_device(nn.ReLU()) == torch.device("cpu") and model_dtype(nn.ReLU()) == torch.float32
 
 
 def test_what_is_no_lack_of_memory_is_told_apart() -> None:

@@ -66,12 +66,22 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def test_a_report_has_the_timeline_of_a_trace() -> None:
+def adapted_and_optimizer() -> tuple[Adapted, torch.optim.Optimizer]:
     model = Adapted()
-    optimizer = torch.optim.AdamW(trained_parameters(model))
+    return model, torch.optim.AdamW(trained_parameters(model))
+
+
+def two_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> MemoryProfiler:
+    """Returns the profiler of two steps."""
     with MemoryProfiler(model, optimizer) as profiler:
         for _ in range(2):
             one_step(profiler, model, optimizer)
+    return profiler
+
+
+def test_a_report_has_the_timeline_of_a_trace() -> None:
+    model, optimizer = adapted_and_optimizer()
+    profiler = two_steps(model, optimizer)
     report = profiler.report()
     assert report.timeline is not None
     totals = report.timeline.totals()
@@ -86,11 +96,7 @@ def test_a_report_has_the_timeline_of_a_trace() -> None:
 
 
 def test_every_category_of_an_adapted_model_to_the_byte() -> None:
-    model = Adapted()
-    optimizer = torch.optim.AdamW(trained_parameters(model))
-    with MemoryProfiler(model, optimizer) as profiler:
-        for _ in range(2):
-            one_step(profiler, model, optimizer)
+    profiler = two_steps(*adapted_and_optimizer())
     adapter = 2 * 4 * 64 * FLOAT
     norm = 2 * 64 * FLOAT
     for name in ("forward", "backward", "optimizer"):
@@ -199,8 +205,7 @@ def test_phases_need_an_open_profiler_and_a_profiler_opens_once() -> None:
 
 
 def test_without_a_trace_nothing_is_hooked() -> None:
-    model = Adapted()
-    optimizer = torch.optim.AdamW(trained_parameters(model))
+    model, optimizer = adapted_and_optimizer()
     with MemoryProfiler(model, optimizer, trace=False) as profiler:
         assert _len_torch_dispatch_stack() == 0
         assert hooks_of(model) == 0
@@ -214,13 +219,8 @@ def test_without_a_trace_nothing_is_hooked() -> None:
 
 
 def test_a_phase_is_traced_as_often_as_asked_and_then_counted() -> None:
-    model = Adapted()
-    optimizer = torch.optim.AdamW(trained_parameters(model))
-    with MemoryProfiler(model, optimizer) as whole:
-        for _ in range(2):
-            one_step(whole, model, optimizer)
-    model = Adapted()
-    optimizer = torch.optim.AdamW(trained_parameters(model))
+    whole = two_steps(*adapted_and_optimizer())
+    model, optimizer = adapted_and_optimizer()
     with MemoryProfiler(model, optimizer, traced_entries=2) as profiler:
         for _ in range(5):
             one_step(profiler, model, optimizer)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qlora_lite import architecture
 from qlora_lite.choices import Choices, choices_in_force
 from qlora_lite.choosing.machine_table import device_choices
-from qlora_lite.compute.devices import on_cpu
+from qlora_lite.compute.devices import model_device, model_dtype, on_cpu
 from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import ConfigError
@@ -43,7 +43,6 @@ from qlora_lite.training.forward.fused_forward import (
     fused_attention,
     fused_forwards,
     is_fused_forward,
-    model_dtype,
 )
 from qlora_lite.training.objective.choice import checked_loss, head_reason
 from qlora_lite.training.objective.losses import LOGIT_FREE, LOSSES, OF_MODEL
@@ -238,12 +237,8 @@ def _with_choices(choices: Choices, forward: Callable[..., Any], *args: object, 
         return forward(*args, **given)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
 def _fuse_attention_(model: nn.Module) -> str | None:
-    if not on_cpu(_device(model)):
+    if not on_cpu(model_device(model)):
         return None
     return exchange_attention_(model, ATTENTION, lambda own: functools.partial(fused_attention, own, CausalMasks()))
 
@@ -292,7 +287,7 @@ def fuse_(model: nn.Module, checkpointing: str | int = "full", *, keep_logits: b
     forwards = fused_forwards(model)
     for name, forward in forwards.items():
         model.get_submodule(name).forward = forward
-    choices = device_choices(_device(model), model_dtype(model))
+    choices = device_choices(model_device(model), model_dtype(model))
     for index, block in enumerate(blocks):  # in backward too, where a block is computed again
         block.forward = functools.partial(dial.run, index, functools.partial(_with_choices, choices, block.forward))
     keep_logits = keep_logits or task_of(model) is not CAUSAL_LM

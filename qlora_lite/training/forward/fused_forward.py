@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qlora_lite.compute.cpu_attention import asks_for_more, causal_attention
-from qlora_lite.compute.devices import on_cpu
+from qlora_lite.compute.devices import model_dtype, on_cpu
 from qlora_lite.compute.norms_and_gates import gated, mlp_activation, norm_eps, rms_norm
 from qlora_lite.patches import patched_attention, patched_forward
 from qlora_lite.training.forward.shared_input import first_argument, prepare_outputs, shares_input, with_shared_input
@@ -92,11 +92,6 @@ def fused_attention(own: Callable[..., Any], masks: CausalMasks, module: nn.Modu
     mask = None if mask is None else mask.expand(query.shape[0], -1, -1, -1)
     out = causal_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, mask)
     return out.transpose(1, 2), None
-
-
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """Returns the dtype that a model computes in: that of its first floating-point parameter."""
-    return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
 
 
 def fused_forwards(model: nn.Module) -> dict[str, Callable[..., Tensor]]:

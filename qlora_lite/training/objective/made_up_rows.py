@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lite import architecture
+from qlora_lite.compute.devices import model_device
 from qlora_lite.data.batching import Batch, has_images
 from qlora_lite.positions import longest_sequence
 from qlora_lite.signals import check_signals
@@ -42,7 +43,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Products in integers are off: they treat columns of large values apart, and all tokens of a batch decide on these.
     """
     in_integers: list[Any] = [module for module in model.modules() if getattr(module, "int8_activations", False)]
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = model_device(model)
     generators: list[Any] = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
     states, python_state = [generator.get_rng_state() for generator in generators], random.getstate()
     with modes_restored(model):
