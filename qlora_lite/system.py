@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from filelock import lock_descriptor
-
 from qlora_lite.errors import CheckpointError
 
 # Writing to it resets the resident peak of this process (proc(5)).
@@ -93,6 +91,8 @@ def _owner(descriptor: int) -> str:
 
 def _lock(descriptor: int) -> bool:
     """Returns whether this process now holds the lock, which it does not if another one does."""
+    from filelock import lock_descriptor  # here: commands that lock nothing start without it
+
     try:
         return lock_descriptor(descriptor, blocking=False)
     except OSError as error:

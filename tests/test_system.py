@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import pytest
 
 from qlora_lite import system
@@ -149,7 +150,7 @@ def test_simulated_a_file_system_without_locks_is_named_as_the_reason(
     def without(descriptor: int, *, blocking: bool) -> bool:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(system, "lock_descriptor", without)
+    monkeypatch.setattr(filelock, "lock_descriptor", without)
     with pytest.raises(OSError, match=r"its file system gives no lock \(No locks available\)"), locked(tmp_path / "x"):
         pass
 

@@ -29,7 +29,8 @@ State = list[object]
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """The length of the longest common prefix."""
-    return next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
+    shorter = min(len(one), len(other))
+    return next((place for place in range(shorter) if one[place] != other[place]), shorter)
 
 
 def _rope_types(entries: object) -> Iterator[object]:
