@@ -29,6 +29,7 @@ FLOORS: dict[str, int] = {
     "progress": 0,
     "compute.products": 0,
     "compute": 1,
+    "offload": 1,
     "quantization": 2,
     "checkpoints.layouts": 3,
     "checkpoints.repository": 3,

@@ -1,0 +1,19 @@
+"""Frozen bytes that come when they are needed: the order in which a model's blocks are computed.
+
+In reading order:
+
+block_order   tells a source of bytes which block comes, which is next, and which is through
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_lite.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from qlora_lite.offload.block_order import BlockSource as BlockSource
+    from qlora_lite.offload.block_order import follow_blocks_ as follow_blocks_
+    from qlora_lite.offload.block_order import followed_blocks as followed_blocks
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, {"block_order": "BlockSource follow_blocks_ followed_blocks"})
