@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,3 +172,28 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path, command_serve
         assert abs(figures["perplexity_ratio"] - 1) < 1e-3
         assert figures["differences"]["both in fp32"]["largest"] < 1e-4
         assert figures["ours_perplexity"] < figures["base_perplexity"]
+
+
+TALKING = """
+import sys
+sys.stderr.write("warning\\n" * 40000)
+print('{"loss": 1}', flush=True)
+if input() == "" and sys.argv[1] == "ends":
+    sys.exit("no memory")
+print('{"loss": 2}', flush=True)
+"""
+
+
+def test_a_worker_may_warn_more_than_a_pipe_holds(tmp_path: Path, import_script: Callable[[str], Any]) -> None:
+    """A peer of generation.py warned at each product, and both sides waited for ever."""
+    (tmp_path / "talking.py").write_text(TALKING)
+    worker_class = import_script("profiling/parts/step_processes.py").Worker
+
+    def started(word: str) -> Any:
+        return worker_class(SimpleNamespace(to_json=lambda: word, steps=1), tmp_path / "talking.py")
+
+    goes_on, ends = started("goes on"), started("ends")
+    goes_on.step()
+    assert goes_on.figures == [{"loss": 1}, {"loss": 2}]
+    with pytest.raises(SystemExit, match="no memory"):
+        ends.step()

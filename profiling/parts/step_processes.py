@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -32,8 +33,10 @@ class Worker:
     def __init__(self, work: WorkLike, script: Path = WORKER) -> None:
         self.work = work
         command = [sys.executable, str(script), work.to_json()]
+        # Not a pipe: nobody reads while the worker runs, and warnings of a library may be more than a pipe holds.
+        self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115 (the process writes to it)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages, text=True
         )
         self.figures: list[dict[str, Any]] = []
         self._answer()
@@ -44,8 +47,9 @@ class Worker:
             if line.startswith("{"):
                 self.figures.append(json.loads(line))
                 return self.figures[-1]
-        assert self.process.stderr is not None
-        raise SystemExit(f"the worker {self.work} ended:\n{self.process.stderr.read().strip()[-2000:]}")
+        self.process.wait()
+        self._messages.seek(0)
+        raise SystemExit(f"the worker {self.work} ended:\n{self._messages.read().strip()[-2000:]}")
 
     def step(self) -> None:
         assert self.process.stdin is not None
@@ -58,6 +62,7 @@ class Worker:
         self.step()  # the traced step
         last = self._answer()
         self.process.communicate()
+        self._messages.close()
         steps = [figures for figures in self.figures if "seconds" in figures]
         return {
             "seconds": statistics.median(figures["seconds"] for figures in steps[WARM_UP_STEPS:]),
