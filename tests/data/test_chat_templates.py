@@ -126,7 +126,7 @@ def templates() -> dict[str, str]:
 
 
 TEMPLATES = templates()
-ROW = re.compile(r"^\| ([\w,\- ]+?) +\| (\d+) +\| (\d+) +\|", re.MULTILINE)
+ROW = re.compile(r"\| ([a-z][\w,\- ]+) \| (\d+) \| (\d+) (?=\|)")
 # What the tests below found: templates that learn each conversation, and those that were tried.
 LEARNED: collections.Counter[str] = collections.Counter()
 TRIED: set[str] = set()
