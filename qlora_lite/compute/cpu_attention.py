@@ -22,12 +22,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lite.choices import ATTENTION_BACKWARD, ATTENTION_FORWARD, LARGE_PRODUCTS, TORCH, attention_class, chosen
-from qlora_lite.compute.products.frozen_weight import product_dtype
+from qlora_lite.compute.products.frozen_weight import cast, product_dtype
 from qlora_lite.compute.recompute import stash_output, stashed_output
 from qlora_lite.compute.slicing import row_slices, rows_in, rows_that_fit, slices_within
 
@@ -89,6 +88,12 @@ def _rows(block: Tensor, dtype: torch.dtype) -> Tensor:
 def _heads(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns a copy of keys or values, `(batch * key heads, tokens, d)`."""
     return _copied(tensor, dtype).view(-1, *tensor.shape[2:])
+
+
+def _whole(matrices: Tensor) -> Tensor:
+    """Returns matrices as a batched product reads them: in 16 bits torch copies strided ones itself, in more calls."""
+    is_read = matrices.dtype == torch.float32 or matrices.is_contiguous()
+    return matrices if is_read else _copied(matrices, matrices.dtype)
 
 
 def empty_by_token(like: Tensor, width: int | None = None) -> Tensor:
@@ -167,7 +172,7 @@ def attend(
                     sums.append(scores.amax(-1).sub_(weights.amax(-1).log_()))
                 del scores
                 weights = _copied(weights, dtype)
-                results.append(torch.bmm(weights, rows_in(seen_values, piece)))
+                results.append(torch.bmm(weights, _whole(rows_in(seen_values, piece))))
                 del weights
             target.copy_(_joined(results).view(target.shape))
             if log_sums is not None:
@@ -206,8 +211,8 @@ def attend_back(
             is_last = block.stop == tokens
             seen = [low_keys, values, *sums] if is_last else [t[:, : block.stop] for t in (low_keys, values, *sums)]
             rows, grads = _rows(block_query, dtype), _rows(block_grad, dtype)
-            slope = _block_back(rows, grads, keys[:, :, : block.stop], seen, block_mask, is_last)
-            torch.mul(slope.view(target.shape), factor, out=target)
+            slope = _block_back(rows, grads, keys[:, :, : block.stop], seen, block_mask, is_last, scale)
+            target.copy_(slope.view(target.shape))
         for whole, total in zip((grad_key, grad_value), (sums[0].mul_(factor), sums[1]), strict=True):
             target = rows_in(whole, part)
             target.copy_(total.view(target.shape))
@@ -215,9 +220,9 @@ def attend_back(
 
 
 def _block_back(
-    rows: Tensor, grads: Tensor, keys: Tensor, seen: Sequence[Tensor], mask: _BlockMask, is_last: bool
+    rows: Tensor, grads: Tensor, keys: Tensor, seen: Sequence[Tensor], mask: _BlockMask, is_last: bool, scale: float
 ) -> Tensor:
-    """Returns dS K of a block of tokens. Adds dS^T Q and dV to the last two of `seen`: K, V, and the two sums.
+    """Returns dQ of a block of tokens. Adds dS^T Q and dV to the last two of `seen`: K, V, and the two sums.
 
     is_last: whether the sums are empty yet.
     """
@@ -226,15 +231,20 @@ def _block_back(
         own_rows, own_grads = rows_in(rows, piece), rows_in(grads, piece)
         low_keys, values, sum_key, sum_value = (rows_in(tensor, piece) for tensor in seen)
         weights = _copied(_scores(rows_in(wide, piece), rows_in(keys, piece), piece, mask).softmax(-1), rows.dtype)
-        add = Tensor.copy_ if is_last else Tensor.add_
+        add = Tensor.copy_ if is_last else _add_
         add(sum_value, torch.bmm(weights.transpose(1, 2), own_grads))
-        slope = torch.bmm(own_grads, values.transpose(1, 2))
+        slope = torch.bmm(own_grads, _whole(values).transpose(1, 2))
         # dS, the derivative of a softmax, in one pass.
         slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, rows.dtype)
         del weights
-        results.append(torch.bmm(slope, low_keys))
+        out = torch.empty(own_rows.shape, dtype=rows.dtype, device=rows.device)
+        results.append(out.baddbmm_(slope, _whole(low_keys), beta=0, alpha=scale))
         add(sum_key, torch.bmm(slope.transpose(1, 2), own_rows))
     return _joined(results)
+
+
+def _add_(total: Tensor, part: Tensor) -> None:
+    total.add_(cast(part, total.dtype))  # of two dtypes, torch casts one in more calls
 
 
 def _torch_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -335,14 +345,3 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
     for tensor in results:
         stash_output(tensor)
     return out
-
-
-def one_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Returns the attention `(rows, 1, heads, d)` of one query token `(rows, heads, 1, d)` to all keys.
-
-    Query heads that share a key head become rows of torch's kernel, which otherwise repeats keys and values for each.
-    """
-    rows, heads, _, width = query.shape
-    shared = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
-    y: Tensor = F.scaled_dot_product_attention(shared, key, value, scale=scale)
-    return y.reshape(rows, 1, heads, value.shape[-1])

@@ -94,7 +94,7 @@ class _LowRank(torch.autograd.Function):
         if dropout > 0:
             ctx.seed = draw_seed()
             rows = apply_mask(rows, dropout_mask(rows, dropout, ctx.seed))
-        low = torch.mm(rows, _stacked(factors[::2], dtype).t())
+        low = torch.mm(rows, _stacked(factors[::2], dtype).transpose(0, 1))
         if again is not None:
             ctx.shared = again.result
             ctx.shared.expect_reader()
@@ -138,7 +138,7 @@ class _AdaptedLinear(torch.autograd.Function):
             y = base_product(rows, one.weight, one.bias)
             if low is not None and one.lora_B is not None:
                 part = low if rank == low.shape[1] else low[:, first : first + rank]
-                y.addmm_(part, cast(one.lora_B, dtype).t(), alpha=one.scaling)
+                y.addmm_(part, cast(one.lora_B, dtype).transpose(0, 1), alpha=one.scaling)
                 first += rank
             shape = (*x.shape[:-1], y.shape[1])
             # Not a view in the eyes of autograd: models (Falcon) add to it in place.
@@ -186,7 +186,7 @@ def _low_rank_gradients(
             torch.zeros_like(part) if grad is None else _scaled_product(grad, cast(lora_B, ctx.dtype), scaling)
         )
         if grad is not None and needed[3 * index + 2]:
-            found[3 * index + 2] = cast(_scaled_product(grad.t(), part, scaling), lora_B.dtype)
+            found[3 * index + 2] = cast(_scaled_product(grad.transpose(0, 1), part, scaling), lora_B.dtype)
     slope = slopes[0] if len(slopes) == 1 else torch.cat(slopes, 1)
     mask = dropout_mask(rows, ctx.kept.dropout, ctx.kept.seed) if ctx.kept.dropout > 0 else None
     if grad_x is not None:
@@ -196,7 +196,9 @@ def _low_rank_gradients(
         else:
             grad_x.add_(apply_mask_(torch.mm(slope, stacked), mask))
     if any(needed[1::3]):
-        grad_A = cast(torch.mm(slope.t(), rows if mask is None else apply_mask(rows, mask)), factors[0].dtype)
+        grad_A = cast(
+            torch.mm(slope.transpose(0, 1), rows if mask is None else apply_mask(rows, mask)), factors[0].dtype
+        )
         for index, part in enumerate(grad_A.split(ctx.ranks)):
             if needed[3 * index + 1]:
                 found[3 * index + 1] = cast(part, factors[2 * index].dtype)

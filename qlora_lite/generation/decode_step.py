@@ -15,10 +15,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_lite.architecture import output_head
-from qlora_lite.compute.cpu_attention import asks_for_more, one_query_attention
+from qlora_lite.compute.cpu_attention import asks_for_more
 from qlora_lite.compute.devices import model_dtype, on_cpu
 from qlora_lite.compute.lora_linear import FEW_ROWS
 from qlora_lite.compute.norms_and_gates import ACTIVATIONS, mlp_activation, norm_eps, short_norm
@@ -56,6 +57,17 @@ def _short_forward(module: nn.Module, dtype: torch.dtype, head: nn.Module | None
         return functools.partial(_norm, module, module.forward, eps)
     activation = mlp_activation(module, dtype)
     return None if activation is None else functools.partial(_mlp, module, module.forward, activation)
+
+
+def one_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Returns the attention `(rows, 1, heads, d)` of one query token `(rows, heads, 1, d)` to all keys.
+
+    Query heads that share a key head become rows of torch's kernel, which otherwise repeats keys and values for each.
+    """
+    rows, heads, _, width = query.shape
+    shared = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+    y: Tensor = F.scaled_dot_product_attention(shared, key, value, scale=scale)
+    return y.reshape(rows, 1, heads, value.shape[-1])
 
 
 def _attention(own: Callable[..., Any], module: nn.Module, *args: Any, **options: Any) -> Any:

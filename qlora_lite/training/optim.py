@@ -66,6 +66,29 @@ class AdamW16(torch.optim.Optimizer):
         parameter.copy_(new.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1**count)))
 
 
+class FusedAdamW(torch.optim.AdamW):
+    """torch's fused AdamW on a CPU, for parameters of one dtype.
+
+    torch adds 1 to the step count of each parameter, and makes a tensor of the number each time: four calls more.
+    """
+
+    def __init__(self, groups: Sequence[ParameterGroup], lr: float, weight_decay: float) -> None:
+        super().__init__(cast(list[dict[str, Any]], groups), lr=lr, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            lists: list[list[Tensor]] = [[] for _ in range(6)]
+            self._init_group(group, *lists)
+            if not lists[0]:  # none of its parameters has a gradient
+                continue
+            torch._foreach_add_(lists[-1], [torch.ones(())] * len(lists[-1]))
+            (beta1, beta2), names = group["betas"], ("lr", "weight_decay", "eps", "amsgrad", "maximize")
+            torch._fused_adamw_(*lists, beta1=beta1, beta2=beta2, **{name: group[name] for name in names})
+        return loss
+
+
 def _groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> list[ParameterGroup]:
     """Returns the parameters grouped by peak learning rate and weight decay.
 
@@ -95,9 +118,9 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) 
     if config.optimizer == "adamw":
         # foreach=False: the grouped kernels allocate temporaries of the size of all parameters at once. The fused
         # kernel allocates none. On an accelerator its step counts would be there, but checkpoints have them on the CPU.
-        fused = all(on_cpu(parameter.device) for parameter in parameters.values())
-        kernel: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
-        return torch.optim.AdamW(cast(list[dict[str, Any]], groups), lr=rate, weight_decay=decay, **kernel)
+        if all(on_cpu(p.device) for p in parameters.values()) and len({p.dtype for p in parameters.values()}) == 1:
+            return FusedAdamW(groups, rate, decay)
+        return torch.optim.AdamW(cast(list[dict[str, Any]], groups), lr=rate, weight_decay=decay, foreach=False)
     from qlora_lite.quantization.kernels import import_bitsandbytes
 
     adamw8bit = import_bitsandbytes("bitsandbytes.optim").AdamW8bit

@@ -12,6 +12,7 @@ from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.training.config import TrainConfig
 from qlora_lite.training.optim import (
     AdamW16,
+    FusedAdamW,
     learning_rate_factor,
     load_optimizer_state_,
     make_optimizer,
@@ -90,6 +91,27 @@ def test_adamw16_is_adamw(weight_decay: float) -> None:
             parameter.grad = torch.randn(8, 16, generator=torch.Generator().manual_seed(step)) * 10.0 ** (-step)
             optimizer.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_fused_adamw_is_torchs_own_to_the_bit() -> None:
+    start = {key: parameter.detach() for key, parameter in adapter_like().items()}
+    ours, theirs = ({key: nn.Parameter(value.clone()) for key, value in start.items()} for _ in range(2))
+    config = TrainConfig(learning_rate=0.01, weight_decay=0.1, lora_plus_ratio=4)
+    optimizer, groups = make_optimizer(ours, config), make_optimizer(theirs, config).param_groups
+    assert isinstance(optimizer, FusedAdamW)
+    reference = torch.optim.AdamW(groups, fused=True)
+    for step in range(4):
+        for key in start:
+            has_gradient = step % 2 == 0 or key.endswith("A")  # the counts of B are others than those of A
+            for parameter in (ours[key], theirs[key]):
+                generator = torch.Generator().manual_seed(step)
+                parameter.grad = torch.randn(64, 128, generator=generator) if has_gradient else None
+        optimizer.step()
+        reference.step()
+    assert all(torch.equal(ours[key], theirs[key]) for key in start)
+    for key in start:
+        mine, other = optimizer.state[ours[key]], reference.state[theirs[key]]
+        assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -106,8 +106,9 @@ def base_product(rows: Tensor, weight: Weight, bias: Tensor | None, few: bool = 
 
 
 def _linear(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of a matrix of rows, with fewer calls."""
-    return torch.mm(rows, matrix.t()) if bias is None else torch.addmm(bias, rows, matrix.t())
+    """`F.linear` of a matrix of rows, with fewer calls; `t()` would be one more than `transpose`."""
+    columns = matrix.transpose(0, 1)
+    return torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)
 
 
 def base_product_back(grad: Tensor, weight: Weight, total: Tensor | None = None) -> Tensor:
