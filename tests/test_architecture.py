@@ -49,6 +49,7 @@ FLOORS: dict[str, int] = {
     "export.publishing": 7,
     "generation": 7,
     "training.objective": 7,
+    "calibration": 8,
     "export.readers": 8,
     "serving": 8,
     "training.forward": 8,

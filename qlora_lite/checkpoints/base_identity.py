@@ -7,7 +7,8 @@ rounded to bf16. One file and shards, bf16 and wider dtypes therefore have the s
 trained tensor, changes it. A change between the runs, or smaller than bf16 resolves, is not detected.
 
 `save_quantized` writes the file too: it identifies the checkpoint that was packed, and holds hashes of the packed
-tensors, so that a file next to other tensors is refused. Other programs ignore the file.
+tensors, so that a file next to other tensors is refused. Packing by rounding gives the same weights each time;
+calibrated ones (calibration/) differ by their text, and the file has a hash of them. Other programs ignore the file.
 """
 
 from __future__ import annotations
@@ -67,21 +68,26 @@ class BaseIdentity:
 
     model: type and sizes from its config. weights: hashes of its tensors, None without safetensors files. written: in
     the file of a packed checkpoint, hashes of the packed tensors; `weights` are then those of what was packed.
+    calibration: SHA-256 of the packed weights if calibration chose their codes, so that they are not those that
+    rounding gives; else None.
     """
 
     model: Mapping[str, int | str]
     weights: WeightHashes | None
     written: WeightHashes | None = None
+    calibration: str | None = None
 
     def to_json(self) -> dict[str, object]:
-        """The contents of `qlora_lite_base.json`."""
-        return {"version": VERSION, **asdict(self)}
+        """The contents of `qlora_lite_base.json`; releases from before calibration read it where there is none."""
+        fields = asdict(self)
+        return {"version": VERSION, **{key: fields[key] for key in fields if key != "calibration" or fields[key]}}
 
     def described(self) -> str:
         """Returns one line for people to read."""
         sizes = ", ".join(f"{key} {self.model[key]}" for key in (MODEL_TYPE, *SIZES) if key in self.model)
         weights = "unknown" if self.weights is None else self.weights.sample[:12]
-        return f"{sizes or 'a model of unknown type'}; weights {weights}"
+        calibrated = "" if self.calibration is None else f"; calibrated {self.calibration[:12]}"
+        return f"{sizes or 'a model of unknown type'}; weights {weights}{calibrated}"
 
 
 def _sampled(stored: StoredTensor) -> Iterator[Tensor]:
@@ -232,7 +238,7 @@ def read_base_identity(folder: Path) -> BaseIdentity | None:
     if type(value.get("version")) is not int or value["version"] != VERSION:
         got = excerpt(value.get("version"))
         raise CheckpointError(f"{path} has version {got}; only version {VERSION} can be read; remove it to go without")
-    if unknown := sorted(value.keys() - {"version", "model", "weights", "written"}):
+    if unknown := sorted(value.keys() - {"version", "model", "weights", "written", "calibration"}):
         raise CheckpointError(
             f"{path} has unknown keys: {listing(map(excerpt, unknown), 4)}; remove the file to go without"
         )
@@ -245,7 +251,10 @@ def read_base_identity(folder: Path) -> BaseIdentity | None:
             expected = "a string" if key == MODEL_TYPE else "an integer"
             raise CheckpointError(f"{path}: {key} should be {expected}; got {excerpt(size)}")
     weights, written = (_parsed_hashes(value.get(key), path, key) for key in ("weights", "written"))
-    return BaseIdentity(model, weights, written)
+    calibration = value.get("calibration")
+    if calibration is not None and not (isinstance(calibration, str) and SHA256.fullmatch(calibration)):
+        raise CheckpointError(f"{path}: calibration should be a SHA-256 in hex; got {excerpt(calibration)}")
+    return BaseIdentity(model, weights, written, calibration)
 
 
 def _difference(trained_on: BaseIdentity, given: BaseIdentity) -> str:
@@ -260,11 +269,15 @@ def _difference(trained_on: BaseIdentity, given: BaseIdentity) -> str:
     # proves nothing.
     if one is None or two is None or one.layout != two.layout:
         return ""
-    return (
-        ""
-        if one.sample == two.sample
-        else "other weights of the same shapes (another revision, trained further, or in fp16)"
-    )
+    if one.sample != two.sample:
+        return "other weights of the same shapes (another revision, trained further, or in fp16)"
+    if trained_on.calibration == given.calibration:
+        return ""
+    return f"weights packed {_packed_how(trained_on)}, not {_packed_how(given)},"
+
+
+def _packed_how(base: BaseIdentity) -> str:
+    return "by rounding" if base.calibration is None else f"with calibration {base.calibration[:12]}"
 
 
 def _check_same(adapter: Path, trained_on: BaseIdentity, given: BaseIdentity | None, base: str) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
-from qlora_lite.checkpoints.base_identity import checkpoint_identity_or_error, set_base_identity_
+from qlora_lite.checkpoints.base_identity import BaseIdentity, checkpoint_identity_or_error, set_base_identity_
 from qlora_lite.checkpoints.checkpoint import SHOWN, Checkpoint
 from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, read_slices
 from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight
@@ -82,12 +82,12 @@ class CheckpointLike(Protocol):
     def weights_to_pack(self, model: nn.Module) -> list[WeightToPack]: ...
 
 
-class _Loader:
+class TensorLoader:
     """Puts the tensors of a checkpoint into a model: packed where needed, plain into all modules that have them."""
 
     def __init__(self, model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.checkpoint, self.dtype, self.device = model, checkpoint, dtype, device
-        self._to_pack: dict[Tensor, WeightToPack] = {
+        self.to_pack: dict[Tensor, WeightToPack] = {
             to_pack.weight: to_pack for to_pack in checkpoint.weights_to_pack(model)
         }
         self._names: dict[Tensor, list[str]] = {}
@@ -96,7 +96,7 @@ class _Loader:
 
     def load_(self, name: str, target: Tensor) -> None:
         """Reads a tensor in place of `target`, the one on meta. Raises QuantizationError for values not finite."""
-        to_pack, config = self._to_pack.get(target), self.checkpoint.config
+        to_pack, config = self.to_pack.get(target), self.checkpoint.config
         if to_pack is not None:
             packed = [weight.load(self.device) for weight in self.checkpoint.packed_weights(name, to_pack, self.dtype)]
             for matrix in packed:
@@ -107,6 +107,10 @@ class _Loader:
             else:
                 to_pack.fill_stack_(self.model, packed, config)
             return
+        self.load_plain_(name, target)
+
+    def load_plain_(self, name: str, target: Tensor) -> None:
+        """Reads a tensor unpacked in place of `target`, the one on meta, also one that is to be packed."""
         stored = self.checkpoint.plain(name)
         loaded = torch.empty(stored.shape, dtype=target.dtype, device=self.device)
         for first, rows in read_slices(stored, READ_BYTES):
@@ -156,29 +160,61 @@ def load_quantized(
     for, for labels of another task, and if `text_only` has nothing to leave out; QuantizationError for values that are
     NaN, infinite, or too large for the format, listing every tensor that has some.
     """
-    set_host_limits()
-    folder = hub.checkpoint_folder(path_or_id)
-    model_config = hub.read_config(folder)
-    if labels is not None:
-        hub.set_labels_(model_config, labels)
-    model: Any = hub.empty_model(model_config, dtype, task)
-    if labels is not None and not task_of(model).has_labels:
-        raise ConfigError(f"labels were given for a {type(model).__name__}, whose task {task_of(model).name} has none")
-    architecture.tie(model)
-    towers = leave_out_towers_(model) if text_only else tower_names(model)
-    checkpoint = Checkpoint.open(folder, model, config, ignore_unexpected=ignore_unexpected)
-    report = _report(model, checkpoint, towers)
-    identity = checkpoint_identity_or_error(folder, model_config)
-    architecture.initialize_(model, checkpoint.created, torch.device(device))
-    load_tensors_(model, checkpoint, dtype, torch.device(device))
-    if isinstance(identity, CheckpointError):
-        raise identity
-    set_base_identity_(model, identity)
-    model.load_report = report
-    hub.load_generation_config_(model, folder)
-    model.config._name_or_path = str(folder.absolute())
-    release_freed_pages()
-    return model
+    opened = OpenedCheckpoint.of(path_or_id, config, dtype, device, ignore_unexpected, task, labels, text_only)
+    load_tensors_(opened.model, opened.checkpoint, dtype, torch.device(device))
+    return opened.finished()
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """An empty model, and the checkpoint that it is filled from: what comes before and after the tensors."""
+
+    folder: Path
+    model: Any
+    checkpoint: Checkpoint
+    report: LoadReport
+    identity: BaseIdentity | CheckpointError
+
+    @classmethod
+    def of(
+        cls,
+        path_or_id: str | Path,
+        config: QuantConfig | None,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        ignore_unexpected: bool = False,
+        task: str | type | None = None,
+        labels: int | Sequence[str] | None = None,
+        text_only: bool = False,
+    ) -> OpenedCheckpoint:
+        """Reads config and headers; arguments and errors are those of `load_quantized`."""
+        set_host_limits()
+        folder = hub.checkpoint_folder(path_or_id)
+        model_config = hub.read_config(folder)
+        if labels is not None:
+            hub.set_labels_(model_config, labels)
+        model: Any = hub.empty_model(model_config, dtype, task)
+        if labels is not None and not task_of(model).has_labels:
+            name = task_of(model).name
+            raise ConfigError(f"labels were given for a {type(model).__name__}, whose task {name} has none")
+        architecture.tie(model)
+        towers = leave_out_towers_(model) if text_only else tower_names(model)
+        checkpoint = Checkpoint.open(folder, model, config, ignore_unexpected=ignore_unexpected)
+        report = _report(model, checkpoint, towers)
+        identity = checkpoint_identity_or_error(folder, model_config)
+        architecture.initialize_(model, checkpoint.created, torch.device(device))
+        return cls(folder, model, checkpoint, report, identity)
+
+    def finished(self) -> Any:
+        """Returns the model, once its tensors are loaded, with its identity, report and generation config."""
+        if isinstance(self.identity, CheckpointError):
+            raise self.identity
+        set_base_identity_(self.model, self.identity)
+        self.model.load_report = self.report
+        hub.load_generation_config_(self.model, self.folder)
+        self.model.config._name_or_path = str(self.folder.absolute())
+        release_freed_pages()
+        return self.model
 
 
 def _report(model: nn.Module, checkpoint: Checkpoint, towers: Sequence[str]) -> LoadReport:
@@ -191,7 +227,7 @@ def _report(model: nn.Module, checkpoint: Checkpoint, towers: Sequence[str]) -> 
 def load_tensors_(model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dtype, device: torch.device) -> None:
     """Fills a model on meta with the tensors of a checkpoint, packed where they are to be, and freezes the model."""
     targets = model.state_dict(keep_vars=True)
-    loader = _Loader(model, checkpoint, dtype, device)
+    loader = TensorLoader(model, checkpoint, dtype, device)
     bad: list[str] = []
     with working("loading", sum(targets[name].nbytes for name in checkpoint.tensors), BYTES) as work:
         for name in checkpoint.tensors:
@@ -206,6 +242,11 @@ def load_tensors_(model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dty
     if bad:
         raise QuantizationError(listing(bad, SHOWN, "; "))
     architecture.fill_computed_buffers_(model, device)
+    freeze_loaded_(model)
+
+
+def freeze_loaded_(model: nn.Module) -> None:
+    """Freezes a model that was filled from a checkpoint. Raises CheckpointError if tensors of it got no values."""
     if lost := architecture.tensors_on_meta(model):
         raise CheckpointError(
             f"{len(lost)} tensors of this {type(model).__name__} got no values: {listing(lost, SHOWN)}"

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from qlora_lite.checkpoints import hub
-from qlora_lite.checkpoints.base_identity import BASE_FILE
+from qlora_lite.checkpoints.base_identity import BASE_FILE, model_identity
 from qlora_lite.checkpoints.files import is_companion_name, is_regular, open_regular, read_json, write_json
 from qlora_lite.checkpoints.repository.model_card import ModelCard, display_name, inherited, rows, write_card
 from qlora_lite.errors import CheckpointError
@@ -29,7 +29,8 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 # The largest tokenizers have 33 MB.
 LARGEST_COMPANION = 256 << 20
 # Files of JSON that are no companions: they are written anew, or belong to weights that are not copied.
-OWN_FILES = (hub.CONFIG_FILE, hub.GENERATION_FILE, REPORT_FILE, BASE_FILE)
+CALIBRATION_FILE = "calibration.json"  # of packed weights, which belong to no other export
+OWN_FILES = (hub.CONFIG_FILE, hub.GENERATION_FILE, REPORT_FILE, BASE_FILE, CALIBRATION_FILE)
 OF_OTHER_WEIGHTS = (
     *("adapter_config.json", "params.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"),
     *("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"),
@@ -197,6 +198,20 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
             part.update({key: dtype for key in DTYPE_KEYS if key in part})
     if not any(key in config for key in DTYPE_KEYS):
         config["torch_dtype"] = dtype  # every release of transformers reads this one
+
+
+def write_calibration(model: Any, source: Path | None, target: Path) -> None:
+    """Writes what is known of how a packed model was calibrated: its report, or the file of the base's folder.
+
+    Nothing for a model that is not calibrated, or whose weights were packed again since.
+    """
+    base = model_identity(model)
+    if base is None or base.calibration is None or base.weights is None:
+        return
+    if (report := getattr(model, "calibration", None)) is not None:
+        write_json(target / CALIBRATION_FILE, report.to_json(), sort_keys=False)
+    elif source is not None and is_regular(source / CALIBRATION_FILE):
+        _copy(source / CALIBRATION_FILE, target / CALIBRATION_FILE)
 
 
 def _write_generation_config(model: Any, source: Path | None, target: Path) -> None:

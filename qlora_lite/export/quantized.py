@@ -30,7 +30,7 @@ from qlora_lite.checkpoints.safetensors_write import (
 from qlora_lite.checks import check_finite, is_count, require
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, listing
-from qlora_lite.export.companion_files import write_companion_files, write_export_card
+from qlora_lite.export.companion_files import write_calibration, write_companion_files, write_export_card
 from qlora_lite.export.plain_weights import Holder, weights_to_write
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.quantization.config import QuantConfig
@@ -229,6 +229,7 @@ def save_quantized(
             files.append(ROWS_FILE)
         write_companion_files(model, source, temporary, dtype, quantization, is_whole=False)
         write_packed_base_identity(temporary, model)
+        write_calibration(model, source, temporary)
         made = {
             "packed as": layers.format,
             "packed layers": len(layers.linears),

@@ -214,12 +214,13 @@ def quantize_base_(model: nn.Module, config: QuantConfig) -> list[str]:
     replaced = list(dict.fromkeys(name for to_pack in found for name in to_pack.modules))
     _check_values(found, config)
     while found:
-        _pack_(model, found.pop(0), config)  # popped, so that its weight is released before the next one is packed
+        pack_(model, found.pop(0), config)  # popped, so that its weight is released before the next one is packed
     remove_bitsandbytes_marks_(model)
     return replaced
 
 
-def _pack_(model: nn.Module, to_pack: WeightToPack, config: QuantConfig) -> None:
+def pack_(model: nn.Module, to_pack: WeightToPack, config: QuantConfig) -> None:
+    """Replaces the modules of a plain weight in memory by packed ones. Its values must be finite."""
     name, module = to_pack.first
     if is_bitsandbytes(module):
         made = converted(cast(nn.Linear, module), name, config)

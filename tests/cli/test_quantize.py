@@ -48,3 +48,22 @@ def test_what_stays_unpacked_or_is_passed_over_is_printed(
     lines = done.stdout.splitlines()
     assert "  2 x backbone.layers.*.mixer.dt_proj: MambaMixer.forward reads its weight" in lines
     assert lines[2:4] == ["1 tensors of the checkpoint are not part of the model:", "  1 x v_head.weight: passed over"]
+
+
+def test_text_chooses_the_codes(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"the number {number} is {number * number} if it is squared"}) for number in range(60)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    words = ("quantize", "--model", tiny_folder, "--output", tmp_path / "q", "--calibrate", tmp_path / "text.jsonl")
+    done = run(*words, "--calibration-tokens", 1024, "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["tokens"] == 1024 and figures["layers_calibrated"] == 14 and figures["layers_rounded"] == 0
+    assert figures["kl_calibrated"] < figures["kl_rounded"] and figures["mean_error_ratio"] < 0.7
+    assert "times as far from the 16-bit one as rounding" in done.stdout
+    noted = json.loads((tmp_path / "q" / "calibration.json").read_text())
+    assert noted["held_out"]["kl"]["calibrated"] == figures["kl_calibrated"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "text.jsonl"]  # no cache of tokens
+    done = run(*words, "--format", "int8", "--overwrite")
+    assert done.returncode == 2 and "calibration chooses codes of nf4 or fp4" in done.stderr
+    done = run(*words[:5], "--calibration-tokens", 1024, "--overwrite")
+    assert done.returncode == 2 and "give --calibrate too" in done.stderr

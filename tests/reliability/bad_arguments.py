@@ -58,7 +58,7 @@ IN_CONFIGURATION = "in configuration"
 IN_FOLDER, IN_DATA, OUT_FOLDER, OUT_FILE, NOT_HERE = "in folder", "in data", "out folder", "out file", "not here"
 PATHS = {
     **dict.fromkeys(("model", "adapter", "from_adapter", "folder", "runs"), IN_FOLDER),
-    **dict.fromkeys(("data", "eval_data", "prompts", "sources", "verify"), IN_DATA),
+    **dict.fromkeys(("data", "eval_data", "prompts", "sources", "verify", "calibrate"), IN_DATA),
     "configuration": IN_CONFIGURATION,
     "output": OUT_FOLDER,
     **dict.fromkeys(("generate output", "report output"), OUT_FILE),  # where one command means something else
