@@ -132,6 +132,17 @@ def described_choices() -> dict[str, str]:
     return described
 
 
+def described_timing() -> str:
+    """Returns in a line whether the choices come from times of this machine, and why not if they do not."""
+    if DEFAULT in _words():
+        return f"no, {VARIABLE} asks for the defaults"
+    missing = [dtype for dtype in DTYPE_NAMES.values() if not machine_times(dtype)]
+    if missing:
+        which = " and ".join(missing)
+        return f"not for {which}: the machine was busy, so these are the defaults; the next start times them again"
+    return "yes, on this machine"
+
+
 def device_choices(device: torch.device, dtype: torch.dtype) -> Choices:
     """Returns the choices for a model in this dtype on a device: those of the machine on a CPU, else the defaults."""
     name = DTYPE_NAMES.get(dtype)

@@ -104,6 +104,20 @@ def test_a_busy_machine_takes_the_defaults_and_remembers_nothing(measurements: M
     assert table.machine_choices("bf16") == DEFAULTS and measurements.made == ["bf16"]  # the same until it ends
 
 
+def test_a_line_says_whether_the_choices_were_timed(
+    measurements: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measurements.busy = True
+    assert table.described_choices() == DEFAULTS
+    busy = "not for bf16 and fp32: the machine was busy, so these are the defaults; the next start times them again"
+    assert table.described_timing() == busy and measurements.made == ["bf16", "fp32"]  # not once more for the line
+    measurements.busy = False
+    table._times.cache_clear()  # as at the next start
+    assert table.described_timing() == "yes, on this machine" and measurements.made == ["bf16", "fp32"] * 2
+    monkeypatch.setenv(table.VARIABLE, "default")
+    assert table.described_timing() == "no, QLORA_LITE_CHOICES asks for the defaults"
+
+
 def test_without_a_folder_that_can_be_written_a_process_measures_once(
     measurements: Measurements, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,4 +16,5 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def test_env_says_what_there_is(run: Run) -> None:
     figures = json.loads(run("env", "--json").stdout.splitlines()[-1])
     assert figures["choices"] == DEFAULTS  # as the tests ask for
+    assert figures["choices_timed"] == "no, QLORA_LITE_CHOICES asks for the defaults"
     assert figures["torch"].startswith(torch.__version__.split("+")[0]) and figures["memory_bytes"] > 0
