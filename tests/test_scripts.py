@@ -116,6 +116,7 @@ SCRIPTS = {
     },
     "profiling/varied_lengths.py": {"ours", "ours_with_all_programs", "peft", "peak_ratio", "time_ratio"},
     "profiling/versus_peft.py": {"nf4_full", "floor"},
+    "profiling/waiting.py": {"cpu", "threads", "checkpointing", "settings"},
     "profiling/learn_like_trl.py": {"cpu", "sft"},
     "profiling/versus_trl.py": {"cpu", "sft_full"},
 }
@@ -124,6 +125,7 @@ ARGUMENTS = {
     "profiling/learn_like_peft.py": ["--variants", "pissa"],
     "profiling/versus_trl.py": ["sft_full"],
     "profiling/versus_peft.py": ["nf4_full", "floor"],  # every case would take a minute of starting processes
+    "profiling/waiting.py": ["passive"],
 }
 # Tested elsewhere, or not a program.
 NOT_RUN_HERE = {
@@ -145,6 +147,10 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path, command_serve
     assert set(figures) == SCRIPTS[script]
     if "failed" in figures:
         assert figures["failed"] == 0 and 2 * figures["passed"] > figures["cases"]
+    if "settings" in figures:
+        assert set(figures["settings"]) == {"default", "one thread", "passive"}
+        # The workers' programs run in forks of another process here, whose core seconds are not those of the workers.
+        assert all(own["wall"] > 0 and own["waiting_share"] <= 1 for own in figures["settings"].values())
     if "kills" in figures:
         assert figures["kills"] > 2 and figures["bad_inputs"] > 100 and figures["resume_cases"] > 1 < figures["stops"]
         wrong = "kills_lost", "stops_wrong", "bad_inputs_wrong", "resume_unequal"

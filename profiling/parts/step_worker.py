@@ -55,6 +55,7 @@ class Work:
     tokens: int = 512
     steps: int = 6
     lengths: int = 1
+    threads: int = 2
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -179,9 +180,9 @@ SIDES = {"ours": ours, "peer": peer, "floor": floor}
 
 
 def main() -> None:
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
     work = Work(**json.loads(sys.argv[1]))
+    torch.set_num_threads(work.threads)
+    torch.manual_seed(0)
     losses = SIDES[work.side](work, Watch(work))
     say(first_loss=losses[0])
 
