@@ -13,6 +13,7 @@ conversion            a model's tensors, built from a checkpoint's as transforme
 pack_on_load          a plain weight, packed while it is read
 checkpoint            the tensors of a folder, checked against a model
 base_identity         the checkpoint that an adapter was trained on
+base_on_disk          a base that is mapped where it lies, or packed into a file for that
 load                  load_quantized
 
 The room layouts/ reads weights that are packed in the files; repository/ is about repositories of the hub.

@@ -17,19 +17,26 @@ from torch import Tensor, nn
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.base_identity import BaseIdentity, checkpoint_identity_or_error, set_base_identity_
+from qlora_lite.checkpoints.base_on_disk import MappedTensor, mapped_checkpoint
 from qlora_lite.checkpoints.checkpoint import SHOWN, Checkpoint
 from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, read_slices
 from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight
-from qlora_lite.checks import check_finite
+from qlora_lite.checks import check_finite, require
+from qlora_lite.compute.devices import on_cpu
 from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits
 from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError, listing
+from qlora_lite.offload.disk_source import attach_disk_source_
+from qlora_lite.offload.mapped_file import check_can_map
 from qlora_lite.progress.work import BYTES, working
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.quantization.formats import either
 from qlora_lite.quantization.quantize_model import WeightToPack
 from qlora_lite.quantization.selection import left_unpacked
 from qlora_lite.signals import check_signals
 from qlora_lite.surgery import described_by_pattern, leave_out_towers_, tower_names
 from qlora_lite.tasks import task_of
+
+MEMORY, DISK = BASES = ("memory", "disk")  # where a base is held
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,14 @@ class LoadReport:
         if self.not_loaded:
             lines.append(f"not loaded ({len(self.not_loaded)} tensors): {', '.join(self.towers)}")
         return lines
+
+
+def check_base(base: str, device: str = "cpu") -> None:
+    """Raises ConfigError for another place of a base than `memory` and `disk`, or one that the system cannot have."""
+    require(base in BASES, f"base must be {either(*BASES)}", base)
+    if base == DISK:
+        check_can_map()
+        require(on_cpu(torch.device(device)), "a base on disk is computed with on a CPU: device must be cpu", device)
 
 
 class CheckpointLike(Protocol):
@@ -111,16 +126,21 @@ class TensorLoader:
 
     def load_plain_(self, name: str, target: Tensor) -> None:
         """Reads a tensor unpacked in place of `target`, the one on meta, also one that is to be packed."""
-        stored = self.checkpoint.plain(name)
-        loaded = torch.empty(stored.shape, dtype=target.dtype, device=self.device)
-        for first, rows in read_slices(stored, READ_BYTES):
-            part = loaded[first : first + rows.shape[0]] if loaded.dim() else loaded
-            part.copy_(rows)
-            check_finite(part, stored.name, first)
+        loaded = self._plain(self.checkpoint.plain(name), target.dtype)
         value = nn.Parameter(loaded, requires_grad=False) if isinstance(target, nn.Parameter) else loaded
         for name in self._names[target]:
             owner, _, key = name.rpartition(".")
             setattr(self.model.get_submodule(owner), key, value)
+
+    def _plain(self, stored: LazyTensor, dtype: torch.dtype) -> Tensor:
+        if isinstance(stored, MappedTensor):
+            return stored.mapped()
+        loaded = torch.empty(stored.shape, dtype=dtype, device=self.device)
+        for first, rows in read_slices(stored, READ_BYTES):
+            part = loaded[first : first + rows.shape[0]] if loaded.dim() else loaded
+            part.copy_(rows)
+            check_finite(part, stored.name, first)
+        return loaded
 
 
 def load_quantized(
@@ -133,6 +153,7 @@ def load_quantized(
     task: str | type | None = None,
     labels: int | Sequence[str] | None = None,
     text_only: bool = False,
+    base: str = MEMORY,
 ) -> Any:
     """Loads a transformers model from a safetensors checkpoint, packed and frozen.
 
@@ -155,14 +176,32 @@ def load_quantized(
     in the config. A head of labels that the checkpoint lacks, or that it has for another number of labels, starts
     untrained, with the same values in each call; it stays unpacked, and `add_lora_` trains it whole.
 
+    base: where the packed weights and large plain tensors are held: in `memory`, or on `disk`, where they are mapped
+    and read block by block each time that the model runs (docs/larger_than_memory.md). A checkpoint that is not packed
+    is then packed once into the cache folder. The results are the same, bit for bit.
+
     Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, before anything is read;
     ConfigError if `config` asks for another format than a packed folder has, for a task that transformers has no class
-    for, for labels of another task, and if `text_only` has nothing to leave out; QuantizationError for values that are
+    for, for labels of another task, if `text_only` has nothing to leave out, and for a base on disk where the system or
+    the device cannot have one; QuantizationError for values that are
     NaN, infinite, or too large for the format, listing every tensor that has some.
     """
+    check_base(base, str(device))
     opened = OpenedCheckpoint.of(path_or_id, config, dtype, device, ignore_unexpected, task, labels, text_only)
-    load_tensors_(opened.model, opened.checkpoint, dtype, torch.device(device))
+    if base == MEMORY:
+        load_tensors_(opened.model, opened.checkpoint, dtype, torch.device(device))
+    else:
+        _load_mapped_(opened, dtype)
     return opened.finished()
+
+
+def _load_mapped_(opened: OpenedCheckpoint, dtype: torch.dtype) -> None:
+    """Fills the model with tensors that stay on disk, and reads them block by block whenever the model runs."""
+    if isinstance(opened.identity, CheckpointError):
+        raise opened.identity
+    mapped = mapped_checkpoint(opened.model, opened.checkpoint, opened.identity, dtype)
+    load_tensors_(opened.model, mapped, dtype, torch.device("cpu"))
+    attach_disk_source_(opened.model).release()  # from here on it holds the files
 
 
 @dataclass(frozen=True)

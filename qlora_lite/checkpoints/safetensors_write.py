@@ -16,7 +16,7 @@ import math
 import mmap
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qlora_lite.checkpoints.files import write_json
 from qlora_lite.errors import CheckpointError
+from qlora_lite.offload.mapped_file import release
 from qlora_lite.progress.work import BYTES, working
 from qlora_lite.signals import check_signals
 from qlora_lite.system import O_DIRECT
@@ -46,6 +47,7 @@ SAFETENSORS_DTYPES = {
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5 * 10**9
+LENGTH_BYTES = ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,12 @@ class PlannedTensor:
 
 def planned(tensor: Tensor) -> PlannedTensor:
     """Returns the `PlannedTensor` that writes an existing tensor."""
-    return PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: [tensor])
+
+    def whole() -> Iterator[Tensor]:
+        yield tensor
+        release(tensor)
+
+    return PlannedTensor(tuple(tensor.shape), tensor.dtype, whole)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -75,7 +82,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _header(tensors: Mapping[str, PlannedTensor]) -> bytes:
+def _header(tensors: Mapping[str, PlannedTensor], alignment: int) -> bytes:
     header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
@@ -84,21 +91,25 @@ def _header(tensors: Mapping[str, PlannedTensor]) -> bytes:
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    text += b" " * (-(len(text) + LENGTH_BYTES) % alignment)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, PlannedTensor], on_bytes: Callable[[int], None] = lambda written: None
+    path: Path,
+    tensors: Mapping[str, PlannedTensor],
+    on_bytes: Callable[[int], None] = lambda written: None,
+    alignment: int = ALIGNMENT,
 ) -> None:
     """Writes one file, tensor by tensor and slice by slice, and flushes it to the disk.
 
-    on_bytes: is called with the bytes of each slice.
+    on_bytes: is called with the bytes of each slice. alignment: the first tensor begins at a multiple of so many bytes,
+    8 or a multiple of that.
 
     Raises CheckpointError if the slices of a tensor differ from its plan in dtype, shape or size.
     """
     with open(path, "wb", buffering=0) as file, _Writer(file) as writer:
-        writer.write(_header(tensors))
+        writer.write(_header(tensors, alignment))
         for name, plan in tensors.items():
             written = 0
             for rows in plan.slices():

@@ -55,6 +55,15 @@ IgnoreUnexpected = Annotated[
         help="Pass over tensors of the checkpoint that the model has no place for, and list them.",
     ),
 ]
+BaseIn = Annotated[
+    str,
+    typer.Option(
+        "--base-in",
+        help="Where the packed base is held: memory, or disk, from which it is read block by block, for models larger "
+        "than the memory. The results are the same.",
+    ),
+    InFile(words="qlora_lite.checkpoints.load:BASES"),
+]
 TextOnly = Annotated[
     bool,
     typer.Option(

@@ -25,6 +25,7 @@ from qlora_lite.cli.data_options import (
 from qlora_lite.cli.options import (
     Alpha,
     AnyBase,
+    BaseIn,
     Blocksize,
     DoubleQuant,
     EmbeddingFormat,
@@ -199,7 +200,7 @@ def _adapted_model(ctx: typer.Context, chosen: _Settings, labels: Labels | None,
     given = {name: ctx.params[name] for name in ("ignore_unexpected", "text_only", "task")}
     torch.manual_seed(chosen.train.seed)
     names = None if labels is None else labels.for_model
-    model = load_quantized(ctx.params["model"], chosen.quant, **given, labels=names)
+    model = load_quantized(ctx.params["model"], chosen.quant, **given, labels=names, base=ctx.params["base_in"])
     if labels is not None:
         prepare_for_labels_(model, labels, pad_token_id)
     if ctx.params["from_adapter"] is None:
@@ -240,6 +241,7 @@ def train(
     task: TaskName = None,
     text_only: TextOnly = False,
     ignore_unexpected: IgnoreUnexpected = False,
+    base_in: BaseIn = "memory",
     format: Format = DEFAULT_FORMAT,
     blocksize: Blocksize = 64,
     double_quant: DoubleQuant = True,

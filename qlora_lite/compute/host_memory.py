@@ -82,7 +82,8 @@ class HeapTrimmer:
         self._smallest = self._resident()
 
     def _resident(self) -> int:
-        return int(self._process.memory_info().rss)
+        now = self._process.memory_info()
+        return int(now.rss - getattr(now, "shared", 0))  # mapped pages of files are no heap
 
     def end_phase(self) -> None:
         """Trims between forward and backward, which allocate in different orders; with TRIM_RARELY does nothing."""

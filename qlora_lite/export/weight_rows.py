@@ -24,6 +24,7 @@ from qlora_lite.checks import cast_finite
 from qlora_lite.compute.slicing import slices_within
 from qlora_lite.compute.weight_update import Delta, Update
 from qlora_lite.errors import CheckpointError
+from qlora_lite.offload.mapped_file import release
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.signals import check_signals
 
@@ -52,7 +53,10 @@ class DenseRows:
     def rows(self, start: int, stop: int) -> Tensor:
         part = self._tensor[start:stop] if self.shape else self._tensor
         # A convolution's kernel may be stored channels last; its rows have to be viewable as those of a matrix.
-        return part.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        rows = part.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if not self.shape or stop == self.shape[0]:
+            release(self._tensor)
+        return rows
 
 
 class PackedRows:
@@ -62,7 +66,10 @@ class PackedRows:
         self.shape, self.step, self._packed = tuple(packed.shape), packed.row_step, packed
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self._packed.dequantize_rows(start, stop, torch.float32)
+        part = self._packed.dequantize_rows(start, stop, torch.float32)
+        if stop == self.shape[0]:
+            release(*self._packed.buffers())
+        return part
 
 
 class TransposedRows:

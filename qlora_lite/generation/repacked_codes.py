@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qlora_lite.compute.devices import on_cpu
 from qlora_lite.generation.decode_step import short_steps
 from qlora_lite.generation.joined_products import joined_products
+from qlora_lite.offload.mapped_file import is_mapped
 from qlora_lite.quantization.formats import format_named
 from qlora_lite.quantization.kernels import DecodeCopy, block_absmax, bnb
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -44,6 +45,7 @@ def _suits(weight: PackedWeight) -> bool:
         and columns % weight.blocksize == 0
         and type(weight.packed) is Tensor
         and on_cpu(weight.device)
+        and not is_mapped(weight.packed)  # a copy would hold in memory what was to stay on disk
         and not weight.packed.is_inference()  # without a version, a change of the codes would go unnoticed
         and bool(bnb.has_avx512bf16())
     )

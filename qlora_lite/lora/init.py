@@ -38,6 +38,7 @@ from qlora_lite.lora.kinds import EmbeddingKind, LinearKind, StackKind
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.targets import TargetedLayer
 from qlora_lite.lora.variants import set_reference_
+from qlora_lite.offload.mapped_file import is_mapped, release
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.signals import check_signals
@@ -175,6 +176,8 @@ def check_initialization(model: nn.Module, layers: Iterable[TargetedLayer], init
             problems.append(f"{name} has alpha 0")
         if init == "loftq" and isinstance(weight, Tensor):
             problems.append(f"{name} is not packed and has no error to make up for")
+        elif rounds > 1 and isinstance(weight, PackedWeight) and is_mapped(weight.packed):
+            problems.append(f"{name} lies on disk, and would be packed anew into memory; load with base='memory'")
         elif rounds > 1 and count_holders(model, weight) > 1:
             problems.append(f"{name} shares its packed weight with another module, which would be changed with it")
     if problems:
@@ -220,6 +223,7 @@ def initialize_(layer: LoraLayer, name: str, init: str, originals: CheckpointWei
         _repack_base_(layer, name, originals)
         INITIALIZERS[initializer](layer, name, originals)
     layer.variant.reset_parameters_(layer)
+    release(*layer.base_layer.parameters(), *layer.base_layer.buffers())  # what was read of a base on disk
 
 
 def repacked(old: PackedWeight, matrix: Tensor, name: str) -> PackedWeight:

@@ -1,8 +1,10 @@
-"""Frozen bytes that come when they are needed: the order in which a model's blocks are computed.
+"""Frozen bytes that come when they are needed: the order of a model's blocks, and bases that stay on disk.
 
 In reading order:
 
 block_order   tells a source of bytes which block comes, which is next, and which is through
+mapped_file   tensors that lie in a file and are read when their values are
+disk_source   a base in mapped files, read a block ahead and let go behind
 """
 
 from __future__ import annotations

@@ -119,6 +119,8 @@ LARGEST_KERNEL_BLOCK = 1024
 ACCELERATOR_ROWS = 4
 # torch's kernel for int8 codes reads beyond the end of other shapes.
 KERNEL_COLUMNS, KERNEL_ROWS = 64, 16
+# It ends the process for codes at other addresses.
+KERNEL_ALIGNMENT = 16
 
 
 @functools.cache
@@ -318,6 +320,8 @@ def _few_rows_of_rows(packed: PackedBuffers, rows: Tensor) -> Tensor | None:
     """torch's CPU kernel takes int8 codes and bf16 scales. The scale is applied after it, so that it stays in fp32."""
     suitable = packed.shape[1] % KERNEL_COLUMNS == 0 and packed.shape[0] % KERNEL_ROWS == 0
     if not suitable or rows.shape[0] > FEW_ROWS or not on_cpu(rows.device) or rows.dtype != torch.bfloat16:
+        return None
+    if type(packed.packed) is Tensor and packed.packed.data_ptr() % KERNEL_ALIGNMENT:  # codes in a mapped file
         return None
     ones = rows.new_ones(packed.shape[0])
     y = torch._weight_int8pack_mm(rows.contiguous(), packed.packed, ones)

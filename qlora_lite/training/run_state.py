@@ -33,6 +33,7 @@ from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.peft.card import TrainingRecord
 from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.lora.variants import reference_tensors
+from qlora_lite.offload.mapped_file import release
 from qlora_lite.progress.work import BYTES, working
 from qlora_lite.signals import check_signals
 from qlora_lite.training.config import EXACT_MATCH, TrainConfig
@@ -304,6 +305,7 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
             for piece in _pieces(tensor):
                 check_signals()
                 values.update(piece)
+            release(tensor)
             work.advance(tensor.nbytes)
     for name, module in model.named_modules():
         packing = {attribute: getattr(module, attribute, None) for attribute in PACKING_ATTRIBUTES}

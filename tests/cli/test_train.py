@@ -40,6 +40,25 @@ def test_training_within_a_budget_chooses_the_checkpointing(run: Run, tiny_folde
     assert small.returncode == 2 and "not even two tokens fit" in small.stderr and len(small.stderr.splitlines()) == 1
 
 
+def test_a_base_on_disk_trains_the_same_adapter(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = chats(tmp_path / "a.jsonl", 7)
+    words = ("train", "--model", tiny_folder, "--data", data, "--rank", 2, "--steps", 2, "--no-token-cache")
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
+    for base in ("memory", "disk"):
+        done = run(*words, "--output", tmp_path / base, "--base-in", base)
+        assert done.returncode == 0, done.stderr
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
+    assert len([*(tmp_path / "cache" / "packed_bases").iterdir()]) == 1
+    more = run(*words, "--output", tmp_path / "disk", "--overwrite", "--base-in", "disk", "--memory-budget", "1GiB")
+    assert more.returncode == 2 and "predicts a base in memory; leave out it or --base-in" in more.stderr
+    words = ("generate", "--model", tiny_folder, "--prompts", data, "--max-new-tokens", 2, "--base-in", "disk")
+    answered = run(*words, "--output", tmp_path / "answers.jsonl", "--adapter", tmp_path / "disk" / "adapter")
+    assert answered.returncode == 0, answered.stderr
+
+
 def test_epochs_are_told_as_steps(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     data = chats(tmp_path / "a.jsonl", 7)
     words = ("train", "--model", tiny_folder, "--data", data, "--output", tmp_path / "run", "--rank", 2, "--json")

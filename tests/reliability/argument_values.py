@@ -8,6 +8,7 @@ SIZES = ("lots", "-1", "nan", "5 apples", "1e3", "9" * 5000)
 VALUES = {
     **dict.fromkeys(("format", "embedding_format", "variant", "bias", "optimizer"), ("quux", "NF4")),
     **dict.fromkeys(("mode", "device", "schedule"), ("quux", "Cosine")),
+    "base_in": ("quux", "Disk", "host"),
     "best_by": ("quux", "Loss", "exact_match", "exact match"),
     **dict.fromkeys(("base", "names", "dtype", "require"), ("quux", "fp 16")),
     **dict.fromkeys(("memory", "memory_budget", "max_shard_size", "overhead"), SIZES),

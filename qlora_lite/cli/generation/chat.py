@@ -28,6 +28,7 @@ from qlora_lite.cli.generation.talkers import (
 )
 from qlora_lite.cli.options import (
     AnyBase,
+    BaseIn,
     Blocksize,
     DoubleQuant,
     EmbeddingFormat,
@@ -171,6 +172,7 @@ def chat(
     any_base: AnyBase = False,
     ignore_unexpected: IgnoreUnexpected = False,
     text_only: TextOnly = False,
+    base_in: BaseIn = "memory",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")] = False,
 ) -> None:
     """Talk with a model, with its adapters or without; a pipe gives one turn a line."""

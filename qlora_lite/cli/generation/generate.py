@@ -22,6 +22,7 @@ from qlora_lite.cli.generation.talkers import (
 )
 from qlora_lite.cli.options import (
     AnyBase,
+    BaseIn,
     Blocksize,
     DoubleQuant,
     EmbeddingFormat,
@@ -110,6 +111,7 @@ def generate(
     any_base: AnyBase = False,
     ignore_unexpected: IgnoreUnexpected = False,
     text_only: TextOnly = False,
+    base_in: BaseIn = "memory",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     json: Json = False,
 ) -> None:

@@ -22,6 +22,7 @@ from qlora_lite.cli.generation.talkers import (
 )
 from qlora_lite.cli.options import (
     AnyBase,
+    BaseIn,
     Blocksize,
     DoubleQuant,
     EmbeddingFormat,
@@ -93,6 +94,7 @@ def serve(
     any_base: AnyBase = False,
     ignore_unexpected: IgnoreUnexpected = False,
     text_only: TextOnly = False,
+    base_in: BaseIn = "memory",
     json: Annotated[bool, typer.Option("--json", help="Print address and models as one JSON object.")] = False,
 ) -> None:
     """Answer over HTTP, with OpenAI's interface, and on a page; at this machine alone unless a token is set."""

@@ -103,7 +103,7 @@ def load_talker(options: Mapping[str, Any]) -> Talker:
     """Loads the model and the adapters of the options of a command. What is particular about it is told on stderr."""
     from qlora_lite.checkpoints.base_identity import check_trained_on_checkpoint
     from qlora_lite.checkpoints.hub import checkpoint_folder, load_tokenizer
-    from qlora_lite.checkpoints.load import load_quantized
+    from qlora_lite.checkpoints.load import check_base, load_quantized
     from qlora_lite.generation.answering import check_answers
     from qlora_lite.lora.multi_adapter import use_adapter_
     from qlora_lite.lora.peft.options import CONFIG_FILE, read_supported_config
@@ -111,6 +111,7 @@ def load_talker(options: Mapping[str, Any]) -> Talker:
     from qlora_lite.quantization.config import QuantConfig
     from qlora_lite.signals import deferred_signals
 
+    check_base(options["base_in"])
     given = options["adapter"]
     adapters = named_adapters([given] if isinstance(given, str) else given)
     quant = settings(QuantConfig, options, skip_modules=skipped(options["skip_modules"]))
@@ -127,6 +128,7 @@ def load_talker(options: Mapping[str, Any]) -> Talker:
             quant,
             ignore_unexpected=options["ignore_unexpected"],
             text_only=options["text_only"],
+            base=options["base_in"],
         )
         for name, folder in adapters.items():
             load_adapter_(model, folder, name=name, any_base=options["any_base"])
