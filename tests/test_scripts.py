@@ -115,6 +115,10 @@ SCRIPTS = {
         "peak_growth",
     },
     "profiling/varied_lengths.py": {"ours", "ours_with_all_programs", "peft", "peak_ratio", "time_ratio"},
+    "profiling/out_of_core.py": {
+        *("time_ratio", "cpu_ratio", "resident_ratio", "unequal", "memory_peak", "memory_step_seconds"),
+        *("disk_peak", "disk_step_seconds", "empty_process", "on_disk", "bytes_read"),
+    },
     "profiling/versus_peft.py": {"nf4_full", "floor"},
     "profiling/waiting.py": {"cpu", "threads", "checkpointing", "settings"},
     "profiling/learn_like_trl.py": {"cpu", "sft"},
@@ -171,6 +175,8 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path, command_serve
                 "datasets.map, no labels, 2 processes",
             }
         )
+    if "on_disk" in figures:
+        assert figures["unequal"] == 0 and figures["on_disk"] > 1 << 20
     if "nf4_memory" in figures:
         assert {format: found["wrong"] for format, found in figures["check"].items()} == {"nf4": [], "int8": []}
         assert all(found["equal"] > 5 for found in figures["check"].values())

@@ -94,6 +94,7 @@ def with_bytes(folder: Path) -> Path:
 def workplace(memory_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Path:
     """A folder with the files that pages name: a model, training data and held-out data."""
     monkeypatch.chdir(memory_path)
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(memory_path / "cache"))
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
     shutil.copytree(tiny_model, memory_path / MODEL)
     lines = [{"prompt": f"what is {n}", "completion": f"it is {n}"} for n in range(12)]

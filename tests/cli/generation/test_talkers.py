@@ -51,7 +51,7 @@ def test_a_model_that_does_not_answer_is_refused_before_it_is_read(tmp_path: Pat
 
     config = transformers.T5Config(vocab_size=32, d_model=8, architectures=["T5ForConditionalGeneration"])
     config.save_pretrained(tmp_path / "t5")
-    options = {"model": str(tmp_path / "t5"), "adapter": None, "skip_modules": None}
+    options = {"model": str(tmp_path / "t5"), "adapter": None, "skip_modules": None, "base_in": "memory"}
     with pytest.raises(ConfigError, match=r"t5 is made for seq2seq-lm; only causal language models write answers here"):
         load_talker(options)
 
