@@ -21,6 +21,10 @@ SCRIPTS = {
         "nf4, int8 embedding and head",
         "fp4",
     },
+    "profiling/calibrated.py": {
+        *("tokens", "loss_share", "kl_share", "worst_cell", "mixed", "mixed_kl", "bytes_ratio", "seconds"),
+        *("cpu_seconds", "cells"),
+    },
     "profiling/eight_billion.py": {
         "load_seconds",
         "load_peak",
@@ -180,6 +184,8 @@ def test_script_ends_with_its_figures(script: str, tmp_path: Path, command_serve
     if "nf4_memory" in figures:
         assert {format: found["wrong"] for format, found in figures["check"].items()} == {"nf4": [], "int8": []}
         assert all(found["equal"] > 5 for found in figures["check"].values())
+    if "mixed_kl" in figures:  # a random model's perplexity says nothing
+        assert figures["mixed_kl"] < 0.7 and figures["kl_share"] < 0.7 and figures["bytes_ratio"] <= 1
     if "perplexity_ratio" in figures:  # after three steps, both programs have the same adapter
         assert abs(figures["perplexity_ratio"] - 1) < 1e-3
         assert figures["differences"]["both in fp32"]["largest"] < 1e-4

@@ -22,6 +22,8 @@ from qlora_lite.quantization.packed_weight import PackedWeight
 
 # How much larger an absmax can become than the largest of its group was before any error was passed on.
 HEADROOM = 1.25
+# Of half of [-1, 1].
+CELLS = 512
 
 
 def _nearest(values: Tensor, sorted_values: Tensor) -> Tensor:
@@ -34,11 +36,16 @@ def _nearest(values: Tensor, sorted_values: Tensor) -> Tensor:
 class CodeGrid:
     """The code values of a format in rising order, `(16,)`, and the index that each has in the format.
 
+    [-1, 1] is cut into cells with at most one midpoint between neighbouring values each: in a cell, the nearest value
+    has the place `below`, or the next one for numbers above `midpoint` (infinite in a cell without one). A search for
+    each number would take five times as long.
     is_symmetric: whether mirroring changes nothing, as for FP4.
     """
 
     values: Tensor
     indices: Tensor
+    below: Tensor
+    midpoint: Tensor
     is_symmetric: bool
 
     @classmethod
@@ -47,11 +54,20 @@ class CodeGrid:
         table = format_named(format).kernels().code_values
         assert table is not None  # every format of blocks has one
         values, indices = torch.tensor(table(format)).to(like).sort()
-        return cls(values, indices.to(torch.uint8), bool(torch.equal(values, -values.flip(0))))
+        midpoints = (values[1:] + values[:-1]) / 2
+        cells = ((midpoints + 1) * CELLS).long()
+        assert len(cells.unique()) == len(midpoints)
+        edges = torch.arange(2 * CELLS + 1).to(like) / CELLS - 1
+        midpoint = torch.full_like(edges, torch.inf).index_copy_(0, cells, midpoints)
+        is_symmetric = bool(torch.equal(values, -values.flip(0)))
+        return cls(values, indices.to(torch.uint8), _nearest(edges, values), midpoint, is_symmetric)
 
     def places(self, scaled: Tensor) -> Tensor:
         """Returns the place in `values` of the nearest value to each scaled one (int32)."""
-        return _nearest(scaled, self.values)
+        inside = scaled.clamp(-1, 1).view(-1)
+        cells = torch.add(inside.new_tensor(float(CELLS)), inside, alpha=CELLS).to(torch.int32)
+        above = inside > self.midpoint.index_select(0, cells)
+        return self.below.index_select(0, cells).add_(above).view(scaled.shape)
 
     def at(self, places: Tensor) -> Tensor:
         """Returns the values at some places, in their shape."""

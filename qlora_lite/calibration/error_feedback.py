@@ -33,7 +33,7 @@ SHIFT = 0.5
 # Columns whose errors are passed on one by one; those behind them get the errors of all of these by one product.
 COLUMNS_AT_ONCE = 8
 # Values of a block, for all absmax that are tried, at once: they stay in the caches.
-VALUES_AT_ONCE = 1 << 18
+VALUES_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,11 @@ from qlora_lite.quantization.packed_weight import PackedWeight
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 def test_the_nearest_value_has_the_index_of_the_format(format: str) -> None:
     grid, table = CodeGrid.of(format, torch.zeros(1)), torch.tensor(code_values(format))
-    values = torch.randn(3, 500)
+    order = table.sort()[0]
+    midpoints = (order[1:] + order[:-1]) / 2
+    edges = torch.arange(1025) / 512 - 1
+    near = [value + step for value in (midpoints, edges) for step in (-1e-6, 1e-6)]
+    values = torch.cat([torch.randn(1000), *near])[None].repeat(2, 1)
     places = grid.places(values)
     found = table[grid.indices[places.long()].long()]
     assert torch.equal(found, grid.at(places))
