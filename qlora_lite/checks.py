@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from fractions import Fraction
 
 import torch
@@ -14,6 +15,7 @@ from qlora_lite.errors import ConfigError, QuantizationError
 FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 BYTE_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+CHECKED_AT_ONCE = 32  # tensors that are searched for NaN as one
 COUNT_LIMIT = 2**63  # torch's shapes are int64
 
 
@@ -82,3 +84,12 @@ def cast_finite(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     largest = float(tensor.abs().max())
     limit = torch.finfo(dtype).max
     raise QuantizationError(f"{name} reaches {largest:g}, above {limit:g}, the limit of {dtype}; use bfloat16 instead")
+
+
+@torch.no_grad()
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Returns whether no value is NaN or infinite: the largest magnitude of each is finite then."""
+    values = [tensor.view(-1) for tensor in tensors]
+    starts = range(0, len(values), CHECKED_AT_ONCE)
+    largest = [torch.cat(values[start : start + CHECKED_AT_ONCE]).norm(math.inf) for start in starts]
+    return bool(torch.stack(largest).isfinite().all())

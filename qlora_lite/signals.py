@@ -242,3 +242,17 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         pending.uninterrupted -= 1
+
+
+def waiting_signal() -> int:
+    """Returns the number of a signal that was noted and not obeyed yet; 0 if there is none."""
+    return 0 if _pending is None or _pending.number is None else _pending.number
+
+
+def signals_ignored_from_here() -> None:
+    """Makes signals have no effect until the command or the outermost `deferred_signals` ends.
+
+    For a process that is ending for another reason, and has to save and to say it.
+    """
+    if _pending is not None:
+        _pending.uninterrupted += 1

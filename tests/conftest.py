@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -200,6 +202,39 @@ def command_server(import_script: Callable[[str], Any]) -> Iterator[Any]:
     server = import_script("tests/command_server.py").CommandServer()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def start_processes(command_server: Any) -> Callable[..., list[subprocess.Popen[str]]]:
+    """Starts a script in several processes of one run, as a launcher does; their outputs are pipes."""
+
+    def start(count: int, script: Path, *words: object, **environment: str) -> list[subprocess.Popen[str]]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        shared |= {"PYTHONPATH": str(ROOT), **environment}
+        command = [command_server.python, str(script), *map(str, words)]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        ranks = [{**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        return [subprocess.Popen(command, env=own, **pipes) for own in ranks]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_processes(start_processes: Callable[..., list[subprocess.Popen[str]]]) -> Callable[..., list[Any]]:
+    """Runs a program text in several processes of one run; returns the JSON of the last line that each printed."""
+
+    def run(count: int, program: str, folder: Path, *words: object) -> list[Any]:
+        script = folder / "program.py"
+        script.write_text(program)
+        ended = [(process, *process.communicate(timeout=120)) for process in start_processes(count, script, *words)]
+        for process, _, complaint in ended:
+            assert process.returncode == 0, complaint[-3000:]
+        return [json.loads(printed.splitlines()[-1]) for _, printed, _ in ended]
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ base_identity         the checkpoint that an adapter was trained on
 base_on_disk          a base that is mapped where it lies, or packed into a file for that
 load                  load_quantized
 
-The room layouts/ reads weights that are packed in the files; repository/ is about repositories of the hub.
+The room layouts/ reads weights that are packed in the files, shares/ a part of a checkpoint; repository/ is about
+repositories of the hub.
 """
 
 from __future__ import annotations

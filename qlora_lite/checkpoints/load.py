@@ -7,6 +7,7 @@ bitsandbytes packed it (saved by transformers or by `save_quantized`), and its p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from qlora_lite.checkpoints.base_on_disk import MappedTensor, mapped_checkpoint
 from qlora_lite.checkpoints.checkpoint import SHOWN, Checkpoint
 from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, read_slices
 from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight
+from qlora_lite.checkpoints.shares.load_shares import Shares, check_same_in_all
 from qlora_lite.checks import check_finite, require
 from qlora_lite.compute.devices import on_cpu
 from qlora_lite.compute.host_memory import release_freed_pages, set_host_limits
@@ -30,8 +32,10 @@ from qlora_lite.offload.mapped_file import check_can_map
 from qlora_lite.progress.work import BYTES, working
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.formats import either
+from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantization.quantize_model import WeightToPack
 from qlora_lite.quantization.selection import left_unpacked
+from qlora_lite.sharding.group import Group
 from qlora_lite.signals import check_signals
 from qlora_lite.surgery import described_by_pattern, leave_out_towers_, tower_names
 from qlora_lite.tasks import task_of
@@ -100,8 +104,16 @@ class CheckpointLike(Protocol):
 class TensorLoader:
     """Puts the tensors of a checkpoint into a model: packed where needed, plain into all modules that have them."""
 
-    def __init__(self, model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: CheckpointLike,
+        dtype: torch.dtype,
+        device: torch.device,
+        shares: Shares | None = None,
+    ) -> None:
         self.model, self.checkpoint, self.dtype, self.device = model, checkpoint, dtype, device
+        self._shares = shares
         self.to_pack: dict[Tensor, WeightToPack] = {
             to_pack.weight: to_pack for to_pack in checkpoint.weights_to_pack(model)
         }
@@ -113,7 +125,8 @@ class TensorLoader:
         """Reads a tensor in place of `target`, the one on meta. Raises QuantizationError for values not finite."""
         to_pack, config = self.to_pack.get(target), self.checkpoint.config
         if to_pack is not None:
-            packed = [weight.load(self.device) for weight in self.checkpoint.packed_weights(name, to_pack, self.dtype)]
+            load = self._load_whole if self._shares is None else self._shares.packed
+            packed = [load(weight) for weight in self.checkpoint.packed_weights(name, to_pack, self.dtype)]
             for matrix in packed:
                 matrix.int8_activations = config.int8_activations and matrix.format == config.format
                 matrix.plain_dtype = self.dtype
@@ -126,11 +139,19 @@ class TensorLoader:
 
     def load_plain_(self, name: str, target: Tensor) -> None:
         """Reads a tensor unpacked in place of `target`, the one on meta, also one that is to be packed."""
-        loaded = self._plain(self.checkpoint.plain(name), target.dtype)
-        value = nn.Parameter(loaded, requires_grad=False) if isinstance(target, nn.Parameter) else loaded
+        stored, owners = self.checkpoint.plain(name), list[tuple[nn.Module, str]]()
         for name in self._names[target]:
             owner, _, key = name.rpartition(".")
-            setattr(self.model.get_submodule(owner), key, value)
+            owners.append((self.model.get_submodule(owner), key))
+        if self._shares is not None and self._shares.takes(owners, target, stored):
+            return
+        loaded = self._plain(stored, target.dtype)
+        value = nn.Parameter(loaded, requires_grad=False) if isinstance(target, nn.Parameter) else loaded
+        for module, key in owners:
+            setattr(module, key, value)
+
+    def _load_whole(self, weight: LazyPackedWeight) -> PackedWeight:
+        return weight.load(self.device)
 
     def _plain(self, stored: LazyTensor, dtype: torch.dtype) -> Tensor:
         if isinstance(stored, MappedTensor):
@@ -154,6 +175,7 @@ def load_quantized(
     labels: int | Sequence[str] | None = None,
     text_only: bool = False,
     base: str = MEMORY,
+    shard: bool = False,
 ) -> Any:
     """Loads a transformers model from a safetensors checkpoint, packed and frozen.
 
@@ -180,19 +202,30 @@ def load_quantized(
     and read block by block each time that the model runs (docs/larger_than_memory.md). A checkpoint that is not packed
     is then packed once into the cache folder. The results are the same, bit for bit.
 
+    shard: hold the packed base in equal shares, one in each of the processes that torchrun or `accelerate launch`
+    started; all of them must call this with the same arguments. Each reads the bytes of its own share, onto its own
+    device. Blocks are gathered when they are computed, so all processes must call the model equally often.
+
     Raises CheckpointError for missing, unexpected or mis-shaped tensors, all listed, before anything is read;
     ConfigError if `config` asks for another format than a packed folder has, for a task that transformers has no class
     for, for labels of another task, if `text_only` has nothing to leave out, and for a base on disk where the system or
     the device cannot have one; QuantizationError for values that are
-    NaN, infinite, or too large for the format, listing every tensor that has some.
+    NaN, infinite, or too large for the format, listing every tensor that has some. With `shard`, ConfigError in a
+    process that no launcher started and for processes with different models, and LostProcess if one of them ends.
     """
     check_base(base, str(device))
-    opened = OpenedCheckpoint.of(path_or_id, config, dtype, device, ignore_unexpected, task, labels, text_only)
-    if base == MEMORY:
-        load_tensors_(opened.model, opened.checkpoint, dtype, torch.device(device))
-    else:
-        _load_mapped_(opened, dtype)
-    return opened.finished()
+    require(not (shard and base == DISK), "a base in shares is held in memory", base)
+    group = Group.join() if shard else None
+    place = torch.device(device) if group is None else group.device
+    with nullcontext() if group is None else group.telling():
+        opened = OpenedCheckpoint.of(path_or_id, config, dtype, place, ignore_unexpected, task, labels, text_only)
+        if base == DISK:
+            _load_mapped_(opened, dtype)
+            return opened.finished()
+        if group is not None:
+            check_same_in_all(group, opened.model, opened.checkpoint.config, opened.identity, dtype)
+        load_tensors_(opened.model, opened.checkpoint, dtype, place, group)
+        return opened.finished()
 
 
 def _load_mapped_(opened: OpenedCheckpoint, dtype: torch.dtype) -> None:
@@ -263,10 +296,20 @@ def _report(model: nn.Module, checkpoint: Checkpoint, towers: Sequence[str]) -> 
     return LoadReport(left, sum(sizes), checkpoint.passed_over, checkpoint.created, towers, checkpoint.not_loaded)
 
 
-def load_tensors_(model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dtype, device: torch.device) -> None:
-    """Fills a model on meta with the tensors of a checkpoint, packed where they are to be, and freezes the model."""
+def load_tensors_(
+    model: nn.Module,
+    checkpoint: CheckpointLike,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: Group | None = None,
+) -> None:
+    """Fills a model on meta with the tensors of a checkpoint, packed where they are to be, and freezes the model.
+
+    group: the processes that hold the base in shares, None if this one holds all of it.
+    """
     targets = model.state_dict(keep_vars=True)
-    loader = TensorLoader(model, checkpoint, dtype, device)
+    shares = None if group is None else Shares(model, group)
+    loader = TensorLoader(model, checkpoint, dtype, device, shares)
     bad: list[str] = []
     with working("loading", sum(targets[name].nbytes for name in checkpoint.tensors), BYTES) as work:
         for name in checkpoint.tensors:
@@ -278,6 +321,8 @@ def load_tensors_(model: nn.Module, checkpoint: CheckpointLike, dtype: torch.dty
             except QuantizationError as error:
                 bad.append(str(error))
             work.advance(size)
+    if shares is not None:
+        bad = list(dict.fromkeys([*bad, *shares.fill_(model)]))
     if bad:
         raise QuantizationError(listing(bad, SHOWN, "; "))
     architecture.fill_computed_buffers_(model, device)

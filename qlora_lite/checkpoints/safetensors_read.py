@@ -73,6 +73,11 @@ class StoredTensor:
         begin = self.begin + index * self.row_bytes
         return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], begin=begin)
 
+    def read_bytes(self, start: int, stop: int) -> Tensor:
+        """Reads bytes `start` to `stop`, as uint8."""
+        count = math.prod(self.shape) * self.dtype.itemsize
+        return replace(self, dtype=torch.uint8, shape=(count,)).rows(start, stop)
+
     def _read(self, offset: int, shape: tuple[int, ...]) -> Tensor:
         check_signals()
         tensor = torch.empty(shape, dtype=self.dtype)

@@ -82,6 +82,7 @@ from qlora_lite.cli.training.run_options import (
     SaveSteps,
     Schedule,
     Seed,
+    Shard,
     Steps,
     TargetModules,
     Track,
@@ -197,7 +198,7 @@ def _adapted_model(ctx: typer.Context, chosen: _Settings, labels: Labels | None,
 
     from qlora_lite.checkpoints.load import load_quantized
 
-    given = {name: ctx.params[name] for name in ("ignore_unexpected", "text_only", "task")}
+    given = {name: ctx.params[name] for name in ("ignore_unexpected", "text_only", "task", "shard")}
     torch.manual_seed(chosen.train.seed)
     names = None if labels is None else labels.for_model
     model = load_quantized(ctx.params["model"], chosen.quant, **given, labels=names, base=ctx.params["base_in"])
@@ -288,6 +289,7 @@ def train(
     optimizer: Optimizer = "adamw",
     checkpointing: OptionalCheckpointing = None,
     memory_budget: MemoryBudget = None,
+    shard: Shard = False,
     seed: Seed = 0,
     eval_data: EvalData = None,
     eval_share: EvalShare = None,

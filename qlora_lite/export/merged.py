@@ -48,6 +48,7 @@ from qlora_lite.lora.multi_adapter import active_adapter, using_adapter
 from qlora_lite.lora.peft.options import adapter_task, labels_of_adapter
 from qlora_lite.lora.peft.save_load import load_adapter_
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.sharding.base import check_whole
 from qlora_lite.surgery import check_towers_loaded
 from qlora_lite.tasks import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, task_of
 
@@ -143,6 +144,7 @@ def planned_model(
 
     names: also `AS_SAVED`. in_fp32: as in `ExportPlan.of`. Nothing is computed before the plan's tensors are read.
     """
+    check_whole(model, "an export")
     source = hub.model_folder(model)
     with using_adapter(model, active_adapter(model) if name is None else name):
         files = _plain_files(source)

@@ -38,6 +38,7 @@ from qlora_lite.quantization.experts import PackedStack
 from qlora_lite.quantization.formats import UNPACKED, either, embedding_formats, format_named, formats_where
 from qlora_lite.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qlora_lite.quantization.packed_weight import PackedWeight
+from qlora_lite.sharding.base import check_whole
 from qlora_lite.signals import check_signals
 from qlora_lite.surgery import check_towers_loaded, distinct_ends, matches_as_in_transformers
 
@@ -209,6 +210,7 @@ def save_quantized(
             f"export_merged merges them, and after remove_lora_ save_quantized writes the base under them"
         )
     check_towers_loaded(model, "a packed checkpoint")
+    check_whole(model, "save_quantized")
     source = hub.model_folder(model)
     check_output_is_not_input(Path(folder), source)
     layers = _PackedLayers.of(model)

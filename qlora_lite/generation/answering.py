@@ -20,6 +20,7 @@ from qlora_lite.generation.prompts import Prompts
 from qlora_lite.generation.settings import GenerationSettings, complete_config
 from qlora_lite.patches import patched_attribute
 from qlora_lite.positions import longest_sequence
+from qlora_lite.sharding.base import check_whole
 from qlora_lite.signals import check_signals
 from qlora_lite.tasks import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, Task, task_of
 
@@ -112,6 +113,7 @@ def check_answers(model: Any) -> None:
             f"a {type(model).__name__} is made for {task_of(model).name}; only causal language models write answers "
             "here"
         )
+    check_whole(model, "writing answers")
 
 
 def reads_padding(model: Any) -> bool:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.auxiliary import WRAPPERS, AuxiliaryTargets, auxiliary_parameters
 from qlora_lite.lora.auxiliary_layers import TrainableTokensLayer, TrainedCopy
-from qlora_lite.lora.config import LoraConfig
+from qlora_lite.lora.config import LoraConfig, parse_init
 from qlora_lite.lora.experts import unwrap_stacks_, wrap_stacks_
 from qlora_lite.lora.init import check_initialization, checkpoint_weights, initialize_
 from qlora_lite.lora.layer import DEFAULT_ADAPTER, LoraLayer
 from qlora_lite.lora.targets import TargetedLayer, select_targets
 from qlora_lite.lora.variants import VARIANTS, combination_problems
 from qlora_lite.progress.work import working
+from qlora_lite.sharding.base import check_whole
 from qlora_lite.surgery import replace_modules_
 from qlora_lite.tasks import trained_whole
 
@@ -83,6 +84,7 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
     if present := lora_layers(model):
         raise TargetError(f"{len(present)} layers have adapters already; remove_lora_ removes them")
     config = replace(config, modules_to_save=tuple(dict.fromkeys([*config.modules_to_save, *trained_whole(model)])))
+    _check_shares(model, config)
     layers = select_targets(model, config)
     kinds = {layer.name: layer.kind for layer in layers}
     if problems := combination_problems(kinds, config.dropout, VARIANTS[config.variant]):
@@ -108,6 +110,16 @@ def add_lora_(model: nn.Module, config: LoraConfig, name: str = DEFAULT_ADAPTER)
             work.advance()
     freeze_base_(model)
     return added
+
+
+def _check_shares(model: nn.Module, config: LoraConfig) -> None:
+    """Raises ConfigError for what needs copies of a base that is in shares, or changes it."""
+    wanted = {"modules_to_save": config.modules_to_save, "trainable_token_indices": config.trainable_token_indices}
+    found = [f"{name} {list(value)}" for name, value in wanted.items() if value]
+    if parse_init(config.init_lora_weights)[0] in ("pissa", "loftq"):
+        found.append(f"init_lora_weights {config.init_lora_weights!r}")
+    if found:
+        check_whole(model, " and ".join(found))
 
 
 def remove_lora_(model: nn.Module) -> list[str]:

@@ -36,6 +36,7 @@ from qlora_lite.lora.config import LoraConfig, check_rank
 from qlora_lite.lora.kinds import kind_of
 from qlora_lite.lora.layer import LoraLayer
 from qlora_lite.lora.targets import TargetedLayer
+from qlora_lite.sharding.base import check_whole
 from qlora_lite.surgery import exchange_modules_, replace_modules_
 
 
@@ -273,6 +274,7 @@ def merge_lora_(model: nn.Module, dtype: torch.dtype | None = None, *, name: str
     Raises QuantizationError for fp16 overflow or NaN, and ConfigError for a layer that must not be merged. The layers
     that were merged by this call are then unmerged again.
     """
+    check_whole(model, "merge_lora_")
     before = active_adapter(model)
     if name is not None:
         use_adapter_(model, name)

@@ -179,12 +179,18 @@ def _pack_blocks(into: PackedBuffers, slices: Slices) -> None:
     if not into.double_quant:
         into.absmax.copy_(absmax)
         return
+    packed_absmax, nested, mean = nested_statistics(absmax)
+    into.absmax.copy_(packed_absmax)
+    into.nested_absmax.copy_(nested)
+    into.nested_offset.copy_(mean)
+
+
+def nested_statistics(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Packs the fp32 absmax of all blocks of a weight: returns 8-bit codes, their own absmax, and the offset."""
     # The mean that bitsandbytes takes, but independent of the number of threads.
-    offset_of_all = torch.stack([part.sum() for part in absmax.split(SUMMED_AT_ONCE)]).sum() / absmax.numel()
-    codes, state = bnb.quantize_blockwise(absmax - offset_of_all, blocksize=NESTED_BLOCKSIZE)
-    into.absmax.copy_(codes)
-    into.nested_absmax.copy_(state.absmax)
-    into.nested_offset.copy_(offset_of_all)
+    offset = torch.stack([part.sum() for part in absmax.split(SUMMED_AT_ONCE)]).sum() / absmax.numel()
+    codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    return codes, state.absmax, offset
 
 
 def block_absmax(packed: PackedBuffers, first: int, last: int) -> Tensor:

@@ -8,6 +8,7 @@ are silently wrong. Codes and statistics are the same: what is packed here, bits
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,13 @@ from qlora_lite.quantization.formats import (
     storage_bytes,
 )
 from qlora_lite.quantization.kernels import DecodeCopy, Slices, nested_code
+
+
+class SharedBytes(Protocol):
+    """What a weight is a part of whose bytes are in shares of several processes (sharding/units.py)."""
+
+    def need(self) -> None:
+        """Makes the buffers of the weight be here."""
 
 
 def check_packable(weight: Tensor, name: str, format: str, first_row: int = 0) -> None:
@@ -55,10 +63,12 @@ class PackedWeight(nn.Module):
     or `.to(dtype)` on a model leaves every bit in place. A new instance holds zeros.
 
     int8_activations: whether `integer_product` multiplies in integers. plain_dtype: the dtype that the weight has
-    unpacked in its model, which follows casts of the model.
+    unpacked in its model, which follows casts of the model. unit: what asks other processes for the bytes before they
+    are read, None if they are all here.
     """
 
     of_checkpoint = True  # False once an initialization such as LoftQ has replaced the checkpoint's values
+    unit: SharedBytes | None = None
     packed: Tensor
     absmax: Tensor
     nested_absmax: Tensor
@@ -129,6 +139,10 @@ class PackedWeight(nn.Module):
         """Returns the bytes of codes and statistics by the formula; equal to the bytes of the buffers."""
         return storage_bytes(tuple(self.shape), self.format, self.blocksize, self.double_quant)
 
+    def _need_bytes(self) -> None:
+        if self.unit is not None:
+            self.unit.need()
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the whole matrix in this dtype, as a new tensor."""
         return self.dequantize_rows(0, self.shape[0], dtype)
@@ -140,15 +154,18 @@ class PackedWeight(nn.Module):
 
     def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Returns rows start to stop; start, and stop unless it is the end, are multiples of `row_step`."""
+        self._need_bytes()
         return format_named(self.format).kernels().unpack(self, dtype, start, stop)
 
     def integer_product(self, rows: Tensor) -> Tensor | None:
         """Returns rows W^T in integers if `int8_activations` asks for it and format and shapes allow it, else None."""
+        self._need_bytes()
         product = format_named(self.format).kernels().integer_product if self.int8_activations else None
         return None if product is None else product(self, rows)
 
     def few_rows_product(self, rows: Tensor) -> Tensor | None:
         """Returns rows W^T by a kernel for few rows, None if there is none for this weight and these rows."""
+        self._need_bytes()
         product = format_named(self.format).kernels().few_rows
         return None if product is None else product(self, rows)
 
@@ -180,6 +197,7 @@ class PackedWeight(nn.Module):
         if select is None:
             formats = either(*embedding_formats())
             raise QuantizationError(f"rows can be selected from a weight in format {formats}; got {self.format}")
+        self._need_bytes()
         return select(self, tokens.reshape(-1)).to(dtype).view(*tokens.shape, self.shape[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:

@@ -28,11 +28,12 @@ from qlora_lite.data.stream import batch_digest, check_batch
 from qlora_lite.errors import CheckpointError, ConfigError, NotFiniteError
 from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.progress.work import working
+from qlora_lite.sharding.base import sharded_base
 from qlora_lite.signals import check_signals, deferred_signals
 from qlora_lite.surgery import modes_restored
 from qlora_lite.tasks import task_of
 from qlora_lite.training.config import EXACT_MATCH
-from qlora_lite.training.distributed import Processes, split_in_two
+from qlora_lite.training.distributed import Pass, Processes, split_in_two
 from qlora_lite.training.forward.fuse import unfused
 from qlora_lite.training.forward.fused_forward import fused
 from qlora_lite.training.metrics import OWN_KEYS, Evaluation, is_out_of_patience, perplexity
@@ -75,11 +76,11 @@ def _summed_loss(
     model: nn.Module,
     batches: Iterable[Batch],
     choose: Callable[[Batch], Loss],
-    own_rows: Callable[[Batch], Batch | None] = lambda batch: batch,
+    passes: Callable[[Batch], list[Pass]] = lambda batch: [(batch, 1.0)],
 ) -> tuple[float, int]:
     """Returns the summed loss of rows of some batches, and the labelled tokens of all rows.
 
-    choose: returns the loss, called with the first batch that has a labelled token. own_rows: the rows to compute.
+    choose: returns the loss, called with the first batch that has a labelled token. passes: the rows to compute.
     """
     total, count, loss = 0.0, 0, None
     for batch in batches:
@@ -90,19 +91,19 @@ def _summed_loss(
             continue
         check_positions(model, batch)
         loss = choose(batch) if loss is None else loss
-        rows = own_rows(batch)
-        total, count = total + (0.0 if rows is None else _in_memory(model, loss, rows)), count + summands
+        total += sum(factor * _in_memory(model, loss, rows) for rows, factor in passes(batch))
+        count += summands
     return total, count
 
 
 def _in_memory(model: nn.Module, loss: Loss, batch: Batch) -> float:
-    """Returns the summed loss of a batch. If memory runs out, it is computed in halves."""
+    """Returns the summed loss of a batch. If memory runs out, it is computed in halves, if the base is whole."""
     if int(labelled(model, batch)) == 0:  # the mean loss of such rows is NaN
         return 0.0
     try:
         return float(loss(model, batch))
     except Exception as error:
-        if not is_out_of_memory(error) or len(batch["input_ids"]) == 1:
+        if not is_out_of_memory(error) or len(batch["input_ids"]) == 1 or sharded_base(model) is not None:
             raise
     return sum(_in_memory(model, loss, half) for half in split_in_two(batch))
 
@@ -241,7 +242,8 @@ class Evaluator:
         model, processes, device = self.run.model, self._processes, next(self.run.model.parameters()).device
         of_task, whole = _with_task(model, self._checked_batches())
         if of_task is None:
-            summed = functools.partial(_summed_loss, model, whole, self._chosen_loss, processes.rows)
+            passes = functools.partial(processes.passes, labelled=functools.partial(labelled, model))
+            summed = functools.partial(_summed_loss, model, whole, self._chosen_loss, passes)
             total, count = processes.call_in_all(summed)
             require(count > 0, NO_LABELS, "none")
             loss = float(processes.sum(torch.tensor(total, dtype=torch.float64, device=device))) / count

@@ -28,6 +28,7 @@ from qlora_lite.memory.report import MemoryReport
 from qlora_lite.positions import longest_sequence
 from qlora_lite.progress.work import progress_shown, tell, working
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.sharding.base import ends_told, sharded_base
 from qlora_lite.surgery import modes_restored
 from qlora_lite.training.config import LOSS, TrainConfig
 from qlora_lite.training.distributed import Processes
@@ -142,7 +143,8 @@ def train(
     SIGINT and SIGTERM take effect between two batches if there is an output_dir: a checkpoint is written and Stopped
     raised. A second SIGINT raises KeyboardInterrupt at once and saves nothing.
     In processes started by `accelerate launch`, each computes its rows of every batch, and the first one writes the
-    files. An error or a signal in one stops all. Give all of them the same model, batches and config.
+    files. An error or a signal in one stops all. Give all of them the same model, batches and config; those that hold
+    the base in shares (`load_quantized(..., shard=True)`) compare them, and raise LostProcess if one is lost.
     If memory runs out in a step, that step is made again with its batches split in two, and so are all later ones.
     Module modes and forward methods are restored at the end.
 
@@ -156,30 +158,32 @@ def train(
     folder = None if output_dir is None else Path(output_dir)
     torch.manual_seed(config.seed)
     set_host_limits()
-    accelerator = start_accelerator()
-    run = prepare_run(accelerator, model, batches, config, resumable=folder is not None)
-    processes = Processes(accelerator)
-    evaluator = Evaluator(run, processes, eval_batches, evaluate, profiler)
-    written, told = (folder, observers) if processes.is_first else (None, ())
-    started = time.perf_counter()
-    with (
-        progress_shown(progress and processes.is_first),
-        unfused(run.model),
-        run_folder(run, written, overwrite, resume, notes, settings, told) as writer,
-        _training_mode(run),
-        fused(run.model),
-        noisy_embeddings(run.model, config.neftune_noise_alpha),
-        checkpointed(run.model, config.checkpointing) as blocks,
-        heap_trimming(run.model, accelerator.device, config.checkpointing) as trimmer,
-    ):
-        if resume and folder is not None:
-            processes.wait()  # the first process may still be removing what a killed run left
-            tell(writer.resume(folder))
-            processes.wait()
-            evaluator.check_same_batches()
-        with _chosen_alternatives(run, processes, accelerator.device):
-            step = TrainingStep(run, accelerator, blocks, trimmer, profiler)
-            stopped_early = _steps(step, writer, evaluator)
+    base = sharded_base(model)
+    with ends_told(model):
+        accelerator = start_accelerator(None if base is None else base.group)
+        run = prepare_run(accelerator, model, batches, config, resumable=folder is not None)
+        processes = Processes.of(accelerator, model)
+        evaluator = Evaluator(run, processes, eval_batches, evaluate, profiler)
+        written, told = (folder, observers) if processes.is_first else (None, ())
+        started = time.perf_counter()
+        with (
+            progress_shown(progress and processes.is_first),
+            unfused(run.model),
+            run_folder(run, written, overwrite, resume, notes, settings, told) as writer,
+            _training_mode(run),
+            fused(run.model),
+            noisy_embeddings(run.model, config.neftune_noise_alpha),
+            checkpointed(run.model, config.checkpointing) as blocks,
+            heap_trimming(run.model, accelerator.device, config.checkpointing) as trimmer,
+        ):
+            if resume and folder is not None:
+                processes.wait()  # the first process may still be removing what a killed run left
+                tell(writer.resume(folder))
+                processes.wait()
+                evaluator.check_same_batches()
+            with _chosen_alternatives(run, processes, accelerator.device):
+                step = TrainingStep(run, accelerator, blocks, trimmer, profiler)
+                stopped_early = _steps(step, writer, evaluator)
     seconds, found = time.perf_counter() - started, run.decisions
     return TrainResult(
         run.metrics,

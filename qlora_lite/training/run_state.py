@@ -35,6 +35,7 @@ from qlora_lite.lora.peft.save_load import save_adapter
 from qlora_lite.lora.variants import reference_tensors
 from qlora_lite.offload.mapped_file import release
 from qlora_lite.progress.work import BYTES, working
+from qlora_lite.sharding.base import whole_tensor
 from qlora_lite.signals import check_signals
 from qlora_lite.training.config import EXACT_MATCH, TrainConfig
 from qlora_lite.training.decisions import Decisions
@@ -156,9 +157,14 @@ class Run:
         losses = [step.loss for step in self.metrics[-(self.config.save_steps or 1) :]]
         return float(sum(losses) / len(losses))
 
-    def _identity(self) -> _Identity:
+    def note_base(self) -> None:
+        """Computes the fingerprint of the base, unless it is known. All processes must call it if it is in shares."""
         if self._base is None:
             self._base = dict(base_fingerprint(self.model))
+
+    def _identity(self) -> _Identity:
+        self.note_base()
+        assert self._base is not None
         assert self.sources is not None
         identity: _Identity = {
             "settings": {name: value for name, value in asdict(self.config).items() if name not in FREE_SETTINGS},
@@ -294,13 +300,15 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
 def base_fingerprint(model: nn.Module) -> dict[str, str]:
     """Returns SHA-256 sums of a base: `layout` (names, shapes, dtypes, formats), `values` (all bytes), `config`.
 
-    Packed weights are hashed as they are packed. Hashing takes about a second for 1 to 2 GB.
+    Packed weights are hashed as they are packed. Hashing takes about a second for 1 to 2 GB. A base in shares has the
+    sums of the whole one; all of its processes must call this.
     """
     layout: list[object] = []
     values = hashlib.sha256()
-    tensors = list(_frozen(model))
-    with working("hashing the base", sum(tensor.nbytes for _, tensor in tensors), BYTES) as work:
-        for name, tensor in tensors:
+    frozen = list(_frozen(model))
+    with working("hashing the base", sum(tensor.nbytes for _, tensor in frozen), BYTES) as work:
+        for name, _ in frozen:
+            tensor = whole_tensor(model, name)
             layout.append([name, list(tensor.shape), str(tensor.dtype)])
             for piece in _pieces(tensor):
                 check_signals()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -20,20 +19,22 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_
 from torch import Tensor, nn
 
 from qlora_lite import architecture
+from qlora_lite.checks import are_finite
 from qlora_lite.compute.devices import is_out_of_memory, on_cpu
 from qlora_lite.compute.host_memory import HeapTrimmer, release_freed_pages
 from qlora_lite.compute.random_state import RandomSources, loader_generators
 from qlora_lite.data.batching import Batch, lacks_images
-from qlora_lite.data.stream import BatchStream
+from qlora_lite.data.stream import BatchStream, batch_digest
 from qlora_lite.errors import ConfigError, NotFiniteError, TargetError, TrainingError
 from qlora_lite.lora.adapters import adapter_parameters, freeze_base_, wrapped_layers
 from qlora_lite.memory.counters import peak_bytes
 from qlora_lite.memory.profiler import MemoryProfiler
 from qlora_lite.progress.work import tell
+from qlora_lite.sharding.group import Group
 from qlora_lite.signals import check_signals
 from qlora_lite.tasks import task_of
 from qlora_lite.training.config import TrainConfig
-from qlora_lite.training.distributed import Processes, split_in_two
+from qlora_lite.training.distributed import Pass, Processes
 from qlora_lite.training.forward.activation_checkpointing import BlockCheckpointing
 from qlora_lite.training.metrics import StepMetrics
 from qlora_lite.training.objective.causality import check_causality
@@ -47,7 +48,6 @@ from qlora_lite.training.optim import learning_rate_factor, make_optimizer, set_
 from qlora_lite.training.run_state import Run
 
 FP32_BYTES = 4
-CHECKED_AT_ONCE = 32  # parameters that are searched for NaN as one tensor
 NOT_BY_ROWS = "similar texts"
 # Several processes may have copies of the model, but not parts of it.
 ALONE_OR_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
@@ -90,18 +90,22 @@ def _check_not_sharded(kind: DistributedType) -> None:
     if kind not in ALONE_OR_COPIES:
         raise ConfigError(
             f"accelerate is set to {kind.value}, which cannot shard a packed base: its bytes are buffers, and every "
-            f"process would hold all of them; set it to data parallel"
+            f"process would hold all of them; set it to data parallel, and load the base with shard (train --shard)"
         )
 
 
-def start_accelerator() -> Accelerator:
-    """Returns accelerate's Accelerator of this process. Raises ConfigError for settings that `train` cannot follow."""
+def start_accelerator(group: Group | None = None) -> Accelerator:
+    """Returns accelerate's Accelerator of this process. Raises ConfigError for settings that `train` cannot follow.
+
+    group: the processes that hold the base in shares, if it is; accelerate joins them.
+    """
     for variable, kind in SHARDING_VARIABLES.items():
         if parse_flag_from_env(variable):
             _check_not_sharded(kind)
     try:
         # The plugin keeps the environment from dividing gradients by another number of batches.
-        accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+        plugin, cpu = GradientAccumulationPlugin(num_steps=1), group is not None and on_cpu(group.device)
+        accelerator = Accelerator(cpu=cpu, gradient_accumulation_plugin=plugin)
     except ValueError as error:
         raise ConfigError(f"accelerate refused to start: {str(error).splitlines()[0]}") from error
     if accelerator.mixed_precision != "no":
@@ -133,17 +137,18 @@ def prepare_run(
     # evaluation_mode: accelerate does not wrap the model, because gradients are summed in distributed.py.
     run.model = accelerator.prepare_model(model, device_placement=elsewhere, evaluation_mode=True)
     run.optimizer = accelerator.prepare_optimizer(run.optimizer)
-    Processes(accelerator).broadcast_(trained.values())
+    processes = Processes.of(accelerator, model)
+    processes.agree(lambda: _settings_of(run))
+    processes.broadcast_(trained.values())
+    if resumable and processes.group is not None:
+        run.note_base()  # now, because all processes have to take part
     return run
 
 
-@torch.no_grad()
-def _are_finite(parameters: Iterable[Tensor]) -> bool:
-    """Whether no value is NaN or infinite: the largest magnitude of each is finite then."""
-    values = [parameter.view(-1) for parameter in parameters]
-    starts = range(0, len(values), CHECKED_AT_ONCE)
-    largest = [torch.cat(values[start : start + CHECKED_AT_ONCE]).norm(math.inf) for start in starts]
-    return bool(torch.stack(largest).isfinite().all())
+def _settings_of(run: Run) -> dict[str, str]:
+    """Returns what processes must agree on before they train together."""
+    adapters = {name: (list(value.shape), str(value.dtype)) for name, value in run.trained.items()}
+    return {"set of training settings": str(run.config), "set of adapters": str(adapters)}
 
 
 class TrainingStep:
@@ -161,11 +166,12 @@ class TrainingStep:
         trimmer: HeapTrimmer,
         profiler: MemoryProfiler | None,
     ) -> None:
-        self.run, self.processes = run, Processes(accelerator)
+        self.run, self.processes = run, Processes.of(accelerator, run.model)
         self._accelerator, self._blocks, self._trimmer = accelerator, blocks, trimmer
         self._profiler = profiler
         self._blocks.costs = run.decisions.block_costs
         self._loss: Loss | None = None
+        self._where = ""  # the processes whose loss was not finite
         self._rows_checked = 0  # the rows of batches for which packing was checked
         if profiler is not None:
             profiler.track(run.model, run.optimizer)
@@ -179,7 +185,9 @@ class TrainingStep:
         """Returns the batches of the next step, the same in every process."""
         config = self.run.config
         batches = self.run.stream.take(config.gradient_accumulation, self.number, config.steps)
-        return self.processes.call_in_all(functools.partial(list[Batch], batches))
+        found = self.processes.call_in_all(functools.partial(list[Batch], batches))
+        self.processes.agree(lambda: {f"batch in step {self.number}": functools.reduce(batch_digest, found, "")})
+        return found
 
     def make(self, batches: list[Batch], before_update: Callable[[], None]) -> StepMetrics:
         """Computes the gradients of the batches and updates the trained parameters.
@@ -248,16 +256,22 @@ class TrainingStep:
 
     def _summed_gradients(self, batches: list[Batch], summands: int) -> Tensor:
         """Returns the loss of the step and leaves its gradients, both summed over all processes."""
-        own = [rows for batch in batches if (rows := self.processes.rows(batch)) is not None]
         sources = RandomSources(self._accelerator.device)
 
         def gradients() -> Tensor:
             with self.processes.own_random_numbers(sources, self.run.config.seed, self.number):
-                return self._gradients_in_memory(own, summands)
+                return self._gradients_in_memory(batches, summands)
 
-        loss = self.processes.sum(self.processes.call_in_all(gradients))
+        loss = self.processes.sum(own := self.processes.call_in_all(gradients))
+        self._where = "" if loss.isfinite() else self.processes.without_finite(own)
         self.processes.sum_gradients_(self.run.trained.values())
         return loss
+
+    def _passes(self, batches: list[Batch]) -> list[Pass]:
+        """Returns what this process computes of the batches of a step, in halves once memory has run out."""
+        halved, count = self.run.decisions.halved_at is not None, functools.partial(labelled, self.run.model)
+        # The mean loss of rows without a label is NaN, and their part in the gradient is none.
+        return [one for batch in batches for one in self.processes.passes(batch, count, halved)]
 
     def _gradients_in_memory(self, batches: list[Batch], summands: int) -> Tensor:
         """Returns `_gradients`. If memory runs out, batches are split from here on, and it is called again."""
@@ -271,7 +285,13 @@ class TrainingStep:
                     f"memory ran out in step {self.number}, and batches of {NOT_BY_ROWS} are not divided, since each "
                     f"row is compared with all others; train on shorter rows or smaller batches"
                 ) from error
-            rows = max(len(batch["input_ids"]) for batch in batches)
+            if self.processes.group is not None:
+                raise TrainingError(
+                    f"memory ran out in step {self.number}, and with a base in shares batches are not divided, since "
+                    f"all processes compute together; train on shorter rows or smaller batches, or recompute more "
+                    f"(checkpointing)"
+                ) from error
+            rows = max(len(batch["input_ids"]) for batch, _ in self._passes(batches))
             if self.run.decisions.halved_at is not None or rows == 1:
                 tried = "again, with halved batches" if rows > 1 else "with one row"
                 raise TrainingError(
@@ -296,23 +316,20 @@ class TrainingStep:
         assert self._loss is not None
         total = torch.zeros((), device=self._accelerator.device)
         check_signals()
-        halved = self.run.decisions.halved_at is not None
-        parts = list(itertools.chain.from_iterable(map(split_in_two, batches))) if halved else batches
-        # The mean loss of rows without a label is NaN, and their part in the gradient is none.
-        labelled_parts = [part for part in parts if labelled(self.run.model, part) > 0]
-        for batch in labelled_parts:
+        passes = self._passes(batches)
+        for batch, factor in passes:
             check_signals()
             with self._blocks.batch(tokens_in(batch), self._optimizer_bytes()) as phase:
                 self._trimmer.end_phase()
                 with self._phase("forward"), phase("forward"), refused_inputs(self.run.model, batch):
-                    loss = self._loss(self.run.model, batch) / summands
+                    loss = self._loss(self.run.model, batch) / summands * factor
                 self._trimmer.end_phase()
                 check_signals()
                 with self._phase("backward"), phase("backward"):
                     self._accelerator.backward(loss)
             total += loss.detach()
-        if self.number == 1 and labelled_parts:
-            check_gradients(self.run.model, self.run.trained, all(map(lacks_images, labelled_parts)))
+        if self.number == 1 and passes:
+            check_gradients(self.run.model, self.run.trained, all(lacks_images(batch) for batch, _ in passes))
         return total
 
     def _update(self, loss: float, before_update: Callable[[], None]) -> float:
@@ -324,10 +341,10 @@ class TrainingStep:
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 kept = f"the adapters keep their values of step {self.number - 1}"
-                raise NotFiniteError(f"the {name} of step {self.number} is {value}; {kept}; {advice}")
+                raise NotFiniteError(f"the {name} of step {self.number} is {value}{self._where}; {kept}; {advice}")
         before_update()
         self.run.optimizer.step()
         self.run.optimizer.zero_grad(set_to_none=True)
-        if not _are_finite(parameters):
+        if not are_finite(parameters):
             raise NotFiniteError(f"the update of step {self.number} made adapters NaN or infinite; {advice}")
         return norm

@@ -150,15 +150,23 @@ class StoredInt8Rows:
     def shape(self) -> tuple[int, ...]:
         return self.stored.shape
 
+    def empty(self, device: torch.device) -> PackedWeight:
+        """Returns a packed weight of this layout that holds zeros."""
+        return PackedWeight((self.shape[0], self.shape[1]), eight_bit_format().name, device=device)
+
     def load(self, device: torch.device) -> PackedWeight:
         """Restores the packed weight. Raises CheckpointError if the absmax was written for other rows."""
-        absmax = self.absmax.read()
-        check_finite(absmax, f"the absmax of {self.name}")
-        packed = PackedWeight((self.shape[0], self.shape[1]), eight_bit_format().name, device=device)
+        return self.load_rows(0, self.shape[0], device)
+
+    def load_rows(self, start: int, stop: int, device: torch.device) -> PackedWeight:
+        """Restores rows start to stop, as `load` does."""
+        absmax = self.absmax.rows(start, stop)
+        check_finite(absmax, f"the absmax of {self.name}", start)
+        packed = PackedWeight((stop - start, self.shape[1]), eight_bit_format().name, device=device)
         packed.absmax.copy_(absmax)
         scale = torch.where(absmax > 0, LARGEST_CODE / absmax, 0).unsqueeze(1)
-        for part in slices_within(self.shape, torch.float32.itemsize, READ_BYTES):
-            rows = self.stored.rows(part.start, part.stop)
+        for part in slices_within(packed.shape, torch.float32.itemsize, READ_BYTES):
+            rows = self.stored.rows(start + part.start, start + part.stop)
             codes = (rows.float() * scale[part]).round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
             packed.packed[part] = codes  # (NaN becomes an arbitrary code, and differs below)
             if not torch.equal(packed.dequantize_rows(part.start, part.stop, rows.dtype).cpu(), rows):

@@ -125,6 +125,13 @@ MemoryBudget = Annotated[
     typer.Option(help="Choose --checkpointing by prediction: the least that fits into this memory, as 20GiB."),
     InFile(others="a size such as 20GiB"),
 ]
+Shard = Annotated[
+    bool,
+    typer.Option(
+        "--shard/--no-shard",
+        help="Hold the packed base in shares, one in each process that torchrun or accelerate launch started.",
+    ),
+]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps. Default: 100, or those of --epochs.")]
 Epochs = Annotated[
     float | None, typer.Option(help="Passes over the records, in place of --steps; 0.5 is half of a pass.")

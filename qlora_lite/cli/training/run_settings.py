@@ -94,5 +94,22 @@ def check_options(lora: LoraConfig, options: Mapping[str, Any]) -> None:
     check_base(options["base_in"])
     if options["memory_budget"] is not None and options["base_in"] == DISK:
         raise ConfigError("--memory-budget predicts a base in memory; leave out it or --base-in")
+    if options["shard"]:
+        _check_shard(options)
     if options["memory_budget"] is not None and options["checkpointing"] is not None:
         raise ConfigError("--memory-budget chooses the checkpointing itself; leave out it or --checkpointing")
+
+
+def _check_shard(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for options that cannot be followed with a base in shares, and without other processes."""
+    from qlora_lite.checkpoints.load import DISK
+    from qlora_lite.sharding.group import check_launched
+
+    if options["base_in"] == DISK:
+        raise ConfigError("--shard holds the base in memory; leave out it or --base-in")
+    for name, why in (("memory_budget", "predicts a base that is whole"), ("eval_generate", "writes answers alone")):
+        if options[name] is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {why}, and --shard holds it in shares; leave out one of them"
+            )
+    check_launched()

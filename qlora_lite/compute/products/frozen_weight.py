@@ -39,7 +39,13 @@ Weight = Tensor | PackedMatrix
 
 
 def weight_of(layer: nn.Module) -> Weight:
-    """Returns the weight of a linear or embedding layer, a tensor or packed."""
+    """Returns the weight of a linear or embedding layer, a tensor or packed.
+
+    A tensor that is in shares of several processes is gathered first (sharding/base.py): all of them must call this.
+    """
+    unit: Any = vars(layer).get("unit")
+    if unit is not None:
+        unit.need()
     weight: Any = layer.weight
     return weight  # type: ignore[no-any-return]
 

@@ -43,6 +43,7 @@ from qlora_lite.lora.peft.lost_layers import lost_in_peft
 from qlora_lite.lora.peft.options import CONFIG_FILE
 from qlora_lite.lora.peft.stored_adapter import StoredAdapter
 from qlora_lite.lora.variants import clear_reference_, ordinary_rank
+from qlora_lite.sharding.base import check_whole
 from qlora_lite.surgery import replace_modules_
 
 
@@ -183,6 +184,8 @@ def load_adapter_(
 def _load_(model: nn.Module, folder: Path, adapter: str) -> list[str]:
     stored = StoredAdapter.read(model, folder)
     _check_packed_base_(model, stored, folder)
+    if stored.auxiliary.modules or stored.auxiliary.rows:
+        check_whole(model, "an adapter with modules trained whole or rows of tokens")
     present = bool(lora_layers(model))
     if not present:
         _wrap_layers_(model, stored)

@@ -27,6 +27,7 @@ from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.storages import storages_of
 from qlora_lite.memory.trace import StorageTrace
 from qlora_lite.patches import patched_forward
+from qlora_lite.sharding.base import shares_of
 from qlora_lite.surgery import repeated_blocks
 from qlora_lite.training.config import NONE
 
@@ -154,7 +155,7 @@ class BlockCheckpointing:
     def _measuring(self, tokens: int) -> Iterator[Phase]:
         """Within the block one model block is kept; its costs and the peaks of the phases are measured."""
         self.kept, self._saved_bytes = 1, {}
-        resident = [*self._model.parameters(), *self._model.buffers()]
+        resident = [*self._model.parameters(), *self._model.buffers(), *shares_of(self._model)]
         with StorageTrace() as trace:
             for tensor in resident:
                 trace.label(tensor, Category.BASE_WEIGHT)

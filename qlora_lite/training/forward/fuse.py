@@ -30,6 +30,7 @@ from qlora_lite.compute.host_memory import set_host_limits
 from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import ConfigError
 from qlora_lite.patches import exchange_attention_, loss_output, patched_forward
+from qlora_lite.sharding.base import check_whole
 from qlora_lite.tasks import CAUSAL_LM, task_of
 from qlora_lite.training.config import FULL, NONE, check_checkpointing
 from qlora_lite.training.forward.activation_checkpointing import (
@@ -266,6 +267,7 @@ def fuse_(model: nn.Module, checkpointing: str | int = "full", *, keep_logits: b
     """
     check_checkpointing(checkpointing)
     model = without_peft(model)
+    check_whole(model, "another training loop than train")
     if fusion_of(model) is not None:
         raise ConfigError("the model is fused already; unfuse_ it first")
     if taken := [name for name in METHODS if name in vars(model)]:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from qlora_lite import architecture
 from qlora_lite.compute.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from qlora_lite.compute.products.frozen_weight import weight_of
 from qlora_lite.data.batching import Batch, labelled_tokens
 from qlora_lite.errors import ConfigError, QLoRAError
 from qlora_lite.lora.auxiliary_layers import TrainableTokensLayer, TrainedCopy
@@ -60,7 +61,7 @@ def head_arguments(model: nn.Module, hidden: Tensor) -> tuple[Tensor, dict[str, 
     if isinstance(head, TrainableTokensLayer) and head.adapter_enabled:
         replaced = (head.rows.tokens, head.rows.values)
     dtype = getattr(base_of_head(head), "compute_dtype", None) or hidden.dtype
-    tensors = {"weight": head.weight, "bias": head.bias, "lora": lora, "replaced": replaced}
+    tensors = {"weight": weight_of(head), "bias": head.bias, "lora": lora, "replaced": replaced}
     return hidden.to(dtype), tensors | architecture.logit_options(model)
 
 
