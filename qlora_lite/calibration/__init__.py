@@ -7,6 +7,7 @@ input_products    products of a layer's inputs, and the order of its columns
 error_feedback    codes and absmax of one weight, by the error of the layer's output
 layer_inputs      the inputs of a block's layers while text runs through it
 block_chain       a model run block by block
+kept_blocks       packed blocks on disk, for a calibration that is stopped
 block_packing     a block read, packed for its inputs, and run
 held_out          packed models compared with the 16-bit one on other text
 report            the figures, as a table and as calibration.json

@@ -1,12 +1,14 @@
 """Packs a model block by block, for the text that runs through it; a block at a time is in full precision.
 
-For each block, in the order of the forward pass: its weights are read; the text runs through it in the 16-bit model and
-behind the packed blocks; the weight of each layer is packed for the inputs that it got (error_feedback.py); and the
-text runs through the packed block. Between blocks, only hidden states are kept, in the dtype of the model.
+For each block, in the order of the forward pass: its weights are read, and the text runs through it in the 16-bit
+model. Then its layers are packed one after the other, those with one input together, for the inputs that they get
+behind the layers that are packed already (error_feedback.py), and the text runs through the packed block. Between
+blocks, only hidden states are kept, in the dtype of the model.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -16,8 +18,10 @@ from torch import Tensor, nn
 
 from qlora_lite import architecture
 from qlora_lite.calibration.block_chain import BlockChain, Recorded
-from qlora_lite.calibration.error_feedback import pack_with_feedback
-from qlora_lite.calibration.layer_inputs import BlockInputs, noted_inputs
+from qlora_lite.calibration.error_feedback import FeedbackResult, empty_like, pack_with_feedback
+from qlora_lite.calibration.input_products import InputProducts
+from qlora_lite.calibration.kept_blocks import KeptBlocks, KeptLayer
+from qlora_lite.calibration.layer_inputs import BlockInputs, input_of, noted_inputs, token_rows
 from qlora_lite.calibration.report import LayerErrors
 from qlora_lite.checkpoints.load import OpenedCheckpoint, TensorLoader
 from qlora_lite.progress.work import Work
@@ -35,6 +39,11 @@ INCOMPLETE = "not called once with every token"
 def layer_name(to_pack: WeightToPack) -> str:
     """Returns the name of the layer, or of the stack."""
     return to_pack.name.removesuffix(".weight")
+
+
+def _weight(to_pack: WeightToPack) -> Tensor:
+    """Returns the weight as it is packed, `(out, in)`."""
+    return to_pack.weight.mT if to_pack.transposed else to_pack.weight
 
 
 @dataclass
@@ -55,6 +64,7 @@ class Text:
 class BlockPacker:
     """Fills an empty model with the tensors of a checkpoint, and packs its blocks for the text that runs through them.
 
+    targets: the empty tensors of the model, by name. kept: packed blocks of a calibration that was stopped.
     errors: of the layers that were packed with feedback. left: those packed by rounding, with the reason.
     """
 
@@ -62,6 +72,7 @@ class BlockPacker:
     loader: TensorLoader
     device: torch.device
     targets: Mapping[str, Tensor]
+    kept: KeptBlocks | None = None
     errors: dict[str, LayerErrors] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
@@ -117,7 +128,7 @@ class BlockPacker:
 
     def unsuitable(self, to_pack: WeightToPack) -> str | None:
         """Returns why a weight is packed by rounding whatever its inputs are; None if it is not."""
-        shape = to_pack.weight.mT.shape if to_pack.transposed else to_pack.weight.shape
+        shape = _weight(to_pack).shape
         if to_pack.stack is not None:
             return "a stack of experts' matrices"
         if len(to_pack.modules) > 1:
@@ -129,26 +140,70 @@ class BlockPacker:
         return None
 
     def run_plain(self, block: nn.Module, number: int, texts: Sequence[Text], inputs: BlockInputs) -> None:
-        """Runs the text through a block in full precision, and adds the inputs of its layers."""
+        """Runs the text through a block in full precision, and notes the inputs of its layers."""
         for text in texts:
             check_signals()
-            call = text.recorded.calls[number]
-            with noted_inputs(inputs.layers) as plain:
-                output = call.run(block, text.plain)
+            with noted_inputs(inputs.layers) as noted:
+                output = text.recorded.calls[number].run(block, text.plain)
             if text.rounded is None:
-                packed = plain
-                if text.packed is not text.plain:
-                    with noted_inputs(inputs.layers) as packed:
-                        call.run(block, text.packed)
-                inputs.add(plain, packed, text.batch)
+                inputs.add(noted, text.batch)
             text.plain = output
 
-    def run_rounded(self, block: nn.Module, number: int, texts: Sequence[Text]) -> None:
-        """Runs the held-out text through a block that is packed by rounding."""
-        for text in texts:
-            if text.rounded is not None:
-                check_signals()
-                text.rounded = text.recorded.calls[number].run(block, text.rounded)
+    def products(
+        self, block: nn.Module, number: int, texts: Sequence[Text], leader: str, inputs: BlockInputs
+    ) -> InputProducts:
+        """Returns the products of the inputs that a group gets behind the packed layers, those of this block too."""
+        found: InputProducts | None = None
+        for text, plain in zip((text for text in texts if text.rounded is None), inputs.rows, strict=True):
+            check_signals()
+            call = text.recorded.calls[number]
+            value = input_of(inputs.layers[leader], functools.partial(call.run, block, text.packed))
+            rows = None if value is None else token_rows(value, text.batch)
+            assert rows is not None  # as in the 16-bit model
+            found = found or InputProducts(rows.shape[1], rows.device)
+            found.add(rows, plain.pop(leader))
+        assert found is not None
+        return found
+
+    def pack_block_(self, block: nn.Module, number: int, texts: Sequence[Text], work: Work) -> None:
+        """Packs a block, and runs the text through it."""
+        model, found = self.opened.model, self.load_block_(block)
+        reasons = {name: self.unsuitable(to_pack) for name, to_pack in found.items()}
+        kept = None if self.kept is None else self.kept.read(number)
+        suitable = [name for name, reason in reasons.items() if reason is None and kept is None]
+        inputs = BlockInputs({name: found[name].first[1] for name in suitable})
+        self.run_plain(block, number, texts, inputs)
+        done = {name: self._restored(found[name], layer) for name, layer in (kept or {}).items() if name in found}
+        for names in inputs.groups():
+            products = self.products(block, number, texts, names[0], inputs)
+            order = products.order(self.config.blocksize)
+            for name in names:
+                weight, format = _weight(found[name]), found[name].format
+                done[name] = pack_with_feedback(weight, products, order, self.config, format, found[name].name)
+                found[name].fill_(model, done[name].packed, self.config)
+                self.errors[name] = done[name].errors
+                work.reach(work.done + 1, self.figures())
+        if kept is None and self.kept is not None:
+            self.kept.write(number, {name: (result.packed, result.errors) for name, result in done.items()})
+        for name in kept or ():
+            found[name].fill_(model, done[name].packed, self.config)
+            self.errors[name] = done[name].errors
+            work.reach(work.done + 1, self.figures())
+        for name, to_pack in found.items():
+            if name not in done:
+                self.left[name] = reasons[name] or INCOMPLETE
+                pack_(model, to_pack, self.config)
+                work.advance()
+        self.run_packed(block, number, texts)
+        self.run_rounded(block, number, texts, {name: result.rounded for name, result in done.items()})
+
+    def _restored(self, to_pack: WeightToPack, layer: KeptLayer) -> FeedbackResult:
+        """Returns what packing a weight gave in a calibration that was stopped."""
+        weight = _weight(to_pack)
+        rounded = PackedWeight.of(weight, self.config, to_pack.format, to_pack.name)
+        packed = empty_like(rounded)
+        packed.load_state_dict(dict(layer.buffers))
+        return FeedbackResult(rounded, packed, layer.errors)
 
     def run_packed(self, block: nn.Module, number: int, texts: Sequence[Text]) -> None:
         """Runs the text through a block that is packed with feedback."""
@@ -156,33 +211,20 @@ class BlockPacker:
             check_signals()
             text.packed = text.recorded.calls[number].run(block, text.packed)
 
-    def pack_block_(self, block: nn.Module, number: int, texts: Sequence[Text], work: Work) -> None:
-        """Packs a block, and runs the text through it."""
-        model, found = self.opened.model, self.load_block_(block)
-        reasons = {name: self.unsuitable(to_pack) for name, to_pack in found.items()}
-        layers = {name: to_pack.first[1] for name, to_pack in found.items() if reasons[name] is None}
-        inputs = BlockInputs(layers)
-        self.run_plain(block, number, texts, inputs)
-        packed: dict[str, PackedWeight] = {}
-        for leader, names in inputs.complete().items():
-            products = inputs.products.pop(leader)
-            order = products.order(self.config.blocksize)
-            for name in names:
-                to_pack = found[name]
-                weight = to_pack.weight.mT if to_pack.transposed else to_pack.weight
-                done = pack_with_feedback(weight, products, order, self.config, to_pack.format, to_pack.name)
-                packed[name] = done.packed
-                self.errors[name] = LayerErrors(done.rounded, done.calibrated)
-                work.reach(work.done + 1, self.figures())
-        for name, to_pack in found.items():
-            if name not in packed:
-                self.left[name] = reasons[name] or INCOMPLETE
-                work.advance()
-            pack_(model, to_pack, self.config)
-        self.run_rounded(block, number, texts)
-        for name, codes in packed.items():
-            cast(QuantizedLinear, model.get_submodule(name)).weight = codes
-        self.run_packed(block, number, texts)
+    def run_rounded(
+        self, block: nn.Module, number: int, texts: Sequence[Text], rounded: Mapping[str, PackedWeight]
+    ) -> None:
+        """Runs the held-out text through a packed block with other weights in place of its own."""
+        layers = {name: cast(QuantizedLinear, self.opened.model.get_submodule(name)) for name in rounded}
+        own = {name: layer.weight for name, layer in layers.items()}
+        for name, layer in layers.items():
+            layer.weight = rounded[name]
+        for text in texts:
+            if text.rounded is not None:
+                check_signals()
+                text.rounded = text.recorded.calls[number].run(block, text.rounded)
+        for name, layer in layers.items():
+            layer.weight = own[name]
 
     def figures(self) -> str:
         """Returns how much of the error of rounding is left, over all layers so far."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qlora_lite.calibration.code_grid import AbsmaxGrid, CodeGrid, store_codes_
 from qlora_lite.calibration.input_products import ColumnOrder, InputProducts
+from qlora_lite.calibration.report import LayerErrors
 from qlora_lite.compute.slicing import rows_that_fit
 from qlora_lite.quantization.config import QuantConfig
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -38,14 +39,11 @@ VALUES_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class FeedbackResult:
-    """A packed weight, and the shares of the layer's squared output that packing changes on the calibration text.
+    """A weight packed by rounding and with feedback, and what each changes on the calibration text."""
 
-    rounded: if the weight were packed by rounding. calibrated: as it was packed.
-    """
-
+    rounded: PackedWeight
     packed: PackedWeight
-    rounded: float
-    calibrated: float
+    errors: LayerErrors
 
 
 @dataclass(frozen=True)
@@ -125,6 +123,14 @@ def _largest(weight: Tensor, blocksize: int) -> Tensor:
     return weight.view(len(weight), -1, blocksize).abs().amax(2)
 
 
+def empty_like(packed: PackedWeight) -> PackedWeight:
+    """Returns a packed weight of the same layout, to be filled."""
+    rows, columns = packed.shape
+    made = PackedWeight((rows, columns), packed.format, packed.blocksize, packed.double_quant, packed.device)
+    made.plain_dtype = packed.plain_dtype
+    return made
+
+
 def pack_with_feedback(
     weight: Tensor,
     products: InputProducts,
@@ -144,9 +150,7 @@ def pack_with_feedback(
     moved = shifted(original, products, order, SHIFT)
     grid = CodeGrid.of(format, moved)
     statistics = AbsmaxGrid.of(_largest(moved, config.blocksize), config.double_quant)
-    packed = PackedWeight((weight.shape[0], weight.shape[1]), format, config.blocksize, config.double_quant)
-    packed = packed.to(weight.device)
-    packed.plain_dtype = plain.plain_dtype
+    packed = empty_like(plain)
     indices = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     absmax = moved.new_empty((len(weight), len(order.blocks)))
     count = rows_that_fit(VALUES_AT_ONCE, 2 * len(FACTORS) * config.blocksize)
@@ -158,4 +162,4 @@ def pack_with_feedback(
     statistics.store_(absmax, packed)
     whole = products.error(original) or 1.0
     errors = [products.error(each.dequantize(original.dtype) - original) / whole for each in (plain, packed)]
-    return FeedbackResult(packed, *errors)
+    return FeedbackResult(plain, packed, LayerErrors(*errors))

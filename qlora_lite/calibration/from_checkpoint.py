@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,13 +18,15 @@ from qlora_lite import architecture
 from qlora_lite.calibration.block_chain import BlockChain
 from qlora_lite.calibration.block_packing import BlockPacker
 from qlora_lite.calibration.held_out import Comparison
+from qlora_lite.calibration.kept_blocks import KeptBlocks
 from qlora_lite.calibration.layer_inputs import token_count
-from qlora_lite.calibration.report import CALIBRATED, PLAIN, ROUNDED, CalibrationReport
+from qlora_lite.calibration.report import CALIBRATED, METHOD, PLAIN, ROUNDED, VERSION, CalibrationReport
+from qlora_lite.checkpoints.atomic_folder import check_replaceable
 from qlora_lite.checkpoints.base_identity import model_identity, packed_weights_hash, set_base_identity_
 from qlora_lite.checkpoints.load import OpenedCheckpoint, TensorLoader, freeze_loaded_
 from qlora_lite.checkpoints.safetensors_write import DEFAULT_SHARD_BYTES
 from qlora_lite.checks import require
-from qlora_lite.errors import CheckpointError, ConfigError
+from qlora_lite.errors import CheckpointError, ConfigError, Stopped
 from qlora_lite.export.quantized import save_quantized
 from qlora_lite.positions import most_positions
 from qlora_lite.progress.work import working
@@ -77,6 +81,7 @@ def calibrated_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     ignore_unexpected: bool = False,
+    resume_folder: Path | None = None,
 ) -> Any:
     """Loads a causal language model packed and frozen, as `load_quantized`, with codes chosen by text.
 
@@ -86,6 +91,8 @@ def calibrated_model(
 
     batches: of text, `input_ids` `(rows, tokens)`, with `attention_mask` if rows are padded. Their hidden states are
     kept twice. held_out: others, on which the 16-bit, the rounded and the calibrated model are compared.
+    resume_folder: blocks are kept there as soon as they are packed, and read from there if the same calibration was
+    stopped before. The caller removes it.
 
     Raises ConfigError for int8 or unpacked weights, for text that the model cannot be run on, and for a model that does
     not pass one hidden state from block to block; CheckpointError for a checkpoint that is packed already; else as
@@ -100,8 +107,16 @@ def calibrated_model(
     _check_text(calibration, others, model)
     place = torch.device(device)
     loader = TensorLoader(model, opened.checkpoint, dtype, place)
-    packer = BlockPacker(opened, loader, place, model.state_dict(keep_vars=True))
-    comparison = _pack_(packer, *([_moved(batch, place) for batch in text] for text in (calibration, others)))
+    kept = None if resume_folder is None else KeptBlocks(resume_folder, _key(opened, calibration, dtype))
+    if kept is not None:
+        kept.open()
+    packer = BlockPacker(opened, loader, place, model.state_dict(keep_vars=True), kept)
+    try:
+        comparison = _pack_(packer, *([_moved(batch, place) for batch in text] for text in (calibration, others)))
+    except Stopped as stop:
+        if kept is None or not kept.folder.is_dir():
+            raise
+        raise Stopped(stop.number, f"{stop}; the same calibration goes on from {kept.folder}") from None
     freeze_loaded_(model)
     opened.finished()
     digest = packed_weights_hash(sorted(_packed_weights(model)))
@@ -131,6 +146,21 @@ def _check_can_be_calibrated(opened: OpenedCheckpoint) -> None:
             f"{opened.folder} is packed already, and calibration needs the weights in full precision; name the "
             f"checkpoint that it was packed from"
         )
+
+
+def _key(opened: OpenedCheckpoint, calibration: Sequence[Batch], dtype: torch.dtype) -> dict[str, object]:
+    """Returns what the packed blocks of a calibration depend on."""
+    files = [path for path in sorted(opened.folder.glob("*.safetensors")) if path.is_file()]
+    config = opened.checkpoint.config
+    return {
+        "method": METHOD,
+        "version": VERSION,
+        "torch": torch.__version__,
+        "text": text_hash(calibration),
+        "checkpoint": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "format": [config.format, config.blocksize, config.double_quant, str(config.compute_dtype), str(dtype)],
+        "other layers": [config.embedding_format, config.skip_modules and list(config.skip_modules)],
+    }
 
 
 def _packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
@@ -183,8 +213,11 @@ def calibrate(
     """Packs a checkpoint with text (`calibrated_model`), and writes it by `save_quantized`. Returns its report.
 
     The folder is one that transformers and bitsandbytes load as any other, and `load_quantized` too; beside the tensors
-    lies `calibration.json`, the report.
+    lies `calibration.json`, the report. Until it is written, packed blocks are kept in a folder next to it
+    (`unfinished_folder`), so that the same call goes on where it was stopped.
     """
+    check_replaceable(Path(folder), overwrite)
+    unfinished = unfinished_folder(Path(folder))
     model = calibrated_model(
         path_or_id,
         batches,
@@ -193,7 +226,15 @@ def calibrate(
         dtype=dtype,
         device=device,
         ignore_unexpected=ignore_unexpected,
+        resume_folder=unfinished,
     )
     save_quantized(model, folder, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+    shutil.rmtree(unfinished, ignore_errors=True)
     report: CalibrationReport = model.calibration
     return report
+
+
+def unfinished_folder(folder: Path) -> Path:
+    """Returns where the packed blocks of a calibration are kept until `folder` is written: `.name.calibrating`."""
+    target = Path(os.path.realpath(folder))
+    return target.with_name(f".{target.name}.calibrating")

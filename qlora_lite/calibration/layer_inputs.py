@@ -1,18 +1,16 @@
-"""Collects the inputs of the layers of one block while text runs through it, in two states of the layers before it.
+"""Collects the inputs of the layers of one block while text runs through it.
 
-Layers that get the same tensor (query, key and value; gate and up) share one `InputProducts`.
+Layers that get the same tensor (query, key and value; gate and up) are a group, and are packed for the same inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-
-from qlora_lite.calibration.input_products import InputProducts
 
 MASK = "attention_mask"
 
@@ -49,45 +47,60 @@ def token_count(batch: Mapping[str, Tensor]) -> int:
     return batch["input_ids"].numel() if mask is None or mask.dim() != 2 else int((mask != 0).sum())
 
 
+class _Reached(Exception):
+    """A layer was called, and the rest of the block is not needed."""
+
+
+def input_of(layer: nn.Module, run: Callable[[], object]) -> Tensor | None:
+    """Returns the input that a layer gets when `run` is called, which ends there; None if the layer is not called."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.extend(args[:1])
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(note)
+    try:
+        run()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return seen[0] if seen else None
+
+
 @dataclass
 class BlockInputs:
-    """The products of the inputs of a block's layers, summed over batches.
+    """The inputs of a block's layers in the 16-bit model, of all batches.
 
-    leader: of each layer, the first one that gets the same tensor. products: by leader. incomplete: layers that were
-    not called exactly once with every token of a batch.
+    leader: of each layer, the first one that gets the same tensor. rows: of each batch, `(tokens, columns)` by leader.
+    incomplete: layers that were not called exactly once with every token of a batch.
     """
 
     layers: Mapping[str, nn.Module]
     leader: dict[str, str] = field(default_factory=dict)
-    products: dict[str, InputProducts] = field(default_factory=dict)
+    rows: list[dict[str, Tensor]] = field(default_factory=list)
     incomplete: set[str] = field(default_factory=set)
 
-    def add(
-        self, plain: Mapping[str, list[Tensor]], packed: Mapping[str, list[Tensor]], batch: Mapping[str, Tensor]
-    ) -> None:
-        """Adds the inputs of a batch, as `noted_inputs` has them: in the 16-bit model, and behind packed blocks."""
+    def add(self, noted: Mapping[str, list[Tensor]], batch: Mapping[str, Tensor]) -> None:
+        """Adds the inputs of a batch, as `noted_inputs` has them."""
         first: dict[int, str] = {}
-        for name in self.layers:
-            rows = [self._rows(noted.get(name, []), batch) for noted in (packed, plain)]
-            if rows[0] is None or rows[1] is None:
-                self.incomplete.add(name)
-                continue
-            leader = first.setdefault(id(packed[name][0]), name)
-            if self.leader.setdefault(name, leader) != leader:  # the layers share in one batch and not in another
+        self.rows.append({})
+        uncalled = [name for name in self.layers if name not in noted]
+        for name in [*noted, *uncalled]:  # in the order of the calls
+            values = noted.get(name, [])
+            rows = token_rows(values[0], batch) if len(values) == 1 else None
+            leader = first.setdefault(id(values[0]), name) if rows is not None else name
+            # A layer that shares its input in one batch and not in another is left out too.
+            if rows is None or self.leader.setdefault(name, leader) != leader:
                 self.incomplete.add(name)
             elif leader == name:
-                own = self.products.setdefault(name, InputProducts(rows[0].shape[1], rows[0].device))
-                own.add(rows[0], rows[0] if packed[name][0] is plain[name][0] else rows[1])
+                self.rows[-1][name] = rows
 
-    @staticmethod
-    def _rows(noted: list[Tensor], batch: Mapping[str, Tensor]) -> Tensor | None:
-        return token_rows(noted[0], batch) if len(noted) == 1 else None
-
-    def complete(self) -> dict[str, list[str]]:
-        """Returns the layers whose inputs are known for all tokens, by leader, those with the most columns first."""
-        groups: dict[str, list[str]] = {}
+    def groups(self) -> list[list[str]]:
+        """Returns the layers whose inputs are known for all tokens, by group, in the order in which they are called."""
+        found: dict[str, list[str]] = {}
         for name, leader in self.leader.items():
             if name not in self.incomplete and leader not in self.incomplete:
-                groups.setdefault(leader, []).append(name)
-        columns = {leader: len(products.hessian) for leader, products in self.products.items()}
-        return dict(sorted(groups.items(), key=lambda item: -columns[item[0]]))
+                found.setdefault(leader, []).append(name)
+        return [*found.values()]

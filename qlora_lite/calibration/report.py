@@ -9,7 +9,7 @@ from qlora_lite.calibration.held_out import Comparison
 from qlora_lite.surgery import described_by_pattern
 
 METHOD = "error feedback (GPTQ), signed absmax, half shift to the 16-bit model's outputs"
-VERSION = 1
+VERSION = 1  # of the method and the file: another one does not go on with blocks of this one
 PLAIN, ROUNDED, CALIBRATED = MODELS = ("16-bit", "rounded", "calibrated")
 
 

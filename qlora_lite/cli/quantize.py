@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -66,7 +67,7 @@ def quantize(
     json: Json = False,
 ) -> None:
     """Write a packed checkpoint that transformers loads as pre-quantized, and the other commands as --model."""
-    from qlora_lite.calibration.from_checkpoint import calibrated_model, check_calibratable
+    from qlora_lite.calibration.from_checkpoint import calibrated_model, check_calibratable, unfinished_folder
     from qlora_lite.calibration.report import render
     from qlora_lite.checkpoints.load import load_quantized
     from qlora_lite.export.quantized import check_formats, save_quantized
@@ -88,8 +89,17 @@ def quantize(
             loaded = load_quantized(model, quant, ignore_unexpected=ignore_unexpected)
         else:
             text, held_out = _text(model, calibrate, calibration_tokens)
-            loaded = calibrated_model(model, text, quant, held_out=held_out, ignore_unexpected=ignore_unexpected)
+            loaded = calibrated_model(
+                model,
+                text,
+                quant,
+                held_out=held_out,
+                ignore_unexpected=ignore_unexpected,
+                resume_folder=unfinished_folder(output),
+            )
         files = save_quantized(loaded, output, max_shard_bytes=shard, overwrite=overwrite)
+        if calibrate is not None:
+            shutil.rmtree(unfinished_folder(output), ignore_errors=True)
     for line in loaded.load_report.in_words():
         print(line)
     size = sum((output / file).stat().st_size for file in files)

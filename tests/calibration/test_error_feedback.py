@@ -128,9 +128,9 @@ def test_the_output_is_nearer_than_with_rounding(seed: int, rows: int, columns: 
         (packed @ (each.dequantize(torch.float32) - weight).double().T).square().sum() / whole
         for each in (rounded, done.packed)
     ]
-    assert done.rounded == pytest.approx(float(errors[0]), rel=1e-3)
-    assert done.calibrated == pytest.approx(float(errors[1]), rel=1e-3)
-    assert done.calibrated < 0.8 * done.rounded
+    assert done.errors.rounded == pytest.approx(float(errors[0]), rel=1e-3)
+    assert done.errors.calibrated == pytest.approx(float(errors[1]), rel=1e-3)
+    assert done.errors.calibrated < 0.8 * done.errors.rounded
 
 
 def test_slices_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_zeros_stay_zeros_and_inputs_may_be_zero() -> None:
     done = pack_with_feedback(weight, products, products.order(BLOCK), QuantConfig(), "nf4")
     values = done.packed.dequantize(torch.float32)
     assert not values[1].any() and not values[2, :64].any() and values[0].any()
-    assert done.calibrated == done.rounded == 0
+    assert done.errors.calibrated == done.errors.rounded == 0
 
 
 def test_what_is_not_finite_is_named() -> None:

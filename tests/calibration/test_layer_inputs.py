@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.calibration.layer_inputs import BlockInputs, noted_inputs, token_count, token_rows
+from qlora_lite.calibration.layer_inputs import BlockInputs, input_of, noted_inputs, token_count, token_rows
 
 BATCH = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
 
@@ -23,31 +23,34 @@ class Block(nn.Module):
         return y + self.c(x[:1]) + self.d(self.d(y))
 
 
-def test_layers_with_one_input_share_its_products() -> None:
+def test_layers_with_one_input_are_a_group() -> None:
     block = Block()
-    layers = dict(block.named_children())
+    layers = dict(reversed([*block.named_children()]))
     inputs = BlockInputs(layers)
-    sums, drifts = torch.zeros(4, 4), torch.zeros(4, 4)
-    for _ in range(2):
-        plain, packed = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-        with noted_inputs(layers) as of_plain:
-            block(plain)
-        with noted_inputs(layers) as of_packed:
-            block(packed)
-        inputs.add(of_plain, of_packed, BATCH)
-        counted = BATCH["attention_mask"].bool()
-        sums += packed[counted].T @ packed[counted]
-        drifts += (plain - packed)[counted].T @ packed[counted]
-    assert inputs.complete() == {"a": ["a", "b"]}
+    counted = BATCH["attention_mask"].bool()
+    values = [torch.randn(2, 3, 4) for _ in range(2)]
+    for value in values:
+        with noted_inputs(layers) as noted:
+            block(value)
+        inputs.add(noted, BATCH)
+    assert inputs.groups() == [["a", "b"]]
     assert inputs.incomplete == {"c", "d", "e"}
-    products = inputs.products["a"]
-    assert products.tokens == 10
-    torch.testing.assert_close(products.hessian, sums)
-    torch.testing.assert_close(products.drift, drifts)
-    with noted_inputs(layers) as nothing:
-        pass
+    assert all(torch.equal(rows.pop("a"), value[counted]) for rows, value in zip(inputs.rows, values, strict=True))
+    assert inputs.rows == [{}, {}]
+    before = list(noted)
     block(torch.randn(1, 1, 4))
-    assert not nothing  # the hooks are gone
+    assert list(noted) == before  # the hooks are gone
+
+
+def test_the_input_of_a_layer_ends_the_run() -> None:
+    block, x = Block(), torch.randn(2, 3, 4)
+    ended: list[str] = []
+    handle = block.d.register_forward_hook(lambda *_: ended.append("d"))
+    found = input_of(block.c, lambda: block(x))
+    assert found is not None and torch.equal(found, x[:1]) and not ended
+    assert input_of(block.e, lambda: block(x)) is None and ended == ["d", "d"]
+    handle.remove()
+    assert not block.c._forward_pre_hooks and not block.e._forward_pre_hooks
 
 
 def test_padding_is_left_out() -> None:
