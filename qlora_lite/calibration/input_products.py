@@ -58,11 +58,23 @@ class InputProducts:
         """Returns the sum over rows of d H d^T, for differences of weights `(rows, columns)`."""
         return float(((difference @ self.hessian) * difference).sum(dtype=torch.float64))
 
-    def _damped(self, damping: float) -> Tensor:
-        damped = self.hessian.clone()
-        diagonal = damped.diagonal()
-        diagonal += damping * float(diagonal.mean()) + torch.finfo(torch.float32).tiny
-        return damped
+    def _factored(self, columns: Tensor) -> Tensor:
+        """Returns the factor of `ColumnOrder`. Frees each matrix as soon as the next one is made: they can be large."""
+        backward = columns.flip(0)
+        for damping in DAMPING:
+            damped = self.hessian[backward.unsqueeze(1), backward]
+            diagonal = damped.diagonal()
+            diagonal += damping * float(diagonal.mean()) + torch.finfo(torch.float32).tiny
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            del damped, diagonal
+            if not failed:
+                # With L L^T = H in the opposite order, R = the opposite order of L is upper triangular and H = R R^T.
+                upper = lower.flip(0, 1)
+                del lower
+                one = torch.eye(len(columns)).to(upper)
+                factor: Tensor = torch.linalg.solve_triangular(upper, one, upper=True)
+                return factor
+        raise QuantizationError("the inputs of a layer hold NaN or infinity on the calibration text")
 
     def order(self, blocksize: int) -> ColumnOrder:
         """Returns the order of the columns, a multiple of `blocksize`.
@@ -75,11 +87,4 @@ class InputProducts:
         blocks = self.hessian.diagonal().view(-1, blocksize).sum(1).argsort(descending=True)
         starts = torch.arange(len(blocks), device=within.device).unsqueeze(1) * blocksize
         columns = (within + starts)[blocks].reshape(-1)
-        for damping in DAMPING:
-            ordered = self._damped(damping)[columns][:, columns]
-            # With L L^T of H in the opposite order, R = the opposite order of L is upper triangular and H = R R^T.
-            lower, failed = torch.linalg.cholesky_ex(ordered.flip(0, 1))
-            if not failed:
-                upper, one = lower.flip(0, 1), torch.eye(len(columns)).to(lower)
-                return ColumnOrder(blocks.tolist(), columns, torch.linalg.solve_triangular(upper, one, upper=True))
-        raise QuantizationError("the inputs of a layer hold NaN or infinity on the calibration text")
+        return ColumnOrder(blocks.tolist(), columns, self._factored(columns))
