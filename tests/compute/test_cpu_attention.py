@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite.choices import (
@@ -188,3 +189,13 @@ def test_torchs_own_agrees() -> None:
     q, k, v = inputs((2, 4, 50, 16), 2, torch.float32)
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(causal_attention(q, k, v, 16**-0.5), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_fake_tensors_of_any_batch_give_the_shapes_of_real_ones(rows: int) -> None:
+    with FakeTensorMode():
+        query = torch.empty(rows, 32, 256, 64, dtype=torch.bfloat16, requires_grad=True)
+        key = torch.empty(rows, 4, 256, 64, dtype=torch.bfloat16, requires_grad=True)
+        out = causal_attention(query, key, key, 0.1, None)
+        out.sum().backward()
+    assert out.shape == query.shape and key.grad is not None
