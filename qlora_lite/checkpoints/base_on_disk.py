@@ -30,6 +30,7 @@ from qlora_lite.checkpoints.safetensors_read import StoredTensor, stored_tensors
 from qlora_lite.checkpoints.safetensors_write import PlannedTensor, write_safetensors
 from qlora_lite.checks import check_finite
 from qlora_lite.errors import CheckpointError
+from qlora_lite.offload import mapped_file
 from qlora_lite.offload.mapped_file import MappedFile
 from qlora_lite.progress.work import BYTES, working
 from qlora_lite.quantization.config import QuantConfig
@@ -42,8 +43,6 @@ from qlora_lite.system import user_cache
 FOLDER = "packed_bases"
 FILE, INFO_FILE = "base.safetensors", "packed_base.json"
 VERSION = 1
-# Smaller tensors are held in memory.
-LEAST_BYTES = 64 << 10
 # Of every tensor in the packed file: kernels read a line of the cache at once.
 ALIGNMENT = 64
 NAMED_BY = 16  # digits of the hash in a folder's name
@@ -58,7 +57,7 @@ class MappedFiles:
     def can_hold(self, stored: StoredTensor) -> bool:
         """Whether a stored tensor is worth mapping, and lies where its dtype can be read."""
         size = math.prod(stored.shape) * stored.dtype.itemsize
-        return size >= LEAST_BYTES and stored.begin % stored.dtype.itemsize == 0
+        return size >= mapped_file.LEAST_BYTES and stored.begin % stored.dtype.itemsize == 0
 
     def tensor(self, stored: StoredTensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """Returns a stored tensor as one of this dtype and shape, which has the same bytes; mapped if it can be."""
@@ -240,7 +239,7 @@ def _entries(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> It
             continue
         found = to_pack.get(id(target))
         if found is None:
-            if target.is_floating_point() and target.nbytes >= LEAST_BYTES:
+            if target.is_floating_point() and target.nbytes >= mapped_file.LEAST_BYTES:
                 rows = _Rounded(checkpoint.plain(name), target.dtype)
                 yield _Entry(name, {"": PlannedTensor(tuple(target.shape), target.dtype, rows.slices)})
             continue

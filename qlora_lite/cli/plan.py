@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from qlora_lite.cli.options import (
+    BaseIn,
     Checkpointing,
     DoubleQuant,
     EmbeddingFormat,
@@ -54,9 +55,11 @@ def plan(
         typer.Option(help="Also find the largest batch whose rows have this many tokens; repeatable."),
     ] = None,
     text_only: TextOnly = False,
+    base_in: BaseIn = "memory",
     json: Json = False,
 ) -> None:
     """Predict from a config whether training fits into a memory, and the largest batches; exit status 3 if not."""
+    from qlora_lite.checkpoints.load import check_base
     from qlora_lite.checks import byte_count
     from qlora_lite.errors import ConfigError
     from qlora_lite.lora.config import LoraConfig
@@ -75,7 +78,9 @@ def plan(
     )
     config = TrainConfig(optimizer=optimizer, checkpointing=checkpointing_named(checkpointing))
     lora = LoraConfig(rank, 2 * rank)
-    wanted = TrainingSetup(quant, lora, rows, tokens, optimizer, config.checkpointing, text_only=text_only)
+    check_base(base_in)
+    shape = rows, tokens, optimizer, config.checkpointing
+    wanted = TrainingSetup(quant, lora, *shape, text_only=text_only, base=base_in)
     size = byte_count("--memory must be", memory)
     if device not in ("accelerator", "cpu"):
         raise ConfigError(f"--device must be accelerator or cpu; got {device!r}")

@@ -229,6 +229,7 @@ def _within_budget(options: Mapping[str, Any], chosen: _Settings, records: Train
     memory = device_memory(byte_count("--memory-budget must be", options["memory_budget"]))
     tokens = options["max_length"] if options["packing"] else records.tokenized.longest
     shape: dict[str, Any] = {"rows": options["batch_size"], "tokens": tokens, "text_only": options["text_only"]}
+    shape["base"] = options["base_in"]
     found = config_within(memory, options["model"], chosen.quant, chosen.lora, chosen.train, **shape)
     print(found.described())
     return found

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from qlora_lite.choices import ATTENTION_BACKWARD, ATTENTION_FORWARD, LARGE_PRODUCTS, TORCH, attention_class, chosen
 from qlora_lite.compute.products.frozen_weight import cast, product_dtype
 from qlora_lite.compute.recompute import stash_output, stashed_output
-from qlora_lite.compute.slicing import row_slices, rows_in, rows_that_fit, slices_within
+from qlora_lite.compute.slicing import fill_skipped_, joined, row_slices, rows_in, rows_that_fit, slices_within
 
 # Query tokens of a block, and the bytes of fp32 scores that are held at once.
 BLOCK_ROWS = 128
@@ -70,7 +70,7 @@ def _pieces(rows: Tensor, seen: int) -> Iterator[slice]:
     count = rows_that_fit(SCORE_BYTES, 4 * rows.shape[1] * seen)
     if threads < count < heads:
         count -= count % threads
-    return row_slices(heads, count)  # all of them for fake tensors too: their results are joined
+    return row_slices(heads, count, rows)
 
 
 def _by_key_head(tensor: Tensor, key_heads: int) -> Sequence[Tensor]:
@@ -164,8 +164,11 @@ def attend(
         for block, block_query, target in zip(_blocks(tokens), queries, targets, strict=True):
             rows, block_mask = _rows(block_query, torch.float32), _BlockMask(later, block, part_mask, heads)
             seen_keys, seen_values = keys[:, :, : block.stop], values[:, : block.stop]
-            results, sums = [], []
+            results: list[Tensor] = []
+            sums: list[Tensor] = []
             for piece in _pieces(rows, block.stop):
+                fill_skipped_(results, piece)
+                fill_skipped_(sums, piece)
                 scores = _scores(rows_in(rows, piece), rows_in(seen_keys, piece), piece, block_mask)
                 weights = scores.softmax(-1)
                 if log_sums is not None:  # the largest weight is exp(largest score - log-sum-exp)
@@ -174,15 +177,11 @@ def attend(
                 weights = _copied(weights, dtype)
                 results.append(torch.bmm(weights, _whole(rows_in(seen_values, piece))))
                 del weights
-            target.copy_(_joined(results).view(target.shape))
+            target.copy_(joined(results).view(target.shape))
             if log_sums is not None:
                 own = log_sums[part, :, block]
-                own.copy_(_joined(sums).view(own.shape))
+                own.copy_(joined(sums).view(own.shape))
     return out
-
-
-def _joined(results: list[Tensor]) -> Tensor:
-    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def attend_back(
@@ -226,8 +225,10 @@ def _block_back(
 
     is_last: whether the sums are empty yet.
     """
-    wide, results = _copied(rows, torch.float32), []
+    wide = _copied(rows, torch.float32)
+    results: list[Tensor] = []
     for piece in _pieces(rows, keys.shape[2]):
+        fill_skipped_(results, piece)
         own_rows, own_grads = rows_in(rows, piece), rows_in(grads, piece)
         low_keys, values, sum_key, sum_value = (rows_in(tensor, piece) for tensor in seen)
         weights = _copied(_scores(rows_in(wide, piece), rows_in(keys, piece), piece, mask).softmax(-1), rows.dtype)
@@ -240,7 +241,7 @@ def _block_back(
         out = torch.empty(own_rows.shape, dtype=rows.dtype, device=rows.device)
         results.append(out.baddbmm_(slope, _whole(low_keys), beta=0, alpha=scale))
         add(sum_key, torch.bmm(slope.transpose(1, 2), own_rows))
-    return _joined(results)
+    return joined(results)
 
 
 def _add_(total: Tensor, part: Tensor) -> None:

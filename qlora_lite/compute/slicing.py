@@ -42,6 +42,17 @@ def row_slices(rows: int, count: int, like: Tensor | None = None) -> Iterator[sl
         yield slice(start, min(start + count, rows))
 
 
+def fill_skipped_(results: list[Tensor], part: slice) -> None:
+    """Adds the memory of the results before a slice that were skipped for fake tensors, where results are joined."""
+    if results and (skipped := part.start - sum(map(len, results))):
+        results.append(results[0].new_empty((skipped, *results[0].shape[1:])))
+
+
+def joined(results: list[Tensor]) -> Tensor:
+    """Returns the results of slices as one tensor."""
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
 def slices_within(
     shape: Sequence[int], itemsize: int, max_bytes: int, step: int = 1, like: Tensor | None = None
 ) -> Iterator[slice]:

@@ -4,6 +4,7 @@ In reading order:
 
 block_order   tells a source of bytes which block comes, which is next, and which is through
 mapped_file   tensors that lie in a file and are read when their values are
+base_bytes    how much of a base lies on disk, is resident, and is read, from shapes alone
 disk_source   a base in mapped files, read a block ahead and let go behind
 """
 

@@ -30,6 +30,8 @@ from torch import Tensor
 from qlora_lite.errors import CheckpointError, ConfigError
 from qlora_lite.system import c_function
 
+# Smaller tensors are held in memory.
+LEAST_BYTES = 64 << 10
 # Advice of madvise(2) that Python does not name in all versions.
 WILLNEED, DONTNEED, POPULATE_READ = 3, 4, 22
 # mmap(2): the kernel need not have memory for a copy of every page. Without it, it refuses files above its memory.

@@ -16,10 +16,12 @@ from typing import Any
 
 from torch import nn
 
+from qlora_lite.checkpoints.load import DISK, MEMORY
 from qlora_lite.errors import ConfigError, TargetError
 from qlora_lite.lora.config import LoraConfig
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.storages import storages_of
+from qlora_lite.offload.base_bytes import BaseBytes
 from qlora_lite.planning.cuda_allocator import replay
 from qlora_lite.planning.layer_extrapolation import (
     CategorySizes,
@@ -50,8 +52,8 @@ class TrainingSetup:
     """All settings that decide about the memory of training, apart from the model and the device.
 
     rows, tokens: the shape of a batch. checkpointing: as in `TrainConfig`; an int is a number of bytes. accumulated:
-    whether a step has several batches, so that gradients are alive while the next batch runs. text_only: as in
-    `load_quantized`.
+    whether a step has several batches, so that gradients are alive while the next batch runs. text_only, base:
+    as in `load_quantized`.
     """
 
     quant: QuantConfig
@@ -62,6 +64,7 @@ class TrainingSetup:
     checkpointing: str | int = "full"
     accumulated: bool = False
     text_only: bool = False
+    base: str = MEMORY
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Forecast:
 
     model_bytes: parameters and buffers, adapters included. reserved: the peak of an accelerator's allocator; None for a
     CPU. layers: the numbers of layers that were rehearsed.
+    on_disk: of the base, if it lies there; of these at most `resident_base` are in memory at a time, which the peak
+    counts, and `read_a_batch` are read for a batch at most. The peak is an upper bound then.
     """
 
     peak: int
@@ -79,6 +84,9 @@ class Forecast:
     model_bytes: int
     reserved: int | None
     layers: tuple[int, ...]
+    on_disk: int = 0
+    resident_base: int = 0
+    read_a_batch: int = 0
 
     def to_json(self) -> dict[str, object]:
         """Returns plain data for `json.dumps`."""
@@ -88,11 +96,13 @@ class Forecast:
 
 @dataclass(frozen=True)
 class _Rehearsed:
-    """One rehearsal: its levels by allocation site, the bytes that the allocator reserves, and those of the model."""
+    """One rehearsal: its levels by allocation site, the bytes that the allocator reserves, those of the model, and what
+    of its base could lie on disk."""
 
     levels: SiteLevels
     reserved: int
     model_bytes: int
+    base: BaseBytes
 
 
 @dataclass(frozen=True)
@@ -155,12 +165,15 @@ class Forecaster:
         self.rehearses_all_layers = self._layers is None or self._layers <= VERIFIED_LAYERS
         self._verified = self.rehearses_all_layers
         self._models: dict[tuple[str, int | None], _FakeModel] = {}
+        self._rehearsals: dict[tuple[str, int | None], _Rehearsed] = {}
         self._forecasts: dict[str, Forecast] = {}
         self._asked: list[tuple[TrainingSetup, Forecast]] = []
 
     def forecast(self, setup: TrainingSetup) -> Forecast:
         """Returns the peak that training would reach, loading included. Raises what `rehearse_steps` raises."""
         key = repr(setup)
+        if setup.base == DISK and self._accelerator:
+            raise ConfigError("a base on disk is computed with on a CPU; plan for one (--device cpu)")
         if key not in self._forecasts:
             self._forecasts[key] = self._new_forecast(setup)
             self._asked.append((setup, self._forecasts[key]))
@@ -184,12 +197,12 @@ class Forecaster:
     def _new_forecast(self, setup: TrainingSetup) -> Forecast:
         # How many blocks a budget of bytes keeps depends on the number of layers, so it cannot be extrapolated.
         if self.rehearses_all_layers or isinstance(setup.checkpointing, int):
-            return self._summary(self._rehearse(setup, self._layers), (self._layers,) if self._layers else ())
+            return self._summary(setup, self._rehearse(setup, self._layers), (self._layers,) if self._layers else ())
         assert self._layers is not None
         try:
             few, one_more = self._rehearse(setup, FEWEST_LAYERS), self._rehearse(setup, FEWEST_LAYERS + 1)
         except (ConfigError, TargetError):  # the settings name a layer that only the whole model has
-            return self._summary(self._rehearse(setup, self._layers), (self._layers,))
+            return self._summary(setup, self._rehearse(setup, self._layers), (self._layers,))
         if not self._verified:
             self._verified = True
             expected = _extrapolated(few, one_more, VERIFIED_LAYERS - FEWEST_LAYERS)
@@ -197,13 +210,15 @@ class Forecaster:
             if self.rehearses_all_layers:
                 return self._new_forecast(setup)
         whole = _extrapolated(few, one_more, self._layers - FEWEST_LAYERS)
-        return self._summary(whole, (FEWEST_LAYERS, FEWEST_LAYERS + 1))
+        return self._summary(setup, whole, (FEWEST_LAYERS, FEWEST_LAYERS + 1))
 
-    def _summary(self, run: _Rehearsed, layers: tuple[int, ...]) -> Forecast:
+    def _summary(self, setup: TrainingSetup, run: _Rehearsed, layers: tuple[int, ...]) -> Forecast:
         highest = phase_peaks(run.levels)
+        if setup.base == DISK:  # packed to disk, a base takes no memory while it is loaded
+            highest = {name: peak for name, peak in highest.items() if name != LOAD}
         phase = max(highest, key=lambda name: sum(highest[name][1]))
         site, sizes = highest[phase]
-        return Forecast(
+        found = Forecast(
             peak=sum(sizes),
             phase=phase or CHECKS,
             module=absolute_name(site.module, self._layers or 0) or None,
@@ -212,8 +227,15 @@ class Forecaster:
             reserved=max(run.reserved, sum(sizes)) if self._accelerator else None,
             layers=layers,
         )
+        return found if setup.base == MEMORY else _with_base_on_disk(found, run.base)
 
     def _rehearse(self, setup: TrainingSetup, layers: int | None) -> _Rehearsed:
+        key = repr(replace(setup, base=MEMORY)), layers  # what is rehearsed does not depend on where the base is
+        if key not in self._rehearsals:
+            self._rehearsals[key] = self._new_rehearsal(setup, layers)
+        return self._rehearsals[key]
+
+    def _new_rehearsal(self, setup: TrainingSetup, layers: int | None) -> _Rehearsed:
         fake = self._fake_model(setup, layers)
         one_step = isinstance(setup.checkpointing, str)
         config = TrainConfig(
@@ -237,7 +259,7 @@ class Forecaster:
         if one_step and self._accelerator:
             levels = _with_workspaces(levels)
         levels = _with_more(levels, OTHER, fake.table_bytes, tuple({site.phase for site in levels}))
-        return _Rehearsed({**fake.levels, **levels}, reserved, fake.model_bytes)
+        return _Rehearsed({**fake.levels, **levels}, reserved, fake.model_bytes, BaseBytes.of(fake.model))
 
     def _fake_model(self, setup: TrainingSetup, layers: int | None) -> _FakeModel:
         key = (repr((setup.quant, setup.lora, setup.text_only)), layers)
@@ -276,6 +298,23 @@ def _extrapolated(few: _Rehearsed, one_more: _Rehearsed, extra_layers: int) -> _
         extrapolate(few.levels, one_more.levels, extra_layers),
         few.reserved + (one_more.reserved - few.reserved) * extra_layers,
         few.model_bytes + (one_more.model_bytes - few.model_bytes) * extra_layers,
+        few.base.with_more_layers(one_more.base, extra_layers),
+    )
+
+
+def _with_base_on_disk(forecast: Forecast, base: BaseBytes) -> Forecast:
+    """Returns the forecast without the bytes on disk, and with the most of them that are in memory at a time."""
+    saved, by_category = base.total - base.resident, dict(forecast.by_category)
+    by_category[Category.QUANT_STATE] -= base.statistics
+    by_category[Category.BASE_WEIGHT] += base.resident - base.codes
+    return replace(
+        forecast,
+        peak=forecast.peak - saved,
+        by_category=by_category,
+        model_bytes=forecast.model_bytes - saved,
+        on_disk=base.total,
+        resident_base=base.resident,
+        read_a_batch=base.read_a_batch,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from qlora_lite.checkpoints.load import MEMORY
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.config import LoraConfig
 from qlora_lite.memory.counters import resident_bytes
@@ -78,6 +79,7 @@ def config_within(
     rows: int,
     tokens: int,
     text_only: bool = False,
+    base: str = MEMORY,
 ) -> BudgetedConfig:
     """Returns `config` with the least recomputation for which batches `(rows, tokens)` fit into `memory`.
 
@@ -87,7 +89,8 @@ def config_within(
     RehearsalError if the model cannot be run on fake tensors.
     """
     accumulated = config.gradient_accumulation > 1
-    setup = TrainingSetup(quant, lora, rows, tokens, config.optimizer, accumulated=accumulated, text_only=text_only)
+    setup = TrainingSetup(quant, lora, rows, tokens, config.optimizer, accumulated=accumulated)
+    setup = replace(setup, text_only=text_only, base=base)
     with working("predicting the memory"):
         least = checkpointing_within(read_config(path_or_id), setup, memory)
     assert least.checkpointing is not None and least.needed is not None

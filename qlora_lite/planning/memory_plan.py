@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from qlora_lite.checkpoints.load import DISK, MEMORY
 from qlora_lite.errors import ConfigError, QLoRAError, RehearsalError
 from qlora_lite.planning.forecast import Forecast, Forecaster, TrainingSetup, parameter_and_buffer_bytes
 from qlora_lite.planning.rehearsal import fake_profiler, fake_tensors
@@ -120,6 +121,7 @@ class Plan:
                 "optimizer": setup.optimizer,
                 "checkpointing": setup.checkpointing,
                 "text_only": setup.text_only,
+                "base_in": setup.base,
             },
             "needed": self.needed,
             "forecast": None if self.forecast is None else self.forecast.to_json(),
@@ -149,7 +151,9 @@ def plan(model_config: Any, setup: TrainingSetup, memory: DeviceMemory, lengths:
             forecast = forecaster.forecast(setup)
             least = least_recomputation(forecaster, setup, memory)
             largest = tuple(largest_batch(forecaster, setup, memory, length) for length in lengths)
-            alternatives = tuple(_alternative(forecaster, setup, *change) for change in _changes(setup))
+            alternatives = tuple(
+                _alternative(forecaster, setup, *change) for change in _changes(setup, memory.accelerator)
+            )
     except RehearsalError as error:
         counted = minimum_bytes(model_config, setup)
         return Plan(setup, memory, None, None, None, (), (), False, counted, str(error))
@@ -271,7 +275,7 @@ def largest_fitting(fits: Callable[[int], bool], needed: Callable[[int], int], s
     return low
 
 
-def _changes(setup: TrainingSetup) -> list[tuple[str, TrainingSetup]]:
+def _changes(setup: TrainingSetup, accelerator: bool) -> list[tuple[str, TrainingSetup]]:
     """Returns single changes of the settings that may need less memory."""
     quant, lora = setup.quant, setup.lora
     found = []
@@ -288,6 +292,8 @@ def _changes(setup: TrainingSetup) -> list[tuple[str, TrainingSetup]]:
         found.append(("adamw8bit", replace(setup, optimizer="adamw8bit")))
     if setup.checkpointing != "full":
         found.append(("checkpointing full", replace(setup, checkpointing="full")))
+    if setup.base == MEMORY and not accelerator:
+        found.append(("base on disk", replace(setup, base=DISK)))
     if lora.rank > 1:
         smaller = replace(lora, rank=lora.rank // 2, alpha=lora.alpha / 2)
         found.append((f"rank {lora.rank // 2} in place of {lora.rank}", replace(setup, lora=smaller)))

@@ -34,7 +34,8 @@ def render_plan(plan: Plan, width: int = 100) -> str:
     rows.append(["live tensors at the peak", readable_bytes(plan.forecast.peak)])
     lines += [_table(["at the peak", "bytes"], [*rows, *_overhead_rows(plan, plan.forecast)], width)]
     where = plan.forecast.module or "no module"
-    lines += [f"The peak is in phase {plan.forecast.phase}, in {where}.", _least_line(plan), ""]
+    lines += [f"The peak is in phase {plan.forecast.phase}, in {where}.", *_disk_lines(plan.forecast)]
+    lines += [_least_line(plan), ""]
     lines += [_table(["tokens", "largest batch (rows)", "needed"], _largest_rows(plan), width)]
     lines += [
         _table(["change", "peak of live tensors"], _alternative_rows(plan), width),
@@ -53,6 +54,14 @@ def _overhead_rows(plan: Plan, forecast: Forecast) -> list[list[str]]:
         rows.append(["reserved by the allocator beyond these", readable_bytes(forecast.reserved - forecast.peak)])
     name = "context of the device" if plan.memory.accelerator else "rest of the process"
     return [*rows, [f"{name} ({plan.memory.overhead_source})", readable_bytes(plan.memory.overhead)]]
+
+
+def _disk_lines(forecast: Forecast) -> list[str]:
+    if not forecast.on_disk:
+        return []
+    sizes = (readable_bytes(size) for size in (forecast.on_disk, forecast.resident_base, forecast.read_a_batch))
+    whole, resident, read = sizes
+    return [f"On disk: {whole} of the base, of which at most {resident} are resident; a batch reads at most {read}."]
 
 
 def _least_line(plan: Plan) -> str:

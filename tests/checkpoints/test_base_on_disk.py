@@ -19,6 +19,7 @@ from qlora_lite.errors import CheckpointError, ConfigError, QuantizationError
 from qlora_lite.export.quantized import save_quantized
 from qlora_lite.generation.repacked_codes import decode_copies
 from qlora_lite.lora.adapters import adapter_parameters
+from qlora_lite.offload import mapped_file
 from qlora_lite.offload.disk_source import disk_source
 from qlora_lite.offload.mapped_file import is_mapped
 from qlora_lite.quantization.packed_weight import PackedWeight
@@ -30,7 +31,7 @@ TOKENS = torch.arange(40).view(2, 20)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test, and tiny tensors that are worth mapping."""
     monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(base_on_disk, "LEAST_BYTES", 64)
+    monkeypatch.setattr(mapped_file, "LEAST_BYTES", 64)
     return tmp_path / "cache" / base_on_disk.FOLDER
 
 

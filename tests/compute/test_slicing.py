@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_lite.compute.cross_entropy import linear_cross_entropy
-from qlora_lite.compute.slicing import regrouped_rows, row_slices, rows_that_fit, slices_within
+from qlora_lite.compute.slicing import fill_skipped_, joined, regrouped_rows, row_slices, rows_that_fit, slices_within
 from qlora_lite.memory.trace import StorageTrace
 
 
@@ -70,3 +70,19 @@ def test_regrouped_rows_are_the_same_rows(sizes: list[int], count: int) -> None:
     assert [first for first, _ in blocks] == list(range(0, len(rows), count))
     assert all(len(block) == count for _, block in blocks[:-1])
     assert torch.equal(torch.cat([block for _, block in blocks] or [rows]), rows)
+
+
+def test_skipped_results_take_their_memory_where_they_are_joined() -> None:
+    def results(rows: torch.Tensor) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        for part in row_slices(len(rows), 2, rows):
+            fill_skipped_(found, part)
+            found.append(rows[part] + 1)
+        return found
+
+    rows = torch.arange(40.0).view(20, 2)
+    assert torch.equal(joined(results(rows)), rows + 1) and len(results(rows)) == 10
+    assert len(joined(results(rows[:2]))) == 2
+    with FakeTensorMode() as mode:
+        fake = results(mode.from_tensor(rows))
+        assert len(fake) == 5 and joined(fake).shape == rows.shape

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_lite import LoraConfig, QuantConfig, TrainConfig
+from qlora_lite.errors import ConfigError
+from qlora_lite.offload import base_bytes
 from qlora_lite.planning.forecast import FEWEST_LAYERS, VERIFIED_LAYERS, Forecaster, TrainingSetup, layer_count
 from qlora_lite.planning.rehearsal import fake_tensors, rehearsal
 from qlora_lite.planning.training_rehearsal import build_fake_model, read_config, run_fake_training
@@ -79,3 +82,16 @@ def test_a_byte_budget_is_rehearsed_with_all_layers(deep_config: Any) -> None:
         found = Forecaster(deep_config, False).forecast(wanted)
     assert found.layers == (LAYERS,) and found.peak == rehearsed_whole(deep_config, wanted, False)
     assert json.dumps(found.to_json())
+
+
+def test_a_base_on_disk_takes_its_resident_part(deep_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_bytes, "LEAST_BYTES", 64)  # the tensors of a tiny model are large enough then
+    wanted = TrainingSetup(QuantConfig(), LoraConfig(4), 2, 24)
+    with fake_tensors():
+        forecasts = Forecaster(deep_config, False)
+        memory, disk = (forecasts.forecast(replace(wanted, base=base)) for base in ("memory", "disk"))
+    assert 0 < disk.resident_base < disk.on_disk < disk.read_a_batch and memory.on_disk == 0
+    assert memory.peak - disk.peak == memory.model_bytes - disk.model_bytes == disk.on_disk - disk.resident_base
+    assert disk.peak == sum(disk.by_category.values()) and min(disk.by_category.values()) >= 0
+    with fake_tensors(True), pytest.raises(ConfigError, match=r"on disk is computed with on a CPU; plan for one"):
+        Forecaster(deep_config, True).forecast(replace(wanted, base="disk"))

@@ -86,6 +86,7 @@ def test_a_plan_has_the_effect_of_single_changes(tiny_folder: Path, tiny_config:
         "nf4 in place of int8",
         "adamw8bit",
         "checkpointing full",
+        "base on disk",
         "rank 2 in place of 4",
     ]
     before = rehearsed(tiny_folder, wanted)

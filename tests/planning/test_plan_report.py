@@ -54,6 +54,11 @@ set its size with --overhead.
 
 def test_a_plan_as_text() -> None:
     assert render_plan(PLAN) == TEXT
+    on_disk = replace(PLAN.forecast, on_disk=GIB, resident_base=GIB // 2, read_a_batch=2 * GIB)  # type: ignore[type-var]
+    line = (
+        "On disk: 1,024.0 MiB of the base, of which at most 512.0 MiB are resident; a batch reads at most 2,048.0 MiB."
+    )
+    assert line in render_plan(replace(PLAN, forecast=on_disk))
     assert "does not fit into 12.00 GiB" in render_plan(
         replace(PLAN, memory=DeviceMemory(12 * GIB, 0, accelerator=True))
     )

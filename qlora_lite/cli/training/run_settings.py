@@ -75,7 +75,7 @@ def with_epochs(config: TrainConfig, data: TrainingData, options: Mapping[str, A
 
 def check_options(lora: LoraConfig, options: Mapping[str, Any]) -> None:
     """Raises ConfigError for options that this command cannot follow together."""
-    from qlora_lite.checkpoints.load import DISK, check_base
+    from qlora_lite.checkpoints.load import check_base
     from qlora_lite.checks import is_count, require
     from qlora_lite.lora.config import parse_init
 
@@ -92,8 +92,6 @@ def check_options(lora: LoraConfig, options: Mapping[str, Any]) -> None:
     most = options["eval_generate"]
     require(most is None or is_count(most, 1), "--eval-generate must be at least 1", most)
     check_base(options["base_in"])
-    if options["memory_budget"] is not None and options["base_in"] == DISK:
-        raise ConfigError("--memory-budget predicts a base in memory; leave out it or --base-in")
     if options["shard"]:
         _check_shard(options)
     if options["memory_budget"] is not None and options["checkpointing"] is not None:
