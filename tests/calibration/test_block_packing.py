@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qlora_lite import QuantConfig, load_quantized
-from qlora_lite.calibration import calibrated_model
+from qlora_lite.calibration import block_packing, calibrated_model
+from qlora_lite.calibration.layer_inputs import noted_inputs
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
 FAMILIES: list[tuple[str, dict[str, Any], set[str]]] = [
@@ -53,3 +54,41 @@ def test_an_embedding_in_rows_and_a_packed_head_are_rounded(tiny_folder: Path, r
     rounded = load_quantized(tiny_folder, QuantConfig(embedding_format="int8"))
     assert torch.equal(model.model.embed_tokens.weight.packed, rounded.model.embed_tokens.weight.packed)
     assert len(model.calibration.layers) == 14
+
+
+def test_inputs_are_those_that_layers_get_in_the_finished_model(
+    tiny_folder: Path, random_rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer was packed for the inputs that it gets behind all packed layers before it, and in the 16-bit model."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    own = block_packing.pack_with_feedback
+
+    def noting(weight: Any, products: Any, order: Any, config: Any, format: str, name: str) -> Any:
+        seen[name.removesuffix(".weight")] = products.hessian.clone(), products.drift.clone()
+        return own(weight, products, order, config, format, name)
+
+    monkeypatch.setattr(block_packing, "pack_with_feedback", noting)
+    text = random_rows(4, 32, 100)
+    models = calibrated_model(tiny_folder, text), load_quantized(tiny_folder, QuantConfig(format="none"))
+    inputs: list[dict[str, list[torch.Tensor]]] = []
+    for model in models:
+        with noted_inputs({name: model.get_submodule(name) for name in seen}) as noted, torch.no_grad():
+            for batch in text:
+                model(**batch)
+        inputs.append(noted)
+    assert len(seen) == 14
+    for name, (hessian, drift) in seen.items():
+        packed, plain = (torch.cat([x.flatten(0, 1).float() for x in noted[name]]) for noted in inputs)
+        torch.testing.assert_close(hessian, packed.T @ packed, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(drift, (plain - packed).T @ packed, rtol=1e-4, atol=1e-4)
+    undrifted = {name for name, (_, drift) in seen.items() if not drift.any()}
+    assert undrifted == {f"model.layers.0.self_attn.{projection}_proj" for projection in "qkv"}
+
+
+def test_a_vision_tower_is_left_as_it_is(tiny_vision_folder: Path, random_rows: Callable[..., Any]) -> None:
+    rounded = load_quantized(tiny_vision_folder)
+    model = calibrated_model(tiny_vision_folder, random_rows(4, 16, 100), held_out=random_rows(2, 16, 100, seed=1))
+    before = rounded.state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(".text_model." in name for name in changed)
+    assert all(".text_model." in name for name in model.calibration.layers)
