@@ -87,6 +87,7 @@ def table(sides: dict[str, dict[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-1b")
+    parser.add_argument("--layers", type=int, help="another number of layers than the shape's, for less disk and time")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=4, help="with one to warm up")
     parser.add_argument("--embedding-format", choices=("none", "int8"), default="none")
@@ -97,7 +98,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if given.tiny:  # its packed base is not kept
             os.environ["QLORA_LITE_CACHE"] = scratch
-        folder = make_tiny_model(Path(scratch) / "tiny", 3, 512) if given.tiny else make_shape(given.shape)
+        folder = (
+            make_tiny_model(Path(scratch) / "tiny", 3, 512) if given.tiny else make_shape(given.shape, given.layers)
+        )
         tokens = 64 if given.tiny else given.tokens
         disk = DiskWork(str(folder), "disk", given.embedding_format, given.optimizer, tokens, given.steps)
         packed = work(replace(disk, steps=0))

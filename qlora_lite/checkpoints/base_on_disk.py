@@ -11,7 +11,7 @@ stored in another dtype than the model's, and int8 rows that are stored unpacked
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from qlora_lite.checkpoints.base_identity import BaseIdentity, json_hash, weight
 from qlora_lite.checkpoints.checkpoint import Checkpoint
 from qlora_lite.checkpoints.files import read_json, write_json
 from qlora_lite.checkpoints.layouts.bitsandbytes_layout import StoredPackedWeight
+from qlora_lite.checkpoints.layouts.mapped_weights import MappedFiles, MappedPackedWeight, MappedTensor
 from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, read_slices
 from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight
 from qlora_lite.checkpoints.safetensors_read import StoredTensor, stored_tensors
@@ -31,102 +32,21 @@ from qlora_lite.checkpoints.safetensors_write import PlannedTensor, write_safete
 from qlora_lite.checks import check_finite
 from qlora_lite.errors import CheckpointError
 from qlora_lite.offload import mapped_file
-from qlora_lite.offload.mapped_file import MappedFile
 from qlora_lite.progress.work import BYTES, working
 from qlora_lite.quantization.config import QuantConfig
-from qlora_lite.quantization.formats import format_named, row_step
-from qlora_lite.quantization.kernels import nested_code
+from qlora_lite.quantization.formats import format_named
 from qlora_lite.quantization.packed_weight import PackedWeight
 from qlora_lite.quantization.quantize_model import WeightToPack
-from qlora_lite.system import user_cache
+from qlora_lite.signals import check_signals
+from qlora_lite.system import locked, user_cache
 
 FOLDER = "packed_bases"
 FILE, INFO_FILE = "base.safetensors", "packed_base.json"
 VERSION = 1
 # Of every tensor in the packed file: kernels read a line of the cache at once.
 ALIGNMENT = 64
+WAIT_SECONDS = 0.2
 NAMED_BY = 16  # digits of the hash in a folder's name
-
-
-class MappedFiles:
-    """The mapped files of a model, each opened once."""
-
-    def __init__(self) -> None:
-        self._files: dict[Path, MappedFile] = {}
-
-    def can_hold(self, stored: StoredTensor) -> bool:
-        """Whether a stored tensor is worth mapping, and lies where its dtype can be read."""
-        size = math.prod(stored.shape) * stored.dtype.itemsize
-        return size >= mapped_file.LEAST_BYTES and stored.begin % stored.dtype.itemsize == 0
-
-    def tensor(self, stored: StoredTensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """Returns a stored tensor as one of this dtype and shape, which has the same bytes; mapped if it can be."""
-        if not self.can_hold(stored):
-            return stored.read().view(-1).view(dtype).view(shape)
-        if stored.path not in self._files:
-            self._files[stored.path] = MappedFile(stored.path)
-        return self._files[stored.path].tensor(stored.begin, shape, dtype)
-
-
-@dataclass(frozen=True)
-class MappedTensor:
-    """A plain tensor in a mapped file; `LazyTensor` for those who read it in slices."""
-
-    stored: StoredTensor
-    files: MappedFiles
-
-    @property
-    def name(self) -> str:
-        return self.stored.name
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.stored.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.stored.rows(start, stop)
-
-    def select(self, index: int) -> LazyTensor:
-        return self.stored.select(index)
-
-    def mapped(self) -> Tensor:
-        """Returns the whole tensor; nothing is read."""
-        return self.files.tensor(self.stored, self.dtype, self.shape)
-
-
-@dataclass(frozen=True)
-class MappedPackedWeight:
-    """A packed weight whose buffers lie in a file. buffers: by the names of `PackedWeight`'s buffers."""
-
-    shape: tuple[int, ...]
-    format: str
-    blocksize: int
-    double_quant: bool
-    buffers: Mapping[str, StoredTensor]
-    files: MappedFiles
-    nested_offset: float | None = None
-
-    @property
-    def step(self) -> int:
-        return row_step(self.shape, self.format, self.blocksize)
-
-    def load(self, device: torch.device) -> PackedWeight:
-        """Returns the weight; of its large buffers nothing is read."""
-        rows, columns = self.shape
-        packed = PackedWeight((rows, columns), self.format, self.blocksize, self.double_quant, torch.device("meta"))
-        for name, empty in list(packed.named_buffers()):
-            if name == "nested_code":  # a constant, which no file has to hold
-                value = torch.tensor(nested_code(), dtype=torch.float32)
-            elif name == "nested_offset" and self.nested_offset is not None:
-                value = torch.tensor(self.nested_offset, dtype=torch.float32)
-            else:
-                value = self.files.tensor(self.buffers[name], empty.dtype, tuple(empty.shape))
-            setattr(packed, name, value)
-        return packed
 
 
 @dataclass(frozen=True)
@@ -170,8 +90,7 @@ def mapped_checkpoint(
         return _as_it_lies(model, checkpoint)
     entries = list(_entries(model, checkpoint, dtype))
     folder, key = _place(checkpoint, entries, identity)
-    if not (folder / INFO_FILE).is_file():
-        _pack(folder, entries, key, checkpoint.folder)
+    _pack_once(folder, entries, key, checkpoint.folder)
     return _from_packed(checkpoint, entries, _checked_file(folder, key))
 
 
@@ -302,11 +221,26 @@ def _zeros(count: int) -> Callable[[], Iterable[Tensor]]:
     return lambda: [torch.zeros(count, dtype=torch.uint8)]
 
 
+def _pack_once(folder: Path, entries: list[_Entry], key: Mapping[str, object], source: Path) -> None:
+    """Packs into a folder unless that is done, or another process is at it, which is waited for."""
+    lock = folder.with_name(f".{folder.name}.lock")
+    while not (folder / INFO_FILE).is_file():
+        check_signals()
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(lock):
+                if not (folder / INFO_FILE).is_file():  # another process may have finished just now
+                    _pack(folder, entries, key, source)
+        except BlockingIOError:
+            time.sleep(WAIT_SECONDS)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
 def _pack(folder: Path, entries: list[_Entry], key: Mapping[str, object], source: Path) -> None:
     """Writes the packed file into its folder, whole or not at all."""
     tensors = _padded(entries)
     total = sum(plan.nbytes for plan in tensors.values())
-    # Another process may have packed the same meanwhile; then the two folders are exchanged, which hold the same.
     with new_folder(folder, overwrite=True) as temporary, working("packing to disk", total, BYTES) as work:
         check_free_space(folder, total)
         write_safetensors(temporary / FILE, tensors, work.advance, ALIGNMENT)

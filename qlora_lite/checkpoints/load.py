@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from qlora_lite import architecture
 from qlora_lite.checkpoints import hub
 from qlora_lite.checkpoints.base_identity import BaseIdentity, checkpoint_identity_or_error, set_base_identity_
-from qlora_lite.checkpoints.base_on_disk import MappedTensor, mapped_checkpoint
+from qlora_lite.checkpoints.base_on_disk import mapped_checkpoint
 from qlora_lite.checkpoints.checkpoint import SHOWN, Checkpoint
+from qlora_lite.checkpoints.layouts.mapped_weights import MappedTensor
 from qlora_lite.checkpoints.lazy_tensors import READ_BYTES, LazyTensor, read_slices
 from qlora_lite.checkpoints.pack_on_load import LazyPackedWeight
 from qlora_lite.checkpoints.shares.load_shares import Shares, check_same_in_all

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import resource
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from qlora_lite.offload import mapped_file
 from qlora_lite.offload.disk_source import disk_source
 from qlora_lite.offload.mapped_file import is_mapped
 from qlora_lite.quantization.packed_weight import PackedWeight
+from qlora_lite.system import locked
 
 TOKENS = torch.arange(40).view(2, 20)
 
@@ -112,6 +115,37 @@ def test_answers_and_exports_are_the_same(folder: Path, tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
+class Stopped(Exception):
+    """Ends a run."""
+
+
+class Batches:
+    """The same batch without end; stops the run when it is asked for the one of this number."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self._last = last
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for number in itertools.count():
+            if number == self._last:
+                raise Stopped
+            yield {"input_ids": TOKENS, "labels": TOKENS}
+
+
+def test_a_run_in_memory_is_resumed_on_disk(folder: Path, tmp_path: Path) -> None:
+    def run(base: str, output: str, stop: int | None = None, resume: bool = False) -> bytes:
+        model = load_quantized(folder, QuantConfig(), base=base)
+        torch.manual_seed(0)
+        add_lora_(model, LoraConfig(rank=2, dropout=0.1))
+        config = TrainConfig(steps=4, save_steps=2, learning_rate=1e-2)
+        train(model, Batches(stop), config, output_dir=tmp_path / output, resume=resume, progress=False)
+        return (tmp_path / output / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    with pytest.raises(Stopped):
+        run("memory", "stopped", stop=3)
+    assert run("disk", "stopped", resume=True) == run("memory", "whole")
+
+
 def test_it_is_packed_once_for_a_checkpoint_and_its_settings(folder: Path, cache: Path, tmp_path: Path) -> None:
     own = shutil.copytree(folder, tmp_path / "own")
     load_quantized(own, QuantConfig(), base="disk")
@@ -186,3 +220,20 @@ def test_other_places_are_refused(folder: Path) -> None:
         load_quantized(folder, base="host")
     with pytest.raises(ConfigError, match="computed with on a CPU: device must be cpu; got 'meta'"):
         load_quantized(folder, base="disk", device="meta")
+
+
+def test_another_process_that_packs_is_waited_for(folder: Path, cache: Path, tmp_path: Path) -> None:
+    load_quantized(folder, QuantConfig(), base="disk")
+    (packed,) = cache.iterdir()
+    made = shutil.copytree(packed, tmp_path / "made")
+    shutil.rmtree(packed)
+    loaded: list[Any] = []
+    waiting = threading.Thread(target=lambda: loaded.append(load_quantized(folder, QuantConfig(), base="disk")))
+    with locked(packed.with_name(f".{packed.name}.lock")):
+        waiting.start()
+        waiting.join(1)
+        assert waiting.is_alive() and not packed.exists()
+        shutil.copytree(made, packed)
+    waiting.join()
+    assert disk_source(loaded[0]) is not None
+    assert (packed / base_on_disk.FILE).stat().st_mtime_ns == (made / base_on_disk.FILE).stat().st_mtime_ns
