@@ -3,6 +3,7 @@
 In reading order:
 
 shared_input               layers that read one input, multiplied at once
+rotary_embedding           rotary embeddings of queries and keys as one node
 fused_forward              forward methods replaced by functions that save less for backward
 activation_checkpointing   blocks that are recomputed in backward
 embedding_noise            NEFTune: noise on the embeddings of tokens

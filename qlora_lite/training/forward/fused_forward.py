@@ -21,6 +21,7 @@ from qlora_lite.compute.cpu_attention import asks_for_more, causal_attention
 from qlora_lite.compute.devices import model_dtype, on_cpu
 from qlora_lite.compute.norms_and_gates import gated, mlp_activation, norm_eps, rms_norm
 from qlora_lite.patches import patched_attention, patched_forward
+from qlora_lite.training.forward.rotary_embedding import fused_rotary
 from qlora_lite.training.forward.shared_input import first_argument, prepare_outputs, shares_input, with_shared_input
 
 
@@ -111,6 +112,7 @@ def fused(model: nn.Module) -> Iterator[list[str]]:
     with ExitStack() as stack:
         for name, forward in found.items():
             stack.enter_context(patched_forward(model.get_submodule(name), forward))
+        stack.enter_context(fused_rotary(model))
         stack.enter_context(
             patched_attention(model, lambda own: functools.partial(fused_attention, own, CausalMasks()))
         )
