@@ -151,18 +151,21 @@ class BlockPacker:
 
     def products(
         self, block: nn.Module, number: int, texts: Sequence[Text], leader: str, inputs: BlockInputs
-    ) -> InputProducts:
-        """Returns the products of the inputs that a group gets behind the packed layers, those of this block too."""
+    ) -> InputProducts | None:
+        """Returns the products of the inputs that a group gets behind the packed layers, those of this block too.
+
+        None if it is not called with every token there, unlike in the 16-bit model.
+        """
         found: InputProducts | None = None
         for text, plain in zip((text for text in texts if text.rounded is None), inputs.rows, strict=True):
             check_signals()
             call = text.recorded.calls[number]
             value = input_of(inputs.layers[leader], functools.partial(call.run, block, text.packed))
             rows = None if value is None else token_rows(value, text.batch)
-            assert rows is not None  # as in the 16-bit model
+            if rows is None:
+                return None
             found = found or InputProducts(rows.shape[1], rows.device)
             found.add(rows, plain.pop(leader))
-        assert found is not None
         return found
 
     def pack_block_(self, block: nn.Module, number: int, texts: Sequence[Text], work: Work) -> None:
@@ -173,9 +176,10 @@ class BlockPacker:
         suitable = [name for name, reason in reasons.items() if reason is None and kept is None]
         inputs = BlockInputs({name: found[name].first[1] for name in suitable})
         self.run_plain(block, number, texts, inputs)
-        done = {name: self._restored(found[name], layer) for name, layer in (kept or {}).items() if name in found}
+        done = {name: self._restored(found[name], layer) for name, layer in (kept or {}).items()}
         for names in inputs.groups():
-            products = self.products(block, number, texts, names[0], inputs)
+            if (products := self.products(block, number, texts, names[0], inputs)) is None:
+                continue
             order = products.order(self.config.blocksize)
             for name in names:
                 weight, format = _weight(found[name]), found[name].format

@@ -92,3 +92,18 @@ def test_a_vision_tower_is_left_as_it_is(tiny_vision_folder: Path, random_rows: 
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(".text_model." in name for name in changed)
     assert all(".text_model." in name for name in model.calibration.layers)
+
+
+def test_a_layer_that_some_tokens_miss_behind_packed_layers_is_rounded(
+    tiny_folder: Path, random_rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = block_packing.input_of
+
+    def missing(layer: Any, run: Callable[[], object]) -> torch.Tensor | None:
+        value = own(layer, run)
+        return value if value is None or layer.in_features == 64 else value[:, :-1]  # of down_proj
+
+    monkeypatch.setattr(block_packing, "input_of", missing)
+    model = calibrated_model(tiny_folder, random_rows(4, 32, 100))
+    reasons = {f"model.layers.{number}.mlp.down_proj": block_packing.INCOMPLETE for number in range(2)}
+    assert model.calibration.rounded == reasons and len(model.calibration.layers) == 12
