@@ -100,7 +100,7 @@ def computes_rotary(function: Callable[..., Any]) -> bool:
         except Exception:  # the code of a model may fail on the probe in any way
             return False
         expected = rotary(query, key, cos, sin)
-    return isinstance(found, tuple) and len(found) == 2 and all(map(_same, found, expected))
+        return isinstance(found, tuple) and len(found) == 2 and all(map(_same, found, expected))
 
 
 def _same(found: object, expected: Tensor) -> bool:

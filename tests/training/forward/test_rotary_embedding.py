@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 
@@ -37,6 +38,8 @@ def test_other_functions_are_not_recognized() -> None:
     assert computes_rotary(modeling_llama.apply_rotary_pos_emb)
     assert not computes_rotary(modeling_gptj.apply_rotary_pos_emb)
     assert not computes_rotary(lambda query, key, cos, sin: (query, key))
+    with FakeTensorMode():  # as in a rehearsal, where tensors have no values
+        assert computes_rotary(modeling_llama.apply_rotary_pos_emb)
 
 
 def test_a_model_calls_it_where_gradients_are_wanted(
