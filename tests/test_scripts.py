@@ -119,6 +119,10 @@ SCRIPTS = {
         "peak_growth",
     },
     "profiling/varied_lengths.py": {"ours", "ours_with_all_programs", "peft", "peak_ratio", "time_ratio"},
+    "profiling/sharded.py": {
+        *("gradient_error", "base_share", "gathered_ratio", "time_ratio", "read_ratio", "load_peak", "moments"),
+        *("hung", "told", "lost", "unequal"),
+    },
     "profiling/out_of_core.py": {
         *("time_ratio", "cpu_ratio", "resident_ratio", "unequal", "memory_peak", "memory_step_seconds"),
         *("disk_peak", "disk_step_seconds", "empty_process", "on_disk", "bytes_read"),

@@ -7,6 +7,7 @@ or the command failed, 2 wrong usage.
 from __future__ import annotations
 
 import json as json_lines
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -54,6 +55,9 @@ def plan(
         list[int] | None,
         typer.Option(help="Also find the largest batch whose rows have this many tokens; repeatable."),
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Plan for one of so many processes that hold the base in shares (train --shard).")
+    ] = None,
     text_only: TextOnly = False,
     base_in: BaseIn = "memory",
     json: Json = False,
@@ -64,9 +68,9 @@ def plan(
     from qlora_lite.errors import ConfigError
     from qlora_lite.lora.config import LoraConfig
     from qlora_lite.planning.forecast import TrainingSetup
-    from qlora_lite.planning.memory_budget import device_memory
+    from qlora_lite.planning.memory_budget import base_in_shares, device_memory
     from qlora_lite.planning.memory_plan import plan as make_plan
-    from qlora_lite.planning.plan_report import render_plan
+    from qlora_lite.planning.plan_report import render_plan, render_shares
     from qlora_lite.planning.training_rehearsal import read_config
     from qlora_lite.progress.work import working
     from qlora_lite.quantization.config import QuantConfig
@@ -86,10 +90,13 @@ def plan(
         raise ConfigError(f"--device must be accelerator or cpu; got {device!r}")
     taken = None if overhead is None else byte_count("--overhead must be", overhead)
     with deferred_signals(), working("predicting the memory"):
-        found = read_config(model)
-        made = make_plan(found, wanted, device_memory(size, device == "accelerator", taken), seq or None)
-    print(render_plan(made), end="")
+        found, on_device = read_config(model), device_memory(size, device == "accelerator", taken)
+        shares = None if processes is None else base_in_shares(found, quant, lora, processes, text_only)
+        made = make_plan(
+            found, wanted, on_device if shares is None else replace(on_device, in_shares=shares.saved), seq or None
+        )
+    print(("" if shares is None else render_shares(shares)) + render_plan(made), end="")
     if json:
-        print(json_lines.dumps(made.to_json()))
+        print(json_lines.dumps(made.to_json() | ({} if shares is None else {"shares": asdict(shares)})))
     if not made.fits:
         raise typer.Exit(DOES_NOT_FIT if made.fits is False else NOT_KNOWN)

@@ -1,22 +1,26 @@
-"""Chooses the activation checkpointing of a training run by the memory that it may take."""
+"""Chooses the activation checkpointing of a training run by the memory that it may take; counts a base in shares."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlora_lite.checkpoints.load import MEMORY
+from qlora_lite.checks import is_count, require
 from qlora_lite.errors import ConfigError
 from qlora_lite.lora.config import LoraConfig
 from qlora_lite.memory.counters import resident_bytes
 from qlora_lite.memory.report import readable_bytes
 from qlora_lite.planning.forecast import TrainingSetup
 from qlora_lite.planning.memory_plan import DeviceMemory, checkpointing_within
-from qlora_lite.planning.training_rehearsal import read_config
+from qlora_lite.planning.rehearsal import fake_profiler, fake_tensors
+from qlora_lite.planning.training_rehearsal import build_fake_model, read_config
 from qlora_lite.progress.work import working
 from qlora_lite.quantization.config import QuantConfig
+from qlora_lite.sharding.count import BaseInShares, shares_of_model
 from qlora_lite.training.config import TrainConfig
 
 # Typical of today's devices and drivers. The context cannot be known without the device, so plans say "assumed".
@@ -96,3 +100,16 @@ def config_within(
     assert least.checkpointing is not None and least.needed is not None
     chosen = replace(config, checkpointing=least.checkpointing)
     return BudgetedConfig(chosen, memory, rows, tokens, least.needed)
+
+
+def base_in_shares(
+    model_config: Any, quant: QuantConfig, lora: LoraConfig, processes: int, text_only: bool = False
+) -> BaseInShares:
+    """Counts the bytes of the base of a model of this config (from `read_config`) in shares of so many processes.
+
+    Raises ConfigError for fewer than two processes, and what `build_fake_model` raises.
+    """
+    require(is_count(processes, 2), "a base in shares needs at least 2 processes", processes)
+    with fake_tensors(), fake_profiler() as profiler:
+        model = build_fake_model(model_config, quant, lora, profiler, text_only=text_only)
+        return shares_of_model(model, processes)

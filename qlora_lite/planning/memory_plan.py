@@ -35,17 +35,21 @@ ADAMW8BIT_BYTES = 2  # two 8-bit moments, and statistics that are not counted he
 class DeviceMemory:
     """The memory of a device: `size` bytes in all, of which `overhead` are taken by other things than tensors.
 
-    accelerator: whether it is an accelerator's. overhead_source: `given`, `measured` or `assumed`.
+    accelerator: whether it is an accelerator's. overhead_source: `given`, `measured` or `assumed`. in_shares: bytes
+    that a base in shares of several processes takes less than a whole one (sharding/count.py).
     """
 
     size: int
     overhead: int
     accelerator: bool
     overhead_source: str = "given"
+    in_shares: int = 0
 
     def needed(self, forecast: Forecast) -> int:
-        """Returns the bytes needed: reserved by an accelerator's allocator, or alive on a CPU, plus the overhead."""
-        return (forecast.peak if forecast.reserved is None else forecast.reserved) + self.overhead
+        """Returns the bytes needed: reserved by an accelerator's allocator, or alive on a CPU, plus the overhead, less
+        what a base in shares saves.
+        """
+        return (forecast.peak if forecast.reserved is None else forecast.reserved) + self.overhead - self.in_shares
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ class Plan:
         if self.needed is not None:
             return self.needed <= self.memory.size
         assert self.counted is not None
-        return False if sum(self.counted.values()) + self.memory.overhead > self.memory.size else None
+        least = sum(self.counted.values()) + self.memory.overhead - self.memory.in_shares
+        return False if least > self.memory.size else None
 
     def to_json(self) -> dict[str, object]:
         """Returns plain data for `json.dumps`; sizes in bytes."""

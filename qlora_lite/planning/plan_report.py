@@ -13,6 +13,7 @@ from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.report import readable_bytes
 from qlora_lite.planning.forecast import Forecast
 from qlora_lite.planning.memory_plan import Plan
+from qlora_lite.sharding.count import BaseInShares
 
 NOTHING = "-"
 
@@ -44,6 +45,16 @@ def render_plan(plan: Plan, width: int = 100) -> str:
     return "\n".join(line.rstrip() for line in "\n".join(lines).splitlines()) + "\n"
 
 
+def render_shares(shares: BaseInShares) -> str:
+    """Returns in sentences what each process holds of a base in shares, and what goes over the wire."""
+    held, whole, gathered = map(readable_bytes, (shares.share, shares.whole, shares.gathered))
+    received = readable_bytes(shares.received)
+    return (
+        f"base in shares of {shares.processes} processes: each holds {held} of {whole}, gathers at most {gathered},\n"
+        f"and receives {received} for each batch of a step. The plan is for one process and its rows.\n"
+    )
+
+
 def _checkpointing(checkpointing: str | int | None) -> str:
     return readable_bytes(checkpointing) if isinstance(checkpointing, int) else str(checkpointing)
 
@@ -52,6 +63,8 @@ def _overhead_rows(plan: Plan, forecast: Forecast) -> list[list[str]]:
     rows = []
     if forecast.reserved is not None:
         rows.append(["reserved by the allocator beyond these", readable_bytes(forecast.reserved - forecast.peak)])
+    if plan.memory.in_shares:
+        rows.append(["a base in shares takes less", f"-{readable_bytes(plan.memory.in_shares)}"])
     name = "context of the device" if plan.memory.accelerator else "rest of the process"
     return [*rows, [f"{name} ({plan.memory.overhead_source})", readable_bytes(plan.memory.overhead)]]
 
@@ -115,7 +128,7 @@ def _method_lines(plan: Plan, forecast: Forecast, width: int) -> list[str]:
 
 def _counted_lines(plan: Plan, batch: str) -> list[str]:
     assert plan.counted is not None
-    total = readable_bytes(sum(plan.counted.values()) + plan.memory.overhead)
+    total = readable_bytes(sum(plan.counted.values()) + plan.memory.overhead - plan.memory.in_shares)
     lines = [f"not rehearsed: {plan.not_rehearsed}"]
     lines += [f"{name.replace('_', ' ')}: {readable_bytes(size)}" for name, size in plan.counted.items()]
     lines += ["activations and temporaries: not rehearsed"]

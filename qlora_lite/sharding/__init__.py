@@ -5,6 +5,7 @@ In reading order:
 group     Group: the processes, their sums and gathers, what they must agree on, and what is said when one is lost
 units     Unit: the tensors that are gathered together, as one range of bytes; Window: which of them are here
 base      ShardedBase: the units of a model; what other code asks of it
+count     what each process will hold, gather and receive, before there are any
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ so no order of blocks is assumed. An unpacked matrix is asked for when its modul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class ShardedBase:
 
     def __init__(self, model: nn.Module, group: Group) -> None:
         self.group, self._window = group, Window()
-        self.units = [Unit(places, group, self._window) for places in _places_of_units(model)]
+        self.units = [Unit(places, group, self._window) for places in places_of_units(model)]
         for unit in self.units:
             for place in unit.places:
                 for module, _ in place.holders:
@@ -56,12 +56,20 @@ def _need_unit(module: nn.Module, arguments: object) -> None:
     module.unit.need()  # type: ignore[union-attr, operator]
 
 
-def _places_of_units(model: nn.Module) -> Iterator[list[Place]]:
-    """Yields the places of each unit of a model, whose packed bytes and matrices outside of blocks are on meta."""
+def _is_on_meta(tensor: Tensor) -> bool:
+    return tensor.is_meta
+
+
+def places_of_units(model: nn.Module, is_shared: Callable[[Tensor], bool] = _is_on_meta) -> Iterator[list[Place]]:
+    """Yields the places of each unit of a model: of packed weights, and of matrices outside of blocks.
+
+    is_shared: whether a tensor of these is to be in shares; while a model is loaded, it is on meta then.
+    """
     seen: set[int] = set()
 
     def new(modules: Iterator[nn.Module]) -> list[nn.Module]:
-        found = [m for m in modules if _is_packed(m) and id(m) not in seen]
+        codes = ((m, m._buffers.get(SHARED_BUFFERS[0])) for m in modules)
+        found = [m for m, buffer in codes if buffer is not None and is_shared(buffer) and id(m) not in seen]
         seen.update(map(id, found))
         return found
 
@@ -75,14 +83,9 @@ def _places_of_units(model: nn.Module) -> Iterator[list[Place]]:
     matrices: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, value in module._parameters.items():
-            if id(module) not in in_blocks and value is not None and value.is_meta and value.dim() > 1:
+            if id(module) not in in_blocks and value is not None and value.dim() > 1 and is_shared(value):
                 matrices.setdefault(id(value), []).append((module, name))
     yield from ([Place.of(holders)] for holders in matrices.values())
-
-
-def _is_packed(module: nn.Module) -> bool:
-    codes = module._buffers.get(SHARED_BUFFERS[0])
-    return codes is not None and codes.is_meta
 
 
 def _packed_places(weight: nn.Module) -> list[Place]:

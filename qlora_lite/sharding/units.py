@@ -64,6 +64,15 @@ class Place:
         return nn.Parameter(found, requires_grad=False) if self.is_parameter else found
 
 
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def share_bytes(places: Sequence[Place], count: int) -> int:
+    """Returns the bytes of each of `count` equal shares of these places."""
+    return _aligned(-(-sum(_aligned(place.nbytes) for place in places) // count))
+
+
 @dataclass(frozen=True)
 class OwnPart:
     """The bytes `start` to `stop` of a tensor that this process holds; `into` are those bytes in its share."""
@@ -84,9 +93,9 @@ class Unit:
         end = 0
         for place in self.places:
             place.offset = end
-            end += -(-place.nbytes // ALIGNMENT) * ALIGNMENT
+            end += _aligned(place.nbytes)
         self.nbytes = sum(place.nbytes for place in self.places)
-        size = -(-end // (group.count * ALIGNMENT)) * ALIGNMENT
+        size = share_bytes(self.places, group.count)
         self.own = torch.zeros(size, dtype=torch.uint8, device=group.device)
         for place in self.places:
             place.hide(group.device)

@@ -22,6 +22,7 @@ def test_status_says_whether_it_fits(run: Run, tiny_folder: Path) -> None:
         "overhead": 512 << 20,
         "accelerator": True,
         "overhead_source": "assumed",
+        "in_shares": 0,
     }
     assert figures["largest"][0]["rows"] > 1 and figures["least_recomputation"]["checkpointing"] == "none"
     assert "1 x 32 tokens, checkpointing full: fits into 600.0 MiB" in done.stdout and "assumed" in done.stdout
@@ -30,6 +31,17 @@ def test_status_says_whether_it_fits(run: Run, tiny_folder: Path) -> None:
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["fits"] is False and figures["largest"][0]["rows"] == 0 and figures["forecast"]["reserved"] is None
     assert "does not fit into 100.0 KiB" in done.stdout and "none, not even checkpointing full" in done.stdout
+
+
+def test_a_base_in_shares_is_counted_and_planned_with(run: Run, tiny_folder: Path) -> None:
+    words = ("plan", "--model", tiny_folder / "config.json", "--rank", 4, "--tokens", 16, "--seq", 16, "--json")
+    cpu = ("--memory", "100MiB", "--device", "cpu", "--overhead", 0)
+    alone, shared = (json.loads(run(*words, *cpu, *more).stdout.splitlines()[-1]) for more in ((), ("--processes", 2)))
+    shares = shared["shares"]
+    assert alone["needed"] - shared["needed"] == shares["whole"] - shares["share"] - shares["gathered"]
+    assert shared["memory"]["in_shares"] == alone["needed"] - shared["needed"] and "shares" not in alone
+    done = run(*words, *cpu, "--processes", 1)
+    assert done.returncode == 2 and "a base in shares needs at least 2 processes; got 1" in done.stderr
 
 
 def test_a_model_that_nobody_knows_is_one_sentence(run: Run, tmp_path: Path) -> None:

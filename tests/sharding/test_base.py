@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
 from qlora_lite.sharding.base import check_whole, sharded_base
+from qlora_lite.sharding.count import shares_of_model
 
 # Batches with more rows than processes, with one row, and with labels in the first two of four rows.
 RUN = """
@@ -35,10 +36,11 @@ for rows in (5, 1, 4):
     unlabelled = torch.rand(ids.shape, generator=generator) < 0.3
     batches.append({"input_ids": ids, "labels": ids.masked_fill(unlabelled, -100)})
 batches[2]["labels"][2:] = -100
-gradients, update = [], TrainingStep._update
+gradients, received, update = [], [], TrainingStep._update
 
 def keep(self, loss, before):
     gradients.append({name: parameter.grad.clone() for name, parameter in self.run.trained.items()})
+    received.append(0 if self.processes.group is None else self.processes.group.received)
     return update(self, loss, before)
 
 TrainingStep._update = keep
@@ -64,6 +66,7 @@ def refusal(call):
 
 def run(name, quant, lora, settings, stop=None, **words):
     gradients.clear()
+    received.clear()
     model = load_quantized(folder, QuantConfig(**quant), dtype=torch.float32, shard=count > 1)
     add_lora_(model, LoraConfig(**{"rank": 2, "alpha": 8, "dropout": 0.0, **lora}))
     for number, parameter in enumerate(adapter_parameters(model).values()):
@@ -83,7 +86,7 @@ def run(name, quant, lora, settings, stop=None, **words):
     found["unchanged"] = digest(model) == before
     if (base := sharded_base(model)) is not None:
         found["refused"] = refusal(lambda: export_merged(model, os.path.join(out, "merged")))
-        found["received"] = base.group.received
+        found["received"] = received[1] - received[0]
         base.empty()
     return found
 
@@ -126,6 +129,17 @@ def test_several_processes_learn_what_one_does(runs: dict[int, Any], name: str) 
         )
     assert all(one["unchanged"] for one in found) and alone[name]["unchanged"]
     assert all("an export reads the whole base" in one["refused"] for one in found)
+
+
+def test_what_a_step_receives_is_what_a_plan_says(runs: dict[int, Any], tiny_folder: Path) -> None:
+    _, ranks = runs[2]
+    for name in ("full", "none", "bytes"):
+        case = CASES[name]
+        model = load_quantized(tiny_folder, QuantConfig(**case["quant"]), dtype=torch.float32)
+        add_lora_(model, LoraConfig(rank=2))
+        planned = shares_of_model(model, 2)
+        assert {rank[name]["received"] for rank in ranks} == {2 * planned.received}, name  # two batches in a step
+        assert planned.received <= 3.05 * planned.whole / 2 + 64 * 2 * 5  # what fills a unit up to equal shares
 
 
 def test_checkpoints_hold_adapters_and_are_written_once(runs: dict[int, Any]) -> None:
