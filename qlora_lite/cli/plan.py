@@ -63,7 +63,7 @@ def plan(
     json: Json = False,
 ) -> None:
     """Predict from a config whether training fits into a memory, and the largest batches; exit status 3 if not."""
-    from qlora_lite.checkpoints.load import check_base
+    from qlora_lite.checkpoints.load import DISK, check_base
     from qlora_lite.checks import byte_count
     from qlora_lite.errors import ConfigError
     from qlora_lite.lora.config import LoraConfig
@@ -88,6 +88,8 @@ def plan(
     size = byte_count("--memory must be", memory)
     if device not in ("accelerator", "cpu"):
         raise ConfigError(f"--device must be accelerator or cpu; got {device!r}")
+    if processes is not None and base_in == DISK:
+        raise ConfigError("--processes plans a base in shares, which is held in memory; leave out it or --base-in")
     taken = None if overhead is None else byte_count("--overhead must be", overhead)
     with deferred_signals(), working("predicting the memory"):
         found, on_device = read_config(model), device_memory(size, device == "accelerator", taken)
