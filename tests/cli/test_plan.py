@@ -38,8 +38,10 @@ def test_a_base_in_shares_is_counted_and_planned_with(run: Run, tiny_folder: Pat
     cpu = ("--memory", "100MiB", "--device", "cpu", "--overhead", 0)
     alone, shared = (json.loads(run(*words, *cpu, *more).stdout.splitlines()[-1]) for more in ((), ("--processes", 2)))
     shares = shared["shares"]
-    assert alone["needed"] - shared["needed"] == shares["whole"] - shares["share"] - shares["gathered"]
-    assert shared["memory"]["in_shares"] == alone["needed"] - shared["needed"] and "shares" not in alone
+    saved = shares["whole"] - shares["share"] - shares["gathered"]
+    assert shared["memory"]["in_shares"] == saved and "shares" not in alone
+    # Tables of a few KiB, which packing makes once in a process, are not counted a second time.
+    assert abs(alone["needed"] - shared["needed"] - saved) < 8 << 10
     done = run(*words, *cpu, "--processes", 1)
     assert done.returncode == 2 and "a base in shares needs at least 2 processes; got 1" in done.stderr
 
