@@ -158,7 +158,9 @@ class Group:
         if own:
             self._store.set(f"{key}/{self.index}", own)
         with self._waiting():
-            return [self._store.get(f"{key}/{number}").decode() for number, (there,) in enumerate(has) if there]
+            found = [self._store.get(f"{key}/{number}").decode() for number, (there,) in enumerate(has) if there]
+        self.wait()  # the store ends with the first process, which may end by what it has read
+        return found
 
     @contextmanager
     def telling(self) -> Iterator[None]:

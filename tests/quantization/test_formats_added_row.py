@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from torch import Tensor
 
 from qlora_lite import (
@@ -18,6 +19,7 @@ from qlora_lite import (
     merge_lora_,
     train,
 )
+from qlora_lite.cli.main import app
 from qlora_lite.cli.quantize import quantize
 from qlora_lite.compute.slicing import row_slices
 from qlora_lite.errors import ConfigError, QuantizationError
@@ -131,12 +133,15 @@ def test_files_hold_it_if_the_row_says_so(row: Format, tiny_folder: Path, tmp_pa
     if row.bitsandbytes is None:
         with pytest.raises(ConfigError, match="bitsandbytes has no names for weights in coarse8; export_merged"):
             save_quantized(model, tmp_path / "packed")
+        context = typer.Context(typer.main.get_command(app))
         for settings, refused in (
             ({"format": "coarse8"}, "format"),
             ({"embedding_format": "coarse8"}, "embedding_for"),
         ):
             with pytest.raises(ConfigError, match=rf"the {refused}.* of a packed checkpoint must be .*; got 'coarse8'"):
-                quantize(model="/nowhere", output=tmp_path / "packed", **settings)  # before the model is looked for
+                quantize(
+                    context, model="/nowhere", output=tmp_path / "packed", **settings
+                )  # before the model is looked for
         return
     save_quantized(model, tmp_path / "packed")
     again = load_quantized(tmp_path / "packed", dtype=torch.float32)

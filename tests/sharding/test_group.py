@@ -75,3 +75,28 @@ def test_the_others_say_which_process_ended_and_why(
         assert found["refused"].startswith("process 2 of 3 has another colour than process 0")
         assert found["ended"].startswith(f"LostProcess: process 1 of 3 {why}")
         assert found["ended"].endswith(f"process {rank} of 3 ends with it")
+
+
+SLOW_READER = """
+import json, time
+from qlora_lite.sharding.group import Group
+
+class Slow:
+    def __init__(self, store):
+        self.store = store
+
+    def __getattr__(self, name):
+        time.sleep(1)
+        return getattr(self.store, name)
+
+group = Group.join()
+if group.index == 1:
+    group._store = Slow(group._store)
+print(json.dumps(group.all_texts("odd" if group.index == 1 else "")))
+"""
+
+
+def test_a_process_that_ends_by_a_text_waits_for_those_that_read_it(
+    run_processes: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    assert run_processes(2, SLOW_READER, tmp_path) == [["odd"], ["odd"]]
