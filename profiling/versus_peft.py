@@ -53,17 +53,17 @@ def cases(small: str, large: str, rows: int = 2, tokens: int = 512) -> dict[str,
     big = replace(ours, model=large, rows=1)
     big_peer = replace(big, side="peer")
     return {
-        "nf4_full": Case(ours, peer, 0.65, 0.15),
+        "nf4_full": Case(ours, peer, 0.60, 0.15),
         "nf4_half_budget": Case(half, peer, 0.58, 0.50),
-        "nf4_none": Case(free, peer, 0.50, 0.75),
+        "nf4_none": Case(free, peer, 0.43, 0.75),
         "nf4_none_vs_none": Case(free, replace(peer, checkpointing="none"), 0.55, 0.25),
         "int8_full": Case(eight, replace(peer, format="int8"), 0.50, 0.12),
         "int8_products": Case(replace(eight, int8_activations=True), replace(peer, format="int8"), None, None),
-        "1b_full": Case(big, big_peer, 0.78, 0.30),
-        "1b_none": Case(replace(big, checkpointing="none"), big_peer, 0.55, 1.00),
+        "1b_full": Case(big, big_peer, 0.76, 0.30),
+        "1b_none": Case(replace(big, checkpointing="none"), big_peer, 0.53, 1.00),
         "resident": Case(replace(ours, embedding_format="int8"), peer, None, 0.60, of="live_resident"),
         "dropout": Case(replace(ours, dropout=0.1), ours, 1.03, 1.00),
-        "floor": Case(ours, replace(ours, side="floor"), 1.25, None),
+        "floor": Case(ours, replace(ours, side="floor"), 1.20, None),
     }
 
 

@@ -7,9 +7,9 @@
 Each side of a case is the same script in a process of its own (parts/trl_worker.py): the peer with transformers, peft
 and bitsandbytes, ours with `load_quantized` and the trainers of `qlora_lite.integrations.trl`. The processes take steps
 in turn, one at a time, and the median step counts. Peaks are live tensor bytes above the state after set-up;
-`dpo_resident` compares the bytes of the tensors after set-up, `dpo_resident_int8` with an embedding of int8 rows on our
-side, which bitsandbytes does not have. Prints a table and ends with one JSON line: case -> `time_ratio`, `peak_ratio`,
-and the figures behind them.
+`dpo_resident` compares the bytes of the tensors after set-up with our base on disk, `dpo_resident_memory` with it in
+memory, as the peer's is, and `dpo_resident_int8` in memory with an embedding of int8 rows, which bitsandbytes does not
+have. Prints a table and ends with one JSON line: case -> `time_ratio`, `peak_ratio`, and the figures behind them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def cases(model: str, scale: int) -> dict[str, Case]:
         "sft_full": Case(sft, peer(sft), 0.75, 0.20),
         "sft_none": Case(replace(sft, checkpointing=False), peer(sft), 0.55, 0.75),
         "dpo": Case(dpo, peer(dpo), 0.70, 0.25),
-        "dpo_resident": Case(dpo, peer(dpo), None, 0.60, of="live_resident"),
+        "dpo_resident": Case(replace(dpo, base="disk"), peer(dpo), None, 0.60, of="live_resident"),
+        "dpo_resident_memory": Case(dpo, peer(dpo), None, 0.60, of="live_resident"),
         "dpo_resident_int8": Case(replace(dpo, embedding_format="int8"), peer(dpo), None, 0.60, of="live_resident"),
         "grpo": Case(grpo, peer(grpo), 0.80, 0.40),
         "trainer": Case(trainer, peer(trainer), 0.75, 0.20),

@@ -39,6 +39,7 @@ from parts.step_worker import (
 from qlora_lite.memory.breakdown import Category
 from qlora_lite.memory.counters import resident_bytes
 from qlora_lite.memory.trace import StorageTrace
+from qlora_lite.offload.mapped_file import mapped_spans
 
 NEW_TOKENS = 32
 GENERATIONS = 4
@@ -48,7 +49,7 @@ GENERATIONS = 4
 class TrainerWork:
     """The work of one worker: the side, the trainer (sft, dpo, grpo, trainer), the checkpoint, and the batch.
 
-    rows: of a batch; pairs for dpo, completions for grpo. tokens: of a row. embedding_format: of our side.
+    rows: of a batch; pairs for dpo, completions for grpo. tokens: of a row. embedding_format, base: of our side.
     """
 
     side: str
@@ -59,6 +60,7 @@ class TrainerWork:
     tokens: int = 512
     steps: int = 5
     embedding_format: str = "none"
+    base: str = "memory"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -70,6 +72,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def __init__(self, steps: int) -> None:
         self.steps, self.resident, self.began = steps, 0, 0.0
         self.trace: StorageTrace | None = None
+        self.on_disk = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self.resident = settled_bytes()
@@ -81,8 +84,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.trace = StorageTrace()
             self.trace.__enter__()
             # Kernels that torch does not see read packed weights, so the trace is told of them.
-            for tensor in (*given["model"].parameters(), *given["model"].buffers()):
+            tensors = {id(tensor): tensor for tensor in (*given["model"].parameters(), *given["model"].buffers())}
+            for tensor in tensors.values():
                 self.trace.label(tensor, Category.BASE_WEIGHT)
+            self.on_disk = sum(tensor.nbytes for tensor, _, _ in mapped_spans(tensors.values()))
             for value in optimizer_states():
                 self.trace.label(value, Category.OPTIMIZER_STATE)
         self.began = time.perf_counter()
@@ -94,7 +99,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             return
         self.trace.__exit__(None, None, None)
         resident = self.trace.live_bytes() - sum(value.nbytes for value in optimizer_states())
-        say(live_peak=self.trace.peak()[0] - resident, live_resident=resident)
+        say(live_peak=self.trace.peak()[0] - resident, live_resident=resident - self.on_disk)
 
 
 def settings(work: TrainerWork) -> dict[str, Any]:
@@ -145,7 +150,8 @@ def ours(work: TrainerWork) -> tuple[Any, Any]:
     from qlora_lite import LoraConfig, QuantConfig, add_lora_, load_quantized
     from qlora_lite.training.forward import fuse_
 
-    model = load_quantized(work.model, QuantConfig(double_quant=True, embedding_format=work.embedding_format))
+    config = QuantConfig(double_quant=True, embedding_format=work.embedding_format)
+    model = load_quantized(work.model, config, base=work.base)
     if work.trainer != "trainer":
         return model, adapters()
     fuse_(model, "full" if work.checkpointing else "none")
