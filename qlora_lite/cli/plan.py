@@ -89,7 +89,7 @@ def plan(
     if device not in ("accelerator", "cpu"):
         raise ConfigError(f"--device must be accelerator or cpu; got {device!r}")
     if processes is not None and base_in == DISK:
-        raise ConfigError("--processes plans a base in shares, which is held in memory; leave out it or --base-in")
+        raise ConfigError("--processes plans a base in shares, which is held in memory; give it or --base-in, not both")
     taken = None if overhead is None else byte_count("--overhead must be", overhead)
     with deferred_signals(), working("predicting the memory"):
         found, on_device = read_config(model), device_memory(size, device == "accelerator", taken)

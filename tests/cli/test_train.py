@@ -35,7 +35,7 @@ def test_training_within_a_budget_chooses_the_checkpointing(run: Run, tiny_folde
     assert "2 x 9 tokens within 4,096.0 MiB: checkpointing none, predicted peak" in done.stdout
     assert 0 < figures["predicted_peak_bytes"] < 4 << 30 and figures["peak_bytes"] > 0
     refused = run(*words, "--memory-budget", "4GiB", "--checkpointing", "full", "--overwrite")
-    assert refused.returncode == 2 and "leave out it or --checkpointing" in refused.stderr
+    assert refused.returncode == 2 and "give it or --checkpointing, not both" in refused.stderr
     small = run(*words, "--memory-budget", "1MiB", "--overwrite")
     assert small.returncode == 2 and "not even two tokens fit" in small.stderr and len(small.stderr.splitlines()) == 1
 

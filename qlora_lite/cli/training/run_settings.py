@@ -95,7 +95,7 @@ def check_options(lora: LoraConfig, options: Mapping[str, Any]) -> None:
     if options["shard"]:
         _check_shard(options)
     if options["memory_budget"] is not None and options["checkpointing"] is not None:
-        raise ConfigError("--memory-budget chooses the checkpointing itself; leave out it or --checkpointing")
+        raise ConfigError("--memory-budget chooses the checkpointing itself; give it or --checkpointing, not both")
 
 
 def _check_shard(options: Mapping[str, Any]) -> None:
@@ -104,7 +104,7 @@ def _check_shard(options: Mapping[str, Any]) -> None:
     from qlora_lite.sharding.group import check_launched
 
     if options["base_in"] == DISK:
-        raise ConfigError("--shard holds the base in memory; leave out it or --base-in")
+        raise ConfigError("--shard holds the base in memory; give it or --base-in, not both")
     for name, why in (("memory_budget", "predicts a base that is whole"), ("eval_generate", "writes answers alone")):
         if options[name] is not None:
             raise ConfigError(
